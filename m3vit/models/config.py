@@ -1,0 +1,79 @@
+"""The model's configuration. No torch: `m3vit train --help` reads it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from m3vit.errors import InputError
+from m3vit.tasks import resolve
+
+ROUTERS = ("multi", "task_conditioned", "single")
+HEADS = ("linear",)
+EXPERT_EXECUTIONS = ("sorted", "reference")
+
+
+@dataclass
+class ModelConfig:
+    """Architecture of one multi-task mixture-of-experts ViT.
+
+    Attributes:
+        trunk: name of a timm VisionTransformer, e.g. vit_small_patch16_224.
+        trunk_args: keyword arguments for timm, e.g. {embed_dim: 64, depth: 4}.
+        pretrained: load timm's pretrained weights for the trunk (needs network or a local timm cache).
+        image_size: (height, width) in pixels that the position embedding is made for.
+        tasks: names of the tasks, in the order of their task ids.
+        moe_blocks: which blocks get experts instead of their MLP: "odd" (M3ViT), "none" or a list of indices.
+        num_experts: experts in each bank (E).
+        top_k: experts per token (K).
+        expert_ratio: hidden width of an expert as a multiple of the embedding dimension (M3ViT: 1).
+        router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single.
+        router_noise: standard deviation of the noise on router logits, times num_experts; in training only.
+        head: kind of the task heads.
+        head_stride: pixels of the image per output of the head, before the final bilinear resize.
+        experts: how the experts are executed; all ways give the same result.
+    """
+
+    trunk: str = "vit_small_patch16_224"
+    trunk_args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    image_size: tuple[int, int] = (480, 640)
+    tasks: list[str] = field(default_factory=lambda: ["semseg", "depth", "normals", "edge"])
+    moe_blocks: str | list[int] = "odd"
+    num_experts: int = 16
+    top_k: int = 4
+    expert_ratio: float = 1.0
+    router: str = "multi"
+    router_noise: float = 0.0
+    head: str = "linear"
+    head_stride: int = 4
+    experts: str = "sorted"
+
+    def check(self) -> None:
+        """Raise InputError for values that no model can be built from."""
+        resolve(self.tasks)
+        for key, value, allowed in (
+            ("model.router", self.router, ROUTERS),
+            ("model.head", self.head, HEADS),
+            ("model.experts", self.experts, EXPERT_EXECUTIONS),
+        ):
+            if value not in allowed:
+                raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise InputError(f"model.top_k is {self.top_k}: give 1 to model.num_experts ({self.num_experts})")
+        if min(self.image_size) < 1 or self.head_stride < 1 or self.expert_ratio <= 0 or self.router_noise < 0:
+            raise InputError(
+                "model.image_size, head_stride and expert_ratio must be positive and router_noise not negative, got "
+                f"{tuple(self.image_size)}, {self.head_stride}, {self.expert_ratio} and {self.router_noise}"
+            )
+        if isinstance(self.moe_blocks, str) and self.moe_blocks not in ("odd", "none"):
+            raise InputError(f"model.moe_blocks is {self.moe_blocks!r}: give odd, none or a list of block indices")
+
+    def moe_indices(self, depth: int) -> list[int]:
+        """Return the indices of the blocks with experts, for a trunk of `depth` blocks."""
+        if self.moe_blocks == "odd":
+            return list(range(1, depth, 2))
+        if self.moe_blocks == "none":
+            return []
+        wrong = [index for index in self.moe_blocks if not isinstance(index, int) or not 0 <= index < depth]
+        if wrong:
+            raise InputError(f"model.moe_blocks names {wrong}: the trunk has blocks 0 to {depth - 1}")
+        return sorted({int(index) for index in self.moe_blocks})

@@ -1,0 +1,61 @@
+"""The mixture-of-experts layer: a router, then experts.
+
+Shapes: R tasks, B images, T tokens per image, N = B * T tokens of one task, D embedding dimension, E experts, K top-k.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3vit.models.experts import EXECUTIONS, ExpertBank
+from m3vit.models.router import Router, Routing, route
+
+
+class MoELayer(nn.Module):
+    """Replaces the MLP of a ViT block. All tasks share the experts; `router` tells them apart."""
+
+    def __init__(self, router: Router, experts: ExpertBank, execution: str = "sorted") -> None:
+        super().__init__()
+        self.router, self.experts, self.execution = router, experts, execution
+
+    def forward(self, x_RBTD: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, Routing]:
+        """Return the layer's output [R, B, T, D] and its routing (R tasks of N = B * T tokens).
+
+        `x` may have R = 1 for several tasks, when it is still the same for all of them.
+        """
+        R, (_, B, T, D) = len(task_ids), x_RBTD.shape
+        x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
+        if torch.compiler.is_exporting():
+            return self._exported(x_RND[0], task_ids[0]).view(1, B, T, D), Routing(x_RND, x_RND, x_RND)
+        routing = self.router(x_RND, task_ids)
+        # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
+        weights_NK, ids_NK = routing.weights_RNK.flatten(0, 1), routing.expert_ids_RNK.flatten(0, 1)
+        y = EXECUTIONS[self.execution](self.experts, x_RND.reshape(-1, D), weights_NK, ids_NK)
+        return y.view(R, B, T, D), routing
+
+    def _exported(self, x_ND: Tensor, task_id: int) -> Tensor:
+        """One node in the exported graph; m3vit.export.onnx expands it to standard operators."""
+        bank = self.experts
+        weight, bias = self.router.gate(task_id)
+        return moe_op(x_ND, weight, bias, bank.w1, bank.b1, bank.w2, bank.b2, self.router.top_k)
+
+
+@torch.library.custom_op("m3vit::moe", mutates_args=())
+def moe_op(
+    x_ND: Tensor, gate_ED: Tensor, gate_bias_E: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, top_k: int
+) -> Tensor:
+    """A whole MoE layer for one task as one operator: opaque to torch.export, whose tracer cannot follow routing."""
+    routing = route(F.linear(x_ND, gate_ED, gate_bias_E)[None], top_k)
+    y = torch.zeros_like(x_ND)
+    for expert in range(w1.shape[0]):
+        token, slot = (routing.expert_ids_RNK[0] == expert).nonzero(as_tuple=True)
+        rows = F.linear(F.gelu(F.linear(x_ND[token], w1[expert], b1[expert])), w2[expert], b2[expert])
+        y[token] += rows * routing.weights_RNK[0, token, slot, None]
+    return y
+
+
+@moe_op.register_fake
+def _(
+    x_ND: Tensor, gate_ED: Tensor, gate_bias_E: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, top_k: int
+) -> Tensor:
+    return torch.empty_like(x_ND)
