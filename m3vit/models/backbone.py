@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def position_embedding(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
-        """Return the position embedding of the prefix tokens [1, P, D] (None if they have none) and the grid's [1, T, D]."""
+        """Return the position embedding of the prefix tokens [1, P, D], or None, and that of the grid [1, T, D]."""
         trunk = self.trunk
         prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
         position = trunk.pos_embed[:, prefix:]

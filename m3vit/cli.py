@@ -1,0 +1,375 @@
+"""The command line. Parsing needs no torch: a command's modules are imported only when it runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from m3vit import __version__
+from m3vit.errors import InputError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake on one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse "96x128" as (height, width)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"size {text!r}: give HEIGHTxWIDTH, such as 96x128")
+    return int(parts[0]), int(parts[1])
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a positive whole number")
+    return int(text)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """Show a progress bar; the yielded function takes (done, total, text beside the bar = "")."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, text="")
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+
+
+def say(text: str) -> None:
+    """Print a line of result."""
+    print(text, flush=True)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def add_synth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; becomes a data root")
+    parser.add_argument("--layout", default="nyud", choices=["nyud"], help="nyud: the files of the NYUD_MT release")
+    parser.add_argument("--train", type=positive, default=400, help="training images (default: 400)")
+    parser.add_argument("--val", type=positive, default=100, help="validation images (default: 100)")
+    parser.add_argument("--size", type=image_size, default=(96, 128), help="HEIGHTxWIDTH in pixels (default: 96x128)")
+    parser.add_argument("--seed", type=int, default=0, help="decides every scene (default: 0)")
+    parser.add_argument("--workers", type=positive, default=None, help="processes (default: one a core)")
+
+
+def run_synth(args: argparse.Namespace) -> None:
+    from m3vit.data.synthetic import synthesize
+
+    with progress_bar("rendering scenes") as bar:
+        synthesize(
+            args.out,
+            layout=args.layout,
+            train=args.train,
+            val=args.val,
+            size=args.size,
+            seed=args.seed,
+            workers=args.workers,
+            progress=bar,
+        )
+    say(f"{args.train} training and {args.val} validation scenes in {args.out}")
+
+
+# --- train, init ----------------------------------------------------------------------------------------------------
+
+
+def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
+    """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
+    import jsonargparse
+
+    from m3vit.training.config import Config, recipe_names, recipe_path
+
+    recipe = argv[0] if argv and not argv[0].startswith("-") else None
+    parser = jsonargparse.ArgumentParser(
+        prog=f"m3vit {command} RECIPE",
+        exit_on_error=False,
+        default_config_files=[str(recipe_path(recipe))] if recipe else None,
+        description=f"{COMMANDS[command][0]} RECIPE: {', '.join(recipe_names())}. "
+        "Later sources win: recipe, --config, dotted keys.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
+    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    if command == "train":
+        parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
+    for section in fields(Config):
+        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+    if recipe is None and not {"-h", "--help"} & set(argv):
+        raise InputError(
+            f"give a recipe first: m3vit {command} RECIPE --out RUN, with one of {', '.join(recipe_names())}"
+        )
+    try:
+        parsed = parser.instantiate(parser.parse_args(list(argv[1:] if recipe else argv)))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
+    config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
+    config.model.image_size = tuple(config.model.image_size)
+    return config, parsed
+
+
+def run_train(argv: Sequence[str]) -> None:
+    config, args = config_from("train", argv)
+    config.check()
+    from m3vit.training.loop import train
+
+    with progress_bar("training") as bar:
+        train(config, args.out, resume=args.resume, progress=bar)
+    say(f"trained for {config.train.epochs} epochs: {args.out}")
+
+
+def run_init(argv: Sequence[str]) -> None:
+    config, args = config_from("init", argv)
+    from m3vit.training.loop import initialise
+
+    initialise(config, args.out)
+    say(f"untrained weights: {args.out}")
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one trained on")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from m3vit.evaluation.scoring import score_run
+    from m3vit.training.checkpoint import load_run
+
+    run = load_run(args.run)
+    with progress_bar("evaluating") as bar:
+        report = score_run(run, args.data_root, bar)
+    print_scores(report["tasks"], ("trivial", "torch"), f"{report['images']} val images; {report['protocol']}")
+
+
+def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str) -> None:
+    """Print the headline metric of each task, a column for each predictor."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from m3vit.tasks import TASKS
+
+    table = Table(caption=caption)
+    table.add_column("task")
+    table.add_column("metric")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for task, scores in tasks.items():
+        row = TASKS[task]
+        arrow = "↑" if row.higher_is_better else "↓"
+        values = [f"{scores[column][row.metric]:.3f}" if column in scores else "-" for column in columns]
+        table.add_row(task, f"{row.metric} ({row.unit}) {arrow}", *values)
+    Console(width=max(Console().width, 100)).print(table)
+
+
+# --- export, predict ------------------------------------------------------------------------------------------------
+
+
+def add_export_onnx(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, required=True, help="package folder to write")
+    parser.add_argument("--opset", type=int, default=20, choices=range(20, 24), help="ONNX opset (default: 20)")
+    parser.add_argument(
+        "--size", type=image_size, default=None, help="fix the image size to HEIGHTxWIDTH (default: any)"
+    )
+    parser.add_argument("--data.root", dest="data_root", help="images for the parity check (default: noise as well)")
+
+
+def run_export_onnx(args: argparse.Namespace) -> None:
+    from m3vit.export.onnx.run import export_run
+    from m3vit.training.checkpoint import load_run
+
+    run = load_run(args.run)
+    for line in export_run(run, args.out, opset=args.opset, size=args.size, data_root=args.data_root):
+        say(line)
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--task", required=True, help="task to predict")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
+    parser.add_argument("--resize", action="store_true", help="resize images to the size of a fixed-size package")
+    parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
+
+
+def run_predict(args: argparse.Namespace) -> None:
+    from m3vit.export.predict import predict_files
+
+    for path in predict_files(
+        args.package, args.task, args.images, args.out, raw=args.raw, resize=args.resize, threads=args.threads
+    ):
+        say(str(path))
+
+
+def add_export_hls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, required=True, help="project folder to write")
+    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one trained on")
+    parser.add_argument("--samples", type=positive, default=100, help="val images to store for csim (default: 100)")
+    parser.add_argument("--weight-bits", type=positive, default=16, help="width of weights (default: 16)")
+    parser.add_argument("--act-bits", type=positive, default=20, help="width of feature maps (default: 20)")
+
+
+def run_export_hls(args: argparse.Namespace) -> None:
+    from m3vit.export.hls.run import export_run
+    from m3vit.training.checkpoint import load_run
+
+    run = load_run(args.run)
+    info = export_run(
+        run,
+        args.out,
+        data_root=args.data_root,
+        samples=args.samples,
+        weight_bits=args.weight_bits,
+        act_bits=args.act_bits,
+    )
+    say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(run.config.model.tasks)}: {args.out}")
+
+
+# --- hardware, report, demo -----------------------------------------------------------------------------------------
+
+
+def add_csim(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("project", type=Path, metavar="DIR", help="HLS project (m3vit export hls)")
+    parser.add_argument("--samples", type=positive, default=None, help="images to simulate (default: all stored)")
+
+
+def run_csim(args: argparse.Namespace) -> None:
+    from m3vit.export.hls.verify import verify_project
+
+    with progress_bar("C-simulating") as bar:
+        report = verify_project(args.project, args.samples, bar)
+    print_scores(report["tasks"], ("torch", "csim"), f"{report['images']} images, hls4ml C-simulation with g++")
+    for task, result in report["tasks"].items():
+        say(
+            f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
+            f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
+        )
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, evaluated with m3vit eval")
+    parser.add_argument("--onnx", type=Path, default=None, help="ONNX package (default: onnx/ beside RUN)")
+    parser.add_argument("--hls", type=Path, default=None, help="HLS project, simulated (default: hls/ beside RUN)")
+    parser.add_argument("--out", type=Path, default=None, help="page to write (default: RUN/report.html)")
+    parser.add_argument("--images", type=positive, default=4, help="validation images to show (default: 4)")
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from m3vit.report.page import write_report
+    from m3vit.training.checkpoint import load_run
+
+    run = load_run(args.run)
+    onnx, hls = args.onnx or args.run.parent / "onnx", args.hls or args.run.parent / "hls"
+    out = args.out or args.run / "report.html"
+    with progress_bar("drawing report") as bar:
+        report = write_report(run, onnx, hls, out, args.images, bar)
+    print_scores(
+        report["tasks"], ("trivial", "torch", "onnx", "csim"), f"{report['images']} val images; {report['protocol']}"
+    )
+    say(str(out))
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and training (default: 0)")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from m3vit.demo import demo
+
+    demo(args.out, args.seed)
+
+
+Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], None]]
+COMMANDS: dict[str, Command] = {
+    "data synth": ("Render a small data set of indoor scenes with exact labels.", add_synth, run_synth),
+    "train": ("Train a recipe into a run folder.", None, run_train),
+    "init": ("Write the run folder of a recipe with untrained weights.", None, run_init),
+    "eval": ("Score a run on the val split, beside a trivial predictor.", add_eval, run_eval),
+    "export onnx": ("Write one small ONNX graph per task around one weights.bin.", add_export_onnx, run_export_onnx),
+    "predict": ("Predict with an ONNX package: onnxruntime only, no torch.", add_predict, run_predict),
+    "export hls": ("Write an hls4ml project with all tasks, switched at run time.", add_export_hls, run_export_hls),
+    "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", add_csim, run_csim),
+    "report": ("Draw one self-contained HTML page about a run.", add_report, run_report),
+    "demo": ("Everything above in a row, on rendered scenes.", add_demo, run_demo),
+}
+
+
+def usage() -> str:
+    """Return the help of `m3vit` alone."""
+    lines = "\n".join(f"  {name:<13}{text}" for name, (text, _, _) in COMMANDS.items())
+    title = f"m3vit {__version__}: task-gated mixture-of-experts vision transformers"
+    return f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more."
+
+
+def run(argv: Sequence[str]) -> None:
+    """Run one command; raises InputError for a user's mistake."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        print(__version__)
+        return
+    name = next((" ".join(argv[:n]) for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), None)
+    if name is None:
+        raise InputError(f"unknown command {' '.join(argv[:2])!r}: choose from {', '.join(COMMANDS)}")
+    text, add_arguments, execute = COMMANDS[name]
+    rest = list(argv[len(name.split()) :])
+    if add_arguments is None:
+        execute(rest)
+        return
+    parser = OneLineParser(prog=f"m3vit {name}", description=text, allow_abbrev=False)
+    add_arguments(parser)
+    execute(parser.parse_args(rest))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        # Commands beyond `predict` need an extra; which one depends on the module.
+        extra = "export" if error.name and error.name.split(".")[0] in ("onnx", "onnxscript", "hls4ml") else "train"
+        if error.name and error.name.startswith("m3vit"):
+            raise
+        print(f"m3vit: error: this command needs {error.name}: pip install 'm3vit[{extra}]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("m3vit: interrupted (a training run continues with --resume)", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

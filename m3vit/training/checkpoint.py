@@ -1,0 +1,129 @@
+"""The run folder: what training leaves behind and every later step reads (DESIGN.md, section 5).
+
+config.yaml          the resolved configuration
+model.safetensors    weights; model.json: architecture, tasks, classes, normalisation, git commit
+last/state.pt        what resuming needs, replaced atomically
+metrics.jsonl        one line per logged step or evaluation
+tensorboard/         the same, as TensorBoard events
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from m3vit import __version__
+from m3vit.errors import InputError
+from m3vit.files import atomic_path, read_json, write_json
+from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, NYUD_CLASSES
+from m3vit.training.config import Config, plain, read_config
+
+
+@dataclass
+class Run:
+    """A run folder, opened: its configuration and its model in evaluation mode on the CPU."""
+
+    folder: Path
+    config: Config
+    model: MultiTaskModel
+    info: dict[str, Any]  # model.json
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def save_model(folder: Path, model: MultiTaskModel, epoch: int) -> None:
+    """Write model.safetensors and model.json, each atomically."""
+    with atomic_path(folder / "model.safetensors") as path:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+    write_json(
+        folder / "model.json",
+        {
+            "architecture": plain(asdict(model.config)),
+            "tasks": model.config.tasks,
+            "classes": {"semseg": NYUD_CLASSES} if "semseg" in model.config.tasks else {},
+            "normalisation": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
+            "epochs_trained": epoch,
+            "m3vit": __version__,
+            "commit": git_commit(),
+        },
+    )
+
+
+def load_run(folder: Path) -> Run:
+    """Open a run folder, or raise InputError if it is not one, has no weights, or they do not fit."""
+    config = read_config(folder / "config.yaml")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
+    info = read_json(folder / "model.json", "part of a run folder, beside model.safetensors")
+    config.model.pretrained = False  # the weights are here
+    try:
+        state = load_file(weights)
+        model = MultiTaskModel(ModelConfig(**info["architecture"] | {"pretrained": False}))
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"{weights} cannot be loaded ({first}): the run folder is damaged") from None
+    return Run(folder, config, model.eval(), info)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Replace last/state.pt atomically."""
+    with atomic_path(folder / "last" / "state.pt") as path:
+        torch.save(state, path)
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """Return the resume state, or None if the run stopped before the first one was written."""
+    path = folder / "last" / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises many kinds for damaged files
+        raise InputError(f"{path} cannot be loaded ({str(error).splitlines()[0]}): delete it to start over") from None
+
+
+class MetricsLog:
+    """metrics.jsonl: appended line by line; on resume, lines later than the checkpoint are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        with atomic_path(self.path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line and hand it to the system, so that a kill loses at most the line being written."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl; a half-written last line is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

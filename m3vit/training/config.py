@@ -1,0 +1,165 @@
+"""Configuration of a run: dataclasses, YAML recipes, dotted overrides. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "poly")
+
+
+@dataclass
+class DataConfig:
+    """Where the data are and how they are loaded.
+
+    Attributes:
+        layout: layout of the data set on disk: nyud (NYUD_MT).
+        root: the data set's folder, the one that holds gt_sets/.
+        workers: loader processes; 0 loads in the training process.
+        cache: keep decoded samples in memory after the first epoch (small data sets only; workers 0).
+        flip: mirror half of the training images.
+        colour: strength of the random gain and offset of each colour channel; 0 is off.
+    """
+
+    layout: str = "nyud"
+    root: str = ""
+    workers: int = 2
+    cache: bool = False
+    flip: bool = True
+    colour: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """How the model is trained.
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: images per step and process.
+        optimizer: adamw or sgd (with momentum).
+        lr: peak learning rate.
+        weight_decay: of weights with two or more dimensions, for adamw; of everything, for sgd (as published).
+        momentum: of sgd.
+        warmup_epochs: epochs of linear warm-up.
+        schedule: cosine (to 1 % of lr) or poly (power 0.9, to 0), per step.
+        grad_clip: largest gradient norm; 0 is off.
+        balance_weight: weight of the routers' importance and load losses (M3ViT: 0.01).
+        task_weights: weight of each task's loss, where it differs from the task table.
+        edge_positive_weight: weight of edge pixels in the balanced BCE, 1 minus it for the others (M3ViT: 0.95).
+        native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
+            times cheaper than at the image's.
+        seed: of weights, data order, augmentation and noise.
+        threads: CPU threads of torch; 0 leaves torch's choice. Bit-equal repeats need equal threads.
+        accelerator: Lightning Fabric's: auto, cpu, cuda, ...
+        precision: Lightning Fabric's: 32-true, bf16-mixed, ...
+        checkpoint_steps: steps between checkpoints to resume from; 0 is once an epoch.
+        eval_epochs: epochs between evaluations on the val split; 0 is never. The last epoch is always evaluated.
+        log_steps: steps between lines of metrics.jsonl.
+    """
+
+    epochs: int = 100
+    batch_size: int = 8
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    warmup_epochs: float = 0.0
+    schedule: str = "cosine"
+    grad_clip: float = 0.0
+    balance_weight: float = 0.01
+    task_weights: dict[str, float] = field(default_factory=dict)
+    edge_positive_weight: float = 0.95
+    native_losses: list[str] = field(default_factory=list)
+    seed: int = 0
+    threads: int = 0
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    checkpoint_steps: int = 0
+    eval_epochs: int = 0
+    log_steps: int = 10
+
+
+@dataclass
+class Config:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def check(self) -> None:
+        """Raise InputError for values that cannot work, before anything slow starts."""
+        self.model.check()
+        train = self.train
+        for key, value, allowed in (
+            ("data.layout", self.data.layout, ("nyud",)),
+            ("train.optimizer", train.optimizer, OPTIMIZERS),
+            ("train.schedule", train.schedule, SCHEDULES),
+        ):
+            if value not in allowed:
+                raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        for key in ("epochs", "batch_size", "lr", "log_steps"):
+            if getattr(train, key) <= 0:
+                raise InputError(f"train.{key} is {getattr(train, key)}: give a positive number")
+        for key in ("task_weights", "native_losses"):
+            unknown = [task for task in getattr(train, key) if task not in self.model.tasks]
+            if unknown:
+                raise InputError(f"train.{key} names {', '.join(unknown)}: the model's tasks are {self.model.tasks}")
+        if self.data.cache and self.data.workers:
+            raise InputError(
+                f"data.cache needs data.workers 0, got {self.data.workers}: workers have memories of their own"
+            )
+
+    def to_yaml(self) -> str:
+        """Return the whole configuration, fully resolved, as YAML."""
+        return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """Turn tuples into lists, at any depth: what YAML and JSON hold."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(path.name[:-5] for path in files("m3vit.recipes").iterdir() if path.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file of a recipe, or raise InputError listing the recipes there are."""
+    if name not in recipe_names():
+        raise InputError(f"unknown recipe {name!r}: choose from {', '.join(recipe_names())}")
+    return Path(str(files("m3vit.recipes") / f"{name}.yaml"))
+
+
+def read_config(path: Path) -> Config:
+    """Read a resolved configuration (a run folder's config.yaml)."""
+    try:
+        values = yaml.safe_load(path.read_text())
+        sections = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]
+        return Config(**{name: make(**values[name]) for name, make in sections.items()})
+    except FileNotFoundError:
+        raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+
+
+def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:
+    """Return the dotted keys in which two configurations differ."""
+    left, right = plain(asdict(a)), plain(asdict(b))
+    keys = [f"{section}.{key}" for section, values in left.items() for key in values]
+    return [key for key in keys if key not in ignore and _get(left, key) != _get(right, key)]
+
+
+def _get(tree: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return tree[section][name]

@@ -1,0 +1,192 @@
+"""The training loop: short enough to read, on Lightning Fabric for devices, precision and processes."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from m3vit.data.loading import EpochBatches, TrainingSet, make_loader, open_split
+from m3vit.errors import InputError
+from m3vit.evaluation.evaluate import evaluate, torch_predictor
+from m3vit.files import atomic_path
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.tasks import resolve
+from m3vit.training.checkpoint import MetricsLog, load_state, read_metrics, save_model, save_state
+from m3vit.training.config import Config, TrainConfig, differences, read_config
+from m3vit.training.losses import balance_loss, task_loss
+
+# Keys that may change between a run and its continuation: they do not change what is computed.
+FREE_TO_CHANGE = ("data.root", "data.workers", "data.cache", "train.log_steps", "train.checkpoint_steps")
+
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
+
+
+def prepare_folder(config: Config, out: Path, resume: bool) -> None:
+    """Make the run folder and its config.yaml, or raise InputError rather than touch another run."""
+    config.check()
+    if resume and (out / "config.yaml").exists():
+        changed = differences(read_config(out / "config.yaml"), config, FREE_TO_CHANGE)
+        if changed:
+            raise InputError(f"{out} was started with other values of {', '.join(changed)}: resume with the same ones")
+        return
+    if out.exists() and any(out.iterdir()):
+        hint = "it is not a run folder" if resume else "continue it with --resume, or choose another folder"
+        raise InputError(f"{out} exists and is not empty: {hint}")
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / "config.yaml") as path:
+        path.write_text(config.to_yaml())
+
+
+def build(config: Config) -> MultiTaskModel:
+    """Return the model with weights drawn from the run's seed."""
+    torch.manual_seed(config.train.seed)
+    return MultiTaskModel(config.model)
+
+
+def initialise(config: Config, out: Path) -> None:
+    """Write a run folder with untrained weights (`m3vit init`)."""
+    prepare_folder(config, out, resume=False)
+    save_model(out, build(config), epoch=0)
+
+
+def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step (the first is 0)."""
+    total, warmup = train.epochs * steps_per_epoch, train.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return train.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(total - warmup, 1)
+    if train.schedule == "poly":
+        return train.lr * (1 - done) ** 0.9
+    return train.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(train: TrainConfig, model: MultiTaskModel) -> torch.optim.Optimizer:
+    """Return the optimiser; AdamW decays matrices only."""
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+
+    # An expert's bias is a row of a matrix [E, H]: decided by name, not by the number of dimensions.
+    def decayed(name: str, parameter: Tensor) -> bool:
+        return parameter.ndim > 1 and not name.endswith((".b1", ".b2", "pos_embed", "cls_token", "reg_token"))
+
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if decayed(n, p)], "weight_decay": train.weight_decay},
+        {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr)
+
+
+def step_losses(
+    config: Config, model: Any, images: Tensor, labels: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of all losses, and each unweighted one by name."""
+    output = model(images, native=config.train.native_losses)
+    losses = {
+        task: task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight)
+        for task, logits in output.logits.items()
+    }
+    weights = {task.name: task.weight for task in resolve(config.model.tasks)} | config.train.task_weights
+    total = torch.stack([weights[task] * loss for task, loss in losses.items()]).sum()
+    if output.routings:
+        losses["balance"] = balance_loss(output.routings)
+        total = total + config.train.balance_weight * losses["balance"]
+    return total, losses
+
+
+def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
+    """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights."""
+    settings = config.train
+    prepare_folder(config, out, resume)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    fabric = Fabric(accelerator=settings.accelerator, precision=settings.precision)  # type: ignore[arg-type]
+    fabric.launch()
+    train_split = open_split(config.data.layout, config.data.root, "train", config.model.tasks)
+    val_split = open_split(config.data.layout, config.data.root, "val", config.model.tasks)
+
+    model = build(config)
+    optimizer = make_optimizer(settings, model)
+    state = load_state(out) if resume else None
+    step = 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        step = state["step"]
+    wrapped, optimizer = fabric.setup(model, optimizer)
+
+    size = (config.model.image_size[0], config.model.image_size[1])
+    dataset = TrainingSet(train_split, size, settings.seed, config.data.flip, config.data.colour, config.data.cache)
+    batches = EpochBatches(len(dataset), settings.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
+    loader = make_loader(dataset, batches, config.data.workers)
+    steps_per_epoch = len(batches)
+    steps = settings.epochs * steps_per_epoch
+    log = MetricsLog(out, step)
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def save() -> None:
+        if fabric.is_global_zero:
+            values = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(out, values | {"rng": torch.get_rng_state(), "step": step})
+
+    def record(kind: str, values: dict[str, float]) -> None:
+        if fabric.is_global_zero:
+            log.write({"kind": kind, "step": step, "epoch": step / steps_per_epoch, **values})
+            for name, value in values.items():
+                board.add_scalar(f"{kind}/{name}", value, step)
+
+    while step < steps:
+        wrapped.train()
+        batches.epoch, batches.start = divmod(step, steps_per_epoch)
+        for images, labels in loader:
+            images, labels = fabric.to_device((images, labels))
+            lr = learning_rate(settings, step, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            total, losses = step_losses(config, wrapped, images, labels)
+            values = {"loss": float(total.detach())} | {name: float(loss.detach()) for name, loss in losses.items()}
+            check_finite(values, step, out)
+            optimizer.zero_grad()
+            fabric.backward(total)
+            if settings.grad_clip > 0:
+                fabric.clip_gradients(wrapped, optimizer, max_norm=settings.grad_clip)
+            optimizer.step()
+            step += 1
+            if progress:
+                progress(step, steps, f"loss {values['loss']:.3f}")
+            if step % settings.log_steps == 0 or step == steps:
+                record("train", {"lr": lr, **values})
+            if settings.checkpoint_steps and step % settings.checkpoint_steps == 0:
+                save()
+        epoch = step // steps_per_epoch
+        if settings.eval_epochs and epoch % settings.eval_epochs == 0 and step < steps:
+            record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
+        save()
+        if fabric.is_global_zero:
+            save_model(out, model, epoch)
+    if not any(line["kind"] == "val" and line["step"] == step for line in read_metrics(out)):
+        record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
+    board.close()
+
+
+def check_finite(losses: dict[str, float], step: int, out: Path) -> None:
+    """Stop a diverged run before it overwrites its last good checkpoint."""
+    broken = [name for name, loss in losses.items() if not math.isfinite(loss)]
+    if broken:
+        raise InputError(
+            f"training diverged at step {step}: the loss of {', '.join(broken)} is not finite. The last checkpoint in "
+            f"{out} is kept; start again with a lower --train.lr or with --train.grad_clip"
+        )
+
+
+def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Turn {task: {metric: value}} into {"task/metric": value}."""
+    return {f"{task}/{metric}": value for task, values in scores.items() for metric, value in values.items()}

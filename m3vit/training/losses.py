@@ -1,0 +1,67 @@
+"""Losses, one per task (M3ViT's code: losses/loss_functions.py). Ignored pixels carry no weight and no gradient.
+
+Shapes: B images, C channels; labels as m3vit.data.transforms.label_tensor gives them, batched.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3vit.models.router import Routing, importance_loss, load_loss
+from m3vit.tasks import IGNORE, TASKS
+
+
+def subsample(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Take the label [B, (3,) H, W] at the pixels nearest to the centres of a coarser grid `size`."""
+    height, width = label.shape[-2:]
+    if (height, width) == tuple(size):
+        return label
+    if height % size[0] or width % size[1]:
+        raise ValueError(f"a label of {height}x{width} cannot be subsampled to {size}: not a whole factor")
+    down, across = height // size[0], width // size[1]
+    return label[..., down // 2 :: down, across // 2 :: across]
+
+
+def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean over labelled pixels of the cross-entropy of [B, C, H, W] with ids [B, H, W]."""
+    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+    return total / (label != IGNORE).sum().clamp(min=1)
+
+
+def l1(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean absolute error over the valid pixels (label > 0) of depth [B, 1, H, W] with [B, H, W]."""
+    valid = label > 0
+    return ((logits[:, 0] - label).abs() * valid).sum() / valid.sum().clamp(min=1)
+
+
+def l1_unit(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean absolute error of the normalised prediction [B, 3, H, W], over valid pixels and components."""
+    valid = (label.abs().sum(dim=1, keepdim=True) > 0).to(logits.dtype)
+    error = (F.normalize(logits, dim=1) - label).abs() * valid
+    return error.sum() / (3 * valid.sum()).clamp(min=1)
+
+
+def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float) -> Tensor:
+    """Binary cross-entropy with fixed weights: `positive_weight` for edges, 1 - positive_weight for the rest."""
+    valid = label != IGNORE
+    truth = (label > 0).to(logits.dtype)
+    weight = valid * (positive_weight * truth + (1 - positive_weight) * (1 - truth))
+    total = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
+    return total / valid.sum().clamp(min=1)
+
+
+def task_loss(task: str, logits: Tensor, label: Tensor, edge_positive_weight: float) -> Tensor:
+    """Return the unweighted loss of a task; labels are subsampled if the logits are coarser."""
+    label = subsample(label, (logits.shape[-2], logits.shape[-1]))
+    kind = TASKS[task].loss
+    if kind == "balanced_bce":
+        return balanced_bce(logits, label, edge_positive_weight)
+    return {"cross_entropy": cross_entropy, "l1": l1, "l1_unit": l1_unit}[kind](logits, label)
+
+
+def balance_loss(routings: list[Routing]) -> Tensor:
+    """Return importance + load loss summed over MoE layers and tasks (M3ViT weighs it 0.01)."""
+    terms = [
+        importance_loss(*routing) + load_loss(routing.expert_ids_RNK, routing.scores_RNE.shape[-1])
+        for routing in routings
+    ]
+    return sum(terms[1:], terms[0])
