@@ -1,0 +1,316 @@
+"""Export to ONNX: whole graphs against the model, and the package's files."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from m3vit.errors import InputError
+from m3vit.export.onnx import package as package_module
+from m3vit.export.onnx.graph import export_task
+from m3vit.export.onnx.package import DECODE, export_package
+from m3vit.export.onnx.parity import LIMIT, _compare, _near_ties, _Record, check_parity
+from m3vit.export.runtime import DECODERS, Package
+from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.router import Routing
+from m3vit.tasks import TASKS
+
+Array = NDArray[np.float32]
+
+
+def make_session(graph: ModelProto, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def moe_layer(model: MultiTaskModel) -> Any:
+    """The model's only layer of experts."""
+    return model.backbone.trunk.blocks[1].mlp
+
+
+def make_model(class_token: bool = True, **changes: Any) -> MultiTaskModel:
+    torch.manual_seed(0)
+    trunk_args = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, global_pool="")
+    changes = {"num_experts": 4, "top_k": 2, **changes}
+    config = ModelConfig(
+        trunk="vit_tiny_patch16_224",
+        trunk_args={**trunk_args, "class_token": class_token},
+        image_size=(32, 48),
+        **changes,
+    )
+    model = MultiTaskModel(config)
+    with torch.no_grad():  # the initial one is too small to notice if it were laid out wrongly
+        torch.nn.init.normal_(model.get_parameter("backbone.trunk.pos_embed"))
+    return model
+
+
+def make_images(n: int, size: tuple[int, int] = (32, 48)) -> Array:
+    return np.random.default_rng(0).standard_normal((n, 3, *size)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> MultiTaskModel:
+    return make_model().eval()
+
+
+@pytest.fixture(scope="module")
+def exported(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "package"
+    lines: list[str] = []
+    manifest = export_package(model, out, info={"checkpoint": "abc"}, progress=lines.append)
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert any("depth" in line for line in lines)
+    return out
+
+
+def arrays_of(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The tensors of a graph by name, those in weights.bin included."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def contains(arrays: dict[str, NDArray[np.generic]], tensor: torch.Tensor) -> bool:
+    """Whether a matrix is among the arrays, either way round."""
+    wanted = tensor.detach().numpy()
+    return any(np.array_equal(array, turned) for array in arrays.values() for turned in (wanted, wanted.T))
+
+
+def test_parity_of_the_whole_package(model: MultiTaskModel, exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "package")
+    report = check_parity(model, folder, make_images(2))
+    assert list(report) == list(TASKS)
+    for entry in report.values():
+        assert entry["worst_relative_error"] < LIMIT / 10
+        assert entry["experts_not_hit"] == {}
+        # 3 sizes x (batch 3 + batch 1) x (1 and 2 threads), and more if noise was needed for an expert
+        assert entry["comparisons"] + entry["near_tie_images"] >= 24
+    recorded = json.loads((folder / "manifest.json").read_text())["parity"]
+    assert recorded["passed"] and recorded["tasks"] == report
+    assert recorded["sizes"] == [[32, 48], [40, 64], [24, 40]]
+
+
+def test_parity_failure_is_raised_and_recorded(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported, tmp_path / "package")
+    other = make_model()
+    with torch.no_grad():
+        moe_layer(other).experts.w2[2] *= 1.1
+    with pytest.raises(RuntimeError, match=r"does not compute what the model computes .* semseg: 32x48, batch 3"):
+        check_parity(other, folder, make_images(2))
+    assert not json.loads((folder / "manifest.json").read_text())["parity"]["passed"]
+    assert other.training  # as it was
+
+
+def test_experts_without_tokens_are_reported(tmp_path: Path) -> None:
+    # The zero gate of a single router sends every token to experts 0 and 1 at equal scores; identical experts make
+    # the choice invisible. Whichever two torch takes, the other two are untested, and the report says so.
+    model = make_model(tasks=["depth"], router="single")
+    with torch.no_grad():
+        mlp = moe_layer(model)
+        mlp.router.gates[0].zero_()
+        for parameter in mlp.experts.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    export_package(model, tmp_path / "package", info={}, size=(32, 48))
+    report = check_parity(model, tmp_path / "package", make_images(1))["depth"]
+    assert len(report["experts_not_hit"]["1"]) == 2
+    assert report["near_tie_tokens"] > 0
+
+
+def test_near_ties_are_counted_per_image() -> None:
+    # 2 images of 2 tokens, K = 2 of 3: only the 3rd token's 2nd and 3rd scores are closer than 1e-5 of the 2nd.
+    scores = torch.tensor([[[0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.4, 0.3, 0.3 - 1e-7], [0.6, 0.3, 0.1]]])
+    weights, ids = scores.topk(2)
+    assert _near_ties([Routing(scores, weights, ids)], 2).tolist() == [0, 1]
+
+
+class FakePackage:
+    """Answers each call with the next of `answers`, the last one for ever."""
+
+    def __init__(self, *answers: Array) -> None:
+        self.answers = list(answers)
+
+    def logits(self, images: Array, task: str) -> Array:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return answer[: len(images)]
+
+
+def test_findings_of_a_comparison() -> None:
+    right = make_images(3, (8, 8))
+    wrong, broken = right + 0.1, np.full_like(right, np.nan)
+
+    def findings(first: tuple[Array, ...], ties: list[int]) -> tuple[_Record, str]:
+        record = _Record()
+        packages: Any = [FakePackage(*first), FakePackage(right)]
+        _compare(packages, "depth", right, right, np.array(ties), record)
+        return record, "; ".join(record.failures)
+
+    assert findings((right,), [0, 0, 0]) == (_Record(compared=8), "")
+    assert "8x8, batch 3, 1 threads: relative error" in findings((wrong,), [1, 1, 0])[1]
+    record, text = findings((wrong,), [1, 1, 1])
+    assert (record.near_tie_images, record.compared, text) == (4, 4, "")  # the run with 2 threads was sound
+    assert "repeated runs differ" in findings((right, right, wrong), [1, 1, 1])[1]
+    assert "not finite" in findings((broken,), [1, 1, 1])[1]
+    record, everywhere_wrong = _Record(), FakePackage(wrong)
+    both: Any = [everywhere_wrong] * 2
+    _compare(both, "depth", right, right, np.array([1, 1, 1]), record)
+    assert record.failures == ["8x8: every image has router near ties and differs; use other images"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"class_token": False}, {"moe_blocks": "none"}, {"router": "task_conditioned"}, {"num_experts": 1, "top_k": 1}],
+    ids=str,
+)
+def test_other_models_at_sizes_not_traced(changes: dict[str, Any]) -> None:
+    model = make_model(tasks=["depth", "normals"], **changes)
+    opset = 23 if changes.get("router") else 20
+    session = make_session(export_task(model, "normals", opset=opset), 1)
+    for shape in ((1, 32, 48), (3, 48, 32), (2, 8, 8), (1, 72, 40)):
+        images = torch.randn(shape[0], 3, *shape[1:])
+        with torch.no_grad():
+            expected = model.eval()(images, ["normals"]).logits["normals"].numpy()
+        actual = session.run(["normals"], {"image": images.numpy()})[0]
+        assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_graph_holds_its_own_gate_and_head_only(model: MultiTaskModel, exported: Path, task: str) -> None:
+    arrays = arrays_of(exported / f"{task}.onnx")
+    gates = moe_layer(model).router.gates
+    for other in TASKS:
+        assert contains(arrays, gates[model.task_id(other)]) == (other == task)
+        assert contains(arrays, model.heads.get_parameter(f"{other}.linear.weight")) == (other == task)
+
+
+def test_task_conditioned_graph_holds_no_task_embedding() -> None:
+    model = make_model(router="task_conditioned", tasks=["depth", "edge"])
+    graph = export_task(model, "depth", size=(32, 48))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    router = moe_layer(model).router
+    assert contains(arrays, router.gate(0)[0])
+    biases = [array for name, array in arrays.items() if name.endswith("mlp.router.bias")]
+    np.testing.assert_allclose(biases, [router.gate(0)[1].detach().numpy()], atol=1e-6)  # sum order
+    assert not any(contains(arrays, parameter) for parameter in router.parameters())
+
+
+def test_weights_are_shared_and_aligned(exported: Path) -> None:
+    distinct: dict[str, int] = {}
+    listed = 0
+    for task in TASKS:
+        for tensor in onnx.load(exported / f"{task}.onnx", load_external_data=False).graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                place = {entry.key: entry.value for entry in tensor.external_data}
+                assert place["location"] == "weights.bin"
+                offset, length = int(place["offset"]), int(place["length"])
+                assert offset % (4096 if length >= 16384 else 64) == 0
+                with open(exported / "weights.bin", "rb") as file:
+                    file.seek(offset)
+                    distinct[hashlib.sha256(file.read(length)).hexdigest()] = length
+                listed += length
+            else:
+                assert len(tensor.raw_data) < 1024
+    size = (exported / "weights.bin").stat().st_size
+    assert sum(distinct.values()) <= size < sum(distinct.values()) * 1.05 + 4096
+    assert listed > 3 * size  # what four separate files would hold
+
+
+def test_graphs_are_standard_small_and_tell_nothing_of_this_machine(exported: Path) -> None:
+    for task in TASKS:
+        path = exported / f"{task}.onnx"
+        onnx.checker.check_model(str(path), full_check=True)
+        graph = onnx.load(path, load_external_data=False)
+        assert {node.domain for node in graph.graph.node} | {entry.domain for entry in graph.opset_import} == {""}
+        (image,), (output,) = graph.graph.input, graph.graph.output
+        assert (image.name, output.name) == ("image", task)
+        names = [axis.dim_param or axis.dim_value for axis in image.type.tensor_type.shape.dim]
+        assert names == ["batch", 3, "height", "width"]
+        content = path.read_bytes()
+        assert len(content) < 100_000
+        for leak in (b"site-packages", b"torch/", b'File "', str(Path.cwd()).encode()):
+            assert leak not in content
+
+
+def test_manifest_describes_every_file(exported: Path) -> None:
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["run"] == {"checkpoint": "abc"}
+    assert {path.name for path in exported.iterdir()} == {"manifest.json", "weights.bin", *(f"{t}.onnx" for t in TASKS)}
+    for entry in (manifest["weights"], *manifest["tasks"].values()):
+        assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+    semseg = manifest["tasks"]["semseg"]
+    assert len(semseg["classes"]) == len(semseg["palette"]) == semseg["channels"] == 40
+    assert set(DECODE) == set(TASKS) and {kind for kind, _ in DECODE.values()} == set(DECODERS)
+
+
+def test_export_twice_gives_the_same_tensors(model: MultiTaskModel, exported: Path) -> None:
+    first = arrays_of(exported / "edge.onnx")
+    again = {t.name: numpy_helper.to_array(t) for t in export_task(model, "edge").graph.initializer}
+    assert first.keys() == again.keys()
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_fixed_size_graph_refuses_another_size(tmp_path: Path) -> None:
+    model = make_model(tasks=["depth"])
+    with pytest.raises(InputError, match="size is 30x48: give positive multiples of the patch size 8"):
+        export_task(model, "depth", size=(30, 48))
+    export_package(model, tmp_path / "package", info={}, size=(40, 56))
+    report = check_parity(model, tmp_path / "package", make_images(3))
+    assert report["depth"]["worst_relative_error"] < LIMIT
+    package = Package.load(tmp_path / "package")
+    image = np.zeros((48, 64, 3), np.uint8)
+    with pytest.raises(InputError, match=r"the image is 48x64 .* exported for 40x56 only"):
+        package.predict(image, "depth")
+    assert package.predict(image, "depth", resize=True).shape == (48, 64)
+    with pytest.raises(InputError, match="resize them to 40x56"):
+        package.logits(image[None], "depth")
+
+
+def test_bad_requests_are_refused(model: MultiTaskModel) -> None:
+    with pytest.raises(InputError, match="no task 'flow'"):
+        export_task(model, "flow")
+    with pytest.raises(InputError, match="opset is 17: give 20 to 23"):
+        export_task(model, "depth", opset=17)
+
+
+def test_out_that_is_no_package_is_refused(model: MultiTaskModel, exported: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("keep me")
+    with pytest.raises(InputError, match="is a file"):
+        export_package(model, mine, info={})
+    with pytest.raises(InputError, match="not empty and holds no package"):
+        export_package(model, tmp_path, info={})
+    (tmp_path / "manifest.json").write_text('{"name": "web app"}')
+    with pytest.raises(InputError, match="not an m3vit package's"):
+        export_package(model, tmp_path, info={})
+    shutil.copy(exported / "manifest.json", tmp_path)
+    with pytest.raises(InputError, match=r"not the package's \(mine.txt\)"):
+        export_package(model, tmp_path, info={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "mine.txt"]
+
+
+def test_replacing_and_failing(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tasks=["depth"])
+    folder = shutil.copytree(exported, tmp_path / "package")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args: object, **kwargs: object) -> ModelProto:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(package_module, "export_task", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        export_package(model, folder, info={})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    depth = onnx.load(exported / "depth.onnx")
+    monkeypatch.setattr(package_module, "export_task", lambda *args, **kwargs: depth)
+    export_package(model, folder, info={})
+    assert sorted(path.name for path in folder.iterdir()) == ["depth.onnx", "manifest.json", "weights.bin"]
+    assert Package.load(folder).tasks == ["depth"]
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]  # nothing temporary left

@@ -1,0 +1,281 @@
+"""The runtime, on a package made by hand: what the graphs compute is known, and no torch is needed."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from m3vit.errors import InputError
+from m3vit.export.predict import predict_files, read_image
+from m3vit.export.runtime import FORMAT, FORMAT_VERSION, Package, colourise, decode
+from m3vit.tasks import palette
+
+CHANNELS = {"semseg": 3, "depth": 1, "normals": 3, "edge": 1}
+DECODE = {"semseg": "argmax", "depth": "identity", "normals": "unit_vector", "edge": "sigmoid"}
+
+
+def make_package(folder: Path, size: tuple[int, int] | None = None) -> Path:
+    """A package whose logits are the first C channels of its input: mean 0 and std 1, so pixel / 255."""
+    folder.mkdir(parents=True)
+    tasks: dict[str, Any] = {}
+    (folder / "weights.bin").write_bytes(b"weights")
+    axes = ["batch", 3, *(size or ("height", "width"))]
+    for task, channels in CHANNELS.items():
+        picked = numpy_helper.from_array(np.arange(channels), "channels")
+        node = helper.make_node("Gather", ["image", "channels"], [task], axis=1)
+        graph = helper.make_graph(
+            [node],
+            task,
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, axes)],
+            [helper.make_tensor_value_info(task, TensorProto.FLOAT, ["batch", channels, *axes[2:]])],
+            initializer=[picked],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, folder / f"{task}.onnx")
+        tasks[task] = {
+            "file": f"{task}.onnx",
+            "sha256": hashlib.sha256((folder / f"{task}.onnx").read_bytes()).hexdigest(),
+            "channels": channels,
+            "decode": DECODE[task],
+            "input_size": size,
+            "patch_multiple": 4,
+        }
+    tasks["semseg"]["palette"] = palette(3)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": "weights.bin", "sha256": hashlib.sha256(b"weights").hexdigest()},
+        "image": {"mean": [0, 0, 0], "std": [1, 1, 1], "train_size": [8, 12]},
+        "tasks": tasks,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_package(tmp_path / "package")
+
+
+def make_image(height: int, width: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_decode_by_hand() -> None:
+    logits = np.array([[[[1.0, -2.0]], [[3.0, -1.0]], [[2.0, -7.0]]]], np.float32)  # [1, 3, 1, 2]
+    np.testing.assert_array_equal(decode(logits, "argmax"), np.array([[[1, 1]]], np.uint8))
+    np.testing.assert_array_equal(decode(logits[:, :1], "identity"), logits[:, 0])
+    # |(1, 3, 2)|^2 = 14, |(-2, -1, -7)|^2 = 54
+    expected = np.array([[[[1, 3, 2], [-2, -1, -7]]]]) / np.sqrt([14, 54])[:, None]
+    np.testing.assert_allclose(decode(logits, "unit_vector"), expected, rtol=1e-6)
+    extreme = np.array([[[[0.0, np.log(3), -1e4, 1e4]]]], np.float32)
+    np.testing.assert_allclose(decode(extreme, "sigmoid"), [[[0.5, 0.75, 0, 1]]], rtol=1e-6)
+    assert not decode(np.zeros((1, 3, 1, 1), np.float32), "unit_vector").any()
+
+
+def test_logits_of_both_kinds_of_input(folder: Path) -> None:
+    package = Package.load(folder)
+    package.manifest["image"].update(mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.5])
+    images = np.stack([make_image(8, 12)] * 2)
+    logits = package.logits(images, "normals")
+    expected = ((images / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5]).transpose(0, 3, 1, 2)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(package.logits(expected.astype(np.float32), "normals"), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 4), (9, 13), (17, 6)])
+def test_predictions_have_the_images_own_size(folder: Path, size: tuple[int, int]) -> None:
+    package = Package.load(folder, threads=1)
+    image = make_image(*size)
+    kinds = {"semseg": np.uint8, "depth": np.float32, "normals": np.float32, "edge": np.float32}
+    for task in package.tasks:
+        prediction = package.predict(image, task)
+        assert prediction.shape == ((*size, 3) if task == "normals" else size)
+        assert prediction.dtype == kinds[task]
+        assert colourise(prediction, task, package.manifest).shape == (*size, 3)
+    lengths = np.linalg.norm(package.predict(image, "normals"), axis=-1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+    if size == (8, 12):  # run as it is
+        np.testing.assert_array_equal(package.predict(image, "semseg"), image.argmax(axis=2))
+        np.testing.assert_allclose(package.predict(image, "depth"), image[..., 0] / 255, rtol=1e-6)
+
+
+def test_resized_prediction_stays_in_place(folder: Path) -> None:
+    # A half-black, half-red image of 10 x 18 runs at 8 x 20: the border must come back to column 9.
+    image = np.zeros((10, 18, 3), np.uint8)
+    image[:, 9:, 1] = 255
+    ids = Package.load(folder).predict(image, "semseg")
+    np.testing.assert_array_equal(ids[:, :8], 0)
+    np.testing.assert_array_equal(ids[:, 10:], 1)
+
+
+def test_fixed_size(tmp_path: Path) -> None:
+    package = Package.load(make_package(tmp_path / "fixed", size=(8, 12)))
+    assert package.predict(make_image(8, 12), "edge").shape == (8, 12)
+    with pytest.raises(InputError, match=r"the image is 16x20 .* edge was exported for 8x12 only"):
+        package.predict(make_image(16, 20), "edge")
+    assert package.predict(make_image(16, 20), "edge", resize=True).shape == (16, 20)
+
+
+def test_dynamic_graph_with_resize_runs_at_the_trained_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package.load(folder)
+    seen: list[tuple[int, ...]] = []
+    logits = package.logits
+
+    def spy(images: NDArray[Any], task: str) -> NDArray[np.float32]:
+        seen.append(images.shape)
+        return logits(images, task)
+
+    monkeypatch.setattr(package, "logits", spy)
+    assert package.predict(make_image(2, 3), "depth", resize=True).shape == (2, 3)
+    assert seen == [(1, 8, 12, 3)]
+
+
+def test_bad_requests_are_refused(folder: Path) -> None:
+    package = Package.load(folder)
+    with pytest.raises(InputError, match="no task 'flow': it has semseg, depth, normals, edge"):
+        package.predict(make_image(8, 8), "flow")
+    with pytest.raises(InputError, match=r"image is 3x9 .* at least 4x4"):
+        package.predict(make_image(3, 9), "depth")
+    with pytest.raises(InputError, match="image is float64"):
+        package.predict(np.zeros((8, 8, 3)), "depth")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="resize them to 8x12"):
+        package.logits(make_image(9, 11)[None], "depth")
+    for wrong in (np.zeros((8, 8, 3), np.uint8), np.zeros((1, 3, 8, 8)), np.zeros((0, 8, 8, 3), np.uint8)):
+        with pytest.raises(InputError, match="give "):
+            package.logits(wrong, "depth")
+    with pytest.raises(InputError, match="threads is -1"):
+        Package.load(folder, threads=-1)
+
+
+def test_changed_files_are_refused(folder: Path) -> None:
+    (folder / "weights.bin").write_bytes(b"weighty")
+    with pytest.raises(
+        InputError, match=r"weights.bin does not match manifest.json \(sha256 \w+, not \w+\): the package"
+    ):
+        Package.load(folder)
+    Package.load(folder, verify=False)
+    (folder / "weights.bin").unlink()
+    with pytest.raises(InputError, match=r"weights.bin not found: the package is incomplete"):
+        Package.load(folder)
+    (folder / "depth.onnx").write_bytes(b"no graph")
+    with pytest.raises(InputError, match=r"onnxruntime cannot load .*depth.onnx"):
+        Package.load(folder, verify=False).predict(make_image(8, 8), "depth")
+
+
+def test_damaged_manifests_are_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    good = json.loads(path.read_text())
+
+    def refused(match: str, **changes: Any) -> None:
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(InputError, match=match):
+            Package.load(folder)
+
+    refused("not an m3vit package's", format="other")
+    refused("format version 2, this m3vit reads 1", format_version=2)
+    lacking: list[dict[str, Any]] = [
+        {"tasks": {}},
+        {"tasks": {"depth": {}}},
+        {"tasks": []},
+        {"image": None},
+        {"weights": "weights.bin"},
+    ]
+    for changes in lacking:
+        refused("is damaged", **changes)
+    refused("is damaged", weights={**good["weights"], "file": "../weights.bin"})
+    path.write_text("{")
+    with pytest.raises(InputError, match="not readable JSON"):
+        Package.load(folder)
+    path.unlink()
+    with pytest.raises(InputError, match=r"manifest.json not found: give the folder"):
+        Package.load(folder)
+
+
+def test_colours(folder: Path) -> None:
+    manifest = Package.load(folder).manifest
+    ids = np.array([[0, 2, 255]], np.uint8)
+    assert colourise(ids, "semseg", manifest).tolist() == [[list(palette(3)[0]), list(palette(3)[2]), [0, 0, 0]]]
+    edges = np.array([[0, 1]], np.float32)
+    assert colourise(edges, "edge", manifest).tolist() == [[[255] * 3, [0] * 3]]
+    normals = np.array([[[0, 0, 1], [-1, 0, 0]]], np.float32)
+    assert colourise(normals, "normals", manifest).tolist() == [[[128, 128, 255], [0, 128, 128]]]
+    brightness = colourise(np.linspace(1, 5, 50, dtype=np.float32)[None], "depth", manifest)[0].astype(int).sum(axis=1)
+    assert (np.diff(brightness) <= 0).all() and brightness[0] > 600 and brightness[-1] < 10  # near bright
+    assert not colourise(np.full((2, 2), np.nan, np.float32), "depth", manifest).any()
+
+
+def test_predict_files(folder: Path, tmp_path: Path) -> None:
+    image = make_image(9, 14)
+    Image.fromarray(image).save(tmp_path / "room.png")
+    Image.fromarray(image).convert("L").save(tmp_path / "grey.jpg")
+    out = tmp_path / "new" / "out"
+    written = predict_files(folder, "depth", [tmp_path / "room.png", tmp_path / "grey.jpg"], out, raw=True)
+    names = ["room_depth.png", "room_depth.npy", "grey_depth.png", "grey_depth.npy"]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    raw = np.load(out / "room_depth.npy")
+    np.testing.assert_array_equal(raw, Package.load(folder, threads=1).predict(image, "depth"))
+    with Image.open(out / "room_depth.png") as picture:
+        assert picture.size == (14, 9)
+
+
+def test_predict_files_refuses(folder: Path, tmp_path: Path) -> None:
+    good, out = tmp_path / "a.png", tmp_path / "out"
+    Image.fromarray(make_image(8, 8)).save(good)
+    (tmp_path / "torn.png").write_bytes(good.read_bytes()[:60])
+    (tmp_path / "text.png").write_text("not an image")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(make_image(2, 2)).save(tmp_path / "small.png")
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(make_image(8, 8)).save(tmp_path / "sub" / "a.jpg")
+    for name, match in (
+        ("none.png", "none.png not found"),
+        ("torn.png", "torn.png cannot be read"),
+        ("text.png", "text.png cannot be read"),
+        ("deep.png", "deep.png has more than 8 bits"),
+        ("small.png", r"small.png: the image is 2x2"),
+        ("sub/a.jpg", r"a.png and .*a.jpg would both become a_edge.png"),
+    ):
+        with pytest.raises(InputError, match=match):
+            predict_files(folder, "edge", [good, tmp_path / name], out)
+    with pytest.raises(InputError, match="no images"):
+        predict_files(folder, "edge", [], out)
+    with pytest.raises(InputError, match="is a file"):
+        predict_files(folder, "edge", [good], tmp_path / "torn.png")
+    picture = tmp_path / "a_edge.png"
+    Image.fromarray(make_image(8, 8)).save(picture)
+    with pytest.raises(InputError, match="would overwrite an image"):
+        predict_files(folder, "edge", [good, picture], tmp_path)
+
+
+def test_images_are_read_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to view
+    image = make_image(4, 6)
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(image, -1))
+
+
+def test_runs_where_torch_cannot_be_imported(folder: Path, tmp_path: Path) -> None:
+    Image.fromarray(make_image(9, 14)).save(tmp_path / "room.png")
+    code = (
+        "import sys; sys.modules.update(torch=None, timm=None, onnx=None)\n"
+        "from pathlib import Path\n"
+        "from m3vit.export.predict import predict_files\n"
+        "package, image, out = map(Path, sys.argv[1:])\n"
+        "print(predict_files(package, 'normals', [image], out)[0].name)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "room.png"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "room_normals.png"
