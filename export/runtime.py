@@ -3,7 +3,7 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +245,12 @@ _RAMP = np.array(
 )
 
 
-def _depth_picture(depth: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Near is bright. The range is the picture's own, without its extreme 2 %; invalid (<= 0) pixels are black."""
+def _depth_picture(depth: NDArray[np.float32], depth_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+    """Near is bright; invalid (<= 0) pixels are black. Without a range: the picture's own, less its extreme 2 %."""
     valid = np.isfinite(depth) & (depth > 0)
     if not valid.any():
         return np.zeros((*depth.shape, 3), np.uint8)
-    near, far = np.percentile(depth[valid], (2, 98))
+    near, far = depth_range or np.percentile(depth[valid], (2, 98))
     share = (far - np.where(valid, depth, far)) / max(far - near, 1e-6)
     position = np.clip(share, 0, 1) * (len(_RAMP) - 1)
     channels = [np.interp(position, np.arange(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)]
@@ -258,19 +258,29 @@ def _depth_picture(depth: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def colourise(array: NDArray[Any], task: str, manifest: dict[str, Any]) -> NDArray[np.uint8]:
-    """Turn a prediction of `Package.predict` into a picture to look at, uint8 [H, W, 3].
-
-    semseg: the manifest's palette, other ids black. depth: near bright, far dark. normals: (n + 1) / 2.
-    edge: dark on white.
-    """
+    """Turn a prediction of `Package.predict` into a picture to look at, uint8 [H, W, 3]."""
     entry = manifest["tasks"][task]
-    if entry["decode"] == "argmax":
+    return paint(array, entry["decode"], entry.get("palette", ()))
+
+
+def paint(
+    array: NDArray[Any],
+    kind: str,
+    palette: Sequence[Sequence[int]] = (),
+    depth_range: tuple[float, float] | None = None,
+) -> NDArray[np.uint8]:
+    """Turn a decoded prediction or a label of a kind (see `decode`) into a picture, uint8 [H, W, 3].
+
+    argmax: the palette's colours, other ids black. identity (depth, metres): near bright, far dark, over
+    `depth_range` or the picture's own. unit_vector: (n + 1) / 2. sigmoid: dark on white.
+    """
+    if kind == "argmax":
         colours = np.zeros((256, 3), np.uint8)
-        colours[: len(entry["palette"])] = entry["palette"]
+        colours[: len(palette)] = palette
         return colours[array]
-    if entry["decode"] == "unit_vector":
+    if kind == "unit_vector":
         return np.rint(np.clip((array + 1) / 2, 0, 1) * 255).astype(np.uint8)
-    if entry["decode"] == "sigmoid":
+    if kind == "sigmoid":
         grey = np.rint((1 - np.clip(array, 0, 1)) * 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
-    return _depth_picture(array)
+    return _depth_picture(array, depth_range)

@@ -127,7 +127,6 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     except jsonargparse.ArgumentError as error:
         raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
     config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
-    config.model.image_size = tuple(config.model.image_size)
     return config, parsed
 
 
@@ -182,7 +181,11 @@ def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str) ->
     for task, scores in tasks.items():
         row = TASKS[task]
         arrow = "↑" if row.higher_is_better else "↓"
-        values = [f"{scores[column][row.metric]:.3f}" if column in scores else "-" for column in columns]
+        found = [scores.get(column) for column in columns]
+        values = [
+            "-" if value is None else f"{value[row.metric] if isinstance(value, dict) else value:.3f}"
+            for value in found
+        ]
         table.add_row(task, f"{row.metric} ({row.unit}) {arrow}", *values)
     Console(width=max(Console().width, 100)).print(table)
 
@@ -205,8 +208,7 @@ def run_export_onnx(args: argparse.Namespace) -> None:
     from m3vit.training.checkpoint import load_run
 
     run = load_run(args.run)
-    for line in export_run(run, args.out, opset=args.opset, size=args.size, data_root=args.data_root):
-        say(line)
+    export_run(run, args.out, opset=args.opset, size=args.size, data_root=args.data_root, say=say)
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:

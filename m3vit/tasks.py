@@ -38,6 +38,7 @@ class Task:
     unit: str
     higher_is_better: bool
     loss: str
+    decode: str  # what the logits mean: argmax, identity, unit_vector or sigmoid (m3vit.export.runtime.decode)
     weight: float  # in the sum of losses; see the recipe for where it is from
     output_bias: float = 0.0
 
@@ -50,10 +51,10 @@ class Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("semseg", 40, "mIoU", "%", True, "cross_entropy", 1.0),
-        Task("depth", 1, "rmse", "m", False, "l1", 1.0, output_bias=2.5),
-        Task("normals", 3, "mErr", "deg", False, "l1_unit", 10.0),
-        Task("edge", 1, "pixF1", "%", True, "balanced_bce", 50.0, output_bias=-2.0),
+        Task("semseg", 40, "mIoU", "%", True, "cross_entropy", "argmax", 1.0),
+        Task("depth", 1, "rmse", "m", False, "l1", "identity", 1.0, output_bias=2.5),
+        Task("normals", 3, "mErr", "deg", False, "l1_unit", "unit_vector", 10.0),
+        Task("edge", 1, "pixF1", "%", True, "balanced_bce", "sigmoid", 50.0, output_bias=-2.0),
     )
 }
 

@@ -28,12 +28,12 @@ PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
 SMALL_ALIGN = 64
 
-# What a task's logits mean: how the runtime decodes them (runtime.DECODERS), and the unit of the result.
-DECODE: dict[str, tuple[str, str]] = {
-    "semseg": ("argmax", "class id"),
-    "depth": ("identity", "m"),
-    "normals": ("unit_vector", "unit vector: x right, y up, z towards the camera"),
-    "edge": ("sigmoid", "probability"),
+# The unit of a decoded prediction, by kind of decoding.
+UNITS = {
+    "argmax": "class id",
+    "identity": "m",
+    "unit_vector": "unit vector: x right, y up, z towards the camera",
+    "sigmoid": "probability",
 }
 
 
@@ -102,13 +102,12 @@ def export_package(
 
 def _task_entry(model: MultiTaskModel, task: Task, size: tuple[int, int] | None) -> dict[str, Any]:
     """Return what the manifest says about a task, without the hash."""
-    decode, unit = DECODE[task.name]
     config = model.config
     entry: dict[str, Any] = {
         "file": f"{task.name}.onnx",
         "channels": task.channels,
-        "decode": decode,
-        "unit": unit,
+        "decode": task.decode,
+        "unit": UNITS[task.decode],
         "input_size": list(size) if size else None,
         "patch_multiple": model.backbone.patch_size,
         "experts": {
@@ -118,7 +117,7 @@ def _task_entry(model: MultiTaskModel, task: Task, size: tuple[int, int] | None)
             "layers": list(model.backbone.moe_indices),
         },
     }
-    if decode == "argmax":
+    if task.decode == "argmax":
         known = task.channels == len(NYUD_CLASSES)
         entry["classes"] = list(NYUD_CLASSES) if known else [f"class_{index}" for index in range(task.channels)]
         entry["palette"] = [list(colour) for colour in palette(task.channels)]

@@ -1,6 +1,6 @@
 """`m3vit export onnx`: from a run folder to a checked package."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,27 @@ PARITY_IMAGES = 8  # validation images the package is compared with torch on, be
 
 
 def export_run(
-    run: Run, out: Path, *, opset: int = 20, size: tuple[int, int] | None = None, data_root: str | None = None
-) -> Iterator[str]:
-    """Write the package of a run to `out`, compare it with torch, and yield a line per file and per task."""
-    lines: list[str] = []
-    export_package(run.model, out, info=run.info, opset=opset, size=size, progress=lines.append)
-    yield from lines
-    yield from (f"{out / 'weights.bin'}: {(out / 'weights.bin').stat().st_size / 1e6:.1f} MB, shared by all tasks",)
+    run: Run,
+    out: Path,
+    *,
+    opset: int = 20,
+    size: tuple[int, int] | None = None,
+    data_root: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the package of a run to `out`, compare it with torch, and say a line per file and per task."""
+    export_package(run.model, out, info=run.info, opset=opset, size=size, progress=say)
+    for path in sorted(out.iterdir()):
+        say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    say("comparing with torch")
     for task, result in check_parity(run.model, out, parity_images(run, data_root)).items():
-        yield f"{task}: {result}"
+        unseen = sum(len(experts) for experts in result["experts_not_hit"].values())
+        say(
+            f"{task}: worst relative error {result['worst_relative_error']:.1e} ({result['worst_at']}) in "
+            f"{result['comparisons']} comparisons"
+            + (f"; {unseen} experts got no token and were not compared" if unseen else "")
+            + (f"; {result['near_tie_images']} images with near ties" if result["near_tie_images"] else "")
+        )
 
 
 def parity_images(run: Run, data_root: str | None) -> np.ndarray:

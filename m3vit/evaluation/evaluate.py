@@ -12,6 +12,7 @@ from m3vit.data.nyud import NYUD, Sample
 from m3vit.data.transforms import label_tensor, network_input
 from m3vit.evaluation.meters import make_meter
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.tasks import TASKS
 
 Predictor = Callable[[Sample], dict[str, Tensor]]  # a sample's logits {task: [1, C, h, w]}, at any resolution
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
@@ -85,7 +86,7 @@ class TrivialPredictor:
         constants = {
             "semseg": int(classes[:255].argmax()),
             "depth": float(depth[0] / max(depth[1], 1)),
-            "normals": [float(value) for value in normals / max(np.linalg.norm(normals), 1e-12)],
+            "normals": [float(value) for value in normals / max(float(np.linalg.norm(normals)), 1e-12)],
             "edge": float(edge[0] / max(edge[1], 1)),
         }
         return cls({task: constants[task] for task in split.tasks})
@@ -96,7 +97,7 @@ class TrivialPredictor:
         vectors = {}
         for task, constant in self.constants.items():
             if task == "semseg":
-                vectors[task] = F.one_hot(torch.tensor(constant), make_meter(task).num_classes).float()
+                vectors[task] = F.one_hot(torch.tensor(constant), TASKS[task].channels).float()
             elif task == "edge":
                 vectors[task] = torch.logit(torch.tensor([constant]), eps=1e-6)
             else:

@@ -27,9 +27,7 @@ def make_trunk(config: ModelConfig) -> VisionTransformer:
     try:
         trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(
-            f"timm cannot build {config.trunk} with model.trunk_args {config.trunk_args}: {error}"
-        ) from error
+        raise InputError(f"timm cannot build {config.trunk} as a ViT with {config.trunk_args}: {error}") from error
     if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.pos_embed, Tensor):
         raise InputError(
             f"model.trunk {config.trunk} is a {type(trunk).__name__}: give a VisionTransformer with a learned "
@@ -50,7 +48,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.trunk = make_trunk(config)
+        self.trunk: Any = make_trunk(config)  # Any: timm's attributes are not annotated
         self.dim = int(self.trunk.embed_dim)
         self.patch_size = int(self.trunk.patch_embed.patch_size[0])
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))

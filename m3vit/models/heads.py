@@ -28,5 +28,10 @@ class LinearHead(nn.Module):
 
     def assemble(self, outputs_BTC: Tensor, grid: tuple[int, int], size: tuple[int, int] | None) -> Tensor:
         """Lay the per-token outputs [B, T, C * s^2] out as an image, and resize it to `size` unless None."""
-        image = F.pixel_shuffle(outputs_BTC.transpose(1, 2).unflatten(2, grid), self.upscale)
-        return image if size is None else F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+        return assemble_tokens(outputs_BTC, grid, self.upscale, size)
+
+
+def assemble_tokens(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int, size: tuple[int, int] | None) -> Tensor:
+    """Lay per-token outputs [B, T, C * s^2], s = `upscale`, out as an image [B, C, *size] (unresized if None)."""
+    image = F.pixel_shuffle(outputs_BTC.transpose(1, 2).unflatten(2, grid), upscale)
+    return image if size is None else F.interpolate(image, size=size, mode="bilinear", align_corners=False)

@@ -6,12 +6,12 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from m3vit.tasks import TASKS  # noqa: E402
+from m3vit.tasks import TASKS
 
 plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "m3vit"})
 EXPERT_COLOURS = plt.get_cmap("tab20")  # distinct for up to 20 experts; repeats beyond

@@ -1,7 +1,7 @@
 """Configuration of a run: dataclasses, YAML recipes, dotted overrides. No torch."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,7 @@ def read_config(path: Path) -> Config:
     """Read a resolved configuration (a run folder's config.yaml)."""
     try:
         values = yaml.safe_load(path.read_text())
-        sections = {section.name: section.default_factory for section in fields(Config)}  # type: ignore[misc]
-        return Config(**{name: make(**values[name]) for name, make in sections.items()})
+        return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
     except FileNotFoundError:
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
     except (yaml.YAMLError, TypeError, KeyError) as error:

@@ -104,13 +104,14 @@ def step_losses(
 def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
     """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights."""
     settings = config.train
+    config.check()
+    train_split = open_split(config.data.layout, config.data.root, "train", config.model.tasks)
+    val_split = open_split(config.data.layout, config.data.root, "val", config.model.tasks)
     prepare_folder(config, out, resume)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     fabric = Fabric(accelerator=settings.accelerator, precision=settings.precision)  # type: ignore[arg-type]
     fabric.launch()
-    train_split = open_split(config.data.layout, config.data.root, "train", config.model.tasks)
-    val_split = open_split(config.data.layout, config.data.root, "val", config.model.tasks)
 
     model = build(config)
     optimizer = make_optimizer(settings, model)

@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from m3vit.errors import InputError
 from m3vit.export.onnx import package as package_module
 from m3vit.export.onnx.graph import export_task
-from m3vit.export.onnx.package import DECODE, export_package
+from m3vit.export.onnx.package import UNITS, export_package
 from m3vit.export.onnx.parity import LIMIT, _compare, _near_ties, _Record, check_parity
 from m3vit.export.runtime import DECODERS, Package
 from m3vit.models.config import ModelConfig
@@ -247,7 +247,7 @@ def test_manifest_describes_every_file(exported: Path) -> None:
         assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     semseg = manifest["tasks"]["semseg"]
     assert len(semseg["classes"]) == len(semseg["palette"]) == semseg["channels"] == 40
-    assert set(DECODE) == set(TASKS) and {kind for kind, _ in DECODE.values()} == set(DECODERS)
+    assert {task.decode for task in TASKS.values()} == set(DECODERS) == set(UNITS)
 
 
 def test_export_twice_gives_the_same_tensors(model: MultiTaskModel, exported: Path) -> None:

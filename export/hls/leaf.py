@@ -1,0 +1,342 @@
+"""The model as hls4ml sees it: leaf modules, one a hardware layer, and `lower`, which builds them from a model.
+
+Shapes: B images, T patch tokens, P prefix tokens (class, register), N = P + T, D embedding dimension, H expert hidden
+width, E experts, K experts per token, R tasks, C_r outputs per token of task r, C the most of them.
+
+What lowering folds away, exactly: image normalisation into the patch embedding, LayerScale into the Linear before it,
+log2(e) / sqrt(head width) into the queries and log2(e) into the routers (the kernels' exponentials are base 2), and the
+scale and bias of each head's LayerNorm into its Linear.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hls4ml.utils.torch import HLS4MLModule
+from timm.layers import LayerScale
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from m3vit.errors import InputError
+from m3vit.hw.csim import PIXEL_SCALE, tokenise
+from m3vit.models.moe import MoELayer
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.tasks import IMAGE_MEAN, IMAGE_STD
+
+LOG2_E = math.log2(math.e)
+MAX_TASK_CONSUMERS = 7  # hls4ml 1.3.0 cannot clone a stream more often (backends/fpga/passes/clone.py)
+
+
+class Leaf(HLS4MLModule):
+    """A module that hls4ml does not look into; `observed`, when set, collects the largest |value| of inner tensors."""
+
+    observed: dict[str, float] | None = None
+
+    def observe(self, name: str, value: Tensor) -> Tensor:
+        """Return `value`, after noting its largest magnitude if calibration is on."""
+        if self.observed is not None and value.numel():
+            self.observed[name] = max(self.observed.get(name, 0.0), float(value.abs().max()))
+        return value
+
+
+class VitLinear(Leaf):
+    """Linear on each token: weight [out, in], bias [out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+        self.bias = nn.Parameter(weight.new_zeros(weight.shape[0]) if bias is None else bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class VitLayerNorm(Leaf):
+    """LayerNorm over the channels of each token."""
+
+    def __init__(self, scale: Tensor, bias: Tensor, eps: float) -> None:
+        super().__init__()
+        self.scale, self.bias, self.eps = nn.Parameter(scale.clone()), nn.Parameter(bias.clone()), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.scale.shape, self.scale, self.bias, self.eps)
+
+
+class VitGelu(Leaf):
+    """Exact (erf) GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class VitPosition(Leaf):
+    """Put P constant tokens before the T patch tokens and add the position embedding: table [N, D], its first P rows
+    the prefix tokens with their positions."""
+
+    def __init__(self, table: Tensor, prefix: int) -> None:
+        super().__init__()
+        self.table, self.prefix = nn.Parameter(table.clone()), prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = self.table[: self.prefix].expand(x.shape[0], -1, -1)
+        return torch.cat([constant, x + self.table[self.prefix :]], dim=1)
+
+
+class VitAttention(Leaf):
+    """Self-attention on [q | k | v], with a base-2 softmax: q holds log2(e) / sqrt(head width) already."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        B, N, width = qkv.shape
+        q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = self.observe("score", q @ k.transpose(-2, -1))
+        context = torch.softmax(scores * math.log(2), dim=-1) @ v
+        return context.transpose(1, 2).reshape(B, N, width // 3)
+
+
+class VitMoE(Leaf):
+    """All experts of a layer and the routers of all tasks; `task` [B, 1] chooses the router of each image.
+
+    router_w [R, E, D] and router_b [R, E] give logits in base 2; w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D].
+    """
+
+    def __init__(self, layer: int, top_k: int, **weights: Tensor) -> None:
+        super().__init__()
+        self.layer, self.top_k = layer, top_k
+        for name, value in weights.items():
+            self.register_parameter(name, nn.Parameter(value.clone()))
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        logits = self.observe("logit", self._logits(x, task))
+        weights, experts = torch.softmax(logits * math.log(2), dim=-1).topk(self.top_k, dim=-1)
+        out = torch.zeros_like(x)
+        for expert in range(self.w1.shape[0]):
+            image, token, slot = (experts == expert).nonzero(as_tuple=True)
+            hidden = self.observe("hidden", F.linear(x[image, token], self.w1[expert], self.b1[expert]))
+            y = self.observe("expert", F.linear(F.gelu(hidden), self.w2[expert], self.b2[expert]))
+            out[image, token] += y * weights[image, token, slot, None]
+        return out
+
+    def _logits(self, x: Tensor, task: Tensor) -> Tensor:
+        rows = task[:, 0].long()
+        return torch.einsum("bnd,bed->bne", x, self.router_w[rows]) + self.router_b[rows, None]
+
+
+class VitTaskHead(Leaf):
+    """LayerNorm without affine part, then the Linear of the task: weight [sum C_r, D], bias [sum C_r], task after task.
+
+    Drops the prefix tokens; outputs [B, T, C], zero beyond the C_r of the image's task.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, widths: Sequence[int], prefix: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.widths, self.prefix, self.eps = tuple(widths), prefix, eps
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        normed = F.layer_norm(x[:, self.prefix :], x.shape[-1:], eps=self.eps)
+        out = x.new_zeros(*normed.shape[:2], max(self.widths))
+        for image, row in enumerate(task[:, 0].long().tolist()):
+            first, width = sum(self.widths[:row]), self.widths[row]
+            rows = slice(first, first + width)
+            out[image, :, :width] = F.linear(normed[image], self.weight[rows], self.bias[rows])
+        return out
+
+
+class LoweredBlock(nn.Module):
+    """One transformer block, dense or with experts."""
+
+    def __init__(self, is_moe: bool, **layers: nn.Module) -> None:
+        super().__init__()
+        self.is_moe = is_moe
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        x = x + self.proj(self.attn(self.qkv(self.norm1(x))))
+        y = self.norm2(x)
+        return x + (self.moe(y, task) if self.is_moe else self.fc2(self.gelu(self.fc1(y))))
+
+
+class LoweredModel(nn.Module):
+    """The whole accelerator in float: tokens [B, T, 3 p^2] of pixel / 256 and task ids [B, 1] -> outputs [B, T, C]."""
+
+    def __init__(self, tasks: Sequence[str], grid: tuple[int, int], patch: int, **layers: nn.Module) -> None:
+        super().__init__()
+        self.tasks, self.grid, self.patch = list(tasks), grid, patch
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, tokens: Tensor, task: Tensor) -> Tensor:
+        x = self.position(self.embed(tokens))
+        if hasattr(self, "norm_pre"):
+            x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x, task)
+        return self.head(x, task)
+
+
+def _refuse(what: str) -> InputError:
+    return InputError(f"cannot export to HLS: {what}; use a plain ViT block (LayerNorm, attention with bias, GELU MLP)")
+
+
+def _norm(norm: nn.Module, where: str) -> VitLayerNorm:
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
+        raise _refuse(f"{where} is a {type(norm).__name__}")
+    bias = norm.bias if norm.bias is not None else torch.zeros_like(norm.weight)
+    return VitLayerNorm(norm.weight, bias, norm.eps)
+
+
+def _layer_scale(module: nn.Module, where: str) -> Tensor | float:
+    if isinstance(module, nn.Identity):
+        return 1.0
+    if isinstance(module, LayerScale):
+        return module.gamma
+    raise _refuse(f"{where} is a {type(module).__name__}")
+
+
+def _linear(linear: nn.Linear, scale: Tensor | float = 1.0) -> VitLinear:
+    rows = scale[:, None] if isinstance(scale, Tensor) else scale
+    return VitLinear(linear.weight * rows, None if linear.bias is None else linear.bias * scale)
+
+
+def _embedding(projection: nn.Conv2d) -> VitLinear:
+    """Fold (x / 255 - mean) / std into the patch embedding, whose input becomes x / 256."""
+    weight = projection.weight  # [D, 3, p, p]
+    mean, std = (weight.new_tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias
+    return VitLinear((weight * (PIXEL_SCALE / 255) / std).flatten(1), bias - (weight * (mean / std)).sum(dim=(1, 2, 3)))
+
+
+def _attention(attention: nn.Module, scale: Tensor | float, where: str) -> dict[str, nn.Module]:
+    parts = ("q_norm", "k_norm", "norm")
+    plain = type(attention) is Attention and all(
+        isinstance(getattr(attention, part, nn.Identity()), nn.Identity) for part in parts
+    )
+    if not plain or getattr(attention, "gate", None) is not None:
+        raise _refuse(f"{where} is not plain softmax attention without query or key norms")
+    queries = attention.qkv.weight.new_ones(attention.qkv.out_features)
+    queries[: queries.numel() // 3] = LOG2_E * attention.scale
+    return {
+        "qkv": _linear(attention.qkv, queries),
+        "attn": VitAttention(attention.num_heads),
+        "proj": _linear(attention.proj, scale),
+    }
+
+
+def _moe(moe: MoELayer, layer: int, num_tasks: int, scale: Tensor | float) -> VitMoE:
+    gates = [moe.router.gate(task_id) for task_id in range(num_tasks)]
+    bank = moe.experts
+    rows = scale[:, None] if isinstance(scale, Tensor) else scale
+    return VitMoE(
+        layer,
+        moe.router.top_k,
+        router_w=torch.stack([weight for weight, _ in gates]) * LOG2_E,
+        router_b=torch.stack([bias for _, bias in gates]) * LOG2_E,
+        w1=bank.w1,
+        b1=bank.b1,
+        w2=bank.w2 * rows,
+        b2=bank.b2 * scale,
+    )
+
+
+def _block(block: nn.Module, index: int, layer: int, num_tasks: int) -> LoweredBlock:
+    if type(block) is not Block:
+        raise _refuse(f"block {index} is a {type(block).__name__}")
+    scale2 = _layer_scale(block.ls2, f"LayerScale of block {index}")
+    layers: dict[str, nn.Module] = {
+        "norm1": _norm(block.norm1, f"norm1 of block {index}"),
+        **_attention(block.attn, _layer_scale(block.ls1, f"LayerScale of block {index}"), f"block {index}"),
+        "norm2": _norm(block.norm2, f"norm2 of block {index}"),
+    }
+    mlp = block.mlp
+    if isinstance(mlp, MoELayer):
+        return LoweredBlock(True, **layers, moe=_moe(mlp, layer, num_tasks, scale2))
+    activation, norm = getattr(mlp, "act", None), getattr(mlp, "norm", nn.Identity())
+    plain = isinstance(activation, nn.GELU) and activation.approximate == "none" and isinstance(norm, nn.Identity)
+    if not plain or not all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("fc1", "fc2")):
+        raise _refuse(f"the MLP of block {index} is a {type(mlp).__name__} with {type(activation).__name__}")
+    return LoweredBlock(False, **layers, fc1=_linear(mlp.fc1), gelu=VitGelu(), fc2=_linear(mlp.fc2, scale2))
+
+
+def _position(model: MultiTaskModel, grid: tuple[int, int]) -> VitPosition:
+    trunk = model.backbone.trunk
+    prefix_position, position = model.backbone.position_embedding(grid)
+    tokens = [token for token in (trunk.cls_token, trunk.reg_token) if token is not None]
+    if not tokens:
+        return VitPosition(position[0], 0)
+    prefix = torch.cat(tokens, dim=1)
+    prefix = prefix if prefix_position is None else prefix + prefix_position
+    return VitPosition(torch.cat([prefix, position], dim=1)[0], prefix.shape[1])
+
+
+def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
+    heads = [model.heads[task] for task in model.config.tasks]
+    weights = [head.linear.weight * head.norm.weight for head in heads]
+    biases = [head.linear.bias + head.linear.weight @ head.norm.bias for head in heads]
+    widths = [head.linear.out_features for head in heads]
+    return VitTaskHead(torch.cat(weights), torch.cat(biases), widths, prefix, heads[0].norm.eps)
+
+
+def _build(model: MultiTaskModel) -> LoweredModel:
+    backbone, trunk = model.backbone, model.backbone.trunk
+    num_tasks = len(model.config.tasks)
+    if len(backbone.moe_indices) + 1 > MAX_TASK_CONSUMERS:
+        raise InputError(
+            f"cannot export to HLS: the model has {len(backbone.moe_indices)} MoE layers, and hls4ml can send the task "
+            f"id to {MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most "
+            f"{MAX_TASK_CONSUMERS - 1} blocks"
+        )
+    height, width = model.config.image_size
+    grid = (height // backbone.patch_size, width // backbone.patch_size)
+    layers: dict[str, nn.Module] = {"embed": _embedding(trunk.patch_embed.proj), "position": _position(model, grid)}
+    if not isinstance(trunk.norm_pre, nn.Identity):
+        layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
+    layers["blocks"] = nn.ModuleList(
+        _block(block, index, sum(i < index for i in backbone.moe_indices), num_tasks)
+        for index, block in enumerate(trunk.blocks)
+    )
+    layers["head"] = _head(model, layers["position"].prefix)
+    return LoweredModel(model.config.tasks, grid, backbone.patch_size, **layers)
+
+
+@torch.no_grad()
+def reference_outputs(model: MultiTaskModel, images: Tensor, task: str) -> tuple[Tensor, list[Any]]:
+    """Return the per-token outputs [B, T, C_r] of a task for normalised images, and its routings, from the model."""
+    tokens, routings = model.backbone(images, (model.task_id(task),))
+    head = model.heads[task]
+    return head.linear(head.norm(tokens[0])), routings
+
+
+def normalise(images: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return images uint8 [n, H, W, 3] as the model takes them: [n, 3, H, W], (x / 255 - mean) / std."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(dtype) / 255
+    mean, std = (torch.tensor(values, dtype=dtype)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return (x - mean) / std
+
+
+@torch.no_grad()
+def lower(model: MultiTaskModel) -> LoweredModel:
+    """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
+
+    Raises InputError for a trunk or a number of MoE layers that cannot be exported.
+    """
+    # In float64, so that folding adds no rounding and the check below is about the structure alone.
+    exact = copy.deepcopy(model).double().eval().cpu()
+    lowered = _build(exact).eval()
+    height, width = model.config.image_size
+    images = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    tokens = torch.from_numpy(tokenise(images, lowered.patch)).double()
+    for task_id, task in enumerate(lowered.tasks):
+        expected, _ = reference_outputs(exact, normalise(images, torch.float64), task)
+        outputs = lowered(tokens, torch.full((1, 1), float(task_id), dtype=torch.float64))
+        error = float((outputs[..., : expected.shape[-1]] - expected).abs().max() / (expected.abs().max() + 1e-12))
+        assert error < 1e-5, f"lowering changed the outputs of {task} by {error:.1e}"
+    return lowered.float()

@@ -1,0 +1,214 @@
+"""`m3vit hw csim`: C-simulate a project on its stored images, all tasks, two ways, and compare with torch.
+
+Needs the project folder only: torch's outputs were stored at export. Neither hls4ml nor the run folder is used.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3vit.data.nyud import Sample
+from m3vit.data.transforms import label_tensor
+from m3vit.errors import InputError
+from m3vit.evaluation.meters import PROTOCOL, make_meter
+from m3vit.files import atomic_path, read_json, sha256_file, write_json
+from m3vit.hw import csim
+from m3vit.models.heads import assemble_tokens
+
+Progress = Callable[[int, int, str], None]
+CHUNK_IMAGES = 8  # simulated by one process; it then reads the weights again
+WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResult]]] = {
+    "bridge": (csim.build_bridge, csim.run_bridge),
+    "testbench": (csim.build_testbench, csim.run_testbench),
+}
+
+
+def verify_project(project: Path, samples: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Simulate the first `samples` stored images (default: all) and return the report, also written to csim.json.
+
+    Report: images, s_per_image {way: seconds, all tasks together}, bridge_vs_testbench (largest difference, relative to
+    the larger of 1 and the value; the test bench prints six digits, so up to 5e-6), and for each task: csim and
+    torch {metric: value} on the same images, worst_error and mean_error of the token outputs (absolute; *_relative:
+    over the standard deviation of torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's,
+    flipped_tokens of `tokens`, worst_error_unflipped, and
+    largest_flip_margin, the largest gap between torch's logits of rank K and K + 1 where a token's first flip happened.
+    Raises InputError if `project` is not a project, was changed since export, or has fewer samples.
+    """
+    manifest = csim.read_manifest(project)
+    check_files(project, manifest)
+    csim.find_compiler()
+    with np.load(project / "tb_data" / "samples.npz") as stored:
+        arrays = dict(stored)
+    available = len(arrays["images"])
+    if samples is not None and not 1 <= samples <= available:
+        raise InputError(f"samples {samples}: {project} holds {available} images")
+    n, tasks = samples or available, [task["name"] for task in manifest["tasks"]]
+    results = _simulate(project, arrays["images"][:n], manifest, progress)
+    bridge, bench = results["bridge"].outputs, results["testbench"].outputs
+    outputs = {task: bridge[:, i, :, : manifest["tasks"][i]["outputs"]] for i, task in enumerate(tasks)}
+    experts = [ids.reshape(n, len(tasks), *ids.shape[1:]) for ids in results["bridge"].expert_ids]
+    for one, other in zip(results["bridge"].expert_ids, results["testbench"].expert_ids, strict=True):
+        assert np.array_equal(one, other), "the bridge and the test bench routed tokens differently"
+    report = {
+        "protocol": PROTOCOL,
+        "images": n,
+        "s_per_image": {way: result.seconds / n for way, result in results.items()},
+        "bridge_vs_testbench": float((np.abs(bridge - bench) / np.maximum(1, np.abs(bridge))).max()),
+        "tasks": {
+            task: {
+                "csim": _score(task, outputs[task], arrays[f"label_{task}"], manifest),
+                "torch": _score(task, arrays[f"output_{task}"][:n], arrays[f"label_{task}"], manifest),
+                **_compare(task, outputs[task], [ids[:, i] for ids in experts], arrays, manifest["prefix_tokens"]),
+            }
+            for i, task in enumerate(tasks)
+        },
+    }
+    saved = {f"output_{task}": values for task, values in outputs.items()}
+    for layer, ids in enumerate(experts):
+        saved |= {f"experts_{task}_{layer}": ids[:, i].astype(np.int16) for i, task in enumerate(tasks)}
+    with atomic_path(project / "tb_data" / "csim_outputs.npz") as path:
+        np.savez_compressed(path, ids=arrays["ids"][:n], **saved)
+    write_json(project / "csim.json", report)
+    return report
+
+
+def check_files(project: Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError if a file of the project is missing or not as exported (by the sha256 in m3vit.json)."""
+    for name, digest in manifest["files"].items():
+        path = project / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing: export the project again")
+        if sha256_file(path) != digest:
+            raise InputError(f"{path} was changed since export (sha256 differs): export the project again")
+
+
+def _simulate(
+    project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None
+) -> dict[str, csim.SimulationResult]:
+    """Build and run both ways side by side; runs are (image, task), tasks fastest; outputs [n, R, T, n_out]."""
+    tasks, done, lock = len(manifest["tasks"]), 0, threading.Lock()
+    total = 2 * len(images)
+
+    def report(step: int, text: str) -> None:
+        nonlocal done
+        with lock:
+            done += step
+            if progress:
+                progress(done, total, text)
+
+    def simulate(way: str) -> csim.SimulationResult:
+        build, run = WAYS[way]
+        report(0, f"g++ builds {way}")
+        build(project)
+        parts = []
+        for start in range(0, len(images), CHUNK_IMAGES):
+            tokens = csim.tokenise(images[start : start + CHUNK_IMAGES], manifest["patch_size"])
+            ids = np.tile(np.arange(tasks), len(tokens))
+            parts.append(run(project, tokens.repeat(tasks, axis=0), ids))
+            report(len(tokens), "bridge and test bench")
+        outputs = np.concatenate([part.outputs for part in parts])
+        return csim.SimulationResult(
+            outputs.reshape(len(images), tasks, *outputs.shape[1:]),
+            [np.concatenate(layer) for layer in zip(*(part.expert_ids for part in parts), strict=True)],
+            sum(part.seconds for part in parts),
+        )
+
+    with ThreadPoolExecutor(len(WAYS)) as pool:
+        futures = {way: pool.submit(simulate, way) for way in WAYS}
+        return {way: future.result() for way, future in futures.items()}
+
+
+def logits_of(outputs: np.ndarray, manifest: dict[str, Any]) -> Tensor:
+    """Return logits [B, C, H, W] at the model's image size from token outputs [B, T, C_r]."""
+    (rows, columns), (height, width) = manifest["grid"], manifest["image_size"]
+    return assemble_tokens(torch.from_numpy(outputs), (rows, columns), manifest["upscale"], (height, width))
+
+
+def _score(task: str, outputs: np.ndarray, labels: np.ndarray, manifest: dict[str, Any]) -> dict[str, float]:
+    meter = make_meter(task)
+    for tokens, label in zip(outputs, labels, strict=False):  # labels are there for all stored images
+        logits = logits_of(tokens[None], manifest)
+        if logits.shape[-2:] != label.shape[:2]:
+            logits = F.interpolate(logits, size=label.shape[:2], mode="bilinear", align_corners=False)
+        meter.update(logits, label_tensor(task, label)[None])
+    return meter.compute()
+
+
+def _compare(
+    task: str, outputs: np.ndarray, experts: list[np.ndarray], arrays: dict[str, np.ndarray], prefix: int
+) -> dict[str, Any]:
+    """Return errors of outputs [n, T, C_r] and flips of expert ids [[n, N, K]] of one task against torch's."""
+    n, tokens = outputs.shape[:2]
+    reference = arrays[f"output_{task}"][:n]
+    error, scale = np.abs(outputs - reference), float(reference.std()) or 1.0
+    flipped, flips, margin, decisions = np.zeros((n, prefix + tokens), dtype=bool), 0, 0.0, 0
+    for layer, ids in enumerate(experts):
+        wanted = arrays[f"experts_{task}_{layer}"][:n]
+        differs = (np.sort(ids, axis=-1) != np.sort(wanted, axis=-1)).any(axis=-1)
+        flips, decisions = flips + int(differs.sum()), decisions + differs.size
+        first = differs & ~flipped  # later ones may follow from it, at any margin
+        if first.any():
+            margin = max(margin, float(arrays[f"margin_{task}_{layer}"][:n][first].max()))
+        flipped |= differs
+    flipped = flipped[:, prefix:]
+    return {
+        "worst_error": float(error.max()),
+        "worst_error_relative": float(error.max()) / scale,
+        "worst_error_unflipped": float(error[~flipped].max()) if not flipped.all() else None,
+        "mean_error": float(error.mean()),
+        "mean_error_relative": float(error.mean()) / scale,
+        "tokens": int(flipped.size),
+        "flipped_tokens": int(flipped.sum()),
+        "decisions": int(decisions),
+        "flips": flips,
+        "largest_flip_margin": margin,
+    }
+
+
+@dataclass
+class SimulatedOutputs:
+    """A project's simulated token outputs, {task: [n, T, C_r]}, of the images `ids`."""
+
+    ids: list[str]
+    outputs: dict[str, np.ndarray]
+    manifest: dict[str, Any]
+    report: dict[str, Any]
+
+    @classmethod
+    def load(cls, project: Path) -> "SimulatedOutputs":
+        """Read what verify_project wrote, or raise InputError."""
+        manifest = csim.read_manifest(project)
+        hint = f"simulate it: m3vit hw csim {project}"
+        report, path = read_json(project / "csim.json", hint), project / "tb_data" / "csim_outputs.npz"
+        if not path.is_file():
+            raise InputError(f"{path} not found: {hint}")
+        with np.load(path) as stored:
+            outputs = {task["name"]: stored[f"output_{task['name']}"] for task in manifest["tasks"]}
+            return cls([str(name) for name in stored["ids"]], outputs, manifest, report)
+
+    def predict(self, sample: Sample) -> dict[str, Tensor]:
+        """Return the simulated logits {task: [1, C, H, W]} of a sample, at the model's image size."""
+        if sample.id not in self.ids:
+            raise InputError(f"sample {sample.id} was not simulated: export and simulate the HLS project again")
+        row = self.ids.index(sample.id)
+        return {task: logits_of(values[row : row + 1], self.manifest) for task, values in self.outputs.items()}
+
+    @property
+    def summary(self) -> str:
+        """One sentence about the simulation, for people."""
+        tasks = self.report["tasks"].values()
+        flips, decisions = (sum(task[key] for task in tasks) for key in ("flips", "decisions"))
+        worst = max(task["worst_error_relative"] for task in tasks)
+        return (
+            f"C-simulation (hls4ml {self.manifest['hls4ml']}, g++, not synthesised) of {self.report['images']} images: "
+            f"bridge and test bench agree to {self.report['bridge_vs_testbench']:.0e}; against torch, {flips} of "
+            f"{decisions} routing decisions differ and the worst output is off by {worst:.2g} standard deviations."
+        )

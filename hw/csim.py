@@ -1,0 +1,185 @@
+"""C-simulation of an emitted HLS project with a plain C++ compiler: no torch, no hls4ml, no vendor tool.
+
+Two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user without Python would, and the
+bridge library of hls4ml's compile() / predict(), built by the project's own build_lib.sh. hls4ml itself can take up a
+project from disk (hls4ml.converters.link_existing_project), but importing it takes seconds and a training environment;
+what it does is two steps, done here likewise: run build_lib.sh, call `m3vit_float` by ctypes.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3vit.errors import InputError
+from m3vit.files import read_json
+
+NAME = "m3vit"  # of the hls4ml project
+MANIFEST = "m3vit.json"
+TESTBENCH = "csim.exe"
+FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
+PIXEL_SCALE = 256  # the accelerator's input is pixel / 256, exact in ap_ufixed<8, 0>
+PIXELS = np.array([repr(value / PIXEL_SCALE) for value in range(256)])  # as text, exactly
+
+
+class SimulationResult(NamedTuple):
+    """What a C-simulation of n runs returned.
+
+    outputs: [n, T, n_out] float32, zero beyond the width of the run's task.
+    expert_ids: for each MoE layer [n, N, K] int64, best first; N counts prefix tokens too.
+    seconds: wall-clock time of the simulation, without building and file conversion.
+    """
+
+    outputs: np.ndarray
+    expert_ids: list[np.ndarray]
+    seconds: float
+
+
+def read_manifest(project: Path) -> dict[str, Any]:
+    """Return the project's m3vit.json, or raise InputError if `project` is not a project of ours."""
+    return read_json(project / MANIFEST, "give a folder written by `m3vit export hls`")
+
+
+def tokenise(images: np.ndarray, patch: int) -> np.ndarray:
+    """Cut images uint8 [n, H, W, 3] into tokens float32 [n, T, 3 p^2] of pixel / 256, in the order (colour, y, x)."""
+    n, height, width, _ = images.shape
+    grid = images.reshape(n, height // patch, patch, width // patch, patch, 3).transpose(0, 1, 3, 5, 2, 4)
+    return np.ascontiguousarray(grid.reshape(n, -1, 3 * patch * patch), dtype=np.float32) / PIXEL_SCALE
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler: the environment's CXX, else g++. Raises InputError if there is none."""
+    wanted = os.environ.get("CXX") or "g++"
+    path = shutil.which(wanted)
+    if path is None:
+        if wanted != "g++":
+            raise InputError(f"CXX is {wanted!r}, which is not a program: set it to a C++ compiler or unset it")
+        raise InputError("no g++ found: install it (apt-get install g++) or set CXX to a C++ compiler")
+    return path
+
+
+def _call(command: list[str], folder: Path, what: str, env: dict[str, str] | None = None) -> None:
+    """Run a command quietly, or raise RuntimeError with the end of what it printed."""
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode != 0:
+        errors = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        raise RuntimeError(f"{what} failed (exit code {done.returncode}): " + " | ".join(errors[-5:]))
+
+
+def build_testbench(project: Path) -> Path:
+    """Build the stand-alone test bench with one compiler call and return its path (about 20 s)."""
+    sources = [f"firmware/{NAME}.cpp", f"{NAME}_test.cpp"]
+    defines = ["-Ifirmware/ap_types", '-DWEIGHTS_DIR="firmware/weights"']
+    _call([find_compiler(), *FLAGS, *defines, *sources, "-o", TESTBENCH], project, "building the test bench")
+    return project / TESTBENCH
+
+
+def build_bridge(project: Path) -> Path:
+    """Build the bridge library by the project's build_lib.sh, as hls4ml's compile() does, and return its path."""
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        # build_lib.sh says g++: give it our compiler under that name.
+        (Path(folder) / "g++").symlink_to(compiler)
+        env = {**os.environ, "PATH": folder + os.pathsep + os.environ.get("PATH", "")}
+        _call(["bash", "./build_lib.sh"], project, "building the bridge library", env)
+    return max((project / "firmware").glob(f"{NAME}-*.so"), key=lambda path: path.stat().st_mtime)
+
+
+@contextmanager
+def _workplace() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield a scratch folder and an environment that makes the kernels log their routing into it."""
+    with tempfile.TemporaryDirectory(prefix="m3vit-csim-") as name:
+        folder = Path(name)
+        yield folder, {**os.environ, "M3VIT_ROUTING_LOG": str(folder / "routing.log")}
+
+
+def _read_routing(folder: Path, manifest: dict[str, Any], runs: int) -> list[np.ndarray]:
+    """Return the expert ids [runs, N, K] of each MoE layer from a routing log (lines `layer expert expert ...`)."""
+    lines: list[list[np.ndarray]] = [[] for _ in manifest["moe_layers"]]
+    path = folder / "routing.log"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        layer, *experts = line.split()
+        lines[int(layer)].append(np.array(experts, dtype=np.int64))
+    if any(len(layer) != runs for layer in lines):
+        raise RuntimeError(f"the routing log holds {[len(layer) for layer in lines]} runs a layer instead of {runs}")
+    return [
+        np.stack(layer).reshape(runs, -1, info["top_k"]) if runs else np.zeros((0, 0, info["top_k"]), np.int64)
+        for layer, info in zip(lines, manifest["moe_layers"], strict=True)
+    ]
+
+
+def _check(tokens: np.ndarray, task_ids: np.ndarray, manifest: dict[str, Any]) -> None:
+    expected = (manifest["tokens"], manifest["token_width"])
+    if tokens.ndim != 3 or tokens.shape[1:] != expected or task_ids.shape != tokens.shape[:1]:
+        raise InputError(
+            f"tokens {tokens.shape} and task ids {task_ids.shape}: give [n, {expected[0]}, {expected[1]}] and [n]"
+        )
+    if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < len(manifest["tasks"]):
+        raise InputError(
+            f"task ids {sorted(set(task_ids.tolist()))}: this project has 0 to {len(manifest['tasks']) - 1}"
+        )
+
+
+def _pixels(tokens: np.ndarray) -> np.ndarray:
+    pixels = np.rint(tokens * PIXEL_SCALE).astype(np.int64)
+    if not np.array_equal(pixels.astype(np.float32) / PIXEL_SCALE, tokens) or pixels.min() < 0 or pixels.max() > 255:
+        raise InputError(
+            "tokens hold values other than pixel / 256 with pixel 0 to 255: that is the accelerator's input"
+        )
+    return pixels
+
+
+def write_input_lines(path: Path, tokens: np.ndarray, task_ids: np.ndarray) -> None:
+    """Write the test bench's input: a line a run, the tokens [T, P] flattened (pixel / 256), then the task id."""
+    with open(path, "w") as file:
+        for pixels, task_id in zip(_pixels(tokens), task_ids, strict=True):
+            file.write(" ".join(PIXELS[pixels.ravel()]) + f" {int(task_id)}\n")
+
+
+def run_testbench(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> SimulationResult:
+    """Simulate tokens [n, T, P] float32 (pixel / 256) with task ids [n] through the test bench built before.
+
+    Outputs come from its text log, so they carry six significant digits.
+    """
+    manifest = read_manifest(project)
+    task_ids = np.asarray(task_ids)
+    _check(tokens, task_ids, manifest)
+    with _workplace() as (folder, env):
+        (folder / "firmware").symlink_to((project / "firmware").resolve())
+        data = folder / "tb_data"
+        data.mkdir()
+        write_input_lines(data / "tb_input_features.dat", tokens, task_ids)
+        (data / "tb_output_predictions.dat").write_text("0\n" * len(tokens))  # it insists on a line a run
+        start = time.perf_counter()
+        _call([str((project / TESTBENCH).resolve())], folder, "the test bench", env)
+        seconds = time.perf_counter() - start
+        text = (data / "csim_results.log").read_text()
+        outputs = np.fromstring(text, dtype=np.float32, sep=" ").reshape(len(tokens), manifest["tokens"], -1)
+        return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
+
+
+def run_bridge(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> SimulationResult:
+    """Simulate tokens [n, T, P] float32 (pixel / 256) with task ids [n] through the bridge library built before."""
+    manifest = read_manifest(project)
+    task_ids = np.asarray(task_ids)
+    _check(tokens, task_ids, manifest)
+    _pixels(tokens)
+    library = max((project / "firmware").glob(f"{NAME}-*.so"), key=lambda path: path.stat().st_mtime)
+    with _workplace() as (folder, env):
+        np.save(folder / "tokens.npy", np.ascontiguousarray(tokens, dtype=np.float32))
+        np.save(folder / "tasks.npy", task_ids.astype(np.float32))
+        size = manifest["tokens"] * manifest["outputs"]
+        command = [sys.executable, "-m", "m3vit.hw.bridge", str(library.resolve()), str(folder), str(size)]
+        start = time.perf_counter()
+        _call(command, folder, "the bridge library", env)
+        seconds = time.perf_counter() - start
+        outputs = np.load(folder / "outputs.npy").reshape(len(tokens), manifest["tokens"], manifest["outputs"])
+        return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)

@@ -1,0 +1,253 @@
+"""`m3vit report`: one self-contained HTML page, and the same numbers as JSON beside it.
+
+Every column of the metric table is scored here, on the same images: those the C-simulation ran on, or the whole
+val split if there is none.
+"""
+
+import base64
+import io
+import platform
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from m3vit import __version__
+from m3vit.data.loading import open_split
+from m3vit.data.nyud import NYUD, Sample
+from m3vit.data.transforms import network_input
+from m3vit.errors import InputError
+from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
+from m3vit.evaluation.meters import PROTOCOL
+from m3vit.export.hls.verify import SimulatedOutputs
+from m3vit.export.runtime import Package, decode, paint
+from m3vit.files import atomic_path, read_json, write_json
+from m3vit.models.router import expert_load
+from m3vit.report import charts
+from m3vit.tasks import IGNORE, NYUD_CLASSES, TASKS, palette
+from m3vit.training.checkpoint import Run, read_metrics
+
+Progress = Callable[[int, int, str], None]
+
+
+def write_report(
+    run: Run, onnx: Path, hls: Path, out: Path, num_images: int, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the page `out` and `out` with suffix .json; return the latter's content.
+
+    A missing ONNX package or simulation leaves its column out and is said on the page; a damaged one is an error.
+    """
+    evaluated = read_json(run.folder / "eval.json", f"evaluate the run first: m3vit eval {run.folder}")
+    tasks = run.config.model.tasks
+    split = open_split(run.config.data.layout, evaluated["data"], "val", tasks)
+    predictors: dict[str, Predictor] = {
+        "trivial": TrivialPredictor(evaluated["trivial"]),
+        "torch": torch_predictor(run.model),
+    }
+    notes = []
+    indices = list(range(len(split)))
+    if (onnx / "manifest.json").exists():
+        predictors["onnx"] = onnx_predictor(Package.load(onnx), run)
+    else:
+        notes.append(f"No ONNX package at {onnx}: made with m3vit export onnx.")
+    simulated = None
+    if (hls / "csim.json").exists():
+        simulated = SimulatedOutputs.load(hls)
+        indices = sample_indices(split, simulated)
+        predictors["csim"] = simulated.predict
+        notes.append(simulated.summary)
+    else:
+        notes.append(f"No C-simulation at {hls}: made with m3vit export hls and m3vit hw csim.")
+
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for name, predictor in predictors.items():
+        step = (lambda done, total, name=name: progress(done, total, f"scoring {name}")) if progress else None
+        scores[name] = evaluate(split, predictor, tasks, indices, step)
+    report = {
+        "protocol": PROTOCOL,
+        "images": len(indices),
+        "commit": run.info["commit"],
+        "tasks": {
+            task: {
+                "metric": TASKS[task].metric,
+                "unit": TASKS[task].unit,
+                "higher_is_better": TASKS[task].higher_is_better,
+                **{name: values[task][TASKS[task].metric] for name, values in scores.items()},
+            }
+            for task in tasks
+        },
+        "all_metrics": scores,
+        "notes": notes,
+    }
+    shown = [indices[i] for i in np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(int)]
+    page = render(run, split, predictors, indices, shown, report)
+    with atomic_path(out) as path:
+        path.write_text(page)
+    write_json(out.with_suffix(".json"), report)
+    return report
+
+
+def sample_indices(split: NYUD, simulated: SimulatedOutputs) -> list[int]:
+    """Return the places in the split of the simulated images, or raise InputError if they are not from it."""
+    missing = [name for name in simulated.ids if name not in split.ids]
+    if missing:
+        raise InputError(
+            f"the HLS project was simulated on images that {split.root} does not have, such as {missing[0]}"
+        )
+    return [split.ids.index(name) for name in simulated.ids]
+
+
+def onnx_predictor(package: Package, run: Run) -> Predictor:
+    """Return an ONNX package as a predictor, fed as torch is: resized to the model's size."""
+    missing = set(run.config.model.tasks) - set(package.tasks)
+    if missing:
+        raise InputError(
+            f"{package.folder} has no {', '.join(sorted(missing))}: export the package from this run again"
+        )
+    height, width = run.config.model.image_size
+
+    def predict(sample: Sample) -> dict[str, Tensor]:
+        images = network_input(sample.image, (height, width))[None].numpy()
+        return {task: torch.from_numpy(package.logits(images, task)) for task in package.tasks}
+
+    return predict
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def data_url(picture: NDArray[np.uint8], enlarge: int = 1) -> str:
+    """Return a picture [H, W, 3] as a PNG data URL, each pixel `enlarge` times as large."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def picture(task: str, array: NDArray[Any], depth_range: tuple[float, float]) -> str:
+    """Draw a prediction or label with the runtime's colours; depths of one image share one range (metres)."""
+    return data_url(paint(array, TASKS[task].decode, palette(len(NYUD_CLASSES)), depth_range))
+
+
+def example(
+    sample: Sample, predictors: dict[str, Predictor], columns: Sequence[str], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Draw one image: a row for each task, a column for the input, the truth and each predictor."""
+    logits = {name: predictors[name](sample) for name in columns if name in predictors}
+    depth = sample.labels.get("depth", np.zeros(1))
+    valid = depth[depth > 0]
+    depth_range = (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
+    rows = []
+    for task in tasks:
+        truth = sample.labels[task]
+        pictures = [data_url(sample.image), picture(task, truth, depth_range)]
+        for name in columns[2:]:
+            if name not in logits:
+                pictures.append("")
+                continue
+            value = logits[name][task]
+            if value.shape[-2:] != truth.shape[:2]:
+                value = torch.nn.functional.interpolate(value, size=truth.shape[:2], mode="bilinear")
+            pictures.append(picture(task, decode(value.numpy(), TASKS[task].decode)[0], depth_range))
+        rows.append({"task": task, "pictures": pictures})
+    return {"id": sample.id, "input": data_url(sample.image), "rows": rows}
+
+
+@torch.inference_mode()
+def routing_of(run: Run, sample: Sample) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each expert's count of choices [layers, tasks, E] and each patch's first expert [layers, tasks, h, w]."""
+    size = (run.config.model.image_size[0], run.config.model.image_size[1])
+    images = network_input(sample.image, size)[None]
+    grid = run.model.backbone.grid(images)
+    loads, firsts = [], []
+    for routing in run.model(images).routings:
+        loads.append(expert_load(routing.expert_ids_RNK, run.config.model.num_experts).numpy())
+        patches = routing.expert_ids_RNK[:, -grid[0] * grid[1] :, 0]  # without prefix tokens
+        firsts.append(patches.reshape(-1, *grid).numpy())
+    return np.stack(loads), np.stack(firsts)
+
+
+def expert_map(experts: NDArray[np.int64]) -> str:
+    """Draw which expert each patch [h, w] went to."""
+    colours = np.array([charts.expert_colour(expert) for expert in range(int(experts.max()) + 1)], np.uint8)
+    return data_url(colours[experts], enlarge=8)
+
+
+def swatch(name: str, colour: Sequence[int]) -> tuple[str, str, str]:
+    """Return (name, CSS colour, CSS colour of readable text on it)."""
+    red, green, blue = colour
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+    return name, f"rgb({red},{green},{blue})", ink
+
+
+def render(
+    run: Run,
+    split: NYUD,
+    predictors: dict[str, Predictor],
+    indices: list[int],
+    shown: list[int],
+    report: dict[str, Any],
+) -> str:
+    """Return the page's HTML."""
+    tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
+    columns = ["input", "ground truth", "torch", "ONNX", "C-sim"]
+    named = {"torch": "torch", "ONNX": "onnx", "C-sim": "csim"}
+    by_column = {column: predictors[name] for column, name in named.items() if name in predictors}
+    examples, seen = [], set()
+    total_load = None
+    for index in indices if layers else shown:
+        sample = split.load(index)
+        if layers:
+            load, firsts = routing_of(run, sample)
+            total_load = load if total_load is None else total_load + load
+        if index in shown:
+            drawn = example(sample, by_column, columns, tasks)
+            drawn["routes"] = (
+                [
+                    {"block": block, "pictures": [expert_map(grid) for grid in per_task]}
+                    for block, per_task in zip(layers, firsts, strict=True)
+                ]
+                if layers
+                else []
+            )
+            examples.append(drawn)
+            if "semseg" in sample.labels:
+                seen |= set(np.unique(sample.labels["semseg"])) - {IGNORE}
+    score_columns = ["trivial", "torch", "onnx", "csim"]
+    rows = []
+    for task, values in report["tasks"].items():
+        arrow = "↑" if values["higher_is_better"] else "↓"
+        cells = [f"{values[name]:.3f}" if name in values else "-" for name in score_columns]
+        rows.append({"task": task, "metric": f"{values['metric']} ({values['unit']}) {arrow}", "cells": cells})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("m3vit.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    colours = palette(len(NYUD_CLASSES))
+    return environment.get_template("page.html.j2").render(
+        run=run.folder.name,
+        version=__version__,
+        commit=report["commit"],
+        parameters=f"{sum(p.numel() for p in run.model.parameters()):,}",
+        epochs=run.info["epochs_trained"],
+        date=date.today().isoformat(),
+        machine=f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
+        tasks=tasks,
+        protocol=report["protocol"],
+        images=report["images"],
+        notes=report["notes"],
+        score_columns=score_columns,
+        scores=rows,
+        columns=columns,
+        examples=examples,
+        classes=[swatch(NYUD_CLASSES[i], colours[i]) for i in sorted(int(value) for value in seen)],
+        curves=charts.loss_curves(read_metrics(run.folder), tasks),
+        usage=charts.expert_usage(total_load.astype(float), layers, tasks) if total_load is not None else "",
+        experts=[swatch(f"expert {e}", charts.expert_colour(e)) for e in range(run.config.model.num_experts)],
+        top_k=run.config.model.top_k,
+    )

@@ -1,0 +1,110 @@
+"""Refuse to test code that is not this checkout's; fixtures shared by all folders."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"m3vit": "m3vit", "m3vit.export": "export", "m3vit.hw": "hw", "m3vit.data": "data"}
+
+
+def pytest_sessionstart() -> None:
+    """Stop if another checkout's packages would be tested, as happens when an old environment is activated."""
+    if os.environ.get("M3VIT_TEST_INSTALLED"):  # a built wheel, on purpose
+        return
+    for package, folder in FOLDERS.items():
+        try:
+            spec = find_spec(package)
+        except ModuleNotFoundError:
+            spec = None
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != ROOT / folder:
+            pytest.exit(f"{package} is {found}, not {ROOT / folder}. Run: pip install -e '.[test]'", returncode=4)
+
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run the command line as a user does: in a process of its own."""
+
+    def run(*words: object, timeout: float = 300, **kwargs: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "m3vit.cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)  # type: ignore[call-overload]
+
+    return run
+
+
+def write_scene(root: Path, name: str, rng: np.random.Generator, size: tuple[int, int]) -> None:
+    """Write one sample in the NYUD_MT layout: a wall and a floor that meet at a random row."""
+    height, width = size
+    row = int(rng.integers(height // 4, 3 * height // 4))
+    rows = np.arange(height)[:, None].repeat(width, 1)
+    floor = rows >= row
+    image = np.where(floor[..., None], [120, 90, 60], [200, 210, 220]) + rng.integers(-20, 20, (height, width, 3))
+    normals = np.where(floor[..., None], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]).astype(np.float32)
+    depth = np.where(floor, 4.0 - 2.0 * (rows - row) / height, 4.0).astype(np.float32)
+    edge = (rows == row).astype(np.float32)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{name}.jpg", quality=95)
+    Image.fromarray(np.where(floor, 2, 1).astype(np.uint8)).save(root / "segmentation" / f"{name}.png")
+    np.save(root / "normals" / f"{name}.npy", normals)
+    np.save(root / "depth" / f"{name}.npy", depth)
+    np.save(root / "edge" / f"{name}.npy", edge)
+
+
+@pytest.fixture(scope="session")
+def make_data() -> Callable[..., Path]:
+    """Return a function that writes a tiny data set in the NYUD_MT layout."""
+
+    def make(root: Path, train: int = 10, val: int = 3, size: tuple[int, int] = (32, 48)) -> Path:
+        rng = np.random.default_rng(0)
+        for folder in ("images", "segmentation", "normals", "depth", "edge", "gt_sets"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        names = [f"{index:04d}" for index in range(train + val)]
+        for name in names:
+            write_scene(root, name, rng, size)
+        (root / "gt_sets" / "train.txt").write_text("\n".join(names[:train]) + "\n")
+        (root / "gt_sets" / "val.txt").write_text("\n".join(names[train:]) + "\n")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(make_data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set, read only."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+# Overrides that turn the recipe synthetic-tiny into a model of seconds.
+TINY = [
+    "--model.image_size=[32,48]",
+    "--model.trunk_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, mlp_ratio: 2, class_token: false, "
+    "global_pool: ''}",
+    "--model.num_experts=4",
+    "--train.batch_size=4",
+    "--train.threads=1",
+    "--train.eval_epochs=0",
+    "--train.log_steps=1",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, trained for two epochs and evaluated; read only."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    for words in (
+        ("train", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=2", "--out", run),
+        ("eval", run),
+    ):
+        result = cli(*words)
+        assert result.returncode == 0, result.stderr
+    return run

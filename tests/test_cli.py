@@ -1,0 +1,131 @@
+"""The command line as a user meets it: help at once, one clear line and exit code 2 for a mistake."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m3vit.cli import COMMANDS
+from tests.conftest import TINY
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+
+def refused(result: subprocess.CompletedProcess, *patterns: str) -> None:
+    """The command failed as for a user's mistake: exit code 2, and its last line says what is wrong."""
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1, result.stderr
+    for pattern in patterns:
+        assert re.search(pattern, errors[0]), errors[0]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_complete_and_needs_no_torch(command: str) -> None:
+    program = "import sys; sys.modules['torch'] = None; from m3vit.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", program, *command.split(), "--help"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    if command:
+        assert COMMANDS[command][0].split(".")[0].split()[0] in result.stdout
+    else:
+        assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_training_help_explains_every_key(cli: Cli) -> None:
+    text = " ".join(cli("train", "synthetic-tiny", "--help").stdout.split())
+    for key, words in (
+        ("--train.lr", "peak learning rate"),
+        ("--model.top_k", "experts per token"),
+        ("--data.root", "gt_sets"),
+    ):
+        assert key in text and words in text
+    assert "default: 0.003" in text, "the recipe's values are shown"
+
+
+def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    root, out = f"--data.root={tiny_data}", tmp_path / "run"
+    refused(cli("fly"), "unknown command 'fly'", "data synth")
+    refused(cli("train", "synthetic-huge", "--out", out), "unknown recipe 'synthetic-huge'", "synthetic-tiny")
+    refused(cli("train", "--out", out), "give a recipe first", "synthetic-tiny")
+    refused(cli("train", "synthetic-tiny", root, "--train.epocs=1", "--out", out), "train.epocs")
+    refused(cli("train", "synthetic-tiny", root, "--train.epochs=many", "--out", out), "train.epochs", "many")
+    refused(cli("train", "synthetic-tiny", root, "--model.tasks=[flow]", "--out", out), "unknown task flow", "semseg")
+    config = tmp_path / "c.yaml"
+    config.write_text("train: {epocs: 3}\n")
+    refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")
+    assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_missing_or_damaged_data(cli: Cli, make_data: Callable[..., Path], tmp_path: Path) -> None:
+    words = ["train", "synthetic-tiny", *TINY, "--train.epochs=1", "--out"]
+    refused(cli(*words, tmp_path / "a"), "no data root", "--data.root")
+    refused(cli(*words, tmp_path / "a", "--data.root", tmp_path / "none"), "data root .*none not found")
+    root = make_data(tmp_path / "data", train=4, val=1)
+    (root / "depth" / "0001.npy").unlink()
+    refused(cli(*words, tmp_path / "b", "--data.root", root), r"depth/0001\.npy not found")
+    (root / "depth" / "0001.npy").write_bytes(b"broken")
+    refused(cli(*words, tmp_path / "b", "--data.root", root, "--resume"), r"depth/0001\.npy cannot be read")
+
+
+def test_run_folders_that_are_not_whole(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    refused(cli("eval", tmp_path), "not a run folder")
+    broken = tmp_path / "run"
+    shutil.copytree(tiny_run, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(cli("eval", broken), "model.safetensors cannot be loaded")
+    weights.unlink()
+    for words in (
+        ("eval", broken),
+        ("export", "onnx", broken, "--out", tmp_path / "o"),
+        ("export", "hls", broken, "--out", tmp_path / "h"),
+    ):
+        refused(cli(*words), "no weights", "train it first")
+
+
+def test_init_writes_a_run_folder_that_evaluates(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", run).returncode == 0
+    assert json.loads((run / "model.json").read_text())["epochs_trained"] == 0
+    assert cli("eval", run).returncode == 0
+
+
+def test_trained_run_folder_holds_what_design_says(tiny_run: Path) -> None:
+    names = {path.name for path in tiny_run.iterdir()}
+    assert {
+        "config.yaml",
+        "model.safetensors",
+        "model.json",
+        "last",
+        "metrics.jsonl",
+        "eval.json",
+        "tensorboard",
+    } <= names
+    info = json.loads((tiny_run / "model.json").read_text())
+    assert info["tasks"] == ["semseg", "depth", "normals", "edge"]
+    assert info["architecture"]["num_experts"] == 4
+    assert len(info["classes"]["semseg"]) == 40
+    scores = json.loads((tiny_run / "eval.json").read_text())
+    assert scores["protocol"].startswith("m3vit-pixel-1")
+    assert scores["tasks"]["depth"].keys() == {"trivial", "torch"}
+    lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert list((tiny_run / "tensorboard").glob("events*"))
+
+
+def test_config_file_and_dotted_keys_override_the_recipe_in_that_order(
+    cli: Cli, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("train: {lr: 0.5, epochs: 7}\n")
+    words = ["init", "synthetic-tiny", "--config", config, *TINY, f"--data.root={tiny_data}", "--train.epochs=9"]
+    assert cli(*words, "--out", tmp_path / "run").returncode == 0
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert "lr: 0.5" in text and "epochs: 9" in text and "optimizer: adamw" in text

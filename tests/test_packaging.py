@@ -1,0 +1,59 @@
+"""The wheel: complete, and enough to predict with in an environment that has no torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PREFIX = {"m3vit": "m3vit", "export": "m3vit/export", "hw": "m3vit/hw", "data": "m3vit/data"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # From a copy of the tracked files: a left-over build/ in the checkout would make setuptools ship deleted files.
+    for name in tracked():
+        target = folder / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(folder / "source")]
+    subprocess.run(command, check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def tracked() -> list[str]:
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [name for name in listing.split("\n") if name and (ROOT / name).exists()]
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_tracked_file(wheel: Path) -> None:
+    shipped = set(zipfile.ZipFile(wheel).namelist())
+    split = [name.split("/", 1) for name in tracked() if "/" in name]
+    expected = {f"{PREFIX[top]}/{rest}" for top, rest in split if top in PREFIX}
+    assert not expected - shipped, f"missing from the wheel: {sorted(expected - shipped)}"
+
+
+@pytest.mark.slow
+def test_predict_in_an_environment_without_torch(
+    wheel: Path, onnx_package: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", str(wheel)], check=True)
+    assert subprocess.run([python, "-c", "import torch"], capture_output=True).returncode != 0
+    image = next((tiny_data / "images").iterdir())
+    words = ["predict", onnx_package, "--task", "depth", image, "--raw", "--out", tmp_path / "out"]
+    result = subprocess.run([python, "-m", "m3vit.cli", *map(str, words)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".npy", ".png"]
+    refused = subprocess.run(
+        [python, "-m", "m3vit.cli", "eval", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert refused.returncode == 2 and "pip install 'm3vit[train]'" in refused.stderr

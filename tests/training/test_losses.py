@@ -1,0 +1,53 @@
+"""Losses against hand-worked numbers; ignored pixels have no say."""
+
+import math
+
+import pytest
+import torch
+
+from m3vit.tasks import IGNORE
+from m3vit.training.losses import balanced_bce, cross_entropy, l1, l1_unit, subsample, task_loss
+
+
+def test_cross_entropy_over_labelled_pixels() -> None:
+    logits = torch.tensor([[[[math.log(3), 0.0, 9.0]], [[0.0, 0.0, 0.0]]]])  # [1, 2, 1, 3]
+    label = torch.tensor([[[0, 1, IGNORE]]])
+    # -log(3/4) and -log(1/2)
+    assert cross_entropy(logits, label).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+
+
+def test_depth_l1_over_valid_pixels() -> None:
+    assert l1(torch.tensor([[[[1.0, 5.0, 7.0]]]]), torch.tensor([[[2.0, 2.0, 0.0]]])).item() == pytest.approx(2.0)
+
+
+def test_normals_l1_on_the_normalised_prediction() -> None:
+    predicted = torch.tensor([[0.0, 0, 3], [0, 4, 3], [1, 0, 0]]).T.reshape(1, 3, 1, 3)
+    truth = torch.tensor([[0.0, 0, 1], [0, 0, 1], [0, 0, 0]]).T.reshape(1, 3, 1, 3)
+    # second pixel: (0, .8, .6) against (0, 0, 1): .8 + .4 = 1.2; two valid pixels of three components: 1.2 / 6
+    assert l1_unit(predicted, truth).item() == pytest.approx(0.2)
+
+
+def test_balanced_bce() -> None:
+    logits = torch.tensor([[[[0.0, 0.0, 50.0]]]])
+    label = torch.tensor([[[1, 0, IGNORE]]], dtype=torch.uint8)
+    # log 2 for both pixels, weighed .95 and .05, over two valid pixels
+    assert balanced_bce(logits, label, 0.95).item() == pytest.approx(math.log(2) / 2)
+
+
+@pytest.mark.parametrize(("task", "channels"), [("semseg", 40), ("depth", 1), ("normals", 3), ("edge", 1)])
+def test_nothing_labelled_means_no_loss_and_no_gradient(task: str, channels: int) -> None:
+    logits = torch.randn(1, channels, 2, 2, requires_grad=True)
+    ignored = {"semseg": torch.full((1, 2, 2), IGNORE), "edge": torch.full((1, 2, 2), IGNORE, dtype=torch.uint8)}
+    label = ignored.get(task, torch.zeros(1, 3, 2, 2) if task == "normals" else torch.zeros(1, 2, 2))
+    loss = task_loss(task, logits, label, 0.95)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None and not logits.grad.any()
+
+
+def test_subsample_takes_pixels_near_the_centres() -> None:
+    label = torch.arange(16).view(1, 4, 4)
+    assert subsample(label, (2, 2)).tolist() == [[[5, 7], [13, 15]]]
+    assert subsample(label, (4, 4)) is label
+    with pytest.raises(ValueError, match="not a whole factor"):
+        subsample(label, (3, 2))

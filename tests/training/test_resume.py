@@ -1,0 +1,82 @@
+"""A run that is stopped, however rudely, ends as an unbroken run does: bit for bit on the CPU."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TINY
+
+Cli = Callable[..., subprocess.CompletedProcess]
+# Router noise draws from torch's random state, so resuming has to restore that too.
+RECIPE = ["synthetic-tiny", *TINY, "--train.epochs=6", "--train.checkpoint_steps=1", "--model.router_noise=1.0"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    result = cli("train", *RECIPE, f"--data.root={tiny_data}", "--out", run)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def test_killed_at_random_moments_and_resumed(unbroken: Path, cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    run, moments = tmp_path / "run", random.Random(0)
+    command = [sys.executable, "-m", "m3vit.cli", "train", *RECIPE, f"--data.root={tiny_data}", "--out", str(run)]
+    kills = 0
+    for wanted in (1, 4, 8):  # steps done before the kill; then a random moment later
+        process = subprocess.Popen(
+            [*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= wanted:
+                break
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills, "the run ended before it could be killed: give it more steps"
+    result = cli(*command[3:], "--resume")
+    assert result.returncode == 0, result.stderr
+    expected, resumed = weights(unbroken), weights(run)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    # The log is that of one run too: no step twice, none missing.
+    assert (run / "metrics.jsonl").read_text() == (unbroken / "metrics.jsonl").read_text()
+    assert not list(run.rglob(".*")), "temporary files were left behind"
+
+
+def test_resuming_a_finished_run_changes_nothing(unbroken: Path, cli: Cli, tiny_data: Path) -> None:
+    before = (unbroken / "model.safetensors").read_bytes()
+    result = cli("train", *RECIPE, f"--data.root={tiny_data}", "--out", unbroken, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (unbroken / "model.safetensors").read_bytes() == before
+
+
+def test_refuses_to_overwrite_or_to_resume_something_else(unbroken: Path, cli: Cli, tiny_data: Path) -> None:
+    words = ["train", *RECIPE, f"--data.root={tiny_data}", "--out", unbroken]
+    again = cli(*words)
+    assert again.returncode == 2 and "continue it with --resume" in again.stderr
+    other = cli(*words, "--resume", "--train.lr=0.5")
+    assert other.returncode == 2 and "train.lr" in other.stderr
+
+
+def test_divergence_names_step_and_loss(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    words = ["synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=4", "--train.grad_clip=0"]
+    result = cli("train", *words, "--train.lr=1e30", "--train.optimizer=sgd", "--out", tmp_path / "run")
+    assert result.returncode == 2, result.stderr
+    assert "training diverged at step" in result.stderr and "not finite" in result.stderr
