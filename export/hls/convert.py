@@ -64,7 +64,9 @@ def write_project(model: leaf.LoweredModel, formats: dict[str, dict[str, Fixed]]
     settings = out / "hls4ml_config.yml"
     content = yaml.safe_load(settings.read_text())
     content["OutputDir"] = "."  # no path of this machine; hls4ml's link_existing_project then works from the folder
-    settings.write_text(yaml.safe_dump(content))
+    # hls4ml sorts its YAML by name, but predict() takes this order for that of the arguments.
+    content["InputShapes"] = {name: content["InputShapes"][name] for name in ("tokens", "task")}
+    settings.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def _plug_in_dense(parameters: Path, expected: int) -> None:
