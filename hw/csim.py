@@ -24,6 +24,7 @@ from m3vit.files import read_json
 
 NAME = "m3vit"  # of the hls4ml project
 MANIFEST = "m3vit.json"
+FORMAT = 1  # of the manifest
 TESTBENCH = "csim.exe"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
 PIXEL_SCALE = 256  # the accelerator's input is pixel / 256, exact in ap_ufixed<8, 0>
@@ -45,7 +46,10 @@ class SimulationResult(NamedTuple):
 
 def read_manifest(project: Path) -> dict[str, Any]:
     """Return the project's m3vit.json, or raise InputError if `project` is not a project of ours."""
-    return read_json(project / MANIFEST, "give a folder written by `m3vit export hls`")
+    manifest = read_json(project / MANIFEST, "give a folder written by `m3vit export hls`")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{project / MANIFEST} is not of this version of m3vit: export the project again")
+    return manifest
 
 
 def tokenise(images: np.ndarray, patch: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `out`; on success it takes its place, on failure `out` stays as it was.
+
+    A folder cannot be renamed onto a full one: the old one is set aside first, and deleted when the new one is there.
+    Check before that nothing in `out` is worth keeping.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    aside = folder.with_name(folder.name + ".old")
+    try:
+        folder.chmod(0o755)  # mkdtemp gives 0700
+        yield folder
+        if out.exists():
+            os.replace(out, aside)
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, out)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -107,6 +107,13 @@ class VitMoE(Leaf):
     router_w [R, E, D] and router_b [R, E] give logits in base 2; w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D].
     """
 
+    router_w: nn.Parameter
+    router_b: nn.Parameter
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+
     def __init__(self, layer: int, top_k: int, **weights: Tensor) -> None:
         super().__init__()
         self.layer, self.top_k = layer, top_k
@@ -153,6 +160,16 @@ class VitTaskHead(Leaf):
 class LoweredBlock(nn.Module):
     """One transformer block, dense or with experts."""
 
+    norm1: nn.Module
+    qkv: nn.Module
+    attn: nn.Module
+    proj: nn.Module
+    norm2: nn.Module
+    moe: nn.Module
+    fc1: nn.Module
+    gelu: nn.Module
+    fc2: nn.Module
+
     def __init__(self, is_moe: bool, **layers: nn.Module) -> None:
         super().__init__()
         self.is_moe = is_moe
@@ -167,6 +184,12 @@ class LoweredBlock(nn.Module):
 
 class LoweredModel(nn.Module):
     """The whole accelerator in float: tokens [B, T, 3 p^2] of pixel / 256 and task ids [B, 1] -> outputs [B, T, C]."""
+
+    embed: VitLinear
+    position: VitPosition
+    norm_pre: VitLayerNorm  # only some trunks have it
+    blocks: nn.ModuleList
+    head: VitTaskHead
 
     def __init__(self, tasks: Sequence[str], grid: tuple[int, int], patch: int, **layers: nn.Module) -> None:
         super().__init__()
@@ -215,7 +238,8 @@ def _embedding(projection: nn.Conv2d) -> VitLinear:
     return VitLinear((weight * (PIXEL_SCALE / 255) / std).flatten(1), bias - (weight * (mean / std)).sum(dim=(1, 2, 3)))
 
 
-def _attention(attention: nn.Module, scale: Tensor | float, where: str) -> dict[str, nn.Module]:
+# timm sets its blocks' parts dynamically: Any.
+def _attention(attention: Any, scale: Tensor | float, where: str) -> dict[str, nn.Module]:
     parts = ("q_norm", "k_norm", "norm")
     plain = type(attention) is Attention and all(
         isinstance(getattr(attention, part, nn.Identity()), nn.Identity) for part in parts
@@ -247,7 +271,7 @@ def _moe(moe: MoELayer, layer: int, num_tasks: int, scale: Tensor | float) -> Vi
     )
 
 
-def _block(block: nn.Module, index: int, layer: int, num_tasks: int) -> LoweredBlock:
+def _block(block: Any, index: int, layer: int, num_tasks: int) -> LoweredBlock:
     if type(block) is not Block:
         raise _refuse(f"block {index} is a {type(block).__name__}")
     scale2 = _layer_scale(block.ls2, f"LayerScale of block {index}")
@@ -278,7 +302,7 @@ def _position(model: MultiTaskModel, grid: tuple[int, int]) -> VitPosition:
 
 
 def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
-    heads = [model.heads[task] for task in model.config.tasks]
+    heads: list[Any] = [model.heads[task] for task in model.config.tasks]
     weights = [head.linear.weight * head.norm.weight for head in heads]
     biases = [head.linear.bias + head.linear.weight @ head.norm.bias for head in heads]
     widths = [head.linear.out_features for head in heads]
@@ -296,14 +320,15 @@ def _build(model: MultiTaskModel) -> LoweredModel:
         )
     height, width = model.config.image_size
     grid = (height // backbone.patch_size, width // backbone.patch_size)
-    layers: dict[str, nn.Module] = {"embed": _embedding(trunk.patch_embed.proj), "position": _position(model, grid)}
+    position = _position(model, grid)
+    layers: dict[str, nn.Module] = {"embed": _embedding(trunk.patch_embed.proj), "position": position}
     if not isinstance(trunk.norm_pre, nn.Identity):
         layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
     layers["blocks"] = nn.ModuleList(
         _block(block, index, sum(i < index for i in backbone.moe_indices), num_tasks)
         for index, block in enumerate(trunk.blocks)
     )
-    layers["head"] = _head(model, layers["position"].prefix)
+    layers["head"] = _head(model, position.prefix)
     return LoweredModel(model.config.tasks, grid, backbone.patch_size, **layers)
 
 
@@ -311,7 +336,7 @@ def _build(model: MultiTaskModel) -> LoweredModel:
 def reference_outputs(model: MultiTaskModel, images: Tensor, task: str) -> tuple[Tensor, list[Any]]:
     """Return the per-token outputs [B, T, C_r] of a task for normalised images, and its routings, from the model."""
     tokens, routings = model.backbone(images, (model.task_id(task),))
-    head = model.heads[task]
+    head: Any = model.heads[task]
     return head.linear(head.norm(tokens[0])), routings
 
 

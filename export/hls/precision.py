@@ -81,7 +81,9 @@ class _Recorder(fx.Interpreter):
 def calibrate(model: leaf.LoweredModel, tokens: np.ndarray) -> Calibration:
     """Run the float model on tokens [m, T, 3 p^2] for every task and record ranges. Names are those hls4ml will use."""
     graph = fx.GraphModule(model, CustomFXTracer().trace(model))
-    leaves = {node.name: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    leaves: dict[str, Any] = {
+        node.name: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
+    }
     inner: dict[str, dict[str, float]] = {}
     outputs: dict[str, float] = {}
     for name, module in leaves.items():
@@ -95,6 +97,13 @@ def calibrate(model: leaf.LoweredModel, tokens: np.ndarray) -> Calibration:
         for module in leaves.values():
             module.observed = None
     return Calibration(outputs, inner, graph)
+
+
+def first_input(node: fx.Node) -> str:
+    """Return the name of the node that computes a node's first argument."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source.name
 
 
 def _weights(value: Tensor, bits: int) -> Fixed:
@@ -133,7 +142,7 @@ class Chooser:
 
     def source(self, node: fx.Node) -> tuple[float, int]:
         """Return (largest magnitude, fractional bits) of the first input of a node."""
-        name = node.args[0].name
+        name = first_input(node)
         if name == "tokens":
             return 1.0, 8
         return self.results[name].limit, self.results[name].frac
@@ -154,10 +163,12 @@ class Chooser:
         return {"table": _weights(module.table, self.act_bits)}
 
     def attention(self, node: fx.Node, module: leaf.VitAttention) -> dict[str, Fixed]:
-        source = self.results[node.args[0].name]
-        tokens = self.calibration.graph.get_submodule("position").table.shape[0]
+        source = self.results[first_input(node)]
+        position: Any = self.calibration.graph.get_submodule("position")
         # Bits of: the fraction of a score; a context sum times a reciprocal (m3vit_attention.h).
-        needed = max(2 * source.frac, source.width + PROB_FRAC_BITS + math.ceil(math.log2(tokens)) + 20 - 8)
+        needed = max(
+            2 * source.frac, source.width + PROB_FRAC_BITS + math.ceil(math.log2(position.table.shape[0])) + 20 - 8
+        )
         if needed > ACCUMULATOR_LIMIT_BITS:
             raise InputError(f"cannot export to HLS: {node.name} needs {needed}-bit sums; give smaller act_bits")
         return {}
@@ -182,7 +193,7 @@ class Chooser:
         return {"weight": weight, "bias": _weights(module.bias, self.act_bits)}
 
     def _check_norm(self, node: fx.Node, dim: int) -> None:
-        source = self.results[node.args[0].name]
+        source = self.results[first_input(node)]
         if dim**3 >= 2 ** (63 - 2 * (source.width - 1)):
             raise InputError(
                 f"cannot export to HLS: LayerNorm {node.name} over {dim} channels of {source.width} bits needs sums "
@@ -203,7 +214,7 @@ class Chooser:
         for node in self.calibration.graph.graph.nodes:
             if node.op not in ("call_module", "call_function"):
                 continue
-            types = {}
+            types: dict[str, Fixed] = {}
             if node.op == "call_module":
                 module = self.calibration.graph.get_submodule(node.target)
                 types = rules[type(module)](node, module) if type(module) in rules else {}

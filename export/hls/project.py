@@ -17,13 +17,12 @@ from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
 from m3vit.files import sha256_file, write_json
-from m3vit.hw.csim import MANIFEST, tokenise, write_input_lines
+from m3vit.hw.csim import FORMAT, MANIFEST, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # of m3vit.json
 BATCH = 16
 
 
@@ -169,7 +168,7 @@ def _write_samples(
     `experts_<task>_<l>` [n, N, K] and `margin_<task>_<l>` [n, N] float32, the gap between logits of rank K and K + 1.
     """
     n, top_k = len(samples.images), model.config.top_k
-    arrays: dict[str, np.ndarray] = {"ids": np.array(samples.ids), "images": samples.images}
+    arrays: dict[str, Any] = {"ids": np.array(samples.ids), "images": samples.images}
     for task in lowered.tasks:
         outputs, routings = reference(model, samples.images, task)
         arrays[f"output_{task}"], arrays[f"label_{task}"] = outputs.numpy(), samples.labels[task]

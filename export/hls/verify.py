@@ -71,7 +71,7 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
             for i, task in enumerate(tasks)
         },
     }
-    saved = {f"output_{task}": values for task, values in outputs.items()}
+    saved: dict[str, Any] = {f"output_{task}": values for task, values in outputs.items()}
     for layer, ids in enumerate(experts):
         saved |= {f"experts_{task}_{layer}": ids[:, i].astype(np.int16) for i, task in enumerate(tasks)}
     with atomic_path(project / "tb_data" / "csim_outputs.npz") as path:

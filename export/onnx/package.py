@@ -5,8 +5,6 @@ Every file is listed in the manifest with its sha256; `m3vit.export.runtime` rea
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +16,7 @@ import m3vit
 from m3vit.errors import InputError
 from m3vit.export.onnx.graph import export_task
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST
-from m3vit.files import read_json, sha256_file, write_json
+from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, NYUD_CLASSES, Task, palette, resolve
 
@@ -55,13 +53,9 @@ def export_package(
 
     Raises InputError for an `out` that holds anything but an earlier package, and what `export_task` raises.
     """
-    out = out.resolve()
     _check_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     say = progress or (lambda line: None)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    folder.chmod(0o755)  # mkdtemp gives 0700
-    try:
+    with atomic_folder(out) as folder:
         tasks: dict[str, Any] = {}
         with open(folder / WEIGHTS, "wb") as file:
             weights = _WeightsFile(file)
@@ -94,9 +88,6 @@ def export_package(
             "run": info,
         }
         write_json(folder / MANIFEST, manifest)
-        _move_into_place(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
@@ -183,19 +174,3 @@ def _check_replaceable(out: Path) -> None:
         raise InputError(
             f"{out} holds files that are not the package's ({', '.join(foreign[:3])}): move them, or {advice}"
         )
-
-
-def _move_into_place(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an earlier package stays until the new one is there."""
-    if not out.exists() or not any(out.iterdir()):
-        os.replace(folder, out)
-        return
-    # A folder cannot be renamed onto a full one: set the old one aside, and back if the second rename fails.
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    os.replace(out, aside)
-    try:
-        os.replace(folder, out)
-    except OSError:
-        os.replace(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

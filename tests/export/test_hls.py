@@ -319,6 +319,9 @@ def test_more_samples_than_stored(project: Path) -> None:
 def test_not_a_project(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="m3vit export hls"):
         verify_project(tmp_path)
+    (tmp_path / csim.MANIFEST).write_text("{}")
+    with pytest.raises(InputError, match="export the project again"):
+        verify_project(tmp_path)
 
 
 def test_no_compiler(project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
