@@ -1,28 +1,38 @@
-"""Child process of csim.run_bridge: loads a project's bridge library and runs it as hls4ml's ModelGraph.predict does.
+"""hls4ml's compile() and predict() on an emitted project, as child processes of m3vit.hw.csim.
 
-A process of its own, because the library keeps its weights in static variables, cannot be unloaded safely, and is to
-run beside the stand-alone test bench. Usage: python -m m3vit.hw.bridge LIBRARY FOLDER; FOLDER holds tokens.npy
-[n, T, P] float32 and tasks.npy [n] float32, and gets outputs.npy; argv 3 is the number of outputs of one run.
+Processes of their own, because hls4ml works in the current folder, and because the compiled library keeps its weights
+in static variables and is to run beside the stand-alone test bench. In the project's folder, `python -m m3vit.hw.bridge
+build` compiles and `... run FOLDER` simulates: FOLDER holds tokens.npy [n, T, P] and tasks.npy [n, 1], float32, and gets
+outputs.npy [n, ...]; the seconds predict() took are printed.
 """
 
-import ctypes
 import sys
+import time
 from pathlib import Path
 
+import hls4ml
 import numpy as np
 
 
-def run(library: Path, folder: Path, num_outputs: int) -> None:
-    """Simulate every row of tokens.npy and write outputs.npy [n, num_outputs] float32."""
-    top = ctypes.CDLL(str(library)).m3vit_float
-    array = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
-    top.restype, top.argtypes = None, [array, array, array]
-    tokens, tasks = np.load(folder / "tokens.npy"), np.load(folder / "tasks.npy")
-    outputs = np.zeros((len(tokens), num_outputs), dtype=np.float32)
-    for row, task, output in zip(tokens, tasks, outputs, strict=True):
-        top(row.ravel(), np.array([task], dtype=np.float32), output)
-    np.save(folder / "outputs.npy", outputs)
+def build() -> None:
+    """Build the library with hls4ml's compile(), which runs build_lib.sh."""
+    hls4ml.converters.link_existing_project(".").compile()
+
+
+def run(folder: Path) -> None:
+    """Simulate every row of tokens.npy with hls4ml's predict() and write outputs.npy."""
+    library = max(Path("firmware").resolve().glob("*.so"), key=lambda path: path.stat().st_mtime)
+    model = hls4ml.converters.link_existing_project(".")
+    model.config.backend.compile = lambda _: str(library)  # compile() would build again what build() has built
+    model.compile()
+    inputs = [np.load(folder / "tokens.npy"), np.load(folder / "tasks.npy")]
+    start = time.perf_counter()
+    np.save(folder / "outputs.npy", model.predict(inputs))
+    print(time.perf_counter() - start)
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1] == "build":
+        build()
+    else:
+        run(Path(sys.argv[2]))

@@ -1,9 +1,7 @@
 """C-simulation of an emitted HLS project with a plain C++ compiler: no torch, no hls4ml, no vendor tool.
 
-Two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user without Python would, and the
-bridge library of hls4ml's compile() / predict(), built by the project's own build_lib.sh. hls4ml itself can take up a
-project from disk (hls4ml.converters.link_existing_project), but importing it takes seconds and a training environment;
-what it does is two steps, done here likewise: run build_lib.sh, call `m3vit_float` by ctypes.
+Two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user without Python would, and
+hls4ml's own compile() and predict() on the folder (hls4ml.converters.link_existing_project; see m3vit.hw.bridge).
 """
 
 import os
@@ -27,6 +25,8 @@ MANIFEST = "m3vit.json"
 FORMAT = 1  # of the manifest
 TESTBENCH = "csim.exe"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
+# -W ignore: hls4ml warns of optional packages it does not find
+BRIDGE = (sys.executable, "-W", "ignore", "-m", "m3vit.hw.bridge")
 PIXEL_SCALE = 256  # the accelerator's input is pixel / 256, exact in ap_ufixed<8, 0>
 PIXELS = np.array([repr(value / PIXEL_SCALE) for value in range(256)])  # as text, exactly
 
@@ -70,12 +70,13 @@ def find_compiler() -> str:
     return path
 
 
-def _call(command: list[str], folder: Path, what: str, env: dict[str, str] | None = None) -> None:
-    """Run a command quietly, or raise RuntimeError with the end of what it printed."""
+def _call(command: list[str], folder: Path, what: str, env: dict[str, str] | None = None) -> str:
+    """Run a command and return what it printed, or raise RuntimeError with the end of it."""
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode != 0:
         errors = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise RuntimeError(f"{what} failed (exit code {done.returncode}): " + " | ".join(errors[-5:]))
+    return done.stdout
 
 
 def build_testbench(project: Path) -> Path:
@@ -87,13 +88,13 @@ def build_testbench(project: Path) -> Path:
 
 
 def build_bridge(project: Path) -> Path:
-    """Build the bridge library by the project's build_lib.sh, as hls4ml's compile() does, and return its path."""
+    """Build the bridge library with hls4ml's compile() and return its path (about 10 s)."""
     compiler = find_compiler()
     with tempfile.TemporaryDirectory() as folder:
         # build_lib.sh says g++: give it our compiler under that name.
         (Path(folder) / "g++").symlink_to(compiler)
         env = {**os.environ, "PATH": folder + os.pathsep + os.environ.get("PATH", "")}
-        _call(["bash", "./build_lib.sh"], project, "building the bridge library", env)
+        _call([*BRIDGE, "build"], project, "hls4ml's compile()", env)
     return max((project / "firmware").glob(f"{NAME}-*.so"), key=lambda path: path.stat().st_mtime)
 
 
@@ -171,19 +172,14 @@ def run_testbench(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> Si
 
 
 def run_bridge(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> SimulationResult:
-    """Simulate tokens [n, T, P] float32 (pixel / 256) with task ids [n] through the bridge library built before."""
+    """Simulate tokens [n, T, P] float32 (pixel / 256) with task ids [n] by hls4ml's predict(); built before."""
     manifest = read_manifest(project)
     task_ids = np.asarray(task_ids)
     _check(tokens, task_ids, manifest)
     _pixels(tokens)
-    library = max((project / "firmware").glob(f"{NAME}-*.so"), key=lambda path: path.stat().st_mtime)
     with _workplace() as (folder, env):
         np.save(folder / "tokens.npy", np.ascontiguousarray(tokens, dtype=np.float32))
-        np.save(folder / "tasks.npy", task_ids.astype(np.float32))
-        size = manifest["tokens"] * manifest["outputs"]
-        command = [sys.executable, "-m", "m3vit.hw.bridge", str(library.resolve()), str(folder), str(size)]
-        start = time.perf_counter()
-        _call(command, folder, "the bridge library", env)
-        seconds = time.perf_counter() - start
+        np.save(folder / "tasks.npy", task_ids[:, None].astype(np.float32))
+        seconds = float(_call([*BRIDGE, "run", str(folder)], project, "hls4ml's predict()", env))
         outputs = np.load(folder / "outputs.npy").reshape(len(tokens), manifest["tokens"], manifest["outputs"])
         return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)

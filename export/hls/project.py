@@ -1,9 +1,6 @@
 """Write a trained model as an hls4ml project that can be C-simulated and judged from its folder alone."""
 
 import logging
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +13,7 @@ from torch import Tensor
 from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
-from m3vit.files import sha256_file, write_json
+from m3vit.files import atomic_folder, sha256_file, write_json
 from m3vit.hw.csim import FORMAT, MANIFEST, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
@@ -57,10 +54,7 @@ def export_project(
     lowered = leaf.lower(model)
     seen = precision.calibrate(lowered, tokenise(calibration, lowered.patch))
     formats = precision.Chooser(seen, weight_bits, act_bits).choose()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp gives 0700
+    with atomic_folder(out) as folder:
         convert.write_project(lowered, formats, folder)
         manifest = _manifest(model, lowered, formats)
         _write_samples(folder, model, lowered, samples, manifest)
@@ -69,9 +63,6 @@ def export_project(
             str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         write_json(folder / MANIFEST, manifest)
-        _replace(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     log.info("HLS project written to %s", out)
     return manifest
 
@@ -92,20 +83,6 @@ def _check_arguments(
     for task in model.config.tasks:
         if len(samples.labels.get(task, ())) != len(samples.images):
             raise InputError(f"samples have no {task} label for each image")
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; what was there is deleted after that."""
-    old = folder.with_name(folder.name + ".old")
-    if out.exists():
-        os.rename(out, old)
-    try:
-        os.rename(folder, out)
-    except OSError:
-        if old.exists():
-            os.rename(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _manifest(

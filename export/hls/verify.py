@@ -1,6 +1,6 @@
 """`m3vit hw csim`: C-simulate a project on its stored images, all tasks, two ways, and compare with torch.
 
-Needs the project folder only: torch's outputs were stored at export. Neither hls4ml nor the run folder is used.
+Needs the project folder only, not the run: torch's outputs were stored at export.
 """
 
 import threading
@@ -24,7 +24,7 @@ from m3vit.hw import csim
 from m3vit.models.heads import assemble_tokens
 
 Progress = Callable[[int, int, str], None]
-CHUNK_IMAGES = 8  # simulated by one process; it then reads the weights again
+CHUNK_IMAGES = 10  # simulated by one process; it then reads the weights again
 WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResult]]] = {
     "bridge": (csim.build_bridge, csim.run_bridge),
     "testbench": (csim.build_testbench, csim.run_testbench),
