@@ -2,8 +2,8 @@
 
 Processes of their own, because hls4ml works in the current folder, and because the compiled library keeps its weights
 in static variables and is to run beside the stand-alone test bench. In the project's folder, `python -m m3vit.hw.bridge
-build` compiles and `... run FOLDER` simulates: FOLDER holds tokens.npy [n, T, P] and tasks.npy [n, 1], float32, and gets
-outputs.npy [n, ...]; the seconds predict() took are printed.
+build` compiles and `... run FOLDER` simulates: FOLDER holds tokens.npy [n, T, P] and tasks.npy [n, 1], float32, and
+gets outputs.npy [n, ...]; the seconds predict() took are printed.
 """
 
 import sys

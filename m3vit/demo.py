@@ -10,7 +10,7 @@ from m3vit.tasks import TASKS
 def commands(out: Path, seed: int) -> list[list[str]]:
     """Return the commands of the demo, each as the words after `m3vit`."""
     data, trained, onnx, hls = (str(out / name) for name in ("data", "run", "onnx", "hls"))
-    images = [str(out / "data" / "images" / f"{index:04d}.jpg") for index in range(400, 404)]  # the first of val
+    images = [str(out / "data" / "images" / f"{index:04d}.jpg") for index in range(401, 405)]  # the first of val
     return [
         ["data", "synth", "--out", data, "--layout", "nyud", "--train", "400", "--val", "100", "--seed", str(seed)],
         # --resume: a demo that was interrupted goes on where it stopped.

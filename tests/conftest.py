@@ -108,3 +108,12 @@ def tiny_run(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
         result = cli(*words)
         assert result.returncode == 0, result.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def onnx_package(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX package of the tiny run; read only."""
+    package = tmp_path_factory.mktemp("packages") / "onnx"
+    result = cli("export", "onnx", tiny_run, "--out", package)
+    assert result.returncode == 0, result.stderr
+    return package

@@ -1,0 +1,144 @@
+"""The whole path with the public commands alone, at the smallest size: data, train, evaluate, ONNX, HLS, C-sim, report."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from tests.conftest import TINY
+from tests.test_cli import refused
+
+Cli = Callable[..., subprocess.CompletedProcess]
+TASKS = ("semseg", "depth", "normals", "edge")
+
+
+@pytest.fixture(scope="module")
+def hls_project(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = tmp_path_factory.mktemp("projects") / "hls"
+    result = cli("export", "hls", tiny_run, "--out", project, "--samples", 3)
+    assert result.returncode == 0, result.stderr
+    return project
+
+
+@pytest.fixture(scope="module")
+def simulated(cli: Cli, hls_project: Path) -> Path:
+    result = cli("hw", "csim", hls_project, "--samples", 2)
+    assert result.returncode == 0, result.stderr
+    for task in TASKS:
+        assert re.search(rf"{task}: worst error .* mean error .* top-k flips in \d+ routing decisions", result.stdout)
+    return hls_project
+
+
+def test_export_says_a_parity_line_for_each_task(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    result = cli("export", "onnx", tiny_run, "--out", tmp_path / "onnx")
+    assert result.returncode == 0, result.stderr
+    for task in TASKS:
+        (error,) = re.findall(rf"^{task}: worst relative error (\S+) ", result.stdout, re.MULTILINE)
+        assert float(error) < 1e-4
+
+
+def test_depth_graph_holds_no_router_or_head_of_another_task(onnx_package: Path, tiny_run: Path) -> None:
+    from m3vit.training.checkpoint import load_run
+
+    graph = onnx.load(onnx_package / "depth.onnx")  # with its share of weights.bin
+    held = {
+        array.tobytes()
+        for tensor in graph.graph.initializer
+        for array in (onnx.numpy_helper.to_array(tensor), onnx.numpy_helper.to_array(tensor).T)
+    }
+    state = load_run(tiny_run).model.state_dict()
+    seen = {"own": 0, "other": 0}
+    for name, value in state.items():
+        if gate := re.search(r"gates\.(\d)$", name):
+            owner = TASKS[int(gate[1])]
+        elif name.startswith("heads.") and name.endswith("linear.weight"):
+            owner = name.split(".")[1]
+        else:
+            continue
+        present = bool({value.numpy().tobytes(), value.numpy().T.tobytes()} & held)
+        assert present == (owner == "depth"), name
+        seen["own" if owner == "depth" else "other"] += 1
+    assert seen == {"own": 2, "other": 6}, "one gate and one head of each task"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict_writes_a_picture_and_the_values(cli: Cli, onnx_package: Path, tmp_path: Path, task: str) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 61, 3), dtype=np.uint8)).save(tmp_path / "odd.png")
+    result = cli("predict", onnx_package, "--task", task, tmp_path / "odd.png", "--raw", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "out" / f"odd_{task}.png").size == (61, 37)
+    values = np.load(tmp_path / "out" / f"odd_{task}.npy")
+    assert values.shape == ((37, 61, 3) if task == "normals" else (37, 61))
+
+
+def test_predict_refusals(cli: Cli, onnx_package: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    image, out = tiny_data / "images" / "0000.jpg", tmp_path / "out"
+    refused(cli("predict", onnx_package, "--task", "flow", image, "--out", out), "no task 'flow'", "semseg, depth")
+    refused(cli("predict", onnx_package, "--task", "depth", tmp_path / "no.jpg", "--out", out), "no.jpg not found")
+    refused(cli("predict", tmp_path, "--task", "depth", image, "--out", out), "manifest.json not found")
+    tampered = tmp_path / "tampered"
+    shutil.copytree(onnx_package, tampered)
+    data = bytearray((tampered / "weights.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tampered / "weights.bin").write_bytes(data)
+    refused(cli("predict", tampered, "--task", "depth", image, "--out", out), "weights.bin does not match", "sha256")
+    fixed = tmp_path / "fixed"
+    assert cli("export", "onnx", tiny_run, "--size", "40x48", "--out", fixed).returncode == 0
+    refused(cli("predict", fixed, "--task", "depth", image, "--out", out), "32x48", "40x48")
+    assert not out.exists() or not any(out.iterdir())
+    assert cli("predict", fixed, "--task", "depth", image, "--resize", "--out", out).returncode == 0
+
+
+def test_csim_refusals(cli: Cli, hls_project: Path, tmp_path: Path) -> None:
+    refused(cli("hw", "csim", tmp_path), "m3vit.json not found", "m3vit export hls")
+    refused(cli("hw", "csim", hls_project, "--samples", 4), "holds 3 images")
+    env = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
+    refused(cli("hw", "csim", hls_project, env=env), r"no g\+\+ found: install it")
+
+
+def test_report_holds_every_column_on_the_same_images(
+    cli: Cli, tiny_run: Path, onnx_package: Path, simulated: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    result = cli("report", tiny_run, "--onnx", onnx_package, "--hls", simulated, "--images", 2, "--out", page)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(page.with_suffix(".json").read_text())
+    assert report["images"] == 2, "the images that were simulated"
+    for task in TASKS:
+        row = report["tasks"][task]
+        assert row["onnx"] == pytest.approx(row["torch"], rel=1e-4)
+        # Fixed point: 20-bit maps, 16-bit weights. On two tiny images one pixel more or less moves a score.
+        assert row["csim"] == pytest.approx(row["torch"], rel=0.03)
+        assert row["trivial"] > 0
+    text = page.read_text()
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", text), "nothing is fetched"
+    # 2 images x 4 tasks x (input, truth, torch, ONNX, C-sim), and 2 x 1 MoE layer x (input + 4 tasks)
+    assert text.count('<img alt="') == 2 * 4 * 5 + 2 * 5
+    assert text.count("<svg") == 2
+
+
+def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    words = ("report", tiny_run, "--onnx", tmp_path / "a", "--hls", tmp_path / "b", "--out", tmp_path / "r.html")
+    result = cli(*words)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["tasks"]["depth"].keys() == {"metric", "unit", "higher_is_better", "trivial", "torch"}
+    assert any("No ONNX package" in note for note in report["notes"])
+
+
+def test_synthetic_data_goes_through_the_real_loader(cli: Cli, tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    result = cli("data", "synth", "--out", data, "--train", 4, "--val", 2, "--size", "32x48", "--seed", 3)
+    assert result.returncode == 0, result.stderr
+    words = ["synthetic-tiny", *TINY, f"--data.root={data}", "--train.epochs=1", "--out", run]
+    assert cli("train", *words).returncode == 0
+    scored = cli("eval", run)
+    assert scored.returncode == 0 and "pixF1" in scored.stdout
