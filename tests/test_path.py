@@ -1,4 +1,4 @@
-"""The whole path with the public commands alone, at the smallest size: data, train, evaluate, ONNX, HLS, C-sim, report."""
+"""The whole path with the public commands alone, at the smallest size: from rendered scenes to the report."""
 
 import json
 import os
