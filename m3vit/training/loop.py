@@ -1,6 +1,7 @@
 """The training loop: short enough to read, on Lightning Fabric for devices, precision and processes."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,11 +108,13 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
     config.check()
     train_split = open_split(config.data.layout, config.data.root, "train", config.model.tasks)
     val_split = open_split(config.data.layout, config.data.root, "val", config.model.tasks)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("training on several processes is not there yet: start m3vit train without torchrun")
     prepare_folder(config, out, resume)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    fabric = Fabric(accelerator=settings.accelerator, precision=settings.precision)  # type: ignore[arg-type]
-    fabric.launch()
+    # One device: left to itself, Fabric starts a process for every GPU it sees.
+    fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision)  # type: ignore[arg-type]
 
     model = build(config)
     optimizer = make_optimizer(settings, model)
@@ -165,14 +168,15 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
                 progress(step, steps, f"loss {values['loss']:.3f}")
             if step % settings.log_steps == 0 or step == steps:
                 record("train", {"lr": lr, **values})
-            if settings.checkpoint_steps and step % settings.checkpoint_steps == 0:
+            if settings.checkpoint_steps and step % settings.checkpoint_steps == 0 and step % steps_per_epoch:
                 save()
         epoch = step // steps_per_epoch
         if settings.eval_epochs and epoch % settings.eval_epochs == 0 and step < steps:
             record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
-        save()
+        # The resume state last: where it says an epoch is done, its evaluation and weights are on disk.
         if fabric.is_global_zero:
             save_model(out, model, epoch)
+        save()
     if not any(line["kind"] == "val" and line["step"] == step for line in read_metrics(out)):
         record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
     board.close()

@@ -102,6 +102,16 @@ def test_gelu(kernel: Kernel, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(kernel("gelu", x).reshape(T, D), expected, atol=7e-6 + 2**-17, rtol=0)
 
 
+def test_linear_is_exact_until_its_result_is_rounded_and_saturated(kernel: Kernel, rng: np.random.Generator) -> None:
+    x = quantise(rng.uniform(-60, 60, (T, D)), DATA_LSB)
+    weight = quantise(rng.normal(0, 1, (7, D)), WEIGHT_LSB)
+    bias = quantise(rng.normal(0, 1, 7), BIAS_LSB)
+    exact = F.linear(*map(torch.from_numpy, (x, weight, bias))).numpy()  # float64 holds every product and sum
+    assert (np.abs(exact) > 128).any(), "some results are beyond ap_fixed<20, 8>"
+    expected = quantise(exact, DATA_LSB).clip(-128, 128 - DATA_LSB)
+    np.testing.assert_array_equal(kernel("linear", weight, bias, x).reshape(T, 7), expected)
+
+
 @pytest.mark.parametrize("std", [0.01, 0.1, 1.0, 5.0, 30.0])
 def test_layernorm_at_any_variance(kernel: Kernel, rng: np.random.Generator, std: float) -> None:
     x = quantise(rng.normal(rng.normal(0, std, (T, 1)), std, (T, D)).clip(-127, 127), DATA_LSB)

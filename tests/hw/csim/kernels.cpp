@@ -1,6 +1,7 @@
 // Test driver: reads the name of a kernel and its arguments as numbers from stdin, runs it, prints its outputs.
 // Sizes and types are fixed here and repeated in test_kernels.py.
 #include "m3vit_attention.h"
+#include "m3vit_dense.h"
 #include "m3vit_gelu.h"
 #include "m3vit_head.h"
 #include "m3vit_moe.h"
@@ -89,6 +90,28 @@ void layernorm() {
     feed(x, T);
     nnet::vit::layernorm<token, result, layernorm_config>(x, y, scale, bias);
     print(y);
+}
+
+struct dense_config {
+    static const unsigned n_in = D, n_out = 7;
+    typedef ::weight_t weight_t;
+    typedef ::bias_t bias_t;
+    typedef ap_fixed<44, 19> accum_t; // 12 + 13 fractional bits: exact
+};
+void linear() {
+    typedef dense_config C;
+    weight_t w[C::n_out * C::n_in];
+    bias_t b[C::n_out];
+    read(w);
+    read(b);
+    for (unsigned t = 0; t < T; t++) {
+        data_t x[C::n_in];
+        data_t y[C::n_out];
+        read(x);
+        nnet::vit::dense_kernel<data_t, data_t, C>::dense(x, y, w, b);
+        for (unsigned o = 0; o < C::n_out; o++)
+            std::printf("%.17g\n", y[o].to_double());
+    }
 }
 
 struct position_config {
@@ -191,6 +214,8 @@ int main() {
             gelu();
         else if (kernel == "layernorm")
             layernorm();
+        else if (kernel == "linear")
+            linear();
         else if (kernel == "position")
             position();
         else if (kernel == "attention")
