@@ -341,6 +341,12 @@ def run(argv: Sequence[str]) -> None:
         print(__version__)
         return
     name = next((" ".join(argv[:n]) for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), None)
+    group = [command for command in COMMANDS if command.split()[0] == argv[0]]
+    if name is None and group and set(argv[1:]) & {"-h", "--help"}:
+        print("\n".join(f"m3vit {command:<13}{COMMANDS[command][0]}" for command in group))
+        return
+    if name is None and group:
+        raise InputError(f"give a whole command: m3vit {' or m3vit '.join(group)}")
     if name is None:
         raise InputError(f"unknown command {' '.join(argv[:2])!r}: choose from {', '.join(COMMANDS)}")
     text, add_arguments, execute = COMMANDS[name]

@@ -52,6 +52,7 @@ def test_training_help_explains_every_key(cli: Cli) -> None:
 def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     root, out = f"--data.root={tiny_data}", tmp_path / "run"
     refused(cli("fly"), "unknown command 'fly'", "data synth")
+    refused(cli("export"), "m3vit export onnx or m3vit export hls")
     refused(cli("train", "synthetic-huge", "--out", out), "unknown recipe 'synthetic-huge'", "synthetic-tiny")
     refused(cli("train", "--out", out), "give a recipe first", "synthetic-tiny")
     refused(cli("train", "synthetic-tiny", root, "--train.epocs=1", "--out", out), "train.epocs")
