@@ -34,4 +34,4 @@ pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build # not runs/: those are yours

@@ -40,44 +40,39 @@ class TrainingSet(Dataset):
             if index not in self.cache:
                 self.cache[index] = self.split.load(index)
             sample = self.cache[index]
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([1, self.seed, epoch, index])
         return training_pair(sample, self.size, rng, self.flip, self.colour)
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index) for one process, shuffled by (seed, epoch); the last short batch is dropped.
+    """Batches of (epoch, index), shuffled by (seed, epoch); the last short batch is dropped.
 
-    `start` skips batches already trained on. With several processes, each takes its share of every batch.
+    `start` skips batches already trained on.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
         if not len(self):
-            raise InputError(
-                f"train.batch_size {batch_size} x {world_size} processes is more than the {length} training images"
-            )
+            raise InputError(f"train.batch_size {batch_size} is more than the {length} training images")
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        return self.length // (self.batch_size * self.world_size)
+        return self.length // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        step = self.batch_size * self.world_size
-        for batch in range(self.start, len(self)):
-            first = batch * step + self.rank * self.batch_size
+        order = np.random.default_rng([2, self.seed, self.epoch]).permutation(self.length)
+        for first in range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield [(self.epoch, int(index)) for index in order[first : first + self.batch_size]]
 
 
-def make_loader(dataset: TrainingSet, batches: EpochBatches, workers: int) -> DataLoader:
+def make_loader(dataset: TrainingSet, batches: EpochBatches, workers: int, pin_memory: bool = False) -> DataLoader:
     """Return the loader over `batches`; set batches.epoch and batches.start before iterating it."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         # An own generator: the loader's base seed must not be drawn from, and so move, the run's random state.
         generator=torch.Generator().manual_seed(0),
     )

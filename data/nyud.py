@@ -56,7 +56,10 @@ class NYUD:
             raise InputError(
                 f"{listing} not found: {root} is not in the NYUD_MT layout (images/, depth/, gt_sets/, ...)"
             )
-        self.ids = listing.read_text().split()
+        try:
+            self.ids = listing.read_text().split()
+        except UnicodeDecodeError:
+            raise InputError(f"{listing} is not text: it holds one image id a line") from None
         if not self.ids:
             raise InputError(f"{listing} lists no image")
         first = root / "images" / self.ids[0]
@@ -93,13 +96,13 @@ def _read(path: Path, reader: Callable[[Path], NDArray]) -> NDArray:
         return reader(path)
     except FileNotFoundError:
         raise InputError(f"{path} not found, though gt_sets lists it: the data set is incomplete") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, MemoryError) as error:
         raise InputError(f"{path} cannot be read ({error}): replace the file") from None
 
 
 def _read_array(path: Path) -> NDArray[np.float32]:
     array = np.load(path, allow_pickle=False)
-    if array.dtype == object or not np.isfinite(array).all():
+    if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
         raise ValueError("holds values that are not finite numbers")
     return array.astype(np.float32, copy=False)
 

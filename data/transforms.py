@@ -48,7 +48,7 @@ def training_pair(
     for task, label in labels.items():
         if label.shape[-2:] != tuple(size):
             planes = label if label.ndim == 3 else label[None]
-            resized = tv.resize(planes, list(size), interpolation=tv.InterpolationMode.NEAREST)
+            resized = tv.resize(planes, list(size), interpolation=tv.InterpolationMode.NEAREST_EXACT)
             labels[task] = resized if label.ndim == 3 else resized[0]
     if flip and rng.random() < 0.5:
         image, labels = mirror(image, labels)

@@ -110,7 +110,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         exit_on_error=False,
         default_config_files=[str(recipe_path(recipe))] if recipe else None,
         description=f"{COMMANDS[command][0]} RECIPE: {', '.join(recipe_names())}. "
-        "Later sources win: recipe, --config, dotted keys.",
+        "Later sources win: recipe, --config, dotted keys. A mapping in a file replaces the recipe's; a dotted key "
+        "changes one entry of it.",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     parser.add_argument("--out", type=Path, required=True, help="the run folder")
@@ -122,9 +124,13 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         raise InputError(
             f"give a recipe first: m3vit {command} RECIPE --out RUN, with one of {', '.join(recipe_names())}"
         )
+    words = list(argv[1:] if recipe else argv)
+    if "--config" in words[:-1]:  # to the front: dotted keys win over it wherever they stand
+        place = words.index("--config")
+        words = words[place : place + 2] + words[:place] + words[place + 2 :]
     try:
-        parsed = parser.instantiate(parser.parse_args(list(argv[1:] if recipe else argv)))
-    except jsonargparse.ArgumentError as error:
+        parsed = parser.instantiate(parser.parse_args(words))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
     config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
     return config, parsed
@@ -281,6 +287,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--onnx", type=Path, default=None, help="ONNX package (default: onnx/ beside RUN)")
     parser.add_argument("--hls", type=Path, default=None, help="HLS project, simulated (default: hls/ beside RUN)")
     parser.add_argument("--out", type=Path, default=None, help="page to write (default: RUN/report.html)")
+    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one evaluated on")
     parser.add_argument("--images", type=positive, default=4, help="validation images to show (default: 4)")
 
 
@@ -292,7 +299,7 @@ def run_report(args: argparse.Namespace) -> None:
     onnx, hls = args.onnx or args.run.parent / "onnx", args.hls or args.run.parent / "hls"
     out = args.out or args.run / "report.html"
     with progress_bar("drawing report") as bar:
-        report = write_report(run, onnx, hls, out, args.images, bar)
+        report = write_report(run, onnx, hls, out, args.images, args.data_root, bar)
     print_scores(
         report["tasks"], ("trivial", "torch", "onnx", "csim"), f"{report['images']} val images; {report['protocol']}"
     )
@@ -360,7 +367,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except InputError as error:
@@ -372,6 +379,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name and error.name.startswith("m3vit"):
             raise
         print(f"m3vit: error: this command needs {error.name}: pip install 'm3vit[{extra}]'", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"m3vit: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("m3vit: interrupted (a training run continues with --resume)", file=sys.stderr)

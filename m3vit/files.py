@@ -12,6 +12,13 @@ from typing import Any
 
 from m3vit.errors import InputError
 
+PARTIAL = ".partial"  # in the names of files that are being written
+
+
+def is_empty(folder: Path) -> bool:
+    """Return whether a folder is missing or holds nothing but half-written files of an earlier, killed attempt."""
+    return not folder.exists() or all(PARTIAL in path.name for path in folder.iterdir())
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -21,14 +28,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # One name for each target: what a kill leaves behind, the next write of the same file replaces.
+    temporary = path.with_name(f".{path.name}{PARTIAL}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp gives 0600
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,26 +44,29 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success it takes its place, on failure `out` stays as it was.
 
     A folder cannot be renamed onto a full one: the old one is set aside first, and deleted when the new one is there.
-    Check before that nothing in `out` is worth keeping.
+    Check before that nothing in `out` is worth keeping. A SIGKILL between the two renames leaves the old folder beside
+    `out` under a hidden name.
     """
     out = out.resolve()
+    if Path.cwd().resolve().is_relative_to(out):
+        raise InputError(f"{out} is the working directory or holds it, and would be replaced: give a folder in it")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     aside = folder.with_name(folder.name + ".old")
     try:
         folder.chmod(0o755)  # mkdtemp gives 0700
         yield folder
-        if out.exists():
-            os.replace(out, aside)
         try:
+            if out.exists():
+                os.replace(out, aside)
             os.replace(folder, out)
-        except OSError:
-            if aside.exists():
+        except BaseException:  # Ctrl-C too: the old folder comes back
+            if aside.exists() and not out.exists():
                 os.replace(aside, out)
             raise
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -57,6 +57,12 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     refused(cli("train", "--out", out), "give a recipe first", "synthetic-tiny")
     refused(cli("train", "synthetic-tiny", root, "--train.epocs=1", "--out", out), "train.epocs")
     refused(cli("train", "synthetic-tiny", root, "--train.epochs=many", "--out", out), "train.epochs", "many")
+    refused(cli("train", "synthetic-tiny", root, "--train.epoch=1", "--out", out), "train.epoch")
+    refused(cli("train", "synthetic-tiny", root, "--train.lr=.inf", "--out", out), "train.lr is inf")
+    refused(
+        cli("train", "synthetic-tiny", root, "--train.precision=half", "--out", out), "train.precision", "bf16-mixed"
+    )
+    refused(cli("train", "synthetic-tiny", root, "--train.seed=-1", "--out", out), "train.seed is -1")
     refused(cli("train", "synthetic-tiny", root, "--model.tasks=[flow]", "--out", out), "unknown task flow", "semseg")
     config = tmp_path / "c.yaml"
     config.write_text("train: {epocs: 3}\n")
@@ -126,7 +132,8 @@ def test_config_file_and_dotted_keys_override_the_recipe_in_that_order(
 ) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("train: {lr: 0.5, epochs: 7}\n")
-    words = ["init", "synthetic-tiny", "--config", config, *TINY, f"--data.root={tiny_data}", "--train.epochs=9"]
+    # Whichever comes first on the command line.
+    words = ["init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=9", "--config", config]
     assert cli(*words, "--out", tmp_path / "run").returncode == 0
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert "lr: 0.5" in text and "epochs: 9" in text and "optimizer: adamw" in text

@@ -125,6 +125,16 @@ def test_report_holds_every_column_on_the_same_images(
     assert text.count("<svg") == 2
 
 
+def test_report_refuses_exports_of_other_weights(
+    cli: Cli, tiny_data: Path, tiny_run: Path, onnx_package: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "run"
+    assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", other).returncode == 0
+    assert cli("eval", other).returncode == 0
+    refused(cli("report", other, "--onnx", onnx_package, "--hls", tmp_path), "exported from other weights")
+    refused(cli("report", tiny_run, "--out", tmp_path / "page.json"), "give a file name for the page")
+
+
 def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     words = ("report", tiny_run, "--onnx", tmp_path / "a", "--hls", tmp_path / "b", "--out", tmp_path / "r.html")
     result = cli(*words)

@@ -291,13 +291,9 @@ def _block(block: Any, index: int, layer: int, num_tasks: int) -> LoweredBlock:
 
 
 def _position(model: MultiTaskModel, grid: tuple[int, int]) -> VitPosition:
-    trunk = model.backbone.trunk
-    prefix_position, position = model.backbone.position_embedding(grid)
-    tokens = [token for token in (trunk.cls_token, trunk.reg_token) if token is not None]
-    if not tokens:
+    position, prefix = model.backbone.position_embedding(grid), model.backbone.prefix()
+    if prefix is None:
         return VitPosition(position[0], 0)
-    prefix = torch.cat(tokens, dim=1)
-    prefix = prefix if prefix_position is None else prefix + prefix_position
     return VitPosition(torch.cat([prefix, position], dim=1)[0], prefix.shape[1])
 
 
@@ -320,6 +316,8 @@ def _build(model: MultiTaskModel) -> LoweredModel:
         )
     height, width = model.config.image_size
     grid = (height // backbone.patch_size, width // backbone.patch_size)
+    if not isinstance(trunk.patch_embed.norm, nn.Identity):
+        raise _refuse(f"the patch embedding has a {type(trunk.patch_embed.norm).__name__}")
     position = _position(model, grid)
     layers: dict[str, nn.Module] = {"embed": _embedding(trunk.patch_embed.proj), "position": position}
     if not isinstance(trunk.norm_pre, nn.Identity):

@@ -38,12 +38,14 @@ def export_project(
     *,
     calibration: np.ndarray,
     samples: Samples,
+    info: dict[str, Any] | None = None,
     weight_bits: int = 16,
     act_bits: int = 20,
 ) -> dict[str, Any]:
     """Write the project to `out` and return its manifest (m3vit.json).
 
     calibration: uint8 [m, H, W, 3], images that choose the fixed-point formats (not the samples, to be fair).
+    `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`.
     An existing project of ours at `out` is replaced once the new one is complete. Raises InputError for models that
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
@@ -56,7 +58,7 @@ def export_project(
     formats = precision.Chooser(seen, weight_bits, act_bits).choose()
     with atomic_folder(out) as folder:
         convert.write_project(lowered, formats, folder)
-        manifest = _manifest(model, lowered, formats)
+        manifest = {**_manifest(model, lowered, formats), "run": info or {}}
         _write_samples(folder, model, lowered, samples, manifest)
         (folder / "README.md").write_text(_readme(manifest))
         manifest["files"] = {

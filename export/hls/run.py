@@ -37,6 +37,7 @@ def export_run(
             images=np.stack([resized(val, index, size) for index in range(samples)]),
             labels={task: np.stack([sample.labels[task] for sample in chosen]) for task in tasks},
         ),
+        info=run.info,
         weight_bits=weight_bits,
         act_bits=act_bits,
     )

@@ -99,7 +99,8 @@ class TrivialPredictor:
             if task == "semseg":
                 vectors[task] = F.one_hot(torch.tensor(constant), TASKS[task].channels).float()
             elif task == "edge":
-                vectors[task] = torch.logit(torch.tensor([constant]), eps=1e-6)
+                # Never below the lowest threshold: the best a constant can do is to call every pixel an edge.
+                vectors[task] = torch.logit(torch.tensor([min(max(constant, 0.02), 0.99)]))
             else:
                 vectors[task] = torch.tensor(constant).float().reshape(-1)
         return {task: vector.view(1, -1, 1, 1).expand(1, -1, *size) for task, vector in vectors.items()}

@@ -31,7 +31,7 @@ def score_run(
         "protocol": PROTOCOL,
         "split": "val",
         "images": len(val),
-        "data": str(Path(root)),
+        "data": str(Path(root).resolve()),
         "trivial": trivial.constants,
         "tasks": {task: {name: values[task] for name, values in scores.items()} for task in tasks},
     }

@@ -8,7 +8,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
@@ -26,14 +28,26 @@ def make_trunk(config: ModelConfig) -> VisionTransformer:
     arguments: dict[str, Any] = {"img_size": tuple(config.image_size), "num_classes": 0, **config.trunk_args}
     try:
         trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise InputError(f"timm cannot build {config.trunk} as a ViT with {config.trunk_args}: {error}") from error
-    if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.pos_embed, Tensor):
+    # Exact types: `Backbone.forward` does what timm's forward does for these, and subclasses do more.
+    plain = (
+        type(trunk) in (VisionTransformer, VisionTransformerDistilled)
+        and isinstance(trunk.pos_embed, Tensor)
+        and type(trunk.patch_embed) is PatchEmbed
+        and isinstance(trunk.patch_drop, nn.Identity)
+        and all(type(block) is Block for block in trunk.blocks)
+    )
+    if not plain:
         raise InputError(
-            f"model.trunk {config.trunk} is a {type(trunk).__name__}: give a VisionTransformer with a learned "
-            "position embedding, such as vit_small_patch16_224"
+            f"model.trunk {config.trunk} with {config.trunk_args} is a {type(trunk).__name__} with parts this model "
+            "does not have: give a plain VisionTransformer with a learned position embedding, such as "
+            "vit_small_patch16_224"
         )
     height, width = config.image_size
+    patch = trunk.patch_embed.patch_size
+    if patch[0] != patch[1] or trunk.patch_embed.proj.in_channels != 3:
+        raise InputError(f"model.trunk_args {config.trunk_args}: give a square patch and 3 input channels (RGB)")
     if height % trunk.patch_embed.patch_size[0] or width % trunk.patch_embed.patch_size[1]:
         raise InputError(
             f"model.image_size {height}x{width} is not a multiple of the patch size {trunk.patch_embed.patch_size}"
@@ -66,31 +80,37 @@ class Backbone(nn.Module):
             raise InputError(f"image size {height}x{width}: give multiples of the patch size {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
-    def position_embedding(self, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
-        """Return the position embedding of the prefix tokens [1, P, D], or None, and that of the grid [1, T, D]."""
+    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position embedding [1, T, D] of a grid of patches."""
         trunk = self.trunk
-        prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-        position = trunk.pos_embed[:, prefix:]
+        position = trunk.pos_embed if trunk.no_embed_class else trunk.pos_embed[:, trunk.num_prefix_tokens :]
         made_for = trunk.patch_embed.grid_size
         # Exported graphs always interpolate (the identity at the size trained for), else the exporter would bake
         # in whichever branch its example image takes.
         if torch.compiler.is_exporting() or grid != tuple(made_for):
             square = position.unflatten(1, made_for).permute(0, 3, 1, 2)
             position = F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-        return (trunk.pos_embed[:, :prefix] if prefix else None), position
+        return position
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return the embedded tokens [B, P + T, D], P prefix tokens (class, register) first."""
+        """Return the embedded tokens [B, P + T, D], P prefix tokens first."""
         trunk = self.trunk
-        x = trunk.patch_embed.proj(images).flatten(2).transpose(1, 2)
-        prefix_position, position = self.position_embedding(self.grid(images))
-        x = x + position
-        prefixes = [token for token in (trunk.cls_token, trunk.reg_token) if token is not None]
-        if prefixes:
-            prefix = torch.cat(prefixes, dim=1)
-            prefix = prefix if prefix_position is None else prefix + prefix_position
+        x = trunk.patch_embed.norm(trunk.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        x = x + self.position_embedding(self.grid(images))
+        prefix = self.prefix()
+        if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        return trunk.norm_pre(trunk.patch_drop(trunk.pos_drop(x)))
+        return trunk.norm_pre(trunk.pos_drop(x))
+
+    def prefix(self) -> Tensor | None:
+        """Return the class, distillation and register tokens with their positions, [1, P, D], or None."""
+        trunk = self.trunk
+        candidates = (trunk.cls_token, getattr(trunk, "dist_token", None), trunk.reg_token)
+        tokens = [token for token in candidates if token is not None]
+        if not tokens:
+            return None
+        joined = torch.cat(tokens, dim=1)
+        return joined if trunk.no_embed_class else joined + trunk.pos_embed[:, : trunk.num_prefix_tokens]
 
     def forward(self, images: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, list[Routing]]:
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer.

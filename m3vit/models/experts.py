@@ -83,8 +83,8 @@ def run_reference(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_ids
     """The obvious way, for tests: every expert on every token, then pick. Costs E / K times as much."""
     hidden = F.gelu(torch.einsum("nd,ehd->neh", x_ND, bank.w1) + bank.b1)
     out_NED = torch.einsum("neh,edh->ned", hidden, bank.w2) + bank.b2
-    gates_NE = torch.zeros_like(out_NED[..., 0]).scatter_add(1, expert_ids_NK, weights_NK.to(out_NED.dtype))
-    return torch.einsum("ne,ned->nd", gates_NE, out_NED)
+    combine_NE = torch.zeros_like(out_NED[..., 0]).scatter_add(1, expert_ids_NK, weights_NK.to(out_NED.dtype))
+    return torch.einsum("ne,ned->nd", combine_NE, out_NED)
 
 
 EXECUTIONS = {"sorted": run_sorted, "reference": run_reference}

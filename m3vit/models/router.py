@@ -83,12 +83,15 @@ def squared_cv(x: Tensor) -> Tensor:
 
 def importance_loss(scores_RNE: Tensor, weights_RNK: Tensor, expert_ids_RNK: Tensor) -> Tensor:
     """Return CV^2 of each expert's summed weights, summed over tasks (V-MoE appendix A; M3ViT trains with it)."""
-    gates = torch.zeros_like(scores_RNE).scatter(-1, expert_ids_RNK, weights_RNK)
-    return squared_cv(gates.sum(dim=1)).sum()
+    combine_RNE = torch.zeros_like(scores_RNE).scatter(-1, expert_ids_RNK, weights_RNK)
+    return squared_cv(combine_RNE.sum(dim=1)).sum()
 
 
 def load_loss(expert_ids_RNK: Tensor, num_experts: int) -> Tensor:
-    """Return CV^2 of the number of tokens of each expert, summed over tasks. Counts carry no gradient."""
+    """Return CV^2 of the number of tokens of each expert, summed over tasks. Counts carry no gradient.
+
+    With noise, M3ViT's code smooths the counts, which gives a gradient; its released runs have none.
+    """
     return squared_cv(expert_load(expert_ids_RNK, num_experts).float()).sum()
 
 

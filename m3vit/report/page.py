@@ -38,15 +38,23 @@ Progress = Callable[[int, int, str], None]
 
 
 def write_report(
-    run: Run, onnx: Path, hls: Path, out: Path, num_images: int, progress: Progress | None = None
+    run: Run,
+    onnx: Path,
+    hls: Path,
+    out: Path,
+    num_images: int,
+    data_root: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the page `out` and `out` with suffix .json; return the latter's content.
 
     A missing ONNX package or simulation leaves its column out and is said on the page; a damaged one is an error.
     """
+    if out.suffix == ".json" or out.is_dir():
+        raise InputError(f"--out {out}: give a file name for the page, such as report.html; the numbers go beside it")
     evaluated = read_json(run.folder / "eval.json", f"evaluate the run first: m3vit eval {run.folder}")
     tasks = run.config.model.tasks
-    split = open_split(run.config.data.layout, evaluated["data"], "val", tasks)
+    split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)
     predictors: dict[str, Predictor] = {
         "trivial": TrivialPredictor(evaluated["trivial"]),
         "torch": torch_predictor(run.model),
@@ -54,12 +62,15 @@ def write_report(
     notes = []
     indices = list(range(len(split)))
     if (onnx / "manifest.json").exists():
-        predictors["onnx"] = onnx_predictor(Package.load(onnx), run)
+        package = Package.load(onnx)
+        check_same_weights(run, onnx, package.manifest)
+        predictors["onnx"] = onnx_predictor(package, run)
     else:
         notes.append(f"No ONNX package at {onnx}: made with m3vit export onnx.")
     simulated = None
     if (hls / "csim.json").exists():
         simulated = SimulatedOutputs.load(hls)
+        check_same_weights(run, hls, simulated.manifest)
         indices = sample_indices(split, simulated)
         predictors["csim"] = simulated.predict
         notes.append(simulated.summary)
@@ -92,6 +103,12 @@ def write_report(
         path.write_text(page)
     write_json(out.with_suffix(".json"), report)
     return report
+
+
+def check_same_weights(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError if an export was made from other weights: its column would stand beside another model's."""
+    if manifest.get("run", {}).get("weights_sha256") != run.info["weights_sha256"]:
+        raise InputError(f"{folder} was exported from other weights than those in {run.folder}: export it again")
 
 
 def sample_indices(split: NYUD, simulated: SimulatedOutputs) -> list[int]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from m3vit import __version__
 from m3vit.errors import InputError
-from m3vit.files import atomic_path, read_json, write_json
+from m3vit.files import atomic_path, read_json, sha256_file, write_json
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, NYUD_CLASSES
@@ -34,17 +34,24 @@ class Run:
     folder: Path
     config: Config
     model: MultiTaskModel
-    info: dict[str, Any]  # model.json
+    info: dict[str, Any]  # model.json, and the sha256 of the weights
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+    """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout of it."""
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    # Installed into an environment inside somebody's own repository, this file is not tracked there.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    return result.stdout.strip() or None
+    return git("describe", "--always", "--dirty", "--abbrev=40")
 
 
 def save_model(folder: Path, model: MultiTaskModel, epoch: int) -> None:
@@ -78,9 +85,8 @@ def load_run(folder: Path) -> Run:
         model = MultiTaskModel(ModelConfig(**info["architecture"] | {"pretrained": False}))
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"{weights} cannot be loaded ({first}): the run folder is damaged") from None
-    return Run(folder, config, model.eval(), info)
+        raise InputError(f"{weights} cannot be loaded ({first_line(error)}): the run folder is damaged") from None
+    return Run(folder, config, model.eval(), info | {"weights_sha256": sha256_file(weights)})
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -97,7 +103,12 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises many kinds for damaged files
-        raise InputError(f"{path} cannot be loaded ({str(error).splitlines()[0]}): delete it to start over") from None
+        raise InputError(f"{path} cannot be loaded ({first_line(error)}): delete it to start over") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text, or its name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class MetricsLog:

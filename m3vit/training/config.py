@@ -1,5 +1,6 @@
 """Configuration of a run: dataclasses, YAML recipes, dotted overrides. No torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -10,9 +11,12 @@ import yaml
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
+from m3vit.tasks import TASKS
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "poly")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 
 
 @dataclass
@@ -42,23 +46,25 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training split.
-        batch_size: images per step and process.
+        batch_size: images per step.
         optimizer: adamw or sgd (with momentum).
         lr: peak learning rate.
-        weight_decay: of weights with two or more dimensions, for adamw; of everything, for sgd (as published).
+        weight_decay: for adamw, of weights but not biases, norms, positions and prefix tokens; for sgd, of everything
+            (as published).
         momentum: of sgd.
         warmup_epochs: epochs of linear warm-up.
-        schedule: cosine (to 1 % of lr) or poly (power 0.9, to 0), per step.
+        schedule: cosine (towards 1 % of lr) or poly (power 0.9, to 0), per step.
         grad_clip: largest gradient norm; 0 is off.
-        balance_weight: weight of the routers' importance and load losses (M3ViT: 0.01).
-        task_weights: weight of each task's loss, where it differs from the task table.
+        balance_weight: weight of the routers' importance and load losses (M3ViT: 0.01). The load counts tokens, so it
+            has no gradient, as in M3ViT's released runs without noise.
+        task_weights: weight of each task's loss, where it differs from the task table (M3ViT's weights).
         edge_positive_weight: weight of edge pixels in the balanced BCE, 1 minus it for the others (M3ViT: 0.95).
         native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
             times cheaper than at the image's.
         seed: of weights, data order, augmentation and noise.
         threads: CPU threads of torch; 0 leaves torch's choice. Bit-equal repeats need equal threads.
-        accelerator: Lightning Fabric's: auto, cpu, cuda, ...
-        precision: Lightning Fabric's: 32-true, bf16-mixed, ...
+        accelerator: auto, cpu, cuda or mps; one device.
+        precision: 32-true, bf16-mixed or 16-mixed (Lightning Fabric's words).
         checkpoint_steps: steps between checkpoints to resume from; 0 is once an epoch.
         eval_epochs: epochs between evaluations on the val split; 0 is never. The last epoch is always evaluated.
         log_steps: steps between lines of metrics.jsonl.
@@ -102,16 +108,32 @@ class Config:
             ("data.layout", self.data.layout, ("nyud",)),
             ("train.optimizer", train.optimizer, OPTIMIZERS),
             ("train.schedule", train.schedule, SCHEDULES),
+            ("train.precision", train.precision, PRECISIONS),
+            ("train.accelerator", train.accelerator, ACCELERATORS),
         ):
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
         for key in ("epochs", "batch_size", "lr", "log_steps"):
-            if getattr(train, key) <= 0:
+            if not 0 < getattr(train, key) < math.inf:
                 raise InputError(f"train.{key} is {getattr(train, key)}: give a positive number")
+        limits = (
+            "weight_decay momentum warmup_epochs grad_clip balance_weight seed threads checkpoint_steps eval_epochs"
+        )
+        values = {f"train.{key}": getattr(train, key) for key in limits.split()}
+        values |= {f"train.task_weights.{task}": weight for task, weight in train.task_weights.items()}
+        values |= {"data.workers": self.data.workers, "data.colour": self.data.colour}
+        for key, number in values.items():
+            if not 0 <= number < math.inf:
+                raise InputError(f"{key} is {number}: give zero or a positive number")
+        if not 0 < train.edge_positive_weight < 1:
+            raise InputError(
+                f"train.edge_positive_weight is {train.edge_positive_weight}: give a number between 0 and 1"
+            )
+        # Tasks that exist but are not this model's may stay: a recipe's values survive --model.tasks=[depth].
         for key in ("task_weights", "native_losses"):
-            unknown = [task for task in getattr(train, key) if task not in self.model.tasks]
+            unknown = [task for task in getattr(train, key) if task not in TASKS]
             if unknown:
-                raise InputError(f"train.{key} names {', '.join(unknown)}: the model's tasks are {self.model.tasks}")
+                raise InputError(f"train.{key} names {', '.join(unknown)}: choose from {', '.join(TASKS)}")
         if self.data.cache and self.data.workers:
             raise InputError(
                 f"data.cache needs data.workers 0, got {self.data.workers}: workers have memories of their own"
@@ -146,9 +168,9 @@ def read_config(path: Path) -> Config:
     try:
         values = yaml.safe_load(path.read_text())
         return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from None
 
 

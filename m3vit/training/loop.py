@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader, open_split
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import evaluate, torch_predictor
-from m3vit.files import atomic_path
+from m3vit.files import atomic_path, is_empty
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import resolve
 from m3vit.training.checkpoint import MetricsLog, load_state, read_metrics, save_model, save_state
@@ -35,7 +35,9 @@ def prepare_folder(config: Config, out: Path, resume: bool) -> None:
         if changed:
             raise InputError(f"{out} was started with other values of {', '.join(changed)}: resume with the same ones")
         return
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a folder")
+    if not is_empty(out):
         hint = "it is not a run folder" if resume else "continue it with --resume, or choose another folder"
         raise InputError(f"{out} exists and is not empty: {hint}")
     out.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def initialise(config: Config, out: Path) -> None:
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step (the first is 0)."""
+    """Return the learning rate of step number `step` (0, 1, ...), stepped once an iteration."""
     total, warmup = train.epochs * steps_per_epoch, train.warmup_epochs * steps_per_epoch
     if step < warmup:
         return train.lr * (step + 1) / (warmup + 1)
@@ -67,7 +69,7 @@ def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(train: TrainConfig, model: MultiTaskModel) -> torch.optim.Optimizer:
-    """Return the optimiser; AdamW decays matrices only."""
+    """Return the optimiser. AdamW decays weights, of gates too; not biases, norms, positions and prefix tokens."""
     if train.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(), lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
@@ -75,7 +77,9 @@ def make_optimizer(train: TrainConfig, model: MultiTaskModel) -> torch.optim.Opt
 
     # An expert's bias is a row of a matrix [E, H]: decided by name, not by the number of dimensions.
     def decayed(name: str, parameter: Tensor) -> bool:
-        return parameter.ndim > 1 and not name.endswith((".b1", ".b2", "pos_embed", "cls_token", "reg_token"))
+        return parameter.ndim > 1 and not name.endswith(
+            (".b1", ".b2", "pos_embed", "cls_token", "dist_token", "reg_token")
+        )
 
     named = list(model.named_parameters())
     groups = [
@@ -110,42 +114,52 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
     val_split = open_split(config.data.layout, config.data.root, "val", config.model.tasks)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("training on several processes is not there yet: start m3vit train without torchrun")
+    try:
+        # One device: left to itself, Fabric starts a process for every GPU it sees.
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            devices=1,
+            precision=settings.precision,  # type: ignore[arg-type]
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"train.accelerator {settings.accelerator} cannot be used here: {error}") from None
+    model = build(config)
     prepare_folder(config, out, resume)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    # One device: left to itself, Fabric starts a process for every GPU it sees.
-    fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision)  # type: ignore[arg-type]
 
-    model = build(config)
-    optimizer = make_optimizer(settings, model)
+    wrapped, optimizer = fabric.setup(model, make_optimizer(settings, model))
     state = load_state(out) if resume else None
     step = 0
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])  # after setup: it takes its tensors to the parameters' device
         torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         step = state["step"]
-    wrapped, optimizer = fabric.setup(model, optimizer)
 
     size = (config.model.image_size[0], config.model.image_size[1])
     dataset = TrainingSet(train_split, size, settings.seed, config.data.flip, config.data.colour, config.data.cache)
-    batches = EpochBatches(len(dataset), settings.batch_size, settings.seed, fabric.global_rank, fabric.world_size)
-    loader = make_loader(dataset, batches, config.data.workers)
+    batches = EpochBatches(len(dataset), settings.batch_size, settings.seed)
+    loader = make_loader(dataset, batches, config.data.workers, pin_memory=fabric.device.type == "cuda")
     steps_per_epoch = len(batches)
     steps = settings.epochs * steps_per_epoch
     log = MetricsLog(out, step)
-    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def save() -> None:
-        if fabric.is_global_zero:
-            values = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(out, values | {"rng": torch.get_rng_state(), "step": step})
+        check_weights(model, step, out)
+        rng = {
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if fabric.device.type == "cuda" else [],
+        }
+        save_state(out, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, **rng})
 
     def record(kind: str, values: dict[str, float]) -> None:
-        if fabric.is_global_zero:
-            log.write({"kind": kind, "step": step, "epoch": step / steps_per_epoch, **values})
-            for name, value in values.items():
-                board.add_scalar(f"{kind}/{name}", value, step)
+        log.write({"kind": kind, "step": step, "epoch": step / steps_per_epoch, **values})
+        for name, value in values.items():
+            board.add_scalar(f"{kind}/{name}", value, step)
 
     while step < steps:
         wrapped.train()
@@ -160,8 +174,11 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
             check_finite(values, step, out)
             optimizer.zero_grad()
             fabric.backward(total)
-            if settings.grad_clip > 0:
-                fabric.clip_gradients(wrapped, optimizer, max_norm=settings.grad_clip)
+            norm = fabric.clip_gradients(
+                wrapped, optimizer, max_norm=settings.grad_clip or math.inf, error_if_nonfinite=False
+            )
+            if settings.precision != "16-mixed":  # whose scaler tries large scales, and skips those steps itself
+                check_finite({"gradient norm": float(norm)}, step, out)  # type: ignore[arg-type]
             optimizer.step()
             step += 1
             if progress:
@@ -171,25 +188,31 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
             if settings.checkpoint_steps and step % settings.checkpoint_steps == 0 and step % steps_per_epoch:
                 save()
         epoch = step // steps_per_epoch
+        check_weights(model, step, out)
         if settings.eval_epochs and epoch % settings.eval_epochs == 0 and step < steps:
             record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
         # The resume state last: where it says an epoch is done, its evaluation and weights are on disk.
-        if fabric.is_global_zero:
-            save_model(out, model, epoch)
+        save_model(out, model, epoch)
         save()
     if not any(line["kind"] == "val" and line["step"] == step for line in read_metrics(out)):
         record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
     board.close()
 
 
-def check_finite(losses: dict[str, float], step: int, out: Path) -> None:
+def check_finite(values: dict[str, float], step: int, out: Path) -> None:
     """Stop a diverged run before it overwrites its last good checkpoint."""
-    broken = [name for name, loss in losses.items() if not math.isfinite(loss)]
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
+        kept = "The last checkpoint is kept" if (out / "last" / "state.pt").exists() else "There is no checkpoint yet"
         raise InputError(
-            f"training diverged at step {step}: the loss of {', '.join(broken)} is not finite. The last checkpoint in "
-            f"{out} is kept; start again with a lower --train.lr or with --train.grad_clip"
+            f"training diverged at step {step}: {', '.join(broken)} not finite. {kept} in {out}; start again with a "
+            "lower --train.lr or with --train.grad_clip"
         )
+
+
+def check_weights(model: MultiTaskModel, step: int, out: Path) -> None:
+    """Stop before weights that are not finite are written or evaluated."""
+    check_finite({name: float(value.detach().abs().max()) for name, value in model.named_parameters()}, step, out)
 
 
 def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Shapes: B images, C channels; labels as m3vit.data.transforms.label_tensor gives them, batched.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,15 +11,22 @@ from m3vit.models.router import Routing, importance_loss, load_loss
 from m3vit.tasks import IGNORE, TASKS
 
 
-def subsample(label: Tensor, size: tuple[int, int]) -> Tensor:
-    """Take the label [B, (3,) H, W] at the pixels nearest to the centres of a coarser grid `size`."""
+def subsample(label: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """Take the label [B, (3,) H, W] at the centres of a coarser grid `size`, once or twice.
+
+    A whole odd factor has a pixel at each centre. An even one has its centre between pixels: the two on the diagonal
+    around it are taken, so that training on both is not half a pixel off.
+    """
     height, width = label.shape[-2:]
     if (height, width) == tuple(size):
-        return label
+        return [label]
     if height % size[0] or width % size[1]:
         raise ValueError(f"a label of {height}x{width} cannot be subsampled to {size}: not a whole factor")
     down, across = height // size[0], width // size[1]
-    return label[..., down // 2 :: down, across // 2 :: across]
+    first = label[..., (down - 1) // 2 :: down, (across - 1) // 2 :: across]
+    if down % 2 and across % 2:
+        return [first]
+    return [first, label[..., down // 2 :: down, across // 2 :: across]]
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -51,11 +59,12 @@ def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float) -> Tenso
 
 def task_loss(task: str, logits: Tensor, label: Tensor, edge_positive_weight: float) -> Tensor:
     """Return the unweighted loss of a task; labels are subsampled if the logits are coarser."""
-    label = subsample(label, (logits.shape[-2], logits.shape[-1]))
-    kind = TASKS[task].loss
-    if kind == "balanced_bce":
-        return balanced_bce(logits, label, edge_positive_weight)
-    return {"cross_entropy": cross_entropy, "l1": l1, "l1_unit": l1_unit}[kind](logits, label)
+    loss = {"cross_entropy": cross_entropy, "l1": l1, "l1_unit": l1_unit}.get(TASKS[task].loss)
+    losses = [
+        loss(logits, part) if loss else balanced_bce(logits, part, edge_positive_weight)
+        for part in subsample(label, (logits.shape[-2], logits.shape[-1]))
+    ]
+    return torch.stack(losses).mean()
 
 
 def balance_loss(routings: list[Routing]) -> Tensor:

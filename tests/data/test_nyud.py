@@ -69,9 +69,14 @@ def damage_nan(root: Path) -> str:
     return r"0000.npy cannot be read \(holds values that are not finite"
 
 
+def damage_text(root: Path) -> str:
+    np.save(root / "depth" / "0000.npy", np.full((32, 48), "far"))
+    return r"0000.npy cannot be read"
+
+
 @pytest.mark.parametrize(
     "damage",
-    [damage_truncate, damage_missing, damage_class, damage_size, damage_image, damage_pickle, damage_nan],
+    [damage_text, damage_truncate, damage_missing, damage_class, damage_size, damage_image, damage_pickle, damage_nan],
 )
 def test_a_bad_file_is_named(make_data: MakeData, tmp_path: Path, damage: Callable[[Path], str]) -> None:
     root = make_data(tmp_path / "d", train=1, val=1)
@@ -137,12 +142,12 @@ def test_batches_do_not_depend_on_workers_or_on_where_training_resumed(tiny_data
     assert all(torch.equal(a, b) for a, b in zip(straight[1:], batches(workers=0, start=1), strict=True))
 
 
-def test_processes_share_every_batch_out() -> None:
-    shares = []
-    for rank in range(2):
-        order = EpochBatches(10, 2, seed=0, rank=rank, world_size=2)
-        shares.append([index for batch in order for _, index in batch])
-    assert len(order) == 2
-    assert len(set(shares[0]) | set(shares[1])) == 8 and not set(shares[0]) & set(shares[1])
-    with pytest.raises(InputError, match="more than the 3 training images"):
-        EpochBatches(3, 2, seed=0, world_size=2)
+def test_an_epoch_holds_each_image_once_and_epochs_differ() -> None:
+    order = EpochBatches(10, 3, seed=0)
+    epochs = []
+    for order.epoch in range(2):
+        epochs.append([index for batch in order for _, index in batch])
+    assert all(len(set(epoch)) == len(epoch) == 9 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    with pytest.raises(InputError, match="batch_size 4 is more than the 3 training images"):
+        EpochBatches(3, 4, seed=0)

@@ -61,11 +61,35 @@ def test_blocks_with_experts() -> None:
 
 @pytest.mark.parametrize(
     "trunk_args",
-    [ARGS, BARE, {**BARE, "reg_tokens": 2}, {**ARGS, "no_embed_class": True}, {**BARE, "init_values": 0.1}],
-    ids=["class token", "bare", "register tokens", "class token without position", "LayerScale"],
+    [
+        ARGS,
+        BARE,
+        {**BARE, "reg_tokens": 2},
+        {**ARGS, "no_embed_class": True},
+        {**BARE, "init_values": 0.1},
+        {**ARGS, "trunk": "deit_tiny_distilled_patch16_224"},
+        {**BARE, "embed_norm_layer": "layernorm"},
+        {**BARE, "pre_norm": True},
+    ],
+    ids=[
+        "class token",
+        "bare",
+        "register tokens",
+        "class token without position",
+        "LayerScale",
+        "distilled",
+        "embedding norm",
+        "norm before blocks",
+    ],
 )
 def test_trunk_equals_timm_when_dense(trunk_args: dict[str, Any]) -> None:
-    model = make(trunk_args, moe_blocks="none", tasks=["depth"])
+    trunk_args = dict(trunk_args)
+    name = trunk_args.pop("trunk", "vit_tiny_patch16_224")
+    model = make(trunk_args, trunk=name, moe_blocks="none", tasks=["depth"])
+    with torch.no_grad():  # tokens and positions start at or near zero: make them matter
+        for parameter_name, parameter in model.named_parameters():
+            if "token" in parameter_name or "pos_embed" in parameter_name:
+                parameter.normal_()
     images = torch.randn(2, 3, 32, 48)
     trunk = model.backbone.trunk
     expected = trunk.forward_features(images)[:, trunk.num_prefix_tokens :]
@@ -87,7 +111,7 @@ def test_other_image_sizes_and_their_limits() -> None:
         ({"trunk": "resnet18", "trunk_args": {}}, "ViT"),
         (
             {"trunk": "swin_tiny_patch4_window7_224", "trunk_args": {}, "image_size": (224, 224)},
-            "give a VisionTransformer",
+            "give a plain VisionTransformer",
         ),
         ({"trunk": "vit_tny"}, "not a timm model"),
         ({"tasks": ["depth", "flow"]}, "unknown task flow: choose from semseg"),
@@ -98,6 +122,10 @@ def test_other_image_sizes_and_their_limits() -> None:
         ({"image_size": (30, 48)}, "not a multiple of the patch size"),
         ({"moe_blocks": [9]}, "blocks 0 to 3"),
         ({"trunk_args": {"patch_sise": 8}}, "timm cannot build"),
+        ({"trunk_args": {**BARE, "patch_size": [8, 16]}}, "square patch"),
+        ({"trunk_args": {**BARE, "in_chans": 1}}, "3 input channels"),
+        ({"trunk_args": {**BARE, "patch_drop_rate": 0.5}}, "parts this model does not have"),
+        ({"trunk": "vit_small_patch16_18x2_224", "trunk_args": {}, "image_size": (32, 32)}, "give a plain Vision"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

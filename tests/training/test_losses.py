@@ -45,9 +45,26 @@ def test_nothing_labelled_means_no_loss_and_no_gradient(task: str, channels: int
     assert logits.grad is not None and not logits.grad.any()
 
 
-def test_subsample_takes_pixels_near_the_centres() -> None:
+def test_subsample_is_centred() -> None:
     label = torch.arange(16).view(1, 4, 4)
-    assert subsample(label, (2, 2)).tolist() == [[[5, 7], [13, 15]]]
-    assert subsample(label, (4, 4)) is label
+    assert [part.tolist() for part in subsample(label, (2, 2))] == [[[[0, 2], [8, 10]]], [[[5, 7], [13, 15]]]]
+    assert subsample(label, (4, 4))[0] is label
+    assert [part.tolist() for part in subsample(torch.arange(9).view(1, 3, 3), (1, 1))] == [[[[4]]]]
     with pytest.raises(ValueError, match="not a whole factor"):
         subsample(label, (3, 2))
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+def test_subsampled_ramp_is_where_bilinear_resizing_puts_it(factor: int) -> None:
+    rows, columns = torch.meshgrid(torch.arange(8.0 * factor), torch.arange(8.0 * factor), indexing="ij")
+    ramp = (rows + 3 * columns)[None]
+    coarse = torch.stack(subsample(ramp, (8, 8))).mean(dim=0)[None]
+    back = torch.nn.functional.interpolate(coarse, scale_factor=factor, mode="bilinear", align_corners=False)[0]
+    inside = slice(factor, -factor)  # the border is clamped
+    torch.testing.assert_close(back[:, inside, inside], ramp[:, inside, inside])
+
+
+def test_coarse_logits_are_trained_on_both_diagonal_pixels() -> None:
+    # depth label (1, 2 / 3, 4) under one output of 2.0: pixels 1 and 4, errors 1 and 2
+    loss = task_loss("depth", torch.full((1, 1, 1, 1), 2.0), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), 0.95)
+    assert loss.item() == pytest.approx(1.5)
