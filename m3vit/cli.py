@@ -1,6 +1,7 @@
 """The command line. Parsing needs no torch: a command's modules are imported only when it runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -368,6 +369,9 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C."""
+    # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
+    # process wants one of the cores; sleeping ones lose little.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(sys.argv[1:] if argv is None else argv)
     except InputError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit.cli does, and before torch is imported
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"m3vit": "m3vit", "m3vit.export": "export", "m3vit.hw": "hw", "m3vit.data": "data"}
 
