@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
@@ -161,6 +162,10 @@ def _run(jobs: list[Job], workers: int) -> Generator[None, None, None]:
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
         yield from pool.map(_render_one, jobs, chunksize=SCENES_PER_CHUNK)
+    except BrokenProcessPool:
+        raise InputError(
+            f"one of {workers} rendering processes was killed, perhaps for want of memory: run again with fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

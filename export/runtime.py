@@ -16,6 +16,7 @@ from m3vit.errors import InputError
 from m3vit.files import read_json, sha256_file
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 1, "manifest.json"
+MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
 _NO_PACKAGE = "give the folder that `m3vit export onnx` wrote"
 
 
@@ -120,7 +121,7 @@ class Package:
         image, the nearest size that it does divide is used, and the result resized back. With `resize` the image is
         taken at the size the graph is fixed to, or, if dynamic, the size the model was trained at: less memory for
         large photographs. Raises InputError for an image of another type or shape, an unknown task, and, without
-        `resize`, for an image that is too small or not of the graph's fixed size.
+        `resize`, for an image that is too small, too large (MAX_PATCHES) or not of the graph's fixed size.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3], RGB")
@@ -138,6 +139,12 @@ class Package:
             raise InputError(f"the image is {height}x{width} (height x width): {task} needs at least {patch}x{patch}")
         else:
             target = self._graph_size(task, height, width)
+        patches = (target[0] // patch) * (target[1] // patch)
+        if patches > MAX_PATCHES and not (resize or fixed):
+            raise InputError(
+                f"the image is {height}x{width} (height x width), {patches} patches of {patch}x{patch}: attention over "
+                f"more than {MAX_PATCHES} takes gigabytes; allow resizing (--resize), or give a smaller image"
+            )
         if target != (height, width):
             image = np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BILINEAR))
         decoded = decode(self.logits(image[None], task), entry["decode"])[0]

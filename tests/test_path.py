@@ -84,6 +84,12 @@ def test_predict_refusals(cli: Cli, onnx_package: Path, tiny_run: Path, tiny_dat
     refused(cli("predict", onnx_package, "--task", "flow", image, "--out", out), "no task 'flow'", "semseg, depth")
     refused(cli("predict", onnx_package, "--task", "depth", tmp_path / "no.jpg", "--out", out), "no.jpg not found")
     refused(cli("predict", tmp_path, "--task", "depth", image, "--out", out), "manifest.json not found")
+    Image.new("RGB", (1000, 600)).save(tmp_path / "large.png")
+    refused(
+        cli("predict", onnx_package, "--task", "depth", tmp_path / "large.png", "--out", out),
+        "9375 patches",
+        "--resize",
+    )
     tampered = tmp_path / "tampered"
     shutil.copytree(onnx_package, tampered)
     data = bytearray((tampered / "weights.bin").read_bytes())
@@ -95,6 +101,9 @@ def test_predict_refusals(cli: Cli, onnx_package: Path, tiny_run: Path, tiny_dat
     refused(cli("predict", fixed, "--task", "depth", image, "--out", out), "32x48", "40x48")
     assert not out.exists() or not any(out.iterdir())
     assert cli("predict", fixed, "--task", "depth", image, "--resize", "--out", out).returncode == 0
+    large = tmp_path / "large.png"
+    assert cli("predict", onnx_package, "--task", "depth", large, "--resize", "--out", out).returncode == 0
+    assert Image.open(out / "large_depth.png").size == (1000, 600)
 
 
 def test_csim_refusals(cli: Cli, hls_project: Path, tmp_path: Path) -> None:
