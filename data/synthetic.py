@@ -164,7 +164,7 @@ def _run(jobs: list[Job], workers: int) -> Generator[None, None, None]:
         yield from pool.map(_render_one, jobs, chunksize=SCENES_PER_CHUNK)
     except BrokenProcessPool:
         raise InputError(
-            f"one of {workers} rendering processes was killed, perhaps for want of memory: run again with fewer --workers"
+            f"one of {workers} rendering processes was killed, maybe for want of memory: run again with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
