@@ -207,7 +207,9 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=image_size, default=None, help="fix the image size to HEIGHTxWIDTH (default: any)"
     )
-    parser.add_argument("--data.root", dest="data_root", help="images for the parity check (default: noise as well)")
+    parser.add_argument(
+        "--data.root", dest="data_root", help="data root of the parity check's images (default: the run's)"
+    )
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:
@@ -224,7 +226,11 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help="task to predict")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
-    parser.add_argument("--resize", action="store_true", help="resize images to the size of a fixed-size package")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="run at the size of a fixed-size package, or the size trained at: for large images",
+    )
     parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
 
 
@@ -241,9 +247,11 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="project folder to write")
     parser.add_argument("--data.root", dest="data_root", help="data root, if not the one trained on")
-    parser.add_argument("--samples", type=positive, default=100, help="val images to store for csim (default: 100)")
-    parser.add_argument("--weight-bits", type=positive, default=16, help="width of weights (default: 16)")
-    parser.add_argument("--act-bits", type=positive, default=20, help="width of feature maps (default: 20)")
+    parser.add_argument(
+        "--samples", type=positive, default=None, help="val images to store for csim (default: 100, or all)"
+    )
+    parser.add_argument("--weight-bits", type=positive, default=16, help="width of weights, 6 to 24 (default: 16)")
+    parser.add_argument("--act-bits", type=positive, default=20, help="width of feature maps, 8 to 24 (default: 20)")
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
@@ -389,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"m3vit: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("m3vit: interrupted (a training run continues with --resume)", file=sys.stderr)
+        print("m3vit: interrupted; m3vit train goes on with --resume, other commands start over", file=sys.stderr)
         return 130
     return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
-from m3vit.files import atomic_folder, sha256_file, write_json
+from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.hw.csim import FORMAT, MANIFEST, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
@@ -50,8 +50,7 @@ def export_project(
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     _check_arguments(model, calibration, samples, weight_bits, act_bits)
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an HLS project of ours: give a new or empty folder")
+    _check_replaceable(out)
     model = model.eval()
     lowered = leaf.lower(model)
     seen = precision.calibrate(lowered, tokenise(calibration, lowered.patch))
@@ -67,6 +66,25 @@ def export_project(
         write_json(folder / MANIFEST, manifest)
     log.info("HLS project written to %s", out)
     return manifest
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise InputError if writing to `out` would delete anything but an earlier project of ours and what it built."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    advice = "give a new or empty folder"
+    if not (out / MANIFEST).is_file():
+        raise InputError(f"{out} exists and is not an HLS project of ours: {advice}")
+    manifest = read_json(out / MANIFEST, advice)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
+    built = {MANIFEST, TESTBENCH, "csim.json", "tb_data/csim_outputs.npz", "tb_data/csim_results.log"}
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+    foreign = sorted(name for name in found - built - set(manifest["files"]) if not name.endswith((".so", ".o")))
+    if foreign:
+        raise InputError(
+            f"{out} holds files that are not the project's ({', '.join(foreign[:3])}): move them, or {advice}"
+        )
 
 
 def _check_arguments(

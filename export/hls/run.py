@@ -14,15 +14,24 @@ from m3vit.errors import InputError
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.training.checkpoint import Run
 
+SAMPLES = 100  # validation images stored, unless told otherwise
 CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
 
 
 def export_run(
-    run: Run, out: Path, *, data_root: str | None = None, samples: int = 100, weight_bits: int = 16, act_bits: int = 20
+    run: Run,
+    out: Path,
+    *,
+    data_root: str | None = None,
+    samples: int | None = None,
+    weight_bits: int = 16,
+    act_bits: int = 20,
 ) -> dict[str, Any]:
     """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`."""
     tasks, root = run.config.model.tasks, data_root or run.config.data.root
     train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
+    if samples is None:
+        samples = min(SAMPLES, len(val))
     if samples > len(val):
         raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     size = (run.config.model.image_size[0], run.config.model.image_size[1])

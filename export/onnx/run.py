@@ -25,11 +25,12 @@ def export_run(
     say: Callable[[str], None] = print,
 ) -> None:
     """Write the package of a run to `out`, compare it with torch, and say a line per file and per task."""
+    images = parity_images(run, data_root)
     export_package(run.model, out, info=run.info, opset=opset, size=size, progress=say)
     for path in sorted(out.iterdir()):
         say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     say("comparing with torch")
-    for task, result in check_parity(run.model, out, parity_images(run, data_root)).items():
+    for task, result in check_parity(run.model, out, images).items():
         unseen = sum(len(experts) for experts in result["experts_not_hit"].values())
         say(
             f"{task}: worst relative error {result['worst_relative_error']:.1e} ({result['worst_at']}) in "

@@ -52,6 +52,8 @@ def write_report(
     """
     if out.suffix == ".json" or out.is_dir():
         raise InputError(f"--out {out}: give a file name for the page, such as report.html; the numbers go beside it")
+    if out.resolve().parent == run.folder.resolve() and out.stem in ("eval", "model"):
+        raise InputError(f"--out {out}: its numbers would overwrite the run's {out.stem}.json; choose another name")
     evaluated = read_json(run.folder / "eval.json", f"evaluate the run first: m3vit eval {run.folder}")
     tasks = run.config.model.tasks
     split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)

@@ -53,8 +53,9 @@ def build(config: Config) -> MultiTaskModel:
 
 def initialise(config: Config, out: Path) -> None:
     """Write a run folder with untrained weights (`m3vit init`)."""
+    model = build(config)
     prepare_folder(config, out, resume=False)
-    save_model(out, build(config), epoch=0)
+    save_model(out, model, epoch=0)
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -123,6 +124,7 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(f"train.accelerator {settings.accelerator} cannot be used here: {error}") from None
+    batches = EpochBatches(len(train_split), settings.batch_size, settings.seed)
     model = build(config)
     prepare_folder(config, out, resume)
     if settings.threads:
@@ -141,7 +143,6 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
 
     size = (config.model.image_size[0], config.model.image_size[1])
     dataset = TrainingSet(train_split, size, settings.seed, config.data.flip, config.data.colour, config.data.cache)
-    batches = EpochBatches(len(dataset), settings.batch_size, settings.seed)
     loader = make_loader(dataset, batches, config.data.workers, pin_memory=fabric.device.type == "cuda")
     steps_per_epoch = len(batches)
     steps = settings.epochs * steps_per_epoch

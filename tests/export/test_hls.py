@@ -311,6 +311,17 @@ def test_changed_files_are_noticed(copy: Path, victim: str) -> None:
         verify_project(copy)
 
 
+def test_files_of_the_users_are_not_deleted(report: dict[str, Any], copy: Path) -> None:
+    arguments: dict[str, Any] = {"calibration": make_images(1), "samples": make_samples()}
+    (copy / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"not the project's \(notes.txt\)"):
+        export_project(make_model(), copy, **arguments)
+    assert (copy / "notes.txt").read_text() == "mine"
+    (copy / csim.MANIFEST).write_text('{"a": 1}')
+    with pytest.raises(InputError, match="is not an HLS project's"):
+        export_project(make_model(), copy, **arguments)
+
+
 def test_more_samples_than_stored(project: Path) -> None:
     with pytest.raises(InputError, match=f"holds {SAMPLES} images"):
         verify_project(project, SAMPLES + 1)
