@@ -14,7 +14,7 @@ from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
-from m3vit.hw.csim import FORMAT, MANIFEST, tokenise, write_input_lines
+from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
