@@ -1,47 +1,75 @@
 """Batches for training, in an order that depends on the seed alone: not on workers, not on where a run resumed."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from m3vit.data.nyud import NYUD, Sample
-from m3vit.data.transforms import training_pair
+from m3vit.data.sample import Sample, Split
+from m3vit.data.transforms import Pair, training_pair
 from m3vit.errors import InputError
 
 
-def open_split(layout: str, root: str, split: str, tasks: list[str]) -> NYUD:
-    """Open one split of a data set, or raise InputError."""
-    if not root:
-        raise InputError("no data root: give --data.root DIR (m3vit data synth writes a small data set)")
-    return {"nyud": NYUD}[layout](Path(root), split, tasks)
+class Batch(NamedTuple):
+    """Augmented images [B, 3, H, W] and labels by task, or None if no sample could be read; and the errors.
+
+    Errors are carried as text, one a sample that is left out: raised in a loader process they would arrive as a stack
+    trace.
+    """
+
+    images: Tensor | None
+    labels: dict[str, Tensor]
+    errors: list[str]
 
 
 class TrainingSet(Dataset):
-    """Augmented samples, addressed by (epoch, index): the pair seeds the augmentation."""
+    """Augmented samples, addressed by (epoch, index): the pair seeds the augmentation. Unreadable ones are text."""
 
     def __init__(
-        self, split: NYUD, size: tuple[int, int], seed: int, flip: bool = True, colour: float = 0.0, cache: bool = False
+        self,
+        split: Split,
+        size: tuple[int, int],
+        seed: int,
+        pipeline: str = "simple",
+        flip: bool = True,
+        colour: float = 0.0,
+        cache: bool = False,
     ) -> None:
-        self.split, self.size, self.seed, self.flip, self.colour = split, size, seed, flip, colour
+        self.split, self.size, self.seed, self.pipeline = split, size, seed, pipeline
+        self.options: dict[str, Any] = {"label_set": split.label_set, "flip": flip, "colour": colour}
         self.cache: dict[int, Sample] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, key: tuple[int, int]) -> Pair | str:
         epoch, index = key
-        if self.cache is None:
-            sample = self.split.load(index)
-        else:
-            if index not in self.cache:
-                self.cache[index] = self.split.load(index)
-            sample = self.cache[index]
+        try:
+            sample = self._sample(index)
+        except InputError as error:
+            return str(error)
         rng = np.random.default_rng([1, self.seed, epoch, index])
-        return training_pair(sample, self.size, rng, self.flip, self.colour)
+        return training_pair(self.pipeline, sample, self.size, rng, **self.options)
+
+    def _sample(self, index: int) -> Sample:
+        if self.cache is None:
+            return self.split.load(index)
+        if index not in self.cache:
+            self.cache[index] = self.split.load(index)
+        return self.cache[index]
+
+
+def collate(samples: list[Pair | str]) -> Batch:
+    """Put samples into a batch, without those that could not be read."""
+    errors = [sample for sample in samples if isinstance(sample, str)]
+    pairs = [sample for sample in samples if not isinstance(sample, str)]
+    if not pairs:
+        return Batch(None, {}, errors)
+    images, labels = default_collate(pairs)
+    return Batch(images, labels, errors)
 
 
 class EpochBatches(Sampler):
@@ -67,11 +95,12 @@ class EpochBatches(Sampler):
 
 
 def make_loader(dataset: TrainingSet, batches: EpochBatches, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Return the loader over `batches`; set batches.epoch and batches.start before iterating it."""
+    """Return the loader of `Batch`es over `batches`; set batches.epoch and batches.start before iterating it."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=collate,
         pin_memory=pin_memory,
         # An own generator: the loader's base seed must not be drawn from, and so move, the run's random state.
         generator=torch.Generator().manual_seed(0),

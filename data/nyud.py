@@ -1,133 +1,126 @@
-"""NYUD-v2 in the layout of the NYUD_MT release (Vandenhende's, used by M3ViT). No torch.
+"""NYUD-v2 as published for multi-task learning, in either release. No torch.
 
-On disk (reference: the loaders of the M3ViT and Multi-Task-Learning-PyTorch repositories):
-    gt_sets/{train,val}.txt   one id per line
-    images/{id}.jpg           RGB
-    segmentation/{id}.png     uint8; 0 unlabelled, 1..40 classes
-    depth/{id}.npy            metres, 0 invalid
-    normals/{id}.npy          [H, W, 3], zero vectors invalid
-    edge/{id}.npy             0 or 1
+                    NYUD_MT                          NYUDv2
+    gt_sets/        {train,val}.txt, an id a line    the same
+    images/         jpg, 480 x 640                   png, 425 x 560 (NYUD_MT's, cropped)
+    segmentation/   png; 0 unlabelled, 1..40         the same
+    depth/          npy, metres, 0 invalid           the same
+    normals/        npy [H, W, 3], 0 invalid         png, n = 2 v / 255 - 1
+    edge/           npy 0/1                          png 0/255
+
+Sources: data/nyud.py of SimonVandenhende/Multi-Task-Learning-PyTorch and of VITA-Group/M3ViT (NYUD_MT);
+TaskPrompter/data/nyud.py of prismformore/Multi-Task-Transformer (NYUDv2, made by ATRC).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from m3vit.data.reading import (
+    Size,
+    check_size,
+    image_size,
+    read_depth_array,
+    read_edge_array,
+    read_grey,
+    read_ids,
+    read_image,
+    read_normals_array,
+    read_normals_png,
+)
+from m3vit.data.sample import FileSplit, held, names_in
+from m3vit.data.thinning import segmentation_boundaries
 from m3vit.errors import InputError
-from m3vit.tasks import IGNORE, TASKS
+from m3vit.tasks import IGNORE, LABEL_SETS
+
+FOLDERS = {"image": "images", "semseg": "segmentation", "depth": "depth", "normals": "normals", "edge": "edge"}
+SAME = {"semseg": ".png", "depth": ".npy"}
+RELEASES = {
+    "NYUD_MT": {"image": ".jpg", "normals": ".npy", "edge": ".npy", **SAME},
+    "NYUDv2": {"image": ".png", "normals": ".png", "edge": ".png", **SAME},
+}
+NUM_CLASSES = LABEL_SETS["nyud"].channels("semseg")
 
 
-@dataclass
-class Sample:
-    """One image [H, W, 3] uint8 and its labels, in the conventions of m3vit.tasks.
+def detect_release(root: Path, kinds: Sequence[str]) -> str:
+    """Return which release `root` holds, from the names in the folders of `kinds`, or raise InputError."""
+    endings = {".jpg", ".png", ".npy"}
+    found: dict[str, Counter[str]] = {}
+    for kind in kinds:
+        folder = root / FOLDERS[kind]
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} not found: {root} holds {held(root)}; extract the archive again, or leave out the task"
+            )
+        found[kind] = Counter(ending for name in names_in(folder) if (ending := Path(name).suffix) in endings)
+    for release, expected in RELEASES.items():
+        if all(set(found[kind]) == {expected[kind]} for kind in kinds):
+            return release
+    here = "; ".join(
+        f"{FOLDERS[kind]}/ {', '.join(f'{number} {ending[1:]}' for ending, number in counts.items()) or 'none'}"
+        for kind, counts in found.items()
+    )
+    there = "; ".join(
+        f"{release} has {', '.join(f'{FOLDERS[kind]}/*{expected[kind]}' for kind in kinds)}"
+        for release, expected in RELEASES.items()
+    )
+    raise InputError(f"{root} is neither release of NYUD-v2, it holds {here}. {there}: extract one archive afresh")
 
-    semseg [H, W] uint8, depth [H, W] float32, normals [H, W, 3] float32, edge [H, W] uint8.
+
+class NYUD(FileSplit):
+    """One split of NYUD_MT (or of `m3vit data synth --layout nyud`, which writes the same files) or of NYUDv2.
+
+    Labels are not resized: all files of a release have one size, and labels of NYUDv2 beside images of NYUD_MT would
+    be of another crop. Normals keep the axes of their file: neither papers nor loaders say what they are. (M3ViT's
+    rotation, ScaleNRotate in its data/custom_transforms.py, turns x and y as if y pointed down or x left.)
     """
 
-    id: str
-    image: NDArray[np.uint8]
-    labels: dict[str, NDArray]
+    label_set = "nyud"
+    layout = "NYUD_MT or NYUDv2 (images/, segmentation/, depth/, normals/, edge/, gt_sets/)"
+    listings = "gt_sets"
 
-
-class NYUD:
-    """One split of NYUD_MT (or of `m3vit data synth --layout nyud`, which writes the same files)."""
-
-    FOLDERS: ClassVar[dict[str, str]] = {
-        "semseg": "segmentation",
-        "depth": "depth",
-        "normals": "normals",
-        "edge": "edge",
-    }
-
-    def __init__(self, root: Path, split: str, tasks: Sequence[str] = tuple(FOLDERS)) -> None:
-        self.root, self.split, self.tasks = root, split, tuple(tasks)
-        missing = [task for task in self.tasks if task not in self.FOLDERS]
-        if missing:
-            raise InputError(f"NYUD has no labels for {', '.join(missing)}: its tasks are {', '.join(self.FOLDERS)}")
-        if not root.is_dir():
-            raise InputError(f"data root {root} not found: give the folder that holds gt_sets/ with --data.root")
-        listing = root / "gt_sets" / f"{split}.txt"
-        if not listing.is_file():
-            raise InputError(
-                f"{listing} not found: {root} is not in the NYUD_MT layout (images/, depth/, gt_sets/, ...)"
-            )
-        try:
-            self.ids = listing.read_text().split()
-        except UnicodeDecodeError:
-            raise InputError(f"{listing} is not text: it holds one image id a line") from None
-        if not self.ids:
-            raise InputError(f"{listing} lists no image")
-        first = root / "images" / self.ids[0]
-        if not first.with_suffix(".jpg").exists() and first.with_suffix(".png").exists():
-            raise InputError(
-                f"{root} is the NYUDv2 release of ATRC/InvPT (png images); this version reads NYUD_MT (jpg images)"
-            )
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    def __init__(self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["nyud"].tasks) -> None:
+        super().__init__(root, split, tasks)
+        self.release = detect_release(self.root, self.kinds)
+        self._check_first()
 
     def path(self, index: int, kind: str) -> Path:
-        """Return the file of a sample's "image" or of one of its labels."""
+        """Return the file of an image or label, which need not exist."""
+        return self.root / FOLDERS[kind] / f"{self.ids[index]}{RELEASES[self.release][kind]}"
+
+    def read(self, index: int, kind: str, size: Size | None = None) -> NDArray:
+        """Read an image or label as `load` returns it; `size` is the image's, read from its header if not given."""
+        path = self.path(index, kind)
         if kind == "image":
-            return self.root / "images" / f"{self.ids[index]}.jpg"
-        return self.root / self.FOLDERS[kind] / f"{self.ids[index]}{'.png' if kind == 'semseg' else '.npy'}"
+            return read_image(path)
+        label = _read_label(path, kind)
+        check_size(path, label, size or image_size(self.path(index, "image")))
+        return label
 
-    def load(self, index: int) -> Sample:
-        """Read one sample, or raise InputError naming the file that is missing, damaged or of the wrong size."""
-        image = _read(self.path(index, "image"), lambda path: np.asarray(Image.open(path).convert("RGB")))
-        labels = {}
-        for task in self.tasks:
-            path = self.path(index, task)
-            label = _read(path, READERS[task])
-            expected = (*image.shape[:2], 3) if task == "normals" else image.shape[:2]
-            if label.shape != expected:
-                raise InputError(f"{path} has shape {label.shape}, its image {image.shape[:2]}: expected {expected}")
-            labels[task] = label
-        return Sample(self.ids[index], image, labels)
+    def edge_truth(self, index: int) -> NDArray[np.bool_]:
+        """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on.
 
-
-def _read(path: Path, reader: Callable[[Path], NDArray]) -> NDArray:
-    try:
-        return reader(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} not found, though gt_sets lists it: the data set is incomplete") from None
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, MemoryError) as error:
-        raise InputError(f"{path} cannot be read ({error}): replace the file") from None
+        The published evaluation takes the edge png for a map of segments, whatever its values, so boundaries lie on
+        both sides of a drawn line before thinning (seism/src/gt_wrappers/db_gt.m of
+        prismformore/Boundary-Detection-Evaluation-Tools). It never read npy edges; here they count as 0/1.
+        """
+        path = self.path(index, "edge")
+        stored = read_grey(path) if path.suffix == ".png" else read_edge_array(path)
+        check_size(path, stored, image_size(self.path(index, "image")))
+        return segmentation_boundaries(stored)
 
 
-def _read_array(path: Path) -> NDArray[np.float32]:
-    array = np.load(path, allow_pickle=False)
-    if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
-        raise ValueError("holds values that are not finite numbers")
-    return array.astype(np.float32, copy=False)
-
-
-def _read_semseg(path: Path) -> NDArray[np.uint8]:
-    stored = np.asarray(Image.open(path))
-    if stored.dtype != np.uint8 or stored.max(initial=0) > TASKS["semseg"].channels:
-        raise ValueError(f"expected uint8 ids 0..{TASKS['semseg'].channels}, found {stored.dtype} up to {stored.max()}")
-    return np.where(stored == 0, IGNORE, stored - np.uint8(1)).astype(np.uint8)
-
-
-def _read_depth(path: Path) -> NDArray[np.float32]:
-    depth = _read_array(path)
-    if depth.min(initial=0) < 0:
-        raise ValueError("holds negative depths")
-    return depth
-
-
-def _read_edge(path: Path) -> NDArray[np.uint8]:
-    return (_read_array(path) > 0).astype(np.uint8)
-
-
-READERS: dict[str, Callable[[Path], NDArray]] = {
-    "semseg": _read_semseg,
-    "depth": _read_depth,
-    "normals": _read_array,
-    "edge": _read_edge,
-}
+def _read_label(path: Path, task: str) -> NDArray:
+    if task == "semseg":
+        stored = read_ids(path, NUM_CLASSES)
+        return np.where(stored == 0, IGNORE, stored - np.uint8(1)).astype(np.uint8)
+    if task == "depth":
+        return read_depth_array(path)
+    if task == "normals":
+        return read_normals_png(path) if path.suffix == ".png" else read_normals_array(path)
+    # A pixel is an edge from half on, as in BalancedCrossEntropyLoss of SimonVandenhende/Multi-Task-Learning-PyTorch
+    # (losses/loss_functions.py); the InvPT family trains on v / 255 as it is, the same for 0 and 255.
+    return (read_grey(path) >= 128).astype(np.uint8) if path.suffix == ".png" else read_edge_array(path)

@@ -1,4 +1,4 @@
-"""A synthetic data set in the published NYUD_MT layout, for tests, demonstrations and machines without the real one."""
+"""A data set of rendered scenes in the layout of NYUD_MT or PASCAL_MT, for tests, demonstrations and quick trials."""
 
 import importlib
 import math
@@ -14,23 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 import m3vit
+from m3vit.data.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError
 from m3vit.files import read_json, write_json
 
-LAYOUTS = ("nyud",)
 MIN_SIDE_PX = 32
-JPEG_QUALITY = 95
 MANIFEST = "synthetic.json"
 SPLITS = ("train", "val")
-# Folder of the NYUD_MT release -> extension there.
-FOLDERS = {"images": ".jpg", "segmentation": ".png", "edge": ".npy", "normals": ".npy", "depth": ".npy"}
 
 SCENES_PER_CHUNK = 4  # few enough that progress is smooth, enough that the pool's messages cost nothing
 
-Job = tuple[Path, str, tuple[int, int, int], tuple[int, int]]  # root, id, (seed, split, index), size
+# layout, root, id, (seed, split, index), size
+Job = tuple[str, Path, str, tuple[int, int, int], tuple[int, int]]
 
 
 def synthesize(
@@ -44,7 +41,9 @@ def synthesize(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Render `train` + `val` indoor scenes of `size` (height, width) with exact labels into the new folder `out`.
+    """Render `train` + `val` scenes of `size` (height, width) with exact labels into the new folder `out`.
+
+    The layout decides what is in them: "nyud" rooms, "pascal" people, animals, vehicles and furniture.
 
     An image depends on the seed, its split and its index there, not on the counts or on `workers` (default: one
     process per core).  `progress` is called with the images done and their total after each.  If `out` already
@@ -59,7 +58,7 @@ def synthesize(
     arguments = {"layout": layout, "train": train, "val": val, "size": list(size), "seed": seed}
     if _is_done(out, arguments):
         return
-    _require_renderer()
+    _require_renderer(layout)
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +67,9 @@ def synthesize(
         raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
     try:
         staging.chmod(0o755)  # mkdtemp gives 0700
-        _render_all(staging, _image_ids(train, val), size, seed, workers or os.cpu_count() or 1, progress)
+        _render_all(staging, arguments, workers or os.cpu_count() or 1, progress)
         _write_manifest(staging, arguments)
-        _move(staging, out)
+        _move(staging, out, layout)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -88,8 +87,8 @@ def _check_arguments(layout: str, train: int, val: int, size: tuple[int, int], s
         )
 
 
-def _require_renderer() -> None:
-    for package in ("trimesh", "embreex"):
+def _require_renderer(layout: str) -> None:
+    for package in LAYOUTS[layout].packages:
         try:
             importlib.import_module(package)
         except ImportError:
@@ -98,10 +97,13 @@ def _require_renderer() -> None:
             ) from None
 
 
-def _image_ids(train: int, val: int) -> dict[str, list[str]]:
-    """Return the ids of each split: 0001, 0002, ... through both."""
-    numbers = [f"{number:04d}" for number in range(1, train + val + 1)]
-    return {"train": numbers[:train], "val": numbers[train:]}
+def _images(arguments: dict[str, Any]) -> Generator[tuple[str, int, int], None, None]:
+    """Yield id, split (0: train, 1: val) and index in the split of every image."""
+    number = 0
+    for split, split_name in enumerate(SPLITS):
+        for index in range(arguments[split_name]):
+            number += 1
+            yield LAYOUTS[arguments["layout"]].image_id(number), split, index
 
 
 def _is_done(out: Path, arguments: dict[str, Any]) -> bool:
@@ -119,38 +121,35 @@ def _is_done(out: Path, arguments: dict[str, Any]) -> bool:
     found = manifest.get("arguments") if isinstance(manifest, dict) else None
     if found != arguments:
         raise InputError(f"{out} holds a synthetic data set of {found}, not of {arguments}: {advice}")
-    ids = _image_ids(arguments["train"], arguments["val"])
-    for split in SPLITS:
-        paths = [out / "gt_sets" / f"{split}.txt"]
-        paths += [out / folder / (name + ending) for folder, ending in FOLDERS.items() for name in ids[split]]
-        for path in paths:
-            if not path.is_file():
-                raise InputError(f"{path} is missing from a synthetic data set that should be whole: {advice}")
+    layout = LAYOUTS[arguments["layout"]]
+    paths = [f"{layout.lists}/{split}.txt" for split in SPLITS]
+    for name, split, index in _images(arguments):
+        paths += layout.files(name, split, index).values()
+    for path in paths:
+        if not (out / path).is_file():
+            raise InputError(f"{out / path} is missing from a synthetic data set that should be whole: {advice}")
     return True
 
 
 def _render_all(
-    root: Path,
-    ids: dict[str, list[str]],
-    size: tuple[int, int],
-    seed: int,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
+    root: Path, arguments: dict[str, Any], workers: int, progress: Callable[[int, int], None] | None
 ) -> None:
-    for folder in FOLDERS:
-        (root / folder).mkdir()
+    layout, images = LAYOUTS[arguments["layout"]], list(_images(arguments))
+    for name, split, index in images:
+        for path in layout.files(name, split, index).values():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+    size = (arguments["size"][0], arguments["size"][1])
     jobs: list[Job] = [
-        (root, name, (seed, split, index), size)
-        for split, split_name in enumerate(SPLITS)
-        for index, name in enumerate(ids[split_name])
+        (arguments["layout"], root, name, (arguments["seed"], split, index), size) for name, split, index in images
     ]
     with closing(_run(jobs, workers)) as finished:
         for done, _ in enumerate(finished, start=1):
             if progress is not None:
                 progress(done, len(jobs))
-    (root / "gt_sets").mkdir()
-    for split_name in SPLITS:
-        (root / "gt_sets" / f"{split_name}.txt").write_text("".join(f"{name}\n" for name in ids[split_name]))
+    (root / layout.lists).mkdir(parents=True)
+    for split, split_name in enumerate(SPLITS):
+        lines = [f"{name}\n" for name, of_split, _ in images if of_split == split]
+        (root / layout.lists / f"{split_name}.txt").write_text("".join(lines))
 
 
 def _run(jobs: list[Job], workers: int) -> Generator[None, None, None]:
@@ -171,18 +170,10 @@ def _run(jobs: list[Job], workers: int) -> Generator[None, None, None]:
 
 
 def _render_one(job: Job) -> None:
-    """Render one scene and write its five files."""
-    from m3vit.data.scenes.rendering import render_scene  # needs trimesh and embreex: see _require_renderer
-
-    root, name, key, size = job
-    scene = render_scene(np.random.default_rng(key), size)
-    path = {folder: root / folder / (name + ending) for folder, ending in FOLDERS.items()}
-    # Full-resolution chroma: at these sizes the usual 4:2:0 would blur colour edges over two pixels.
-    Image.fromarray(scene.image).save(path["images"], quality=JPEG_QUALITY, subsampling=0)
-    Image.fromarray(scene.labels.segmentation).save(path["segmentation"])
-    np.save(path["edge"], scene.labels.edge)
-    np.save(path["normals"], scene.labels.normals)
-    np.save(path["depth"], scene.labels.depth)
+    """Render one scene and write its files."""
+    layout, root, name, key, size = job
+    files = LAYOUTS[layout].files(name, key[1], key[2])
+    LAYOUTS[layout].write(np.random.default_rng(key), size, {kind: root / path for kind, path in files.items()})
 
 
 def _write_manifest(root: Path, arguments: dict[str, Any]) -> None:
@@ -194,12 +185,13 @@ def _write_manifest(root: Path, arguments: dict[str, Any]) -> None:
     write_json(root / MANIFEST, {**manifest, "camera": camera})
 
 
-def _move(staging: Path, out: Path) -> None:
+def _move(staging: Path, out: Path, layout: str) -> None:
     """Move a whole data set to its place."""
     if not out.exists():
         os.replace(staging, out)
         return
     # An empty folder may be a mount point or the working directory, so it is filled, not replaced. The lists and
     # the manifest come last: until then nothing takes it for a data set.
-    for name in (*FOLDERS, "gt_sets", MANIFEST):
+    last = [LAYOUTS[layout].lists.split("/")[0], MANIFEST]
+    for name in [path.name for path in staging.iterdir() if path.name not in last] + last:
         shutil.move(staging / name, out / name)

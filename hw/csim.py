@@ -22,7 +22,7 @@ from m3vit.files import read_json
 
 NAME = "m3vit"  # of the hls4ml project
 MANIFEST = "m3vit.json"
-FORMAT = 1  # of the manifest
+FORMAT = 2  # of the manifest
 TESTBENCH = "csim.exe"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
 # -W ignore: hls4ml warns of optional packages it does not find

@@ -36,7 +36,7 @@ def positive(text: str) -> int:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., None]]:
     """Show a progress bar; the yielded function takes (done, total, text beside the bar = "")."""
     from rich.console import Console
     from rich.progress import (
@@ -56,7 +56,7 @@ def progress_bar(title: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
         task = bar.add_task(title, total=None, text="")
         yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
 
@@ -71,7 +71,12 @@ def say(text: str) -> None:
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; becomes a data root")
-    parser.add_argument("--layout", default="nyud", choices=["nyud"], help="nyud: the files of the NYUD_MT release")
+    parser.add_argument(
+        "--layout",
+        default="nyud",
+        choices=["nyud", "pascal"],
+        help="nyud: rooms, as the NYUD_MT release (default); pascal: people and objects, as the PASCAL_MT release",
+    )
     parser.add_argument("--train", type=positive, default=400, help="training images (default: 400)")
     parser.add_argument("--val", type=positive, default=100, help="validation images (default: 100)")
     parser.add_argument("--size", type=image_size, default=(96, 128), help="HEIGHTxWIDTH in pixels (default: 96x128)")
@@ -94,6 +99,75 @@ def run_synth(args: argparse.Namespace) -> None:
             progress=bar,
         )
     say(f"{args.train} training and {args.val} validation scenes in {args.out}")
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", type=Path, metavar="ROOT", help="the folder that holds gt_sets/ or ImageSets/")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the whole report as JSON")
+    parser.add_argument("--workers", type=positive, default=None, help="processes (default: one a core)")
+    parser.add_argument("--quick", action="store_true", help="only which data set it is, its lists and missing files")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from m3vit.data.check import check, render
+
+    with progress_bar("checking samples") as bar:
+        report = check(args.root, quick=args.quick, workers=args.workers, progress=bar)
+    if args.json is not None:
+        from m3vit.files import write_json
+
+        write_json(args.json, report.to_dict())
+    say(render(report))
+    return 0 if report.ok else 1
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", choices=["nyud"], help="nyud: NYUD_MT's files from the official NYU Depth v2")
+    parser.add_argument("--labeled", type=Path, required=True, metavar="FILE", help="nyu_depth_v2_labeled.mat (2.8 GB)")
+    parser.add_argument("--splits", type=Path, required=True, metavar="FILE", help="splits.mat")
+    parser.add_argument("--classes", type=Path, required=True, metavar="FILE", help="classMapping40.mat")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty; becomes a data root")
+    parser.add_argument(
+        "--depth",
+        default="measured",
+        choices=["measured", "filled"],
+        help="measured: 0 where the Kinect saw nothing; filled: the in-painted depths (default: measured)",
+    )
+    parser.add_argument("--sha256", action="store_true", help="note the sources' hashes in prepared.json")
+    parser.add_argument("--workers", type=positive, default=None, help="processes (default: one a core)")
+
+
+def run_prepare(args: argparse.Namespace) -> None:
+    from m3vit.data.prepare import prepare_nyud
+
+    with progress_bar("preparing images") as bar:
+        notes = prepare_nyud(
+            args.labeled,
+            args.splits,
+            args.classes,
+            args.out,
+            depth=args.depth,
+            sha256=args.sha256,
+            workers=args.workers,
+            progress=bar,
+        )
+    counts = notes["counts"]
+    remark = "" if notes["official_counts"] else ", which are not the official 795 and 654"
+    say(f"{counts['train']} training and {counts['val']} validation images in {args.out}{remark}")
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help=".tgz, .tar.gz, .tar or .zip of a data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+
+
+def run_extract(args: argparse.Namespace) -> None:
+    from m3vit.data.archives import extract
+    from m3vit.data.check import describe
+
+    with progress_bar("unpacking (MiB)") as bar:
+        root = extract(args.archive, args.out, bar)
+    say(f"{describe(root)}: {root}")
 
 
 # --- train, init ----------------------------------------------------------------------------------------------------
@@ -143,8 +217,10 @@ def run_train(argv: Sequence[str]) -> None:
     from m3vit.training.loop import train
 
     with progress_bar("training") as bar:
-        train(config, args.out, resume=args.resume, progress=bar)
+        unreadable = train(config, args.out, resume=args.resume, progress=bar)
     say(f"trained for {config.train.epochs} epochs: {args.out}")
+    if unreadable:
+        say(f"{unreadable} training images could not be read and were left out: see metrics.jsonl")
 
 
 def run_init(argv: Sequence[str]) -> None:
@@ -159,18 +235,86 @@ def run_init(argv: Sequence[str]) -> None:
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one trained on")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folder, ONNX package or HLS project")
+    parser.add_argument(
+        "--protocol",
+        choices=["A", "B"],
+        default=None,
+        help="A: resized to the label's size (Vandenhende, M3ViT; default); B: padded (ATRC, InvPT)",
+    )
+    parser.add_argument("--data.root", dest="data_root", help="data root (default: the one a run was trained on)")
+    parser.add_argument("--device", default="auto", help="of a run: cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--batch", type=positive, default=1, help="images a run takes at once (default: 1)")
+    parser.add_argument("--workers", type=positive, default=None, help="processes matching edges (default: one a core)")
+    parser.add_argument("--compare", action="store_true", help="show two or more evaluated folders in one table")
+    parser.add_argument("--baseline", default=None, help="with --compare: delta_m over a folder's or published figures")
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from m3vit.evaluation.scoring import score_run
-    from m3vit.training.checkpoint import load_run
+    if args.compare:
+        from m3vit.evaluation.compare import compare
 
-    run = load_run(args.run)
-    with progress_bar("evaluating") as bar:
-        report = score_run(run, args.data_root, bar)
-    print_scores(report["tasks"], ("trivial", "torch"), f"{report['images']} val images; {report['protocol']}")
+        print_comparison(compare(args.folders, args.protocol, args.baseline))
+        return
+    if len(args.folders) > 1 or args.baseline:
+        raise InputError("give one folder to evaluate; --compare shows several that were evaluated, and delta_m")
+    (folder,) = args.folders
+    from m3vit.distributed import rank
+    from m3vit.evaluation.scoring import score
+    from m3vit.export.predictors import choose_device, open_predictor
+
+    predictor, info, root = open_predictor(folder, choose_device(args.device), args.batch)
+    if not (args.data_root or root):
+        raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
+    is_run = predictor.name == "torch"
+    with progress_bar("evaluating", visible=rank() == 0) as bar:
+        result = score(
+            predictor,
+            folder,
+            args.data_root or root,
+            args.protocol or "A",
+            trivial=is_run,
+            info=info,
+            workers=args.workers,
+            progress=bar,
+        )
+    if result:  # None in all but the first of several processes
+        columns = ("trivial", "torch") if is_run else (predictor.name,)
+        print_scores(result["tasks"], columns, f"{result['images']} val images; protocol {result['protocol']}")
+
+
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Print evaluations side by side, a row for each task, with their intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from m3vit.tasks import TASKS
+
+    rows = comparison["rows"]
+    caption = (
+        f"{comparison['images']} val images; protocol {comparison['protocol']}\n95 % intervals over images "
+        f"({comparison['resamples']} resamples); second lines: difference to {rows[0]['name']}, paired"
+    )
+    if comparison["baseline"]:
+        caption += f"\ndelta_m over {comparison['baseline']['name']} ({comparison['baseline']['source']})"
+    table = Table("task", "metric", caption=caption)
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+    for task, first in rows[0]["tasks"].items():
+        arrow = "↑" if TASKS[task].higher_is_better else "↓"
+        cells = []
+        for row in rows:
+            cell = row["tasks"][task]
+            low, high = cell["interval"]
+            text = f"{cell['value']:.3f} [{low:.3f}, {high:.3f}]"
+            if "difference" in cell:
+                low, high = cell["difference_interval"]
+                text += f"\n{cell['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            cells.append(text)
+        table.add_row(task, f"{first['metric']} ({TASKS[task].unit}) {arrow}", *cells)
+    if comparison["baseline"]:
+        table.add_row("all", "delta_m (%) ↑", *(f"{row['delta_m']:+.2f}" for row in rows))
+    Console(width=max(Console().width, 60 + 36 * len(rows))).print(table)
 
 
 def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str) -> None:
@@ -298,6 +442,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=None, help="page to write (default: RUN/report.html)")
     parser.add_argument("--data.root", dest="data_root", help="data root, if not the one evaluated on")
     parser.add_argument("--images", type=positive, default=4, help="validation images to show (default: 4)")
+    parser.add_argument("--protocol", choices=["A", "B"], default=None, help="of the figures (default: last evaluated)")
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -308,9 +453,11 @@ def run_report(args: argparse.Namespace) -> None:
     onnx, hls = args.onnx or args.run.parent / "onnx", args.hls or args.run.parent / "hls"
     out = args.out or args.run / "report.html"
     with progress_bar("drawing report") as bar:
-        report = write_report(run, onnx, hls, out, args.images, args.data_root, bar)
+        report = write_report(run, onnx, hls, out, args.images, args.data_root, args.protocol, bar)
     print_scores(
-        report["tasks"], ("trivial", "torch", "onnx", "csim"), f"{report['images']} val images; {report['protocol']}"
+        report["tasks"],
+        ("trivial", "torch", "onnx", "csim"),
+        f"{report['images']} val images; protocol {report['protocol']}",
     )
     say(str(out))
 
@@ -326,12 +473,16 @@ def run_demo(args: argparse.Namespace) -> None:
     demo(args.out, args.seed)
 
 
-Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], None]]
+# What it does, its arguments, and what runs it; that returns an exit code, or None for 0.
+Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], int | None]]
 COMMANDS: dict[str, Command] = {
     "data synth": ("Render a small data set of indoor scenes with exact labels.", add_synth, run_synth),
+    "data extract": ("Unpack a data set's archive safely and say which it is.", add_extract, run_extract),
+    "data prepare": ("Make NYUD_MT's files from the official NYU Depth v2 release.", add_prepare, run_prepare),
+    "data check": ("Open every file of a data set and report what is wrong with it.", add_check, run_check),
     "train": ("Train a recipe into a run folder.", None, run_train),
     "init": ("Write the run folder of a recipe with untrained weights.", None, run_init),
-    "eval": ("Score a run on the val split, beside a trivial predictor.", add_eval, run_eval),
+    "eval": ("Score a run, an ONNX package or an HLS project; compare scores.", add_eval, run_eval),
     "export onnx": ("Write one small ONNX graph per task around one weights.bin.", add_export_onnx, run_export_onnx),
     "predict": ("Predict with an ONNX package: onnxruntime only, no torch.", add_predict, run_predict),
     "export hls": ("Write an hls4ml project with all tasks, switched at run time.", add_export_hls, run_export_hls),
@@ -348,19 +499,19 @@ def usage() -> str:
     return f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more."
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run one command; raises InputError for a user's mistake."""
+def run(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code; raises InputError for a user's mistake."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
-        return
+        return 0
     if argv[0] == "--version":
         print(__version__)
-        return
+        return 0
     name = next((" ".join(argv[:n]) for n in (2, 1) if " ".join(argv[:n]) in COMMANDS), None)
     group = [command for command in COMMANDS if command.split()[0] == argv[0]]
     if name is None and group and set(argv[1:]) & {"-h", "--help"}:
         print("\n".join(f"m3vit {command:<13}{COMMANDS[command][0]}" for command in group))
-        return
+        return 0
     if name is None and group:
         raise InputError(f"give a whole command: m3vit {' or m3vit '.join(group)}")
     if name is None:
@@ -368,20 +519,22 @@ def run(argv: Sequence[str]) -> None:
     text, add_arguments, execute = COMMANDS[name]
     rest = list(argv[len(name.split()) :])
     if add_arguments is None:
-        execute(rest)
-        return
+        return execute(rest) or 0
     parser = OneLineParser(prog=f"m3vit {name}", description=text, allow_abbrev=False)
     add_arguments(parser)
-    execute(parser.parse_args(rest))
+    return execute(parser.parse_args(rest)) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C."""
+    """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C.
+
+    `m3vit data check` returns 1 if the data set has problems.
+    """
     # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
     # process wants one of the cores; sleeping ones lose little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        return run(sys.argv[1:] if argv is None else argv)
     except InputError as error:
         print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -399,7 +552,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("m3vit: interrupted; m3vit train goes on with --resume, other commands start over", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from m3vit.cli import COMMANDS
@@ -120,8 +121,12 @@ def test_trained_run_folder_holds_what_design_says(tiny_run: Path) -> None:
     assert info["architecture"]["num_experts"] == 4
     assert len(info["classes"]["semseg"]) == 40
     scores = json.loads((tiny_run / "eval.json").read_text())
-    assert scores["protocol"].startswith("m3vit-pixel-1")
-    assert scores["tasks"]["depth"].keys() == {"trivial", "torch"}
+    assert list(scores["protocols"]) == ["A"]
+    result = scores["protocols"]["A"]
+    assert result["protocol"].startswith("A (Vandenhende") and result["release"] == "NYUD_MT"
+    assert result["tasks"]["depth"].keys() == {"trivial", "torch"}
+    with np.load(tiny_run / "eval-A.npz") as statistics:
+        assert len(statistics["ids"]) == len(statistics["edge"]) == result["images"] == 3
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
     assert list((tiny_run / "tensorboard").glob("events*"))

@@ -126,7 +126,7 @@ def test_report_holds_every_column_on_the_same_images(
         assert row["onnx"] == pytest.approx(row["torch"], rel=1e-4)
         # Fixed point: 20-bit maps, 16-bit weights. On two tiny images one pixel more or less moves a score.
         assert row["csim"] == pytest.approx(row["torch"], rel=0.03)
-        assert row["trivial"] > 0
+        assert row["trivial"] >= 0
     text = page.read_text()
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", text), "nothing is fetched"
     # 2 images x 4 tasks x (input, truth, torch, ONNX, C-sim), and 2 x 1 MoE layer x (input + 4 tasks)
@@ -160,4 +160,4 @@ def test_synthetic_data_goes_through_the_real_loader(cli: Cli, tmp_path: Path) -
     words = ["synthetic-tiny", *TINY, f"--data.root={data}", "--train.epochs=1", "--out", run]
     assert cli("train", *words).returncode == 0
     scored = cli("eval", run)
-    assert scored.returncode == 0 and "pixF1" in scored.stdout
+    assert scored.returncode == 0 and "odsF" in scored.stdout

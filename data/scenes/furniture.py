@@ -1,73 +1,20 @@
-"""Pieces of furniture as lists of simple solids.
+"""Pieces of furniture as lists of simple solids, in the local frame of `m3vit.data.scenes.solids`.
 
-Local frame of a piece: it stands on z = 0, its back is at +y (towards the wall), its centre at x = y = 0; metres.
 Pillows count as the bed or sofa they lie on and desks as tables: as classes of their own they stay under 1 % of the
 pixels and cannot be learned from a few hundred images.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-
 import numpy as np
 
 from m3vit.data.scenes.materials import Material, Pattern, fabric, paint, pick, random_material, wood
-
-Vector = tuple[float, float, float]
-
-
-class Shape(Enum):
-    """A solid that fits the unit cube around the origin before it is scaled."""
-
-    BOX = "box"
-    CYLINDER = "cylinder"  # axis z
-    SHADE = "shade"  # cone frustum, narrower at the top
-    SPHERE = "sphere"
-    CUSHION = "cushion"  # superellipsoid: a box with soft corners
-
-
-@dataclass(frozen=True)
-class Part:
-    """One solid of a piece; parts of one `group` are one instance (borders between instances are edges)."""
-
-    shape: Shape
-    size: Vector
-    centre: Vector
-    material: Material
-    label: str
-    group: int = 0
-
-
-@dataclass(frozen=True)
-class Furniture:
-    """A piece with its footprint; `top_m` is the height of the surface that small things may stand on."""
-
-    parts: list[Part]
-    width_m: float
-    depth_m: float
-    top_m: float | None = None
-
-
-Builder = Callable[[np.random.Generator], Furniture]
-
-
-def _legs(rng: np.random.Generator, width: float, depth: float, height: float, thick: float, material: Material,
-          label: str) -> list[Part]:  # fmt: skip
-    """Four legs at the corners of a width x depth footprint."""
-    shape = pick(rng, (Shape.BOX, Shape.BOX, Shape.CYLINDER))
-    return [
-        Part(shape, (thick, thick, height), (x * (width - thick) / 2, y * (depth - thick) / 2, height / 2), material,
-             label)
-        for x in (-1, 1)
-        for y in (-1, 1)
-    ]  # fmt: skip
+from m3vit.data.scenes.solids import Furniture, Part, Shape, legs
 
 
 def dining_table(rng: np.random.Generator) -> Furniture:
     """Build a table on four legs, of dining or coffee-table height."""
     width, depth, top = rng.uniform(0.8, 1.8), rng.uniform(0.6, 1.0), wood(rng)
     height = rng.uniform(0.35, 0.5) if rng.random() < 0.4 else rng.uniform(0.68, 0.8)
-    parts = _legs(rng, width, depth, height, rng.uniform(0.04, 0.08), top, "table")
+    parts = legs(rng, width, depth, height, rng.uniform(0.04, 0.08), top, "table")
     parts.append(Part(Shape.BOX, (width, depth, 0.04), (0, 0, height), top, "table"))
     return Furniture(parts, width, depth, height + 0.02)
 
@@ -89,7 +36,7 @@ def desk(rng: np.random.Generator) -> Furniture:
     width, depth, height = rng.uniform(1.1, 1.7), rng.uniform(0.6, 0.8), rng.uniform(0.7, 0.78)
     top = pick(rng, (wood, paint))(rng)
     front = pick(rng, (top, paint(rng)))
-    parts = _legs(rng, width, depth, height, rng.uniform(0.04, 0.07), top, "table")
+    parts = legs(rng, width, depth, height, rng.uniform(0.04, 0.07), top, "table")
     parts.append(Part(Shape.BOX, (width, depth, 0.04), (0, 0, height), top, "table"))
     parts.append(Part(Shape.BOX, (0.4, depth * 0.9, height - 0.06), (width / 2 - 0.27, 0, height / 2), top, "table"))
     for drawer in range(3):
@@ -121,8 +68,8 @@ def chair(rng: np.random.Generator) -> Furniture:
         parts.append(Part(Shape.CYLINDER, (0.07, 0.07, height), (0, 0, height / 2), frame, "chair"))
         parts.append(Part(Shape.SHADE, (width, width, 0.08), (0, 0, 0.05), frame, "chair"))
     else:
-        parts += _legs(rng, width, width, height, 0.045, frame, "chair")
-    return Furniture(parts, width + 0.05, width)
+        parts += legs(rng, width, width, height, 0.045, frame, "chair")
+    return Furniture(parts, width + 0.05, width, seat=(0.0, width / 2 - 0.2, height + 0.04))
 
 
 def sofa(rng: np.random.Generator) -> Furniture:
@@ -145,7 +92,8 @@ def sofa(rng: np.random.Generator) -> Furniture:
         x = (rng.integers(seats) - (seats - 1) / 2) * 0.65
         centre = (x, depth / 2 - 0.3, height + 0.24)
         parts.append(Part(Shape.CUSHION, (0.44, 0.18, 0.38), centre, pillow, "sofa", group))
-    return Furniture(parts, width, depth)
+    middle = ((seats - 1) // 2 - (seats - 1) / 2) * 0.65  # of a seat cushion at or beside the middle
+    return Furniture(parts, width, depth, seat=(middle, depth / 2 - 0.38, height + 0.09))
 
 
 def bed(rng: np.random.Generator) -> Furniture:
@@ -159,7 +107,7 @@ def bed(rng: np.random.Generator) -> Furniture:
         Part(Shape.BOX, (width + 0.03, depth * 0.68, 0.26), (0, -0.15 * depth, height + 0.09), blanket, "bed"),
         Part(Shape.BOX, (width + 0.06, 0.06, headboard), (0, depth / 2, headboard / 2 + 0.1), frame, "bed"),
     ]
-    parts += _legs(rng, width, depth, height, 0.07, frame, "bed")
+    parts += legs(rng, width, depth, height, 0.07, frame, "bed")
     pillows = 2 if width > 1.3 else 1
     for group in range(1, 1 + pillows):
         x = (group - 1 - (pillows - 1) / 2) * width / 2

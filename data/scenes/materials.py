@@ -27,6 +27,8 @@ class Pattern(IntEnum):
     TILES = 5  # running bond with accent-coloured joints
     PATCHES = 6  # a random colour per cell (neither colour nor accent): paintings, book spines
     OUTDOORS = 7  # colour (sky) above accent (greenery), with a ragged horizon: what a window shows
+    BLOTCHES = 8  # large spots of the accent with sharp borders: a cow's hide
+    PANES = 9  # rows of accent-coloured windows: the front of a building
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def _accent_share(pattern: Pattern, u_N: FloatArray, v_N: FloatArray, seed_N: ND
         horizon = 0.6 * value_noise(u_N * 3, np.zeros_like(u_N), seed_N) - 0.35
         foliage = 0.65 + 0.35 * value_noise(u_N * 12, v_N * 12, seed_N)
         return np.where(v_N < horizon, foliage, 0.15 * value_noise(u_N * 2, v_N * 4, seed_N))
+    if pattern == Pattern.BLOTCHES:
+        return (value_noise(u_N, v_N, seed_N) > 0.55).astype(np.float64)
+    if pattern == Pattern.PANES:
+        return ((np.abs(u_N % 1 - 0.5) < 0.24) & (np.abs(v_N % 1 - 0.5) < 0.3)).astype(np.float64)
     return np.zeros(len(u_N))
 
 

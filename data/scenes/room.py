@@ -1,13 +1,11 @@
 """Random rooms: shell, windows, doors and pictures on the walls, furniture that does not overlap, clutter on top."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
 from m3vit.data.scenes import furniture as pieces
-from m3vit.data.scenes.furniture import Builder, Furniture, Part, Shape
-from m3vit.data.scenes.materials import Material, Pattern, fabric, paint, pick, random_material, wood
+from m3vit.data.scenes.materials import FloatArray, Material, Pattern, fabric, paint, pick, random_material, wood
+from m3vit.data.scenes.place import Footprint, Light, Place
+from m3vit.data.scenes.solids import Builder, Furniture, Part, Shape
 
 SCENE_CLASSES = (
     "wall floor cabinet bed chair sofa table door window bookshelf picture ceiling books television lamp".split()
@@ -35,63 +33,56 @@ WALL_THICKNESS_M = 0.1
 MAX_DOORS = 2
 
 
-@dataclass(frozen=True)
-class PlacedPart:
-    """A part in the room: turned by `yaw_rad` about z, then moved to `origin`; `instance` is unique per object."""
+class Room(Place):
+    """A furnished room, centred on the z axis."""
 
-    part: Part
-    origin: tuple[float, float, float]
-    yaw_rad: float
-    instance: int
-
-
-@dataclass(frozen=True)
-class _Footprint:
-    """An axis-aligned rectangle of floor that is taken."""
-
-    x: float
-    y: float
-    half_x: float
-    half_y: float
-
-    def overlaps(self, other: "_Footprint") -> bool:
-        return abs(self.x - other.x) < self.half_x + other.half_x and abs(self.y - other.y) < self.half_y + other.half_y
-
-
-class Room:
-    """A furnished room, centred on the z axis.
-
-    `targets` are points worth looking at (the middles of large pieces).
-    """
+    clutter = CLUTTER
 
     def __init__(self, rng: np.random.Generator) -> None:
-        self.parts: list[PlacedPart] = []
-        self.targets: list[tuple[float, float, float]] = []
+        super().__init__()
         self.width_m = rng.uniform(3.2, 6.5)
         self.depth_m = rng.uniform(3.5, 7.0)
         self.height_m = rng.uniform(2.35, 3.1)
-        self._instances = 0
-        self._taken: list[_Footprint] = []
         self._doors = 0
         self._build_shell(rng)
+        self._furnish(rng)
+        if rng.random() < 0.6:
+            x, y = rng.uniform(-0.25, 0.25) * self.width_m, rng.uniform(-0.25, 0.25) * self.depth_m
+            self._add(pieces.ceiling_lamp(rng).parts, (x, y, self.height_m), 0.0)
+
+    def draw_view(self, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
+        """Draw a position at sitting or standing height, and a target near a piece of furniture."""
+        x, y = rng.uniform(-0.5, 0.5) * (self.width_m - 0.5), rng.uniform(-0.5, 0.5) * (self.depth_m - 0.5)
+        position = np.array([x, y, rng.uniform(1.0, 1.8)])
+        target = np.array([rng.uniform(-0.35, 0.35) * self.width_m, rng.uniform(-0.35, 0.35) * self.depth_m, 0.8])
+        if self.targets:
+            target = 0.25 * target + 0.75 * np.array(pick(rng, self.targets))
+        target[2] = rng.uniform(0.4, 1.3)
+        return position, target
+
+    def draw_ambient(self, rng: np.random.Generator, up_N1: FloatArray) -> FloatArray:
+        """Draw grey light that is a little stronger from above."""
+        return (rng.uniform(0.25, 0.5) * (1 + 0.15 * up_N1)).repeat(3, axis=1)
+
+    def draw_num_lights(self, rng: np.random.Generator) -> int:
+        """Draw one lamp or two."""
+        return int(rng.integers(1, 3))
+
+    def draw_light(self, rng: np.random.Generator) -> Light:
+        """Draw a warm or cold lamp below the ceiling."""
+        x, y = rng.uniform(-0.4, 0.4) * self.width_m, rng.uniform(-0.4, 0.4) * self.depth_m
+        position = np.array([x, y, self.height_m - rng.uniform(0.1, 0.5)])
+        power = 3.0 * rng.uniform(0.5, 1.0)
+        tint = 1 + rng.uniform(-0.12, 0.12) * np.array([1.0, 0.0, -1.0])
+        return Light(position, power, tint, blur=0.06)
+
+    def _furnish(self, rng: np.random.Generator) -> None:
         first, *others = pick(rng, THEMES)
         order = rng.permutation(len(others))[: int(rng.integers(2, 5))]
         for build in [first, *(others[int(i)] for i in order)]:
             self._place_at_wall(rng, build(rng))
         for _ in range(int(rng.integers(4, 10))):
             self._place_freely(rng, pick(rng, FREE_STANDING)(rng))
-        if rng.random() < 0.6:
-            x, y = rng.uniform(-0.25, 0.25) * self.width_m, rng.uniform(-0.25, 0.25) * self.depth_m
-            self._add(pieces.ceiling_lamp(rng).parts, (x, y, self.height_m), 0.0)
-
-    def _add(self, parts: Sequence[Part], origin: tuple[float, float, float], yaw_rad: float) -> None:
-        """Add an object; each of its groups becomes an instance."""
-        instances: dict[int, int] = {}
-        for part in parts:
-            if part.group not in instances:
-                instances[part.group] = self._instances
-                self._instances += 1
-            self.parts.append(PlacedPart(part, origin, yaw_rad, instances[part.group]))
 
     def _build_shell(self, rng: np.random.Generator) -> None:
         width, depth, height, thick = self.width_m, self.depth_m, self.height_m, WALL_THICKNESS_M
@@ -144,7 +135,7 @@ class Room:
                 cos, sin = float(np.cos(yaw_rad)), float(np.sin(yaw_rad))
                 inward = -0.4  # keep the floor in front of it free
                 clear_x, clear_y = centre * cos - inward * sin, centre * sin + inward * cos
-                self._taken.append(_Footprint(origin[0] + clear_x, origin[1] + clear_y, 0.4, 0.4))
+                self._taken.append(Footprint(origin[0] + clear_x, origin[1] + clear_y, 0.4, 0.4))
             elif kind == "picture":
                 self._add(_picture(rng, centre, width, height, frame), origin, yaw_rad)
             elif kind == "television":
@@ -178,43 +169,6 @@ class Room:
             y = rng.uniform(reach - self.depth_m / 2, self.depth_m / 2 - reach)
             if self._try_place(rng, piece, x, y, yaw_rad):
                 return
-
-    def _try_place(self, rng: np.random.Generator, piece: Furniture, x: float, y: float, yaw_rad: float) -> bool:
-        cos, sin = abs(float(np.cos(yaw_rad))), abs(float(np.sin(yaw_rad)))
-        half_x = (piece.width_m * cos + piece.depth_m * sin) / 2
-        half_y = (piece.width_m * sin + piece.depth_m * cos) / 2
-        footprint = _Footprint(x, y, half_x, half_y)
-        if any(footprint.overlaps(other) for other in self._taken):
-            return False
-        self._taken.append(footprint)
-        self._add(piece.parts, (x, y, 0.0), yaw_rad)
-        top_m = max(part.centre[2] + part.size[2] / 2 for part in piece.parts)
-        self.targets.append((x, y, top_m / 2))
-        if piece.top_m is not None:
-            self._clutter(rng, piece, piece.top_m, x, y, yaw_rad)
-        return True
-
-    def _clutter(self, rng: np.random.Generator, piece: Furniture, top_m: float, x: float, y: float,
-                 yaw_rad: float) -> None:  # fmt: skip
-        """Stand small things in a row on a piece's top."""
-        round_top = piece.parts[0].shape is Shape.CYLINDER and piece.width_m == piece.depth_m
-        width, depth = (side / np.sqrt(2) if round_top else side for side in (piece.width_m, piece.depth_m))
-        cos, sin = float(np.cos(yaw_rad)), float(np.sin(yaw_rad))
-        left = -width / 2 + 0.02
-        while left < width / 2 - 0.2:
-            build = pick(rng, CLUTTER)
-            if build is None:
-                left += 0.2
-                continue
-            thing = build(rng)
-            if left + thing.width_m > width / 2 or thing.depth_m > depth:
-                left += 0.1
-                continue
-            slack = (depth - thing.depth_m) / 2
-            along, across = left + thing.width_m / 2, rng.uniform(-slack, slack)
-            origin = (x + along * cos - across * sin, y + along * sin + across * cos, top_m)
-            self._add(thing.parts, origin, yaw_rad)
-            left += thing.width_m + rng.uniform(0.03, 0.3)
 
 
 def _flooring(rng: np.random.Generator) -> Material:

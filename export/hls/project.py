@@ -17,7 +17,6 @@ from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
-from m3vit.tasks import TASKS
 
 log = logging.getLogger(__name__)
 BATCH = 16
@@ -25,11 +24,14 @@ BATCH = 16
 
 @dataclass
 class Samples:
-    """Images to judge a project on: ids, images uint8 [n, H, W, 3] at the model's size, labels as loaded."""
+    """Images to judge a project on: ids, images uint8 [n, H, W, 3] at the model's size, each image's labels as loaded.
+
+    The label of edge is what odsF is scored against (`Split.edge_truth`).
+    """
 
     ids: list[str]
     images: np.ndarray
-    labels: dict[str, np.ndarray]
+    labels: list[dict[str, np.ndarray]]
 
 
 def export_project(
@@ -78,7 +80,8 @@ def _check_replaceable(out: Path) -> None:
     manifest = read_json(out / MANIFEST, advice)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
-    built = {MANIFEST, TESTBENCH, "csim.json", "tb_data/csim_outputs.npz", "tb_data/csim_results.log"}
+    evaluated = {"eval.json", "eval-A.npz", "eval-B.npz"}
+    built = {MANIFEST, TESTBENCH, "csim.json", "tb_data/csim_outputs.npz", "tb_data/csim_results.log", *evaluated}
     found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
     foreign = sorted(name for name in found - built - set(manifest["files"]) if not name.endswith((".so", ".o")))
     if foreign:
@@ -101,7 +104,7 @@ def _check_arguments(
                 f"{expected[1]}, 3]"
             )
     for task in model.config.tasks:
-        if len(samples.labels.get(task, ())) != len(samples.images):
+        if len(samples.labels) != len(samples.images) or any(task not in labels for labels in samples.labels):
             raise InputError(f"samples have no {task} label for each image")
 
 
@@ -115,6 +118,7 @@ def _manifest(
         "m3vit": __version__,
         "hls4ml": version("hls4ml"),
         "torch": version("torch"),
+        "label_set": config.label_set,
         "image_size": list(config.image_size),
         "patch_size": lowered.patch,
         "grid": [rows, columns],
@@ -124,7 +128,7 @@ def _manifest(
         "outputs": max(widths),
         "upscale": model.heads[config.tasks[0]].upscale,
         "tasks": [
-            {"name": task, "id": index, "outputs": widths[index], "channels": TASKS[task].channels}
+            {"name": task, "id": index, "outputs": widths[index], "channels": config.labels.channels(task)}
             for index, task in enumerate(config.tasks)
         ],
         "moe_layers": [
@@ -161,14 +165,16 @@ def _write_samples(
 ) -> None:
     """Write tb_data/: samples.npz for `m3vit hw csim`, and the test bench's own input of one run a task.
 
-    samples.npz: ids, images; for each task `output_<task>` [n, T, C_r] float32 and `label_<task>`; for each MoE layer l
-    `experts_<task>_<l>` [n, N, K] and `margin_<task>_<l>` [n, N] float32, the gap between logits of rank K and K + 1.
+    samples.npz: ids, images; for each task `output_<task>` [n, T, C_r] float32, and `label_<task>_<i>` of each image i,
+    at its own size; for each MoE layer l `experts_<task>_<l>` [n, N, K] and `margin_<task>_<l>` [n, N] float32, the gap
+    between logits of rank K and K + 1.
     """
     n, top_k = len(samples.images), model.config.top_k
     arrays: dict[str, Any] = {"ids": np.array(samples.ids), "images": samples.images}
     for task in lowered.tasks:
         outputs, routings = reference(model, samples.images, task)
-        arrays[f"output_{task}"], arrays[f"label_{task}"] = outputs.numpy(), samples.labels[task]
+        arrays[f"output_{task}"] = outputs.numpy()
+        arrays |= {f"label_{task}_{i}": labels[task] for i, labels in enumerate(samples.labels)}
         for layer, routing in enumerate(routings):
             ranked = routing.scores_RNE[0].log().sort(dim=-1, descending=True).values  # logits, up to a constant
             gap = ranked[:, top_k - 1] - ranked[:, top_k] if top_k < ranked.shape[1] else ranked[:, 0] * 0 + np.inf

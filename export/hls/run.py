@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.transforms.v2 import functional as tv
 
-from m3vit.data.loading import open_split
-from m3vit.data.nyud import NYUD
-from m3vit.data.transforms import image_tensor
+from m3vit.data.opening import open_split
+from m3vit.data.sample import Sample
 from m3vit.errors import InputError
+from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.training.checkpoint import Run
 
@@ -35,16 +34,19 @@ def export_run(
     if samples > len(val):
         raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    calibration = np.stack([resized(train, index, size) for index in range(min(CALIBRATION_IMAGES, len(train)))])
+    calibration = np.stack([pixels(train.load(index), size) for index in range(min(CALIBRATION_IMAGES, len(train)))])
     chosen = [val.load(index) for index in range(samples)]
+    for index, sample in enumerate(chosen):
+        if "edge" in tasks:
+            sample.labels["edge"] = val.edge_truth(index)
     return export_project(
         run.model,
         out,
         calibration=calibration,
         samples=Samples(
             ids=[sample.id for sample in chosen],
-            images=np.stack([resized(val, index, size) for index in range(samples)]),
-            labels={task: np.stack([sample.labels[task] for sample in chosen]) for task in tasks},
+            images=np.stack([pixels(sample, size) for sample in chosen]),
+            labels=[sample.labels for sample in chosen],
         ),
         info=run.info,
         weight_bits=weight_bits,
@@ -52,7 +54,6 @@ def export_run(
     )
 
 
-def resized(split: NYUD, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return one image of a split as the model sees it before normalisation: uint8 [*size, 3]."""
-    image = tv.resize(image_tensor(split.load(index).image), list(size))
-    return image.permute(1, 2, 0).contiguous().numpy()
+def pixels(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return an image as the model sees it before normalisation (protocol A): uint8 [*size, 3]."""
+    return network_image("A", sample.id, sample.image, size).pixels

@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from m3vit.data.nyud import Sample
-from m3vit.data.transforms import label_tensor
 from m3vit.errors import InputError
-from m3vit.evaluation.meters import PROTOCOL, make_meter
+from m3vit.evaluation.evaluate import Predictor
+from m3vit.evaluation.meters import make_meter
+from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
 from m3vit.files import atomic_path, read_json, sha256_file, write_json
 from m3vit.hw import csim
 from m3vit.models.heads import assemble_tokens
 
 Progress = Callable[[int, int, str], None]
 CHUNK_IMAGES = 10  # simulated by one process; it then reads the weights again
+PROTOCOL = "A"  # how the stored images were made
 WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResult]]] = {
     "bridge": (csim.build_bridge, csim.run_bridge),
     "testbench": (csim.build_testbench, csim.run_testbench),
@@ -58,14 +58,14 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
     for one, other in zip(results["bridge"].expert_ids, results["testbench"].expert_ids, strict=True):
         assert np.array_equal(one, other), "the bridge and the test bench routed tokens differently"
     report = {
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOLS[PROTOCOL],
         "images": n,
         "s_per_image": {way: result.seconds / n for way, result in results.items()},
         "bridge_vs_testbench": float((np.abs(bridge - bench) / np.maximum(1, np.abs(bridge))).max()),
         "tasks": {
             task: {
-                "csim": _score(task, outputs[task], arrays[f"label_{task}"], manifest),
-                "torch": _score(task, arrays[f"output_{task}"][:n], arrays[f"label_{task}"], manifest),
+                "csim": _score(task, outputs[task], arrays, manifest),
+                "torch": _score(task, arrays[f"output_{task}"][:n], arrays, manifest),
                 **_compare(task, outputs[task], [ids[:, i] for ids in experts], arrays, manifest["prefix_tokens"]),
             }
             for i, task in enumerate(tasks)
@@ -132,14 +132,18 @@ def logits_of(outputs: np.ndarray, manifest: dict[str, Any]) -> Tensor:
     return assemble_tokens(torch.from_numpy(outputs), (rows, columns), manifest["upscale"], (height, width))
 
 
-def _score(task: str, outputs: np.ndarray, labels: np.ndarray, manifest: dict[str, Any]) -> dict[str, float]:
-    meter = make_meter(task)
-    for tokens, label in zip(outputs, labels, strict=False):  # labels are there for all stored images
-        logits = logits_of(tokens[None], manifest)
-        if logits.shape[-2:] != label.shape[:2]:
-            logits = F.interpolate(logits, size=label.shape[:2], mode="bilinear", align_corners=False)
-        meter.update(logits, label_tensor(task, label)[None])
-    return meter.compute()
+def _score(task: str, outputs: np.ndarray, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of token outputs [n, T, C_r] against the stored labels."""
+    meter = make_meter(task, manifest["label_set"], PROTOCOL)
+    total = None
+    for index, tokens in enumerate(outputs):
+        label, pixels = arrays[f"label_{task}_{index}"], arrays["images"][index]
+        place = NetworkImage("", pixels, slice(0, pixels.shape[0]), slice(0, pixels.shape[1]))
+        guess = prediction(PROTOCOL, task, logits_of(tokens[None], manifest)[0], place, label.shape[:2])
+        row = meter.image(guess, label)
+        total = row if total is None else total + row
+    assert total is not None, "verify_project refuses projects without samples"
+    return {name: float(value) for name, value in meter.compute(total).items()}
 
 
 def _compare(
@@ -194,12 +198,16 @@ class SimulatedOutputs:
             outputs = {task["name"]: stored[f"output_{task['name']}"] for task in manifest["tasks"]}
             return cls([str(name) for name in stored["ids"]], outputs, manifest, report)
 
-    def predict(self, sample: Sample) -> dict[str, Tensor]:
-        """Return the simulated logits {task: [1, C, H, W]} of a sample, at the model's image size."""
-        if sample.id not in self.ids:
-            raise InputError(f"sample {sample.id} was not simulated: export and simulate the HLS project again")
-        row = self.ids.index(sample.id)
-        return {task: logits_of(values[row : row + 1], self.manifest) for task, values in self.outputs.items()}
+    @property
+    def predictor(self) -> Predictor:
+        """The stored outputs as a predictor (protocol A), by the images' ids."""
+
+        def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+            rows = [self.ids.index(image.id) for image in images]
+            return {task: logits_of(values[rows], self.manifest) for task, values in self.outputs.items()}
+
+        height, width = self.manifest["image_size"]
+        return Predictor("csim", list(self.outputs), self.manifest["label_set"], (height, width), run)
 
     @property
     def summary(self) -> str:

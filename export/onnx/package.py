@@ -18,9 +18,10 @@ from m3vit.export.onnx.graph import export_task
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, NYUD_CLASSES, Task, palette, resolve
+from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, Task, palette, resolve
 
 WEIGHTS = "weights.bin"
+EVALUATION = ("eval.json", "eval-A.npz", "eval-B.npz")  # what `m3vit eval` leaves in a package
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them
 PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
@@ -59,7 +60,7 @@ def export_package(
         tasks: dict[str, Any] = {}
         with open(folder / WEIGHTS, "wb") as file:
             weights = _WeightsFile(file)
-            for number, task in enumerate(resolve(model.config.tasks), start=1):
+            for number, task in enumerate(resolve(model.config.tasks, model.config.label_set), start=1):
                 say(f"exporting {task.name} ({number} of {len(model.config.tasks)})")
                 graph = export_task(model, task.name, opset=opset, size=size)
                 weights.take(graph)
@@ -84,6 +85,7 @@ def export_package(
             },
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
             "image": {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD), "train_size": list(model.config.image_size)},
+            "label_set": model.config.label_set,
             "tasks": tasks,
             "run": info,
         }
@@ -96,7 +98,7 @@ def _task_entry(model: MultiTaskModel, task: Task, size: tuple[int, int] | None)
     config = model.config
     entry: dict[str, Any] = {
         "file": f"{task.name}.onnx",
-        "channels": task.channels,
+        "channels": config.labels.channels(task.name),
         "decode": task.decode,
         "unit": UNITS[task.decode],
         "input_size": list(size) if size else None,
@@ -109,9 +111,8 @@ def _task_entry(model: MultiTaskModel, task: Task, size: tuple[int, int] | None)
         },
     }
     if task.decode == "argmax":
-        known = task.channels == len(NYUD_CLASSES)
-        entry["classes"] = list(NYUD_CLASSES) if known else [f"class_{index}" for index in range(task.channels)]
-        entry["palette"] = [list(colour) for colour in palette(task.channels)]
+        entry["classes"] = list(config.labels.classes[task.name])
+        entry["palette"] = [list(colour) for colour in palette(config.labels.classes[task.name])]
     return entry
 
 
@@ -169,7 +170,7 @@ def _check_replaceable(out: Path) -> None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{out / MANIFEST} is not an m3vit package's: {advice}")
     # A package is replaced by removing its folder: nothing of the user's may be in it.
-    own = {MANIFEST, WEIGHTS, *(f"{task}.onnx" for task in manifest.get("tasks", {}))}
+    own = {MANIFEST, WEIGHTS, *EVALUATION, *(f"{task}.onnx" for task in manifest.get("tasks", {}))}
     if foreign := sorted(found - own):
         raise InputError(
             f"{out} holds files that are not the package's ({', '.join(foreign[:3])}): move them, or {advice}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3vit.data.loading import open_split
+from m3vit.data.opening import open_split
 from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
 from m3vit.export.onnx.package import export_package

@@ -1,6 +1,7 @@
-"""Score anything that turns images into logits, on one split, beside a trivial predictor."""
+"""Score anything that turns images into logits, on one split, under one protocol, beside a trivial predictor."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,99 +9,191 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3vit.data.nyud import NYUD, Sample
-from m3vit.data.transforms import label_tensor, network_input
-from m3vit.evaluation.meters import make_meter
+from m3vit.data.sample import Sample, Split
+from m3vit.data.transforms import image_tensor, normalise
+from m3vit.errors import InputError
+from m3vit.evaluation.edge_pool import EdgeScorer
+from m3vit.evaluation.meters import Statistics, make_meter
+from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.tasks import TASKS
+from m3vit.tasks import LABEL_SETS, TASKS
 
-Predictor = Callable[[Sample], dict[str, Tensor]]  # a sample's logits {task: [1, C, h, w]}, at any resolution
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
+Progress = Callable[[int, int], None]
 
 
-def torch_predictor(model: MultiTaskModel) -> Predictor:
-    """Return the model as a predictor: resized to the model's size, all tasks in one pass."""
-    height, width = model.config.image_size
-    model.eval()
+@dataclass
+class Predictor:
+    """Something that is scored.
+
+    `run` takes up to `batch` images of `size` (height, width) and returns logits {task: [n, C, h, w]}, at any
+    resolution.
+    """
+
+    name: str
+    tasks: Sequence[str]
+    label_set: str
+    size: tuple[int, int]
+    run: Callable[[list[NetworkImage]], dict[str, Tensor]]
+    batch: int = 1
+
+
+@dataclass
+class Evaluation:
+    """Per-image statistics of each task [n, K], in the order of `ids`, and how they were made."""
+
+    protocol: str
+    label_set: str
+    ids: list[str]
+    statistics: dict[str, Statistics]
+    quick: bool = False
+    errors: list[str] = field(default_factory=list)
+
+    def scores(self) -> Scores:
+        """Return the metrics of each task over all images."""
+        result: Scores = {}
+        for task, rows in self.statistics.items():
+            meter = make_meter(task, self.label_set, self.protocol, self.quick)
+            result[task] = {name: float(value) for name, value in meter.compute(rows.sum(axis=0)).items()}
+        return result
+
+
+def normalised(images: list[NetworkImage]) -> Tensor:
+    """Return the network's input float32 [n, 3, H, W]; padding is zero."""
+    batch = []
+    for image in images:
+        pixels = normalise(image_tensor(image.pixels))
+        inside = torch.zeros_like(pixels)
+        inside[:, image.rows, image.columns] = pixels[:, image.rows, image.columns]
+        batch.append(inside)
+    return torch.stack(batch)
+
+
+def torch_predictor(model: MultiTaskModel, batch: int = 1) -> Predictor:
+    """Return the model as a predictor, all tasks in one pass, where its parameters are."""
+    config = model.config
 
     @torch.inference_mode()
-    def predict(sample: Sample) -> dict[str, Tensor]:
-        device = next(model.parameters()).device
-        logits = model(network_input(sample.image, (height, width))[None].to(device)).logits
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        model.eval()
+        logits = model(normalised(images).to(next(model.parameters()).device)).logits
         return {task: value.float().cpu() for task, value in logits.items()}
 
-    return predict
+    return Predictor("torch", config.tasks, config.label_set, tuple(config.image_size), run, batch)
 
 
 def evaluate(
-    split: NYUD,
-    predict: Predictor,
-    tasks: Sequence[str],
+    split: Split,
+    predictor: Predictor,
+    protocol: str = "A",
+    *,
     indices: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Scores:
-    """Return the metrics of each task over the images `indices` (default: all) of a split."""
-    meters = {task: make_meter(task) for task in tasks}
-    chosen = range(len(split)) if indices is None else indices
-    for done, index in enumerate(chosen, start=1):
-        sample = split.load(index)
-        logits = predict(sample)
-        for task, meter in meters.items():
-            size = sample.labels[task].shape[:2]
-            value = logits[task]
-            if value.shape[-2:] != size:
-                value = F.interpolate(value, size=size, mode="bilinear", align_corners=False)
-            meter.update(value, label_tensor(task, sample.labels[task])[None])
-        if progress:
-            progress(done, len(chosen))
-    return {task: meter.compute() for task, meter in meters.items()}
+    quick: bool = False,
+    skip_unreadable: bool = False,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Return the statistics of the predictor's tasks over the images `indices` (default: all) of a split.
+
+    `quick` scores edges pixel by pixel instead of by odsF. An unreadable file raises InputError naming it, or with
+    `skip_unreadable` its image is left out and the message kept. Edges are matched in `workers` processes.
+    """
+    if predictor.label_set != split.label_set:
+        raise InputError(
+            f"the model predicts the classes of {predictor.label_set}, the data are {split.label_set}: give data of "
+            "the label set it was trained on"
+        )
+    tasks = predictor.tasks
+    meters = {task: make_meter(task, split.label_set, protocol, quick) for task in tasks}
+    chosen = list(range(len(split)) if indices is None else indices)
+    result = Evaluation(protocol, split.label_set, [], {}, quick)
+    rows: dict[str, list[Statistics]] = {task: [] for task in tasks}
+    with EdgeScorer(split, protocol, workers) as edges:
+        for start in range(0, len(chosen), predictor.batch):
+            samples: list[tuple[int, Sample]] = []
+            for index in chosen[start : start + predictor.batch]:
+                try:
+                    samples.append((index, split.load(index)))
+                except InputError as error:
+                    if not skip_unreadable:
+                        raise
+                    result.errors.append(str(error))
+            if not samples:
+                continue
+            images = [network_image(protocol, sample.id, sample.image, predictor.size) for _, sample in samples]
+            logits = predictor.run(images)
+            for place, (image, (index, sample)) in enumerate(zip(images, samples, strict=True)):
+                result.ids.append(sample.id)
+                for task in tasks:
+                    guess = prediction(protocol, task, logits[task][place], image, sample.image.shape[:2])
+                    if task == "edge" and not quick:
+                        edges.submit(index, guess)
+                    else:
+                        rows[task].append(meters[task].image(guess, sample.labels[task]))
+            if progress:
+                progress(min(start + predictor.batch, len(chosen)), len(chosen))
+        if "edge" in tasks and not quick:
+            rows["edge"] = edges.results()
+    if not result.ids:
+        raise InputError(f"no image could be scored: {'; '.join(result.errors[:2]) or 'the split is empty'}")
+    result.statistics = {task: np.stack(found) for task, found in rows.items()}
+    return result
 
 
 class TrivialPredictor:
     """Predicts the same for every pixel of every image: what a network that looks at nothing could do.
 
-    Fitted on the training labels: the most frequent class, the mean depth, the mean normal, the share of edges.
+    Fitted on the training labels: the most frequent class, the mean depth, the mean normal, the share of edges and of
+    salient pixels.
     """
 
-    def __init__(self, constants: dict[str, Any]) -> None:
-        self.constants = constants
+    def __init__(self, constants: dict[str, Any], label_set: str) -> None:
+        self.constants, self.label_set = constants, label_set
 
     @classmethod
-    def fit(cls, split: NYUD, progress: Callable[[int, int], None] | None = None) -> "TrivialPredictor":
+    def fit(cls, split: Split, progress: Progress | None = None) -> "TrivialPredictor":
         """Read every label of a split once."""
-        classes = np.zeros(256, np.int64)
-        depth, normals, edge = np.zeros(2), np.zeros(3), np.zeros(2)
+        sums = {task: np.zeros(257 if TASKS[task].decode == "argmax" else 4) for task in split.tasks}
         for index in range(len(split)):
-            labels = split.load(index).labels
-            if "semseg" in labels:
-                classes += np.bincount(labels["semseg"].ravel(), minlength=256)
-            if "depth" in labels:
-                valid = labels["depth"][labels["depth"] > 0].astype(np.float64)
-                depth += valid.sum(), valid.size
-            if "normals" in labels:
-                normals += labels["normals"].sum(axis=(0, 1), dtype=np.float64)
-            if "edge" in labels:
-                edge += (labels["edge"] == 1).sum(), (labels["edge"] <= 1).sum()
+            for task, label in split.load(index).labels.items():
+                kind = TASKS[task].decode
+                if kind == "argmax":
+                    sums[task][:256] += np.bincount(label.ravel(), minlength=256)
+                elif kind == "unit_vector":
+                    sums[task][:3] += label.sum(axis=(0, 1), dtype=np.float64)
+                elif kind == "identity":
+                    valid = label[label > 0].astype(np.float64)
+                    sums[task][:2] += valid.sum(), valid.size
+                else:
+                    sums[task][:2] += (label == 1).sum(), (label <= 1).sum()
             if progress:
                 progress(index + 1, len(split))
-        constants = {
-            "semseg": int(classes[:255].argmax()),
-            "depth": float(depth[0] / max(depth[1], 1)),
-            "normals": [float(value) for value in normals / max(float(np.linalg.norm(normals)), 1e-12)],
-            "edge": float(edge[0] / max(edge[1], 1)),
-        }
-        return cls({task: constants[task] for task in split.tasks})
+        constants: dict[str, Any] = {}
+        for task, total in sums.items():
+            kind = TASKS[task].decode
+            if kind == "argmax":
+                constants[task] = int(total[:255].argmax())
+            elif kind == "unit_vector":
+                constants[task] = [float(value) for value in total[:3] / max(float(np.linalg.norm(total[:3])), 1e-12)]
+            else:
+                constants[task] = float(total[0] / max(total[1], 1))
+        return cls(constants, split.label_set)
 
-    def __call__(self, sample: Sample) -> dict[str, Tensor]:
-        """Return constant logits at the image's size."""
-        size = sample.image.shape[:2]
+    def predictor(self, size: tuple[int, int]) -> Predictor:
+        """Return it as a predictor of constant logits."""
         vectors = {}
         for task, constant in self.constants.items():
-            if task == "semseg":
-                vectors[task] = F.one_hot(torch.tensor(constant), TASKS[task].channels).float()
-            elif task == "edge":
-                # Never below the lowest threshold: the best a constant can do is to call every pixel an edge.
-                vectors[task] = torch.logit(torch.tensor([min(max(constant, 0.02), 0.99)]))
+            kind = TASKS[task].decode
+            if kind == "argmax":
+                channels = LABEL_SETS[self.label_set].channels(task)
+                vectors[task] = F.one_hot(torch.tensor(constant), channels).float()
+            elif kind == "sigmoid":
+                # Above every threshold: the best a constant can do is to call every pixel positive.
+                vectors[task] = torch.full((1,), 20.0)
             else:
                 vectors[task] = torch.tensor(constant).float().reshape(-1)
-        return {task: vector.view(1, -1, 1, 1).expand(1, -1, *size) for task, vector in vectors.items()}
+
+        def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+            return {task: vector.view(1, -1, 1, 1).expand(len(images), -1, 1, 1) for task, vector in vectors.items()}
+
+        return Predictor("trivial", list(self.constants), self.label_set, size, run)

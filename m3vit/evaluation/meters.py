@@ -1,149 +1,254 @@
-"""One meter per task: feed it logits and labels, read the task's metrics.
+"""Meters: what one image contributes to a metric, and the metrics of summed contributions.
 
-Logits come at the label's own resolution; ignored pixels are those of the task table's conventions. State is
-summed over processes by torchmetrics.
+Every published metric here is a function of per-image statistics summed over images. So a meter is two pure
+functions: `image` returns one image's statistics, a vector of K numbers, and `compute` turns sums of such vectors
+[..., K] into metrics [...]. The same numbers thus serve the score, its bootstrap over images, and several processes.
+
+Predictions are those of m3vit.evaluation.protocols.prediction, at the label's size, labels as loaded
+(m3vit.tasks). float64 throughout, so that the order of the sum does not show.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torchmetrics import Metric
+import numpy as np
+from numpy.typing import NDArray
 
-from m3vit.tasks import IGNORE, TASKS
+from m3vit.evaluation.edges import THRESHOLDS, edge_counts, ois_counts, summarise
+from m3vit.tasks import IGNORE, LABEL_SETS, TASKS
 
-# Said with every figure (DESIGN.md, section 10). Two published protocols exist; this is neither to the letter.
-PROTOCOL = "m3vit-pixel-1: logits resized to the label's size; edge is the best-threshold pixel F1, not odsF"
+Statistics = NDArray[np.float64]
+Metrics = dict[str, NDArray[np.float64]]
 
 
-class SemsegMeter(Metric):
-    """mIoU in percent over all C classes; a class absent from labels and predictions counts 0, as published.
+class Meter(Protocol):
+    """See the module."""
 
-    `mIoU_present` is the mean over the classes that occur in the labels.
+    def image(self, prediction: NDArray[Any], label: NDArray[Any]) -> Statistics: ...
+
+    def compute(self, totals: Statistics) -> Metrics: ...
+
+
+def ratio(a: NDArray[Any], b: NDArray[Any], empty: float = np.nan) -> NDArray[np.float64]:
+    """Return a / b, `empty` where b is 0."""
+    a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    return np.divide(a, b, out=np.full(a.shape, empty), where=b != 0)
+
+
+class ClassMeter:
+    """mIoU in percent over all C classes (semseg, human_parts); both protocols.
+
+    A class absent from labels and predictions counts 0, as published. `mIoU_present` is the mean over the classes that
+    occur in the labels. Images without a valid pixel (no person) contribute nothing.
     """
 
-    confusion: Tensor
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = classes
 
-    def __init__(self, num_classes: int = TASKS["semseg"].channels) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, label: Tensor) -> None:
-        """Add logits [B, C, H, W] and label [B, H, W] int64 (255 ignored)."""
+    def image(self, prediction: NDArray[np.uint8], label: NDArray[np.uint8]) -> Statistics:
+        """Return true positives, predicted and labelled pixels of each class: [3 C]."""
+        count = len(self.classes)
         valid = label != IGNORE
-        pairs = label[valid] * self.num_classes + logits.argmax(dim=1)[valid]
-        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
+        pairs = label[valid].astype(np.int64) * count + prediction[valid]
+        confusion = np.bincount(pairs, minlength=count * count).reshape(count, count)
+        return np.concatenate([confusion.diagonal(), confusion.sum(axis=0), confusion.sum(axis=1)]).astype(np.float64)
 
-    def compute(self) -> dict[str, float]:
-        """Return {"mIoU", "mIoU_present"}."""
-        true_positive, in_label = self.confusion.diag().double(), self.confusion.sum(dim=1)
-        iou = true_positive / (in_label + self.confusion.sum(dim=0) - true_positive).clamp(min=1)
-        present = iou[in_label > 0]
-        return {"mIoU": 100 * float(iou.mean()), "mIoU_present": 100 * float(present.mean()) if len(present) else 0.0}
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return mIoU, mIoU_present, and the IoU of each class."""
+        hits, predicted, labelled = np.split(totals, 3, axis=-1)
+        iou = 100 * ratio(hits, predicted + labelled - hits, empty=0.0)
+        present = labelled > 0
+        result = {"mIoU": iou.mean(axis=-1), "mIoU_present": ratio((iou * present).sum(axis=-1), present.sum(axis=-1))}
+        return result | {f"IoU_{name}": iou[..., index] for index, name in enumerate(self.classes)}
 
 
-class DepthMeter(Metric):
-    """Root mean squared error in metres and mean absolute relative error, over all valid pixels pooled."""
+class DepthMeter:
+    """Errors of depth in metres, over the valid pixels of all images pooled; both protocols.
 
-    squared: Tensor
-    relative: Tensor
-    count: Tensor
+    Predictions at or below zero become 1e-9 m first, as published.
+    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("squared", "relative", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, label: Tensor) -> None:
-        """Add logits [B, 1, H, W] and label [B, H, W], both in metres (label 0 is invalid)."""
+    def image(self, prediction: NDArray[np.float32], label: NDArray[np.float32]) -> Statistics:
+        """Return pixels, and sums of squared error, squared log error, relative error, delta < 1.25, 1.25^2, 1.25^3."""
         valid = label > 0
-        error, truth = (logits[:, 0] - label)[valid].double(), label[valid].double()
-        self.squared += (error**2).sum()
-        self.relative += (error.abs() / truth).sum()
-        self.count += valid.sum()
+        truth, guess = label[valid].astype(np.float64), np.maximum(prediction[valid].astype(np.float64), 1e-9)
+        log_error, factor = np.log(guess) - np.log(truth), np.maximum(guess / truth, truth / guess)
+        within = [(factor < 1.25**power).sum() for power in (1, 2, 3)]
+        sums = ((guess - truth) ** 2).sum(), (log_error**2).sum(), (np.abs(guess - truth) / truth).sum()
+        return np.array([truth.size, *sums, *within], np.float64)
 
-    def compute(self) -> dict[str, float]:
-        """Return {"rmse" (m), "abs_rel"}."""
-        return {"rmse": float((self.squared / self.count).sqrt()), "abs_rel": float(self.relative / self.count)}
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return rmse (m), log_rmse, abs_rel, and delta1 .. delta3 (percent)."""
+        count, squared, log_squared, relative, *within = np.moveaxis(totals, -1, 0)
+        result = {"rmse": ratio(squared, count) ** 0.5, "log_rmse": ratio(log_squared, count) ** 0.5}
+        result["abs_rel"] = ratio(relative, count)
+        return result | {f"delta{power}": 100 * ratio(n, count) for power, n in enumerate(within, start=1)}
 
 
-class NormalsMeter(Metric):
-    """Mean angle in degrees between predicted and true normals, and the share of pixels within 11.25, 22.5, 30."""
+class NormalsMeter:
+    """Angles between predicted and true normals, over the valid pixels of all images pooled; both protocols.
+
+    The median is read off a histogram with bins of 0.1 degrees, linearly within a bin: it is within 0.1 degrees of the
+    exact one.
+    """
 
     LIMITS = (11.25, 22.5, 30.0)
-    angle: Tensor
-    within: Tensor
-    count: Tensor
+    BINS = 1800
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("angle", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("within", torch.zeros(len(self.LIMITS), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    def image(self, prediction: NDArray[np.float32], label: NDArray[np.float32]) -> Statistics:
+        """Return pixels, summed angles, pixels within each limit, and the histogram: [2 + 3 + 1800]."""
+        valid = np.abs(label).sum(axis=-1) > 0
+        truth, guess = (_unit(array[valid].astype(np.float64)) for array in (label, prediction))
+        # Exact near 0 and 180 degrees, where arccos of a dot product is not.
+        half = np.arctan2(np.linalg.norm(guess - truth, axis=-1), np.linalg.norm(guess + truth, axis=-1))
+        angle = np.rad2deg(2 * half)
+        within = [(angle < limit).sum() for limit in self.LIMITS]
+        bins = np.minimum((angle * (self.BINS / 180)).astype(np.int64), self.BINS - 1)
+        histogram = np.bincount(bins, minlength=self.BINS)
+        return np.concatenate([[angle.size, angle.sum(), *within], histogram]).astype(np.float64)
 
-    def update(self, logits: Tensor, label: Tensor) -> None:
-        """Add logits [B, 3, H, W] of any length and label [B, 3, H, W] (unit vectors; zero is invalid)."""
-        valid = label.abs().sum(dim=1) > 0
-        predicted, truth = F.normalize(logits.double(), dim=1), F.normalize(label.double(), dim=1)
-        # 2 atan2(|p - g|, |p + g|): exact near 0 and 180 degrees, where arccos of a dot product is not.
-        distance = torch.atan2((predicted - truth).norm(dim=1), (predicted + truth).norm(dim=1))
-        angle = torch.rad2deg(2 * distance)[valid]
-        self.angle += angle.sum()
-        self.within += torch.stack([(angle < limit).sum() for limit in self.LIMITS])
-        self.count += valid.sum()
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return mErr and median (degrees), and within_11.25, within_22.5, within_30 (percent)."""
+        count, total = totals[..., 0], totals[..., 1]
+        result = {"mErr": ratio(total, count), "median": self._median(totals[..., 5:])}
+        for index, limit in enumerate(self.LIMITS):
+            result[f"within_{limit:g}"] = 100 * ratio(totals[..., 2 + index], count)
+        return result
 
-    def compute(self) -> dict[str, float]:
-        """Return {"mErr" (degrees), "within_11.25", "within_22.5", "within_30" (percent)}."""
-        within = {
-            f"within_{limit:g}": 100 * float(n / self.count) for limit, n in zip(self.LIMITS, self.within, strict=True)
-        }
-        return {"mErr": float(self.angle / self.count), **within}
+    def _median(self, histogram: NDArray[np.float64]) -> NDArray[np.float64]:
+        cumulative = histogram.cumsum(axis=-1)
+        half = cumulative[..., -1:] / 2
+        place = np.minimum((cumulative < half).sum(axis=-1, keepdims=True), self.BINS - 1)
+        inside = np.take_along_axis(histogram, place, axis=-1)
+        before = np.take_along_axis(cumulative, place, axis=-1) - inside
+        median = (place + ratio(half - before, inside)) * (180 / self.BINS)
+        return np.where(cumulative[..., -1] > 0, median[..., 0], np.nan)
 
 
-class EdgeMeter(Metric):
-    """Best F1 in percent over 99 thresholds 0.01 .. 0.99, pixel by pixel, with no tolerance in place.
+def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
-    One threshold for the whole data set. Not odsF, which matches edges within a distance.
+
+class SaliencyMeterA:
+    """Saliency as in protocol A (ASTMT): per-image IoU, precision and recall averaged over images.
+
+    The best of 15 thresholds 0.2 .. 0.9, exceeded strictly; beta^2 = 1. mIoU is M3ViT's figure. Without a salient pixel
+    in label and prediction an image's IoU is 1, its precision and recall 0.
     """
 
-    positive: Tensor
-    negative: Tensor
-    thresholds: Tensor
+    THRESHOLDS = np.linspace(0.2, 0.9, 15)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("thresholds", torch.arange(1, 100, dtype=torch.float64) / 100)
-        for name in ("positive", "negative"):
-            self.add_state(name, torch.zeros(100, dtype=torch.int64), dist_reduce_fx="sum")
+    def image(self, prediction: NDArray[np.float32], label: NDArray[np.uint8]) -> Statistics:
+        """Return 1, and IoU, precision and recall at each threshold: [1 + 3 * 15]; all zero without a valid pixel."""
+        hits, predicted, labelled, valid = _threshold_counts(prediction, label, self.THRESHOLDS, strict=True)
+        if not valid:
+            return np.zeros(1 + 3 * len(self.THRESHOLDS))
+        iou = ratio(hits, predicted + labelled - hits, empty=1.0)
+        precision, recall = ratio(hits, predicted, empty=0.0), ratio(hits, labelled, empty=0.0)
+        return np.concatenate([[1.0], iou, precision, recall])
 
-    def update(self, logits: Tensor, label: Tensor) -> None:
-        """Add logits [B, 1, H, W] and label [B, H, W] (0 or 1, 255 ignored)."""
-        valid = label != IGNORE
-        # Bin b: the probability exceeds exactly b of the thresholds.
-        bins = torch.bucketize(logits[:, 0][valid].double().sigmoid(), self.thresholds)
-        truth = label[valid] > 0
-        self.positive += torch.bincount(bins[truth], minlength=100)
-        self.negative += torch.bincount(bins[~truth], minlength=100)
-
-    def compute(self) -> dict[str, float]:
-        """Return {"pixF1" (percent), "threshold"}."""
-        predicted_true = self.positive.flip(0).cumsum(0).flip(0)[1:].double()  # at threshold i: bins i + 1 and up
-        predicted_false = self.negative.flip(0).cumsum(0).flip(0)[1:].double()
-        f1 = 2 * predicted_true / (predicted_true + predicted_false + self.positive.sum()).clamp(min=1)
-        best = int(f1.argmax())
-        return {"pixF1": 100 * float(f1[best]), "threshold": float(self.thresholds[best])}
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return maxF and mIoU, in percent."""
+        means = 100 * ratio(totals[..., 1:], totals[..., :1])
+        iou, precision, recall = np.split(means, 3, axis=-1)
+        f_score = ratio(2 * precision * recall, precision + recall, empty=0.0)
+        return {"maxF": f_score.max(axis=-1), "mIoU": iou.max(axis=-1)}
 
 
-METERS: dict[str, Callable[[], Metric]] = {
-    "semseg": SemsegMeter,
-    "depth": DepthMeter,
-    "normals": NormalsMeter,
-    "edge": EdgeMeter,
-}
+class SaliencyMeterB:
+    """Saliency as in protocol B (ATRC, InvPT): F of pixels pooled over images, beta^2 = 0.3, at 19 thresholds.
+
+    `maxF_as_published` passes the probability through a sigmoid once more, as InvPT's and TaskPrompter's code does, so
+    that only 4 of the thresholds can tell pixels apart; published rows are made that way. `maxF` is the correct one.
+    """
+
+    THRESHOLDS = np.arange(1, 20) / 20
+    BETA_SQUARED = 0.3
+
+    def image(self, prediction: NDArray[np.float32], label: NDArray[np.uint8]) -> Statistics:
+        """Return hits and predicted pixels at each threshold, for each of both ways, and labelled pixels: [77]."""
+        parts = []
+        for probability in (prediction, 1 / (1 + np.exp(-prediction))):
+            hits, predicted, labelled, _ = _threshold_counts(probability, label, self.THRESHOLDS, strict=False)
+            parts += [hits, predicted]
+        return np.concatenate([*parts, [labelled]]).astype(np.float64)
+
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return maxF and maxF_as_published, in percent."""
+        hits, predicted, hits_twice, predicted_twice = np.split(totals[..., :-1], 4, axis=-1)
+        labelled = totals[..., -1:]
+        result = {}
+        for name, true, guessed in (("maxF", hits, predicted), ("maxF_as_published", hits_twice, predicted_twice)):
+            precision, recall = ratio(true, guessed, empty=0.0), ratio(true, labelled, empty=0.0)
+            weighted = self.BETA_SQUARED * precision + recall
+            f_score = ratio((1 + self.BETA_SQUARED) * precision * recall, weighted, empty=0.0)
+            result[name] = 100 * f_score.max(axis=-1)
+        return result
 
 
-def make_meter(task: str) -> Metric:
-    """Return a new meter for a task of the task table."""
-    return METERS[task]()
+def _threshold_counts(
+    probability: NDArray[np.floating[Any]], label: NDArray[np.uint8], thresholds: NDArray[np.float64], strict: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64], int, int]:
+    """Return true and predicted positives at each threshold, labelled positives, and valid pixels."""
+    valid = label != IGNORE
+    # float32 as the published code has it: 8-bit values 51, 102, ... coincide with thresholds.
+    values, truth = probability[valid].astype(np.float32), label[valid] > 0
+    side = "left" if strict else "right"
+    bins = np.searchsorted(thresholds.astype(np.float32), values, side=side)  # thresholds passed by each pixel
+    counts = [np.bincount(bins[chosen], minlength=len(thresholds) + 1) for chosen in (truth, slice(None))]
+    hits, predicted = (count[::-1].cumsum()[::-1][1:] for count in counts)
+    return hits, predicted, int(truth.sum()), int(valid.sum())
+
+
+class EdgeMeter:
+    """odsF, oisF and AP in percent (BSDS, seism): edges matched one to one within a distance.
+
+    `suppress`: non-maximum suppression first. Protocol B's tool (Boundary-Detection-Evaluation-Tools) does so; protocol
+    A gives seism the map as stored.
+    """
+
+    def __init__(self, max_dist: float, suppress: bool) -> None:
+        self.max_dist, self.suppress = max_dist, suppress
+
+    def image(self, prediction: NDArray[np.float32], label: NDArray[np.bool_]) -> Statistics:
+        """Return matched, predicted and true pixels at each threshold, and at the image's best: [3 * 99 + 3].
+
+        `label` is the split's `edge_truth`, not the labels trained on.
+        """
+        counts = edge_counts(prediction, label, self.max_dist, apply_nms=self.suppress)
+        return np.concatenate([counts.ravel(), ois_counts(counts)]).astype(np.float64)
+
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return odsF, oisF, AP (percent) and the threshold of odsF."""
+        rows = totals.reshape(-1, totals.shape[-1])
+        scores = [summarise(row[:-3].reshape(-1, 3), row[-3:], THRESHOLDS) for row in rows]
+        return {name: np.array([score[name] for score in scores]).reshape(totals.shape[:-1]) for name in scores[0]}
+
+
+class PixelEdgeMeter:
+    """Best F1 in percent over 99 thresholds, pixel by pixel, with no tolerance in place: quick, and not odsF.
+
+    Scored against the labels trained on. Training reports it between epochs.
+    """
+
+    def image(self, prediction: NDArray[np.float32], label: NDArray[np.uint8]) -> Statistics:
+        """Return matched and predicted pixels at each threshold, and true ones: [2 * 99 + 1]."""
+        hits, predicted, labelled, _ = _threshold_counts(prediction, label, np.asarray(THRESHOLDS), strict=True)
+        return np.concatenate([hits, predicted, [labelled]]).astype(np.float64)
+
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return pixF1 (percent)."""
+        hits, predicted = np.split(totals[..., :-1], 2, axis=-1)
+        return {"pixF1": 100 * ratio(2 * hits, predicted + totals[..., -1:], empty=0.0).max(axis=-1)}
+
+
+def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
+    """Return the meter of a task; `quick` takes the pixel-wise one for edges."""
+    labels = LABEL_SETS[label_set]
+    if TASKS[task].decode == "argmax":
+        return ClassMeter(labels.classes[task])
+    if task == "saliency":
+        return SaliencyMeterA() if protocol == "A" else SaliencyMeterB()
+    if task == "edge":
+        return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist, suppress=protocol == "B")
+    return {"depth": DepthMeter, "normals": NormalsMeter}[task]()

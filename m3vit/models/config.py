@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m3vit.errors import InputError
-from m3vit.tasks import resolve
+from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
 HEADS = ("linear",)
@@ -20,6 +20,7 @@ class ModelConfig:
         trunk_args: keyword arguments for timm, e.g. {embed_dim: 64, depth: 4}.
         pretrained: load timm's pretrained weights for the trunk (needs network or a local timm cache).
         image_size: (height, width) in pixels that the position embedding is made for.
+        label_set: whose classes and tasks the outputs have: nyud or pascal; that of data.layout.
         tasks: names of the tasks, in the order of their task ids.
         moe_blocks: which blocks get experts instead of their MLP: "odd" (M3ViT), "none" or a list of indices.
         num_experts: experts in each bank (E).
@@ -36,6 +37,7 @@ class ModelConfig:
     trunk_args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     image_size: tuple[int, int] = (480, 640)
+    label_set: str = "nyud"
     tasks: list[str] = field(default_factory=lambda: ["semseg", "depth", "normals", "edge"])
     moe_blocks: str | list[int] = "odd"
     num_experts: int = 16
@@ -47,9 +49,14 @@ class ModelConfig:
     head_stride: int = 4
     experts: str = "sorted"
 
+    @property
+    def labels(self) -> LabelSet:
+        """The label set, by its name."""
+        return LABEL_SETS[self.label_set]
+
     def check(self) -> None:
         """Raise InputError for values that no model can be built from."""
-        resolve(self.tasks)
+        resolve(self.tasks, self.label_set)
         for key, value, allowed in (
             ("model.router", self.router, ROUTERS),
             ("model.head", self.head, HEADS),

@@ -31,9 +31,13 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 task.name: LinearHead(
-                    self.backbone.dim, task.channels, self.backbone.patch_size, config.head_stride, task.output_bias
+                    self.backbone.dim,
+                    config.labels.channels(task.name),
+                    self.backbone.patch_size,
+                    config.head_stride,
+                    task.output_bias,
                 )
-                for task in resolve(config.tasks)
+                for task in resolve(config.tasks, config.label_set)
             }
         )
 

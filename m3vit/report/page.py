@@ -17,21 +17,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from m3vit import __version__
-from m3vit.data.loading import open_split
-from m3vit.data.nyud import NYUD, Sample
+from m3vit.data.opening import open_split
+from m3vit.data.sample import Sample, Split
 from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
+from m3vit.evaluation import scoring
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
-from m3vit.evaluation.meters import PROTOCOL
+from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
+from m3vit.export.hls.verify import PROTOCOL as SIMULATED_PROTOCOL
 from m3vit.export.hls.verify import SimulatedOutputs
-from m3vit.export.runtime import Package, decode, paint
-from m3vit.files import atomic_path, read_json, write_json
+from m3vit.export.predictors import onnx_predictor
+from m3vit.export.runtime import Package, paint
+from m3vit.files import atomic_path, write_json
 from m3vit.models.router import expert_load
 from m3vit.report import charts
-from m3vit.tasks import IGNORE, NYUD_CLASSES, TASKS, palette
+from m3vit.tasks import IGNORE, LABEL_SETS, TASKS, palette
 from m3vit.training.checkpoint import Run, read_metrics
 
 Progress = Callable[[int, int, str], None]
@@ -44,21 +46,23 @@ def write_report(
     out: Path,
     num_images: int,
     data_root: str | None = None,
+    protocol: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the page `out` and `out` with suffix .json; return the latter's content.
 
-    A missing ONNX package or simulation leaves its column out and is said on the page; a damaged one is an error.
+    Figures are of `protocol`, by default the one the run was last evaluated under. A missing ONNX package or simulation
+    leaves its column out and is said on the page; a damaged one is an error.
     """
     if out.suffix == ".json" or out.is_dir():
         raise InputError(f"--out {out}: give a file name for the page, such as report.html; the numbers go beside it")
     if out.resolve().parent == run.folder.resolve() and out.stem in ("eval", "model"):
         raise InputError(f"--out {out}: its numbers would overwrite the run's {out.stem}.json; choose another name")
-    evaluated = read_json(run.folder / "eval.json", f"evaluate the run first: m3vit eval {run.folder}")
+    protocol, evaluated = scoring.read(run.folder, protocol)
     tasks = run.config.model.tasks
     split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)
     predictors: dict[str, Predictor] = {
-        "trivial": TrivialPredictor(evaluated["trivial"]),
+        "trivial": TrivialPredictor(evaluated["trivial"], evaluated["label_set"]).predictor((1, 1)),
         "torch": torch_predictor(run.model),
     }
     notes = []
@@ -66,15 +70,19 @@ def write_report(
     if (onnx / "manifest.json").exists():
         package = Package.load(onnx)
         check_same_weights(run, onnx, package.manifest)
-        predictors["onnx"] = onnx_predictor(package, run)
+        check_same_tasks(run, package)
+        predictors["onnx"] = onnx_predictor(package)
     else:
         notes.append(f"No ONNX package at {onnx}: made with m3vit export onnx.")
     simulated = None
     if (hls / "csim.json").exists():
         simulated = SimulatedOutputs.load(hls)
         check_same_weights(run, hls, simulated.manifest)
-        indices = sample_indices(split, simulated)
-        predictors["csim"] = simulated.predict
+        if protocol == SIMULATED_PROTOCOL:
+            indices = sample_indices(split, simulated)
+            predictors["csim"] = simulated.predictor
+        else:
+            notes.append(f"Not in this table, for its images were made for protocol {SIMULATED_PROTOCOL}:")
         notes.append(simulated.summary)
     else:
         notes.append(f"No C-simulation at {hls}: made with m3vit export hls and m3vit hw csim.")
@@ -82,9 +90,10 @@ def write_report(
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for name, predictor in predictors.items():
         step = (lambda done, total, name=name: progress(done, total, f"scoring {name}")) if progress else None
-        scores[name] = evaluate(split, predictor, tasks, indices, step)
+        found = evaluate(split, predictor, protocol, indices=indices, workers=scoring.default_workers(), progress=step)
+        scores[name] = found.scores()
     report = {
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOLS[protocol],
         "images": len(indices),
         "commit": run.info["commit"],
         "tasks": {
@@ -100,7 +109,7 @@ def write_report(
         "notes": notes,
     }
     shown = [indices[i] for i in np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(int)]
-    page = render(run, split, predictors, indices, shown, report)
+    page = render(run, split, predictors, protocol, indices, shown, report)
     with atomic_path(out) as path:
         path.write_text(page)
     write_json(out.with_suffix(".json"), report)
@@ -113,7 +122,16 @@ def check_same_weights(run: Run, folder: Path, manifest: dict[str, Any]) -> None
         raise InputError(f"{folder} was exported from other weights than those in {run.folder}: export it again")
 
 
-def sample_indices(split: NYUD, simulated: SimulatedOutputs) -> list[int]:
+def check_same_tasks(run: Run, package: Package) -> None:
+    """Raise InputError if a package lacks a task of the run."""
+    missing = set(run.config.model.tasks) - set(package.tasks)
+    if missing:
+        raise InputError(
+            f"{package.folder} has no {', '.join(sorted(missing))}: export the package from this run again"
+        )
+
+
+def sample_indices(split: Split, simulated: SimulatedOutputs) -> list[int]:
     """Return the places in the split of the simulated images, or raise InputError if they are not from it."""
     missing = [name for name in simulated.ids if name not in split.ids]
     if missing:
@@ -121,22 +139,6 @@ def sample_indices(split: NYUD, simulated: SimulatedOutputs) -> list[int]:
             f"the HLS project was simulated on images that {split.root} does not have, such as {missing[0]}"
         )
     return [split.ids.index(name) for name in simulated.ids]
-
-
-def onnx_predictor(package: Package, run: Run) -> Predictor:
-    """Return an ONNX package as a predictor, fed as torch is: resized to the model's size."""
-    missing = set(run.config.model.tasks) - set(package.tasks)
-    if missing:
-        raise InputError(
-            f"{package.folder} has no {', '.join(sorted(missing))}: export the package from this run again"
-        )
-    height, width = run.config.model.image_size
-
-    def predict(sample: Sample) -> dict[str, Tensor]:
-        images = network_input(sample.image, (height, width))[None].numpy()
-        return {task: torch.from_numpy(package.logits(images, task)) for task in package.tasks}
-
-    return predict
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -149,33 +151,38 @@ def data_url(picture: NDArray[np.uint8], enlarge: int = 1) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def picture(task: str, array: NDArray[Any], depth_range: tuple[float, float]) -> str:
+def picture(task: str, label_set: str, array: NDArray[Any], depth_range: tuple[float, float]) -> str:
     """Draw a prediction or label with the runtime's colours; depths of one image share one range (metres)."""
-    return data_url(paint(array, TASKS[task].decode, palette(len(NYUD_CLASSES)), depth_range))
+    classes = LABEL_SETS[label_set].classes.get(task)
+    if TASKS[task].decode == "sigmoid":
+        array = np.where(array == IGNORE, 0.5, array)
+    return data_url(paint(array, TASKS[task].decode, palette(classes) if classes else (), depth_range))
 
 
 def example(
-    sample: Sample, predictors: dict[str, Predictor], columns: Sequence[str], tasks: Sequence[str]
+    sample: Sample, predictors: dict[str, Predictor], columns: Sequence[str], protocol: str, label_set: str
 ) -> dict[str, Any]:
     """Draw one image: a row for each task, a column for the input, the truth and each predictor."""
-    logits = {name: predictors[name](sample) for name in columns if name in predictors}
     depth = sample.labels.get("depth", np.zeros(1))
     valid = depth[depth > 0]
     depth_range = (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
-    rows = []
-    for task in tasks:
-        truth = sample.labels[task]
-        pictures = [data_url(sample.image), picture(task, truth, depth_range)]
-        for name in columns[2:]:
-            if name not in logits:
+    rows: dict[str, list[str]] = {
+        task: [data_url(sample.image), picture(task, label_set, truth, depth_range)]
+        for task, truth in sample.labels.items()
+    }
+    for name in columns[2:]:
+        logits = None
+        if name in predictors:
+            image = network_image(protocol, sample.id, sample.image, predictors[name].size)
+            logits = predictors[name].run([image])
+        for task, pictures in rows.items():
+            if logits is None:
                 pictures.append("")
                 continue
-            value = logits[name][task]
-            if value.shape[-2:] != truth.shape[:2]:
-                value = torch.nn.functional.interpolate(value, size=truth.shape[:2], mode="bilinear")
-            pictures.append(picture(task, decode(value.numpy(), TASKS[task].decode)[0], depth_range))
-        rows.append({"task": task, "pictures": pictures})
-    return {"id": sample.id, "input": data_url(sample.image), "rows": rows}
+            guess = prediction(protocol, task, logits[task][0], image, sample.image.shape[:2])
+            pictures.append(picture(task, label_set, guess, depth_range))
+    tasks = [{"task": task, "pictures": pictures} for task, pictures in rows.items()]
+    return {"id": sample.id, "input": data_url(sample.image), "rows": tasks}
 
 
 @torch.inference_mode()
@@ -207,8 +214,9 @@ def swatch(name: str, colour: Sequence[int]) -> tuple[str, str, str]:
 
 def render(
     run: Run,
-    split: NYUD,
+    split: Split,
     predictors: dict[str, Predictor],
+    protocol: str,
     indices: list[int],
     shown: list[int],
     report: dict[str, Any],
@@ -218,7 +226,9 @@ def render(
     columns = ["input", "ground truth", "torch", "ONNX", "C-sim"]
     named = {"torch": "torch", "ONNX": "onnx", "C-sim": "csim"}
     by_column = {column: predictors[name] for column, name in named.items() if name in predictors}
-    examples, seen = [], set()
+    label_set = run.config.model.label_set
+    examples: list[dict[str, Any]] = []
+    seen: dict[str, set[int]] = {task: set() for task in LABEL_SETS[label_set].classes if task in tasks}
     total_load = None
     for index in indices if layers else shown:
         sample = split.load(index)
@@ -226,7 +236,7 @@ def render(
             load, firsts = routing_of(run, sample)
             total_load = load if total_load is None else total_load + load
         if index in shown:
-            drawn = example(sample, by_column, columns, tasks)
+            drawn = example(sample, by_column, columns, protocol, label_set)
             drawn["routes"] = (
                 [
                     {"block": block, "pictures": [expert_map(grid) for grid in per_task]}
@@ -236,8 +246,8 @@ def render(
                 else []
             )
             examples.append(drawn)
-            if "semseg" in sample.labels:
-                seen |= set(np.unique(sample.labels["semseg"])) - {IGNORE}
+            for task, ids in seen.items():
+                ids |= {int(value) for value in np.unique(sample.labels[task])} - {IGNORE}
     score_columns = ["trivial", "torch", "onnx", "csim"]
     rows = []
     for task, values in report["tasks"].items():
@@ -247,7 +257,11 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("m3vit.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    colours = palette(len(NYUD_CLASSES))
+    legends = []
+    for task, ids in seen.items():
+        names = LABEL_SETS[label_set].classes[task]
+        colours = palette(names)
+        legends.append((task, [swatch(names[index], colours[index]) for index in sorted(ids)]))
     return environment.get_template("page.html.j2").render(
         run=run.folder.name,
         version=__version__,
@@ -264,7 +278,7 @@ def render(
         scores=rows,
         columns=columns,
         examples=examples,
-        classes=[swatch(NYUD_CLASSES[i], colours[i]) for i in sorted(int(value) for value in seen)],
+        legends=legends,
         curves=charts.loss_curves(read_metrics(run.folder), tasks),
         usage=charts.expert_usage(total_load.astype(float), layers, tasks) if total_load is not None else "",
         experts=[swatch(f"expert {e}", charts.expert_colour(e)) for e in range(run.config.model.num_experts)],

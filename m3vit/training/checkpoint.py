@@ -23,7 +23,7 @@ from m3vit.errors import InputError
 from m3vit.files import atomic_path, read_json, sha256_file, write_json
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, NYUD_CLASSES
+from m3vit.tasks import IMAGE_MEAN, IMAGE_STD
 from m3vit.training.config import Config, plain, read_config
 
 
@@ -63,7 +63,7 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int) -> None:
         {
             "architecture": plain(asdict(model.config)),
             "tasks": model.config.tasks,
-            "classes": {"semseg": NYUD_CLASSES} if "semseg" in model.config.tasks else {},
+            "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
             "normalisation": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
             "epochs_trained": epoch,
             "m3vit": __version__,

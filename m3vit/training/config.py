@@ -11,12 +11,14 @@ import yaml
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
-from m3vit.tasks import TASKS
+from m3vit.tasks import LABEL_SETS, TASKS
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "poly")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
+PIPELINES = ("simple", "m3vit", "invpt")
+ON_ERROR = ("stop", "skip")
 
 
 @dataclass
@@ -24,20 +26,25 @@ class DataConfig:
     """Where the data are and how they are loaded.
 
     Attributes:
-        layout: layout of the data set on disk: nyud (NYUD_MT).
-        root: the data set's folder, the one that holds gt_sets/.
+        layout: the data set: nyud or pascal. Which of its releases lies in root is found out from the files.
+        root: the data set's folder, the one that holds gt_sets/ (nyud) or ImageSets/ (pascal).
         workers: loader processes; 0 loads in the training process.
         cache: keep decoded samples in memory after the first epoch (small data sets only; workers 0).
+        pipeline: how training images are changed: simple (resize, colour), m3vit (zoom and rotation, resize) or invpt
+            (scaling, crop, photometric distortion, padding), both as published.
         flip: mirror half of the training images.
-        colour: strength of the random gain and offset of each colour channel; 0 is off.
+        colour: strength of the random gain and offset of each colour channel; 0 is off; of the pipeline simple.
+        on_error: what an unreadable file does: stop training, or skip its image, with a line in metrics.jsonl.
     """
 
     layout: str = "nyud"
     root: str = ""
     workers: int = 2
     cache: bool = False
+    pipeline: str = "simple"
     flip: bool = True
     colour: float = 0.0
+    on_error: str = "stop"
 
 
 @dataclass
@@ -105,7 +112,9 @@ class Config:
         self.model.check()
         train = self.train
         for key, value, allowed in (
-            ("data.layout", self.data.layout, ("nyud",)),
+            ("data.layout", self.data.layout, tuple(LABEL_SETS)),
+            ("data.pipeline", self.data.pipeline, PIPELINES),
+            ("data.on_error", self.data.on_error, ON_ERROR),
             ("train.optimizer", train.optimizer, OPTIMIZERS),
             ("train.schedule", train.schedule, SCHEDULES),
             ("train.precision", train.precision, PRECISIONS),
@@ -113,6 +122,15 @@ class Config:
         ):
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        if self.model.label_set != self.data.layout:
+            raise InputError(
+                f"model.label_set is {self.model.label_set} and data.layout {self.data.layout}: the model predicts the "
+                "data set's classes, so give both the same"
+            )
+        if self.data.colour and self.data.pipeline != "simple":
+            raise InputError(
+                f"data.colour {self.data.colour} is of the pipeline simple: give 0 with {self.data.pipeline}"
+            )
         for key in ("epochs", "batch_size", "lr", "log_steps"):
             if not 0 < getattr(train, key) < math.inf:
                 raise InputError(f"train.{key} is {getattr(train, key)}: give a positive number")

@@ -11,7 +11,9 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from m3vit.data.loading import EpochBatches, TrainingSet, make_loader, open_split
+from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
+from m3vit.data.opening import open_split
+from m3vit.data.sample import Split
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import evaluate, torch_predictor
 from m3vit.files import atomic_path, is_empty
@@ -22,7 +24,16 @@ from m3vit.training.config import Config, TrainConfig, differences, read_config
 from m3vit.training.losses import balance_loss, task_loss
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
-FREE_TO_CHANGE = ("data.root", "data.workers", "data.cache", "train.log_steps", "train.checkpoint_steps")
+FREE_TO_CHANGE = (
+    "data.root",
+    "data.workers",
+    "data.cache",
+    "data.on_error",
+    "train.log_steps",
+    "train.checkpoint_steps",
+)
+
+PROTOCOL = "A"  # of the evaluations between epochs
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
@@ -99,7 +110,8 @@ def step_losses(
         task: task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight)
         for task, logits in output.logits.items()
     }
-    weights = {task.name: task.weight for task in resolve(config.model.tasks)} | config.train.task_weights
+    resolved = resolve(config.model.tasks, config.model.label_set)
+    weights = {task.name: task.weight for task in resolved} | config.train.task_weights
     total = torch.stack([weights[task] * loss for task, loss in losses.items()]).sum()
     if output.routings:
         losses["balance"] = balance_loss(output.routings)
@@ -107,8 +119,11 @@ def step_losses(
     return total, losses
 
 
-def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> None:
-    """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights."""
+def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> int:
+    """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights.
+
+    Returns how many training images could not be read and were left out (`data.on_error` skip).
+    """
     settings = config.train
     config.check()
     train_split = open_split(config.data.layout, config.data.root, "train", config.model.tasks)
@@ -142,7 +157,10 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
         step = state["step"]
 
     size = (config.model.image_size[0], config.model.image_size[1])
-    dataset = TrainingSet(train_split, size, settings.seed, config.data.flip, config.data.colour, config.data.cache)
+    options = config.data
+    dataset = TrainingSet(
+        train_split, size, settings.seed, options.pipeline, options.flip, options.colour, options.cache
+    )
     loader = make_loader(dataset, batches, config.data.workers, pin_memory=fabric.device.type == "cuda")
     steps_per_epoch = len(batches)
     steps = settings.epochs * steps_per_epoch
@@ -157,15 +175,27 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
         }
         save_state(out, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, **rng})
 
-    def record(kind: str, values: dict[str, float]) -> None:
-        log.write({"kind": kind, "step": step, "epoch": step / steps_per_epoch, **values})
+    unreadable: set[str] = set()
+
+    def record(kind: str, values: dict[str, float], message: str | None = None) -> None:
+        words = {"message": message} if message else {}
+        log.write({"kind": kind, "step": step, "epoch": step / steps_per_epoch, **values, **words})
         for name, value in values.items():
             board.add_scalar(f"{kind}/{name}", value, step)
 
     while step < steps:
         wrapped.train()
         batches.epoch, batches.start = divmod(step, steps_per_epoch)
-        for images, labels in loader:
+        for images, labels, errors in loader:
+            for error in errors:
+                if options.on_error == "stop":
+                    raise InputError(f"{error}; or leave such images out with --data.on_error skip")
+                if error not in unreadable:
+                    unreadable.add(error)
+                    record("unreadable", {"count": len(unreadable)}, error)
+            if images is None:
+                step += 1  # a step all the same: the schedule and a resumed run count on it
+                continue
             images, labels = fabric.to_device((images, labels))
             lr = learning_rate(settings, step, steps_per_epoch)
             for group in optimizer.param_groups:
@@ -191,13 +221,20 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
         epoch = step // steps_per_epoch
         check_weights(model, step, out)
         if settings.eval_epochs and epoch % settings.eval_epochs == 0 and step < steps:
-            record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
+            record("val", validate(val_split, model, options.on_error))
         # The resume state last: where it says an epoch is done, its evaluation and weights are on disk.
         save_model(out, model, epoch)
         save()
     if not any(line["kind"] == "val" and line["step"] == step for line in read_metrics(out)):
-        record("val", flat(evaluate(val_split, torch_predictor(model), config.model.tasks)))
+        record("val", validate(val_split, model, options.on_error))
     board.close()
+    return len(unreadable)
+
+
+def validate(split: Split, model: MultiTaskModel, on_error: str) -> dict[str, float]:
+    """Return the metrics under the protocol that takes any image size, with the quick edge metric instead of odsF."""
+    found = evaluate(split, torch_predictor(model), PROTOCOL, quick=True, skip_unreadable=on_error == "skip")
+    return flat(found.scores()) | ({"unreadable": float(len(found.errors))} if found.errors else {})
 
 
 def check_finite(values: dict[str, float], step: int, out: Path) -> None:
@@ -217,5 +254,10 @@ def check_weights(model: MultiTaskModel, step: int, out: Path) -> None:
 
 
 def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Turn {task: {metric: value}} into {"task/metric": value}."""
-    return {f"{task}/{metric}": value for task, values in scores.items() for metric, value in values.items()}
+    """Turn {task: {metric: value}} into {"task/metric": value}, without the IoU of each class."""
+    return {
+        f"{task}/{metric}": value
+        for task, values in scores.items()
+        for metric, value in values.items()
+        if not metric.startswith("IoU_")
+    }

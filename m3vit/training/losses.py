@@ -1,6 +1,6 @@
 """Losses, one per task (M3ViT's code: losses/loss_functions.py). Ignored pixels carry no weight and no gradient.
 
-Shapes: B images, C channels; labels as m3vit.data.transforms.label_tensor gives them, batched.
+Shapes: B images, C channels; labels as m3vit.data.transforms.to_labels gives them, batched.
 """
 
 import torch
@@ -48,10 +48,15 @@ def l1_unit(logits: Tensor, label: Tensor) -> Tensor:
     return error.sum() / (3 * valid.sum()).clamp(min=1)
 
 
-def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float) -> Tensor:
-    """Binary cross-entropy with fixed weights: `positive_weight` for edges, 1 - positive_weight for the rest."""
+def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float | Tensor | None) -> Tensor:
+    """Binary cross-entropy with weights: `positive_weight` for positives, 1 - positive_weight for the rest.
+
+    None balances as HED does: the share of negatives among the batch's valid pixels (saliency).
+    """
     valid = label != IGNORE
     truth = (label > 0).to(logits.dtype)
+    if positive_weight is None:
+        positive_weight = 1 - (truth * valid).sum() / valid.sum().clamp(min=1)
     weight = valid * (positive_weight * truth + (1 - positive_weight) * (1 - truth))
     total = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
     return total / valid.sum().clamp(min=1)
@@ -59,9 +64,10 @@ def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float) -> Tenso
 
 def task_loss(task: str, logits: Tensor, label: Tensor, edge_positive_weight: float) -> Tensor:
     """Return the unweighted loss of a task; labels are subsampled if the logits are coarser."""
+    positive_weight = edge_positive_weight if task == "edge" else None
     loss = {"cross_entropy": cross_entropy, "l1": l1, "l1_unit": l1_unit}.get(TASKS[task].loss)
     losses = [
-        loss(logits, part) if loss else balanced_bce(logits, part, edge_positive_weight)
+        loss(logits, part) if loss else balanced_bce(logits, part, positive_weight)
         for part in subsample(label, (logits.shape[-2], logits.shape[-1]))
     ]
     return torch.stack(losses).mean()

@@ -12,7 +12,8 @@ from PIL import Image
 
 pytest.importorskip("embreex")
 
-from m3vit.data.scenes.rendering import CLASS_IDS, Geometry, Labels, Scene, focal_px, pixel_rays, render_scene
+from m3vit.data.scenes.nyud import CLASS_IDS, Labels, Scene, render_scene
+from m3vit.data.scenes.rendering import Geometry, focal_px, pixel_rays
 from m3vit.data.scenes.room import SCENE_CLASSES, Room
 from m3vit.data.synthetic import synthesize
 from m3vit.errors import InputError
@@ -167,6 +168,19 @@ def test_files(data_set: Path) -> None:
         assert set(np.unique(edge).tolist()) == {0.0, 1.0}
 
 
+def test_scenes_are_those_of_version_0_1(data_set: Path) -> None:
+    """The demo's figures are about these very scenes: the ids of the labels are held exactly, floats by their means."""
+    digest, means = hashlib.sha256(), []
+    for name in ("0001", "0002", "0003"):
+        with Image.open(data_set / "segmentation" / f"{name}.png") as segmentation:
+            digest.update(np.asarray(segmentation).tobytes())
+        digest.update(np.load(data_set / "edge" / f"{name}.npy").astype(np.uint8).tobytes())
+        with Image.open(data_set / "images" / f"{name}.jpg") as image:
+            means.append([np.load(data_set / "depth" / f"{name}.npy").mean(), np.asarray(image).mean()])
+    assert digest.hexdigest() == "ed2d4da4ab536f456b0fea62243dbdaa071270a7836d2d118034387e56052319"
+    np.testing.assert_allclose(np.mean(means, axis=0), [3.0614, 118.2405], rtol=1e-3)
+
+
 def test_same_arguments_same_bytes_whatever_the_workers(data_set: Path, tmp_path: Path) -> None:
     """Two workers get a chunk each."""
     synthesize(tmp_path / "again", train=TRAIN, val=VAL, size=SIZE, workers=2)
@@ -215,7 +229,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layout": "pascal"}, "layout 'pascal' is unknown: choose from nyud"),
+        ({"layout": "coco"}, "layout 'coco' is unknown: choose from nyud, pascal"),
         ({"train": 0}, "train is 0, but must be at least 1"),
         ({"val": -3}, "val is -3, but must be at least 1"),
         ({"workers": 0}, "workers is 0, but must be at least 1"),

@@ -4,110 +4,164 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from m3vit.data.nyud import Sample
-from m3vit.evaluation.evaluate import TrivialPredictor, evaluate
-from m3vit.evaluation.meters import DepthMeter, EdgeMeter, NormalsMeter, SemsegMeter, make_meter
-from m3vit.tasks import IGNORE, TASKS
+from m3vit.evaluation.meters import (
+    ClassMeter,
+    DepthMeter,
+    EdgeMeter,
+    Meter,
+    NormalsMeter,
+    PixelEdgeMeter,
+    SaliencyMeterA,
+    SaliencyMeterB,
+    make_meter,
+)
+from m3vit.tasks import IGNORE, LABEL_SETS, TASKS
 
 
-def test_semseg_miou() -> None:
-    meter = SemsegMeter(num_classes=4)
-    label = torch.tensor([[[0, 0, 1], [1, 2, IGNORE]]])
-    predicted = torch.tensor([[[0, 1, 1], [1, 0, 3]]])
-    meter.update(torch.nn.functional.one_hot(predicted, 4).permute(0, 3, 1, 2).float(), label)
+def score(meter: Meter, *pairs: tuple[object, object]) -> dict[str, float]:
+    """Score (prediction, label) pairs, one an image."""
+    rows = [meter.image(np.asarray(guess), np.asarray(label)) for guess, label in pairs]
+    return {name: float(value) for name, value in meter.compute(np.sum(rows, axis=0)).items()}
+
+
+def test_classes() -> None:
     # class 0: TP 1, FN 1, FP 1 -> 1/3; class 1: TP 2, FP 1 -> 2/3; class 2: FN 1 -> 0; class 3 is absent, since the
     # pixel where it was predicted is ignored -> 0. Mean over 4: (1/3 + 2/3) / 4 = 25 %; over the 3 present: 1/3.
-    result = meter.compute()
-    assert result["mIoU"] == pytest.approx(25.0)
+    guess, label = np.array([[0, 1, 1], [1, 0, 3]], np.uint8), np.array([[0, 0, 1], [1, 2, IGNORE]], np.uint8)
+    result = score(ClassMeter("abcd"), (guess, label))
+    assert result["mIoU"] == pytest.approx(25)
     assert result["mIoU_present"] == pytest.approx(100 / 3)
+    assert [result[f"IoU_{name}"] for name in "abcd"] == pytest.approx([100 / 3, 200 / 3, 0, 0])
 
 
-def test_depth_rmse_pools_valid_pixels_of_all_images() -> None:
-    meter = DepthMeter()
-    meter.update(torch.tensor([[[[3.0, 9.0]]]]), torch.tensor([[[2.0, 0.0]]]))  # error 1; the 9 is on no label
-    meter.update(torch.tensor([[[[1.0, 4.0]]]]), torch.tensor([[[4.0, 4.0]]]))  # errors 3, 0
-    # squared errors 1, 9, 0 over 3 pixels: sqrt(10/3); relative errors 1/2, 3/4, 0: 5/12
-    assert meter.compute()["rmse"] == pytest.approx(math.sqrt(10 / 3))
-    assert meter.compute()["abs_rel"] == pytest.approx(5 / 12)
+def test_an_image_without_a_person_contributes_nothing() -> None:
+    person = (np.array([[1, 0]], np.uint8), np.array([[1, 1]], np.uint8))
+    nobody = (np.array([[1, 1]], np.uint8), np.full((1, 2), IGNORE, np.uint8))
+    assert score(ClassMeter("ab"), person, nobody) == score(ClassMeter("ab"), person)
 
 
-def test_normals_mean_angle() -> None:
-    meter = NormalsMeter()
-    truth = torch.tensor([[0.0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]]).T.reshape(1, 3, 1, 4)
-    predicted = torch.tensor([[0.0, 0, 5], [0, 1, 1], [0, -2, 0], [1, 0, 0]]).T.reshape(1, 3, 1, 4)
-    meter.update(predicted, truth)  # 0, 45 and 180 degrees; the last pixel has no label
-    result = meter.compute()
-    assert result["mErr"] == pytest.approx(75.0)
+def test_depth_pools_valid_pixels_of_all_images() -> None:
+    first = (np.float32([[3, 9]]), np.float32([[2, 0]]))  # the 9 is on no label
+    second = (np.float32([[1, 4]]), np.float32([[4, 4]]))
+    result = score(DepthMeter(), first, second)
+    # errors 1, 3, 0: squares 1, 9, 0 over 3 pixels; relative errors 1/2, 3/4, 0; ratios 1.5, 4, 1
+    assert result["rmse"] == pytest.approx(math.sqrt(10 / 3))
+    assert result["log_rmse"] == pytest.approx(math.sqrt((math.log(1.5) ** 2 + math.log(4) ** 2) / 3))
+    assert result["abs_rel"] == pytest.approx(5 / 12)
+    # 1.25, 1.5625 and 1.953125: the ratio 1.5 is within the second
+    assert [result[f"delta{n}"] for n in (1, 2, 3)] == pytest.approx([100 / 3, 200 / 3, 200 / 3])
+
+
+def test_depth_at_or_below_zero_counts_as_next_to_nothing() -> None:
+    result = score(DepthMeter(), (np.float32([[-5]]), np.float32([[2]])))
+    assert result["rmse"] == pytest.approx(2)
+    assert result["log_rmse"] == pytest.approx(math.log(2 / 1e-9))
+
+
+def test_normals() -> None:
+    truth = np.float32([[[0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]]])
+    guess = np.float32([[[0, 0, 5], [0, 1, 1], [0, -2, 0], [1, 0, 0]]])  # 0, 45 and 180 degrees; the last has no label
+    result = score(NormalsMeter(), (guess, truth))
+    assert result["mErr"] == pytest.approx(75)
+    assert result["median"] == pytest.approx(45, abs=0.1)
     assert result["within_11.25"] == pytest.approx(100 / 3)
     assert result["within_30"] == pytest.approx(100 / 3)
 
 
-def test_edge_best_threshold() -> None:
-    meter = EdgeMeter()
-    probability = torch.tensor([0.9, 0.6, 0.6, 0.2, 0.99], dtype=torch.float64)
-    label = torch.tensor([1, 1, 0, 0, IGNORE], dtype=torch.uint8)
-    meter.update(torch.logit(probability).view(1, 1, 1, 5), label.view(1, 1, 5))
+def test_median_is_that_of_all_angles() -> None:
+    rng = np.random.default_rng(0)
+    angles = np.radians(rng.gamma(2, 10, 4001))
+    guess = np.stack([np.sin(angles), 0 * angles, np.cos(angles)], axis=-1)[None]
+    truth = np.broadcast_to(np.float32([0, 0, 1]), guess.shape)
+    result = score(NormalsMeter(), (guess[:, :1500], truth[:, :1500]), (guess[:, 1500:], truth[:, 1500:]))
+    assert result["median"] == pytest.approx(np.degrees(np.median(angles)), abs=0.05)  # half a bin
+
+
+def test_saliency_a_averages_over_images() -> None:
+    # Thresholds 0.2, 0.25, .. 0.9. Image 1: probabilities .8 .8 .3 .1, truth 1 0 1 0.
+    #   t < .3: predicted 3, hits 2: IoU 2/3, P 2/3, R 1. .3 <= t < .8: predicted 2, hits 1: IoU 1/3, P 1/2, R 1/2.
+    # Image 2: .6 .1 with truth 1 0: t < .6: IoU P R 1. .6 <= t: IoU P R 0.
+    # Means: t in [.2, .3): IoU 5/6, P 5/6, R 1 -> F 10/11.
+    first = (np.float32([[0.8, 0.8, 0.31, 0.1]]), np.uint8([[1, 0, 1, 0]]))
+    second = (np.float32([[0.6, 0.1]]), np.uint8([[1, 0]]))
+    result = score(SaliencyMeterA(), first, second)
+    assert result["mIoU"] == pytest.approx(100 * 5 / 6)
+    assert result["maxF"] == pytest.approx(100 * 10 / 11)
+
+
+def test_saliency_a_nothing_to_find() -> None:
+    # No salient pixel, none predicted: IoU 1, precision and recall 0 (ASTMT's code).
+    result = score(SaliencyMeterA(), (np.float32([[0.1]]), np.uint8([[0]])))
+    assert result == {"mIoU": 100, "maxF": 0}
+
+
+def test_saliency_thresholds_strict_in_a_only() -> None:
+    # 102 / 255 = 0.4 in float32 is a threshold of both: A's `>` excludes it, B's `>=` does not. Truth: everything.
+    guess, label = np.float32([[102 / 255]]), np.uint8([[1]])
+    a = SaliencyMeterA().image(guess, label)[1:16]
+    assert a.sum() == 4  # IoU 1 at 0.2, 0.25, 0.3, 0.35
+    hits = SaliencyMeterB().image(guess, label)[:19]
+    assert hits.sum() == 8  # 0.05 .. 0.4
+
+
+def test_saliency_b_pools_pixels() -> None:
+    # Pooled over both images: probabilities .8 .8 .3 .1 .6 .1, truth 1 0 1 0 1 0.
+    # t <= .3: predicted 4, hits 3: P 3/4, R 1: F = 1.3 * .75 / (.3 * .75 + 1) = .975 / 1.225
+    # .3 < t <= .6: predicted 3, hits 2: P 2/3, R 2/3: F = 2/3
+    first = (np.float32([[0.8, 0.8, 0.31, 0.1]]), np.uint8([[1, 0, 1, 0]]))
+    second = (np.float32([[0.6, 0.1, 0.9]]), np.uint8([[1, 0, IGNORE]]))
+    result = score(SaliencyMeterB(), first, second)
+    assert result["maxF"] == pytest.approx(100 * 0.975 / 1.225)
+    # Once more through a sigmoid: .69 .69 .577 .525 .646 .525. The thresholds .05 .. .5 take all 6 pixels (P 1/2, R 1:
+    # F = .65 / 1.15), .55 takes 4 (as above), .6 takes 3 (2/3), .65 takes 2 (P 1/2, R 1/3).
+    assert result["maxF_as_published"] == pytest.approx(100 * 0.975 / 1.225)
+    blunt = score(SaliencyMeterB(), (np.float32([[0.15, 0.05]]), np.uint8([[1, 0]])))
+    # .537 and .512: no threshold of the published way lies between them.
+    assert blunt["maxF"] == pytest.approx(100)
+    assert blunt["maxF_as_published"] == pytest.approx(100 * 0.65 / 1.15)
+
+
+def test_pixel_edges() -> None:
+    guess = np.float32([[0.9, 0.6, 0.6, 0.2, 0.99]])
+    label = np.uint8([[1, 1, 0, 0, IGNORE]])
     # Threshold in [0.2, 0.6): TP 2, FP 1, FN 0 -> F1 = 4/5. In [0.6, 0.9): TP 1, FN 1 -> 2/3. Below 0.2: 4/6.
-    result = meter.compute()
-    assert result["pixF1"] == pytest.approx(80.0)
-    assert 0.2 <= result["threshold"] < 0.6
+    assert score(PixelEdgeMeter(), (guess, label))["pixF1"] == pytest.approx(80)
 
 
-def test_edge_threshold_is_strict() -> None:
-    meter = EdgeMeter()
-    meter.update(torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 2, dtype=torch.uint8))  # probability exactly 0.5
-    positive_at_half = int(meter.positive[:50].sum())  # bins up to 49: p exceeds the thresholds 0.01 .. 0.49 only
-    assert positive_at_half == 2
+def test_edges_within_a_distance() -> None:
+    truth = np.zeros((40, 40), bool)
+    truth[8:32, 20] = True
+    guess = np.zeros((40, 40), np.float32)
+    guess[8:32, 22] = 0.75
+    diagonal = math.hypot(40, 40)
+    near = score(EdgeMeter(2.01 / diagonal, suppress=False), (guess, truth))
+    assert near["odsF"] == near["oisF"] == pytest.approx(100)
+    assert near["threshold"] < 0.75
+    # One pixel nearer is asked for: nothing matches.
+    assert score(EdgeMeter(1.5 / diagonal, suppress=False), (guess, truth))["odsF"] == 0
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_headline_metric_is_reported_and_updates_add_up(task: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, TASKS[task].channels, 5, 6, generator=generator)
-    label = {
-        "semseg": torch.randint(0, 40, (4, 5, 6), generator=generator),
-        "depth": torch.rand(4, 5, 6, generator=generator) + 0.1,
-        "normals": torch.nn.functional.normalize(torch.randn(4, 3, 5, 6, generator=generator), dim=1),
-        "edge": torch.randint(0, 2, (4, 5, 6), generator=generator).byte(),
-    }[task]
-    whole, parts = make_meter(task), make_meter(task)
-    whole.update(logits, label)
-    for start in range(0, 4, 2):
-        parts.update(logits[start : start + 2], label[start : start + 2])
-    assert parts.compute() == pytest.approx(whole.compute(), rel=1e-12)
-    assert TASKS[task].metric in whole.compute()
-
-
-class TwoImages:
-    """A split of two hand-made images."""
-
-    tasks = ("semseg", "depth", "normals", "edge")
-
-    def __len__(self) -> int:
-        return 2
-
-    def load(self, index: int) -> Sample:
-        labels = {
-            "semseg": np.array([[3, 3, IGNORE, 1]], np.uint8),
-            "depth": np.array([[1.0, 3.0, 0.0, 2.0]], np.float32) + index,
-            "normals": np.array([[[0, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1]]], np.float32),
-            "edge": np.array([[0, 0, IGNORE, 1]], np.uint8),
-        }
-        labels["depth"][0, 2] = 0
-        return Sample(str(index), np.zeros((1, 4, 3), np.uint8), labels)
-
-
-def test_trivial_predictor_is_fitted_on_valid_labels() -> None:
-    split = TwoImages()
-    trivial = TrivialPredictor.fit(split)  # type: ignore[arg-type]
-    assert trivial.constants["semseg"] == 3
-    assert trivial.constants["depth"] == pytest.approx((1 + 3 + 2 + 2 + 4 + 3) / 6)
-    assert trivial.constants["normals"] == pytest.approx([0, 1 / math.sqrt(5), 2 / math.sqrt(5)])
-    assert trivial.constants["edge"] == pytest.approx(1 / 3)
-    scores = evaluate(split, trivial, split.tasks)  # type: ignore[arg-type]
-    # mean depth 2.5: squared errors 2.25 .25 .25 | .25 2.25 .25, sum 5.5 over 6 pixels
-    assert scores["depth"]["rmse"] == pytest.approx(math.sqrt(5.5 / 6))
-    assert scores["semseg"]["mIoU"] == pytest.approx(100 * (2 / 3) / 40)  # TP 4, FP 2, of 40 classes
-    assert scores["edge"]["pixF1"] == pytest.approx(50.0)  # everything an edge: precision 1/3, recall 1
+@pytest.mark.parametrize("protocol", ["A", "B"])
+@pytest.mark.parametrize(
+    ("label_set", "task"), [(name, task) for name in LABEL_SETS for task in LABEL_SETS[name].tasks]
+)
+def test_headline_metric_is_reported_for_one_or_many_totals(label_set: str, task: str, protocol: str) -> None:
+    rng = np.random.default_rng(0)
+    size = (24, 30)
+    classes = len(LABEL_SETS[label_set].classes.get(task, "ab"))
+    kinds = {
+        "argmax": (rng.integers(0, classes, size), rng.integers(0, classes, size)),
+        "identity": (rng.random(size) + 1, rng.random(size) + 1),
+        "unit_vector": (rng.normal(size=(*size, 3)), rng.normal(size=(*size, 3))),
+        "sigmoid": (rng.random(size), rng.integers(0, 2, size)),
+    }
+    guess, label = kinds[TASKS[task].decode]
+    label = label > 0 if task == "edge" else label
+    meter = make_meter(task, label_set, protocol)
+    row = meter.image(guess, label)
+    once, many = meter.compute(row), meter.compute(np.stack([row, 3 * row]))
+    assert TASKS[task].metric in once
+    for name, value in once.items():
+        # Metrics are ratios of sums: the same images three times over score the same.
+        np.testing.assert_allclose(many[name], [value, value], rtol=1e-9, equal_nan=True)

@@ -19,6 +19,7 @@ from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.hw import csim
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.tasks import TASKS as TASK_TABLE
 
 SIZE = (24, 32)  # 3 x 4 patches of 8
 TASKS = ["depth", "semseg", "edge"]  # not in the order of the task table
@@ -57,12 +58,16 @@ def make_images(count: int, seed: int = 0) -> np.ndarray:
 
 def make_samples() -> Samples:
     rng = np.random.default_rng(1)
-    height, width = 2 * SIZE[0], 2 * SIZE[1]  # labels may be larger than the model's images
-    labels = {
-        "depth": rng.uniform(1, 5, (SAMPLES, height, width)).astype(np.float32),
-        "semseg": rng.integers(0, 40, (SAMPLES, height, width)).astype(np.uint8),
-        "edge": rng.integers(0, 2, (SAMPLES, height, width)).astype(np.uint8),
-    }
+    labels = []
+    for index in range(SAMPLES):  # labels may be larger than the model's images, and each of another size
+        size = 2 * SIZE[0] + index, 2 * SIZE[1]
+        labels.append(
+            {
+                "depth": rng.uniform(1, 5, size).astype(np.float32),
+                "semseg": rng.integers(0, 40, size).astype(np.uint8),
+                "edge": rng.random(size) < 0.1,
+            }
+        )
     return Samples([f"image{i}" for i in range(SAMPLES)], make_images(SAMPLES), labels)
 
 
@@ -226,7 +231,7 @@ def test_bad_arguments(tmp_path: Path, model: MultiTaskModel, change: dict[str, 
 def test_simulation_agrees_with_torch(report: dict[str, Any]) -> None:
     assert report["images"] == SAMPLES
     assert list(report["tasks"]) == TASKS
-    for result in report["tasks"].values():
+    for task, result in report["tasks"].items():
         # Tokens whose top-k did not flip differ by rounding alone: 16-bit weights, 20-bit activations.
         assert result["worst_error_unflipped"] < 2e-3 * result["worst_error"] / max(
             result["worst_error_relative"], 1e-9
@@ -236,8 +241,9 @@ def test_simulation_agrees_with_torch(report: dict[str, Any]) -> None:
         assert result["decisions"] == SAMPLES * 13  # one MoE layer, and a class token
         # A flip needs a near tie: logits carry the error of 16-bit weights and 20-bit activations.
         assert result["largest_flip_margin"] < 5e-3
-        for metric, value in result["torch"].items():
-            assert result["csim"][metric] == pytest.approx(value, rel=0.01), metric
+        # Not every metric: the IoU of a class with few pixels and the best threshold jump with one of them.
+        metric = TASK_TABLE[task].metric
+        assert result["csim"][metric] == pytest.approx(result["torch"][metric], rel=0.01)
 
 
 def test_bridge_and_test_bench_agree_to_print_precision(report: dict[str, Any]) -> None:

@@ -23,9 +23,10 @@ from m3vit.export.runtime import DECODERS, Package
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
-from m3vit.tasks import TASKS
+from m3vit.tasks import LABEL_SETS, TASKS
 
 Array = NDArray[np.float32]
+NAMES = LABEL_SETS["nyud"].tasks
 
 
 def make_session(graph: ModelProto, threads: int) -> onnxruntime.InferenceSession:
@@ -88,7 +89,7 @@ def contains(arrays: dict[str, NDArray[np.generic]], tensor: torch.Tensor) -> bo
 def test_parity_of_the_whole_package(model: MultiTaskModel, exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "package")
     report = check_parity(model, folder, make_images(2))
-    assert list(report) == list(TASKS)
+    assert list(report) == list(NAMES)
     for entry in report.values():
         assert entry["worst_relative_error"] < LIMIT / 10
         assert entry["experts_not_hit"] == {}
@@ -182,11 +183,11 @@ def test_other_models_at_sizes_not_traced(changes: dict[str, Any]) -> None:
         assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", NAMES)
 def test_graph_holds_its_own_gate_and_head_only(model: MultiTaskModel, exported: Path, task: str) -> None:
     arrays = arrays_of(exported / f"{task}.onnx")
     gates = moe_layer(model).router.gates
-    for other in TASKS:
+    for other in NAMES:
         assert contains(arrays, gates[model.task_id(other)]) == (other == task)
         assert contains(arrays, model.heads.get_parameter(f"{other}.linear.weight")) == (other == task)
 
@@ -205,7 +206,7 @@ def test_task_conditioned_graph_holds_no_task_embedding() -> None:
 def test_weights_are_shared_and_aligned(exported: Path) -> None:
     distinct: dict[str, int] = {}
     listed = 0
-    for task in TASKS:
+    for task in NAMES:
         for tensor in onnx.load(exported / f"{task}.onnx", load_external_data=False).graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 place = {entry.key: entry.value for entry in tensor.external_data}
@@ -224,7 +225,7 @@ def test_weights_are_shared_and_aligned(exported: Path) -> None:
 
 
 def test_graphs_are_standard_small_and_tell_nothing_of_this_machine(exported: Path) -> None:
-    for task in TASKS:
+    for task in NAMES:
         path = exported / f"{task}.onnx"
         onnx.checker.check_model(str(path), full_check=True)
         graph = onnx.load(path, load_external_data=False)
@@ -242,7 +243,7 @@ def test_graphs_are_standard_small_and_tell_nothing_of_this_machine(exported: Pa
 def test_manifest_describes_every_file(exported: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     assert manifest["run"] == {"checkpoint": "abc"}
-    assert {path.name for path in exported.iterdir()} == {"manifest.json", "weights.bin", *(f"{t}.onnx" for t in TASKS)}
+    assert {path.name for path in exported.iterdir()} == {"manifest.json", "weights.bin", *(f"{t}.onnx" for t in NAMES)}
     for entry in (manifest["weights"], *manifest["tasks"].values()):
         assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     semseg = manifest["tasks"]["semseg"]

@@ -49,7 +49,7 @@ def make_package(folder: Path, size: tuple[int, int] | None = None) -> Path:
             "input_size": size,
             "patch_multiple": 4,
         }
-    tasks["semseg"]["palette"] = palette(3)
+    tasks["semseg"]["palette"] = palette("abc")
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -205,7 +205,9 @@ def test_damaged_manifests_are_refused(folder: Path) -> None:
 def test_colours(folder: Path) -> None:
     manifest = Package.load(folder).manifest
     ids = np.array([[0, 2, 255]], np.uint8)
-    assert colourise(ids, "semseg", manifest).tolist() == [[list(palette(3)[0]), list(palette(3)[2]), [0, 0, 0]]]
+    assert colourise(ids, "semseg", manifest).tolist() == [
+        [list(palette("abc")[0]), list(palette("abc")[2]), [0, 0, 0]]
+    ]
     edges = np.array([[0, 1]], np.float32)
     assert colourise(edges, "edge", manifest).tolist() == [[[255] * 3, [0] * 3]]
     normals = np.array([[[0, 0, 1], [-1, 0, 0]]], np.float32)

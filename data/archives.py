@@ -1,0 +1,243 @@
+"""Archives of data sets, unpacked so that a hostile or broken one can do no harm. No torch.
+
+Nothing but plain files and folders comes out, all of it below one new folder, with this process's default permissions.
+"""
+
+import gzip
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+from m3vit.errors import InputError
+from m3vit.files import atomic_folder, is_empty
+
+MAX_MEMBERS = 500_000  # PASCAL_MT, the largest of the releases, has under 100,000
+MAX_NAME_CHARS = 1024
+MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header, which tarfile reads into memory
+MAX_TRAILER_BYTES = 1 << 26  # after the last member; tar pads to a block, some tools to more
+PIECE_BYTES = 1 << 20
+ADVICE = "download it again"
+
+Progress = Callable[[int, int], None]
+
+
+def extract(archive: Path, out: Path, progress: Progress | None = None) -> Path:
+    """Unpack a .tar, .tgz, .tar.gz or .zip into the new or empty folder `out`; return the data root in it.
+
+    That is the archive's only top-level folder, or `out` if it has none or several. The kind is told from the content,
+    not from the name. Links, devices, absolute names, "..", names that occur twice and archives larger than the free
+    disk are refused, and so are damaged and cut-off ones; then `out` stays as it was. `progress` is called with the MiB
+    of the archive that are read and their total.
+    """
+    archive, out = Path(archive), Path(out).resolve()
+    if not archive.is_file():
+        raise InputError(f"{archive} not found or not a file: give an archive (.tgz, .tar.gz, .tar or .zip)")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, but must be a folder that is new or empty: name another one")
+    if not is_empty(out):
+        raise InputError(f"{out} is not empty: name a new folder or delete this one")
+    if out.exists() and os.path.ismount(out):
+        raise InputError(f"{out} is a mount point, which cannot be replaced at the end: name a new folder in it")
+    unpack = _unpack_zip if _kind(archive) == "zip" else _unpack_tar
+    with atomic_folder(out) as staging:
+        writer = _Writer(archive, staging, shutil.disk_usage(staging).free)
+        try:
+            unpack(archive, writer, progress)
+        except EOFError:
+            raise InputError(f"{archive} is cut off: {ADVICE}") from None
+        except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{archive} is damaged ({error}): {ADVICE}") from None
+        if not writer.files:
+            raise InputError(f"{archive} holds no file")
+    found = list(out.iterdir())
+    return found[0] if len(found) == 1 and found[0].is_dir() else out
+
+
+def _kind(archive: Path) -> str:
+    """Return "zip" or "tar" (packed with gzip or not) by the first bytes."""
+    with open(archive, "rb") as file:
+        start = file.read(512)
+    if start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar":
+        return "tar"
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{archive} is a web page, not an archive: the download was refused, open it to see why")
+    raise InputError(f"{archive} is not a tar or zip archive (.tgz, .tar.gz, .tar, .zip): {ADVICE}")
+
+
+class _Writer:
+    """Writes members below `staging`, and refuses those that are not plain, or too many, or too large together."""
+
+    def __init__(self, archive: Path, staging: Path, free: int) -> None:
+        self.archive, self.staging, self.free = archive, staging, free
+        self.members = self.files = self.bytes = 0
+
+    def refuse(self, name: str, why: str) -> InputError:
+        return InputError(
+            f"{self.archive}: member {name[:80]!r} {why}: nothing was unpacked, do not trust this archive"
+        )
+
+    def place(self, name: str, size: int) -> Path:
+        """Check a member's name and size and return where it belongs."""
+        self.members += 1
+        if self.members > MAX_MEMBERS:
+            raise InputError(
+                f"{self.archive} has more than {MAX_MEMBERS} members: no known data set has, nothing unpacked"
+            )
+        parts = PurePosixPath(name).parts
+        if name.startswith(("/", "\\")) or "\\" in name or ":" in name.split("/")[0]:
+            raise self.refuse(name, "has an absolute or a Windows path")
+        if ".." in parts:
+            raise self.refuse(name, "leads out of the folder")
+        if "\0" in name or len(name) > MAX_NAME_CHARS or any(len(os.fsencode(part)) > 255 for part in parts):
+            raise self.refuse(name, "has an impossible name")
+        self.bytes += size
+        if size < 0 or self.bytes > self.free:
+            raise InputError(
+                f"{self.archive} unpacks to more than the {self.free / 1e9:.1f} GB that are free: "
+                "give a folder on another disk"
+            )
+        return self.staging.joinpath(*parts)
+
+    def folder(self, name: str) -> None:
+        place = self.place(name, 0)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise self.refuse(name, "is a folder where a file was") from None
+
+    def file(self, name: str, size: int, source: IO[bytes]) -> Iterator[None]:
+        """Write a file of `size` bytes, yielding after each piece."""
+        place = self.place(name, size)
+        try:
+            # No links are ever made, so every folder on the way is one of ours; "x" never follows or overwrites.
+            place.parent.mkdir(parents=True, exist_ok=True)
+            target = open(place, "xb")
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):
+            raise self.refuse(name, "is there twice, or a folder and a file") from None
+        with target:
+            left = size
+            while left:
+                piece = source.read(min(PIECE_BYTES, left))
+                if not piece:
+                    raise EOFError
+                target.write(piece)
+                left -= len(piece)
+                yield
+        self.files += 1
+
+
+# --- tar ------------------------------------------------------------------------------------------------------------
+
+
+class _Member(tarfile.TarInfo):
+    """A tar header whose extensions (long names, pax records) are small: tarfile reads them into memory whole."""
+
+    EXTENSIONS = (
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    )
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in cls.EXTENSIONS and not 0 <= header.size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {header.size} bytes")
+        return header
+
+
+class _Tail:
+    """A readable stream that remembers its last 1,024 bytes: a whole tar ends with as many zeros."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.last = stream, b""
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.last = (self.last + data)[-1024:] if len(data) < 1024 else data[-1024:]
+        return data
+
+
+def _unpack_tar(archive: Path, writer: _Writer, progress: Progress | None) -> None:
+    total = archive.stat().st_size
+    with open(archive, "rb") as packed:
+        packed_tar = packed.read(2) == b"\x1f\x8b"
+        packed.seek(0)
+        stream = _Tail(cast(IO[bytes], gzip.GzipFile(fileobj=packed)) if packed_tar else packed)
+        # "r|": one pass, no seeking.
+        with tarfile.open(fileobj=cast(Any, stream), mode="r|", tarinfo=_Member) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every header in memory
+                _check_member(member, writer)
+                if member.isdir():
+                    writer.folder(member.name)
+                else:
+                    source = cast(IO[bytes], tar.extractfile(member))
+                    for _ in writer.file(member.name, member.size, source):
+                        _report(progress, packed.tell(), total)
+                _report(progress, packed.tell(), total)
+        # tarfile takes the end of the file for the end of the archive; only gzip's checksum and tar's zeros prove it.
+        for _ in range(MAX_TRAILER_BYTES // PIECE_BYTES):
+            if not stream.read(PIECE_BYTES):
+                break
+        else:
+            raise InputError(f"{archive} goes on long after its last member: {ADVICE}")
+        if stream.last != bytes(1024):
+            raise EOFError
+        _report(progress, total, total)
+
+
+def _check_member(member: tarfile.TarInfo, writer: _Writer) -> None:
+    """Refuse all but plain files and folders; ask Python's own filter too, if it has one (3.10.12, 3.11.4, 3.12)."""
+    if member.issym() or member.islnk():
+        raise writer.refuse(member.name, f"is a link to {member.linkname[:80]!r}")
+    if not (member.isreg() or member.isdir()):
+        raise writer.refuse(member.name, "is a device or another special file")
+    if hasattr(tarfile, "data_filter"):
+        try:
+            tarfile.data_filter(member, str(writer.staging))
+        except tarfile.FilterError as error:
+            raise writer.refuse(member.name, f"is refused by tarfile ({error})") from None
+
+
+# --- zip ------------------------------------------------------------------------------------------------------------
+
+
+def _unpack_zip(archive: Path, writer: _Writer, progress: Progress | None) -> None:
+    with zipfile.ZipFile(archive) as packed:
+        members = packed.infolist()
+        total = sum(member.compress_size for member in members)
+        done = 0
+        for member in members:
+            name = member.orig_filename  # filename ends at a NUL and has its separators replaced
+            kind = member.external_attr >> 16 & 0o170000  # Unix file type, 0 if made elsewhere
+            if kind not in (0, 0o100000, 0o040000):
+                raise writer.refuse(name, "is a link, a device or another special file")
+            if name.endswith("/"):
+                writer.folder(name)
+            elif member.flag_bits & 1:
+                raise InputError(f"{archive} is encrypted, which is not supported: unpack it with another tool")
+            else:
+                try:
+                    with packed.open(member) as source:
+                        for _ in writer.file(name, member.file_size, source):
+                            pass
+                        source.read(1)  # at its end the checksum is compared
+                except NotImplementedError as error:
+                    raise InputError(f"{archive}: {name}: {error}: unpack it with another tool") from None
+            done += member.compress_size
+            _report(progress, done, total)
+
+
+def _report(progress: Progress | None, done: int, total: int) -> None:
+    if progress is not None:
+        progress(done >> 20, max(1, total >> 20))

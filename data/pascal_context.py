@@ -1,0 +1,197 @@
+"""PASCAL-Context as published for multi-task learning: PASCAL_MT.tgz and PASCALContext.tar.gz, of one layout. No torch.
+
+    ImageSets/Context/{train,val}.txt     an id a line
+    JPEGImages/{id}.jpg                   RGB, sizes vary
+    semseg/VOC12/{id}.png                 palette png, 0..20 and 255; if absent, semseg/pascal-context/{id}.png
+    human_parts/{id}.mat                  anno.objects(n): class_ind, mask, parts(m): part_name, mask (PASCAL-Part)
+    pascal-context/trainval/{id}.mat      LabelMap [H, W], 459 classes: edges are made from it
+    normals_distill/{id}.png              n = 2 v / 255 - 1, where the class in LabelMap has normals
+    sal_distill/{id}.png                  salient above half
+
+Sources: data/pascal_context.py of SimonVandenhende/Multi-Task-Learning-PyTorch and of
+prismformore/Multi-Task-Transformer.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3vit.data.reading import (
+    Size,
+    fitted,
+    image_size,
+    naming,
+    read_grey,
+    read_ids,
+    read_image,
+    read_mat,
+    read_normals_png,
+)
+from m3vit.data.sample import FileSplit, held
+from m3vit.data.thinning import laplacian_boundaries, segmentation_boundaries
+from m3vit.errors import InputError
+from m3vit.tasks import IGNORE, LABEL_SETS
+
+LABEL_MAPS = "pascal-context/trainval"
+FOLDERS = {
+    "image": "JPEGImages",
+    "semseg": "semseg/VOC12",
+    "human_parts": "human_parts",
+    "saliency": "sal_distill",
+    "normals": "normals_distill",
+    "edge": LABEL_MAPS,
+}
+SEMSEG_FALLBACK = "semseg/pascal-context"
+PERSON = 15  # class_ind of PASCAL VOC
+NUM_CLASSES = LABEL_SETS["pascal"].channels("semseg")
+# The 24 parts that PASCAL-Part names on a person, merged to the classes of m3vit.tasks.PART_CLASSES.
+PARTS = {
+    name: part
+    for part, names in (
+        (1, "hair head lear lebrow leye mouth nose rear rebrow reye"),
+        (2, "neck torso"),
+        (3, "luarm ruarm"),
+        (4, "lhand llarm rhand rlarm"),
+        (5, "luleg ruleg"),
+        (6, "lfoot llleg rfoot rlleg"),
+    )
+    for name in names.split()
+}
+
+
+@cache
+def context_classes() -> tuple[str, ...]:
+    """Return the names of PASCAL-Context's classes; the first has id 1."""
+    return tuple(name for _, name in _table())
+
+
+@cache
+def normals_classes() -> NDArray[np.bool_]:
+    """Return for each id of LabelMap (0..459) whether pixels of the class have normals."""
+    return np.array([False] + [mark == "+" for mark, _ in _table()])
+
+
+def _table() -> list[tuple[str, str]]:
+    text = (files("m3vit.data") / "labels" / "pascal_context.txt").read_text(encoding="utf-8")
+    return [(line[0], line[2:]) for line in text.splitlines() if not line.startswith("#")]
+
+
+class PASCALContext(FileSplit):
+    """One split of PASCAL-Context.
+
+    - human_parts of an image without an annotated part is 255 everywhere (no person, or none with parts). The public
+      loaders feed zeros and turn a map of nothing but zeros to 255 before the loss; in evaluation they skip the image.
+    - Normals keep the axes of their file: neither papers nor loaders say what they are. (M3ViT's rotation,
+      ScaleNRotate in its data/custom_transforms.py, turns x and y as if y pointed down or x left.)
+    - Labels of another size than the image are resized to it, nearest pixel; a LabelMap before edges are taken from it.
+    - ImageSets/Parts, where the public loaders cache which images show persons, is neither needed nor written.
+    """
+
+    label_set = "pascal"
+    release = "PASCAL-Context"
+    layout = "PASCAL_MT or PASCALContext (JPEGImages/, ImageSets/Context/, semseg/, human_parts/, ...)"
+    listings = "ImageSets/Context"
+
+    def __init__(self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["pascal"].tasks) -> None:
+        super().__init__(root, split, tasks)
+        for kind in self.kinds:
+            needed = [FOLDERS[kind], LABEL_MAPS] if kind == "normals" else [FOLDERS[kind]]
+            for folder in needed:
+                fallback = kind == "semseg" and (self.root / SEMSEG_FALLBACK).is_dir()
+                if not fallback and not (self.root / folder).is_dir():
+                    raise InputError(
+                        f"{self.root / folder} not found, needed for {kind}: {self.root} holds {held(self.root)}; "
+                        "extract the archive again, or leave out the task"
+                    )
+        self._check_first()
+
+    def path(self, index: int, kind: str) -> Path:
+        """Return the file of an image or label, which need not exist; of edge, the LabelMap it is made from."""
+        name = self.ids[index]
+        if kind == "semseg":
+            path = self.root / FOLDERS["semseg"] / f"{name}.png"
+            fallback = self.root / SEMSEG_FALLBACK / f"{name}.png"
+            return fallback if fallback.is_file() and not path.is_file() else path
+        ending = {"image": ".jpg", "human_parts": ".mat", "edge": ".mat"}.get(kind, ".png")
+        return self.root / FOLDERS[kind] / f"{name}{ending}"
+
+    def read(self, index: int, kind: str, size: Size | None = None) -> NDArray:
+        """Read an image or label as `load` returns it; `size` is the image's, read from its header if not given."""
+        path = self.path(index, kind)
+        if kind == "image":
+            return read_image(path)
+        size = size or image_size(self.path(index, "image"))
+        if kind == "semseg":
+            return fitted(path, read_ids(path, NUM_CLASSES - 1, ignored=True), size)
+        if kind == "human_parts":
+            parts = read_human_parts(path)
+            return np.full(size, IGNORE, np.uint8) if parts is None else fitted(path, parts, size)
+        if kind == "saliency":
+            return (fitted(path, read_grey(path), size) > 127).astype(np.uint8)  # v / 255 > 0.5
+        if kind == "normals":
+            normals = fitted(path, read_normals_png(path), size)
+            has_normals = normals_classes()[self._label_map(index, size)]
+            return np.where(has_normals[..., None], normals, np.float32(0))
+        return laplacian_boundaries(self._label_map(index, size)).astype(np.uint8)
+
+    def edge_truth(self, index: int) -> NDArray[np.bool_]:
+        """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on."""
+        return segmentation_boundaries(self._label_map(index, image_size(self.path(index, "image"))))
+
+    def _label_map(self, index: int, size: Size) -> NDArray[np.int64]:
+        path = self.path(index, "edge")
+        return fitted(path, read_label_map(path), size)
+
+
+def read_label_map(path: Path) -> NDArray[np.int64]:
+    """Return the class ids [H, W] of a LabelMap: 1..459, 0 where there is none."""
+    with naming(path):
+        stored = read_mat(path, "LabelMap")
+        if not isinstance(stored, np.ndarray) or stored.ndim != 2 or stored.size == 0:
+            raise ValueError("expected LabelMap to be a matrix of class ids")
+        highest = len(context_classes())
+        if not ((stored >= 0) & (stored <= highest)).all() or (stored != stored.astype(np.int64)).any():
+            raise ValueError(f"expected class ids 0..{highest}, found {stored.min()}..{stored.max()}")
+        return stored.astype(np.int64)
+
+
+def read_human_parts(path: Path) -> NDArray[np.uint8] | None:
+    """Return the parts 0..6 [h, w] of all persons of an image, or None if no part of one is annotated."""
+    with naming(path):
+        parts: NDArray[np.uint8] | None = None
+        for thing in _structs(read_mat(path, "anno"), "anno", "objects"):
+            for person in _structs(thing["objects"], "anno.objects", "class_ind", "parts"):
+                if _number(person["class_ind"]) != PERSON:
+                    continue
+                for part in _structs(person["parts"], "anno.objects.parts", "part_name", "mask"):
+                    name, mask = part["part_name"], part["mask"]
+                    if name not in PARTS:
+                        raise ValueError(f"unknown part {name!r} of a person, expected {' '.join(sorted(PARTS))}")
+                    if not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.size == 0:
+                        raise ValueError(f"the mask of {name} is not a matrix")
+                    if parts is None:
+                        parts = np.zeros(mask.shape, np.uint8)
+                    if mask.shape != parts.shape:
+                        raise ValueError(f"the mask of {name} has shape {mask.shape}, another one {parts.shape}")
+                    parts[mask != 0] = PARTS[name]  # the later part lies on top, as in the public loaders
+        return parts if parts is not None and parts.any() else None
+
+
+def _structs(value: Any, name: str, *fields: str) -> list[dict[str, Any]]:
+    """Return a struct array, MATLAB's [] being an empty one, or raise ValueError if a field is missing."""
+    if isinstance(value, np.ndarray) and value.size == 0:
+        return []
+    if not isinstance(value, list) or not all(field in one for one in value for field in fields):
+        raise ValueError(f"expected {name} to be a structure with the fields {', '.join(fields)}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, np.ndarray) or value.size != 1:
+        raise ValueError("expected class_ind to be one number")
+    return float(value.item())

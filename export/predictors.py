@@ -1,0 +1,103 @@
+"""Runs, ONNX packages and HLS projects as predictors: scored by the same meters (`m3vit eval`, `m3vit report`)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3vit.distributed import world_size
+from m3vit.errors import InputError
+from m3vit.evaluation.evaluate import Predictor, normalised, torch_predictor
+from m3vit.evaluation.protocols import NetworkImage
+from m3vit.export.runtime import MANIFEST as PACKAGE_MANIFEST
+from m3vit.export.runtime import Package
+from m3vit.hw import csim
+
+HLS_BATCH = 10  # images of one simulator process; it reads the weights again
+
+
+def onnx_predictor(package: Package) -> Predictor:
+    """Return an ONNX package as a predictor, fed as torch is: the same pixels, at the size trained at."""
+    manifest = package.manifest
+    height, width = manifest["tasks"][package.tasks[0]]["input_size"] or manifest["image"]["train_size"]
+
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        batch = normalised(images).numpy()
+        return {task: torch.from_numpy(package.logits(batch, task)) for task in package.tasks}
+
+    return Predictor("onnx", package.tasks, label_set(manifest, package.folder), (height, width), run)
+
+
+def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
+    """Return an HLS project as a predictor: built with g++, and simulated image by image (hls4ml's predict()).
+
+    The accelerator's input is pixels, so padding (protocol B) is the mean colour, 0.01 at most from the zero that torch
+    gets after normalisation.
+    """
+    from m3vit.export.hls.verify import check_files, logits_of
+
+    check_files(project, manifest)
+    csim.build_bridge(project)
+    tasks = [task["name"] for task in manifest["tasks"]]
+    widths = [task["outputs"] for task in manifest["tasks"]]
+
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        tokens = csim.tokenise(np.stack([image.pixels for image in images]), manifest["patch_size"])
+        ids = np.tile(np.arange(len(tasks)), len(images))
+        outputs = csim.run_bridge(project, tokens.repeat(len(tasks), axis=0), ids).outputs
+        by_task = outputs.reshape(len(images), len(tasks), *outputs.shape[1:])
+        return {
+            task: logits_of(np.ascontiguousarray(by_task[:, place, :, :width]), manifest)
+            for place, (task, width) in enumerate(zip(tasks, widths, strict=True))
+        }
+
+    height, width = manifest["image_size"]
+    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run, HLS_BATCH)
+
+
+def label_set(manifest: dict[str, Any], folder: Path) -> str:
+    """Return the label set that an export was trained on."""
+    if "label_set" not in manifest:
+        raise InputError(f"{folder} was exported by an earlier version, without its label set: export it again")
+    return str(manifest["label_set"])
+
+
+def choose_device(name: str) -> str:
+    """Return a torch device's name: "auto" is this process's GPU if there is one. Raises InputError for a bad one."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto":
+        return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}): give auto, cpu or cuda") from None
+    return name
+
+
+def open_predictor(folder: Path, device: str, batch: int) -> tuple[Predictor, dict[str, Any], str]:
+    """Open a run, an ONNX package or an HLS project; return it, what eval.json says of it, and a run's data root.
+
+    `device` (a torch device) and `batch` are those of a run; packages and projects run on the CPU.
+    """
+    if (folder / PACKAGE_MANIFEST).is_file():
+        package = Package.load(folder)
+        return onnx_predictor(package), {"weights_sha256": package.manifest["weights"]["sha256"]}, ""
+    if (folder / csim.MANIFEST).is_file():
+        if world_size() > 1:
+            raise InputError("an HLS project is simulated by one process: start m3vit eval without torchrun")
+        manifest = csim.read_manifest(folder)
+        return hls_predictor(folder, manifest), {"hls4ml": manifest["hls4ml"]}, ""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(
+            f"{folder} is not a run folder, an ONNX package or an HLS project (no config.yaml, {PACKAGE_MANIFEST} or "
+            f"{csim.MANIFEST} in it): make one with m3vit train, m3vit init or m3vit export"
+        )
+    from m3vit.training.checkpoint import load_run
+
+    run = load_run(folder)
+    info = {"weights_sha256": run.info["weights_sha256"], "epochs_trained": run.info["epochs_trained"]}
+    return torch_predictor(run.model.to(device), batch), info, run.config.data.root

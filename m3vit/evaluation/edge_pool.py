@@ -1,0 +1,69 @@
+"""Scores edge maps in processes of their own. No torch: each process would spend seconds importing it."""
+
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from numpy.typing import NDArray
+
+from m3vit.data.sample import Split
+from m3vit.evaluation.meters import Statistics, make_meter
+
+POOL_FROM_PIXELS = 2_000_000  # of all images together: below that, starting processes costs more than it saves
+
+
+class EdgeScorer:
+    """Scores edge maps against a split's `edge_truth`, in processes of its own if that pays; results keep the order."""
+
+    PENDING = 8  # maps waiting for each process, at most: they take memory
+
+    def __init__(self, split: Split, protocol: str, workers: int) -> None:
+        self.split, self.protocol, self.workers = split, protocol, workers
+        self.pool: ProcessPoolExecutor | None = None
+        self.rows: list[Statistics | Future[Statistics]] = []
+
+    def __enter__(self) -> "EdgeScorer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def submit(self, index: int, guess: NDArray[Any]) -> None:
+        """Score the map [h, w] of image `index`."""
+        if self.pool is None and self.workers > 1 and len(self.split) * guess.size > POOL_FROM_PIXELS:
+            arguments = (self.split, self.protocol)
+            # spawn: a fork of a process with torch's threads may hang.
+            self.pool = ProcessPoolExecutor(
+                self.workers, mp_context=get_context("spawn"), initializer=_set_job, initargs=arguments
+            )
+        if self.pool is None:
+            self.rows.append(edge_statistics(self.split, self.protocol, index, guess))
+            return
+        if len(self.rows) >= self.PENDING * self.workers:
+            place = len(self.rows) - self.PENDING * self.workers
+            row = self.rows[place]
+            self.rows[place] = row.result() if isinstance(row, Future) else row
+        self.rows.append(self.pool.submit(_score_job, index, guess))
+
+    def results(self) -> list[Statistics]:
+        """Return the statistics of all maps, in the order of submission."""
+        return [row.result() if isinstance(row, Future) else row for row in self.rows]
+
+
+def edge_statistics(split: Split, protocol: str, index: int, guess: NDArray[Any]) -> Statistics:
+    """Score the edge map [h, w] of one image."""
+    return make_meter("edge", split.label_set, protocol).image(guess, split.edge_truth(index))
+
+
+_job: tuple[Split, str] | None = None  # what a scoring process works on: sent once, not with each map
+
+
+def _set_job(split: Split, protocol: str) -> None:
+    global _job
+    _job = split, protocol
+
+
+def _score_job(index: int, guess: NDArray[Any]) -> Statistics:
+    assert _job is not None
+    return edge_statistics(*_job, index, guess)

@@ -1,0 +1,108 @@
+"""The two published evaluation protocols: how an image enters the network and how its output meets the labels.
+
+A: Vandenhende's Multi-Task-Learning-PyTorch and M3ViT (evaluation/evaluate_utils.py, utils/utils.py there). Images are
+   resized to the network's size, predictions back to the label's size, stored as 8-bit files, and read again.
+B: ATRC, InvPT, TaskPrompter and after (evaluation/, data/transforms.py there). Images are padded to the network's
+   size, and scored there, without a resize.
+
+Figures of different protocols are not comparable, so each carries its protocol (DESIGN.md, section 10).
+
+Shapes: n images, C channels, H x W the network's size, h x w the label's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from m3vit.data.transforms import PAD_PIXEL, padded_place, resize_image
+from m3vit.errors import InputError
+from m3vit.tasks import TASKS
+
+PROTOCOLS = {
+    "A": "A (Vandenhende, M3ViT: predictions resized to the label's size, 8-bit)",
+    "B": "B (ATRC, InvPT: images padded, scored at the network's resolution)",
+}
+
+
+@dataclass(frozen=True)
+class NetworkImage:
+    """An image as the network gets it: `pixels` uint8 [H, W, 3], of which `rows` and `columns` show the image.
+
+    The rest is padding, which is zero after normalisation.
+    """
+
+    id: str
+    pixels: NDArray[np.uint8]
+    rows: slice
+    columns: slice
+
+
+def check_protocol(name: str) -> str:
+    """Return `name`, or raise InputError if it is not a protocol."""
+    if name not in PROTOCOLS:
+        raise InputError(f"protocol {name!r}: choose from {', '.join(PROTOCOLS)}")
+    return name
+
+
+def network_image(protocol: str, name: str, image: NDArray[np.uint8], size: tuple[int, int]) -> NetworkImage:
+    """Fit an RGB image [h, w, 3] to the network's size.
+
+    Protocol B raises InputError for an image larger than that: the published code fails there too.
+    """
+    if protocol == "A":
+        # Bicubic without antialiasing, as OpenCV's INTER_CUBIC; the published code lets overshoot wrap, we clip.
+        return NetworkImage(name, resize_image(image, size, cubic=True), slice(0, size[0]), slice(0, size[1]))
+    rows, columns = padded_place(image.shape[:2], size)
+    if rows.stop > size[0] or columns.stop > size[1]:
+        raise InputError(
+            f"image {name} is {image.shape[0]}x{image.shape[1]}, larger than the network's {size[0]}x{size[1]}, and "
+            "protocol B pads images but never resizes them: evaluate with --protocol A, or with the release and image "
+            "size that this protocol was published with (NYUDv2 425x560 at 448x576, PASCAL-Context at 512x512)"
+        )
+    pixels = np.empty((*size, 3), np.uint8)
+    pixels[:] = PAD_PIXEL
+    pixels[rows, columns] = image
+    return NetworkImage(name, pixels, rows, columns)
+
+
+def prediction(
+    protocol: str, task: str, logits: Tensor, place: NetworkImage, label_size: tuple[int, int]
+) -> NDArray[np.generic]:
+    """Turn one image's logits [C, H, W] (any resolution: resized to H x W first) into a prediction [h, w].
+
+    argmax tasks: class ids uint8. depth: metres float32. normals: float32 [h, w, 3], unit length. sigmoid tasks:
+    probability float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact.
+    """
+    height, width = place.pixels.shape[:2]
+    if logits.shape[-2:] != (height, width):
+        logits = F.interpolate(logits[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    logits = logits.float()
+    kind = TASKS[task].decode
+    if kind == "argmax":
+        values = logits.argmax(dim=0, keepdim=True).float()
+    elif kind == "unit_vector":
+        values = (F.normalize(logits, dim=0) + 1) * 127.5
+    elif kind == "sigmoid":
+        values = 255 * torch.sigmoid(logits)
+    else:
+        values = logits
+    values = values[:, place.rows, place.columns]
+    if tuple(values.shape[-2:]) != tuple(label_size):
+        assert protocol == "A", "protocol B does not resize"
+        # OpenCV's INTER_NEAREST takes pixel floor(x * scale), as torch's "nearest" does.
+        mode = {"mode": "nearest"} if kind == "argmax" else {"mode": "bilinear", "align_corners": False}
+        values = F.interpolate(values[None], size=tuple(label_size), **mode)[0]  # type: ignore[arg-type]
+    if kind == "argmax":
+        return values[0].to(torch.uint8).numpy()
+    if kind == "identity":
+        return values[0].numpy()
+    stored = protocol == "A" or task == "edge"
+    if stored:  # .astype(np.uint8) in the published code: truncated, not rounded
+        values = values.floor()
+    if kind == "unit_vector":
+        return F.normalize(values / 127.5 - 1, dim=0).permute(1, 2, 0).contiguous().numpy()
+    return (values[0] / 255).numpy()

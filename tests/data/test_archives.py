@@ -1,0 +1,246 @@
+"""Archives: whole ones come out as they went in; evil, damaged and cut-off ones leave nothing behind."""
+
+import gzip
+import io
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m3vit.data import archives
+from m3vit.data.archives import extract
+from m3vit.errors import InputError
+
+CONTENT = {
+    "NYUD_MT/images/0001.jpg": os.urandom(3000),
+    "NYUD_MT/gt_sets/train.txt": b"0001\n",
+    "NYUD_MT/depth/0001.npy": b"",
+    "NYUD_MT/a name with spaces and ö": b"x" * 700,
+}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: object) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def write_tar(path: Path, build: Callable[[tarfile.TarFile], None], mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        add(tar, "set", type=tarfile.DIRTYPE, mode=0o755)
+        add(tar, "set/a.txt", b"fine")
+        build(tar)
+        add(tar, "set/z.txt", b"fine too")
+    return path
+
+
+def whole(path: Path) -> Path:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name, data in CONTENT.items():
+                packed.writestr(name, data)
+        return path
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as tar:
+        for name, data in CONTENT.items():
+            add(tar, f"./{name}", data, mode=0o4777)
+    return path
+
+
+def assert_nothing_left(folder: Path, *allowed: str) -> None:
+    assert {path.name for path in folder.iterdir()} == set(allowed)
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "a.tar", "a.zip", "download"])
+def test_a_whole_archive_comes_out_as_it_went_in(tmp_path: Path, name: str) -> None:
+    archive = whole(tmp_path / name)
+    calls: list[tuple[int, int]] = []
+    root = extract(archive, tmp_path / "new" / "out", lambda done, total: calls.append((done, total)))
+    assert root == tmp_path / "new" / "out" / "NYUD_MT"
+    found = {str(path.relative_to(root.parent)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert found == CONTENT
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*") if path.is_file()}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o666 & ~mask}, "the archive's permissions, set-uid among them, are not taken over"
+    assert calls and calls[-1][0] <= calls[-1][1]
+    assert_nothing_left(root.parent.parent, "out")
+    with pytest.raises(InputError, match="out is not empty"):
+        extract(archive, tmp_path / "new" / "out")
+
+
+def test_several_folders_at_the_top_make_the_target_the_root(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("images/1.jpg", "x")
+        packed.writestr("gt_sets/", "")
+    out = tmp_path / "out"
+    out.mkdir()
+    assert extract(tmp_path / "a.zip", out) == out
+    assert (out / "gt_sets").is_dir() and (out / "images" / "1.jpg").read_text() == "x"
+
+
+def link(tar: tarfile.TarFile) -> None:
+    add(tar, "set/link", type=tarfile.SYMTYPE, linkname="/etc")
+    add(tar, "set/link/passwd", b"evil")
+
+
+TARS: dict[str, tuple[Callable[[tarfile.TarFile], None], str]] = {
+    "parent": (lambda tar: add(tar, "../evil", b"x"), r"'\.\./evil' leads out of the folder"),
+    "inner parent": (lambda tar: add(tar, "set/../../evil", b"x"), "leads out of the folder"),
+    "harmless parent": (lambda tar: add(tar, "set/b/../c", b"x"), "leads out of the folder"),
+    "absolute": (lambda tar: add(tar, "/tmp/evil", b"x"), "absolute"),
+    "windows": (lambda tar: add(tar, r"..\evil", b"x"), "Windows path"),
+    "drive": (lambda tar: add(tar, "c:/evil", b"x"), "Windows path"),
+    "symlink": (lambda tar: add(tar, "set/l", type=tarfile.SYMTYPE, linkname="../../x"), r"is a link to '\.\./\.\./x'"),
+    "inner symlink": (lambda tar: add(tar, "set/l", type=tarfile.SYMTYPE, linkname="a.txt"), "is a link"),
+    "hard link": (lambda tar: add(tar, "set/l", type=tarfile.LNKTYPE, linkname="set/a.txt"), "is a link"),
+    "link, then a file through it": (link, "is a link to '/etc'"),
+    "character device": (lambda tar: add(tar, "set/d", type=tarfile.CHRTYPE), "is a device"),
+    "block device": (lambda tar: add(tar, "set/d", type=tarfile.BLKTYPE), "is a device"),
+    "fifo": (lambda tar: add(tar, "set/d", type=tarfile.FIFOTYPE), "special file"),
+    "twice": (lambda tar: add(tar, "set/a.txt", b"other"), "is there twice"),
+    "file as folder": (lambda tar: add(tar, "set/a.txt/b", b"x"), "is there twice, or a folder and a file"),
+    "folder as file": (lambda tar: add(tar, "set/a.txt", type=tarfile.DIRTYPE), "is a folder where a file was"),
+    "the target itself": (lambda tar: add(tar, "./", b"x"), "is there twice, or a folder and a file"),
+    "long part": (lambda tar: add(tar, "set/" + "n" * 300, b"x"), "impossible name"),
+    "long name": (lambda tar: add(tar, "set/" + "n/" * 2000 + "x", b"x"), "impossible name"),
+}
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("case", TARS)
+def test_evil_tars_are_refused_with_and_without_pythons_filter(
+    tmp_path: Path, case: str, filtered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filtered:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    build, message = TARS[case]
+    archive = write_tar(tmp_path / "a.tgz", build)
+    with pytest.raises(InputError, match=f"{message}|refused by tarfile"):
+        extract(archive, tmp_path / "out")
+    assert_nothing_left(tmp_path, "a.tgz")
+    if not filtered:
+        with pytest.raises(InputError, match=message):
+            extract(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "message"),
+    [
+        ("../evil", 0, "leads out of the folder"),
+        ("set/../../evil", 0, "leads out of the folder"),
+        ("/tmp/evil", 0, "absolute"),
+        ("..\\evil", 0, "Windows path"),
+        ("set/link", 0o120777, "is a link, a device"),
+        ("set/device", 0o020666, "is a link, a device"),
+        ("set/a.txt", 0, "is there twice"),
+    ],
+)
+def test_evil_zips_are_refused(tmp_path: Path, name: str, mode: int, message: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("set/a.txt", "fine")
+        member = zipfile.ZipInfo(name)
+        member.filename = member.orig_filename = name
+        member.create_system, member.external_attr = 3, mode << 16
+        with pytest.warns(UserWarning) if name == "set/a.txt" else _nothing():
+            packed.writestr(member, "/etc/passwd")
+    with pytest.raises(InputError, match=message):
+        extract(tmp_path / "a.zip", tmp_path / "out")
+    assert_nothing_left(tmp_path, "a.zip")
+
+
+class _nothing:  # noqa: N801 - contextlib.nullcontext, in the shape of pytest.warns
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def test_declared_sizes_beyond_the_disk_are_refused(tmp_path: Path) -> None:
+    huge = tarfile.TarInfo("set/huge")
+    huge.size = 1 << 60
+    (tmp_path / "a.tgz").write_bytes(gzip.compress(huge.tobuf() + b"x" * 512))
+    with pytest.raises(InputError, match=r"unpacks to more than the .* GB that are free"):
+        extract(tmp_path / "a.tgz", tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("set/huge", "x")
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    place = content.index(b"PK\x01\x02") + 24  # the size in the central directory
+    content[place : place + 4] = struct.pack("<I", 0xFFFFFFF0)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(InputError, match=r"unpacks to more than|is cut off|is damaged"):
+        extract(tmp_path / "a.zip", tmp_path / "out")
+    assert_nothing_left(tmp_path, "a.tgz", "a.zip")
+
+
+def test_a_bomb_of_small_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def many(tar: tarfile.TarFile) -> None:
+        for index in range(20):
+            add(tar, f"set/{index}", b"x" * 100)
+
+    archive = write_tar(tmp_path / "a.tgz", many)
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 10)
+    with pytest.raises(InputError, match="more than 10 members"):
+        extract(archive, tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    with pytest.raises(InputError, match="unpacks to more than"):
+        extract(archive, tmp_path / "out")
+    assert_nothing_left(tmp_path, "a.tgz")
+
+
+def test_an_endless_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = kind, 1 << 40
+        (tmp_path / "a.tgz").write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
+        with pytest.raises(InputError, match="an extended header of 1099511627776 bytes"):
+            extract(tmp_path / "a.tgz", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar", "a.zip"])
+def test_an_archive_cut_off_anywhere_is_refused(tmp_path: Path, name: str) -> None:
+    content = whole(tmp_path / name).read_bytes()
+    # For the bare tar: inside the first file, at a member's border, and before either of the two blocks of zeros.
+    end = len(content.rstrip(b"\0")) if name == "a.tar" else len(content)
+    cuts = {600, 512 * 7, 512 * 8, end // 2, end - 1, -(-end // 512) * 512 if name == "a.tar" else end - 4}
+    cuts |= {end - 9} if name != "a.tar" else {-(-end // 512) * 512 + 512}
+    for cut in sorted(cut for cut in cuts if cut < len(content)):
+        (tmp_path / name).write_bytes(content[:cut])
+        with pytest.raises(InputError, match=r"is cut off|is damaged|not a tar or zip"):
+            extract(tmp_path / name, tmp_path / "out")
+        assert_nothing_left(tmp_path, name)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    for name in ("a.tgz", "a.zip"):
+        content = bytearray(whole(tmp_path / name).read_bytes())
+        content[1500] ^= 1  # in the incompressible file
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"is damaged"):
+            extract(tmp_path / name, tmp_path / "out")
+
+
+def test_what_is_not_an_archive_is_explained(tmp_path: Path) -> None:
+    page = tmp_path / "NYUD_MT.tgz"
+    page.write_text("\n<!DOCTYPE html><html>Google Drive - Quota exceeded</html>")
+    with pytest.raises(InputError, match="is a web page, not an archive"):
+        extract(page, tmp_path / "out")
+    page.write_bytes(b"")
+    with pytest.raises(InputError, match="is not a tar or zip archive"):
+        extract(page, tmp_path / "out")
+    page.write_bytes(gzip.compress(b"only one file, not a tar" * 100))
+    with pytest.raises(InputError, match="is damaged"):
+        extract(page, tmp_path / "out")
+    with pytest.raises(InputError, match="not found or not a file"):
+        extract(tmp_path, tmp_path / "out")
+    with tarfile.open(page, "w:gz") as tar:
+        add(tar, "set", type=tarfile.DIRTYPE, mode=0o755)
+    with pytest.raises(InputError, match="holds no file"):
+        extract(page, tmp_path / "out")
+    with pytest.raises(InputError, match="is a file, but must be a folder"):
+        extract(whole(tmp_path / "a.zip"), page)

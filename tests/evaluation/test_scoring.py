@@ -1,0 +1,171 @@
+"""`m3vit eval` as a user runs it: protocols, packages, comparisons, several processes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3vit.evaluation.compare import bootstrap_weights
+from m3vit.evaluation.gain import BASELINES, delta_m
+from tests.conftest import TINY
+from tests.test_cli import refused
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "eval.json").read_text())["protocols"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny run, evaluated under A, to write into."""
+    copy = tmp_path_factory.mktemp("copies") / "run"
+    shutil.copytree(tiny_run, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def untrained(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("copies") / "untrained"
+    assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", folder).returncode == 0
+    assert cli("eval", folder).returncode == 0
+    return folder
+
+
+def test_both_protocols_are_kept_and_named(cli: Cli, run: Path) -> None:
+    result = cli("eval", run, "--protocol", "B")
+    assert result.returncode == 0, result.stderr
+    assert "protocol B" in result.stdout
+    found = results(run)
+    assert list(found) == ["A", "B"]
+    for name, protocol in found.items():
+        assert protocol["protocol"].startswith(f"{name} (")
+    # Depth does not go through 8 bits, and nothing is resized: the same under both.
+    depth = [protocol["tasks"]["depth"]["torch"] for protocol in found.values()]
+    assert depth[0] == pytest.approx(depth[1])
+    assert found["A"]["tasks"]["normals"]["torch"]["mErr"] != found["B"]["tasks"]["normals"]["torch"]["mErr"]
+    assert cli("eval", run).returncode == 0  # A once more: now the last
+    assert list(results(run)) == ["B", "A"]
+
+
+def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
+    """Three images on two processes: an uneven split."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    words = ["--nproc-per-node=2", "--standalone", "-m", "m3vit", "eval", str(copy), "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("semseg") == 1, "one process prints"
+    assert results(copy)["A"] == results(run)["A"]
+    with np.load(copy / "eval-A.npz") as two, np.load(run / "eval-A.npz") as one:
+        for name in one.files:
+            np.testing.assert_array_equal(two[name], one[name], err_msg=name)
+
+
+def test_onnx_package_is_scored_by_the_same_meters(
+    cli: Cli, run: Path, onnx_package: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    package = tmp_path / "onnx"
+    shutil.copytree(onnx_package, package)
+    refused(cli("eval", package), "does not say where its data are: give --data.root")
+    result = cli("eval", package, "--data.root", tiny_data)
+    assert result.returncode == 0, result.stderr
+    ours, torchs = results(package)["A"]["tasks"], results(run)["A"]["tasks"]
+    for task in ("semseg", "depth", "normals", "edge"):
+        for name, value in torchs[task]["torch"].items():
+            assert ours[task]["onnx"][name] == pytest.approx(value, rel=1e-4, nan_ok=True), (task, name)
+    # The evaluation lies in the package, and does not keep it from being exported again.
+    assert cli("export", "onnx", run, "--out", package).returncode == 0
+
+
+def test_hls_project_is_scored_by_the_same_meters(cli: Cli, run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    project = tmp_path / "hls"
+    assert cli("export", "hls", run, "--out", project, "--samples", 1).returncode == 0
+    result = cli("eval", project, "--data.root", tiny_data)
+    assert result.returncode == 0, result.stderr
+    ours, torchs = results(project)["A"], results(run)["A"]
+    assert ours["images"] == 3, "the whole split, not the one image stored in the project"
+    for task, metric in (("depth", "rmse"), ("normals", "mErr"), ("edge", "odsF")):
+        # Fixed point: 20-bit maps, 16-bit weights; three tiny images.
+        assert ours["tasks"][task]["csim"][metric] == pytest.approx(torchs["tasks"][task]["torch"][metric], rel=0.03)
+    assert cli("export", "hls", run, "--out", project, "--samples", 1).returncode == 0
+
+
+def test_comparison(cli: Cli, run: Path, untrained: Path) -> None:
+    result = cli("eval", "--compare", run, untrained, "--baseline", untrained)
+    assert result.returncode == 0, result.stderr
+    assert "delta_m" in result.stdout and "protocol A" in result.stdout
+    from m3vit.evaluation.compare import compare
+
+    found = compare([run, untrained, run], baseline=str(untrained))
+    trained, fresh, again = found["rows"]
+    assert fresh["delta_m"] == pytest.approx(0)
+    for task, cell in trained["tasks"].items():
+        low, high = cell["interval"]
+        assert low <= cell["value"] <= high or task == "edge"  # a maximum over thresholds is biased upwards
+        assert again["tasks"][task]["difference"] == 0
+        assert again["tasks"][task]["difference_interval"] == [0, 0], "paired: the same images"
+
+
+def test_protocols_never_share_a_table(cli: Cli, run: Path, untrained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "b"
+    shutil.copytree(untrained, other)
+    (other / "eval.json").unlink()
+    refused(cli("eval", "--compare", run, other), "eval.json not found", "m3vit eval")
+    assert cli("eval", other, "--protocol", "B").returncode == 0
+    refused(cli("eval", "--compare", run, other), "different protocols", "cannot share a table")
+    refused(cli("eval", "--compare", run, other, "--protocol", "A"), "evaluated under protocol B, not A")
+    refused(cli("eval", "--compare", run, untrained, "--baseline", "sak-vitb-nyud"), "protocol B", "not comparable")
+    refused(cli("eval", "--compare", run, untrained, "--baseline", "m3vit-r50"), "semseg, depth, normals, but this")
+    refused(cli("eval", "--compare", run, untrained, "--baseline", "none"), "'none': give an evaluated folder, or one")
+
+
+def test_other_images_are_not_compared(
+    cli: Cli, run: Path, make_data: Callable[..., Path], untrained: Path, tmp_path: Path
+) -> None:
+    data = make_data(tmp_path / "data", val=2)
+    other = tmp_path / "other"
+    shutil.copytree(untrained, other)
+    assert cli("eval", other, "--data.root", data).returncode == 0
+    refused(cli("eval", "--compare", run, other), "evaluated on different images")
+
+
+def test_refusals(cli: Cli, run: Path, tmp_path: Path) -> None:
+    refused(cli("eval", tmp_path), "is not a run folder, an ONNX package or an HLS project")
+    refused(cli("eval", run, run), "--compare")
+    refused(cli("eval", "--compare", run), "at least two")
+    refused(cli("eval", run, "--device", "cuda:7"), "--device cuda:7 cannot be used here")
+    refused(cli("eval", run, "--data.root", tmp_path), "is no data set")
+
+
+def test_larger_images_are_refused_under_b(cli: Cli, run: Path, make_data: Callable[..., Path], tmp_path: Path) -> None:
+    data = make_data(tmp_path / "large", size=(40, 48))
+    refused(cli("eval", run, "--data.root", data, "--protocol", "B"), "40x48, larger than the network's 32x48")
+    assert cli("eval", run, "--data.root", data, "--protocol", "A").returncode == 0
+
+
+def test_delta_m_of_the_paper() -> None:
+    """M3ViT's five PASCAL figures (its table 1): +9.97, -4.32, +3.67, 0.00, +4.22, mean +2.71."""
+    scores = {
+        "semseg": {"mIoU": 72.8},
+        "normals": {"mErr": 14.5},
+        "human_parts": {"mIoU": 62.1},
+        "saliency": {"mIoU": 66.3},
+        "edge": {"odsF": 71.7},
+    }
+    assert delta_m(scores, BASELINES["m3vit-r18"]) == pytest.approx(2.71, abs=0.005)
+
+
+def test_bootstrap_draws_as_many_images_as_there_are() -> None:
+    weights = bootstrap_weights(7)
+    assert weights.shape == (1000, 7)
+    assert (weights.sum(axis=1) == 7).all()
+    assert weights.mean(axis=0) == pytest.approx(np.ones(7), abs=0.15)  # 5 standard errors of 0.93 / sqrt(1000)
