@@ -7,12 +7,9 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from m3vit.data import nyud, pascal_context
 from m3vit.data.opening import LAYOUTS, layouts_of, recognise
 from m3vit.data.sample import FileSplit
 from m3vit.errors import InputError
+from m3vit.processes import run_jobs
 from m3vit.tasks import IGNORE, LABEL_SETS
 
 FORMAT, VERSION = "m3vit-data-check", 1
@@ -221,11 +219,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _open(layout: str, root: Path, split: str, ids: list[str], release: str, kinds: list[str]) -> FileSplit:
-    """Return the loader of these ids, without the refusals of its constructor, which are the doctor's to report."""
-    loader = object.__new__(LAYOUTS[layout])
-    loader.root, loader.split, loader.ids, loader.release = root, split, tuple(ids), release
-    loader.tasks = tuple(kind for kind in kinds if kind != "image")
-    return loader
+    """Return the loader of these ids, without the refusals of its constructor: those are the doctor's to report."""
+    return LAYOUTS[layout].unchecked(root, split, ids, release, [kind for kind in kinds if kind != "image"])
 
 
 def _compare_names(layout: str, splits: dict[str, FileSplit], problems: list[Problem]) -> None:
@@ -288,6 +283,7 @@ _splits: dict[str, FileSplit] = {}  # in each process of the pool
 
 
 def _initialise(splits: dict[str, FileSplit]) -> None:
+    _splits.clear()
     _splits.update(splits)
 
 
@@ -311,7 +307,7 @@ def _read_all(
     total = sum(len(loader) for loader in splits.values())
     missing = {(problem.split, problem.file) for problem in report.problems if problem.kind == "missing"}
     findings: list[Finding] = []
-    with closing(_run(splits, jobs, workers)) as finished:
+    with closing(run_jobs(_read_job, jobs, workers, initializer=_initialise, initargs=(splits,))) as finished:
         for some in finished:
             findings += some
             if progress is not None:
@@ -320,25 +316,6 @@ def _read_all(
         report.problems += [p for p in finding.problems if (p.split, p.file) not in missing]
     _compare_images(splits, findings, report.problems)
     report.statistics = _statistics(report.layout, findings)
-
-
-def _run(
-    splits: dict[str, FileSplit], jobs: list[tuple[str, int, int]], workers: int
-) -> Generator[list[Finding], None, None]:
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        for split, start, stop in jobs:
-            yield [_read_sample(splits[split], index) for index in range(start, stop)]
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_initialise, initargs=(splits,))
-    try:
-        yield from pool.map(_read_job, jobs)
-    except BrokenProcessPool:
-        raise InputError(
-            f"one of {workers} processes was killed, maybe for want of memory: run again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_sample(loader: FileSplit, index: int) -> Finding:

@@ -5,7 +5,7 @@
     semseg/VOC12/{id}.png                 palette png, 0..20 and 255; if absent, semseg/pascal-context/{id}.png
     human_parts/{id}.mat                  anno.objects(n): class_ind, mask, parts(m): part_name, mask (PASCAL-Part)
     pascal-context/trainval/{id}.mat      LabelMap [H, W], 459 classes: edges are made from it
-    normals_distill/{id}.png              n = 2 v / 255 - 1, where the class in LabelMap has normals
+    normals_distill/{id}.png              n = 2 v / 255 - 1, y down, where the class in LabelMap has normals
     sal_distill/{id}.png                  salient above half
 
 Sources: data/pascal_context.py of SimonVandenhende/Multi-Task-Learning-PyTorch and of
@@ -48,6 +48,7 @@ FOLDERS = {
 }
 SEMSEG_FALLBACK = "semseg/pascal-context"
 PERSON = 15  # class_ind of PASCAL VOC
+Y_UP = np.array([1, -1, 1], np.float32)  # from the axes of normals_distill to those of m3vit.tasks
 NUM_CLASSES = LABEL_SETS["pascal"].channels("semseg")
 # The 24 parts that PASCAL-Part names on a person, merged to the classes of m3vit.tasks.PART_CLASSES.
 PARTS = {
@@ -86,8 +87,10 @@ class PASCALContext(FileSplit):
 
     - human_parts of an image without an annotated part is 255 everywhere (no person, or none with parts). The public
       loaders feed zeros and turn a map of nothing but zeros to 255 before the loss; in evaluation they skip the image.
-    - Normals keep the axes of their file: neither papers nor loaders say what they are. (M3ViT's rotation,
-      ScaleNRotate in its data/custom_transforms.py, turns x and y as if y pointed down or x left.)
+    - The axes of the normals' files are documented nowhere. They are taken to be x right, y down, because that is how
+      the published rotation turns them (ScaleNRotate in Vandenhende's and M3ViT's data/custom_transforms.py), and y is
+      negated on reading. Were that wrong, pictures would show them upside down; the angular error, mirroring and
+      rotation stay as published in any case.
     - Labels of another size than the image are resized to it, nearest pixel; a LabelMap before edges are taken from it.
     - ImageSets/Parts, where the public loaders cache which images show persons, is neither needed nor written.
     """
@@ -136,7 +139,7 @@ class PASCALContext(FileSplit):
         if kind == "normals":
             normals = fitted(path, read_normals_png(path), size)
             has_normals = normals_classes()[self._label_map(index, size)]
-            return np.where(has_normals[..., None], normals, np.float32(0))
+            return np.where(has_normals[..., None], normals * Y_UP, np.float32(0))
         return laplacian_boundaries(self._label_map(index, size)).astype(np.uint8)
 
     def edge_truth(self, index: int) -> NDArray[np.bool_]:

@@ -29,11 +29,8 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from contextlib import closing
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +41,7 @@ from PIL import Image
 import m3vit
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, is_empty, sha256_file, write_json
+from m3vit.processes import run_jobs
 from m3vit.tasks import NYUD_CLASSES
 
 # Dataset of the labelled file -> its number of dimensions and NumPy's kind of its dtype; instances may be missing.
@@ -128,7 +126,7 @@ def prepare_nyud(
         chunks = [wanted[start : start + IMAGES_PER_CHUNK] for start in range(0, len(wanted), IMAGES_PER_CHUNK)]
         jobs = [(labeled.resolve(), staging, class_map, depth, numbers) for numbers in chunks]
         done = 0
-        with closing(_run(jobs, workers or os.cpu_count() or 1)) as finished:
+        with closing(run_jobs(_write_images, jobs, workers or os.cpu_count() or 1)) as finished:
             for images in finished:
                 done += images
                 if progress is not None:
@@ -267,24 +265,6 @@ def _require_space(out: Path, images: int, size: tuple[int, int]) -> None:
 # --- images ---------------------------------------------------------------------------------------------------------
 
 Job = tuple[Path, Path, NDArray[np.uint8], str, list[int]]  # labelled file, root, class map, depth, image numbers
-
-
-def _run(jobs: list[Job], workers: int) -> Generator[int, None, None]:
-    """Write the jobs' images in this process or in a pool, yielding how many are done after each."""
-    workers = min(workers, len(jobs))
-    if workers == 1:
-        for job in jobs:
-            yield _write_images(job)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield from pool.map(_write_images, jobs)
-    except BrokenProcessPool:
-        raise InputError(
-            f"one of {workers} processes was killed, maybe for want of memory: run again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _write_images(job: Job) -> int:

@@ -1,15 +1,11 @@
 """A data set of rendered scenes in the layout of NYUD_MT or PASCAL_MT, for tests, demonstrations and quick trials."""
 
 import importlib
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ import m3vit
 from m3vit.data.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError
 from m3vit.files import read_json, write_json
+from m3vit.processes import run_jobs
 
 MIN_SIDE_PX = 32
 MANIFEST = "synthetic.json"
@@ -142,7 +139,7 @@ def _render_all(
     jobs: list[Job] = [
         (arguments["layout"], root, name, (arguments["seed"], split, index), size) for name, split, index in images
     ]
-    with closing(_run(jobs, workers)) as finished:
+    with closing(run_jobs(_render_one, jobs, workers, chunk=SCENES_PER_CHUNK)) as finished:
         for done, _ in enumerate(finished, start=1):
             if progress is not None:
                 progress(done, len(jobs))
@@ -150,23 +147,6 @@ def _render_all(
     for split, split_name in enumerate(SPLITS):
         lines = [f"{name}\n" for name, of_split, _ in images if of_split == split]
         (root / layout.lists / f"{split_name}.txt").write_text("".join(lines))
-
-
-def _run(jobs: list[Job], workers: int) -> Generator[None, None, None]:
-    """Render the jobs in this process or in a pool, yielding after each; closing it drops what has not begun."""
-    workers = min(workers, math.ceil(len(jobs) / SCENES_PER_CHUNK))
-    if workers == 1:
-        yield from map(_render_one, jobs)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        yield from pool.map(_render_one, jobs, chunksize=SCENES_PER_CHUNK)
-    except BrokenProcessPool:
-        raise InputError(
-            f"one of {workers} rendering processes was killed, maybe for want of memory: run again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _render_one(job: Job) -> None:

@@ -97,7 +97,8 @@ def _write_pascal(rng: np.random.Generator, size: Size, paths: dict[str, Path]) 
     semseg.save(paths["semseg"])
     save_mat(paths["parts"], {"anno": annotation(paths["image"].stem, scene.objects)})
     save_mat(paths["context"], {"LabelMap": scene.context})
-    normals = np.round((scene.normals.astype(np.float64) + 1) / 2 * 255)  # the sky's zero vectors become 128
+    y_down = scene.normals.astype(np.float64) * (1, -1, 1)  # the axes that m3vit.data.pascal_context takes the files in
+    normals = np.round((y_down + 1) / 2 * 255)  # the sky's zero vectors become 128
     Image.fromarray(normals.astype(np.uint8)).save(paths["normals"])
     Image.fromarray(np.round(255 * scene.saliency).astype(np.uint8)).save(paths["saliency"])
 

@@ -66,8 +66,8 @@ def matching_sizes(words: Words, truth: NDArray[np.bool_], max_distance_px: floa
     number = np.full(flat_truth.shape, -1, np.int32)
     number[true] = np.arange(len(true))
 
-    # Nearest first: all pairs at one offset are disjoint, so they are matched in one step, in every map. This
-    # leaves a few percent to be found by search.
+    # All pairs at one offset are disjoint, so they are matched in one step, in every map. Farthest first leaves the
+    # fewest to be found by search, a few percent: pixels at the rim of a cluster have no other partners.
     free_P, free_T = flat_words[predicted], np.full(len(true), ~np.uint64(0))
     pairs: Pairs = []
     matched: list[tuple[Ints, Ints, Words]] = []
@@ -95,11 +95,11 @@ def matching_sizes(words: Words, truth: NDArray[np.bool_], max_distance_px: floa
 
 
 def _offsets(max_distance_px: float, row: int) -> Ints:
-    """Return the offsets in a flat grid of this row length within the distance, nearest first."""
+    """Return the offsets in a flat grid of this row length within the distance, farthest first."""
     radius = int(max_distance_px)
     dy, dx = np.mgrid[-radius : radius + 1, -radius : radius + 1].reshape(2, -1)
     squared = dy**2 + dx**2
-    order = np.argsort(squared, kind="stable")
+    order = np.argsort(-squared, kind="stable")
     order = order[squared[order] <= max_distance_px * max_distance_px]  # as correspondPixels compares
     return (dy * row + dx)[order]
 

@@ -165,7 +165,7 @@ def test_normals_decode_to_unit_vectors_that_face_the_camera(data_set: Path) -> 
         labels = loadmat(data_set / "pascal-context" / "trainval" / f"{name}.mat")["LabelMap"]
         sky = labels == CONTEXT_IDS["sky"]
         assert (stored[sky] == 128).all()
-        normals = 2.0 * stored[~sky] / 255 - 1
+        normals = (2.0 * stored[~sky] / 255 - 1) * (1, -1, 1)  # stored y down
         # 8 bits: each component is off by at most 1/255, the length by at most sqrt(3)/255.
         np.testing.assert_allclose(np.linalg.norm(normals, axis=-1), 1, atol=np.sqrt(3) / 255 + 1e-6)
         towards = towards_camera()[~sky]

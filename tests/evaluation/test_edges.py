@@ -106,12 +106,14 @@ def test_a_true_pixel_is_matched_once() -> None:
     assert match_count(drawing(".#.#."), truth, 1.5) == 1
 
 
-def test_the_nearest_pair_gives_way() -> None:
-    # Predicted columns 0 and 3, true columns 2 and 5. Nearest first pairs 3 with 2 and leaves 0 and 5 alone, too far
-    # from each other. With pairs 2 apart allowed, 0-2 and 3-5 is the better matching.
+def test_a_pair_gives_way_to_two() -> None:
+    # Predicted columns 0 and 3, true columns 2 and 5. At distance 1 the only pair is 3-2. With pairs 2 apart allowed,
+    # 3-2 must give way to 0-2 and 3-5.
     predicted, truth = drawing("#..#...."), drawing("..#..#..")
     assert match_count(predicted, truth, 1.0) == 1
     assert match_count(predicted, truth, 2.0) == 2
+    # Predicted 2 and 4, true 0 and 3, at distance 2: 2-0 and 4-3, not 2-3, which would leave 4 and 0 alone.
+    assert match_count(drawing("..#.#"), drawing("#..#."), 2.0) == 2
 
 
 def test_empty_maps() -> None:
@@ -255,6 +257,14 @@ def test_nms_keeps_the_crest_of_a_vertical_ridge() -> None:
     np.testing.assert_allclose(inner[:, 20], smoothed, rtol=1e-6)
     # 0 in the outermost row, then 1/5, 2/5, 3/5, 4/5 and whole from the sixth.
     np.testing.assert_allclose(suppressed[:6, 20], smoothed * np.arange(6) / 5, rtol=1e-6)
+
+
+def test_nms_spares_what_is_at_most_a_hundredth_weaker() -> None:
+    # Crests between columns 20 and 21, of sigma 2: at 20.49 the two differ by exp((0.51^2 - 0.49^2) / 8) = 1.0025, at
+    # 20.3 by exp((0.7^2 - 0.3^2) / 8) = 1.05.
+    for crest, kept in ((20.49, [20, 21]), (20.3, [20])):
+        ridge = np.exp(-0.5 * ((np.arange(41) - crest) / 2.0) ** 2) * np.ones((30, 1))
+        np.testing.assert_array_equal(np.flatnonzero(nms(ridge)[5:-5].any(axis=0)), kept)
 
 
 def test_nms_does_nothing_on_an_exactly_horizontal_ridge() -> None:

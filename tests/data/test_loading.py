@@ -1,0 +1,72 @@
+"""Batches: their order, and what becomes of files that cannot be read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
+from m3vit.data.nyud import NYUD
+from m3vit.data.transforms import network_input
+from m3vit.errors import InputError
+
+
+@pytest.mark.parametrize("pipeline", ["simple", "m3vit", "invpt"])
+def test_batches_do_not_depend_on_workers_or_on_where_training_resumed(tiny_data: Path, pipeline: str) -> None:
+    def batches(workers: int, start: int) -> list[torch.Tensor]:
+        dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), seed=1, pipeline=pipeline, colour=0.2)
+        order = EpochBatches(len(dataset), 3, seed=1)
+        order.epoch, order.start = 2, start
+        return [batch.images for batch in make_loader(dataset, order, workers)]
+
+    straight = batches(workers=0, start=0)
+    assert len(straight) == 3  # ten images, the short batch is dropped
+    assert all(torch.equal(a, b) for a, b in zip(straight, batches(workers=2, start=0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(straight[1:], batches(workers=0, start=1), strict=True))
+
+
+def test_an_epoch_holds_each_image_once_and_epochs_differ() -> None:
+    order = EpochBatches(10, 3, seed=0)
+    epochs = []
+    for order.epoch in range(2):
+        epochs.append([index for batch in order for _, index in batch])
+    assert all(len(set(epoch)) == len(epoch) == 9 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    with pytest.raises(InputError, match="batch_size 4 is more than the 3 training images"):
+        EpochBatches(3, 4, seed=0)
+
+
+def test_cached_samples_give_the_same_batches(tiny_data: Path) -> None:
+    split = NYUD(tiny_data, "train")
+    plain, cached = (TrainingSet(split, (32, 48), 0, "m3vit", cache=cache) for cache in (False, True))
+    for epoch in range(3):
+        for index in range(4):
+            (image, labels), (again, others) = plain[epoch, index], cached[epoch, index]
+            assert torch.equal(image, again)
+            assert all(torch.equal(labels[task], others[task]) for task in labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_files_are_left_out_and_named(make_data: Callable[..., Path], tmp_path: Path, workers: int) -> None:
+    root = make_data(tmp_path / "data", train=4)
+    (root / "depth" / "0001.npy").write_bytes(b"")
+    for name in ("0002", "0003"):
+        (root / "images" / f"{name}.jpg").write_bytes(b"\xff\xd8 no picture")
+    dataset = TrainingSet(NYUD(root, "train"), (32, 48), seed=0)
+    loader = make_loader(dataset, EpochBatches(4, 2, seed=0), workers)
+    images, errors = 0, []
+    for batch in loader:
+        images += 0 if batch.images is None else len(batch.images)
+        errors += batch.errors
+        assert all(len(label) == len(batch.images) for label in batch.labels.values())
+    assert images == 1
+    assert sorted(Path(error.split()[0]).name for error in errors) == ["0001.npy", "0002.jpg", "0003.jpg"]
+
+
+def test_normalisation() -> None:
+    white = np.full((32, 48, 3), 255, np.uint8)
+    # (1 - mean) / std of ImageNet, channel by channel
+    expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    assert network_input(white, (16, 24)).mean(dim=(1, 2)).tolist() == pytest.approx(expected, rel=1e-5)

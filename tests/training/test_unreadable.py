@@ -1,0 +1,44 @@
+"""A damaged file stops training with its name, or is left out and counted; never a stack trace."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from tests.test_cli import refused
+
+Cli = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def damaged(make_data: Callable[..., Path], tmp_path: Path) -> Path:
+    root = make_data(tmp_path / "data")
+    label = root / "normals" / "0004.npy"
+    label.write_bytes(label.read_bytes()[:-7])
+    (root / "images" / "0011.jpg").write_bytes(b"")  # of val
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_stops_with_the_file_named(cli: Cli, damaged: Path, tmp_path: Path, workers: int) -> None:
+    words = ["synthetic-tiny", *TINY, f"--data.root={damaged}", f"--data.workers={workers}", "--data.cache=false"]
+    result = cli("train", *words, "--train.epochs=3", "--out", tmp_path / "run")
+    refused(result, r"0004\.npy", "--data.on_error skip")
+
+
+def test_training_goes_on_without_them_and_counts(cli: Cli, damaged: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["synthetic-tiny", *TINY, f"--data.root={damaged}", "--data.on_error=skip", "--train.epochs=3"]
+    result = cli("train", *words, "--out", run)
+    assert result.returncode == 0, result.stderr
+    assert "1 training images could not be read and were left out" in result.stdout
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (unreadable,) = [line for line in lines if line["kind"] == "unreadable"]
+    assert unreadable["count"] == 1 and "0004.npy" in unreadable["message"]
+    (val,) = [line for line in lines if line["kind"] == "val"]
+    assert val["unreadable"] == 1
+    # A score over fewer images than the split has would mean something else.
+    refused(cli("eval", run), r"0011\.jpg")
