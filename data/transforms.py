@@ -290,7 +290,7 @@ def m3vit(sample: Sample, size: tuple[int, int], rng: np.random.Generator, flip:
     if flip and rng.random() < 0.5:
         values = mirror(values)
     zooms, limit = M3VIT_ZOOM[label_set], M3VIT_ROTATION_DEG[label_set]
-    zoom = float(rng.uniform(*zooms) if limit else rng.choice(zooms))
+    zoom = float(rng.uniform(zooms[0], zooms[-1]) if limit else rng.choice(zooms))
     angle = float(rng.uniform(-limit, limit))
     if zoom != 1 or angle:
         values = zoom_rotate(values, zoom, angle)

@@ -72,6 +72,7 @@ def normalised(images: list[NetworkImage]) -> Tensor:
 def torch_predictor(model: MultiTaskModel, batch: int = 1) -> Predictor:
     """Return the model as a predictor, all tasks in one pass, where its parameters are."""
     config = model.config
+    height, width = config.image_size
 
     @torch.inference_mode()
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def torch_predictor(model: MultiTaskModel, batch: int = 1) -> Predictor:
         logits = model(normalised(images).to(next(model.parameters()).device)).logits
         return {task: value.float().cpu() for task, value in logits.items()}
 
-    return Predictor("torch", config.tasks, config.label_set, tuple(config.image_size), run, batch)
+    return Predictor("torch", config.tasks, config.label_set, (height, width), run, batch)
 
 
 def evaluate(

@@ -29,7 +29,7 @@ class Meter(Protocol):
     def compute(self, totals: Statistics) -> Metrics: ...
 
 
-def ratio(a: NDArray[Any], b: NDArray[Any], empty: float = np.nan) -> NDArray[np.float64]:
+def ratio(a: Any, b: Any, empty: float = np.nan) -> NDArray[np.float64]:
     """Return a / b, `empty` where b is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
     return np.divide(a, b, out=np.full(a.shape, empty), where=b != 0)
@@ -193,8 +193,9 @@ def _threshold_counts(
     valid = label != IGNORE
     # float32 as the published code has it: 8-bit values 51, 102, ... coincide with thresholds.
     values, truth = probability[valid].astype(np.float32), label[valid] > 0
-    side = "left" if strict else "right"
-    bins = np.searchsorted(thresholds.astype(np.float32), values, side=side)  # thresholds passed by each pixel
+    limits = thresholds.astype(np.float32)
+    # Thresholds passed by each pixel.
+    bins = np.searchsorted(limits, values, side="left") if strict else np.searchsorted(limits, values, side="right")
     counts = [np.bincount(bins[chosen], minlength=len(thresholds) + 1) for chosen in (truth, slice(None))]
     hits, predicted = (count[::-1].cumsum()[::-1][1:] for count in counts)
     return hits, predicted, int(truth.sum()), int(valid.sum())
@@ -251,4 +252,4 @@ def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) ->
         return SaliencyMeterA() if protocol == "A" else SaliencyMeterB()
     if task == "edge":
         return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist, suppress=protocol == "B")
-    return {"depth": DepthMeter, "normals": NormalsMeter}[task]()
+    return DepthMeter() if task == "depth" else NormalsMeter()

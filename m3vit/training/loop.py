@@ -187,12 +187,12 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
         wrapped.train()
         batches.epoch, batches.start = divmod(step, steps_per_epoch)
         for images, labels, errors in loader:
-            for error in errors:
+            for message in errors:
                 if options.on_error == "stop":
-                    raise InputError(f"{error}; or leave such images out with --data.on_error skip")
-                if error not in unreadable:
-                    unreadable.add(error)
-                    record("unreadable", {"count": len(unreadable)}, error)
+                    raise InputError(f"{message}; or leave such images out with --data.on_error skip")
+                if message not in unreadable:
+                    unreadable.add(message)
+                    record("unreadable", {"count": len(unreadable)}, message)
             if images is None:
                 step += 1  # a step all the same: the schedule and a resumed run count on it
                 continue
