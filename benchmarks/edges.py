@@ -20,7 +20,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
-from m3vit.evaluation.edges import THRESHOLDS, edge_counts, nms, ois_counts, seism_truth, summarise, thin
+from m3vit.data.thinning import segmentation_boundaries
+from m3vit.evaluation.edges import THRESHOLDS, edge_counts, nms, ois_counts, summarise, thin
 
 HEIGHT, WIDTH = 425, 560
 MAX_DIST = 0.011
@@ -40,7 +41,7 @@ def make_image(seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     def outlines(regions: int) -> NDArray[np.bool_]:
         centres = cKDTree(rng.random((regions, 2)) * (HEIGHT, WIDTH))
         bent = np.stack([axis + 5 * waves(15) for axis in grid], axis=-1)
-        return seism_truth(centres.query(bent)[1])
+        return segmentation_boundaries(centres.query(bent)[1])
 
     truth = outlines(60)
     wandering = [axis + 1.5 * waves(20) for axis in grid]

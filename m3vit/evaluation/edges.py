@@ -126,20 +126,6 @@ def _deletable(x: Sequence[Words], second: bool) -> Words:
     return one_group & two_n1 & two_n2 & ~inside & ~spared
 
 
-def seism_truth(segmentation: NDArray[np.integer]) -> Bools:
-    """Return the true edges of a label map [H, W] as seism takes them: bwmorph(seg2bmap(segmentation), 'thin', Inf).
-
-    A pixel is a boundary if its label differs from the one east, south or south-east of it: in the last row east
-    alone counts, in the last column south alone.
-    """
-    _check_map("segmentation", segmentation)
-    boundary = np.zeros(segmentation.shape, bool)
-    boundary[:, :-1] |= segmentation[:, :-1] != segmentation[:, 1:]
-    boundary[:-1] |= segmentation[:-1] != segmentation[1:]
-    boundary[:-1, :-1] |= segmentation[:-1, :-1] != segmentation[1:, 1:]
-    return thin(boundary)
-
-
 def match_count(predicted: Bools, truth: Bools, max_distance_px: float) -> int:
     """Return the size of a maximum one-to-one matching of two boundary maps [H, W] within a distance, inclusive."""
     _check_pair(predicted, truth)

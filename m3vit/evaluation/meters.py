@@ -202,28 +202,37 @@ def _threshold_counts(
 
 
 class EdgeMeter:
-    """odsF, oisF and AP in percent (BSDS, seism): edges matched one to one within a distance.
+    """odsF, oisF and AP in percent (BSDS, seism): edges matched one to one within a distance; both protocols.
 
-    `suppress`: non-maximum suppression first. Protocol B's tool (Boundary-Detection-Evaluation-Tools) does so; protocol
-    A gives seism the map as stored.
+    Twice: of the map as stored, which is what the released tools of both families give to seism
+    (eval_edge.py of Multi-Task-Learning-PyTorch, eval_edge_*.py of Boundary-Detection-Evaluation-Tools), and,
+    with `_nms` in the name, after non-maximum suppression, as HED and BSDS evaluations have it.
     """
 
-    def __init__(self, max_dist: float, suppress: bool) -> None:
-        self.max_dist, self.suppress = max_dist, suppress
+    def __init__(self, max_dist: float) -> None:
+        self.max_dist = max_dist
 
     def image(self, prediction: NDArray[np.float32], label: NDArray[np.bool_]) -> Statistics:
-        """Return matched, predicted and true pixels at each threshold, and at the image's best: [3 * 99 + 3].
+        """Return matched, predicted and true pixels at each threshold and at the image's best: [2 * (3 * 99 + 3)].
 
         `label` is the split's `edge_truth`, not the labels trained on.
         """
-        counts = edge_counts(prediction, label, self.max_dist, apply_nms=self.suppress)
-        return np.concatenate([counts.ravel(), ois_counts(counts)]).astype(np.float64)
+        parts = []
+        for apply_nms in (False, True):
+            counts = edge_counts(prediction, label, self.max_dist, apply_nms=apply_nms)
+            parts += [counts.ravel(), ois_counts(counts)]
+        return np.concatenate(parts).astype(np.float64)
 
     def compute(self, totals: Statistics) -> Metrics:
-        """Return odsF, oisF, AP (percent) and the threshold of odsF."""
-        rows = totals.reshape(-1, totals.shape[-1])
-        scores = [summarise(row[:-3].reshape(-1, 3), row[-3:], THRESHOLDS) for row in rows]
-        return {name: np.array([score[name] for score in scores]).reshape(totals.shape[:-1]) for name in scores[0]}
+        """Return odsF, oisF, AP (percent) and the threshold of odsF, and the same with `_nms`."""
+        result: Metrics = {}
+        for suffix, part in zip(("", "_nms"), np.split(totals, 2, axis=-1), strict=True):
+            rows = part.reshape(-1, part.shape[-1])
+            scores = [summarise(row[:-3].reshape(-1, 3), row[-3:], THRESHOLDS) for row in rows]
+            for name in scores[0]:
+                values = np.array([score[name] for score in scores])
+                result[name + suffix] = values.reshape(part.shape[:-1])
+        return result
 
 
 class PixelEdgeMeter:
@@ -251,5 +260,5 @@ def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) ->
     if task == "saliency":
         return SaliencyMeterA() if protocol == "A" else SaliencyMeterB()
     if task == "edge":
-        return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist, suppress=protocol == "B")
+        return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist)
     return DepthMeter() if task == "depth" else NormalsMeter()

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 from scipy import ndimage, optimize
 
+from m3vit.data.thinning import segmentation_boundaries
 from m3vit.evaluation import matching
 from m3vit.evaluation.edges import (
     SEISM_THRESHOLDS,
@@ -19,7 +20,6 @@ from m3vit.evaluation.edges import (
     match_count,
     nms,
     ois_counts,
-    seism_truth,
     summarise,
     thin,
 )
@@ -226,22 +226,22 @@ def test_thin_large_blobs(sigma: float) -> None:
     np.testing.assert_array_equal(thin(blobs), thin_slowly(blobs))
 
 
-def test_seism_truth() -> None:
+def test_boundaries_of_label_maps_by_hand() -> None:
     # One vertical border: the last pixel to the west of it, one pixel wide, down to the last row.
     two = np.repeat([[0, 0, 7, 7]], 3, axis=0)
-    np.testing.assert_array_equal(seism_truth(two), drawing(".#..", ".#..", ".#.."))
-    np.testing.assert_array_equal(seism_truth(two.T), drawing(".#..", ".#..", ".#..").T)
+    np.testing.assert_array_equal(segmentation_boundaries(two), drawing(".#..", ".#..", ".#.."))
+    np.testing.assert_array_equal(segmentation_boundaries(two.T), drawing(".#..", ".#..", ".#..").T)
     # One pixel of another label at (1, 1): east, south or south-east of it at (1, 0), (0, 1), (0, 0), and itself. Of
     # this 2 x 2 square the first sub-iteration deletes all that have no pixel to the east with one to the north of
     # them or none to the south-east: the south-west one stays.
     dot = np.zeros((4, 4), int)
     dot[1, 1] = 3
-    np.testing.assert_array_equal(seism_truth(dot), drawing("....", "#...", "....", "...."))
+    np.testing.assert_array_equal(segmentation_boundaries(dot), drawing("....", "#...", "....", "...."))
     # (1, 1), (1, 2) and (2, 1) see the corner; the corner itself has no east or south. The elbow (1, 1) is thinned.
     corner = np.zeros((3, 3), int)
     corner[2, 2] = 1
-    np.testing.assert_array_equal(seism_truth(corner), drawing("...", "..#", ".#."))
-    assert not seism_truth(np.full((5, 6), 4)).any()
+    np.testing.assert_array_equal(segmentation_boundaries(corner), drawing("...", "..#", ".#."))
+    assert not segmentation_boundaries(np.full((5, 6), 4)).any()
 
 
 # --- non-maximum suppression
@@ -355,7 +355,7 @@ def test_of_equal_recalls_the_lowest_threshold_counts() -> None:
 
 def test_a_perfect_prediction_scores_100() -> None:
     rng = np.random.default_rng(0)
-    truth = seism_truth((ndimage.gaussian_filter(rng.standard_normal((60, 80)), 4) > 0).astype(int))
+    truth = segmentation_boundaries((ndimage.gaussian_filter(rng.standard_normal((60, 80)), 4) > 0).astype(int))
     counts = edge_counts(truth.astype(np.float32), truth, 0.011, apply_nms=False)
     result = summarise(counts, ois_counts(counts))
     assert (result["odsF"], result["oisF"]) == (100.0, 100.0)

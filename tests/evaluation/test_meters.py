@@ -135,11 +135,11 @@ def test_edges_within_a_distance() -> None:
     guess = np.zeros((40, 40), np.float32)
     guess[8:32, 22] = 0.75
     diagonal = math.hypot(40, 40)
-    near = score(EdgeMeter(2.01 / diagonal, suppress=False), (guess, truth))
+    near = score(EdgeMeter(2.01 / diagonal), (guess, truth))
     assert near["odsF"] == near["oisF"] == pytest.approx(100)
     assert near["threshold"] < 0.75
     # One pixel nearer is asked for: nothing matches.
-    assert score(EdgeMeter(1.5 / diagonal, suppress=False), (guess, truth))["odsF"] == 0
+    assert score(EdgeMeter(1.5 / diagonal), (guess, truth))["odsF"] == 0
 
 
 @pytest.mark.parametrize("protocol", ["A", "B"])
