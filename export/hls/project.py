@@ -154,7 +154,7 @@ def reference(model: MultiTaskModel, images: np.ndarray, task: str) -> tuple[Ten
         for start in range(0, len(images), BATCH)
     ]
     routings = [
-        Routing(*(torch.cat(tensors, dim=1) for tensors in zip(*layer, strict=True)))
+        Routing(*(torch.cat(tensors, dim=1) for tensors in zip(*(routing[:3] for routing in layer), strict=True)))
         for layer in zip(*(routing for _, routing in batches), strict=True)
     ]
     return torch.cat([outputs for outputs, _ in batches]), routings

@@ -68,7 +68,14 @@ class Backbone(nn.Module):
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
         for index in self.moe_indices:
             router = Router(
-                self.dim, config.num_experts, config.top_k, len(config.tasks), config.router, config.router_noise
+                self.dim,
+                config.num_experts,
+                config.top_k,
+                len(config.tasks),
+                config.router,
+                config.router_noise,
+                learned_noise=config.router_noise_kind == "learned",
+                allowed=[config.experts_per_task.get(task) for task in config.tasks],
             )
             bank = ExpertBank(config.num_experts, self.dim, round(self.dim * config.expert_ratio))
             self.trunk.blocks[index].mlp = MoELayer(router, bank, config.experts)

@@ -8,7 +8,8 @@ from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
 HEADS = ("linear",)
-EXPERT_EXECUTIONS = ("sorted", "reference")
+EXPERT_EXECUTIONS = ("auto", "sorted", "grouped", "reference")
+NOISES = ("fixed", "learned")
 
 
 @dataclass
@@ -28,9 +29,13 @@ class ModelConfig:
         expert_ratio: hidden width of an expert as a multiple of the embedding dimension (M3ViT: 1).
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single.
         router_noise: standard deviation of the noise on router logits, times num_experts; in training only.
+        router_noise_kind: fixed (router_noise alone, as M3ViT's released runs), or learned: a second linear map of the
+            token, through softplus, scales the noise (Shazeer et al., arXiv 1701.06538; router_noise 1 is theirs).
+        experts_per_task: the experts that a task may use, such as {depth: [0, 1, 2, 3]}; tasks not named use all.
         head: kind of the task heads.
         head_stride: pixels of the image per output of the head, before the final bilinear resize.
-        experts: how the experts are executed; all ways give the same result.
+        experts: how the experts are executed: sorted, grouped (grouped GEMM), reference (every expert on every token)
+            or auto (grouped for bf16 on CUDA, else sorted); all ways give the same result.
     """
 
     trunk: str = "vit_small_patch16_224"
@@ -45,9 +50,11 @@ class ModelConfig:
     expert_ratio: float = 1.0
     router: str = "multi"
     router_noise: float = 0.0
+    router_noise_kind: str = "fixed"
+    experts_per_task: dict[str, list[int]] = field(default_factory=dict)
     head: str = "linear"
     head_stride: int = 4
-    experts: str = "sorted"
+    experts: str = "auto"
 
     @property
     def labels(self) -> LabelSet:
@@ -59,6 +66,7 @@ class ModelConfig:
         resolve(self.tasks, self.label_set)
         for key, value, allowed in (
             ("model.router", self.router, ROUTERS),
+            ("model.router_noise_kind", self.router_noise_kind, NOISES),
             ("model.head", self.head, HEADS),
             ("model.experts", self.experts, EXPERT_EXECUTIONS),
         ):
@@ -66,6 +74,16 @@ class ModelConfig:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
         if not 1 <= self.top_k <= self.num_experts:
             raise InputError(f"model.top_k is {self.top_k}: give 1 to model.num_experts ({self.num_experts})")
+        for task, allowed_experts in self.experts_per_task.items():
+            valid = {expert for expert in allowed_experts if isinstance(expert, int) and 0 <= expert < self.num_experts}
+            if task not in self.tasks or len(valid) != len(allowed_experts) or len(valid) < self.top_k:
+                raise InputError(
+                    f"model.experts_per_task gives {task} the experts {allowed_experts}: name tasks of the model "
+                    f"({', '.join(self.tasks)}), and for each at least top_k ({self.top_k}) different experts, 0 to "
+                    f"{self.num_experts - 1}"
+                )
+        if self.experts_per_task and self.router == "single":
+            raise InputError("model.experts_per_task needs a router that knows the task: multi or task_conditioned")
         if min(self.image_size) < 1 or self.head_stride < 1 or self.expert_ratio <= 0 or self.router_noise < 0:
             raise InputError(
                 "model.image_size, head_stride and expert_ratio must be positive and router_noise not negative, got "

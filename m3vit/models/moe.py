@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3vit.models.experts import EXECUTIONS, ExpertBank
+from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution
 from m3vit.models.router import Router, Routing, route
 
 
 class MoELayer(nn.Module):
     """Replaces the MLP of a ViT block. All tasks share the experts; `router` tells them apart."""
 
-    def __init__(self, router: Router, experts: ExpertBank, execution: str = "sorted") -> None:
+    def __init__(self, router: Router, experts: ExpertBank, execution: str = "auto") -> None:
         super().__init__()
         self.router, self.experts, self.execution = router, experts, execution
 
@@ -30,7 +30,9 @@ class MoELayer(nn.Module):
         routing = self.router(x_RND, task_ids)
         # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
         weights_NK, ids_NK = routing.weights_RNK.flatten(0, 1), routing.expert_ids_RNK.flatten(0, 1)
-        y = EXECUTIONS[self.execution](self.experts, x_RND.reshape(-1, D), weights_NK, ids_NK)
+        x_ND = x_RND.reshape(-1, D)
+        execution = choose_execution(self.execution, self.experts, x_ND)
+        y = EXECUTIONS[execution](self.experts, x_ND, weights_NK, ids_NK)
         return y.view(R, B, T, D), routing
 
     def _exported(self, x_ND: Tensor, task_id: int) -> Tensor:

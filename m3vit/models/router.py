@@ -7,6 +7,7 @@ softmax over all E experts, then top-k; the K weights are used as they are, not 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,19 @@ EMBEDDING = 64  # width of the task embedding of `task_conditioned` (M3ViT, sect
 
 
 class Routing(NamedTuple):
-    """What a router decided for R tasks of N tokens each."""
+    """What a router decided for R tasks of N tokens each.
+
+    The last four serve the losses of training: logits before and after the noise, the noise's standard deviation
+    [R, N, 1 or E] (None without noise) and which experts each task may use (None: all).
+    """
 
     scores_RNE: Tensor  # softmax over all experts
     weights_RNK: Tensor  # scores of the chosen experts, not renormalised
     expert_ids_RNK: Tensor  # int64, best first
+    logits_RNE: Tensor | None = None
+    noisy_RNE: Tensor | None = None
+    noise_std: Tensor | None = None
+    allowed_RE: Tensor | None = None  # bool
 
 
 def route(logits_RNE: Tensor, top_k: int) -> Routing:
@@ -34,65 +43,168 @@ def route(logits_RNE: Tensor, top_k: int) -> Routing:
 class Router(nn.Module):
     """The gates of one MoE layer, for all tasks.
 
-    Every kind comes down to one affine map D -> E a task, see `gate`: that is what export and hardware use.
+    Every kind comes down to one affine map D -> E a task, see `gate`: that is what export and hardware use. `allowed`:
+    for each task the experts it may use, or None for all; the others get a logit no token can choose.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, num_tasks: int, kind: str, noise: float = 0.0) -> None:
+    FORBIDDEN = -1e4  # added to a logit: its exponential is 0 in float32, and the number fits 16-bit types
+
+    allowed_RE: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        num_tasks: int,
+        kind: str,
+        noise: float = 0.0,
+        *,
+        learned_noise: bool = False,
+        allowed: Sequence[Sequence[int] | None] = (),
+    ) -> None:
         super().__init__()
         self.dim, self.num_experts, self.top_k, self.kind, self.noise = dim, num_experts, top_k, kind, noise
         # A list of parameters, not one stacked tensor: a per-task graph then holds the gate of its task alone.
         width = dim + EMBEDDING if kind == "task_conditioned" else dim
-        self.gates = nn.ParameterList(
-            nn.Parameter(torch.empty(num_experts, width)) for _ in range(num_tasks if kind == "multi" else 1)
-        )
+        gates = num_tasks if kind == "multi" else 1
+        self.gates = nn.ParameterList(nn.Parameter(torch.empty(num_experts, width)) for _ in range(gates))
         for gate in self.gates:
             nn.init.kaiming_uniform_(gate, a=math.sqrt(5))
+        # Zero: noise of standard deviation softplus(0) = 0.69 to begin with (Shazeer et al., appendix A).
+        self.noise_gates = (
+            nn.ParameterList(nn.Parameter(torch.zeros(num_experts, dim)) for _ in range(gates))
+            if learned_noise
+            else None
+        )
         if kind == "task_conditioned":
             self.task_embedding = nn.Sequential(
                 nn.Linear(num_tasks, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
             )
         self.num_tasks = num_tasks
+        mask = None
+        if any(experts is not None for experts in allowed):
+            mask = torch.ones(num_tasks, num_experts, dtype=torch.bool)
+            for task_id, experts in enumerate(allowed):
+                if experts is not None:
+                    mask[task_id] = False
+                    mask[task_id, list(experts)] = True
+        self.register_buffer("allowed_RE", mask, persistent=False)
 
     def gate(self, task_id: int) -> tuple[Tensor, Tensor]:
-        """Return the affine map of a task: weight [E, D] and bias [E] (zero unless task_conditioned)."""
-        if self.kind == "multi":
-            weight = self.gates[task_id]
+        """Return the affine map of a task: weight [E, D] and bias [E].
+
+        The bias is zero but for the task embedding of task_conditioned and for experts the task may not use.
+        """
+        weight = self.gates[task_id if self.kind == "multi" else 0]
+        if self.kind == "task_conditioned":
+            # The embedding is the same for every token of a task, so its part of the gate is a bias.
+            one_hot = F.one_hot(torch.tensor(task_id, device=weight.device), self.num_tasks).to(weight.dtype)
+            weight, bias = weight[:, : self.dim], weight[:, self.dim :] @ self.task_embedding(one_hot)
         else:
-            weight = self.gates[0]
-        if self.kind != "task_conditioned":
-            return weight, weight.new_zeros(self.num_experts)
-        # The embedding is the same for every token of a task, so its part of the gate is a bias.
-        one_hot = F.one_hot(torch.tensor(task_id, device=weight.device), self.num_tasks).to(weight.dtype)
-        return weight[:, : self.dim], weight[:, self.dim :] @ self.task_embedding(one_hot)
+            bias = weight.new_zeros(self.num_experts)
+        if self.allowed_RE is not None:
+            bias = bias + self.FORBIDDEN * ~self.allowed_RE[task_id]
+        return weight, bias
 
     def forward(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Routing:
         """Route the tokens [R, N, D] of the tasks `task_ids` (R of them)."""
         weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
         logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
+        noisy, std = logits, None
         if self.training and self.noise > 0:
-            logits = logits + torch.randn_like(logits) * (self.noise / self.num_experts)
-        return route(logits, self.top_k)
+            std = self.noise_std(x_RND, task_ids)
+            noisy = logits + torch.randn_like(logits) * std
+        allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
+        return route(noisy, self.top_k)._replace(logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed)
+
+    def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:
+        """Return the standard deviation of the noise on the logits: [R, N, E] if learned, else [R, N, 1]."""
+        if self.noise_gates is None:
+            return x_RND.new_full((*x_RND.shape[:2], 1), self.noise / self.num_experts)
+        gates = torch.stack([self.noise_gates[task if self.kind == "multi" else 0] for task in task_ids])
+        return self.noise * (F.softplus(x_RND @ gates.transpose(1, 2)) + 1e-2)
 
 
-def squared_cv(x: Tensor) -> Tensor:
-    """Return the squared coefficient of variation over the last axis, variance as M3ViT's code (unbiased)."""
-    if x.shape[-1] < 2:
-        return x.new_zeros(x.shape[:-1])
-    return x.var(dim=-1) / (x.mean(dim=-1) ** 2 + 1e-10)
+# --- losses of the routing, each a pure function ----------------------------------------------------------------------
 
 
-def importance_loss(scores_RNE: Tensor, weights_RNK: Tensor, expert_ids_RNK: Tensor) -> Tensor:
-    """Return CV^2 of each expert's summed weights, summed over tasks (V-MoE appendix A; M3ViT trains with it)."""
-    combine_RNE = torch.zeros_like(scores_RNE).scatter(-1, expert_ids_RNK, weights_RNK)
-    return squared_cv(combine_RNE.sum(dim=1)).sum()
+def squared_cv(x: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Return the squared coefficient of variation over the last axis, variance as M3ViT's code (unbiased).
 
-
-def load_loss(expert_ids_RNK: Tensor, num_experts: int) -> Tensor:
-    """Return CV^2 of the number of tokens of each expert, summed over tasks. Counts carry no gradient.
-
-    With noise, M3ViT's code smooths the counts, which gives a gradient; its released runs have none.
+    With `allowed` (bool, shape of x) over those entries only.
     """
-    return squared_cv(expert_load(expert_ids_RNK, num_experts).float()).sum()
+    if allowed is None:
+        allowed = torch.ones_like(x, dtype=torch.bool)
+    count = allowed.sum(dim=-1)
+    x = x * allowed
+    mean = x.sum(dim=-1) / count
+    variance = (((x - mean[..., None]) ** 2) * allowed).sum(dim=-1) / (count - 1).clamp(min=1)
+    return variance / (mean**2 + 1e-10)
+
+
+def importance_loss(routing: Routing) -> Tensor:
+    """Return CV^2 of each expert's summed weights, summed over tasks (V-MoE appendix A; M3ViT trains with it)."""
+    combine_RNE = torch.zeros_like(routing.scores_RNE).scatter(-1, routing.expert_ids_RNK, routing.weights_RNK)
+    return squared_cv(combine_RNE.sum(dim=1), routing.allowed_RE).sum()
+
+
+def load_loss(routing: Routing) -> Tensor:
+    """Return CV^2 of the number of tokens of each expert, summed over tasks.
+
+    With noise, counts are expected ones, over a new draw of each expert's noise (Shazeer et al., appendix A), which
+    gives them a gradient. Without, they are counts, and have none, as in M3ViT's released runs. (Its code compares
+    logits with thresholds taken from scores; here both are logits.)
+    """
+    if routing.noise_std is None:
+        load = expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1]).float()
+    else:
+        load = chosen_probability(routing).sum(dim=1)
+    return squared_cv(load, routing.allowed_RE).sum()
+
+
+def chosen_probability(routing: Routing) -> Tensor:
+    """Return the probability [R, N, E] that each expert stays or gets among the top k if its noise is drawn again."""
+    logits, noisy, std = routing.logits_RNE, routing.noisy_RNE, routing.noise_std
+    assert logits is not None and noisy is not None and std is not None, "the router had noise"
+    top_k, num_experts = routing.weights_RNK.shape[-1], noisy.shape[-1]
+    if top_k == num_experts:
+        return torch.ones_like(noisy)
+    ranked = noisy.topk(top_k + 1, dim=-1).values
+    inside, outside = ranked[..., top_k - 1 : top_k], ranked[..., top_k : top_k + 1]
+    # To be among the top k an expert has to beat the k-th best of the others.
+    threshold = torch.where(noisy >= inside, outside, inside)
+    return torch.special.ndtr((logits - threshold) / std)
+
+
+def switch_loss(routing: Routing) -> Tensor:
+    """Return E * sum_e f_e P_e, summed over tasks: 1 for each when balanced (Switch, arXiv 2101.03961, equation 4).
+
+    f_e is the share of routing decisions, without gradient, P_e the mean score. With k > 1 as in GShard: all k choices
+    count.
+    """
+    num_experts = routing.scores_RNE.shape[-1]
+    chosen = expert_load(routing.expert_ids_RNK, num_experts).float()
+    share = chosen / chosen.sum(dim=-1, keepdim=True)
+    experts = num_experts if routing.allowed_RE is None else routing.allowed_RE.sum(dim=-1)
+    return (experts * (share * routing.scores_RNE.mean(dim=1)).sum(dim=-1)).sum()
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Return the mean squared log-sum-exp of the logits, over tokens and tasks (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    assert routing.logits_RNE is not None
+    return routing.logits_RNE.logsumexp(dim=-1).square().mean()
+
+
+def mutual_information(routing: Routing) -> Tensor:
+    """Return I(task; expert) in nats, of tasks taken as equally likely: at most log of the number of tasks.
+
+    Mod-Squad (arXiv 2212.08066, section 3.3) maximises it: experts are all used, each by few tasks, so that those a
+    task does not use can be left out of its graph. P(expert | task) is the mean score over the tokens.
+    """
+    conditional_RE = routing.scores_RNE.mean(dim=1)
+    marginal_E = conditional_RE.mean(dim=0)
+    return torch.special.entr(marginal_E).sum() - torch.special.entr(conditional_RE).sum(dim=-1).mean()
 
 
 def expert_load(expert_ids_RNK: Tensor, num_experts: int) -> Tensor:

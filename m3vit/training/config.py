@@ -62,8 +62,12 @@ class TrainConfig:
         warmup_epochs: epochs of linear warm-up.
         schedule: cosine (towards 1 % of lr) or poly (power 0.9, to 0), per step.
         grad_clip: largest gradient norm; 0 is off.
-        balance_weight: weight of the routers' importance and load losses (M3ViT: 0.01). The load counts tokens, so it
-            has no gradient, as in M3ViT's released runs without noise.
+        balance_weight: weight of the routers' importance and load losses (M3ViT: 0.01). Without router noise the load
+            counts tokens and has no gradient, as in M3ViT's released runs.
+        switch_weight: weight of the Switch/GShard load-balancing loss (Switch: 0.01); instead of balance_weight.
+        z_weight: weight of the router z-loss (ST-MoE: 0.001).
+        specialise_weight: weight of the mutual information between tasks and experts (Mod-Squad: 0.001 to 0.01), which
+            gives tasks experts of their own, so that the others can be pruned at export.
         task_weights: weight of each task's loss, where it differs from the task table (M3ViT's weights).
         edge_positive_weight: weight of edge pixels in the balanced BCE, 1 minus it for the others (M3ViT: 0.95).
         native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
@@ -87,6 +91,9 @@ class TrainConfig:
     schedule: str = "cosine"
     grad_clip: float = 0.0
     balance_weight: float = 0.01
+    switch_weight: float = 0.0
+    z_weight: float = 0.0
+    specialise_weight: float = 0.0
     task_weights: dict[str, float] = field(default_factory=dict)
     edge_positive_weight: float = 0.95
     native_losses: list[str] = field(default_factory=list)
@@ -97,6 +104,15 @@ class TrainConfig:
     checkpoint_steps: int = 0
     eval_epochs: int = 0
     log_steps: int = 10
+
+    def routing_weights(self) -> dict[str, float]:
+        """Return the weight of each routing loss, by its name in metrics.jsonl."""
+        return {
+            "balance": self.balance_weight,
+            "switch": self.switch_weight,
+            "z": self.z_weight,
+            "specialise": self.specialise_weight,
+        }
 
 
 @dataclass
@@ -135,7 +151,8 @@ class Config:
             if not 0 < getattr(train, key) < math.inf:
                 raise InputError(f"train.{key} is {getattr(train, key)}: give a positive number")
         limits = (
-            "weight_decay momentum warmup_epochs grad_clip balance_weight seed threads checkpoint_steps eval_epochs"
+            "weight_decay momentum warmup_epochs grad_clip balance_weight switch_weight z_weight specialise_weight "
+            "seed threads checkpoint_steps eval_epochs"
         )
         values = {f"train.{key}": getattr(train, key) for key in limits.split()}
         values |= {f"train.task_weights.{task}": weight for task, weight in train.task_weights.items()}

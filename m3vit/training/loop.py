@@ -21,7 +21,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import resolve
 from m3vit.training.checkpoint import MetricsLog, load_state, read_metrics, save_model, save_state
 from m3vit.training.config import Config, TrainConfig, differences, read_config
-from m3vit.training.losses import balance_loss, task_loss
+from m3vit.training.losses import routing_losses, task_loss
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = (
@@ -113,9 +113,10 @@ def step_losses(
     resolved = resolve(config.model.tasks, config.model.label_set)
     weights = {task.name: task.weight for task in resolved} | config.train.task_weights
     total = torch.stack([weights[task] * loss for task, loss in losses.items()]).sum()
-    if output.routings:
-        losses["balance"] = balance_loss(output.routings)
-        total = total + config.train.balance_weight * losses["balance"]
+    routing_weights = config.train.routing_weights()
+    for name, loss in routing_losses(output.routings, routing_weights).items():
+        losses[name] = loss
+        total = total + routing_weights[name] * loss
     return total, losses
 
 

@@ -3,11 +3,13 @@
 Shapes: B images, C channels; labels as m3vit.data.transforms.to_labels gives them, batched.
 """
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3vit.models.router import Routing, importance_loss, load_loss
+from m3vit.models.router import Routing, importance_loss, load_loss, mutual_information, switch_loss, z_loss
 from m3vit.tasks import IGNORE, TASKS
 
 
@@ -73,10 +75,20 @@ def task_loss(task: str, logits: Tensor, label: Tensor, edge_positive_weight: fl
     return torch.stack(losses).mean()
 
 
-def balance_loss(routings: list[Routing]) -> Tensor:
-    """Return importance + load loss summed over MoE layers and tasks (M3ViT weighs it 0.01)."""
-    terms = [
-        importance_loss(*routing) + load_loss(routing.expert_ids_RNK, routing.scores_RNE.shape[-1])
-        for routing in routings
-    ]
-    return sum(terms[1:], terms[0])
+def routing_losses(routings: list[Routing], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return the unweighted routing losses that have a weight, each summed over the MoE layers.
+
+    balance: importance + load, summed over tasks too (M3ViT weighs it 0.01); switch; z; specialise: minus the mutual
+    information of tasks and experts.
+    """
+    kinds: dict[str, Callable[[Routing], Tensor]] = {
+        "balance": lambda routing: importance_loss(routing) + load_loss(routing),
+        "switch": switch_loss,
+        "z": z_loss,
+        "specialise": lambda routing: -mutual_information(routing),
+    }
+    return {
+        name: torch.stack([kinds[name](routing) for routing in routings]).sum()
+        for name, weight in weights.items()
+        if weight and routings
+    }

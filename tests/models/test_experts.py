@@ -1,4 +1,4 @@
-"""Sorted execution against the obvious reference, forward and backward, on the routings that go wrong first."""
+"""Sorted and grouped execution against the obvious reference, forward and backward, where routing goes wrong first."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3vit.models.experts import ExpertBank, dispatch, run_reference, run_sorted
+from m3vit.models.experts import ExpertBank, choose_execution, dispatch, run_grouped, run_reference, run_sorted
 
 N, D, H, E, K = 37, 6, 5, 4, 2
 
@@ -26,24 +26,47 @@ ROUTINGS: dict[str, Callable[[torch.Generator], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_sorted_equals_reference_with_gradients(name: str) -> None:
+def outputs_and_gradients(
+    execute: Callable[..., Tensor], name: str, dtype: torch.dtype, width: int = D, hidden: int = H
+) -> list[Tensor]:
+    """Run a bank on a routing; return the output and the gradients of tokens, weights and parameters."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    bank = ExpertBank(E, D, H).double()
+    bank = ExpertBank(E, width, hidden).to(dtype)
     ids = ROUTINGS[name](generator)
-    x = torch.randn(len(ids), D, generator=generator, dtype=torch.float64)
-    weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64)
-    probe = torch.randn(len(ids), D, generator=generator, dtype=torch.float64)
-    results = []
-    for execute in (run_reference, run_sorted):
-        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_(), *bank.parameters()]
-        y = execute(bank, leaves[0], leaves[1], ids)
-        gradients = torch.autograd.grad((y * probe).sum(), leaves)
-        results.append([y, *gradients])
-    for reference, fast in zip(*results, strict=True):
+    x = torch.randn(len(ids), width, generator=generator, dtype=torch.float64).to(dtype)
+    weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64).to(dtype)
+    probe = torch.randn(len(ids), width, generator=generator, dtype=torch.float64).to(dtype)
+    leaves = [x.requires_grad_(), weights.requires_grad_(), *bank.parameters()]
+    y = execute(bank, x, weights, ids)
+    return [y, *torch.autograd.grad((y * probe).sum(), leaves)]
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_sorted_equals_reference_with_gradients(name: str) -> None:
+    expected = outputs_and_gradients(run_reference, name, torch.float64)
+    for reference, fast in zip(expected, outputs_and_gradients(run_sorted, name, torch.float64), strict=True):
         # float64: only the order of sums differs, so 1e-12 leaves three digits of room.
         torch.testing.assert_close(fast, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("name", [name for name in ROUTINGS if name != "no token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_equals_reference_with_gradients(name: str, dtype: torch.dtype) -> None:
+    expected = outputs_and_gradients(run_reference, name, torch.float64, 16, 24)
+    # float32: 24 sums of eps 1e-7; bfloat16: eps 0.8 %, over two products and a sum of K.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for reference, fast in zip(expected, outputs_and_gradients(run_grouped, name, dtype, 16, 24), strict=True):
+        assert fast.dtype == dtype
+        scale = reference.abs().max()
+        assert (fast.double() - reference).abs().max() <= tolerance * scale
+
+
+def test_execution_is_chosen_by_device_and_type() -> None:
+    bank = ExpertBank(E, 16, 24)
+    assert choose_execution("auto", bank, torch.zeros(2, 16)) == "sorted"
+    assert choose_execution("reference", bank, torch.zeros(2, 16)) == "reference"
 
 
 def test_ties_send_a_token_to_distinct_experts() -> None:

@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from m3vit.models.router import Router, importance_loss, load_loss, route, squared_cv
+from m3vit.models.router import (
+    Router,
+    Routing,
+    chosen_probability,
+    importance_loss,
+    load_loss,
+    mutual_information,
+    route,
+    squared_cv,
+    switch_loss,
+    z_loss,
+)
 
 
 def test_softmax_over_all_experts_then_top_k_without_renormalisation() -> None:
@@ -70,7 +81,79 @@ def test_importance_and_load_losses() -> None:
     scores = torch.tensor([[[0.6, 0.3, 0.1], [0.3, 0.6, 0.1]]])
     weights, ids = scores.max(dim=-1, keepdim=True)
     # Summed weights (0.6, 0.6, 0): CV^2 does not change with scale, so 3/4 as above. Load (1, 1, 0): 3/4 too.
-    assert importance_loss(scores, weights, ids).item() == pytest.approx(0.75)
-    assert load_loss(ids, 3).item() == pytest.approx(0.75)
-    two_tasks = torch.cat([ids, ids])
-    assert load_loss(two_tasks, 3).item() == pytest.approx(1.5), "tasks are summed"
+    routing = Routing(scores, weights, ids)
+    assert importance_loss(routing).item() == pytest.approx(0.75)
+    assert load_loss(routing).item() == pytest.approx(0.75)
+    two_tasks = Routing(*(torch.cat([tensor, tensor]) for tensor in routing[:3]))
+    assert load_loss(two_tasks).item() == pytest.approx(1.5), "tasks are summed"
+
+
+def test_switch_loss() -> None:
+    # Two tokens, two experts, top-1, both to expert 0: f = (1, 0), P = ((0.9 + 0.7) / 2, ...) = (0.8, 0.2).
+    scores = torch.tensor([[[0.9, 0.1], [0.7, 0.3]]])
+    weights, ids = scores.max(dim=-1, keepdim=True)
+    assert switch_loss(Routing(scores, weights, ids)).item() == pytest.approx(2 * 0.8)
+    even = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])
+    spread = Routing(even, even[..., :1], torch.tensor([[[0], [1]]]))
+    assert switch_loss(spread).item() == pytest.approx(1), "1 when balanced"
+
+
+def test_z_loss() -> None:
+    # logsumexp of (0, 0) is log 2; of (log 3, 0): log 4
+    logits = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0]]])
+    expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
+    assert z_loss(route(logits, 1)._replace(logits_RNE=logits)).item() == pytest.approx(expected)
+
+
+def test_mutual_information() -> None:
+    def of(*scores: list[list[float]]) -> float:
+        table = torch.tensor(scores)
+        return mutual_information(Routing(table, table[..., :1], torch.zeros(len(scores), 1, 1).long())).item()
+
+    # Each task its own expert: I = log 2. The same for both: 0.
+    assert of([[1.0, 0.0]], [[0.0, 1.0]]) == pytest.approx(math.log(2))
+    assert of([[0.3, 0.7]], [[0.3, 0.7]]) == pytest.approx(0)
+    # P(e | t) = (3/4, 1/4), (1/4, 3/4): H(E) = log 2, H(E | T) = -(3/4 log 3/4 + 1/4 log 1/4)
+    given = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert of([[0.75, 0.25]], [[0.25, 0.75]]) == pytest.approx(math.log(2) - given)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_smooth_load_is_the_chance_of_being_chosen_again(learned: bool) -> None:
+    """Against the frequency over fresh draws of one expert's noise, the others' kept (Shazeer et al., appendix A)."""
+    torch.manual_seed(0)
+    router = Router(3, num_experts=5, top_k=2, num_tasks=1, kind="multi", noise=2.0, learned_noise=learned).train()
+    x = torch.randn(1, 1, 3)
+    routing = router(x, (0,))
+    logits, noisy, std = routing.logits_RNE, routing.noisy_RNE, routing.noise_std.expand(1, 1, 5)
+    assert not torch.equal(logits, noisy)
+    draws = 20000
+    for expert in range(5):
+        again = noisy.expand(draws, 1, 5).clone()
+        again[..., expert] = logits[0, 0, expert] + torch.randn(draws, 1) * std[0, 0, expert]
+        frequency = (again.topk(2, dim=-1).indices == expert).any(dim=-1).float().mean()
+        # 4 standard errors of a share over 20,000 draws
+        assert chosen_probability(routing)[0, 0, expert].item() == pytest.approx(frequency.item(), abs=0.015)
+    loss = load_loss(routing)
+    loss.backward()
+    assert router.gates[0].grad.abs().sum() > 0, "with noise the load has a gradient"
+    if learned:
+        assert router.noise_gates[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["multi", "task_conditioned"])
+def test_restricted_experts_are_never_chosen(kind: str) -> None:
+    torch.manual_seed(0)
+    router = Router(4, num_experts=6, top_k=2, num_tasks=2, kind=kind, noise=1.0, allowed=[[1, 3, 4], None]).train()
+    routing = router(torch.randn(2, 500, 4), (0, 1))
+    assert set(routing.expert_ids_RNK[0].flatten().tolist()) == {1, 3, 4}
+    assert set(routing.expert_ids_RNK[1].flatten().tolist()) == set(range(6))
+    assert (routing.scores_RNE[0, :, [0, 2, 5]] == 0).all()
+    torch.testing.assert_close(routing.scores_RNE.sum(dim=-1), torch.ones(2, 500))
+    # Balance is asked among the three: (a, b, c) evenly used costs nothing.
+    even = torch.tensor([[[0, 1 / 3, 0, 1 / 3, 1 / 3, 0]]])
+    perfect = Routing(even.expand(1, 3, 6), even[..., 1:2].expand(1, 3, 1), torch.tensor([[[1], [3], [4]]]))
+    perfect = perfect._replace(allowed_RE=router.allowed_RE[:1])
+    assert importance_loss(perfect).item() == pytest.approx(0, abs=1e-6)
+    assert load_loss(perfect).item() == pytest.approx(0, abs=1e-6)
+    assert switch_loss(perfect).item() == pytest.approx(1)
