@@ -190,9 +190,8 @@ def main() -> None:
     print(f"step, M3ViT-S, five tasks, 2 images of {args.size} x {args.size}")
     for way, found in steps.items():
         print(f"  {way}: {found['seconds']:.2f} s, peak {found['peak_gib']:.2f} GiB")
-    print(
-        f"  {theirs['seconds'] / ours['seconds']:.2f} x as fast, {ours['peak_gib'] / theirs['peak_gib']:.2f} x the memory"
-    )
+    faster, memory = theirs["seconds"] / ours["seconds"], ours["peak_gib"] / theirs["peak_gib"]
+    print(f"  {faster:.2f} x as fast, {memory:.2f} x its memory")
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "layer": layer, "step": steps}, indent=2) + "\n")
 

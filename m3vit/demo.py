@@ -4,12 +4,13 @@ import shlex
 from pathlib import Path
 
 from m3vit.cli import run, say
-from m3vit.tasks import TASKS
+from m3vit.tasks import LABEL_SETS
 
 
 def commands(out: Path, seed: int) -> list[list[str]]:
     """Return the commands of the demo, each as the words after `m3vit`."""
     data, trained, onnx, hls = (str(out / name) for name in ("data", "run", "onnx", "hls"))
+    tasks = LABEL_SETS["nyud"].tasks
     images = [str(out / "data" / "images" / f"{index:04d}.jpg") for index in range(401, 405)]  # the first of val
     return [
         ["data", "synth", "--out", data, "--layout", "nyud", "--train", "400", "--val", "100", "--seed", str(seed)],
@@ -17,7 +18,7 @@ def commands(out: Path, seed: int) -> list[list[str]]:
         ["train", "synthetic-tiny", "--data.root", data, "--train.seed", str(seed), "--out", trained, "--resume"],
         ["eval", trained],
         ["export", "onnx", trained, "--out", onnx],
-        *(["predict", onnx, "--task", task, *images, "--out", str(out / "predictions")] for task in TASKS),
+        *(["predict", onnx, "--task", task, *images, "--out", str(out / "predictions")] for task in tasks),
         ["export", "hls", trained, "--out", hls],
         ["hw", "csim", hls],
         ["report", trained, "--onnx", onnx, "--hls", hls, "--out", str(out / "report.html")],
