@@ -142,3 +142,13 @@ def test_config_file_and_dotted_keys_override_the_recipe_in_that_order(
     assert cli(*words, "--out", tmp_path / "run").returncode == 0
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert "lr: 0.5" in text and "epochs: 9" in text and "optimizer: adamw" in text
+
+
+def test_the_demo_predicts_what_it_trains() -> None:
+    from m3vit.demo import commands
+    from m3vit.training.config import read_config, recipe_path
+
+    words = commands(Path("out"), 0)
+    (recipe,) = [line[1] for line in words if line[0] == "train"]
+    predicted = [line[line.index("--task") + 1] for line in words if line[0] == "predict"]
+    assert sorted(predicted) == sorted(read_config(recipe_path(recipe)).model.tasks)

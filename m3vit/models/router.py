@@ -47,7 +47,7 @@ class Router(nn.Module):
     for each task the experts it may use, or None for all; the others get a logit no token can choose.
     """
 
-    FORBIDDEN = -1e4  # added to a logit: its exponential is 0 in float32, and the number fits 16-bit types
+    FORBIDDEN = -1e3  # added to a logit: its exponential is 0 in float32; small enough for fixed-point biases
 
     allowed_RE: Tensor | None
 
