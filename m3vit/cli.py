@@ -246,6 +246,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="of a run: cpu, cuda, ... (default: cuda if there is one)")
     parser.add_argument("--batch", type=positive, default=1, help="images a run takes at once (default: 1)")
     parser.add_argument("--workers", type=positive, default=None, help="processes matching edges (default: one a core)")
+    parser.add_argument("--all-metrics", action="store_true", help="print every metric, not the headline one alone")
     parser.add_argument("--compare", action="store_true", help="show two or more evaluated folders in one table")
     parser.add_argument("--baseline", default=None, help="with --compare: delta_m over a folder's or published figures")
 
@@ -280,7 +281,8 @@ def run_eval(args: argparse.Namespace) -> None:
         )
     if result:  # None in all but the first of several processes
         columns = ("trivial", "torch") if is_run else (predictor.name,)
-        print_scores(result["tasks"], columns, f"{result['images']} val images; protocol {result['protocol']}")
+        caption = f"{result['images']} val images; protocol {result['protocol']}"
+        print_scores(result["tasks"], columns, caption, args.all_metrics)
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
@@ -317,8 +319,8 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     Console(width=max(Console().width, 60 + 36 * len(rows))).print(table)
 
 
-def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str) -> None:
-    """Print the headline metric of each task, a column for each predictor."""
+def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, all_metrics: bool = False) -> None:
+    """Print the headline metric of each task, or all its metrics, a column for each predictor."""
     from rich.console import Console
     from rich.table import Table
 
@@ -331,13 +333,17 @@ def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str) ->
         table.add_column(column, justify="right")
     for task, scores in tasks.items():
         row = TASKS[task]
-        arrow = "↑" if row.higher_is_better else "↓"
         found = [scores.get(column) for column in columns]
-        values = [
-            "-" if value is None else f"{value[row.metric] if isinstance(value, dict) else value:.3f}"
-            for value in found
-        ]
-        table.add_row(task, f"{row.metric} ({row.unit}) {arrow}", *values)
+        arrow = "↑" if row.higher_is_better else "↓"
+        names = {row.metric: f"{row.metric} ({row.unit}) {arrow}"}
+        if all_metrics and isinstance(found[-1], dict):
+            names |= {name: name for name in found[-1] if name != row.metric}
+        for place, (metric, title) in enumerate(names.items()):
+            values = [
+                "-" if value is None else f"{value[metric] if isinstance(value, dict) else value:.3f}"
+                for value in found
+            ]
+            table.add_row("" if place else task, title, *values)
     Console(width=max(Console().width, 100)).print(table)
 
 
