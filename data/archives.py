@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from m3vit.errors import InputError
-from m3vit.files import atomic_folder, is_empty
+from m3vit.files import atomic_folder, require_new
 
 MAX_MEMBERS = 500_000  # PASCAL_MT, the largest of the releases, has under 100,000
 MAX_NAME_CHARS = 1024
@@ -37,12 +37,7 @@ def extract(archive: Path, out: Path, progress: Progress | None = None) -> Path:
     archive, out = Path(archive), Path(out).resolve()
     if not archive.is_file():
         raise InputError(f"{archive} not found or not a file: give an archive (.tgz, .tar.gz, .tar or .zip)")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, but must be a folder that is new or empty: name another one")
-    if not is_empty(out):
-        raise InputError(f"{out} is not empty: name a new folder or delete this one")
-    if out.exists() and os.path.ismount(out):
-        raise InputError(f"{out} is a mount point, which cannot be replaced at the end: name a new folder in it")
+    require_new(out)
     unpack = _unpack_zip if _kind(archive) == "zip" else _unpack_tar
     with atomic_folder(out) as staging:
         writer = _Writer(archive, staging, shutil.disk_usage(staging).free)

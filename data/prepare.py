@@ -40,7 +40,7 @@ from PIL import Image
 
 import m3vit
 from m3vit.errors import InputError
-from m3vit.files import atomic_folder, is_empty, sha256_file, write_json
+from m3vit.files import atomic_folder, require_new, sha256_file, write_json
 from m3vit.processes import run_jobs
 from m3vit.tasks import NYUD_CLASSES
 
@@ -91,7 +91,7 @@ def prepare_nyud(
     labeled, splits, classes, out = Path(labeled), Path(splits), Path(classes), Path(out).resolve()
     if depth not in DEPTHS:
         raise InputError(f"depth is {depth!r}: choose from {', '.join(DEPTHS)}")
-    _require_new(out)
+    require_new(out)
     count, size, num_names = _inspect(labeled)
     ids = _read_splits(splits, count)
     class_map = _read_class_map(classes, num_names)
@@ -240,15 +240,6 @@ def _read_class_map(path: Path, num_names: int) -> NDArray[np.uint8]:
             "give classMapping40.mat (894 ids) as --classes"
         )
     return np.concatenate([[0], mapping]).astype(np.uint8)
-
-
-def _require_new(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, but must be a folder that is new or empty: name another one")
-    if not is_empty(out):
-        raise InputError(f"{out} is not empty: name a new folder or delete this one")
-    if out.exists() and os.path.ismount(out):
-        raise InputError(f"{out} is a mount point, which cannot be replaced at the end: name a new folder in it")
 
 
 def _require_space(out: Path, images: int, size: tuple[int, int]) -> None:

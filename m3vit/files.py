@@ -39,6 +39,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_new(out: Path) -> None:
+    """Raise InputError unless `atomic_folder` can make `out` without destroying anything: it must be new or empty."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, but must be a folder that is new or empty: name another one")
+    if not is_empty(out):
+        raise InputError(f"{out} is not empty: name a new folder or delete this one")
+    if out.exists() and os.path.ismount(out):
+        raise InputError(f"{out} is a mount point, which cannot be replaced at the end: name a new folder in it")
+
+
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success it takes its place, on failure `out` stays as it was.
