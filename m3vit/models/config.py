@@ -7,7 +7,7 @@ from m3vit.errors import InputError
 from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
-HEADS = ("linear",)
+HEADS = ("linear", "pup")
 EXPERT_EXECUTIONS = ("sorted", "reference")
 
 
@@ -28,8 +28,12 @@ class ModelConfig:
         expert_ratio: hidden width of an expert as a multiple of the embedding dimension (M3ViT: 1).
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single.
         router_noise: standard deviation of the noise on router logits, times num_experts; in training only.
-        head: kind of the task heads.
-        head_stride: pixels of the image per output of the head, before the final bilinear resize.
+        head: kind of the task heads: linear (the one that also goes on the FPGA) or pup (SETR-PUP, as in M3ViT).
+        head_stride: pixels of the image per output of a linear head, before the final bilinear resize; pup heads have
+            half their patch size, halved down to 2 or less.
+        distillation: stages of the pup heads whose features also train further outputs for each task, made from the
+            features of all tasks (M3ViT's TAM): 0 is the one after the first upsampling. In training only: not
+            exported, and nothing of it is needed to predict.
         experts: how the experts are executed; all ways give the same result.
     """
 
@@ -47,6 +51,7 @@ class ModelConfig:
     router_noise: float = 0.0
     head: str = "linear"
     head_stride: int = 4
+    distillation: list[int] = field(default_factory=list)
     experts: str = "sorted"
 
     @property
@@ -64,6 +69,11 @@ class ModelConfig:
         ):
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        if self.distillation and (self.head != "pup" or len(self.tasks) < 2):
+            raise InputError(
+                f"model.distillation is {self.distillation} with head {self.head} and tasks {', '.join(self.tasks)}: "
+                "it needs pup heads and two tasks or more; give --model.distillation=[] without"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise InputError(f"model.top_k is {self.top_k}: give 1 to model.num_experts ({self.num_experts})")
         if min(self.image_size) < 1 or self.head_stride < 1 or self.expert_ratio <= 0 or self.router_noise < 0:
