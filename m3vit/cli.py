@@ -177,28 +177,37 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
     import jsonargparse
 
-    from m3vit.training.config import Config, recipe_names, recipe_path
+    from m3vit.training.config import Config, read_config, recipe_names, recipe_path
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
+    start = None
+    if recipe and command == "profile" and recipe not in recipe_names() and Path(recipe).is_dir():
+        start = Path(recipe) / "config.yaml"
+        read_config(start)  # its messages are clearer than those of the parser below
+    elif recipe:
+        start = recipe_path(recipe)
     parser = jsonargparse.ArgumentParser(
         prog=f"m3vit {command} RECIPE",
         exit_on_error=False,
-        default_config_files=[str(recipe_path(recipe))] if recipe else None,
+        default_config_files=[str(start)] if start else None,
         description=f"{COMMANDS[command][0]} RECIPE: {', '.join(recipe_names())}. "
         "Later sources win: recipe, --config, dotted keys. A mapping in a file replaces the recipe's; a dotted key "
         "changes one entry of it.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
-    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    if command == "profile":
+        parser.add_argument("--task", default=None, help="show this task alone (default: all of them)")
+        parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON")
+    else:
+        parser.add_argument("--out", type=Path, required=True, help="the run folder")
     if command == "train":
         parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     for section in fields(Config):
         parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
     if recipe is None and not {"-h", "--help"} & set(argv):
-        raise InputError(
-            f"give a recipe first: m3vit {command} RECIPE --out RUN, with one of {', '.join(recipe_names())}"
-        )
+        rest = " (or a run folder)" if command == "profile" else " --out RUN"
+        raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
     words = list(argv[1:] if recipe else argv)
     if "--config" in words[:-1]:  # to the front: dotted keys win over it wherever they stand
         place = words.index("--config")
@@ -229,6 +238,19 @@ def run_init(argv: Sequence[str]) -> None:
 
     initialise(config, args.out)
     say(f"untrained weights: {args.out}")
+
+
+def run_profile(argv: Sequence[str]) -> None:
+    config, args = config_from("profile", argv)
+    config.check()
+    from m3vit.profiling import profile, render
+
+    report = profile(config.model, args.task)
+    if args.json is not None:
+        from m3vit.files import write_json
+
+        write_json(args.json, report)
+    say(render(report))
 
 
 # --- eval -----------------------------------------------------------------------------------------------------------
@@ -488,6 +510,7 @@ COMMANDS: dict[str, Command] = {
     "data check": ("Open every file of a data set and report what is wrong with it.", add_check, run_check),
     "train": ("Train a recipe into a run folder.", None, run_train),
     "init": ("Write the run folder of a recipe with untrained weights.", None, run_init),
+    "profile": ("Count parameters and multiply-accumulates of a recipe or a run.", None, run_profile),
     "eval": ("Score a run, an ONNX package or an HLS project; compare scores.", add_eval, run_eval),
     "export onnx": ("Write one small ONNX graph per task around one weights.bin.", add_export_onnx, run_export_onnx),
     "predict": ("Predict with an ONNX package: onnxruntime only, no torch.", add_predict, run_predict),

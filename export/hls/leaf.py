@@ -307,6 +307,11 @@ def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
 
 def _build(model: MultiTaskModel) -> LoweredModel:
     backbone, trunk = model.backbone, model.backbone.trunk
+    if model.config.head != "linear":
+        raise InputError(
+            f"cannot export to HLS: the model has {model.config.head} heads, and the FPGA flow has linear ones: train "
+            "with model.head linear"
+        )
     num_tasks = len(model.config.tasks)
     if len(backbone.moe_indices) + 1 > MAX_TASK_CONSUMERS:
         raise InputError(
@@ -349,7 +354,7 @@ def normalise(images: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
 def lower(model: MultiTaskModel) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    Raises InputError for a trunk or a number of MoE layers that cannot be exported.
+    Raises InputError for a trunk, heads or a number of MoE layers that cannot be exported.
     """
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()

@@ -3,6 +3,9 @@
 Shapes: R tasks, B images, T tokens, D embedding dimension, (h, w) patch grid.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -27,7 +30,15 @@ def make_trunk(config: ModelConfig) -> VisionTransformer:
         raise InputError(f"model.trunk is {config.trunk!r}, not a timm model: give one such as {near}")
     arguments: dict[str, Any] = {"img_size": tuple(config.image_size), "num_classes": 0, **config.trunk_args}
     try:
-        trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
+        with _quiet_hub():
+            trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
+    except OSError as error:  # of huggingface_hub: no network, no such file, too many requests
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise InputError(
+            f"the pretrained weights of {config.trunk} could not be fetched ({reason}): connect this machine to the "
+            "Hugging Face hub, copy a filled cache to it (HF_HOME), or start from random weights with "
+            "--model.pretrained=false"
+        ) from None
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise InputError(f"timm cannot build {config.trunk} as a ViT with {config.trunk_args}: {error}") from error
     # Exact types: `Backbone.forward` does what timm's forward does for these, and subclasses do more.
@@ -55,6 +66,18 @@ def make_trunk(config: ModelConfig) -> VisionTransformer:
     # M3ViT has no final norm: each head starts with its own (its code: models/vit_up_head.py).
     trunk.norm = nn.Identity()
     return trunk
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub's line for each retry (some 50 s of them without network): `make_trunk` says what failed."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Backbone(nn.Module):

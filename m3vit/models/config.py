@@ -7,7 +7,7 @@ from m3vit.errors import InputError
 from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
-HEADS = ("linear",)
+HEADS = ("linear", "pup")
 EXPERT_EXECUTIONS = ("auto", "sorted", "grouped", "reference")
 NOISES = ("fixed", "learned")
 
@@ -32,8 +32,12 @@ class ModelConfig:
         router_noise_kind: fixed (router_noise alone, as M3ViT's released runs), or learned: a second linear map of the
             token, through softplus, scales the noise (Shazeer et al., arXiv 1701.06538; router_noise 1 is theirs).
         experts_per_task: the experts that a task may use, such as {depth: [0, 1, 2, 3]}; tasks not named use all.
-        head: kind of the task heads.
-        head_stride: pixels of the image per output of the head, before the final bilinear resize.
+        head: kind of the task heads: linear (the one that also goes on the FPGA) or pup (SETR-PUP, as in M3ViT).
+        head_stride: pixels of the image per output of a linear head, before the final bilinear resize; pup heads have
+            half their patch size, halved down to 2 or less.
+        distillation: stages of the pup heads whose features also train further outputs for each task, made from the
+            features of all tasks (M3ViT's TAM): 0 is the one after the first upsampling. In training only: not
+            exported, and nothing of it is needed to predict.
         experts: how the experts are executed: sorted, grouped (grouped GEMM), reference (every expert on every token)
             or auto (grouped for bf16 on CUDA, else sorted); all ways give the same result.
     """
@@ -54,6 +58,7 @@ class ModelConfig:
     experts_per_task: dict[str, list[int]] = field(default_factory=dict)
     head: str = "linear"
     head_stride: int = 4
+    distillation: list[int] = field(default_factory=list)
     experts: str = "auto"
 
     @property
@@ -72,6 +77,11 @@ class ModelConfig:
         ):
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        if self.distillation and (self.head != "pup" or len(self.tasks) < 2):
+            raise InputError(
+                f"model.distillation is {self.distillation} with head {self.head} and tasks {', '.join(self.tasks)}: "
+                "it needs pup heads and two tasks or more; give --model.distillation=[] without"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise InputError(f"model.top_k is {self.top_k}: give 1 to model.num_experts ({self.num_experts})")
         for task, allowed_experts in self.experts_per_task.items():

@@ -1,9 +1,25 @@
 """Task heads. Shapes: B images, T = h * w tokens, D embedding dimension, C channels, s outputs per token and side."""
 
+import math
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig
+from m3vit.tasks import Task, resolve
+
+PUP_WIDTH = 256  # channels of a PUP head and of distillation, whatever the trunk's width
+
+
+def make_head(config: ModelConfig, task: Task, dim: int, patch_size: int) -> nn.Module:
+    """Build the head of a task: forward(tokens [B, T, D], grid (h, w), size or None) -> logits [B, C, *size]."""
+    channels = config.labels.channels(task.name)
+    if config.head == "pup":
+        return PupHead(dim, channels, patch_size, task.output_bias)
+    return LinearHead(dim, channels, patch_size, config.head_stride, task.output_bias)
 
 
 class LinearHead(nn.Module):
@@ -33,5 +49,133 @@ class LinearHead(nn.Module):
 
 def assemble_tokens(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int, size: tuple[int, int] | None) -> Tensor:
     """Lay per-token outputs [B, T, C * s^2], s = `upscale`, out as an image [B, C, *size] (unresized if None)."""
-    image = F.pixel_shuffle(outputs_BTC.transpose(1, 2).unflatten(2, grid), upscale)
-    return image if size is None else F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return resize(F.pixel_shuffle(outputs_BTC.transpose(1, 2).unflatten(2, grid), upscale), size)
+
+
+class PupHead(nn.Module):
+    """Progressive upsampling: SETR-PUP (arXiv 2012.15840) as M3ViT has it (its code: models/vit_up_head.py).
+
+    LayerNorm -> S stages of 3x3 convolution to 256 channels, BatchNorm, ReLU, with a bilinear x2 between stages -> 1x1
+    convolution to C -> bilinear resize to the image. S = ceil(log2 p) for patch size p, so that the convolutions run at
+    strides p, p/2, ... and the resize at the end has a factor of 2: S = 4 and strides 16, 8, 4, 2 for patch 16, as
+    published. A patch size that is no power of two ends in a smaller factor (14: strides 14, 7, 3.5, 1.75).
+
+    The published heads have SyncBatchNorm; training on several processes has to convert to it.
+    """
+
+    def __init__(self, dim: int, channels: int, patch_size: int, bias: float) -> None:
+        super().__init__()
+        count = stage_count(patch_size)
+        self.patch_size = patch_size
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        # As torch initialises convolutions, and with biases that BatchNorm makes redundant: both as published.
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, PUP_WIDTH, 3, padding=1), nn.BatchNorm2d(PUP_WIDTH), nn.ReLU(inplace=True))
+            for width in [dim] + [PUP_WIDTH] * (count - 1)
+        )
+        self.output = nn.Conv2d(PUP_WIDTH, channels, 1)
+        nn.init.constant_(self.output.bias, bias)
+
+    def features(self, tokens_BTD: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """Return what each stage gives: [B, 256, h * 2^i, w * 2^i] for i = 0 ... S - 1."""
+        x = self.norm(tokens_BTD).transpose(1, 2).unflatten(2, grid)
+        found: list[Tensor] = []
+        for stage in self.stages:
+            if found:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            x = stage(x)
+            found.append(x)
+        return found
+
+    def predict(self, feature: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Return logits [B, C, *size] from the last stage's feature, or at its own resolution if `size` is None."""
+        if size is None:
+            check_native(self.patch_size)
+        return resize(self.output(feature), size)
+
+    def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: tuple[int, int] | None) -> Tensor:
+        """Return logits [B, C, *size], or before the last resize (at stride 2 for powers of two) if `size` is None."""
+        return self.predict(self.features(tokens_BTD, grid)[-1], size)
+
+
+class Distillation(nn.Module):
+    """Training-only outputs that see the features of all tasks: M3ViT's "TAM" (its code: models/models.py, TamModule).
+
+    The task-attentional module of Joint Task-Recursive Learning (Zhang et al., ECCV 2018) for any number R of tasks;
+    like PAD-Net's multi-modal distillation, it predicts each task from the features of all of them. F_r is the feature
+    [B, 256, h, w] of task r at one stage of its PUP head:
+
+    - balance b = sigmoid(conv(conv(F_1 ... F_R)));
+    - mix of b / n * F_r for the first n = R // 2 tasks and (1 - b) / (R - n) * F_r for the others, in the order of the
+      model's tasks (the published code writes this out for 2, 3, 4 and 5 tasks, and gives no reason for the halves);
+    - attention m = sigmoid of mix -> conv -> two convolutions of stride 2 -> two transposed ones;
+    - logits of task r = 1x1 conv(conv_r((1 + m) * F_1 ... (1 + m) * F_R)).
+
+    Every convolution but the last is 3x3 with BatchNorm, and ReLU where no sigmoid follows. Difference: sizes that 4
+    does not divide work; the published code fails on them.
+    """
+
+    def __init__(self, channels: Sequence[int], biases: Sequence[float]) -> None:
+        super().__init__()
+        width, every = PUP_WIDTH, PUP_WIDTH * len(channels)
+        self.balance = nn.Sequential(*_conv(every, width), nn.ReLU(inplace=True), *_conv(width, width))
+        self.mix = nn.Sequential(*_conv(every, width), nn.ReLU(inplace=True))
+        self.down = nn.ModuleList(nn.Sequential(*_conv(width, width, stride=2), nn.ReLU(inplace=True)) for _ in (0, 1))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(width, width, 3, stride=2, padding=1) for _ in (0, 1))
+        self.up_norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in (0, 1))
+        self.outputs = nn.ModuleList(
+            nn.Sequential(*_conv(every, width), nn.ReLU(inplace=True), nn.Conv2d(width, count, 1)) for count in channels
+        )
+        for output, bias in zip(self.outputs, biases, strict=True):
+            nn.init.constant_(output[-1].bias, bias)  # type: ignore[index, union-attr, arg-type]
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return logits [B, C_r, h, w] of each task from the features [B, 256, h, w] of all, in the tasks' order."""
+        first = len(features) // 2
+        balance = self.balance(torch.cat(list(features), dim=1)).sigmoid()
+        shares = [balance / first] * first + [(1 - balance) / (len(features) - first)] * (len(features) - first)
+        x = self.mix(torch.cat([feature * share for feature, share in zip(features, shares, strict=True)], dim=1))
+        half = self.down[0](x)
+        # output_size: without it, odd sizes would come back one larger.
+        up = self.up[0](self.down[1](half), output_size=half.shape[-2:])
+        up = self.up[1](self.up_norms[0](up).relu(), output_size=x.shape[-2:])
+        attention = self.up_norms[1](up).sigmoid()
+        attended = torch.cat([feature * (1 + attention) for feature in features], dim=1)
+        return [output(attended) for output in self.outputs]
+
+
+def make_distillation(config: ModelConfig, patch_size: int) -> nn.ModuleDict:
+    """Build the distillation of each level asked for, {str(level): Distillation}; none by default."""
+    levels = stage_count(patch_size) - 1
+    asked = config.distillation
+    if len(set(asked)) != len(asked) or any(not 0 <= level < levels for level in asked):
+        raise InputError(
+            f"model.distillation is {asked}: give each level once, out of those that pup heads of patch size "
+            f"{patch_size} have: {', '.join(map(str, range(levels))) or 'none'}"
+        )
+    tasks = resolve(config.tasks, config.label_set)
+    channels, biases = [config.labels.channels(task.name) for task in tasks], [task.output_bias for task in tasks]
+    return nn.ModuleDict({str(level): Distillation(channels, biases) for level in asked})
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.BatchNorm2d(outputs)
+
+
+def stage_count(patch_size: int) -> int:
+    """Return how many 3x3 convolutions a PUP head has for a patch size."""
+    return max(1, math.ceil(math.log2(patch_size)))
+
+
+def check_native(patch_size: int) -> None:
+    """Raise InputError if losses cannot be taken at a PUP head's own resolution: labels need a whole factor."""
+    if patch_size & (patch_size - 1):
+        raise InputError(
+            f"train.native_losses: the pup heads of patch size {patch_size} have no resolution that divides the "
+            "image's; give []"
+        )
+
+
+def resize(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Return logits [B, C, h, w] bilinearly resized to [B, C, *size], or as they are if `size` is None."""
+    return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

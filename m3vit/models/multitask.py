@@ -1,23 +1,27 @@
 """The whole model: backbone and one head per task."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.models.backbone import Backbone
 from m3vit.models.config import ModelConfig
-from m3vit.models.heads import LinearHead
+from m3vit.models.heads import make_distillation, make_head, resize
 from m3vit.models.router import Routing
 from m3vit.tasks import resolve
 
 
 class Output(NamedTuple):
-    """Logits {task: [B, C, H, W] float32} and, for each MoE layer, its routing (tasks in the order asked for)."""
+    """Logits {task: [B, C, H, W] float32} and, for each MoE layer, its routing (tasks in the order asked for).
+
+    `distilled` holds the outputs of each level of `model.distillation`, {level: logits of each task as above}.
+    """
 
     logits: dict[str, Tensor]
     routings: list[Routing]
+    distilled: dict[int, dict[str, Tensor]]
 
 
 class MultiTaskModel(nn.Module):
@@ -28,18 +32,14 @@ class MultiTaskModel(nn.Module):
         config.check()
         self.config = config
         self.backbone = Backbone(config)
+        patch_size = self.backbone.patch_size
         self.heads = nn.ModuleDict(
             {
-                task.name: LinearHead(
-                    self.backbone.dim,
-                    config.labels.channels(task.name),
-                    self.backbone.patch_size,
-                    config.head_stride,
-                    task.output_bias,
-                )
+                task.name: make_head(config, task, self.backbone.dim, patch_size)
                 for task in resolve(config.tasks, config.label_set)
             }
         )
+        self.distillation = make_distillation(config, patch_size)
 
     def task_id(self, task: str) -> int:
         """Return the position of a task in the model's task table, or raise InputError."""
@@ -55,8 +55,24 @@ class MultiTaskModel(nn.Module):
         names = list(self.config.tasks if tasks is None else tasks)
         tokens_RBTD, routings = self.backbone(images, tuple(self.task_id(name) for name in names))
         grid, size = self.backbone.grid(images), (images.shape[-2], images.shape[-1])
-        logits = {
-            name: self.heads[name](tokens, grid, None if name in native else size)
-            for name, tokens in zip(names, tokens_RBTD.unbind(), strict=True)
-        }
-        return Output(logits, routings)
+        tokens = dict(zip(names, tokens_RBTD.unbind(), strict=True))
+        sizes = {name: None if name in native else size for name in names}
+        # Distillation needs every task's features: a training step on some of the tasks goes without.
+        if self.training and self.distillation and set(names) == set(self.heads):
+            logits, distilled = self._distil(tokens, grid, sizes)
+            return Output(logits, routings, distilled)
+        return Output({name: self.heads[name](tokens[name], grid, sizes[name]) for name in names}, routings, {})
+
+    def _distil(
+        self, tokens: dict[str, Tensor], grid: tuple[int, int], sizes: dict[str, tuple[int, int] | None]
+    ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        """Return the logits of the (pup) heads and the distilled ones of each level, by task."""
+        heads: dict[str, Any] = dict(self.heads.items())
+        features = {name: heads[name].features(tokens[name], grid) for name in self.config.tasks}
+        logits = {name: heads[name].predict(features[name][-1], sizes[name]) for name in tokens}
+        distilled: dict[int, dict[str, Tensor]] = {}
+        for level in self.config.distillation:
+            outputs = self.distillation[str(level)]([stages[level + 1] for stages in features.values()])
+            named = zip(features, outputs, strict=True)
+            distilled[level] = {name: resize(output, sizes[name]) for name, output in named}
+        return logits, distilled

@@ -112,7 +112,13 @@ def step_losses(
     }
     resolved = resolve(config.model.tasks, config.model.label_set)
     weights = {task.name: task.weight for task in resolved} | config.train.task_weights
-    total = torch.stack([weights[task] * loss for task, loss in losses.items()]).sum()
+    # Distilled outputs weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
+    losses |= {
+        f"{task}/distilled{level}": task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight)
+        for level, outputs in output.distilled.items()
+        for task, logits in outputs.items()
+    }
+    total = torch.stack([weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
     routing_weights = config.train.routing_weights()
     for name, loss in routing_losses(output.routings, routing_weights).items():
         losses[name] = loss

@@ -192,6 +192,32 @@ def test_graph_holds_its_own_gate_and_head_only(model: MultiTaskModel, exported:
         assert contains(arrays, model.heads.get_parameter(f"{other}.linear.weight")) == (other == task)
 
 
+def test_pup_heads_and_no_distillation(tmp_path: Path) -> None:
+    model = make_model(tasks=["depth", "normals"], head="pup", distillation=[0])
+    with torch.no_grad():  # BatchNorm's statistics start as the identity
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                    assert tensor is not None
+                    tensor.uniform_(0.5, 1.5)
+    export_package(model, tmp_path / "package", info={})
+    report = check_parity(model, tmp_path / "package", make_images(2))
+    assert model.training  # as it was: exporting in evaluation mode changed no statistics
+    for task, other in (("depth", "normals"), ("normals", "depth")):
+        assert report[task]["worst_relative_error"] < LIMIT
+        arrays = arrays_of(tmp_path / "package" / f"{task}.onnx")
+        # The exporter folds BatchNorm into the convolutions before it, but not into the last one.
+        assert contains(arrays, model.heads.get_parameter(f"{task}.output.weight"))
+        assert not contains(arrays, model.heads.get_parameter(f"{other}.output.weight"))
+        own = sum(parameter.numel() for name, parameter in model.named_parameters() if own_part(name, task))
+        floats = sum(array.size for array in arrays.values() if array.dtype == np.float32)
+        assert floats < own + 10_000  # constants and running statistics; one 3x3 convolution has 589,824
+
+
+def own_part(name: str, task: str) -> bool:
+    return not name.startswith(("heads.", "distillation.")) or name.startswith(f"heads.{task}.")
+
+
 def test_task_conditioned_graph_holds_no_task_embedding() -> None:
     model = make_model(router="task_conditioned", tasks=["depth", "edge"])
     graph = export_task(model, "depth", size=(32, 48))

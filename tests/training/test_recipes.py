@@ -1,0 +1,71 @@
+"""Every recipe: a model can be built from it, and its header says where it is from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from m3vit.data.opening import LAYOUTS
+from m3vit.errors import InputError
+from m3vit.models import backbone
+from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.training.config import Config, DataConfig, TrainConfig, recipe_names, recipe_path
+
+PUBLISHED = [name for name in recipe_names() if not name.startswith("synthetic")]
+
+
+def read(name: str) -> Config:
+    values = yaml.safe_load(recipe_path(name).read_text())
+    return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_model_can_be_built(name: str) -> None:
+    config = read(name)
+    config.check()
+    assert config.data.layout in LAYOUTS
+    with torch.device("meta"):
+        model = MultiTaskModel(replace(config.model, pretrained=False))
+    assert list(model.heads) == config.model.tasks
+    wanted = 0 if config.model.moe_blocks == "none" else len(model.backbone.trunk.blocks) // 2
+    assert len(model.backbone.moe_indices) == wanted
+
+
+@pytest.mark.parametrize("router", ["single", "task_conditioned"])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "dense" not in name])
+def test_rows_of_the_router_ablation_can_be_built(name: str, router: str) -> None:
+    with torch.device("meta"):
+        MultiTaskModel(replace(read(name).model, pretrained=False, router=router))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_single_task_baselines_can_be_built(name: str) -> None:
+    config = read(name)
+    for task in config.model.tasks:
+        config.model = replace(config.model, pretrained=False, tasks=[task], distillation=[])
+        config.check()
+        with torch.device("meta"):
+            assert list(MultiTaskModel(config.model).heads) == [task]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_header_cites_its_source(name: str) -> None:
+    lines = recipe_path(name).read_text().splitlines()
+    header = " ".join(line[2:] for line in lines if line.startswith("# "))
+    for words in ("Not yet measured on the real data set.", "Sources:", "Evaluate with m3vit eval RUN --protocol"):
+        assert words in header
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_missing_pretrained_weights_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        # What timm 1.0 and huggingface_hub raise without a network (after 50 s of retries).
+        raise LocalEntryNotFoundError("cannot find the requested files in the local cache. Please check")
+
+    monkeypatch.setattr(backbone.timm, "create_model", offline)
+    with pytest.raises(InputError, match=r"weights of deit_small.*local cache\).*--model\.pretrained=false") as error:
+        MultiTaskModel(read("nyud-small").model)
+    assert "\n" not in str(error.value)
