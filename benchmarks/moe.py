@@ -104,7 +104,7 @@ def pascal(device: str, size: int) -> tuple[Config, MultiTaskModel, Tensor, dict
     """Return M3ViT-S with linear heads, and noise images with labels."""
     config = read_config(recipe_path("pascal-small"))
     config.model.pretrained, config.model.head, config.model.image_size = False, "linear", (size, size)
-    config.model.trunk_args = {"num_heads": 12}
+    config.model.trunk_args, config.model.distillation = {"num_heads": 12}, []
     torch.manual_seed(0)
     model = MultiTaskModel(config.model).to(device).train()
     batch = 2
