@@ -178,8 +178,12 @@ def _rule(module: Any) -> Callable[..., int] | None:
         return _router
     if hasattr(module, "qkv") and hasattr(module, "num_heads"):  # timm's attentions
         return _attention
-    rules = {nn.Linear: _linear, nn.Conv2d: _convolution, nn.ConvTranspose2d: _transposed}
-    return next((rule for kind, rule in rules.items() if isinstance(module, kind)), None)
+    rules: tuple[tuple[type[nn.Module], Callable[..., int]], ...] = (
+        (nn.Linear, _linear),
+        (nn.Conv2d, _convolution),
+        (nn.ConvTranspose2d, _transposed),
+    )
+    return next((rule for kind, rule in rules if isinstance(module, kind)), None)
 
 
 def _linear(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> int:

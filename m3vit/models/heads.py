@@ -74,7 +74,7 @@ class PupHead(nn.Module):
             for width in [dim] + [PUP_WIDTH] * (count - 1)
         )
         self.output = nn.Conv2d(PUP_WIDTH, channels, 1)
-        nn.init.constant_(self.output.bias, bias)
+        nn.init.constant_(self.output.bias, bias)  # type: ignore[arg-type]
 
     def features(self, tokens_BTD: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Return what each stage gives: [B, 256, h * 2^i, w * 2^i] for i = 0 ... S - 1."""
