@@ -16,9 +16,11 @@ class ModelConfig:
     """Architecture of one multi-task mixture-of-experts ViT.
 
     Attributes:
-        trunk: name of a timm VisionTransformer, e.g. vit_small_patch16_224.
+        trunk: name of a timm VisionTransformer or Eva model, e.g. vit_small_patch16_224 or vit_small_patch16_dinov3.
         trunk_args: keyword arguments for timm, e.g. {embed_dim: 64, depth: 4}.
         pretrained: load timm's pretrained weights for the trunk (needs network or a local timm cache).
+        weights: file of weights for the dense trunk instead: .safetensors or torch's .pth, in the layout of timm, of
+            a model's authors that timm can convert, or of a run folder (model.safetensors). Empty: none.
         image_size: (height, width) in pixels that the position embedding is made for.
         label_set: whose classes and tasks the outputs have: nyud or pascal; that of data.layout.
         tasks: names of the tasks, in the order of their task ids.
@@ -36,6 +38,7 @@ class ModelConfig:
     trunk: str = "vit_small_patch16_224"
     trunk_args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    weights: str = ""
     image_size: tuple[int, int] = (480, 640)
     label_set: str = "nyud"
     tasks: list[str] = field(default_factory=lambda: ["semseg", "depth", "normals", "edge"])
@@ -71,6 +74,8 @@ class ModelConfig:
                 "model.image_size, head_stride and expert_ratio must be positive and router_noise not negative, got "
                 f"{tuple(self.image_size)}, {self.head_stride}, {self.expert_ratio} and {self.router_noise}"
             )
+        if self.pretrained and self.weights:
+            raise InputError(f"model.weights {self.weights} and model.pretrained exclude each other: give one of them")
         if isinstance(self.moe_blocks, str) and self.moe_blocks not in ("odd", "none"):
             raise InputError(f"model.moe_blocks is {self.moe_blocks!r}: give odd, none or a list of block indices")
 
