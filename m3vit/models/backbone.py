@@ -22,6 +22,7 @@ from m3vit.models.experts import ExpertBank
 from m3vit.models.moe import MoELayer
 from m3vit.models.pretrained import load_weights
 from m3vit.models.router import Router, Routing
+from m3vit.models.upcycling import upcycle
 
 FAMILIES = ("vision_transformer", "deit", "eva")  # the modules of timm that build such trunks
 EXAMPLES = "vit_small_patch16_224, deit3_small_patch16_224, vit_small_patch14_reg4_dinov2 or vit_small_patch16_dinov3"
@@ -127,6 +128,8 @@ class Backbone(nn.Module):
             )
             bank = ExpertBank(config.num_experts, self.dim, round(self.dim * config.expert_ratio))
             layer = MoELayer(router, bank, config.experts)
+            if config.init == "upcycle":
+                upcycle(layer, block.mlp, config.upcycle_gates, f"block {index} of {config.trunk}")
             block.mlp = layer
 
     def grid(self, images: Tensor) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from m3vit.errors import InputError
 from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
+INITS = ("random", "upcycle")
 HEADS = ("linear",)
 EXPERT_EXECUTIONS = ("sorted", "reference")
 
@@ -28,6 +29,11 @@ class ModelConfig:
         num_experts: experts in each bank (E).
         top_k: experts per token (K).
         expert_ratio: hidden width of an expert as a multiple of the embedding dimension (M3ViT: 1).
+        init: how experts start: random, or upcycle (from the MLPs of the trunk, pretrained or not, so that the model
+            first computes what the dense trunk does; arXiv 2410.07524). upcycle needs the MLP's width to be a
+            multiple G of an expert's, and num_experts and top_k to be multiples of G.
+        upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
+            starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single.
         router_noise: standard deviation of the noise on router logits, times num_experts; in training only.
         head: kind of the task heads.
@@ -46,6 +52,8 @@ class ModelConfig:
     num_experts: int = 16
     top_k: int = 4
     expert_ratio: float = 1.0
+    init: str = "random"
+    upcycle_gates: float = 1e-6
     router: str = "multi"
     router_noise: float = 0.0
     head: str = "linear"
@@ -61,6 +69,7 @@ class ModelConfig:
         """Raise InputError for values that no model can be built from."""
         resolve(self.tasks, self.label_set)
         for key, value, allowed in (
+            ("model.init", self.init, INITS),
             ("model.router", self.router, ROUTERS),
             ("model.head", self.head, HEADS),
             ("model.experts", self.experts, EXPERT_EXECUTIONS),
@@ -76,6 +85,8 @@ class ModelConfig:
             )
         if self.pretrained and self.weights:
             raise InputError(f"model.weights {self.weights} and model.pretrained exclude each other: give one of them")
+        if not 0 < self.upcycle_gates <= 1:
+            raise InputError(f"model.upcycle_gates is {self.upcycle_gates}: give a number above 0, at most 1")
         if isinstance(self.moe_blocks, str) and self.moe_blocks not in ("odd", "none"):
             raise InputError(f"model.moe_blocks is {self.moe_blocks!r}: give odd, none or a list of block indices")
 

@@ -80,7 +80,7 @@ def load_run(folder: Path) -> Run:
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
     info = read_json(folder / "model.json", "part of a run folder, beside model.safetensors")
     # The weights are here: what they were first made from need not be.
-    fresh: dict[str, Any] = {"pretrained": False, "weights": ""}
+    fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
     config.model = replace(config.model, **fresh)
     try:
         state = load_file(weights)
