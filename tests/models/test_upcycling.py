@@ -228,3 +228,25 @@ def test_run_folder_needs_the_dense_weights_no_more(tmp_path: Path) -> None:
     (tmp_path / "dense.safetensors").unlink()
     run = load_run(tmp_path / "run")
     assert max(errors(run.model, dense)) < 5e-6
+
+
+def test_compiled_model_computes_the_same() -> None:
+    # aot_eager: what dynamo and autograd make of the model, without the minute that C++ takes.
+    images = torch.randn(2, 3, *SIZE)
+    for execution, whole in (("reference", True), ("sorted", False)):
+        torch.compiler.reset()
+        model = make(experts=execution, moe_blocks=[1], args={"depth": 2}, num_experts=4, tasks=["depth", "edge"])
+        results = []
+        for function in (model, torch.compile(model, backend="aot_eager", fullgraph=whole)):
+            model.zero_grad()
+            output = function(images)
+            torch.stack([value.square().mean() for value in output.logits.values()]).sum().backward()
+            results.append([*output.logits.values(), *(parameter.grad for parameter in model.parameters())])
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)  # float32 sum order
+        torch.compiler.reset()
+        explained = torch._dynamo.explain(model)(images)
+        assert (explained.graph_break_count == 0) == whole
+        if not whole:
+            assert any("run_sorted" in str(reason.reason) for reason in explained.break_reasons)
+    torch.compiler.reset()
