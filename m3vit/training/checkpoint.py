@@ -61,7 +61,8 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int) -> None:
     write_json(
         folder / "model.json",
         {
-            "architecture": plain(asdict(model.config)),
+            # Copied into exported packages: the name of a weights file, not where it lies on this disk.
+            "architecture": plain(asdict(replace(model.config, weights=Path(model.config.weights).name))),
             "tasks": model.config.tasks,
             "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
             "normalisation": {"mean": IMAGE_MEAN, "std": IMAGE_STD},

@@ -243,6 +243,7 @@ def test_run_folder_needs_the_dense_weights_no_more(tmp_path: Path) -> None:
     initialise(config, tmp_path / "run")
     (tmp_path / "dense.safetensors").unlink()
     run = load_run(tmp_path / "run")
+    assert run.info["architecture"]["weights"] == "dense.safetensors"  # no path: it goes into exported packages
     assert max(errors(run.model, dense)) < 5e-6
 
 
