@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hls4ml.utils.torch import HLS4MLModule
-from timm.layers import LayerScale
+from timm.layers import LayerScale, Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
@@ -285,16 +285,13 @@ def _block(block: Any, index: int, layer: int, num_tasks: int) -> LoweredBlock:
         return LoweredBlock(True, **layers, moe=_moe(mlp, layer, num_tasks, scale2))
     activation, norm = getattr(mlp, "act", None), getattr(mlp, "norm", nn.Identity())
     plain = isinstance(activation, nn.GELU) and activation.approximate == "none" and isinstance(norm, nn.Identity)
-    if not plain or not all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("fc1", "fc2")):
+    if not plain or type(mlp) is not Mlp:
         raise _refuse(f"the MLP of block {index} is a {type(mlp).__name__} with {type(activation).__name__}")
     return LoweredBlock(False, **layers, fc1=_linear(mlp.fc1), gelu=VitGelu(), fc2=_linear(mlp.fc2, scale2))
 
 
 def _position(model: MultiTaskModel, grid: tuple[int, int]) -> VitPosition:
-    position, prefix = model.backbone.position_embedding(grid), model.backbone.prefix()
-    if prefix is None:
-        return VitPosition(position[0], 0)
-    return VitPosition(torch.cat([prefix, position], dim=1)[0], prefix.shape[1])
+    return VitPosition(model.backbone.constants(grid)[0], model.backbone.trunk.num_prefix_tokens)
 
 
 def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
@@ -319,6 +316,8 @@ def _build(model: MultiTaskModel) -> LoweredModel:
             f"id to {MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most "
             f"{MAX_TASK_CONSUMERS - 1} blocks"
         )
+    if backbone.rotary:
+        raise _refuse(f"{model.config.trunk} has rotary positions")
     height, width = model.config.image_size
     grid = (height // backbone.patch_size, width // backbone.patch_size)
     if not isinstance(trunk.patch_embed.norm, nn.Identity):

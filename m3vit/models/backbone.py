@@ -1,6 +1,10 @@
-"""The backbone: any timm VisionTransformer, some of whose MLPs are mixtures of experts.
+"""The backbone: a vision transformer of timm, some of whose MLPs are mixtures of experts.
 
-Shapes: R tasks, B images, T tokens, D embedding dimension, (h, w) patch grid.
+A trunk is what timm builds from its classes VisionTransformer (AugReg, DeiT, DINOv2, CLIP, ...) or Eva (EVA-02,
+DINOv3, RoPE-ViT, ...), with any patch size, prefix tokens and positions. timm embeds the image and runs the blocks
+without experts; this module composes the parts of the blocks with experts, where it stacks the tasks.
+
+Shapes: R tasks, B images, P prefix tokens, T patch tokens, D embedding dimension, (h, w) patch grid.
 """
 
 import logging
@@ -10,61 +14,71 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
 from m3vit.models.experts import ExpertBank
 from m3vit.models.moe import MoELayer
+from m3vit.models.pretrained import load_weights
 from m3vit.models.router import Router, Routing
+from m3vit.models.upcycling import upcycle
+
+FAMILIES = ("vision_transformer", "deit", "eva")  # the modules of timm that build such trunks
+EXAMPLES = "vit_small_patch16_224, deit3_small_patch16_224, vit_small_patch14_reg4_dinov2 or vit_small_patch16_dinov3"
+POST_NORM = (ResPostBlock, EvaBlockPostNorm)  # blocks that normalise what they add, not what they read
 
 
-def make_trunk(config: ModelConfig) -> VisionTransformer:
+def make_trunk(config: ModelConfig) -> VisionTransformer | Eva:
     """Build the timm model, without classifier and final norm, or raise InputError if it is not a ViT we can use."""
     if not timm.is_model(config.trunk):
         near = ", ".join(timm.list_models(f"*{config.trunk[:6]}*")[:3]) or "vit_small_patch16_224"
         raise InputError(f"model.trunk is {config.trunk!r}, not a timm model: give one such as {near}")
-    arguments: dict[str, Any] = {"img_size": tuple(config.image_size), "num_classes": 0, **config.trunk_args}
+    arguments: dict[str, Any] = {
+        "img_size": tuple(config.image_size),
+        **config.trunk_args,
+        "num_classes": 0,
+        "dynamic_img_size": True,  # positions are resampled, or computed, for each image's grid
+    }
     try:
         with _quiet_hub():
             trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
-    except OSError as error:  # of huggingface_hub: no network, no such file, too many requests
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise InputError(
-            f"the pretrained weights of {config.trunk} could not be fetched ({reason}): connect this machine to the "
-            "Hugging Face hub, copy a filled cache to it (HF_HOME), or start from random weights with "
-            "--model.pretrained=false"
-        ) from None
-    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise InputError(f"timm cannot build {config.trunk} as a ViT with {config.trunk_args}: {error}") from error
-    # Exact types: `Backbone.forward` does what timm's forward does for these, and subclasses do more.
-    plain = (
-        type(trunk) in (VisionTransformer, VisionTransformerDistilled)
-        and isinstance(trunk.pos_embed, Tensor)
-        and type(trunk.patch_embed) is PatchEmbed
-        and isinstance(trunk.patch_drop, nn.Identity)
-        and all(type(block) is Block for block in trunk.blocks)
-    )
-    if not plain:
-        raise InputError(
-            f"model.trunk {config.trunk} with {config.trunk_args} is a {type(trunk).__name__} with parts this model "
-            "does not have: give a plain VisionTransformer with a learned position embedding, such as "
-            "vit_small_patch16_224"
-        )
+    except Exception as error:  # bad arguments raise many kinds; a failed download as many as there are clients
+        family = timm.models.model_entrypoint(config.trunk).__module__.rpartition(".")[2]
+        if family not in FAMILIES:
+            raise _refuse(config, f"of timm's family {family}") from error
+        words = " ".join(str(error).split()) or type(error).__name__
+        if config.pretrained and isinstance(error, OSError | RuntimeError):
+            reason = words.split(". ")[0]
+            raise InputError(
+                f"model.pretrained: the weights of {config.trunk} with {config.trunk_args} could not be fetched "
+                f"({reason}): connect this machine to the Hugging Face hub, copy a filled cache to it (HF_HOME), give "
+                "a file with --model.weights, or start from random weights with --model.pretrained=false"
+            ) from None
+        raise InputError(f"timm cannot build {config.trunk} as a ViT with {config.trunk_args}: {words}") from error
+    # Subclasses may compute their positions in their own way (as DeiT's does), but not the features.
+    base = Eva if isinstance(trunk, Eva) else VisionTransformer
+    if not isinstance(trunk, base) or type(trunk).forward_features is not base.forward_features:
+        raise _refuse(config, f"a {type(trunk).__name__}")
+    if type(trunk.patch_embed) is not PatchEmbed:
+        raise _refuse(config, f"a ViT with a {type(trunk.patch_embed).__name__}")
+    if not isinstance(trunk.patch_drop, nn.Identity | None):
+        raise InputError(f"model.trunk_args {config.trunk_args}: no patch may be dropped, every pixel has a label")
     height, width = config.image_size
     patch = trunk.patch_embed.patch_size
     if patch[0] != patch[1] or trunk.patch_embed.proj.in_channels != 3:
         raise InputError(f"model.trunk_args {config.trunk_args}: give a square patch and 3 input channels (RGB)")
-    if height % trunk.patch_embed.patch_size[0] or width % trunk.patch_embed.patch_size[1]:
-        raise InputError(
-            f"model.image_size {height}x{width} is not a multiple of the patch size {trunk.patch_embed.patch_size}"
-        )
-    # M3ViT has no final norm: each head starts with its own (its code: models/vit_up_head.py).
-    trunk.norm = nn.Identity()
+    if height % patch[0] or width % patch[1]:
+        raise InputError(f"model.image_size {height}x{width} is not a multiple of the patch size {patch}")
+    # M3ViT has no final norm: each head starts with its own (its code: models/vit_up_head.py). The rest is of
+    # timm's classifier: parameters without gradients, which training on several processes would wait for.
+    trunk.norm = trunk.fc_norm = nn.Identity()
+    trunk.attn_pool = None
+    if config.weights:
+        load_weights(trunk, config.weights)
     return trunk
 
 
@@ -80,6 +94,37 @@ def _quiet_hub() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _refuse(config: ModelConfig, what: str) -> InputError:
+    return InputError(
+        f"model.trunk {config.trunk} with {config.trunk_args} is {what}, not a plain vision transformer: give one of "
+        f"timm's VisionTransformer or Eva models, such as {EXAMPLES}"
+    )
+
+
+# Blocks are timm's; it sets their parts dynamically: Any.
+def _layer_scale(block: Any, branch: int, y: Tensor) -> Tensor:
+    """Return y times the block's LayerScale of branch 1 (attention) or 2 (MLP), if it has one."""
+    if isinstance(block, Block):
+        return getattr(block, f"ls{branch}")(y)
+    gamma = getattr(block, f"gamma_{branch}")
+    return y if gamma is None else gamma * y
+
+
+def _attend(block: Any, x: Tensor, options: dict[str, Tensor]) -> Tensor:
+    """Return x [N, P + T, D] after the attention half of a block; `options` may hold its rotary embedding."""
+    if isinstance(block, POST_NORM):
+        return x + block.drop_path1(block.norm1(block.attn(x, **options)))
+    return x + block.drop_path1(_layer_scale(block, 1, block.attn(block.norm1(x), **options)))
+
+
+def _mix(block: Any, x: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, Routing]:
+    """Return x [R or 1, B, P + T, D] after the half with experts of a block, [R, B, P + T, D], and its routing."""
+    post_norm = isinstance(block, POST_NORM)
+    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids)
+    y = block.norm2(y) if post_norm else _layer_scale(block, 2, y)
+    return x + block.drop_path2(y.flatten(0, 1)).view_as(y), routing
+
+
 class Backbone(nn.Module):
     """Turns images into tokens, one set of tokens per task."""
 
@@ -90,6 +135,12 @@ class Backbone(nn.Module):
         self.patch_size = int(self.trunk.patch_embed.patch_size[0])
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
         for index in self.moe_indices:
+            block = self.trunk.blocks[index]
+            if not isinstance(block, (Block, EvaBlock, *POST_NORM)):
+                raise InputError(
+                    f"model.moe_blocks names block {index} of {config.trunk}, a {type(block).__name__}, whose MLP is "
+                    "no part of its own: leave it out, or give a trunk with sequential blocks"
+                )
             router = Router(
                 self.dim,
                 config.num_experts,
@@ -101,7 +152,10 @@ class Backbone(nn.Module):
                 allowed=[config.experts_per_task.get(task) for task in config.tasks],
             )
             bank = ExpertBank(config.num_experts, self.dim, round(self.dim * config.expert_ratio))
-            self.trunk.blocks[index].mlp = MoELayer(router, bank, config.experts)
+            layer = MoELayer(router, bank, config.experts)
+            if config.init == "upcycle":
+                upcycle(layer, block.mlp, config.upcycle_gates, f"block {index} of {config.trunk}")
+            block.mlp = layer
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Return how many patches (rows, columns) the images hold, or raise InputError if they do not divide."""
@@ -110,37 +164,29 @@ class Backbone(nn.Module):
             raise InputError(f"image size {height}x{width}: give multiples of the patch size {self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
-    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position embedding [1, T, D] of a grid of patches."""
-        trunk = self.trunk
-        position = trunk.pos_embed if trunk.no_embed_class else trunk.pos_embed[:, trunk.num_prefix_tokens :]
-        made_for = trunk.patch_embed.grid_size
-        # Exported graphs always interpolate (the identity at the size trained for), else the exporter would bake
-        # in whichever branch its example image takes.
-        if torch.compiler.is_exporting() or grid != tuple(made_for):
-            square = position.unflatten(1, made_for).permute(0, 3, 1, 2)
-            position = F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-        return position
+    @property
+    def rotary(self) -> bool:
+        """Whether positions enter in the attention of every block."""
+        return getattr(self.trunk, "rope", None) is not None
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Return the embedded tokens [B, P + T, D], P prefix tokens first."""
-        trunk = self.trunk
-        x = trunk.patch_embed.norm(trunk.patch_embed.proj(images).flatten(2).transpose(1, 2))
-        x = x + self.position_embedding(self.grid(images))
-        prefix = self.prefix()
-        if prefix is not None:
-            x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        return trunk.norm_pre(trunk.pos_drop(x))
+    def place(self, patches_BhwD: Tensor) -> tuple[Tensor, Any]:
+        """Return tokens [B, P + T, D] with prefix tokens and positions added, and the rotary embedding or None.
 
-    def prefix(self) -> Tensor | None:
-        """Return the class, distillation and register tokens with their positions, [1, P, D], or None."""
-        trunk = self.trunk
-        candidates = (trunk.cls_token, getattr(trunk, "dist_token", None), trunk.reg_token)
-        tokens = [token for token in candidates if token is not None]
-        if not tokens:
-            return None
-        joined = torch.cat(tokens, dim=1)
-        return joined if trunk.no_embed_class else joined + trunk.pos_embed[:, : trunk.num_prefix_tokens]
+        timm resamples learned positions to the grid (bicubic, antialiased: the identity at the size they are made
+        for) and computes rotary ones for it. While exporting it always resamples: the exporter would bake in
+        whichever branch its example image takes.
+        """
+        placed = self.trunk._pos_embed(patches_BhwD)
+        return placed if isinstance(placed, tuple) else (placed, None)
+
+    def constants(self, grid: tuple[int, int]) -> Tensor:
+        """Return what `place` adds to the patches of a grid: [1, P + T, D], the prefix tokens first."""
+        parameter = self.trunk.patch_embed.proj.weight
+        training = self.trunk.pos_drop.training
+        self.trunk.pos_drop.eval()
+        table, _ = self.place(parameter.new_zeros(1, *grid, self.dim))
+        self.trunk.pos_drop.train(training)
+        return table
 
     def forward(self, images: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, list[Routing]]:
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer.
@@ -148,18 +194,18 @@ class Backbone(nn.Module):
         Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
         stacked. M3ViT's code re-runs the whole backbone for each task.
         """
-        x = self.embed(images)[None]  # R = 1
+        self.grid(images)  # refuses sizes that the patches do not divide
+        tokens, rope = self.place(self.trunk.patch_embed(images))
+        x = self.trunk.norm_pre(tokens)[None]  # R = 1
+        mixed = getattr(self.trunk, "rope_mixed", False)  # a rotary embedding for each block
         routings = []
-        for block in self.trunk.blocks:
-            attended = block.attn(block.norm1(x.flatten(0, 1)))
-            x = x + block.drop_path1(block.ls1(attended)).view_as(x)
-            normed = block.norm2(x)
-            if isinstance(block.mlp, MoELayer):
-                y, routing = block.mlp(normed, task_ids)
+        for index, block in enumerate(self.trunk.blocks):
+            options = {} if rope is None else {"rope": rope[index] if mixed else rope}
+            if isinstance(getattr(block, "mlp", None), MoELayer):
+                x, routing = _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids)
                 routings.append(routing)
             else:
-                y = block.mlp(normed)
-            x = x + block.drop_path2(block.ls2(y).flatten(0, 1)).view_as(y)
+                x = block(x.flatten(0, 1), **options).view_as(x)
         if x.shape[0] != len(task_ids):  # no MoE layer at all
             x = x.expand(len(task_ids), -1, -1, -1)
         return x[:, :, self.trunk.num_prefix_tokens :], routings

@@ -7,6 +7,7 @@ from m3vit.errors import InputError
 from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
+INITS = ("random", "upcycle")
 HEADS = ("linear", "pup")
 EXPERT_EXECUTIONS = ("auto", "sorted", "grouped", "reference")
 NOISES = ("fixed", "learned")
@@ -17,9 +18,11 @@ class ModelConfig:
     """Architecture of one multi-task mixture-of-experts ViT.
 
     Attributes:
-        trunk: name of a timm VisionTransformer, e.g. vit_small_patch16_224.
+        trunk: name of a timm VisionTransformer or Eva model, e.g. vit_small_patch16_224 or vit_small_patch16_dinov3.
         trunk_args: keyword arguments for timm, e.g. {embed_dim: 64, depth: 4}.
         pretrained: load timm's pretrained weights for the trunk (needs network or a local timm cache).
+        weights: file of weights for the dense trunk instead: .safetensors or torch's .pth, in the layout of timm, of
+            a model's authors that timm can convert, or of a run folder (model.safetensors). Empty: none.
         image_size: (height, width) in pixels that the position embedding is made for.
         label_set: whose classes and tasks the outputs have: nyud or pascal; that of data.layout.
         tasks: names of the tasks, in the order of their task ids.
@@ -27,6 +30,11 @@ class ModelConfig:
         num_experts: experts in each bank (E).
         top_k: experts per token (K).
         expert_ratio: hidden width of an expert as a multiple of the embedding dimension (M3ViT: 1).
+        init: how experts start: random, or upcycle (from the MLPs of the trunk, pretrained or not, so that the model
+            first computes what the dense trunk does; arXiv 2410.07524). upcycle needs the MLP's width to be a
+            multiple G of an expert's, and num_experts and top_k to be multiples of G.
+        upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
+            starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single.
         router_noise: standard deviation of the noise on router logits, times num_experts; in training only.
         router_noise_kind: fixed (router_noise alone, as M3ViT's released runs), or learned: a second linear map of the
@@ -45,6 +53,7 @@ class ModelConfig:
     trunk: str = "vit_small_patch16_224"
     trunk_args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    weights: str = ""
     image_size: tuple[int, int] = (480, 640)
     label_set: str = "nyud"
     tasks: list[str] = field(default_factory=lambda: ["semseg", "depth", "normals", "edge"])
@@ -52,6 +61,8 @@ class ModelConfig:
     num_experts: int = 16
     top_k: int = 4
     expert_ratio: float = 1.0
+    init: str = "random"
+    upcycle_gates: float = 1e-6
     router: str = "multi"
     router_noise: float = 0.0
     router_noise_kind: str = "fixed"
@@ -70,6 +81,7 @@ class ModelConfig:
         """Raise InputError for values that no model can be built from."""
         resolve(self.tasks, self.label_set)
         for key, value, allowed in (
+            ("model.init", self.init, INITS),
             ("model.router", self.router, ROUTERS),
             ("model.router_noise_kind", self.router_noise_kind, NOISES),
             ("model.head", self.head, HEADS),
@@ -99,6 +111,10 @@ class ModelConfig:
                 "model.image_size, head_stride and expert_ratio must be positive and router_noise not negative, got "
                 f"{tuple(self.image_size)}, {self.head_stride}, {self.expert_ratio} and {self.router_noise}"
             )
+        if self.pretrained and self.weights:
+            raise InputError(f"model.weights {self.weights} and model.pretrained exclude each other: give one of them")
+        if not 0 < self.upcycle_gates <= 1:
+            raise InputError(f"model.upcycle_gates is {self.upcycle_gates}: give a number above 0, at most 1")
         if isinstance(self.moe_blocks, str) and self.moe_blocks not in ("odd", "none"):
             raise InputError(f"model.moe_blocks is {self.moe_blocks!r}: give odd, none or a list of block indices")
 

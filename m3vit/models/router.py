@@ -34,10 +34,13 @@ class Routing(NamedTuple):
 
 
 def route(logits_RNE: Tensor, top_k: int) -> Routing:
-    """Turn router logits into scores, weights and expert ids. A pure function."""
+    """Turn router logits into scores, weights and expert ids. A pure function.
+
+    The logits decide, not their scores: softmax rounds small differences away (of up-cycled gates, for example).
+    """
     scores = logits_RNE.softmax(dim=-1)
-    weights, expert_ids = scores.topk(top_k, dim=-1)
-    return Routing(scores, weights, expert_ids)
+    expert_ids = logits_RNE.topk(top_k, dim=-1).indices
+    return Routing(scores, scores.gather(-1, expert_ids), expert_ids)
 
 
 class Router(nn.Module):

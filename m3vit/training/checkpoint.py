@@ -10,7 +10,7 @@ tensorboard/         the same, as TensorBoard events
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int) -> None:
     write_json(
         folder / "model.json",
         {
-            "architecture": plain(asdict(model.config)),
+            # Copied into exported packages: the name of a weights file, not where it lies on this disk.
+            "architecture": plain(asdict(replace(model.config, weights=Path(model.config.weights).name))),
             "tasks": model.config.tasks,
             "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
             "normalisation": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
@@ -79,10 +80,12 @@ def load_run(folder: Path) -> Run:
     if not weights.is_file():
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
     info = read_json(folder / "model.json", "part of a run folder, beside model.safetensors")
-    config.model.pretrained = False  # the weights are here
+    # The weights are here: what they were first made from need not be.
+    fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
+    config.model = replace(config.model, **fresh)
     try:
         state = load_file(weights)
-        model = MultiTaskModel(ModelConfig(**info["architecture"] | {"pretrained": False}))
+        model = MultiTaskModel(ModelConfig(**info["architecture"] | fresh))
         model.load_state_dict(state)
     except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise InputError(f"{weights} cannot be loaded ({first_line(error)}): the run folder is damaged") from None

@@ -90,7 +90,7 @@ def make_optimizer(train: TrainConfig, model: MultiTaskModel) -> torch.optim.Opt
     # An expert's bias is a row of a matrix [E, H]: decided by name, not by the number of dimensions.
     def decayed(name: str, parameter: Tensor) -> bool:
         return parameter.ndim > 1 and not name.endswith(
-            (".b1", ".b2", "pos_embed", "cls_token", "dist_token", "reg_token")
+            (".b1", ".b2", "pos_embed", "cls_token", "dist_token", "reg_token", "rope.freqs")
         )
 
     named = list(model.named_parameters())

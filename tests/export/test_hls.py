@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers import GluMlp
+from timm.models.vision_transformer import ResPostBlock
 
 from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
@@ -35,11 +37,11 @@ TRUNK: dict[str, Any] = {
 }
 
 
-def make_model(trunk: dict[str, Any] | None = None, **config: Any) -> MultiTaskModel:
+def make_model(trunk_args: dict[str, Any] | None = None, **config: Any) -> MultiTaskModel:
     """A tiny model with weights that make routing and every bias matter."""
     torch.manual_seed(0)
-    settings = {"image_size": SIZE, "num_experts": 4, "top_k": 2, "tasks": TASKS, **config}
-    model = MultiTaskModel(ModelConfig(trunk="vit_tiny_patch16_224", trunk_args=TRUNK | (trunk or {}), **settings))
+    settings = {"trunk": "vit_tiny_patch16_224", "image_size": SIZE, "num_experts": 4, "top_k": 2, "tasks": TASKS}
+    model = MultiTaskModel(ModelConfig(trunk_args=TRUNK | (trunk_args or {}), **settings | config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gates" in name or "heads" in name:
@@ -138,6 +140,10 @@ def test_lowering_matches_the_model_in_float32(model: MultiTaskModel) -> None:
     [
         ({"qk_norm": True}, {}, "block 0 is not plain softmax attention"),
         ({"act_layer": "silu"}, {}, "MLP of block 0 is a Mlp with SiLU"),
+        ({"mlp_layer": GluMlp}, {}, "MLP of block 0 is a GluMlp with GELU"),
+        ({"block_fn": ResPostBlock}, {}, "block 0 is a ResPostBlock"),
+        ({}, {"trunk": "vit_small_patch16_dinov3"}, "vit_small_patch16_dinov3 has rotary positions"),
+        ({}, {"trunk": "eva_giant_patch14_224"}, "block 0 is a EvaBlock"),
         ({"depth": 7}, {"moe_blocks": list(range(7))}, "7 MoE layers"),
     ],
 )

@@ -29,6 +29,12 @@ def test_softmax_over_all_experts_then_top_k_without_renormalisation() -> None:
     torch.testing.assert_close(routing.scores_RNE, torch.tensor([[[0.125, 0.25, 0.5, 0.125]]]))
 
 
+def test_logits_decide_where_softmax_rounds_their_differences_away() -> None:
+    routing = route(torch.tensor([[[1e-9, 3e-9, -1e-9, 2e-9]]]), top_k=3)
+    assert routing.scores_RNE.unique().tolist() == [0.25]
+    assert routing.expert_ids_RNK.tolist() == [[[1, 3, 0]]]
+
+
 def test_each_task_has_its_own_gate() -> None:
     router = Router(dim=2, num_experts=2, top_k=1, num_tasks=2, kind="multi")
     with torch.no_grad():
