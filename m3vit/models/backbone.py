@@ -12,6 +12,7 @@ from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
         self.trunk: Any = make_trunk(config)  # Any: timm's attributes are not annotated
         self.dim = int(self.trunk.embed_dim)
         self.patch_size = int(self.trunk.patch_embed.patch_size[0])
+        self.checkpoint_activations = False  # in training, keep only each block's input and compute the rest again
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
         for index in self.moe_indices:
             router = Router(
@@ -112,6 +114,18 @@ class Backbone(nn.Module):
         joined = torch.cat(tokens, dim=1)
         return joined if trunk.no_embed_class else joined + trunk.pos_embed[:, : trunk.num_prefix_tokens]
 
+    def run_block(self, block: Any, x: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, Routing | None]:
+        """Run one block of the trunk on [R, B, T, D]; its routing, if it has experts."""
+        attended = block.attn(block.norm1(x.flatten(0, 1)))
+        x = x + block.drop_path1(block.ls1(attended)).view_as(x)
+        normed = block.norm2(x)
+        routing = None
+        if isinstance(block.mlp, MoELayer):
+            y, routing = block.mlp(normed, task_ids)
+        else:
+            y = block.mlp(normed)
+        return x + block.drop_path2(block.ls2(y).flatten(0, 1)).view_as(y), routing
+
     def forward(self, images: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, list[Routing]]:
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer.
 
@@ -121,15 +135,13 @@ class Backbone(nn.Module):
         x = self.embed(images)[None]  # R = 1
         routings = []
         for block in self.trunk.blocks:
-            attended = block.attn(block.norm1(x.flatten(0, 1)))
-            x = x + block.drop_path1(block.ls1(attended)).view_as(x)
-            normed = block.norm2(x)
-            if isinstance(block.mlp, MoELayer):
-                y, routing = block.mlp(normed, task_ids)
-                routings.append(routing)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # The random state is kept too: the second time, router noise and dropped paths are the same.
+                x, routing = checkpoint(self.run_block, block, x, task_ids, use_reentrant=False)
             else:
-                y = block.mlp(normed)
-            x = x + block.drop_path2(block.ls2(y).flatten(0, 1)).view_as(y)
+                x, routing = self.run_block(block, x, task_ids)
+            if routing is not None:
+                routings.append(routing)
         if x.shape[0] != len(task_ids):  # no MoE layer at all
             x = x.expand(len(task_ids), -1, -1, -1)
         return x[:, :, self.trunk.num_prefix_tokens :], routings
