@@ -1,4 +1,4 @@
-"""Batches for training, in an order that depends on the seed alone: not on workers, processes or where a run resumed."""
+"""Batches for training, in an order that depends on the seed alone: not on workers, processes or resuming."""
 
 import signal
 from collections.abc import Iterator

@@ -36,6 +36,12 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def leave_group() -> None:
+    """Leave the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather(value: Any) -> list[Any]:
     """Return every process's value, by rank."""
     if not dist.is_initialized():

@@ -38,7 +38,7 @@ def valid_pixels(loss: str, label: Tensor) -> Tensor:
 
 
 def pixel_counts(loss: str, label: Tensor) -> Tensor:
-    """Return how many pixels of a label are valid, and how many of them positive (int64 [2]): what a loss divides by."""
+    """Return how many pixels of a label are valid, and how many of these positive, int64 [2]: what losses divide by."""
     valid = valid_pixels(loss, label)
     positive = valid & (label > 0) if loss == "balanced_bce" else torch.zeros_like(valid)
     return torch.stack([valid.sum(), positive.sum()])
