@@ -544,9 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
     # process wants one of the cores; sleeping ones lose little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # or DistributedDataParallel doubts m3vit.training.launch's choice at length
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # or DDP comments at length on m3vit.training.launch
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return run(sys.argv[1:] if argv is None else argv)

@@ -9,12 +9,14 @@ metrics.jsonl        one line per logged step or evaluation
 tensorboard/         the same, as TensorBoard events
 """
 
+import fcntl
 import json
 import os
 import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -65,6 +67,27 @@ def prepare_folder(config: Config, out: Path, resume: bool) -> None:
         raise InputError(f"{out} exists and is not empty: {hint}")
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out)
+
+
+def lock_folder(out: Path, wait_s: float = 15) -> IO[str]:
+    """Return a file that keeps others from training into `out` while it is open, or raise InputError.
+
+    Killing torchrun leaves its processes alive: resumed beside them, two runs would write one folder. Waits a while,
+    since the loader processes of a run that was killed take some seconds to notice.
+    """
+    file, deadline = open(out / "config.yaml"), time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise InputError(f"{out}: another process is training into it; wait for it or end it first") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return file
+        else:
+            return file
 
 
 def write_config(config: Config, folder: Path) -> None:

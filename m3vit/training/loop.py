@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric import Fabric
@@ -17,6 +17,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.checkpoint import (
     MetricsLog,
     load_state,
+    lock_folder,
     prepare_folder,
     read_metrics,
     save_model,
@@ -88,7 +89,7 @@ class Training:
                 everywhere=True,
             )
         self.model = build(config)
-        agree(lambda: prepare_folder(config, out, resume) if rank() == 0 else None)
+        self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
             torch.set_num_threads(settings.threads)
         if rank():  # the first process goes on with the random state that the weights were drawn from, as if alone
@@ -122,6 +123,13 @@ class Training:
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
             self.record("resumed", values, "on another number of processes: the same up to rounding and random draws")
+
+    def claim(self, resume: bool) -> IO[str] | None:
+        """Make the run folder, in the first process, and keep others out of it until this one ends."""
+        if rank():
+            return None
+        prepare_folder(self.config, self.out, resume)
+        return lock_folder(self.out)
 
     @property
     def trained(self) -> MultiTaskModel:
