@@ -76,6 +76,31 @@ def test_two_processes_or_parts_train_what_one_does(uneven_data: Path, tmp_path:
     assert_close(tmp_path / "whole", tmp_path / "parts", weights_atol=1e-6)
 
 
+def test_gradient_methods_see_the_gradient_of_all_processes(uneven_data: Path, tmp_path: Path) -> None:
+    words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.optimizer=sgd", "--train.lr=0.01"]
+    words += ["--train.epochs=2", "--train.weighting=pcgrad", "--train.checkpoint_activations=true"]
+    run([*words, "--out", tmp_path / "one"], tmp_path)
+    run([*words, "--out", tmp_path / "two"], tmp_path, processes=2)
+    assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
+    assert any(line.get("gradient/edge", 1) != 1 for line in lines(tmp_path / "one")), "no conflict: nothing was tested"
+
+
+def test_the_moving_average_is_what_is_kept_in_bfloat16_too(uneven_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.precision=bf16-mixed"]
+    run([*words, "--train.epochs=6", "--train.ema=0.8", "--train.eval_epochs=1", "--out", out], tmp_path)
+    state, saved = torch.load(out / "last" / "state.pt", weights_only=True), load_file(out / "model.safetensors")
+    assert all(torch.equal(state["average"][f"module.{name}"], value) for name, value in saved.items())
+    assert not all(torch.equal(state["model"][name], value) for name, value in saved.items())
+    assert all(value.dtype == torch.float32 for value in saved.values())
+    # best/ is a run folder; its scores are those of the evaluation that chose it.
+    run(["eval", out / "best"], tmp_path)
+    epoch = json.loads((out / "best" / "model.json").read_text())["epochs_trained"]
+    (line,) = [line for line in lines(out) if line["kind"] == "val" and line["epoch"] == epoch]
+    scores = json.loads((out / "best" / "eval.json").read_text())["protocols"]["A"]["tasks"]["depth"]["torch"]
+    assert scores["rmse"] == pytest.approx(line["depth/rmse"], rel=1e-6)
+
+
 def test_stopped_killed_and_resumed_on_two_processes(uneven_data: Path, tmp_path: Path) -> None:
     words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.checkpoint_steps=1"]
     words += ["--model.router_noise=1.0", "--train.ema=0.9", "--train.accumulate=2", "--train.tasks_per_step=2"]
