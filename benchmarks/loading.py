@@ -28,7 +28,7 @@ from m3vit.data.synthetic import synthesize
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import LABEL_SETS
 from m3vit.training.config import read_config, recipe_path
-from m3vit.training.loop import step_losses
+from m3vit.training.step import step_losses
 
 IMAGE_SIZE = {"nyud": (480, 640), "pascal": (375, 500)}
 PIPELINES = {"m3vit": "", "invpt": "-invpt"}  # suffix of the recipe

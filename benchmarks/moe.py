@@ -34,7 +34,7 @@ from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Router
 from m3vit.training.config import Config, read_config, recipe_path
-from m3vit.training.loop import step_losses
+from m3vit.training.step import step_losses
 
 DIM, EXPERTS, TOP_K = 384, 16, 4
 
@@ -126,7 +126,7 @@ class TaskByTask(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, **options: Any) -> Any:
+    def forward(self, images: Tensor, tasks: None = None, **options: Any) -> Any:
         outputs = [self.model(images, [task], **options) for task in self.model.config.tasks]
         logits = {task: value for output in outputs for task, value in output.logits.items()}
         return outputs[0]._replace(

@@ -1,5 +1,6 @@
-"""Batches for training, in an order that depends on the seed alone: not on workers, not on where a run resumed."""
+"""Batches for training, in an order that depends on the seed alone: not on workers, processes or resuming."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,14 +76,22 @@ def collate(samples: list[Pair | str]) -> Batch:
 class EpochBatches(Sampler):
     """Batches of (epoch, index), shuffled by (seed, epoch); the last short batch is dropped.
 
-    `start` skips batches already trained on.
+    `start` skips batches already trained on. Process `rank` of `processes` gets its share of every batch: together they
+    see the batches that one process would.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = self.start = 0
         if not len(self):
             raise InputError(f"train.batch_size {batch_size} is more than the {length} training images")
+        if batch_size % processes:
+            raise InputError(
+                f"train.batch_size {batch_size} is of all processes together: give a multiple of their number, "
+                f"{processes}, or start another number"
+            )
+        share = batch_size // processes
+        self.mine = slice(rank * share, (rank + 1) * share)
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -91,7 +100,13 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng([2, self.seed, self.epoch]).permutation(self.length)
         for first in range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            yield [(self.epoch, int(index)) for index in order[first : first + self.batch_size]]
+            yield [(self.epoch, int(index)) for index in order[first : first + self.batch_size][self.mine]]
+
+
+def ignore_signals(_: int) -> None:
+    """In a loader process: leave signals that reach a whole job to the training process, which then ends this one."""
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def make_loader(dataset: TrainingSet, batches: EpochBatches, workers: int, pin_memory: bool = False) -> DataLoader:
@@ -101,6 +116,7 @@ def make_loader(dataset: TrainingSet, batches: EpochBatches, workers: int, pin_m
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
         # An own generator: the loader's base seed must not be drawn from, and so move, the run's random state.
         generator=torch.Generator().manual_seed(0),

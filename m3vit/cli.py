@@ -220,16 +220,26 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     return config, parsed
 
 
-def run_train(argv: Sequence[str]) -> None:
+def run_train(argv: Sequence[str]) -> int:
     config, args = config_from("train", argv)
     config.check()
+    from m3vit.distributed import rank
     from m3vit.training.loop import train
+    from m3vit.training.stopping import Stopped
 
-    with progress_bar("training") as bar:
-        unreadable = train(config, args.out, resume=args.resume, progress=bar)
-    say(f"trained for {config.train.epochs} epochs: {args.out}")
-    if unreadable:
-        say(f"{unreadable} training images could not be read and were left out: see metrics.jsonl")
+    first = rank() == 0  # of several processes: the one that speaks
+    try:
+        with progress_bar("training", visible=first) as bar:
+            unreadable = train(config, args.out, resume=args.resume, progress=bar)
+    except Stopped as stopped:
+        if first:
+            print(f"m3vit: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    if first:
+        say(f"trained for {config.train.epochs} epochs: {args.out}")
+        if unreadable:
+            say(f"{unreadable} training images could not be read and were left out: see metrics.jsonl")
+    return 0
 
 
 def run_init(argv: Sequence[str]) -> None:
@@ -557,15 +567,19 @@ def run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C.
 
-    `m3vit data check` returns 1 if the data set has problems.
+    `m3vit data check` returns 1 if the data set has problems; `m3vit train` 128 + the number of the signal that stopped
+    it (SIGTERM 143, SIGUSR1 138).
     """
     # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
     # process wants one of the cores; sleeping ones lose little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # or DDP comments at length on m3vit.training.launch
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+            print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         # Commands beyond `predict` need an extra; which one depends on the module.

@@ -5,5 +5,10 @@ class InputError(ValueError):
     """Bad input: a file, key or value of the user's.
 
     The message says what was given, what is allowed and what to do, on one line. The command line prints it
-    and exits with code 2; any other exception is a defect of ours and keeps its traceback.
+    and exits with code 2; any other exception is a defect of ours and keeps its traceback. `everywhere`: every process
+    of a torchrun raises the same, and one of them printing it is enough.
     """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere

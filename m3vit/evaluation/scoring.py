@@ -13,7 +13,7 @@ import numpy as np
 
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
-from m3vit.distributed import gather, process_group, rank, world_size
+from m3vit.distributed import agree, gather, process_group, rank, world_size
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
@@ -86,18 +86,26 @@ def share(
     protocol: str,
     workers: int | None,
     progress: Callable[[int, int], None] | None,
+    *,
+    quick: bool = False,
+    skip_unreadable: bool = False,
 ) -> Evaluation:
     """Evaluate this process's images, and return the statistics of all, in the order of the split."""
-    mine = list(range(rank(), len(split), world_size()))
-    if not mine:
+    if world_size() > len(split):
         raise InputError(f"{world_size()} processes for {len(split)} images: start fewer")
-    found = evaluate(split, predictor, protocol, indices=mine, workers=workers or default_workers(), progress=progress)
-    parts = gather((mine, found.statistics))
-    order = np.argsort(np.concatenate([indices for indices, _ in parts]))
+    mine = range(rank(), len(split), world_size())
+    options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress}
+    workers = workers or default_workers()
+    found = agree(lambda: evaluate(split, predictor, protocol, indices=mine, workers=workers, **options))
+    parts = gather((found.ids, found.statistics, found.errors))
+    ids = [name for names, _, _ in parts for name in names]
+    place = {name: index for index, name in enumerate(split.ids)}
+    order = np.argsort([place[name] for name in ids], kind="stable")
     statistics = {
-        task: np.concatenate([statistics[task] for _, statistics in parts])[order] for task in found.statistics
+        task: np.concatenate([statistics[task] for _, statistics, _ in parts])[order] for task in found.statistics
     }
-    return Evaluation(protocol, split.label_set, list(split.ids), statistics)
+    errors = [error for _, _, errors in parts for error in errors]
+    return Evaluation(protocol, split.label_set, [ids[index] for index in order], statistics, quick, errors)
 
 
 def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evaluation) -> None:

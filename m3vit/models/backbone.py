@@ -18,6 +18,7 @@ from timm.layers import PatchEmbed
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
@@ -133,6 +134,7 @@ class Backbone(nn.Module):
         self.trunk: Any = make_trunk(config)  # Any: timm's attributes are not annotated
         self.dim = int(self.trunk.embed_dim)
         self.patch_size = int(self.trunk.patch_embed.patch_size[0])
+        self.checkpoint_activations = False  # in training, keep only each block's input and compute the rest again
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
         for index in self.moe_indices:
             block = self.trunk.blocks[index]
@@ -188,6 +190,14 @@ class Backbone(nn.Module):
         self.trunk.pos_drop.train(training)
         return table
 
+    def run_block(
+        self, block: Any, x: Tensor, task_ids: tuple[int, ...], options: dict[str, Tensor]
+    ) -> tuple[Tensor, Routing | None]:
+        """Run one block of the trunk on [R, B, P + T, D]; return also its routing, if it has experts."""
+        if isinstance(getattr(block, "mlp", None), MoELayer):
+            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids)
+        return block(x.flatten(0, 1), **options).view_as(x), None
+
     def forward(self, images: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, list[Routing]]:
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer.
 
@@ -201,11 +211,13 @@ class Backbone(nn.Module):
         routings = []
         for index, block in enumerate(self.trunk.blocks):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
-            if isinstance(getattr(block, "mlp", None), MoELayer):
-                x, routing = _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids)
-                routings.append(routing)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # The random state is kept too: the second time, router noise and dropped paths are the same.
+                x, routing = checkpoint(self.run_block, block, x, task_ids, options, use_reentrant=False)
             else:
-                x = block(x.flatten(0, 1), **options).view_as(x)
+                x, routing = self.run_block(block, x, task_ids, options)
+            if routing is not None:
+                routings.append(routing)
         if x.shape[0] != len(task_ids):  # no MoE layer at all
             x = x.expand(len(task_ids), -1, -1, -1)
         return x[:, :, self.trunk.num_prefix_tokens :], routings

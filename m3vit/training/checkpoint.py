@@ -1,18 +1,22 @@
 """The run folder: what training leaves behind and every later step reads (DESIGN.md, section 5).
 
 config.yaml          the resolved configuration
-model.safetensors    weights; model.json: architecture, tasks, classes, normalisation, git commit
+model.safetensors    weights (their moving average, with train.ema); model.json: architecture, tasks, classes,
+                     normalisation, git commit
+best/                a run folder with the weights of the best evaluation (train.best)
 last/state.pt        what resuming needs, replaced atomically
 metrics.jsonl        one line per logged step or evaluation
 tensorboard/         the same, as TensorBoard events
 """
 
+import fcntl
 import json
 import os
 import subprocess
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +24,22 @@ from safetensors.torch import load_file, save_file
 
 from m3vit import __version__
 from m3vit.errors import InputError
-from m3vit.files import atomic_path, read_json, sha256_file, write_json
+from m3vit.files import atomic_path, is_empty, read_json, sha256_file, write_json
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import IMAGE_MEAN, IMAGE_STD
-from m3vit.training.config import Config, plain, read_config
+from m3vit.training.config import Config, differences, plain, read_config
+
+# Keys that may change between a run and its continuation: they do not change what is computed.
+FREE_TO_CHANGE = (
+    "data.root",
+    "data.workers",
+    "data.cache",
+    "data.on_error",
+    "train.log_steps",
+    "train.checkpoint_activations",
+    "train.checkpoint_steps",
+)
 
 
 @dataclass
@@ -35,6 +50,50 @@ class Run:
     config: Config
     model: MultiTaskModel
     info: dict[str, Any]  # model.json, and the sha256 of the weights
+
+
+def prepare_folder(config: Config, out: Path, resume: bool) -> None:
+    """Make the run folder and its config.yaml, or raise InputError rather than touch another run."""
+    config.check()
+    if resume and (out / "config.yaml").exists():
+        changed = differences(read_config(out / "config.yaml"), config, FREE_TO_CHANGE)
+        if changed:
+            raise InputError(f"{out} was started with other values of {', '.join(changed)}: resume with the same ones")
+        return
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a folder")
+    if not is_empty(out):
+        hint = "it is not a run folder" if resume else "continue it with --resume, or choose another folder"
+        raise InputError(f"{out} exists and is not empty: {hint}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_config(config, out)
+
+
+def lock_folder(out: Path, wait_s: float = 15) -> IO[str]:
+    """Return a file that keeps others from training into `out` while it is open, or raise InputError.
+
+    Killing torchrun leaves its processes alive: resumed beside them, two runs would write one folder. Waits a while,
+    since the loader processes of a run that was killed take some seconds to notice.
+    """
+    file, deadline = open(out / "config.yaml"), time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise InputError(f"{out}: another process is training into it; wait for it or end it first") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return file
+        else:
+            return file
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write config.yaml, fully resolved."""
+    with atomic_path(folder / "config.yaml") as path:
+        path.write_text(config.to_yaml())
 
 
 def git_commit() -> str | None:

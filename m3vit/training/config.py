@@ -19,6 +19,8 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PIPELINES = ("simple", "m3vit", "invpt")
 ON_ERROR = ("stop", "skip")
+GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
+WEIGHTINGS = ("fixed", "uncertainty", "dwa", *GRADIENT_METHODS)
 
 
 @dataclass
@@ -53,7 +55,10 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training split.
-        batch_size: images per step.
+        batch_size: images per optimiser step, of all processes of a torchrun together: a recipe means the same training
+            on any number of them.
+        accumulate: parts that a process works through its share of the batch in, to save memory. Losses and gradients
+            are those of the whole batch, except that the balance losses are averaged over the parts.
         optimizer: adamw or sgd (with momentum).
         lr: peak learning rate.
         weight_decay: for adamw, of weights but not biases, norms, positions and prefix tokens; for sgd, of everything
@@ -62,27 +67,41 @@ class TrainConfig:
         warmup_epochs: epochs of linear warm-up.
         schedule: cosine (towards 1 % of lr) or poly (power 0.9, to 0), per step.
         grad_clip: largest gradient norm; 0 is off.
+        ema: decay, each step, of an exponential moving average of the weights, such as 0.999; 0 is off. It is what is
+            evaluated and saved as the model; last/state.pt has the raw weights too.
         balance_weight: weight of the routers' importance and load losses (M3ViT: 0.01). Without router noise the load
             counts tokens and has no gradient, as in M3ViT's released runs.
         switch_weight: weight of the Switch/GShard load-balancing loss (Switch: 0.01); instead of balance_weight.
         z_weight: weight of the router z-loss (ST-MoE: 0.001).
         specialise_weight: weight of the mutual information between tasks and experts (Mod-Squad: 0.001 to 0.01), which
             gives tasks experts of their own, so that the others can be pruned at export.
+        weighting: how the tasks' losses are weighed. fixed: by task_weights. uncertainty: by learned log-variances that
+            start at the fixed weights (Kendall 2018). dwa: fixed weights times dynamic weight averages, temperature 2
+            (Liu 2019). pcgrad (Yu 2020), mgda (Sener 2018), aligned_mtl (Senushkin 2023): fixed weights, then the
+            tasks' gradients of the parameters they share are combined so; that runs each task by itself, as many
+            passes through the trunk as there are tasks.
+        tasks_per_step: train on that many tasks a step, drawn at random, with losses scaled so that their expectation
+            stays that of all; 0 is all tasks.
         task_weights: weight of each task's loss, where it differs from the task table (M3ViT's weights).
         edge_positive_weight: weight of edge pixels in the balanced BCE, 1 minus it for the others (M3ViT: 0.95).
         native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
             times cheaper than at the image's.
         seed: of weights, data order, augmentation and noise.
         threads: CPU threads of torch; 0 leaves torch's choice. Bit-equal repeats need equal threads.
-        accelerator: auto, cpu, cuda or mps; one device.
+        accelerator: auto, cpu, cuda or mps; one device, or one for each process of a torchrun.
         precision: 32-true, bf16-mixed or 16-mixed (Lightning Fabric's words).
+        checkpoint_activations: keep only the input of each of the trunk's blocks and compute the rest again for the
+            gradient: less memory, more time, the same result.
         checkpoint_steps: steps between checkpoints to resume from; 0 is once an epoch.
         eval_epochs: epochs between evaluations on the val split; 0 is never. The last epoch is always evaluated.
+        best: which evaluation's weights best/ keeps: the best headline metric of a task, by its name, or mean: the mean
+            over tasks of the headline metric's change since the first evaluation, as a share of the larger of the two.
         log_steps: steps between lines of metrics.jsonl.
     """
 
     epochs: int = 100
     batch_size: int = 8
+    accumulate: int = 1
     optimizer: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -90,10 +109,13 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     schedule: str = "cosine"
     grad_clip: float = 0.0
+    ema: float = 0.0
     balance_weight: float = 0.01
     switch_weight: float = 0.0
     z_weight: float = 0.0
     specialise_weight: float = 0.0
+    weighting: str = "fixed"
+    tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
     edge_positive_weight: float = 0.95
     native_losses: list[str] = field(default_factory=list)
@@ -101,18 +123,21 @@ class TrainConfig:
     threads: int = 0
     accelerator: str = "auto"
     precision: str = "32-true"
+    checkpoint_activations: bool = False
     checkpoint_steps: int = 0
     eval_epochs: int = 0
+    best: str = "mean"
     log_steps: int = 10
 
     def routing_weights(self) -> dict[str, float]:
-        """Return the weight of each routing loss, by its name in metrics.jsonl."""
-        return {
+        """Return the weight of each routing loss that has one, by its name in metrics.jsonl."""
+        weights = {
             "balance": self.balance_weight,
             "switch": self.switch_weight,
             "z": self.z_weight,
             "specialise": self.specialise_weight,
         }
+        return {name: weight for name, weight in weights.items() if weight}
 
 
 @dataclass
@@ -135,6 +160,8 @@ class Config:
             ("train.schedule", train.schedule, SCHEDULES),
             ("train.precision", train.precision, PRECISIONS),
             ("train.accelerator", train.accelerator, ACCELERATORS),
+            ("train.weighting", train.weighting, WEIGHTINGS),
+            ("train.best", train.best, ("mean", *self.model.tasks)),
         ):
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
@@ -147,12 +174,12 @@ class Config:
             raise InputError(
                 f"data.colour {self.data.colour} is of the pipeline simple: give 0 with {self.data.pipeline}"
             )
-        for key in ("epochs", "batch_size", "lr", "log_steps"):
+        for key in ("epochs", "batch_size", "accumulate", "lr", "log_steps"):
             if not 0 < getattr(train, key) < math.inf:
                 raise InputError(f"train.{key} is {getattr(train, key)}: give a positive number")
         limits = (
             "weight_decay momentum warmup_epochs grad_clip balance_weight switch_weight z_weight specialise_weight "
-            "seed threads checkpoint_steps eval_epochs"
+            "seed threads checkpoint_steps eval_epochs tasks_per_step"
         )
         values = {f"train.{key}": getattr(train, key) for key in limits.split()}
         values |= {f"train.task_weights.{task}": weight for task, weight in train.task_weights.items()}
@@ -163,6 +190,21 @@ class Config:
         if not 0 < train.edge_positive_weight < 1:
             raise InputError(
                 f"train.edge_positive_weight is {train.edge_positive_weight}: give a number between 0 and 1"
+            )
+        if not 0 <= train.ema < 1:
+            raise InputError(f"train.ema is {train.ema}: give a decay below 1, such as 0.999, or 0 for none")
+        if train.accumulate > train.batch_size:
+            raise InputError(
+                f"train.accumulate is {train.accumulate}: a batch of {train.batch_size} images has no more parts"
+            )
+        if train.tasks_per_step > len(self.model.tasks):
+            raise InputError(
+                f"train.tasks_per_step is {train.tasks_per_step}: the model has {len(self.model.tasks)} tasks; 0 is all"
+            )
+        if train.weighting in GRADIENT_METHODS and train.precision == "16-mixed":
+            raise InputError(
+                f"train.weighting {train.weighting} compares gradients, which 16-mixed scales: give "
+                "train.precision bf16-mixed or 32-true"
             )
         # Tasks that exist but are not this model's may stay: a recipe's values survive --model.tasks=[depth].
         for key in ("task_weights", "native_losses"):

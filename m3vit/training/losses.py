@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3vit.distributed import total
 from m3vit.models.router import Routing, importance_loss, load_loss, mutual_information, switch_loss, z_loss
 from m3vit.tasks import IGNORE, TASKS
 
@@ -31,52 +32,95 @@ def subsample(label: Tensor, size: tuple[int, int]) -> list[Tensor]:
     return [first, label[..., down // 2 :: down, across // 2 :: across]]
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+def valid_pixels(loss: str, label: Tensor) -> Tensor:
+    """Return which pixels [B, H, W] of a label a loss looks at."""
+    if loss == "l1":
+        return label > 0
+    return label.abs().sum(dim=1) > 0 if loss == "l1_unit" else label != IGNORE
+
+
+def pixel_counts(loss: str, label: Tensor) -> Tensor:
+    """Return how many pixels of a label are valid, and how many of these positive, int64 [2]: what losses divide by."""
+    valid = valid_pixels(loss, label)
+    positive = valid & (label > 0) if loss == "balanced_bce" else torch.zeros_like(valid)
+    return torch.stack([valid.sum(), positive.sum()])
+
+
+class BatchCounts:
+    """Pixel counts of a whole batch: over the parts it is worked through in, and over all processes.
+
+    A loss is a mean over the valid pixels of the whole batch. Each part of the batch contributes its own sum divided by
+    the count of the whole, so that the parts' losses and gradients add up to those of the whole.
+    """
+
+    def __init__(self, labels: dict[str, Tensor]) -> None:
+        self.labels = labels  # this process's
+        self.found: dict[tuple[str, tuple[int, int]], list[Tensor]] = {}
+
+    def of(self, task: str, size: tuple[int, int]) -> list[Tensor]:
+        """Return the counts of a task's label, one for each label that `subsample` makes of it at this size."""
+        if (task, size) not in self.found:
+            parts = subsample(self.labels[task], size)
+            counts = torch.stack([pixel_counts(TASKS[task].loss, part) for part in parts])
+            self.found[task, size] = list(total(counts))
+        return self.found[task, size]
+
+
+def cross_entropy(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean over labelled pixels of the cross-entropy of [B, C, H, W] with ids [B, H, W]."""
-    total = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-    return total / (label != IGNORE).sum().clamp(min=1)
+    counts = pixel_counts("cross_entropy", label) if counts is None else counts
+    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / counts[0].clamp(min=1)
 
 
-def l1(logits: Tensor, label: Tensor) -> Tensor:
+def l1(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean absolute error over the valid pixels (label > 0) of depth [B, 1, H, W] with [B, H, W]."""
-    valid = label > 0
-    return ((logits[:, 0] - label).abs() * valid).sum() / valid.sum().clamp(min=1)
+    counts = pixel_counts("l1", label) if counts is None else counts
+    return ((logits[:, 0] - label).abs() * valid_pixels("l1", label)).sum() / counts[0].clamp(min=1)
 
 
-def l1_unit(logits: Tensor, label: Tensor) -> Tensor:
+def l1_unit(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean absolute error of the normalised prediction [B, 3, H, W], over valid pixels and components."""
-    valid = (label.abs().sum(dim=1, keepdim=True) > 0).to(logits.dtype)
-    error = (F.normalize(logits, dim=1) - label).abs() * valid
-    return error.sum() / (3 * valid.sum()).clamp(min=1)
+    counts = pixel_counts("l1_unit", label) if counts is None else counts
+    error = (F.normalize(logits, dim=1) - label).abs() * valid_pixels("l1_unit", label)[:, None]
+    return error.sum() / (3 * counts[0]).clamp(min=1)
 
 
-def balanced_bce(logits: Tensor, label: Tensor, positive_weight: float | Tensor | None) -> Tensor:
+def balanced_bce(
+    logits: Tensor, label: Tensor, positive_weight: float | Tensor | None, counts: Tensor | None = None
+) -> Tensor:
     """Binary cross-entropy with weights: `positive_weight` for positives, 1 - positive_weight for the rest.
 
     None balances as HED does: the share of negatives among the batch's valid pixels (saliency).
     """
-    valid = label != IGNORE
-    truth = (label > 0).to(logits.dtype)
+    counts = pixel_counts("balanced_bce", label) if counts is None else counts
+    valid, truth = label != IGNORE, (label > 0).to(logits.dtype)
     if positive_weight is None:
-        positive_weight = 1 - (truth * valid).sum() / valid.sum().clamp(min=1)
+        positive_weight = 1 - counts[1] / counts[0].clamp(min=1)
     weight = valid * (positive_weight * truth + (1 - positive_weight) * (1 - truth))
-    total = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
-    return total / valid.sum().clamp(min=1)
+    loss = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
+    return loss / counts[0].clamp(min=1)
 
 
-def task_loss(task: str, logits: Tensor, label: Tensor, edge_positive_weight: float) -> Tensor:
-    """Return the unweighted loss of a task; labels are subsampled if the logits are coarser."""
+def task_loss(
+    task: str, logits: Tensor, label: Tensor, edge_positive_weight: float, counts: BatchCounts | None = None
+) -> Tensor:
+    """Return the unweighted loss of a task; labels are subsampled if the logits are coarser.
+
+    With `counts`, the contribution of these images to the loss of the batch counted there.
+    """
     positive_weight = edge_positive_weight if task == "edge" else None
     loss = {"cross_entropy": cross_entropy, "l1": l1, "l1_unit": l1_unit}.get(TASKS[task].loss)
+    size = (logits.shape[-2], logits.shape[-1])
+    parts = subsample(label, size)
     losses = [
-        loss(logits, part) if loss else balanced_bce(logits, part, positive_weight)
-        for part in subsample(label, (logits.shape[-2], logits.shape[-1]))
+        loss(logits, part, count) if loss else balanced_bce(logits, part, positive_weight, count)
+        for part, count in zip(parts, counts.of(task, size) if counts else [None] * len(parts), strict=True)
     ]
     return torch.stack(losses).mean()
 
 
 def routing_losses(routings: list[Routing], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the unweighted routing losses that have a weight, each summed over the MoE layers.
+    """Return the unweighted routing losses named in `weights`, each summed over the MoE layers (one or more).
 
     balance: importance + load, summed over tasks too (M3ViT weighs it 0.01); switch; z; specialise: minus the mutual
     information of tasks and experts.
@@ -87,8 +131,4 @@ def routing_losses(routings: list[Routing], weights: Mapping[str, float]) -> dic
         "z": z_loss,
         "specialise": lambda routing: -mutual_information(routing),
     }
-    return {
-        name: torch.stack([kinds[name](routing) for routing in routings]).sum()
-        for name, weight in weights.items()
-        if weight and routings
-    }
+    return {name: torch.stack([kinds[name](routing) for routing in routings]).sum() for name in weights}

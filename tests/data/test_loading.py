@@ -38,6 +38,16 @@ def test_an_epoch_holds_each_image_once_and_epochs_differ() -> None:
         EpochBatches(3, 4, seed=0)
 
 
+def test_processes_share_every_batch() -> None:
+    alone = EpochBatches(10, 4, seed=0)
+    shares = [EpochBatches(10, 4, seed=0, rank=rank, processes=2) for rank in range(2)]
+    for order in (alone, *shares):
+        order.epoch, order.start = 3, 1
+    assert [a + b for a, b in zip(*shares, strict=True)] == list(alone)
+    with pytest.raises(InputError, match="give a multiple of their number, 3"):
+        EpochBatches(10, 4, seed=0, rank=0, processes=3)
+
+
 def test_cached_samples_give_the_same_batches(tiny_data: Path) -> None:
     split = NYUD(tiny_data, "train")
     plain, cached = (TrainingSet(split, (32, 48), 0, "m3vit", cache=cache) for cache in (False, True))

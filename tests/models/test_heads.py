@@ -13,7 +13,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.heads import Distillation, PupHead, stage_count
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config
-from m3vit.training.loop import step_losses
+from m3vit.training.step import step_losses
 
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 

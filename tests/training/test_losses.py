@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from m3vit.tasks import IGNORE
-from m3vit.training.losses import balanced_bce, cross_entropy, l1, l1_unit, subsample, task_loss
+from m3vit.training.losses import BatchCounts, balanced_bce, cross_entropy, l1, l1_unit, subsample, task_loss
 
 
 def test_cross_entropy_over_labelled_pixels() -> None:
@@ -34,10 +34,52 @@ def test_balanced_bce() -> None:
     assert balanced_bce(logits, label, 0.95).item() == pytest.approx(math.log(2) / 2)
 
 
-@pytest.mark.parametrize(("task", "channels"), [("semseg", 40), ("depth", 1), ("normals", 3), ("edge", 1)])
+def test_saliency_is_balanced_over_the_batch_as_hed_does() -> None:
+    # Two images, 3 negatives and 1 positive valid pixels in all: positives weigh 3/4, negatives 1/4.
+    logits = torch.tensor([0.0, 0.0, math.log(3), 0.0, 0.0, 7.0]).view(2, 1, 1, 3)
+    label = torch.tensor([[[0, 1, 0]], [[0, IGNORE, IGNORE]]], dtype=torch.uint8)
+    # -log(1/2) of pixels 1, 2 and 4, -log(1 - 3/4) = 2 log 2 of pixel 3; over four pixels
+    expected = (0.25 * math.log(2) + 0.75 * math.log(2) + 0.25 * 2 * math.log(2) + 0.25 * math.log(2)) / 4
+    assert task_loss("saliency", logits, label, 0.95).item() == pytest.approx(expected)
+
+
+def test_balanced_bce_is_the_published_sum() -> None:
+    # M3ViT's code: (w * sum over positives + (1 - w) * sum over negatives) / pixels, fixed w or the negatives' share.
+    rng = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(2, 1, 4, 5, generator=rng)
+    label = (torch.rand(2, 4, 5, generator=rng) < 0.3).to(torch.uint8)
+    pixels = -torch.log(torch.where(label > 0, logits[:, 0].sigmoid(), 1 - logits[:, 0].sigmoid()))
+    for weight in (0.95, None):
+        w = weight or (label == 0).float().mean()
+        published = (w * pixels[label > 0].sum() + (1 - w) * pixels[label == 0].sum()) / label.numel()
+        torch.testing.assert_close(balanced_bce(logits, label, weight), published, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels = {
+        "semseg": torch.randint(0, 3, (4, 4, 6), generator=rng),
+        "depth": torch.rand(4, 4, 6, generator=rng),
+        "normals": torch.nn.functional.normalize(torch.randn(4, 3, 4, 6, generator=rng), dim=1),
+        "saliency": torch.randint(0, 2, (4, 4, 6), generator=rng, dtype=torch.uint8),
+    }
+    labels["semseg"][0, 1:], labels["depth"][1, 1:], labels["normals"][2, :, 1:] = IGNORE, 0, 0
+    labels["saliency"][3, 1:] = IGNORE
+    counts = BatchCounts(labels)
+    for task, channels in (("semseg", 3), ("depth", 1), ("normals", 3), ("saliency", 1)):
+        logits = torch.randn(4, channels, 2, 3, generator=rng)  # coarser: labels are subsampled
+        whole = task_loss(task, logits, labels[task], 0.95)
+        parts = [task_loss(task, logits[i : i + 1], labels[task][i : i + 1], 0.95, counts) for i in range(4)]
+        torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+@pytest.mark.parametrize(
+    ("task", "channels"), [("semseg", 40), ("depth", 1), ("normals", 3), ("edge", 1), ("saliency", 1)]
+)
 def test_nothing_labelled_means_no_loss_and_no_gradient(task: str, channels: int) -> None:
     logits = torch.randn(1, channels, 2, 2, requires_grad=True)
-    ignored = {"semseg": torch.full((1, 2, 2), IGNORE), "edge": torch.full((1, 2, 2), IGNORE, dtype=torch.uint8)}
+    unlabelled = torch.full((1, 2, 2), IGNORE, dtype=torch.uint8)
+    ignored = {"semseg": unlabelled.long(), "edge": unlabelled, "saliency": unlabelled}
     label = ignored.get(task, torch.zeros(1, 3, 2, 2) if task == "normals" else torch.zeros(1, 2, 2))
     loss = task_loss(task, logits, label, 0.95)
     loss.backward()

@@ -1,0 +1,113 @@
+"""Memory and time of training steps: the batch in parts, recomputed blocks, gradient methods, against the plain step.
+
+    python benchmarks/training.py [--recipe nyud-small] [--size 240x320] [--batch 4] [--steps 2] [--json FILE]
+
+Each way runs in a process of its own, on random images and labels; on the CPU, memory is the process's peak beyond what
+it held before the first step (weights and libraries), on CUDA what torch allocated at most. All with the same weights
+and images, and with one thread a core.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulate 2": {"accumulate": 2},
+    "accumulate 4": {"accumulate": 4},
+    "checkpoint_activations": {"checkpoint_activations": True},
+    "tasks_per_step 1": {"tasks_per_step": 1},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "pcgrad": {"weighting": "pcgrad"},
+    "pcgrad, checkpoint_activations": {"weighting": "pcgrad", "checkpoint_activations": True},
+}
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Run steps of one way in this process."""
+    import torch
+    from lightning.fabric import Fabric
+
+    from m3vit.models.multitask import MultiTaskModel
+    from m3vit.tasks import LABEL_SETS
+    from m3vit.training.config import read_config, recipe_path
+    from m3vit.training.optim import make_optimizer
+    from m3vit.training.step import Stepper
+    from m3vit.training.weighting import make_weighting
+
+    config = read_config(recipe_path(args.recipe))
+    height, width = (int(part) for part in args.size.split("x"))
+    config.model.pretrained, config.model.image_size = False, (height, width)
+    for key, value in WAYS[args.way].items():
+        setattr(config.train, key, value)
+    config.check()
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator=args.device, devices=1, precision=config.train.precision)  # type: ignore[arg-type]
+    model = MultiTaskModel(config.model).train()
+    model.backbone.checkpoint_activations = config.train.checkpoint_activations
+    weighting = make_weighting(config, fabric.device)
+    optimizer = make_optimizer(config.train, model, weighting.parameters())
+    stepper = Stepper(fabric, config, *fabric.setup(model, optimizer), weighting)
+    shape = (args.batch, height, width)
+    labels = {}
+    for task in config.model.tasks:
+        channels = LABEL_SETS[config.model.label_set].channels(task)
+        classes = torch.randint(0, max(channels, 2), shape)
+        normals = torch.nn.functional.normalize(torch.randn(args.batch, 3, height, width), dim=1)
+        labels[task] = {"depth": torch.rand(shape) + 1, "normals": normals}.get(task, classes)
+    images, labels = fabric.to_device((torch.randn(args.batch, 3, height, width), labels))
+    # The optimiser's state and the gradients are there from the first step on, in every way alike.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    times = []
+    for step in range(args.steps + 1):  # the first warms up
+        start = time.perf_counter()
+        stepper.gradients(step, images, labels)
+        stepper.clip()
+        stepper.optimizer.step()
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    if fabric.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return {"peak_mib": peak, "s_per_step": sum(times[1:]) / args.steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="nyud-small")
+    parser.add_argument("--size", default="240x320", help="HEIGHTxWIDTH; the recipe's own is 4 times as many pixels")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--way", default=None, choices=list(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(measure(args)))
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "ways": {}}
+    for way in args.ways:
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = results["ways"][way] = json.loads(output.splitlines()[-1])
+        plain = results["ways"].get("plain", found)
+        found["memory_ratio"], found["time_ratio"] = (found[k] / plain[k] for k in ("peak_mib", "s_per_step"))
+        print(
+            f"{way}: {found['peak_mib']:.0f} MiB (x{found['memory_ratio']:.2f}), {found['s_per_step']:.2f} s a step "
+            f"(x{found['time_ratio']:.2f})",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

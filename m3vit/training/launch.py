@@ -1,0 +1,57 @@
+"""Devices and processes of a training run, by Lightning Fabric."""
+
+import logging
+import os
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import nn
+
+from m3vit.distributed import world_size
+from m3vit.errors import InputError
+from m3vit.training.config import TrainConfig
+
+
+def launch(train: TrainConfig) -> Fabric:
+    """Return Fabric on one device, or on one for each process of a torchrun, which it joins into a group."""
+    world = world_size()
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # nine lines about the process group
+    try:
+        if world == 1:
+            # One device: left to itself, Fabric starts a process for every GPU it sees.
+            return Fabric(accelerator=train.accelerator, devices=1, precision=train.precision)  # type: ignore[arg-type]
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        if not local or world % local or "MASTER_ADDR" not in os.environ:
+            raise InputError("WORLD_SIZE is set but not by torchrun, which several processes are started with")
+        cuda = torch.cuda.is_available() and train.accelerator in ("auto", "cuda")
+        strategy = DDPStrategy(
+            # Heads and gates of tasks that are not drawn (train.tasks_per_step) have no gradient. And with this, DDP
+            # keeps its buckets as they are; it would rebuild them after the first step, and the order of sums over
+            # three or more processes, so the last bits of a resumed run, would change with them.
+            find_unused_parameters=True,
+            # What lies in the CPU's memory (flags, statistics, random states) is exchanged there.
+            process_group_backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
+        )
+        fabric = Fabric(
+            accelerator=train.accelerator,
+            devices=local,
+            num_nodes=world // local,
+            strategy=strategy,
+            precision=train.precision,  # type: ignore[arg-type]
+        )
+        fabric.launch()
+    except InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"train.accelerator {train.accelerator} cannot be used here: {error}") from None
+    return fabric
+
+
+def synchronise(model: nn.Module, fabric: Fabric) -> None:
+    """Make batch normalisation that of all processes, on CUDA.
+
+    gloo has none: on the CPU each process normalises over its own share, and the running statistics are the first's.
+    """
+    if fabric.world_size > 1 and fabric.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)

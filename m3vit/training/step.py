@@ -1,0 +1,259 @@
+"""One optimiser step: the losses of a batch that lies in parts on several processes, and their gradient.
+
+What comes out is that of the whole batch on one process, up to the order of floating-point sums: every loss divides by
+the pixel counts of the whole batch (`BatchCounts`), and the routing losses see the routing of all processes
+(`gather_routings`). Only what is drawn at random inside the model (router noise, dropped paths) differs.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from m3vit.distributed import rank, total, world_size
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.router import Routing
+from m3vit.tasks import IGNORE, TASKS, resolve
+from m3vit.training.config import Config, TrainConfig
+from m3vit.training.losses import BatchCounts, routing_losses, task_loss
+from m3vit.training.weighting import Fixed, GradientMethod
+
+Labels = dict[str, Tensor]
+
+
+class Part(NamedTuple):
+    """Images and labels of one forward pass; `counts` is False for a stand-in, whose routing is nobody's concern."""
+
+    images: Tensor
+    labels: Labels
+    counts: bool = True
+
+
+def step_losses(
+    config: Config,
+    model: Any,
+    images: Tensor,
+    labels: Labels,
+    tasks: Sequence[str] | None = None,
+    weights: dict[str, float] | None = None,
+    counts: BatchCounts | None = None,
+    tokens_count: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of the losses of `tasks` (default: all), and each unweighted one by name.
+
+    Outputs of distillation (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
+    With `counts`, the contribution of these images to the losses of the batch counted there; routing losses are those
+    of all processes' tokens of this pass, without this process's unless `tokens_count`.
+    """
+    resolved = resolve(config.model.tasks, config.model.label_set)
+    weights = weights or {task.name: task.weight for task in resolved} | config.train.task_weights
+    output = model(images, tasks=tasks, native=config.train.native_losses)
+    losses = {
+        task: task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight, counts)
+        for task, logits in output.logits.items()
+    }
+    losses |= {
+        f"{task}/distilled{level}": task_loss(
+            task, logits.float(), labels[task], config.train.edge_positive_weight, counts
+        )
+        for level, outputs in output.distilled.items()
+        for task, logits in outputs.items()
+    }
+    loss = torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum()
+    routing_weights = config.train.routing_weights()
+    if output.routings and routing_weights:
+        found = routing_losses(gather_routings(output.routings, tokens_count), routing_weights)
+        loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
+        losses |= found
+    return loss, losses
+
+
+def task_of(name: str) -> str:
+    """Return the task of a loss: "depth" of "depth" and of "depth/distilled0"."""
+    return name.split("/")[0]
+
+
+def gather_routings(routings: list[Routing], counts: bool = True) -> list[Routing]:
+    """Return the routings of all processes' tokens, one a layer; the gradient is this process's.
+
+    Their losses are the same in each process, and the sum of the processes' gradients is that of all tokens. Done to
+    the routings, not in the losses, so that it holds for whatever routing loss there is. Without `counts`, this
+    process's tokens are left out.
+    """
+    tokens = routings[0].scores_RNE.shape[1]
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=routings[0].scores_RNE.device)
+    lengths[rank()] = kept = tokens if counts else 0
+    everyone = total(lengths).tolist()
+
+    def joined(mine: Any) -> Any:
+        if not isinstance(mine, Tensor) or mine.ndim < 3:
+            return mine  # not one value a token
+        mine = mine[:, :kept]
+        if not dist.is_initialized():
+            return mine
+        padded = mine.new_zeros(mine.shape[0], max(everyone), *mine.shape[2:])
+        padded[:, :kept] = mine.detach()
+        found = [torch.empty_like(padded) for _ in everyone]
+        dist.all_gather(found, padded)
+        parts = [other[:, :length] for other, length in zip(found, everyone, strict=True)]
+        parts[rank()] = mine
+        return torch.cat(parts, dim=1)
+
+    return [Routing(*(joined(field) for field in routing)) for routing in routings]
+
+
+def stand_in(config: Config, device: torch.device) -> Part:
+    """Return an image without labels: what a process runs that has none, so that the others need not wait."""
+    height, width = config.model.image_size
+    labels = {}
+    for task in config.model.tasks:
+        kind = TASKS[task].loss
+        if kind == "l1_unit":
+            labels[task] = torch.zeros(1, 3, height, width, device=device)
+        elif kind == "l1":
+            labels[task] = torch.zeros(1, height, width, device=device)
+        else:
+            labels[task] = torch.full((1, height, width), IGNORE, device=device)
+    return Part(torch.zeros(1, 3, height, width, device=device), labels, counts=False)
+
+
+def choose_tasks(train: TrainConfig, tasks: list[str], step: int) -> list[str]:
+    """Return the tasks of a step, in their order: the same in every process."""
+    if not train.tasks_per_step:
+        return tasks
+    chosen = np.random.default_rng([4, train.seed, step]).choice(len(tasks), train.tasks_per_step, replace=False)
+    return [tasks[index] for index in sorted(chosen)]
+
+
+class Stepper:
+    """Turns batches into gradients and steps of the optimiser."""
+
+    def __init__(self, fabric: Fabric, config: Config, model: Any, optimizer: Any, weighting: Fixed) -> None:
+        self.fabric, self.config, self.optimizer, self.weighting = fabric, config, optimizer, weighting
+        self.wrapped = model
+        self.model: MultiTaskModel = model.module
+        self.stand_in = stand_in(config, fabric.device)
+
+    def gradients(self, step: int, images: Tensor | None, labels: Labels) -> dict[str, float]:
+        """Compute the gradient of step number `step` from this process's share of its batch (None: no image).
+
+        Returns the weighted loss, the unweighted losses of all processes, and the weights where they change.
+        """
+        train = self.config.train
+        parts = self.split(images, labels)
+        counts = BatchCounts(labels if images is not None else self.stand_in.labels)
+        tasks = choose_tasks(train, self.config.model.tasks, step)
+        scale = len(self.config.model.tasks) / len(tasks)
+        weights = self.weighting.weights()
+        self.optimizer.zero_grad()
+        if isinstance(self.weighting, GradientMethod):
+            sums, shares = self.combined(step, parts, counts, tasks, weights, scale)
+        else:
+            # DistributedDataParallel averages over the processes; their parts of a loss are to be added.
+            sums = self.passes(parts, counts, tasks, weights, scale * world_size(), reduce=True)
+            shares = {}
+        routing_weights = train.routing_weights()
+        routing = {name: float(sums.pop(name)) for name in routing_weights if name in sums}
+        values = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        loss = sum(weights[task_of(name)] * value for name, value in values.items())
+        self.weighting.observe({task: values[task] for task in tasks}, scale, self.fabric.backward)
+        loss += sum(routing_weights[name] * value for name, value in routing.items())
+        values |= routing
+        if train.weighting != "fixed":
+            values |= {f"weight/{task}": weights[task] for task in tasks}
+        return {"loss": scale * loss} | values | shares
+
+    def clip(self) -> float:
+        """Clip the gradient and return its norm before."""
+        limit = self.config.train.grad_clip or math.inf
+        norm = self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        return float(norm)  # type: ignore[arg-type]
+
+    def split(self, images: Tensor | None, labels: Labels) -> list[Part]:
+        """Return the parts of this process's share: as many on each process, stand-ins among them if need be."""
+        count = self.config.train.accumulate
+        found = []
+        if images is not None:
+            pieces = [images.tensor_split(count), *(label.tensor_split(count) for label in labels.values())]
+            found = [
+                Part(piece, dict(zip(labels, rest, strict=True)))
+                for piece, *rest in zip(*pieces, strict=True)
+                if len(piece)
+            ]
+        return found + [self.stand_in] * (count - len(found))
+
+    def passes(
+        self,
+        parts: list[Part],
+        counts: BatchCounts,
+        tasks: list[str],
+        weights: dict[str, float],
+        factor: float,
+        reduce: bool,
+    ) -> dict[str, Tensor]:
+        """Add the gradients of all parts to the parameters', `reduce`d over processes; return the unweighted losses."""
+        sums: dict[str, Tensor] = {}
+        for place, part in enumerate(parts):
+            last = place == len(parts) - 1
+            keep = self.fabric.no_backward_sync(self.wrapped) if world_size() > 1 and not (reduce and last) else None
+            with keep or nullcontext():
+                loss, losses = step_losses(
+                    self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts
+                )
+                for name, weight in self.config.train.routing_weights().items():
+                    if name in losses:  # the mean over the parts; the other losses are sums already
+                        share = losses[name] / len(parts)
+                        loss = loss + weight * (share - losses[name])
+                        losses[name] = share
+                self.fabric.backward(loss * factor)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        return sums
+
+    def combined(
+        self,
+        step: int,
+        parts: list[Part],
+        counts: BatchCounts,
+        tasks: list[str],
+        weights: dict[str, float],
+        scale: float,
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Compute each task's gradient by itself, and combine those of the parameters that several tasks share."""
+        method = self.weighting
+        assert isinstance(method, GradientMethod)
+        sums: dict[str, Tensor] = {}
+        rows: list[dict[str, Tensor]] = []
+        parameters = dict(self.model.named_parameters())
+        for task in tasks:
+            found = self.passes(parts, counts, [task], weights, scale, reduce=False)
+            sums |= {name: value + sums.get(name, 0) for name, value in found.items()}
+            rows.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
+            for parameter in parameters.values():
+                parameter.grad = None
+        reached = {name: [row[name] for row in rows if name in row] for name in parameters}
+        own = [name for name, gradients in reached.items() if len(gradients) == 1]
+        shared = [name for name, gradients in reached.items() if len(gradients) > 1]
+        jacobian = total(torch.stack([flat(row, shared, parameters) for row in rows]))
+        mixed = method.combine(jacobian @ jacobian.T, step + self.config.train.seed)
+        unflatten(mixed @ jacobian, shared, parameters)
+        unflatten(total(flat({name: reached[name][0] for name in own}, own, parameters)), own, parameters)
+        return sums, {f"gradient/{task}": value for task, value in zip(tasks, mixed.tolist(), strict=True)}
+
+
+def flat(gradients: dict[str, Tensor], names: list[str], parameters: dict[str, Any]) -> Tensor:
+    """Return the gradients of these parameters in one vector; zeros where there is none."""
+    found = [gradients[name] if name in gradients else torch.zeros_like(parameters[name]) for name in names]
+    return torch.cat([gradient.flatten() for gradient in found]) if found else torch.zeros(0)
+
+
+def unflatten(vector: Tensor, names: list[str], parameters: dict[str, Any]) -> None:
+    """Set the gradients of these parameters from one vector."""
+    for name, piece in zip(names, vector.split([parameters[name].numel() for name in names]), strict=True):
+        parameters[name].grad = piece.view_as(parameters[name]).clone()
