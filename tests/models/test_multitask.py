@@ -108,7 +108,6 @@ def test_other_image_sizes_and_their_limits() -> None:
     ("changes", "message"),
     [
         ({"trunk": "resnet18"}, "family resnet"),
-        ({"trunk": "resnet18", "trunk_args": {}}, "ViT"),
         (
             {"trunk": "swin_tiny_patch4_window7_224", "trunk_args": {}, "image_size": (224, 224)},
             "not a plain vision transformer",
