@@ -51,11 +51,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def total(tensor: Tensor) -> Tensor:
+def total(tensor: Tensor, in_place: bool = False) -> Tensor:
     """Return the sum of a tensor over all processes, without gradient; on one process, the tensor."""
     if not dist.is_initialized():
         return tensor.detach()
-    result = tensor.detach().clone()
+    result = tensor.detach() if in_place else tensor.detach().clone()
     dist.all_reduce(result)
     return result
 

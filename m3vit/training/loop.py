@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -134,7 +134,7 @@ class Training:
     @property
     def trained(self) -> MultiTaskModel:
         """The model that is evaluated and saved: the moving average, if there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(MultiTaskModel, self.average.module)
 
     def run(self) -> None:
         """Train to the end, or until a signal."""

@@ -228,32 +228,26 @@ class Stepper:
         """Compute each task's gradient by itself, and combine those of the parameters that several tasks share."""
         method = self.weighting
         assert isinstance(method, GradientMethod)
-        sums: dict[str, Tensor] = {}
-        rows: list[dict[str, Tensor]] = []
         parameters = dict(self.model.named_parameters())
-        for task in tasks:
+        ends = np.cumsum([parameter.numel() for parameter in parameters.values()]).tolist()
+        columns = {name: slice(end - p.numel(), end) for (name, p), end in zip(parameters.items(), ends, strict=True)}
+        jacobian = torch.zeros(len(tasks), ends[-1], device=self.fabric.device)
+        reached = dict.fromkeys(parameters, 0)  # by how many tasks
+        sums: dict[str, Tensor] = {}
+        for row, task in zip(jacobian, tasks, strict=True):
             found = self.passes(parts, counts, [task], weights, scale, reduce=False)
             sums |= {name: value + sums.get(name, 0) for name, value in found.items()}
-            rows.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
-            for parameter in parameters.values():
-                parameter.grad = None
-        reached = {name: [row[name] for row in rows if name in row] for name in parameters}
-        own = [name for name, gradients in reached.items() if len(gradients) == 1]
-        shared = [name for name, gradients in reached.items() if len(gradients) > 1]
-        jacobian = total(torch.stack([flat(row, shared, parameters) for row in rows]))
-        mixed = method.combine(jacobian @ jacobian.T, step + self.config.train.seed)
-        unflatten(mixed @ jacobian, shared, parameters)
-        unflatten(total(flat({name: reached[name][0] for name in own}, own, parameters)), own, parameters)
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    row[columns[name]] = parameter.grad.flatten()
+                    reached[name] += 1
+                    parameter.grad = None
+        jacobian = total(jacobian, in_place=True)
+        shared = [jacobian[:, columns[name]] for name, count in reached.items() if count > 1]
+        gramian = sum((part @ part.T for part in shared), jacobian.new_zeros(len(tasks), len(tasks)))
+        mixed = method.combine(gramian, step + self.config.train.seed)
+        for name, parameter in parameters.items():
+            if reached[name]:
+                mix = mixed if reached[name] > 1 else torch.ones_like(mixed)
+                parameter.grad = (mix @ jacobian[:, columns[name]]).view_as(parameter)
         return sums, {f"gradient/{task}": value for task, value in zip(tasks, mixed.tolist(), strict=True)}
-
-
-def flat(gradients: dict[str, Tensor], names: list[str], parameters: dict[str, Any]) -> Tensor:
-    """Return the gradients of these parameters in one vector; zeros where there is none."""
-    found = [gradients[name] if name in gradients else torch.zeros_like(parameters[name]) for name in names]
-    return torch.cat([gradient.flatten() for gradient in found]) if found else torch.zeros(0)
-
-
-def unflatten(vector: Tensor, names: list[str], parameters: dict[str, Any]) -> None:
-    """Set the gradients of these parameters from one vector."""
-    for name, piece in zip(names, vector.split([parameters[name].numel() for name in names]), strict=True):
-        parameters[name].grad = piece.view_as(parameters[name]).clone()
