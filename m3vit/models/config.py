@@ -104,6 +104,11 @@ class ModelConfig:
                     f"({', '.join(self.tasks)}), and for each at least top_k ({self.top_k}) different experts, 0 to "
                     f"{self.num_experts - 1}"
                 )
+        if self.experts_per_task and self.init == "upcycle":
+            raise InputError(
+                "model.init upcycle makes copies of an MLP that every task must be able to reach: leave out "
+                "model.experts_per_task, or start at random"
+            )
         if self.experts_per_task and self.router == "single":
             raise InputError("model.experts_per_task needs a router that knows the task: multi or task_conditioned")
         if min(self.image_size) < 1 or self.head_stride < 1 or self.expert_ratio <= 0 or self.router_noise < 0:

@@ -108,6 +108,12 @@ def test_other_image_sizes_and_their_limits() -> None:
     ("changes", "message"),
     [
         ({"trunk": "resnet18"}, "family resnet"),
+        ({"experts_per_task": {"depth": [0]}}, "at least top_k"),
+        ({"experts_per_task": {"depth": [0, 4]}}, "0 to 3"),
+        ({"experts_per_task": {"saliency": [0, 1]}}, "name tasks of the model"),
+        ({"experts_per_task": {"depth": [0, 1]}, "router": "single"}, "a router that knows the task"),
+        ({"experts_per_task": {"depth": [0, 1]}, "init": "upcycle"}, "every task must be able to reach"),
+        ({"router_noise_kind": "none"}, "choose from fixed, learned"),
         (
             {"trunk": "swin_tiny_patch4_window7_224", "trunk_args": {}, "image_size": (224, 224)},
             "not a plain vision transformer",
