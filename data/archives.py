@@ -90,7 +90,7 @@ class _Writer:
             raise self.refuse(name, "has an absolute or a Windows path")
         if ".." in parts:
             raise self.refuse(name, "leads out of the folder")
-        if "\0" in name or len(name) > MAX_NAME_CHARS or any(len(os.fsencode(part)) > 255 for part in parts):
+        if not name.isprintable() or len(name) > MAX_NAME_CHARS or any(len(os.fsencode(part)) > 255 for part in parts):
             raise self.refuse(name, "has an impossible name")
         self.bytes += size
         if size < 0 or self.bytes > self.free:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3vit.data import nyud, pascal_context
-from m3vit.data.opening import LAYOUTS, layouts_of, recognise
+from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
 from m3vit.data.sample import FileSplit
 from m3vit.errors import InputError
 from m3vit.processes import run_jobs
@@ -26,7 +26,6 @@ from m3vit.tasks import IGNORE, LABEL_SETS
 FORMAT, VERSION = "m3vit-data-check", 1
 SPLITS = ("train", "val")
 PUBLISHED = {"nyud": {"train": 795, "val": 654}, "pascal": {"train": 4998, "val": 5105}}
-ORIGINS = {"synthetic.json": "rendered by m3vit data synth", "prepared.json": "made by m3vit data prepare"}
 SAMPLES_PER_JOB = 8
 NO_SIZE = (1, 1)  # of an image that cannot be read: its labels are read all the same, and then found not to fit
 EXAMPLES = 4  # of each kind of problem in the summary
@@ -124,7 +123,7 @@ def check(
         root=str(root),
         layout=layout,
         release=release,
-        origin=next((origin for name, origin in ORIGINS.items() if (root / name).is_file()), None),
+        origin=origin(root),
         quick=quick,
         splits={},
         problems=problems,
@@ -150,6 +149,8 @@ def _read_list(root: Path, layout: str, split: str, problems: list[Problem]) -> 
     """Return the usable ids of a split, each once."""
     file = f"{LAYOUTS[layout].listings}/{split}.txt"
     try:
+        if (root / file).exists() and not (root / file).is_file():  # a pipe would block
+            raise OSError(0, "it is not a regular file")
         lines = (root / file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"

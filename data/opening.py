@@ -10,6 +10,8 @@ from m3vit.data.sample import FileSplit, Split, held, names_in
 from m3vit.errors import InputError
 
 LAYOUTS: dict[str, type[FileSplit]] = {"nyud": NYUD, "pascal": PASCALContext}
+# Notes that this program leaves in data roots it makes -> where such data come from.
+ORIGINS = {"synthetic.json": "rendered by m3vit data synth", "prepared.json": "made by m3vit data prepare"}
 NO_ROOT = "no data root: give --data.root DIR (m3vit data synth writes a small data set)"
 
 
@@ -40,6 +42,11 @@ def recognise(root: str | Path) -> tuple[str, str]:
     return "nyud", detect_release(root, kinds)
 
 
+def origin(root: str | Path) -> str | None:
+    """Return where a data root comes from if it is not a published archive: rendered, or prepared by this program."""
+    return next((words for name, words in ORIGINS.items() if (Path(root) / name).is_file()), None)
+
+
 def open_split(layout: str, root: str | Path, split: str, tasks: Sequence[str]) -> Split:
     """Open one split of a data set, or raise InputError."""
     if layout not in LAYOUTS:
@@ -50,7 +57,10 @@ def open_split(layout: str, root: str | Path, split: str, tasks: Sequence[str]) 
     others = layouts_of(root)
     if others and layout not in others:
         looks_like = {"nyud": "NYUD-v2", "pascal": "PASCAL-Context"}[others[0]]
-        raise InputError(f"{root} looks like {looks_like}: use --data.layout {others[0]}, or give another --data.root")
+        raise InputError(
+            f"{root} looks like {looks_like}: take a recipe or a run of the layout {others[0]} "
+            f"(--data.layout {others[0]}), or give another --data.root"
+        )
     if not others and root.is_dir():
         recognise(root)  # says what is there instead
     return LAYOUTS[layout](root, split, tasks)

@@ -73,9 +73,27 @@ def _picture(path: Path, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
     except UnidentifiedImageError:
         raise ValueError(f"it is not a {' or '.join(formats)} picture") from None
     _check_pixels(*picture.size)
+    if picture.format == "PNG":
+        _check_png(data)
     picture.load()
     # Pillow widens and narrows to 8 bits silently; the true depth is byte 24 of a png (IHDR).
     return picture, data[24] if picture.format == "PNG" else 8
+
+
+def _check_png(data: bytes) -> None:
+    """Raise ValueError if a chunk of a png is damaged: Pillow decodes flipped bits without a word."""
+    at = 8
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            break
+        if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
+            raise ValueError(f"a part of it ({kind.decode('latin-1')!r}) does not match its checksum")
+        if kind == b"IEND":
+            return
+        at = end
+    raise ValueError("it ends before its last part")
 
 
 def image_size(path: Path) -> Size:
@@ -125,7 +143,10 @@ def read_grey(path: Path) -> NDArray[np.uint8]:
             raise ValueError(f"expected one channel of 8 bits, found {bits} bits a channel (mode {picture.mode})")
         if picture.mode == "1":
             picture = picture.convert("L")
-        return np.array(picture)
+        values = np.array(picture)
+        if values.max() == 1:  # a mask written as 0/1 would read as empty
+            raise ValueError("expected values 0..255, found 0 and 1")
+        return values
 
 
 def read_normals_png(path: Path) -> NDArray[np.float32]:
@@ -191,7 +212,13 @@ def read_normals_array(path: Path) -> NDArray[np.float32]:
         if normals.shape[2] != 3 or abs(normals).max() > 1.5:  # 1.5: interpolation may have overshot 1
             raise ValueError(f"expected [H, W, 3] of unit vectors, found {normals.shape} up to {abs(normals).max():g}")
         lengths = np.linalg.norm(normals, axis=-1, keepdims=True)
-        return np.where(lengths > 1e-6, normals / lengths.clip(1e-6), np.float32(0))
+        valid = lengths > 1e-6
+        # Interpolation shortens a vector here and there. Where many are far from unit length the file holds something
+        # else, such as (n + 1) / 2.
+        odd = valid & ((lengths < 0.9) | (lengths > 1.1))
+        if odd.sum() > 0.2 * valid.sum():
+            raise ValueError(f"expected unit vectors, found {odd.sum() / valid.sum():.0%} of another length")
+        return np.where(valid, normals / lengths.clip(1e-6), np.float32(0))
 
 
 def read_edge_array(path: Path) -> NDArray[np.uint8]:

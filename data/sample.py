@@ -99,6 +99,8 @@ class FileSplit(ABC):
         if self.split not in splits:
             raise InputError(f"{folder / self.split}.txt not found: {folder} has {', '.join(splits)}")
         listing = folder / f"{self.split}.txt"
+        if not listing.is_file():  # a pipe would block
+            raise InputError(f"{listing} is not a regular file: it holds one image id a line")
         with naming(listing):
             ids = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
         ids = [name for name in ids if name]

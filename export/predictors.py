@@ -90,7 +90,8 @@ def open_predictor(folder: Path, device: str, batch: int) -> tuple[Predictor, di
         if world_size() > 1:
             raise InputError("an HLS project is simulated by one process: start m3vit eval without torchrun")
         manifest = csim.read_manifest(folder)
-        return hls_predictor(folder, manifest), {"hls4ml": manifest["hls4ml"]}, ""
+        info = {"hls4ml": manifest["hls4ml"], "weights_sha256": manifest.get("run", {}).get("weights_sha256")}
+        return hls_predictor(folder, manifest), info, ""
     if not (folder / "config.yaml").is_file():
         raise InputError(
             f"{folder} is not a run folder, an ONNX package or an HLS project (no config.yaml, {PACKAGE_MANIFEST} or "

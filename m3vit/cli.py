@@ -285,6 +285,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     if args.compare:
+        if args.data_root or args.workers or args.all_metrics:
+            raise InputError("--compare shows what was evaluated: leave out --data.root, --workers and --all-metrics")
         from m3vit.evaluation.compare import compare
 
         print_comparison(compare(args.folders, args.protocol, args.baseline))
@@ -313,7 +315,8 @@ def run_eval(args: argparse.Namespace) -> None:
         )
     if result:  # None in all but the first of several processes
         columns = ("trivial", "torch") if is_run else (predictor.name,)
-        caption = f"{result['images']} val images; protocol {result['protocol']}"
+        made = f" ({result['origin']})" if result["origin"] else ""
+        caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
         print_scores(result["tasks"], columns, caption, args.all_metrics)
 
 
@@ -329,6 +332,8 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         f"{comparison['images']} val images; protocol {comparison['protocol']}\n95 % intervals over images "
         f"({comparison['resamples']} resamples); second lines: difference to {rows[0]['name']}, paired"
     )
+    caption += "".join(f"\n{note}" for note in comparison["notes"])
+    caption += f"\ndata: {comparison['origin']}" if comparison["origin"] else ""
     if comparison["baseline"]:
         caption += f"\ndelta_m over {comparison['baseline']['name']} ({comparison['baseline']['source']})"
     table = Table("task", "metric", caption=caption)
@@ -465,7 +470,8 @@ def run_csim(args: argparse.Namespace) -> None:
 
     with progress_bar("C-simulating") as bar:
         report = verify_project(args.project, args.samples, bar)
-    print_scores(report["tasks"], ("torch", "csim"), f"{report['images']} images, hls4ml C-simulation with g++")
+    caption = f"{report['images']} images, hls4ml C-simulation with g++; protocol {report['protocol']}"
+    print_scores(report["tasks"], ("torch", "csim"), caption)
     for task, result in report["tasks"].items():
         say(
             f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "

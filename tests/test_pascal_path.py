@@ -77,7 +77,7 @@ def test_published_pipelines_train(cli: Cli, data: Path, tmp_path: Path) -> None
 def test_layouts_are_not_confused(cli: Cli, data: Path, run: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "run"]
     nyud = ["synthetic-tiny", *TINY, *out]
-    refused(cli("train", *nyud, f"--data.root={data}"), "looks like PASCAL-Context: use --data.layout pascal")
+    refused(cli("train", *nyud, f"--data.root={data}"), "looks like PASCAL-Context: take a recipe or a run")
     refused(
         cli("train", *nyud, "--data.layout=pascal", f"--data.root={data}"), "model.label_set is nyud and data.layout"
     )

@@ -16,9 +16,11 @@ from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, Baseline, delta_m
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.scoring import read, read_evaluation
+from m3vit.files import read_json, sha256_file
 from m3vit.tasks import TASKS
 
 RESAMPLES = 1000
+PUBLISHED_VAL_IMAGES = {"nyud": 654, "pascal": 5105}
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
@@ -38,14 +40,50 @@ def interval(values: NDArray[np.float64]) -> list[float]:
     return [float(value) for value in np.nanpercentile(values, INTERVAL)]
 
 
-def find_baseline(name: str, protocol: str, label_set: str) -> Baseline:
+def read_current(folder: Path, protocol: str) -> tuple[dict[str, Any], Evaluation]:
+    """Return a folder's result and statistics, or raise InputError if its weights are others by now."""
+    _, result = read(folder, protocol)
+    if result.get("weights_sha256") != weights_sha256(folder):
+        raise InputError(
+            f"{folder} was evaluated with other weights than it holds now: evaluate it again with m3vit eval {folder} "
+            f"--protocol {protocol}"
+        )
+    return result, read_evaluation(folder, protocol)
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """Return the hash that m3vit.export.predictors.open_predictor notes: of a run's, package's or project's weights."""
+    if (folder / "model.safetensors").is_file():
+        return sha256_file(folder / "model.safetensors")
+    for name, section, key in (("manifest.json", "weights", "sha256"), ("m3vit.json", "run", "weights_sha256")):
+        if (folder / name).is_file():
+            return read_json(folder / name, "a damaged export").get(section, {}).get(key)
+    return None
+
+
+def check_same_images(
+    first: tuple[Path, dict[str, Any], Evaluation], other: tuple[Path, dict[str, Any], Evaluation]
+) -> None:
+    """Raise InputError unless two evaluations are of the same images."""
+    (folder, result, evaluation), (other_folder, other_result, other_evaluation) = first, other
+    same = evaluation.ids == other_evaluation.ids and evaluation.fingerprints == other_evaluation.fingerprints
+    if not same or result["label_set"] != other_result["label_set"]:
+        raise InputError(
+            f"{folder} and {other_folder} were evaluated on different images "
+            f"({result['data']}, {len(evaluation.ids)} images of {result['release']}, and {other_result['data']}, "
+            f"{len(other_evaluation.ids)} of {other_result['release']}): evaluate both on the same data"
+        )
+
+
+def find_baseline(name: str, protocol: str, label_set: str, first: tuple[Path, dict[str, Any], Evaluation]) -> Baseline:
     """Return named baselines, or an evaluated folder's figures as baselines; raise InputError if they do not fit."""
     baseline = BASELINES.get(name)
     if baseline is None:
         folder = Path(name)
         if not folder.is_dir():
             raise InputError(f"baseline {name!r}: give an evaluated folder, or one of {', '.join(BASELINES)}")
-        _, result = read(folder, protocol)
+        result, evaluation = read_current(folder, protocol)
+        check_same_images(first, (folder, result, evaluation))
         column = result["predictor"]
         figures = {
             task: (TASKS[task].metric, scores[column][TASKS[task].metric]) for task, scores in result["tasks"].items()
@@ -69,20 +107,23 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
     if len(folders) < 2:
         raise InputError("--compare needs at least two evaluated folders")
     protocol = protocol or common_protocol(folders)
-    results = [read(folder, protocol)[1] for folder in folders]
-    evaluations = [read_evaluation(folder, protocol) for folder in folders]
+    results, evaluations = zip(*(read_current(folder, protocol) for folder in folders), strict=True)
     first = evaluations[0]
     for folder, result, evaluation in zip(folders, results, evaluations, strict=True):
-        if evaluation.ids != first.ids or evaluation.label_set != first.label_set:
-            raise InputError(
-                f"{folders[0]} and {folder} were evaluated on different images "
-                f"({results[0]['data']}, {len(first.ids)} images, and {result['data']}, {len(evaluation.ids)} images): "
-                "evaluate both on the same data"
-            )
+        check_same_images((folders[0], results[0], first), (folder, result, evaluation))
     tasks = [task for task in first.statistics if all(task in other.statistics for other in evaluations)]
     if not tasks:
         raise InputError("these evaluations have no task in common")
-    reference = find_baseline(baseline, protocol, first.label_set) if baseline else None
+    reference = None
+    notes = []
+    if baseline:
+        reference = find_baseline(baseline, protocol, first.label_set, (folders[0], results[0], first))
+        published = PUBLISHED_VAL_IMAGES[first.label_set]
+        if reference.name in BASELINES and (results[0].get("origin") or len(first.ids) != published):
+            where = results[0].get("origin") or f"{len(first.ids)} images"
+            notes.append(
+                f"{reference.name} is of the {published} published images, this is not ({where}): no comparison"
+            )
     weights = bootstrap_weights(len(first.ids))
     rows: list[dict[str, Any]] = []
     samples: dict[str, NDArray[np.float64]] = {}
@@ -106,6 +147,8 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
         "protocol": results[0]["protocol"],
         "images": len(first.ids),
         "resamples": RESAMPLES,
+        "origin": results[0].get("origin"),
+        "notes": notes,
         "baseline": reference and {"name": reference.name, "source": reference.source},
         "rows": rows,
     }

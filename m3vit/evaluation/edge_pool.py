@@ -1,14 +1,17 @@
 """Scores edge maps in processes of their own. No torch: each process would spend seconds importing it."""
 
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
 from numpy.typing import NDArray
 
 from m3vit.data.sample import Split
+from m3vit.errors import InputError
 from m3vit.evaluation.meters import Statistics, make_meter
 
+KILLED = "a process that matches edges was killed, maybe for want of memory: run again with fewer --workers"
 POOL_FROM_PIXELS = 2_000_000  # of all images together: below that, starting processes costs more than it saves
 
 
@@ -42,13 +45,21 @@ class EdgeScorer:
             return
         if len(self.rows) >= self.PENDING * self.workers:
             place = len(self.rows) - self.PENDING * self.workers
-            row = self.rows[place]
-            self.rows[place] = row.result() if isinstance(row, Future) else row
-        self.rows.append(self.pool.submit(_score_job, index, guess))
+            self.rows[place] = self._finished(self.rows[place])
+        try:
+            self.rows.append(self.pool.submit(_score_job, index, guess))
+        except BrokenProcessPool:
+            raise InputError(KILLED) from None
 
     def results(self) -> list[Statistics]:
         """Return the statistics of all maps, in the order of submission."""
-        return [row.result() if isinstance(row, Future) else row for row in self.rows]
+        return [self._finished(row) for row in self.rows]
+
+    def _finished(self, row: Statistics | Future[Statistics]) -> Statistics:
+        try:
+            return row.result() if isinstance(row, Future) else row
+        except BrokenProcessPool:
+            raise InputError(KILLED) from None
 
 
 def edge_statistics(split: Split, protocol: str, index: int, guess: NDArray[Any]) -> Statistics:

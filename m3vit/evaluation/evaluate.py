@@ -1,5 +1,6 @@
 """Score anything that turns images into logits, on one split, under one protocol, beside a trivial predictor."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,10 @@ class Predictor:
 
 @dataclass
 class Evaluation:
-    """Per-image statistics of each task [n, K], in the order of `ids`, and how they were made."""
+    """Per-image statistics of each task [n, K], in the order of `ids`, and how they were made.
+
+    `fingerprints` [n] tell images apart: the CRC of an image's pixels.
+    """
 
     protocol: str
     label_set: str
@@ -48,6 +52,7 @@ class Evaluation:
     statistics: dict[str, Statistics]
     quick: bool = False
     errors: list[str] = field(default_factory=list)
+    fingerprints: list[int] = field(default_factory=list)
 
     def scores(self) -> Scores:
         """Return the metrics of each task over all images."""
@@ -125,7 +130,13 @@ def evaluate(
             logits = predictor.run(images)
             for place, (image, (index, sample)) in enumerate(zip(images, samples, strict=True)):
                 result.ids.append(sample.id)
+                result.fingerprints.append(zlib.crc32(sample.image.tobytes()))
                 for task in tasks:
+                    if not torch.isfinite(logits[task][place]).all():
+                        raise InputError(
+                            f"{predictor.name} predicts {task} of image {sample.id} as numbers that are not finite: "
+                            "its weights are damaged or training diverged"
+                        )
                     guess = prediction(protocol, task, logits[task][place], image, sample.image.shape[:2])
                     if task == "edge" and not quick:
                         edges.submit(index, guess)
@@ -144,8 +155,8 @@ def evaluate(
 class TrivialPredictor:
     """Predicts the same for every pixel of every image: what a network that looks at nothing could do.
 
-    Fitted on the training labels: the most frequent class, the mean depth, the mean normal, the share of edges and of
-    salient pixels.
+    Fitted on the training labels: the most frequent class, the mean depth, the mean normal; every pixel an edge and
+    salient, the best constant there is for F. `constants` has the share of edges and of salient pixels all the same.
     """
 
     def __init__(self, constants: dict[str, Any], label_set: str) -> None:

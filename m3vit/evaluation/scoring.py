@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from m3vit.data.opening import open_split
+from m3vit.data.opening import open_split, origin
 from m3vit.data.sample import Split
 from m3vit.distributed import agree, gather, process_group, rank, world_size
 from m3vit.errors import InputError
@@ -66,6 +66,7 @@ def score(
         "data": str(Path(root).resolve()),
         "label_set": layout,
         "release": split.release,
+        "origin": origin(root),
         "predictor": predictor.name,
         **(info or {}),
         "trivial": constants,
@@ -97,21 +98,24 @@ def share(
     options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress}
     workers = workers or default_workers()
     found = agree(lambda: evaluate(split, predictor, protocol, indices=mine, workers=workers, **options))
-    parts = gather((found.ids, found.statistics, found.errors))
-    ids = [name for names, _, _ in parts for name in names]
+    parts = gather((found.ids, found.statistics, found.errors, found.fingerprints))
+    ids = [name for names, *_ in parts for name in names]
     place = {name: index for index, name in enumerate(split.ids)}
     order = np.argsort([place[name] for name in ids], kind="stable")
     statistics = {
-        task: np.concatenate([statistics[task] for _, statistics, _ in parts])[order] for task in found.statistics
+        task: np.concatenate([statistics[task] for _, statistics, *_ in parts])[order] for task in found.statistics
     }
-    errors = [error for _, _, errors in parts for error in errors]
-    return Evaluation(protocol, split.label_set, [ids[index] for index in order], statistics, quick, errors)
+    errors = [error for part in parts for error in part[2]]
+    prints = [value for part in parts for value in part[3]]
+    names, prints = ([values[index] for index in order] for values in (ids, prints))
+    return Evaluation(protocol, split.label_set, names, statistics, quick, errors, prints)
 
 
 def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evaluation) -> None:
     """Write statistics, then add their result to eval.json: it never names statistics that are not there."""
     with atomic_path(folder / f"eval-{protocol}.npz") as path, open(path, "wb") as file:
-        np.savez_compressed(file, ids=np.array(evaluation.ids), **evaluation.statistics)  # type: ignore[arg-type]
+        known = {"ids": np.array(evaluation.ids), "fingerprints": np.array(evaluation.fingerprints, np.int64)}
+        np.savez_compressed(file, **known, **evaluation.statistics)  # type: ignore[arg-type]
     results: dict[str, Any] = {}
     if (folder / "eval.json").exists():
         old = read_json(folder / "eval.json", "delete it and evaluate again")
@@ -140,7 +144,8 @@ def read_evaluation(folder: Path, protocol: str) -> Evaluation:
     try:
         with np.load(path, allow_pickle=False) as stored:
             ids = [str(name) for name in stored["ids"]]
+            prints = stored["fingerprints"].tolist()
             statistics = {task: stored[task] for task in result["tasks"]}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} cannot be read ({error}): evaluate again with m3vit eval {folder}") from None
-    return Evaluation(protocol, result["label_set"], ids, statistics)
+    return Evaluation(protocol, result["label_set"], ids, statistics, fingerprints=prints)

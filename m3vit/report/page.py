@@ -60,12 +60,13 @@ def write_report(
         raise InputError(f"--out {out}: its numbers would overwrite the run's {out.stem}.json; choose another name")
     protocol, evaluated = scoring.read(run.folder, protocol)
     tasks = run.config.model.tasks
+    model_size = (run.config.model.image_size[0], run.config.model.image_size[1])
     split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)
     predictors: dict[str, Predictor] = {
-        "trivial": TrivialPredictor(evaluated["trivial"], evaluated["label_set"]).predictor((1, 1)),
+        "trivial": TrivialPredictor(evaluated["trivial"], evaluated["label_set"]).predictor(model_size),
         "torch": torch_predictor(run.model),
     }
-    notes = []
+    notes = [f"The data are not a published release: {evaluated['origin']}."] if evaluated.get("origin") else []
     indices = list(range(len(split)))
     if (onnx / "manifest.json").exists():
         package = Package.load(onnx)

@@ -29,7 +29,7 @@ from m3vit.training.launch import launch, synchronise
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
-from m3vit.training.validation import is_best, validate
+from m3vit.training.validation import PROTOCOL, is_best, validate
 from m3vit.training.weighting import make_weighting
 
 FORMAT = 2  # of last/state.pt
@@ -79,6 +79,13 @@ class Training:
             lambda: [open_split(options.layout, options.root, part, config.model.tasks) for part in ("train", "val")]
         )
         train_split, self.val_split = splits
+        both = sorted(set(train_split.ids) & set(self.val_split.ids))
+        if both:
+            raise InputError(
+                f"{options.root} lists {len(both)} images in train and in val, such as {both[0]}: figures on val would "
+                "be of images trained on; m3vit data check says more",
+                everywhere=True,
+            )
         if world_size() > len(self.val_split):
             raise InputError(f"{world_size()} processes for {len(self.val_split)} val images: start fewer", True)
         self.batches = EpochBatches(len(train_split), settings.batch_size, settings.seed, rank(), world_size())
@@ -153,14 +160,19 @@ class Training:
         settings = self.config.train
         self.wrapped.train()
         self.batches.epoch, self.batches.start = divmod(self.step, self.steps_per_epoch)
+        trained = 0
         for batch in self.loader:
             if self.exchange(batch):
                 self.take_step(batch)
+                trained += 1
             else:
                 self.step += 1  # a step all the same: the schedule and a resumed run count on it
             if settings.checkpoint_steps and self.step % settings.checkpoint_steps == 0:
                 if self.step % self.steps_per_epoch:
                     self.save()
+        if not trained and not self.batches.start:
+            first = sorted(self.unreadable)[0] if self.unreadable else "no batch"
+            raise InputError(f"not one image of the epoch could be read ({first}): mend the data", everywhere=True)
         self.weighting.end_epoch()
         # The resume state last: where it says an epoch is done, its weights are on disk.
         check_weights(self.model, self.step, self.out)
@@ -201,7 +213,10 @@ class Training:
                 raise Stopped(kind, self.step)
         for message in [text for texts in gather(batch.errors) for text in texts] if errors else []:
             if self.config.data.on_error == "stop":
-                raise InputError(f"{message}; or leave such images out with --data.on_error skip", everywhere=True)
+                raise InputError(
+                    f"{message}, then go on with --resume; or leave such images out with --data.on_error skip",
+                    everywhere=True,
+                )
             if message not in self.unreadable:
                 self.unreadable.add(message)
                 self.record("unreadable", {"count": len(self.unreadable)}, message)
@@ -233,6 +248,7 @@ class Training:
         if rank():
             return
         words = {"message": message} if message else {}
+        words |= {"protocol": PROTOCOL} if kind == "val" else {}
         self.log.write({"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words})
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, self.step)

@@ -382,7 +382,7 @@ def test_opening_either_layout(tmp_path: Path) -> None:
     assert recognise(pascal) == ("pascal", "PASCAL-Context") and recognise(nyud) == ("nyud", "NYUDv2")
     assert open_split("pascal", str(pascal), "val", ("saliency",)).tasks == ("saliency",)
     assert open_split("nyud", nyud, "val", ["depth"]).release == "NYUDv2"
-    with pytest.raises(InputError, match=r"looks like PASCAL-Context: use --data\.layout pascal"):
+    with pytest.raises(InputError, match=r"looks like PASCAL-Context: take a recipe"):
         open_split("nyud", pascal, "train", ("semseg",))
     with pytest.raises(InputError, match=r"looks like NYUD-v2: use --data\.layout nyud"):
         open_split("pascal", nyud, "train", ("semseg",))

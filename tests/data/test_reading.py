@@ -567,3 +567,36 @@ def test_another_picture_is_refused(tmp_path: Path, size: tuple[int, int]) -> No
     with pytest.raises(InputError, match="it labels another picture"):
         fitted(tmp_path / "a.png", label, size)
     assert fitted(tmp_path / "a.png", np.zeros((500, 375)), (498, 375)).shape == (498, 375)
+
+
+def test_every_flipped_byte_of_a_png_is_noticed(tmp_path: Path) -> None:
+    """Pillow decodes many damaged pngs into other pixels without a word; their checksums tell."""
+    path = tmp_path / "mask.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(np.where(rng.random((24, 32)) < 0.5, 255, 0).astype(np.uint8)).save(path)
+    intact = path.read_bytes()
+    expected = read_grey(path)
+    for place in range(8, len(intact) - 12):
+        data = bytearray(intact)
+        data[place] ^= 1
+        path.write_bytes(data)
+        try:
+            found = read_grey(path)
+        except InputError:
+            continue
+        np.testing.assert_array_equal(found, expected, err_msg=f"byte {place}")
+
+
+def test_labels_of_another_coding_are_refused(tmp_path: Path) -> None:
+    mask, normals = tmp_path / "mask.png", tmp_path / "normals.npy"
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(mask)
+    with pytest.raises(InputError, match=r"expected values 0\.\.255, found 0 and 1"):
+        read_grey(mask)
+    vectors = np.random.default_rng(0).normal(size=(8, 8, 3))
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    for wrong in ((vectors + 1) / 2, 0.1 * vectors):
+        np.save(normals, wrong.astype(np.float32))
+        with pytest.raises(InputError, match=r"expected unit vectors, found .* of another length"):
+            read_normals_array(normals)
+    np.save(normals, vectors.astype(np.float32))
+    np.testing.assert_allclose(read_normals_array(normals), vectors, atol=1e-6)

@@ -1,6 +1,8 @@
 """Scoring a split: the trivial predictor, several processes, unreadable files."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -76,6 +78,14 @@ class Noise:
         return truth
 
 
+class Suicidal(Noise):
+    """Kills the process that asks for its edges, as a system out of memory does."""
+
+    def edge_truth(self, index: int) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
 def red_edges(images: list) -> dict[str, torch.Tensor]:
     """Take the red channel for an edge map."""
     return {"edge": torch.stack([torch.from_numpy(image.pixels[..., 0].copy()).float()[None] / 64 for image in images])}
@@ -107,6 +117,14 @@ def test_unreadable_images_stop_or_are_left_out() -> None:
     assert found.errors == ["image 1 is damaged", "image 4 is damaged"]
     whole = evaluate(Noise(40), predictor(40))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found.statistics["edge"], whole.statistics["edge"][[0, 2, 3, 5]])
+
+
+def test_a_killed_process_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3vit.evaluation.edge_pool.POOL_FROM_PIXELS", 0)
+    with pytest.raises(InputError, match="was killed, maybe for want of memory: run again with fewer --workers"):
+        with EdgeScorer(Suicidal(40), "A", 2) as scorer:  # type: ignore[arg-type]
+            scorer.submit(0, np.zeros((40, 40), np.float32))
+            scorer.results()
 
 
 def test_nothing_readable_is_an_error() -> None:

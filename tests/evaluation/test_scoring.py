@@ -138,10 +138,62 @@ def test_other_images_are_not_compared(
     refused(cli("eval", "--compare", run, other), "evaluated on different images")
 
 
+def test_other_pixels_under_the_same_names_are_not_compared(
+    cli: Cli, run: Path, untrained: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    shutil.copytree(tiny_data, data)
+    shutil.copy(data / "images" / "0010.jpg", data / "images" / "0011.jpg")
+    shutil.copytree(untrained, other)
+    assert cli("eval", other, "--data.root", data).returncode == 0
+    refused(cli("eval", "--compare", run, other), "evaluated on different images")
+    refused(cli("eval", "--compare", run, run, "--baseline", other), "evaluated on different images")
+
+
+def test_figures_of_other_weights_are_not_compared(cli: Cli, run: Path, untrained: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "stale"
+    shutil.copytree(untrained, stale)
+    shutil.copy(run / "model.safetensors", stale / "model.safetensors")
+    refused(cli("eval", "--compare", run, stale), "evaluated with other weights than it holds now")
+
+
+def test_rendered_data_are_named(cli: Cli, run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_data, data)
+    (data / "synthetic.json").write_text("{}")
+    shutil.copytree(run, copy)
+    result = cli("eval", copy, "--data.root", data)
+    assert "NYUD_MT (rendered by m3vit data synth)" in " ".join(result.stdout.split())
+    compared = cli("eval", "--compare", copy, copy)
+    assert "rendered by m3vit data synth" in compared.stdout
+
+
+def test_numbers_that_are_not_finite_are_one_clear_line(cli: Cli, run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    state = load_file(copy / "model.safetensors")
+    state["heads.edge.linear.bias"][:] = float("nan")
+    save_file(state, copy / "model.safetensors")
+    refused(cli("eval", copy), "predicts edge of image 0010 as numbers that are not finite")
+
+
+def test_report_under_both_protocols(cli: Cli, run: Path, tmp_path: Path) -> None:
+    nothing = ("--onnx", tmp_path / "a", "--hls", tmp_path / "b", "--images", 1)
+    for protocol in ("A", "B"):
+        assert cli("eval", run, "--protocol", protocol).returncode == 0
+        result = cli("report", run, *nothing, "--out", tmp_path / f"{protocol}.html")
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / f"{protocol}.json").read_text())["protocol"].startswith(protocol)
+    assert cli("eval", run).returncode == 0
+
+
 def test_refusals(cli: Cli, run: Path, tmp_path: Path) -> None:
     refused(cli("eval", tmp_path), "is not a run folder, an ONNX package or an HLS project")
     refused(cli("eval", run, run), "--compare")
     refused(cli("eval", "--compare", run), "at least two")
+    refused(cli("eval", "--compare", run, run, "--all-metrics"), "leave out --data.root")
     refused(cli("eval", run, "--device", "cuda:7"), "--device cuda:7 cannot be used here")
     refused(cli("eval", run, "--data.root", tmp_path), "is no data set")
 

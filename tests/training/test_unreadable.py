@@ -29,6 +29,21 @@ def test_training_stops_with_the_file_named(cli: Cli, damaged: Path, tmp_path: P
     refused(result, r"0004\.npy", "--data.on_error skip")
 
 
+def test_nothing_to_train_on_is_an_error(cli: Cli, damaged: Path, tmp_path: Path) -> None:
+    for image in (damaged / "images").iterdir():
+        image.write_bytes(b"")
+    words = ["synthetic-tiny", *TINY, f"--data.root={damaged}", "--data.on_error=skip"]
+    refused(cli("train", *words, "--out", tmp_path / "run"), "not one image of the epoch could be read")
+
+
+def test_val_images_in_the_train_list_are_refused(cli: Cli, make_data: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_data(tmp_path / "leaky")
+    with open(root / "gt_sets" / "train.txt", "a") as file:
+        file.write("0011\n")
+    words = ["synthetic-tiny", *TINY, f"--data.root={root}"]
+    refused(cli("train", *words, "--out", tmp_path / "run"), "lists 1 images in train and in val, such as 0011")
+
+
 def test_training_goes_on_without_them_and_counts(cli: Cli, damaged: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ["synthetic-tiny", *TINY, f"--data.root={damaged}", "--data.on_error=skip", "--train.epochs=3"]
@@ -39,6 +54,6 @@ def test_training_goes_on_without_them_and_counts(cli: Cli, damaged: Path, tmp_p
     (unreadable,) = [line for line in lines if line["kind"] == "unreadable"]
     assert unreadable["count"] == 1 and "0004.npy" in unreadable["message"]
     (val,) = [line for line in lines if line["kind"] == "val"]
-    assert val["unreadable"] == 1
+    assert val["unreadable"] == 1 and val["protocol"] == "A"
     # A score over fewer images than the split has would mean something else.
     refused(cli("eval", run), r"0011\.jpg")
