@@ -384,7 +384,7 @@ def test_opening_either_layout(tmp_path: Path) -> None:
     assert open_split("nyud", nyud, "val", ["depth"]).release == "NYUDv2"
     with pytest.raises(InputError, match=r"looks like PASCAL-Context: take a recipe"):
         open_split("nyud", pascal, "train", ("semseg",))
-    with pytest.raises(InputError, match=r"looks like NYUD-v2: use --data\.layout nyud"):
+    with pytest.raises(InputError, match=r"looks like NYUD-v2: take a recipe"):
         open_split("pascal", nyud, "train", ("semseg",))
     with pytest.raises(InputError, match="layout 'coco' is unknown: choose from nyud, pascal"):
         open_split("coco", nyud, "train", ("semseg",))

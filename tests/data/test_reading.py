@@ -177,9 +177,10 @@ def test_edges_and_normals_by_hand(tmp_path: Path) -> None:
         np.save(path, np.array(stored))
         edge = read_edge_array(path)
         assert edge.dtype == np.uint8 and edge.tolist() == [[0, 0, 1, 1]]
-    np.save(path, np.array([[[0, 0, 0], [0, 3e-1, 4e-1], [0, 0, 1]]], np.float64))
+    ahead = [[0, 0, 1]] * 4  # a vector here and there may be short
+    np.save(path, np.array([[[0, 0, 0], [0, 3e-1, 4e-1], *ahead]], np.float64))
     normals = read_normals_array(path)
-    np.testing.assert_allclose(normals, [[[0, 0, 0], [0, 0.6, 0.8], [0, 0, 1]]], atol=1e-7)
+    np.testing.assert_allclose(normals, [[[0, 0, 0], [0, 0.6, 0.8], *ahead]], atol=1e-7)
     assert normals.dtype == np.float32
 
 
