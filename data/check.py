@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from m3vit.data import nyud, pascal_context
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
-from m3vit.data.sample import FileSplit
+from m3vit.data.sample import FileSplit, is_id
 from m3vit.errors import InputError
 from m3vit.processes import run_jobs
 from m3vit.tasks import IGNORE, LABEL_SETS
@@ -160,7 +160,7 @@ def _read_list(root: Path, layout: str, split: str, problems: list[Problem]) -> 
     if not names:
         problems.append(Problem("error", "missing_list", split, "", file, "lists no image"))
     for name, times in Counter(names).items():
-        if ".." in name or not name.isprintable() or any(mark in name for mark in "/\\ "):
+        if not is_id(name):
             problems.append(Problem("error", "bad_id", split, "", file, f"{name!r} is not an image's id"))
             names = [other for other in names if other != name]
         elif times > 1:

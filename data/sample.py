@@ -111,7 +111,7 @@ class FileSplit(ABC):
             if name in seen:
                 raise InputError(f"{listing} lists {name} twice: each image is listed once")
             # An id becomes a file's name: it must stay within the data set's folders.
-            if ".." in name or not name.isprintable() or len(name) > 200 or any(mark in name for mark in "/\\ "):
+            if not is_id(name):
                 raise InputError(f"{listing} lists {name!r}, which is not an image's id (a file name without ending)")
             seen.add(name)
         return tuple(ids)
@@ -151,6 +151,11 @@ class FileSplit(ABC):
         image = self.read(index, "image")
         size = image.shape[0], image.shape[1]
         return Sample(self.ids[index], image, {task: self.read(index, task, size) for task in self.tasks})
+
+
+def is_id(name: str) -> bool:
+    """Return whether a line of a list can be an image's id: it becomes a file's name within the data set's folders."""
+    return ".." not in name and name.isprintable() and len(name) <= 200 and not any(mark in name for mark in "/\\ ")
 
 
 def names_in(folder: Path) -> list[str]:

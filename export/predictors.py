@@ -16,8 +16,6 @@ from m3vit.export.runtime import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime import Package
 from m3vit.hw import csim
 
-HLS_BATCH = 10  # images of one simulator process; it reads the weights again
-
 
 def onnx_predictor(package: Package) -> Predictor:
     """Return an ONNX package as a predictor, fed as torch is: the same pixels, at the size trained at."""
@@ -37,7 +35,7 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
     The accelerator's input is pixels, so padding (protocol B) is the mean colour, 0.01 at most from the zero that torch
     gets after normalisation.
     """
-    from m3vit.export.hls.verify import check_files, logits_of
+    from m3vit.export.hls.verify import CHUNK_IMAGES, check_files, logits_of
 
     check_files(project, manifest)
     csim.build_bridge(project)
@@ -55,7 +53,7 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
         }
 
     height, width = manifest["image_size"]
-    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run, HLS_BATCH)
+    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run, CHUNK_IMAGES)
 
 
 def label_set(manifest: dict[str, Any], folder: Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3vit import __version__
 from m3vit.errors import InputError
+from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.hls import convert, leaf, precision
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
@@ -80,8 +81,14 @@ def _check_replaceable(out: Path) -> None:
     manifest = read_json(out / MANIFEST, advice)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
-    evaluated = {"eval.json", "eval-A.npz", "eval-B.npz"}
-    built = {MANIFEST, TESTBENCH, "csim.json", "tb_data/csim_outputs.npz", "tb_data/csim_results.log", *evaluated}
+    built = {
+        MANIFEST,
+        TESTBENCH,
+        "csim.json",
+        "tb_data/csim_outputs.npz",
+        "tb_data/csim_results.log",
+        *EVALUATION_FILES,
+    }
     found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
     foreign = sorted(name for name in found - built - set(manifest["files"]) if not name.endswith((".so", ".o")))
     if foreign:

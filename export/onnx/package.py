@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 import m3vit
 from m3vit.errors import InputError
+from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.onnx.graph import export_task
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
@@ -21,7 +22,6 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, Task, palette, resolve
 
 WEIGHTS = "weights.bin"
-EVALUATION = ("eval.json", "eval-A.npz", "eval-B.npz")  # what `m3vit eval` leaves in a package
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them
 PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
@@ -170,7 +170,7 @@ def _check_replaceable(out: Path) -> None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{out / MANIFEST} is not an m3vit package's: {advice}")
     # A package is replaced by removing its folder: nothing of the user's may be in it.
-    own = {MANIFEST, WEIGHTS, *EVALUATION, *(f"{task}.onnx" for task in manifest.get("tasks", {}))}
+    own = {MANIFEST, WEIGHTS, *EVALUATION_FILES, *(f"{task}.onnx" for task in manifest.get("tasks", {}))}
     if foreign := sorted(found - own):
         raise InputError(
             f"{out} holds files that are not the package's ({', '.join(foreign[:3])}): move them, or {advice}"

@@ -27,6 +27,9 @@ PROTOCOLS = {
     "B": "B (ATRC, InvPT: images padded, scored at the network's resolution)",
 }
 
+# What `m3vit eval` leaves in the folder of a run, a package or a project: the exporters may replace it.
+EVALUATION_FILES = ("eval.json", *(f"eval-{name}.npz" for name in PROTOCOLS))
+
 
 @dataclass(frozen=True)
 class NetworkImage:
