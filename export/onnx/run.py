@@ -8,7 +8,7 @@ import numpy as np
 from m3vit.data.opening import open_split
 from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
-from m3vit.export.onnx.package import export_package
+from m3vit.export.onnx.package import Content, export_package
 from m3vit.export.onnx.parity import check_parity
 from m3vit.training.checkpoint import Run
 
@@ -26,7 +26,7 @@ def export_run(
 ) -> None:
     """Write the package of a run to `out`, compare it with torch, and say a line per file and per task."""
     images = parity_images(run, data_root)
-    export_package(run.model, out, info=run.info, opset=opset, size=size, progress=say)
+    export_package(run.model, out, Content(opset=opset, size=size), info=run.info, progress=say)
     for path in sorted(out.iterdir()):
         say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     say("comparing with torch")
