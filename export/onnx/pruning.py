@@ -117,6 +117,20 @@ def chosen(model: MultiTaskModel, choice: Choice) -> Iterator[None]:
             layer.router.choice = (layer.router.top_k, None)
 
 
+def read_coverage(text: str | None) -> float | None:
+    """Parse `coverage=0.999`, or raise InputError."""
+    if text is None:
+        return None
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if name.strip() != "coverage" or not 0 < value <= 1:
+        raise InputError(f"--prune is {text!r}: give coverage=SHARE, above 0 and at most 1, such as coverage=0.999")
+    return value
+
+
 def read_top_k(text: str, tasks: Sequence[str], num_experts: int) -> dict[str, int]:
     """Parse `2` or `depth=1,semseg=2` into experts per token by task, or raise InputError."""
     advice = f"give a number, 1 to {num_experts}, or task=number,... of the tasks {', '.join(tasks)}"
