@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from m3vit.commands.terminal import image_size, positive, say
+from m3vit.commands.terminal import image_size, positive, progress_bar, say
 
 
 def add_export_onnx(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,14 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data.root", dest="data_root", help="data root of the parity check's images (default: the run's)"
     )
+    parser.add_argument(
+        "--check-images",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="compare with torch on N images (validation, then training, then noise), each at three sizes with 1 and 2 "
+        "threads, hunt for races, reach every expert: minutes to hours (default: a quick check of 2 images a size)",
+    )
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:
@@ -23,7 +31,16 @@ def run_export_onnx(args: argparse.Namespace) -> None:
     from m3vit.training.checkpoint import load_run
 
     run = load_run(args.run)
-    export_run(run, args.out, opset=args.opset, size=args.size, data_root=args.data_root, say=say)
+    export_run(
+        run,
+        args.out,
+        opset=args.opset,
+        size=args.size,
+        data_root=args.data_root,
+        check_images=args.check_images,
+        say=say,
+        bar=(lambda: progress_bar("comparing")) if args.check_images else None,
+    )
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:

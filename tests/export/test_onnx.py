@@ -18,7 +18,7 @@ from m3vit.errors import InputError
 from m3vit.export.onnx import package as package_module
 from m3vit.export.onnx.graph import export_task
 from m3vit.export.onnx.package import UNITS, export_package
-from m3vit.export.onnx.parity import LIMIT, _compare, _near_ties, _Record, check_parity
+from m3vit.export.onnx.parity import LIMIT, _Batch, _compare, _near_ties, _Record, check_parity
 from m3vit.export.runtime import DECODERS, Package
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -148,22 +148,24 @@ def test_findings_of_a_comparison() -> None:
     right = make_images(3, (8, 8))
     wrong, broken = right + 0.1, np.full_like(right, np.nan)
 
-    def findings(first: tuple[Array, ...], ties: list[int]) -> tuple[_Record, str]:
+    def findings(runners: list[Any], ties: list[int]) -> tuple[_Record, str]:
         record = _Record()
-        packages: Any = [FakePackage(*first), FakePackage(right)]
-        _compare(packages, "depth", right, right, np.array(ties), record)
-        return record, "; ".join(record.failures)
+        batch = _Batch(torch.from_numpy(right), alone=3)
+        _compare(runners, "depth", batch, right, np.array(ties), record)
+        return record, "; ".join(record.all_failures())
 
-    assert findings((right,), [0, 0, 0]) == (_Record(compared=8), "")
-    assert "8x8, batch 3, 1 threads: relative error" in findings((wrong,), [1, 1, 0])[1]
-    record, text = findings((wrong,), [1, 1, 1])
-    assert (record.near_tie_images, record.compared, text) == (4, 4, "")  # the run with 2 threads was sound
-    assert "repeated runs differ" in findings((right, right, wrong), [1, 1, 1])[1]
-    assert "not finite" in findings((broken,), [1, 1, 1])[1]
-    record, everywhere_wrong = _Record(), FakePackage(wrong)
-    both: Any = [everywhere_wrong] * 2
-    _compare(both, "depth", right, right, np.array([1, 1, 1]), record)
-    assert record.failures == ["8x8: every image has router near ties and differs; use other images"]
+    sound = FakePackage(right)
+    record, text = findings([sound, sound], [0, 0, 0])
+    assert (record.errors, record.sound, text) == ([0.0] * 8, {"8x8": 8}, "")
+    assert "8x8, batch 3, 1 threads: relative error" in findings([FakePackage(wrong), sound], [1, 1, 0])[1]
+    record, text = findings([FakePackage(wrong), sound], [1, 1, 1])
+    assert (record.near_tie_images, len(record.errors), text) == (4, 4, "")  # the run with 2 threads was sound
+    assert "repeated runs differ" in findings([FakePackage(right, right, wrong), sound], [1, 1, 1])[1]
+    assert "not finite" in findings([FakePackage(broken), sound], [1, 1, 1])[1]
+    assert "repeated" not in findings([FakePackage(broken), sound], [1, 1, 1])[1]  # NaN is as NaN was
+    everywhere_wrong = FakePackage(wrong)
+    text = findings([everywhere_wrong, everywhere_wrong], [1, 1, 1])[1]
+    assert text == "8x8: every image has router near ties and differs; use other images"
 
 
 @pytest.mark.parametrize(
