@@ -38,7 +38,8 @@ NOISE_ROUNDS = 6
 # A race of onnxruntime's ScatterND(add), which the graphs avoid, showed in one run of ten from about 1,000 tokens on.
 RACE_TOKENS = 1024
 RACE_REPEATS = 20
-FORCE = 30.0  # added to a router logit: above what gates reach by themselves, and exp(-30) is no underflow
+# Added to a router logit in turn, until the expert is chosen: a larger one costs the other logits' last bits.
+FORCES = (20.0, 100.0, 500.0)
 
 
 class _Runner(Protocol):
@@ -268,21 +269,20 @@ def _force(model: MultiTaskModel, graph: Path, task: str, size: tuple[int, int],
 
     The graph's file stays as it is: onnxruntime takes the changed biases instead of the ones stored.
     """
-    record.forced = missing = record.not_hit()
+    before = record.not_hit()
     generator = torch.Generator().manual_seed(2)
     routers = [model.backbone.trunk.blocks[index].mlp.router for index in model.backbone.moe_indices]
-    for _ in range(-(-model.config.num_experts // model.config.top_k)):
-        if not any(mask.any() for mask in missing):
-            break
-        chosen = [mask & (mask.cumsum(0) <= model.config.top_k) for mask in missing]
-        forces = [mask.float() * FORCE for mask in chosen]
-        batch = _Batch(torch.randn(BATCH, 3, *size, generator=generator))
-        runners = [_ForcedSession(graph, [force.numpy() for force in forces], threads) for threads in THREADS]
-        with _forced_routers(routers, forces):
-            _run(model, runners, task, batch, record)
-        # One that is out of reach even so is not tried again, and stays among those not hit.
-        missing = [mask & ~tried & (load == 0) for mask, tried, load in zip(missing, chosen, record.loads, strict=True)]
-    record.forced = [before & ~after for before, after in zip(record.forced, record.not_hit(), strict=True)]
+    for strength in FORCES:
+        untried = record.not_hit()
+        while any(mask.any() for mask in untried):
+            chosen = [mask & (mask.cumsum(0) <= model.config.top_k) for mask in untried]
+            forces = [mask.float() * strength for mask in chosen]
+            batch = _Batch(torch.randn(BATCH, 3, *size, generator=generator))
+            runners = [_ForcedSession(graph, [force.numpy() for force in forces], threads) for threads in THREADS]
+            with _forced_routers(routers, forces):
+                _run(model, runners, task, batch, record)
+            untried = [mask & ~tried for mask, tried in zip(untried, chosen, strict=True)]
+    record.forced = [was & ~now for was, now in zip(before, record.not_hit(), strict=True)]
 
 
 @contextmanager
