@@ -1,6 +1,7 @@
 """`m3vit export onnx`: from a run folder to a package, calibrated, checked and measured."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.scoring import default_workers
+from m3vit.export.onnx.images import parity_images
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.package import Content, export_package
 from m3vit.export.onnx.parity import check_parity
@@ -26,7 +28,7 @@ from m3vit.files import read_json, write_json
 from m3vit.tasks import TASKS
 from m3vit.training.checkpoint import Run
 
-PARITY_IMAGES = 8  # validation images the package is compared with torch on, beside noise
+PARITY_IMAGES = 8  # validation images that the quick check picks from, beside noise
 CALIBRATION_IMAGES = 64  # training images that gate mass is measured on, by default
 MEASURED_IMAGES = 100  # validation images that a changed package is scored on, by default
 CALIBRATION_BATCH = 4
@@ -39,48 +41,72 @@ class Request:
 
     prune: which experts to leave out, or None. top_k: experts per token by task, where not as trained.
     calibration: training images for `prune`. measure: validation images to score the package on, 0 for none, None for
-    MEASURED_IMAGES if the package is not simply the model. data_root: where the data are, if not where the run says.
+    MEASURED_IMAGES if the package is not simply the model. check_images: compare with torch on so many, in full.
+    data_root: where the data are, if not where the run says.
     """
 
     prune: Prune | None = None
     top_k: dict[str, int] | None = None
     calibration: int = CALIBRATION_IMAGES
     measure: int | None = None
+    check_images: int | None = None
     data_root: str | None = None
 
 
 def export_run(
-    run: Run, out: Path, content: Content, request: Request, *, say: Callable[[str], None] = print
+    run: Run,
+    out: Path,
+    content: Content,
+    request: Request,
+    *,
+    say: Callable[[str], None] = print,
+    bar: Callable[[], AbstractContextManager[Callable[[int, int], None]]] | None = None,
 ) -> dict[str, Any]:
     """Write the package of a run to `out`, compare it with torch, score it, and say a line per finding.
 
-    Returns the manifest. Raises InputError for what cannot be done, before anything is written.
+    `bar` opens a progress bar for the comparison, a function of (batches done, batches in all). Returns the manifest.
+    Raises InputError for what cannot be done, before anything is written.
     """
     content = chosen_content(run, content, request, say)
     content.check()
     changed = bool(content.choices) or any(precision != FLOAT for precision in content.precisions)
     count = request.measure if request.measure is not None else MEASURED_IMAGES if changed else 0
     split = data_of(run, "val", request.data_root, "--measure 0") if count else None
-    images = parity_images(run, request.data_root)
+    full = request.check_images is not None
+    images = parity_images(run, request.data_root, request.check_images or PARITY_IMAGES, exactly=full)
     export_package(run.model, out, content, info=run.info, progress=say)
     for path in sorted(out.iterdir()):
         say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    say("comparing with torch")
-    for task, result in check_parity(run.model, out, images).items():
-        unseen = sum(len(experts) for experts in result["experts_not_hit"].values())
-        say(
-            f"{task}: worst relative error {result['worst_relative_error']:.1e} ({result['worst_at']}) in "
-            f"{result['comparisons']} comparisons"
-            + (f"; {unseen} experts got no token and were not compared" if unseen else "")
-            + (f"; {result['near_tie_images']} images with near ties" if result["near_tie_images"] else "")
-        )
+    sources = " and ".join(f"{number} {name}" for name, number in images.sources.items())
+    say(f"comparing with torch on {sources} images" + (", each at every size" if full else ""))
+    with bar() if bar else nullcontext() as progress:
+        report = check_parity(run.model, out, images, full=full, sources=images.sources, progress=progress)
+    for task, result in report.items():
+        say(f"{task}: {_summary(result)}")
     if split is not None:
         say(f"scoring {min(count, len(split))} validation images")
-        measured = measure(run, out, split, count)
-        for line in render(measured):
+        for line in render(measure(run, out, split, count)):
             say(line)
     manifest: dict[str, Any] = read_json(out / MANIFEST, "export it again")
     return manifest
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """Return what the comparison of one task found, in words."""
+    unseen, forced = (
+        sum(len(experts) for experts in result[key].values()) for key in ("experts_not_hit", "experts_forced")
+    )
+    compared = (
+        f"worst relative error {result['worst_relative_error']:.1e} ({result['worst_at']}) in "
+        f"{result['comparisons']} comparisons"
+    )
+    return (
+        (compared if result["comparisons"] else "nothing in floats to compare")
+        + (f"; {unseen} experts got no token and were not compared" if unseen else "")
+        + (f"; {forced} experts got tokens from a forced router only" if forced else "")
+        + (f"; {result['near_tie_images']} images with near ties" if result["near_tie_images"] else "")
+        + "".join(f"; {name} {error:.1e}" for name, error in result["integer_errors"].items())
+    )
 
 
 def chosen_content(run: Run, content: Content, request: Request, say: Callable[[str], None]) -> Content:
@@ -181,16 +207,3 @@ def render(measured: dict[str, Any]) -> Iterator[str]:
     for task, row in measured["tasks"].items():
         changes = [f"{name} {row[name]:.4g} ({loss:+.2f} % loss)" for name, loss in row["loss_percent"].items()]
         yield f"{task}: {row['metric']} ({TASKS[task].unit}) torch {row['torch']:.4g}, {', '.join(changes)}"
-
-
-def parity_images(run: Run, data_root: str | None) -> np.ndarray:
-    """Return normalised images [n, 3, H, W]: the run's own validation images if they are there, else noise."""
-    size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    try:
-        split = open_split(run.config.data.layout, data_root or run.config.data.root, "val", [])
-    except InputError:
-        if data_root:  # asked for: a mistake, not a reason to do without
-            raise
-        return np.random.default_rng(0).normal(size=(PARITY_IMAGES, 3, *size)).astype(np.float32)
-    count = min(PARITY_IMAGES, len(split))
-    return np.stack([network_input(split.load(index).image, size).numpy() for index in range(count)])

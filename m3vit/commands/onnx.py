@@ -50,6 +50,14 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write no package, but the trade-off of size, time and metric over precisions, coverages and top-k",
     )
+    parser.add_argument(
+        "--check-images",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="compare with torch on N images (validation, then training, then noise), each at three sizes with 1 and 2 "
+        "threads, hunt for races, reach every expert: minutes to hours (default: a quick check of 2 images a size)",
+    )
     parser.add_argument("--data.root", dest="data_root", help="data root (default: the run's)")
 
 
@@ -63,7 +71,7 @@ def run_export_onnx(args: argparse.Namespace) -> None:
     config = run.config.model
     prune = Prune(read_coverage(args.prune), args.keep) if args.prune or args.keep else None
     top_k = read_top_k(args.top_k, config.tasks, config.num_experts) if args.top_k else {}
-    request = Request(prune, top_k, args.calibrate, args.measure, args.data_root)
+    request = Request(prune, top_k, args.calibrate, args.measure, args.check_images, args.data_root)
     if args.sweep:
         from m3vit.export.onnx.sweep import sweep
 
@@ -84,7 +92,8 @@ def run_export_onnx(args: argparse.Namespace) -> None:
         precisions=tuple(args.precision),
         one_backbone=args.one_backbone,
     )
-    export_run(run, args.out, content, request, say=say)
+    bar = (lambda: progress_bar("comparing")) if args.check_images else None
+    export_run(run, args.out, content, request, say=say, bar=bar)
 
 
 def print_sweep(result: dict[str, Any]) -> None:
@@ -96,7 +105,7 @@ def print_sweep(result: dict[str, Any]) -> None:
 
     caption = (
         f"{result['images']} val images, protocol {result['protocol']}; time relative to fp32 as trained, "
-        f"{result['threads']} thread, batch 1, {result['size'][0]}x{result['size'][1]}; bold: none is better in all three"
+        f"{result['threads']} thread, batch 1, {result['size'][0]}x{result['size'][1]}; bold: not beaten"
     )
     console = Console(width=max(Console().width, 100))
     for task, points in result["tasks"].items():
