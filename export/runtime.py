@@ -97,7 +97,8 @@ class Package:
             warnings.warn(SATURATES, stacklevel=2)
         if threads is None:
             threads = default_threads(manifest)
-        package = cls(folder, manifest, precision, _Sessions(folder, threads, low_memory, cache))
+        sessions = _Sessions(folder, threads, low_memory, cache, manifest["weights"]["sha256"])
+        package = cls(folder, manifest, precision, sessions)
         package._one_backbone = one_backbone
         return package
 
@@ -237,8 +238,11 @@ class Package:
 class _Sessions:
     """The onnxruntime sessions of a package's graphs, made when they are first asked for."""
 
-    def __init__(self, folder: Path, threads: int, low_memory: bool, cache: Path | str | None) -> None:
+    def __init__(
+        self, folder: Path, threads: int, low_memory: bool, cache: Path | str | None, weights_sha256: str
+    ) -> None:
         self.folder, self.threads, self.low_memory = folder, threads, low_memory
+        self.weights_sha256 = weights_sha256
         self.cache = None if cache is None else Path(cache)
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
 
@@ -273,7 +277,7 @@ class _Sessions:
     def _cached(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
         """Return a session whose graph was optimised and whose weights were laid out before, on a machine like this."""
         assert self.cache is not None
-        key = hashlib.sha256(f"{entry['sha256']} {sha256_file(self.folder / 'weights.bin')} {machine()}".encode())
+        key = hashlib.sha256(f"{entry['sha256']} {self.weights_sha256} {machine()}".encode())
         home = self.cache / f"{Path(entry['file']).stem}-{key.hexdigest()[:16]}"
         if not (home / "graph.onnx").is_file():
             require_new(home)

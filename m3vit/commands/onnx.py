@@ -97,28 +97,28 @@ def run_export_onnx(args: argparse.Namespace) -> None:
 
 
 def print_sweep(result: dict[str, Any]) -> None:
-    """Print the trade-off, a table for each task, the choices no other one beats in bold."""
+    """Print, for each task, the graph as trained and the ways that no other one beats."""
     from rich.console import Console
     from rich.table import Table
 
     from m3vit.tasks import TASKS
 
-    caption = (
-        f"{result['images']} val images, protocol {result['protocol']}; time relative to fp32 as trained, "
-        f"{result['threads']} thread, batch 1, {result['size'][0]}x{result['size'][1]}; bold: not beaten"
-    )
     console = Console(width=max(Console().width, 100))
     for task, points in result["tasks"].items():
         row = TASKS[task]
         arrow = "↑" if row.higher_is_better else "↓"
         names = ("precision", "coverage", "experts kept", "top-k", "MB", "time", f"{row.metric} ({row.unit}) {arrow}")
-        table = Table(*names, title=task, caption=caption)
-        for point in points:
+        shown = [point for place, point in enumerate(points) if point["pareto"] or place == 0]
+        table = Table(*names, title=task, caption=f"{len(points)} ways tried; beside the first, those that none beats")
+        for point in [shown[0], *sorted(shown[1:], key=lambda point: -point["bytes"])]:
             coverage = "all" if point["coverage"] is None else f"{point['coverage']:g}"
             cells = (point["precision"], coverage, f"{point['experts']:.1f}", str(point["top_k"]))
-            figures = (f"{point['bytes'] / 1e6:.2f}", f"{point['time']:.2f}", f"{point['metric']:.3f}")
-            table.add_row(*cells, *figures, style="bold" if point["pareto"] else "dim")
+            table.add_row(*cells, f"{point['bytes'] / 1e6:.2f}", f"{point['time']:.2f}", f"{point['metric']:.3f}")
         console.print(table)
+    say(
+        f"{result['images']} val images, protocol {result['protocol']}; processor time relative to fp32 as trained, "
+        f"one thread, batch 1, {result['size'][0]}x{result['size'][1]}"
+    )
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
