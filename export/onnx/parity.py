@@ -5,10 +5,14 @@ rightly pick different experts, and that token's output differs visibly. An imag
 token, in any layer, is counted as `near_tie_images` instead of failing; one without fails. Every image size needs
 at least one image that is compared in earnest.
 
+Where a graph leaves experts out or uses fewer of them, torch routes the same way for the comparison. Graphs in integers
+differ from torch by design: they must be finite and repeatable, and how far they are is recorded.
+
 Two extents: the quick check that every export runs, and the full one, over every image given, with a hunt for races
 and with every expert reached.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +28,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor
 
+from m3vit.export.onnx.lower import Choice
+from m3vit.export.onnx.pruning import chosen
+from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.runtime import MANIFEST, Package
 from m3vit.files import read_json, write_json
 from m3vit.models.multitask import MultiTaskModel
@@ -69,6 +76,8 @@ class _Record:
     loads: list[Tensor] = field(default_factory=list)  # tokens of each expert, int64 [E], by MoE layer
     allowed: list[Tensor] = field(default_factory=list)  # the experts that this task may use at all, bool [E]
     forced: list[Tensor] = field(default_factory=list)  # the experts that only a forced router reached, bool [E]
+    kept: list[Tensor] = field(default_factory=list)  # the experts that the graph holds, bool [E]; empty: all
+    integers: dict[str, float] = field(default_factory=dict)  # worst relative error of graphs in integers
     failures: list[str] = field(default_factory=list)
 
     def count(self, routings: list[Routing]) -> None:
@@ -79,6 +88,8 @@ class _Record:
             torch.ones_like(load, dtype=torch.bool) if routing.allowed_RE is None else routing.allowed_RE[0].cpu()
             for load, routing in zip(loads, routings, strict=True)
         ]
+        if self.kept:
+            self.allowed = [allowed & kept for allowed, kept in zip(self.allowed, self.kept, strict=True)]
 
     def not_hit(self) -> list[Tensor]:
         """Return which of the experts that the task may use got no token, bool [E], by MoE layer."""
@@ -117,9 +128,10 @@ def check_parity(
     Returns, and writes into the manifest as `parity`, for each task: `worst_relative_error` (max |difference| /
     max |torch| of an image) and `worst_at` (size, batch, threads), `median_relative_error`, number of `comparisons`
     of one image, `near_tie_images` and `near_tie_tokens` (see the module), `experts_not_hit` {block index: experts
-    that the task may use and that no token went to: untested} and `experts_forced` (those that forced routers alone
-    reached). Raises RuntimeError if the error exceeds 1e-4, a result is not repeatable or not finite, or a size could
-    not be compared because of near ties.
+    that the task may use, and the graph holds, that no token went to: untested}, `experts_forced` (those that forced
+    routers alone reached) and `integer_errors` {precision: worst relative error}. Raises RuntimeError if the error of
+    a graph in floats exceeds 1e-4, a result is not repeatable or not finite, or a size could not be compared because
+    of near ties.
     """
     if not len(images) or images[0].ndim != 3 or images[0].shape[0] != 3:
         raise ValueError(f"{len(images)} images: give one or more, each [3, H, W]")
@@ -153,6 +165,7 @@ def check_parity(
             "near_tie_tokens": record.near_tie_tokens,
             "experts_not_hit": _by_layer(layers, record.not_hit()),
             "experts_forced": _by_layer(layers, record.forced),
+            "integer_errors": record.integers,
         }
         for task, record in records.items()
     }
@@ -188,8 +201,49 @@ def _check_task(
     tick: Callable[[], None],
 ) -> _Record:
     """Run all batches of one task."""
-    packages = [Package.load(package_dir, threads=threads, verify=False) for threads in THREADS]
-    record = _Record()
+    entry = Package.load(package_dir, verify=False).entry(task)
+    precisions = list(entry["graphs"])
+    choice, record = _choice(model, entry["experts"]), _Record()
+    record.kept = [_mask(model, choice.kept.get(number)) for number in range(len(model.backbone.moe_indices))]
+    with chosen(model, choice):
+        if FLOAT in precisions:
+            _check_floats(model, package_dir, task, images, sizes, full, tick, record)
+        for precision in precisions:
+            if precision != FLOAT:
+                _check_integers(model, package_dir, task, images, sizes, precision, record)
+    return record
+
+
+def _choice(model: MultiTaskModel, experts: dict[str, Any]) -> Choice:
+    """Return the experts that a graph keeps and uses, as its manifest says."""
+    kept = {} if experts["kept"] == "all" else experts["kept"]
+    numbers = {str(block): number for number, block in enumerate(model.backbone.moe_indices)}
+    return Choice(experts["top_k"], {numbers[block]: tuple(ids) for block, ids in kept.items()})
+
+
+def _mask(model: MultiTaskModel, kept: Sequence[int] | None) -> Tensor:
+    mask = torch.zeros(model.config.num_experts, dtype=torch.bool)
+    mask[list(range(len(mask)) if kept is None else kept)] = True
+    return mask
+
+
+def _open(package_dir: Path, **options: Any) -> list[Package]:
+    """Open a package once for each number of threads."""
+    return [Package.load(package_dir, threads=threads, verify=False, **options) for threads in THREADS]
+
+
+def _check_floats(
+    model: MultiTaskModel,
+    package_dir: Path,
+    task: str,
+    images: Sequence[NDArray[np.float32]],
+    sizes: list[tuple[int, int]],
+    full: bool,
+    tick: Callable[[], None],
+    record: _Record,
+) -> None:
+    """Compare the graph in floats, within the limit; where there is one backbone for all tasks, it too."""
+    packages = _open(package_dir, precision=FLOAT)
     planned = [_quick_batches(images, sizes)]
     if full:
         planned += [_every_image(images, sizes), iter([_race_batch(images, sizes[0], model.backbone.patch_size)])]
@@ -199,18 +253,41 @@ def _check_task(
             tick()
     for batch in _noise_batches(sizes[0], record):
         _run(model, packages, task, batch, record)
+    manifest, graph = packages[0].manifest, package_dir / packages[0].entry(task)["graphs"][FLOAT]["file"]
+    packages.clear()  # their sessions are as large as those that follow
+    if manifest["backbone"]:
+        shared = _open(package_dir, precision=FLOAT, one_backbone=True)
+        for batch in _quick_batches(images, sizes):
+            _run(model, shared, task, batch, record)
+        shared.clear()
     if full:
-        graph = package_dir / packages[0].entry(task)["file"]
-        packages.clear()  # their sessions are as large as those that follow
         _force(model, graph, task, sizes[0], record)
-    return record
+
+
+def _check_integers(
+    model: MultiTaskModel,
+    package_dir: Path,
+    task: str,
+    images: Sequence[NDArray[np.float32]],
+    sizes: list[tuple[int, int]],
+    precision: str,
+    record: _Record,
+) -> None:
+    """Run the graph in integers; what it must be is finite and repeatable."""
+    packages = _open(package_dir, precision=precision)
+    found = _Record()
+    for batch in _quick_batches(images, sizes):
+        expected = model(batch.images.to(next(model.parameters()).device), [task]).logits[task].cpu().numpy()
+        _compare(packages, task, batch, expected, np.zeros(len(batch.images), np.int64), found, limit=math.inf)
+    record.integers[precision] = found.worst
+    record.failures += [f"{precision}: {failure}" for failure in found.failures]
 
 
 def _run(model: MultiTaskModel, runners: Sequence[_Runner], task: str, batch: _Batch, record: _Record) -> None:
     """Run one batch through the model and the graph, and add what is found to the record."""
     output = model(batch.images.to(next(model.parameters()).device), [task])
     record.count(output.routings)
-    ties = _near_ties(output.routings, len(batch.images))
+    ties = _near_ties(output.routings, len(batch.images), record.kept)
     _compare(runners, task, batch, output.logits[task].cpu().numpy(), ties, record)
 
 
@@ -275,13 +352,14 @@ def _force(model: MultiTaskModel, graph: Path, task: str, size: tuple[int, int],
     for strength in FORCES:
         untried = record.not_hit()
         while any(mask.any() for mask in untried):
-            chosen = [mask & (mask.cumsum(0) <= model.config.top_k) for mask in untried]
-            forces = [mask.float() * strength for mask in chosen]
+            top_k = min(router.choice[0] for router in routers)
+            tried = [mask & (mask.cumsum(0) <= top_k) for mask in untried]
+            forces = [mask.float() * strength for mask in tried]
             batch = _Batch(torch.randn(BATCH, 3, *size, generator=generator))
             runners = [_ForcedSession(graph, [force.numpy() for force in forces], threads) for threads in THREADS]
             with _forced_routers(routers, forces):
                 _run(model, runners, task, batch, record)
-            untried = [mask & ~tried for mask, tried in zip(untried, chosen, strict=True)]
+            untried = [mask & ~done for mask, done in zip(untried, tried, strict=True)]
     record.forced = [was & ~now for was, now in zip(before, record.not_hit(), strict=True)]
 
 
@@ -324,20 +402,24 @@ class _ForcedSession:
         self.session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
     def logits(self, images: NDArray[Any], task: str) -> NDArray[np.float32]:
-        return np.asarray(self.session.run([task], {"image": images})[0])
+        # A static graph takes one image at a time.
+        step = 1 if self.session.get_inputs()[0].shape[0] == 1 else len(images)
+        parts = [images[start : start + step] for start in range(0, len(images), step)]
+        return np.concatenate([np.asarray(self.session.run([task], {"image": part})[0]) for part in parts])
 
 
 def _num_experts(routing: Routing) -> int:
     return routing.scores_RNE.shape[-1]
 
 
-def _near_ties(routings: list[Routing], batch: int) -> NDArray[np.int64]:
-    """Return how many near-tie tokens each image has, over the layers: [B]."""
+def _near_ties(routings: list[Routing], batch: int, kept: Sequence[Tensor] = ()) -> NDArray[np.int64]:
+    """Return how many near-tie tokens each image has, over the layers: [B]. `kept` (bool [E]): of these experts."""
     counts = np.zeros(batch, np.int64)
-    for routing in routings:
-        top_k = routing.weights_RNK.shape[-1]
-        if top_k < _num_experts(routing):
-            best = routing.scores_RNE[0].topk(top_k + 1, dim=-1).values
+    for number, routing in enumerate(routings):
+        top_k, scores = routing.weights_RNK.shape[-1], routing.scores_RNE[0]
+        scores = scores[:, kept[number].to(scores.device)] if kept else scores
+        if top_k < scores.shape[-1]:
+            best = scores.topk(top_k + 1, dim=-1).values
             near = (best[:, top_k - 1] - best[:, top_k]) < NEAR_TIE * best[:, top_k - 1]
             counts += near.view(batch, -1).sum(dim=1).cpu().numpy()
     return counts
@@ -350,6 +432,7 @@ def _compare(
     expected: NDArray[np.float32],
     ties: NDArray[np.int64],
     record: _Record,
+    limit: float = LIMIT,
 ) -> None:
     """Run one batch, and its first image alone, with each number of threads, and add what is found to the record."""
     images = batch.images.numpy()
@@ -371,15 +454,15 @@ def _compare(
             for image in range(count):
                 scale = max(float(np.abs(expected[image]).max()), 1e-30)
                 error = float(np.abs(result[image] - expected[image]).max()) / scale
-                if error > LIMIT and ties[image]:
+                if error > limit and ties[image]:
                     record.near_tie_images += 1
                     continue
                 record.sound[size] += 1
                 record.errors.append(error)
                 if error > record.worst:
                     record.worst, record.where = error, where
-                if error > LIMIT:
-                    record.failures.append(f"{where}: relative error {error:.1e}, limit {LIMIT:.0e}")
+                if error > limit:
+                    record.failures.append(f"{where}: relative error {error:.1e}, limit {limit:.0e}")
 
 
 def _write(

@@ -28,6 +28,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Parse an integer of 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 0 or more")
+    return int(text)
+
+
 @contextmanager
 def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., None]]:
     """Show a progress bar; the yielded function takes (done, total, text beside the bar = "")."""

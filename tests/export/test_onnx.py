@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from m3vit.errors import InputError
 from m3vit.export.onnx import package as package_module
 from m3vit.export.onnx.graph import export_task
-from m3vit.export.onnx.package import UNITS, export_package
+from m3vit.export.onnx.package import UNITS, Content, export_package
 from m3vit.export.onnx.parity import (
     BATCH,
     FORCES,
@@ -29,7 +29,7 @@ from m3vit.export.onnx.parity import (
     _Record,
     check_parity,
 )
-from m3vit.export.runtime import DECODERS, Package
+from m3vit.export.runtime import DECODERS, Package, file_entries
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
@@ -130,7 +130,7 @@ def test_experts_without_tokens_are_reported(tmp_path: Path) -> None:
         mlp.router.gates[0].zero_()
         for parameter in mlp.experts.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))
-    export_package(model, tmp_path / "package", info={}, size=(32, 48))
+    export_package(model, tmp_path / "package", Content(size=(32, 48)), info={})
     report = check_parity(model, tmp_path / "package", make_images(1))["depth"]
     assert len(report["experts_not_hit"]["1"]) == 2
     assert report["near_tie_tokens"] > 0
@@ -317,7 +317,9 @@ def test_manifest_describes_every_file(exported: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     assert manifest["run"] == {"checkpoint": "abc"}
     assert {path.name for path in exported.iterdir()} == {"manifest.json", "weights.bin", *(f"{t}.onnx" for t in NAMES)}
-    for entry in (manifest["weights"], *manifest["tasks"].values()):
+    assert len(file_entries(manifest)) == 1 + len(NAMES)
+    for entry in file_entries(manifest):
+        assert (exported / entry["file"]).stat().st_size == entry["bytes"]
         assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     semseg = manifest["tasks"]["semseg"]
     assert len(semseg["classes"]) == len(semseg["palette"]) == semseg["channels"] == 40
@@ -335,7 +337,7 @@ def test_fixed_size_graph_refuses_another_size(tmp_path: Path) -> None:
     model = make_model(tasks=["depth"])
     with pytest.raises(InputError, match="size is 30x48: give positive multiples of the patch size 8"):
         export_task(model, "depth", size=(30, 48))
-    export_package(model, tmp_path / "package", info={}, size=(40, 56))
+    export_package(model, tmp_path / "package", Content(size=(40, 56)), info={})
     report = check_parity(model, tmp_path / "package", make_images(3))
     assert report["depth"]["worst_relative_error"] < LIMIT
     package = Package.load(tmp_path / "package")
@@ -378,12 +380,12 @@ def test_replacing_and_failing(exported: Path, tmp_path: Path, monkeypatch: pyte
     def fail(*args: object, **kwargs: object) -> ModelProto:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(package_module, "export_task", fail)
+    monkeypatch.setattr(package_module, "trace_task", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         export_package(model, folder, info={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     depth = onnx.load(exported / "depth.onnx")
-    monkeypatch.setattr(package_module, "export_task", lambda *args, **kwargs: depth)
+    monkeypatch.setattr(package_module, "trace_task", lambda *args, **kwargs: depth)
     export_package(model, folder, info={})
     assert sorted(path.name for path in folder.iterdir()) == ["depth.onnx", "manifest.json", "weights.bin"]
     assert Package.load(folder).tasks == ["depth"]
