@@ -13,7 +13,7 @@ import torch
 
 from m3vit.errors import InputError
 from m3vit.export.onnx.package import export_package
-from m3vit.export.runtime import Package
+from m3vit.export.runtime import Package, file_entries
 from m3vit.training.checkpoint import load_run
 from tests.conftest import Cli
 from tests.test_cli import refused
@@ -32,7 +32,7 @@ def edit(package: Path, change: Callable[[dict[str, Any]], object], rehash: bool
     path = package / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    for entry in (manifest["weights"], *manifest["tasks"].values()) if rehash else ():
+    for entry in file_entries(manifest) if rehash else ():
         entry["sha256"] = hashlib.sha256((package / entry["file"]).read_bytes()).hexdigest()
     path.write_text(json.dumps(manifest))
 
@@ -98,10 +98,14 @@ def test_files_of_another_package(cli: Cli, package: Path, tiny_run: Path, tiny_
 @pytest.mark.parametrize(
     "change",
     [
-        lambda manifest: manifest["tasks"]["depth"].pop("sha256"),
+        lambda manifest: manifest["tasks"]["depth"]["graphs"]["fp32"].pop("sha256"),
         lambda manifest: manifest["weights"].pop("sha256"),
-        lambda manifest: manifest["tasks"]["depth"].update(file="../depth.onnx"),
-        lambda manifest: manifest["tasks"]["depth"].update(file=5),
+        lambda manifest: manifest["tasks"]["depth"]["graphs"]["fp32"].update(file="../depth.onnx"),
+        lambda manifest: manifest["tasks"]["depth"]["graphs"]["fp32"].update(file=5),
+        lambda manifest: manifest["tasks"]["depth"]["graphs"].pop("fp32"),
+        lambda manifest: manifest["tasks"]["depth"].update(graphs=[]),
+        lambda manifest: manifest.update(precisions=[]),
+        lambda manifest: manifest.update(precisions=[1]),
         lambda manifest: manifest["tasks"]["depth"].update(decode="sum"),
         lambda manifest: manifest["tasks"]["depth"].update(decode=["identity"]),
         lambda manifest: manifest["tasks"]["semseg"].update(palette=[]),
@@ -117,7 +121,7 @@ def test_edited_manifests(package: Path, change: Callable[[dict[str, Any]], obje
 
 @pytest.mark.parametrize("wanted", ["none.onnx", "", "\0", "..", "weights.bin"])
 def test_manifest_that_names_another_file(package: Path, wanted: str) -> None:
-    edit(package, lambda manifest: manifest["tasks"]["depth"].update(file=wanted))
+    edit(package, lambda manifest: manifest["tasks"]["depth"]["graphs"]["fp32"].update(file=wanted))
     with pytest.raises(InputError, match=r"not found|does not match|is damaged"):
         Package.load(package)
 
