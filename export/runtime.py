@@ -4,6 +4,7 @@ Shapes: B images, C channels, H x W pixels.
 """
 
 import hashlib
+import math
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,7 +116,8 @@ class Package:
 
     def session(self, task: str) -> onnxruntime.InferenceSession:
         """Return the onnxruntime session of a task's graph; input `image`, output named like the task."""
-        return self._sessions.get(self.entry(task)["graphs"][self.precision])
+        entry = self.entry(task)
+        return self._sessions.get(entry["graphs"][self.precision], ("image",), task, entry["channels"])
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Turn RGB images uint8 [B, H, W, 3] into the graphs' input float32 [B, 3, H, W]."""
@@ -153,10 +155,10 @@ class Package:
         if not self._one_backbone:
             (result,) = self.session(task).run([task], {"image": images})
             return np.asarray(result, dtype=np.float32)
-        number = np.array([self.tasks.index(task)])
-        backbone = self._sessions.get(self.manifest["backbone"]["graphs"][self.precision])
-        (features,) = backbone.run(["features"], {"image": images, "task": number})
-        head = self._sessions.get(self.entry(task)["heads"][self.precision])
+        entry, graphs = self.entry(task), self.manifest["backbone"]["graphs"]
+        backbone = self._sessions.get(graphs[self.precision], ("image", "task"), "features")
+        (features,) = backbone.run(["features"], {"image": images, "task": np.array([entry["number"]])})
+        head = self._sessions.get(entry["heads"][self.precision], ("features",), task, entry["channels"])
         (result,) = head.run([task], {"features": features})
         return np.asarray(result, dtype=np.float32)
 
@@ -246,18 +248,29 @@ class _Sessions:
         self.cache = None if cache is None else Path(cache)
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
 
-    def get(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
-        """Return the session of one graph, by its entry in the manifest."""
+    def get(
+        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None = None
+    ) -> onnxruntime.InferenceSession:
+        """Return the session of one graph, by its entry in the manifest, or raise InputError if it is another's graph.
+
+        `inputs` and `output` are the names it must have, `channels` those of its output.
+        """
         name = entry["file"]
         if name not in self.sessions:
             path = self.folder / name
             try:
-                self.sessions[name] = self._cached(entry) if self.cache is not None else self._create(path)
-            except OSError:
+                session = self._cached(entry) if self.cache is not None else self._create(path)
+            except (InputError, OSError):
                 raise
             except Exception as error:  # onnxruntime's exceptions share no base class
                 reason = str(error).splitlines()[0]
                 raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
+            found, results = tuple(one.name for one in session.get_inputs()), session.get_outputs()
+            width = results[0].shape[1] if results else None
+            fits = channels is None or not isinstance(width, int) or width == channels
+            if found != inputs or [one.name for one in results] != [output] or not fits:
+                raise InputError(f"{path} is not the graph that {MANIFEST} describes: export the package again")
+            self.sessions[name] = session
         return self.sessions[name]
 
     def _options(self) -> onnxruntime.SessionOptions:
@@ -342,24 +355,38 @@ def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:
     try:
         image, tasks, precisions = manifest["image"], manifest["tasks"], manifest["precisions"]
         entries = file_entries({**manifest, "run": None})
-        complete = len(image["mean"]) == len(image["std"]) == 3 and len(image["train_size"]) == 2 and bool(tasks)
+        complete = _numbers(image["mean"], 3) and _numbers(image["std"], 3) and min(image["std"]) > 0
+        complete &= _size(image["train_size"]) and bool(tasks)
         complete &= bool(precisions) and isinstance(manifest["weights"]["file"], str) and manifest["macs"] >= 0
         for entry in entries:
             # A plain name: a manifest from a stranger must not make us read files elsewhere.
             complete &= Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
         backbone = manifest["backbone"]
         for entry in tasks.values():
-            complete &= entry["decode"] in DECODERS and int(entry["patch_multiple"]) > 0
-            complete &= entry["input_size"] is None or len(entry["input_size"]) == 2
+            kind, channels = entry["decode"], entry["channels"]
+            complete &= kind in DECODERS and isinstance(channels, int) and CHANNELS.get(kind, channels) == channels
+            complete &= _size([entry["patch_multiple"]] * 2)
+            complete &= entry["input_size"] is None or _size(entry["input_size"])
             complete &= entry["batch"] in (None, 1)
-            complete &= entry["decode"] != "argmax" or len(entry["palette"]) > 0
+            complete &= kind != "argmax" or len(entry["palette"]) == channels > 0
             for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
+                complete &= not backbone or isinstance(entry["number"], int)
                 complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
     except (KeyError, TypeError, AttributeError, ValueError):
         complete = False
     if not complete:
         raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
     return entries
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Return whether `values` are so many finite numbers."""
+    return len(values) == count and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+
+
+def _size(values: Any) -> bool:
+    """Return whether `values` are two positive whole numbers."""
+    return len(values) == 2 and all(isinstance(value, int) and value > 0 for value in values)
 
 
 def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -390,6 +417,9 @@ DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
     "unit_vector": _unit_vector,
     "sigmoid": _sigmoid,
 }
+
+
+CHANNELS = {"identity": 1, "unit_vector": 3, "sigmoid": 1}  # of the logits, where the kind decides
 
 
 def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:

@@ -11,6 +11,7 @@ from m3vit.errors import InputError
 def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="package folder to write")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="T", help="tasks to export (default: all)")
     parser.add_argument("--opset", type=int, default=20, choices=range(20, 24), help="ONNX opset (default: 20)")
     parser.add_argument(
         "--size", type=image_size, default=None, help="fix the image size to HEIGHTxWIDTH (default: any)"
@@ -75,10 +76,10 @@ def run_export_onnx(args: argparse.Namespace) -> None:
     if args.sweep:
         from m3vit.export.onnx.sweep import sweep
 
-        if prune or top_k or args.static or args.one_backbone or args.precision != ["fp32"]:
+        if args.tasks or prune or top_k or args.static or args.one_backbone or args.precision != ["fp32"]:
             raise InputError(
-                "--sweep tries precisions, coverages and top-k itself: leave out --precision, --prune, --keep, "
-                "--top-k, --static and --one-backbone"
+                "--sweep tries precisions, coverages and top-k itself: leave out --tasks, --precision, --prune, "
+                "--keep, --top-k, --static and --one-backbone"
             )
         with progress_bar("sweeping") as bar:
             result = sweep(run, args.out, request, opset=args.opset, size=args.size, progress=bar)
@@ -86,6 +87,7 @@ def run_export_onnx(args: argparse.Namespace) -> None:
         say(f"{args.out / 'sweep.json'}, {args.out / 'sweep.png'}")
         return
     content = Content(
+        tasks=tuple(args.tasks),
         opset=args.opset,
         size=args.size,
         static=args.static,

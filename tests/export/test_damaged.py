@@ -126,7 +126,6 @@ def test_manifest_that_names_another_file(package: Path, wanted: str) -> None:
         Package.load(package)
 
 
-@pytest.mark.xfail(strict=True, reason="the runtime does not compare a graph's input and output with the manifest")
 def test_graph_of_another_task_under_a_valid_hash(package: Path) -> None:
     swap(package / "depth.onnx", package / "edge.onnx")
     edit(package, lambda manifest: None, rehash=True)
@@ -134,17 +133,15 @@ def test_graph_of_another_task_under_a_valid_hash(package: Path) -> None:
         predict(package)
 
 
-@pytest.mark.xfail(strict=True, reason="the runtime does not compare a graph's channels with the manifest")
 @pytest.mark.parametrize(
     "changes", [{"decode": "unit_vector", "channels": 3}, {"decode": "argmax", "channels": 40, "palette": [[0, 0, 0]]}]
 )
 def test_decoding_that_does_not_fit_the_graph(package: Path, changes: dict[str, Any]) -> None:
     edit(package, lambda manifest: manifest["tasks"]["depth"].update(changes))
-    with pytest.raises(InputError, match="depth"):
+    with pytest.raises(InputError, match=r"depth|is damaged"):
         predict(package)
 
 
-@pytest.mark.xfail(strict=True, reason="the runtime checks that these are there, not what they hold")
 @pytest.mark.parametrize(
     "change",
     [

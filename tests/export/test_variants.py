@@ -56,8 +56,9 @@ def test_fewer_experts_and_what_it_costs(cli: Cli, tiny_run: Path, tmp_path: Pat
         assert {"metric", "torch", "fp32", "int8-experts", "loss_percent"} == set(row)
     assert manifest["measured"]["images"] == 3
     assert any(len(entry["experts"]["kept"]["1"]) < 4 for entry in manifest["tasks"].values())
-    kept = export(cli, tiny_run, tmp_path / "kept", "--keep", 2, "--calibrate", 3, "--measure", 0)
-    assert "measured" not in kept
+    words = ("--keep", 2, "--calibrate", 3, "--measure", 0, "--tasks", "edge", "depth")
+    kept = export(cli, tiny_run, tmp_path / "kept", *words)
+    assert "measured" not in kept and list(kept["tasks"]) == ["depth", "edge"]
     assert all(len(entry["experts"]["kept"]["1"]) == 2 for entry in kept["tasks"].values())
     whole, small = (
         Package.load(tmp_path / name).manifest["tasks"]["edge"]["graphs"]["fp32"] for name in ("pruned", "kept")
@@ -87,6 +88,14 @@ def test_one_backbone_serves_all_tasks(full: Path) -> None:
             np.testing.assert_array_equal(shared.predict(image(1, size), task), each.predict(image(1, size), task))
     # One session of the backbone, whatever the tasks, and a small one for each head.
     assert sorted(shared._sessions.sessions) == ["backbone.onnx", *sorted(f"{task}.head.onnx" for task in NAMES)]
+
+
+def test_one_backbone_for_some_of_the_tasks(cli: Cli, tiny_run: Path, full: Path, tmp_path: Path) -> None:
+    export(cli, tiny_run, tmp_path / "some", "--one-backbone", "--tasks", "edge", "depth")
+    package, whole = Package.load(tmp_path / "some", one_backbone=True), Package.load(full)
+    assert package.tasks == ["depth", "edge"]
+    for task in package.tasks:
+        np.testing.assert_array_equal(package.predict(image(), task), whole.predict(image(), task))
 
 
 def test_low_memory_and_threads_change_nothing_that_matters(full: Path) -> None:
@@ -155,6 +164,7 @@ def test_a_sweep_shows_the_trade_off(cli: Cli, tiny_run: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--tasks", "flow"], "no task 'flow'"),
         (["--static"], "give it too, such as --size 224x224"),
         (["--precision", "int4"], "give one or more of fp32, int8, int8-mixed, int8-experts"),
         (["--precision", "int8", "int8"], "each once"),
