@@ -3,7 +3,7 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
+from m3vit.export.drawing import colourise as colourise
+from m3vit.export.drawing import paint as paint
 from m3vit.files import read_json, sha256_file
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 1, "manifest.json"
@@ -233,61 +235,3 @@ def _resized(array: NDArray[Any], size: tuple[int, int], kind: str) -> NDArray[A
         return np.asarray(Image.fromarray(array).resize(shape, Image.Resampling.BILINEAR))
     channels = [_resized(np.ascontiguousarray(array[..., axis]), size, "identity") for axis in range(3)]
     return _unit(np.stack(channels, axis=-1))
-
-
-# Nine points of matplotlib's inferno map (public domain, CC0), dark to bright, even in perceived lightness.
-_RAMP = np.array(
-    [
-        (0, 0, 4),
-        (31, 12, 72),
-        (85, 15, 109),
-        (136, 34, 106),
-        (186, 54, 85),
-        (227, 89, 51),
-        (249, 140, 10),
-        (249, 201, 50),
-        (252, 255, 164),
-    ],
-    dtype=np.float32,
-)
-
-
-def _depth_picture(depth: NDArray[np.float32], depth_range: tuple[float, float] | None) -> NDArray[np.uint8]:
-    """Near is bright; invalid (<= 0) pixels are black. Without a range: the picture's own, less its extreme 2 %."""
-    valid = np.isfinite(depth) & (depth > 0)
-    if not valid.any():
-        return np.zeros((*depth.shape, 3), np.uint8)
-    near, far = depth_range or np.percentile(depth[valid], (2, 98))
-    share = (far - np.where(valid, depth, far)) / max(far - near, 1e-6)
-    position = np.clip(share, 0, 1) * (len(_RAMP) - 1)
-    channels = [np.interp(position, np.arange(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)]
-    return np.where(valid[..., None], np.rint(np.stack(channels, axis=-1)), 0).astype(np.uint8)
-
-
-def colourise(array: NDArray[Any], task: str, manifest: dict[str, Any]) -> NDArray[np.uint8]:
-    """Turn a prediction of `Package.predict` into a picture to look at, uint8 [H, W, 3]."""
-    entry = manifest["tasks"][task]
-    return paint(array, entry["decode"], entry.get("palette", ()))
-
-
-def paint(
-    array: NDArray[Any],
-    kind: str,
-    palette: Sequence[Sequence[int]] = (),
-    depth_range: tuple[float, float] | None = None,
-) -> NDArray[np.uint8]:
-    """Turn a decoded prediction or a label of a kind (see `decode`) into a picture, uint8 [H, W, 3].
-
-    argmax: the palette's colours, other ids black. identity (depth, metres): near bright, far dark, over
-    `depth_range` or the picture's own. unit_vector: (n + 1) / 2. sigmoid: dark on white.
-    """
-    if kind == "argmax":
-        colours = np.zeros((256, 3), np.uint8)
-        colours[: len(palette)] = palette
-        return colours[array]
-    if kind == "unit_vector":
-        return np.rint(np.clip((array + 1) / 2, 0, 1) * 255).astype(np.uint8)
-    if kind == "sigmoid":
-        grey = np.rint((1 - np.clip(array, 0, 1)) * 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    return _depth_picture(array, depth_range)

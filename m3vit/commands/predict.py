@@ -1,0 +1,98 @@
+"""m3vit predict, serve."""
+
+import argparse
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+from m3vit.commands.terminal import positive, progress_bar, say
+
+_PREDICT_INPUTS = """images, videos, folders (searched recursively; names below them are kept), or - for a stream of
+frames on standard input, in any format that FFmpeg recognises without seeking: mjpeg, y4m, mpegts, matroska, ..."""
+
+
+def depth_range(text: str) -> tuple[float, float]:
+    """Parse "0.5:10" as metres (near, far)."""
+    parts = text.split(":")
+    try:
+        near, far = (float(part) for part in parts)
+    except ValueError:
+        near, far = 0, 0
+    if not 0 <= near < far < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give NEAR:FAR in metres, such as 0.5:10")
+    return near, far
+
+
+def frame_rate(text: str) -> Fraction:
+    """Parse frames per second, such as 25, 29.97 or 30000/1001."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: give frames per second, up to 1000, such as 30 or 30000/1001")
+    return rate
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    from m3vit.export.images import MAX_PIXELS
+
+    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help=_PREDICT_INPUTS)
+    parser.add_argument("--task", required=True, help="task to predict, or all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and videos")
+    parser.add_argument(
+        "--overlay", action="store_true", help="lay the prediction over the input, with a legend (default: it alone)"
+    )
+    parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
+    parser.add_argument("--force", action="store_true", help="overwrite predictions of the same names")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="run at the size of a fixed-size package, or the size trained at: for large images",
+    )
+    parser.add_argument(
+        "--depth-range",
+        type=depth_range,
+        metavar="NEAR:FAR",
+        help="metres that the colours of depth span (default: the image's own; of a video, following its frames)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=frame_rate,
+        help="frames per second of videos and streams that carry no or wrong times (default: their own; 25)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        help=f"larger images and frames are refused unread (default: {MAX_PIXELS})",
+    )
+    parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    from m3vit.export.predict import Options, predict_files
+
+    options = Options(
+        raw=args.raw,
+        overlay=args.overlay,
+        resize=args.resize,
+        force=args.force,
+        depth_range=args.depth_range,
+        fps=args.fps,
+        max_pixels=args.max_pixels,
+    )
+    # Not while the paths go into a pipe: the bar would take them along to the terminal.
+    with progress_bar("predicting", sys.stderr.isatty() and sys.stdout.isatty()) as bar:
+        outcome = predict_files(
+            args.package, args.task, args.inputs, args.out, options, threads=args.threads, say=say, progress=bar
+        )
+    if outcome.failures:
+        print(f"m3vit predict: {len(outcome.failures)} of the inputs failed:", file=sys.stderr)
+        for name, reason in outcome.failures:
+            print(f"  {name}: {reason}", file=sys.stderr)
+    if outcome.stopped:
+        print(f"m3vit predict: stopped by {outcome.stopped.name}; what is listed is complete", file=sys.stderr)
+        return 128 + outcome.stopped
+    return 1 if outcome.failures else 0
