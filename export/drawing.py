@@ -144,9 +144,14 @@ class Scale:
 
 
 def legend(
-    array: NDArray[Any], task: str, entry: dict[str, Any], depth_range: Range | None = None, rows: int | None = None
+    array: NDArray[Any],
+    task: str,
+    entry: dict[str, Any],
+    depth_range: Range | None = None,
+    rows: int | None = None,
+    plain: bool = False,
 ) -> Swatches | Scale:
-    """Return the legend of a prediction laid over an image.
+    """Return the legend of a prediction laid over an image (`blend`) or, if `plain`, of its picture (`paint`).
 
     Classes: those in the picture, the largest first, with their share of it. With `rows` (a film) the legend has that
     many rows, and its items no shares and the order of their names, so that it flickers little.
@@ -157,7 +162,7 @@ def legend(
     if kind == "unit_vector":
         return Swatches(NORMALS_KEY, tuple(name for name, _ in NORMALS_KEY))
     if kind == "sigmoid":
-        colours = np.linspace((255, 255, 255), _MARK, 256)
+        colours = np.linspace((255, 255, 255), (0, 0, 0) if plain else _MARK, 256)
         return Scale(f"{task}, probability", np.rint(colours).astype(np.uint8), 0, 1)
     near, far = depth_range or depth_limits(array) or (0.0, 1.0)
     return Scale(f"{task}, {entry.get('unit', 'm')}", _ramp(np.linspace(1, 0, 256)), near, far)

@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
         predict.add_predict,
         predict.run_predict,
     ),
+    "serve": ("Serve an ONNX package over HTTP, with a page to try it on.", predict.add_serve, predict.run_serve),
     "export hls": (
         "Write an hls4ml project with all tasks, switched at run time.",
         hls.add_export_hls,

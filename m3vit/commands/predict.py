@@ -1,6 +1,7 @@
 """m3vit predict, serve."""
 
 import argparse
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -96,3 +97,54 @@ def run_predict(args: argparse.Namespace) -> int:
         print(f"m3vit predict: stopped by {outcome.stopped.name}; what is listed is complete", file=sys.stderr)
         return 128 + outcome.stopped
     return 1 if outcome.failures else 0
+
+
+def port_number(text: str) -> int:
+    """Parse a TCP port; 0 takes a free one."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a port from 1 to 65535, or 0 for a free one")
+    return int(text)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine alone; there is no password or encryption: "
+        "leave those to a proxy before it)",
+    )
+    parser.add_argument("--port", type=port_number, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to serve (default: all of the package)")
+    parser.add_argument(
+        "--concurrency", type=positive, default=2, help="predictions at a time, each with --threads (default: 2)"
+    )
+    parser.add_argument(
+        "--queue", type=positive, default=16, help="requests that may wait; more are refused with 503 (default: 16)"
+    )
+    parser.add_argument(
+        "--threads", type=positive, default=None, help="onnxruntime threads (default: cores / concurrency)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=positive, default=20 << 20, help="of an image as sent (default: 20971520, 20 MiB)"
+    )
+    parser.add_argument("--max-pixels", type=positive, default=1 << 24, help="of an image (default: 16777216)")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from m3vit.export.serve import Limits, serve
+
+    serve(
+        args.package,
+        host=args.host,
+        port=args.port,
+        tasks=args.tasks,
+        threads=args.threads or max(1, usable_cores() // args.concurrency),
+        limits=Limits(args.max_bytes, args.max_pixels, args.concurrency, args.queue),
+        say=say,
+    )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
