@@ -31,6 +31,7 @@ class Package:
     def __init__(self, folder: Path, manifest: dict[str, Any], threads: int) -> None:
         self.folder, self.manifest, self.threads = folder, manifest, threads
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of each session's last run
 
     @classmethod
     def load(cls, folder: Path | str, *, threads: int = 0, verify: bool = True) -> "Package":
@@ -73,6 +74,7 @@ class Package:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1
+            options.enable_mem_pattern = bool(self.entry(task)["input_size"])  # it keeps a plan for every size it met
             options.log_severity_level = 3  # errors; what it warns about is its own memory planning
             try:
                 self._sessions[task] = onnxruntime.InferenceSession(
@@ -110,8 +112,21 @@ class Package:
                 f"{task} cannot run on {height}x{width} images: resize them to {target[0]}x{target[1]}, "
                 "or predict one at a time"
             )
-        (result,) = self.session(task).run([task], {"image": images})
+        (result,) = self.session(task).run([task], {"image": images}, self._run_options(task, images.shape))
         return np.asarray(result, dtype=np.float32)
+
+    def _run_options(self, task: str, shape: tuple[int, ...]) -> onnxruntime.RunOptions | None:
+        """Have onnxruntime give its memory back after a run of another size than the last.
+
+        It would keep what every size needed, and images of many sizes take gigabytes in the end. Not after every run:
+        at one size, giving back and taking again costs up to half of the time.
+        """
+        last, self._shapes[task] = self._shapes.get(task, shape), shape
+        if last == shape:
+            return None
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
 
     def predict(self, image: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]:
         """Return a task's prediction for one RGB image uint8 [H, W, 3], at the image's own size.
