@@ -14,7 +14,7 @@ from m3vit.errors import InputError
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a float32 map of that size has 256 MiB
 # Formats by pillow's name. Not all it knows: some start other programs (EPS), and each is code that strangers reach.
-WEB_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")  # MPO: JPEGs of phones with a second picture inside
+WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # JPEG: MPO too, with a second picture inside
 FORMATS = (*WEB_FORMATS, "TIFF", "PPM")
 _OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # 8 bits or fewer; pillow's conversions to RGB are the usual ones
 _TRANSPARENT = ("LA", "La", "RGBA", "RGBa", "PA")
@@ -44,7 +44,7 @@ def decode_image(
     size is allocated, and InputError for damaged or empty data, another format, more than 8 bits a channel of grey,
     and colour spaces that have no plain conversion; both name the image `name`.
     """
-    with _one_line(name):
+    with _one_line(name, formats):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             width, height = image.size
             if width * height > max_pixels:
@@ -70,16 +70,17 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(name: str, formats: tuple[str, ...]) -> Iterator[None]:
     """Turn whatever decoding raises into one InputError that names the image."""
     try:
         yield
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{name} cannot be read as an image: it is none of {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError:  # pillow's own limit comes before ours can
-        raise TooManyPixels(f"{name} has too many pixels: shrink it") from None
+        kinds = ", ".join(formats)
+        raise InputError(f"{name} cannot be read as an image: damaged from the start, or none of {kinds}") from None
+    except Image.DecompressionBombError:  # pillow's own limit, 178,956,970, comes before ours can
+        raise TooManyPixels(f"{name} has more pixels than pillow opens: shrink it") from None
     except MemoryError:
         raise InputError(f"{name} cannot be read as an image: memory does not suffice") from None
     # Not a list of types: on damaged files pillow and its decoders raise a dozen, which change between versions.

@@ -299,8 +299,6 @@ class _Run:
                         self._frame(frame, writer)
                     count += 1
                     progress(f"{source.label} frame {count}{f' of {film.frames}' if film.frames else ''}")
-                    if signals.received and stream:
-                        break
                 if not writers:
                     raise InputError("it holds no frame that can be decoded: give another video")
             for writer in writers:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from m3vit.errors import InputError
 
 DEFAULT_RATE = Fraction(25)  # frames per second of a stream that says nothing; FFmpeg's own assumption
+_PROBE_BYTES = 1 << 16  # that tell a format; by FFmpeg's default a stream of JPEGs waits for its first megabyte
 _POLL_S = 0.2  # how soon a stream that sends nothing notices that it is to stop
 
 
@@ -119,9 +120,13 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
         file = open(source, "rb") if isinstance(source, Path) else source
     except OSError as error:
         raise InputError(f"{name} cannot be opened: {error.strerror}") from error
+    options = {
+        "protocol_whitelist": "none",  # the bytes come from here, and playlists would open other files and addresses
+        "max_pixels": str(max_pixels),  # FFmpeg checks before it allocates, here to look for sizes and rates
+        "formatprobesize": str(_PROBE_BYTES),
+    }
     try:
-        # Playlists would have FFmpeg open other files and addresses: no protocol is allowed, the bytes come from here.
-        container: Any = av.open(file, options={"protocol_whitelist": "none"})
+        container: Any = av.open(file, options=options)
     except (av.error.FFmpegError, ValueError) as error:
         _close(file)
         reason = getattr(error, "strerror", None) or str(error)
@@ -132,7 +137,7 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
         codec = container.streams.video[0].codec_context
         if codec.width * codec.height > max_pixels:
             raise InputError(f"{name} has {codec.height}x{codec.width} pixels: at most {max_pixels} are allowed")
-        codec.options = {"max_pixels": str(max_pixels)}  # of later frames too: FFmpeg checks before it allocates
+        codec.options = {"max_pixels": str(max_pixels)}  # and here to decode: streams can change their size
         yield Film(container, fps)
     finally:
         container.close()

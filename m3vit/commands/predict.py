@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -72,9 +73,17 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
 
 
+def leave_sizes_to_us() -> None:
+    """Silence pillow's warning of images of more than 89 megapixels: --max-pixels decides."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 def run_predict(args: argparse.Namespace) -> int:
     from m3vit.export.predict import Options, predict_files
 
+    leave_sizes_to_us()
     options = Options(
         raw=args.raw,
         overlay=args.overlay,
@@ -134,6 +143,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> None:
     from m3vit.export.serve import Limits, serve
 
+    leave_sizes_to_us()
     serve(
         args.package,
         host=args.host,
