@@ -77,12 +77,12 @@ class Package:
             options.enable_mem_pattern = bool(self.entry(task)["input_size"])  # it keeps a plan for every size it met
             options.log_severity_level = 3  # errors; what it warns about is its own memory planning
             try:
-                self._sessions[task] = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
-                )
+                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's exceptions share no base class
                 reason = str(error).splitlines()[0]
                 raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
+            _check_graph(session, task, self.entry(task), path)
+            self._sessions[task] = session
         return self._sessions[task]
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -174,6 +174,17 @@ class Package:
             return entry["input_size"][0], entry["input_size"][1]
         patch = entry["patch_multiple"]
         return max(patch, round(height / patch) * patch), max(patch, round(width / patch) * patch)
+
+
+def _check_graph(session: onnxruntime.InferenceSession, task: str, entry: dict[str, Any], path: Path) -> None:
+    """Raise InputError for a graph that the manifest cannot have meant, although it names it with its hash."""
+    channels = {output.name: output.shape[1] for output in session.get_outputs() if len(output.shape) == 4}
+    if task not in channels or "image" not in {graph_input.name for graph_input in session.get_inputs()}:
+        raise InputError(f"{path} is not a graph of {task}: the package was put together wrongly; export it again")
+    if channels[task] != entry.get("channels", channels[task]):
+        raise InputError(
+            f"{path} has {channels[task]} channels, not {entry['channels']} as {MANIFEST} says: export again"
+        )
 
 
 def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ bounded by them and by the limits on bytes and pixels; one that finds none is re
 import asyncio
 import base64
 import io
+import logging
+import os
 import signal
 import socket
 import time
@@ -433,11 +435,12 @@ def serve(
         app,
         http="h11",
         ws="none",
-        log_level="warning",
+        log_level="error",  # defects; what strangers send is in the metrics
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every damaged form
     server = uvicorn.Server(config)
 
     def stop(_: int, __: FrameType | None) -> None:
@@ -467,5 +470,7 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        # Of a name that is unknown, the number means something else.
+        known = error.errno and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno).lower() if known else error.strerror or str(error)  # type: ignore[arg-type]
         raise InputError(f"cannot listen on {host} port {port}: {reason}; give another --port or --host") from error

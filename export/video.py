@@ -120,10 +120,12 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
         file = open(source, "rb") if isinstance(source, Path) else source
     except OSError as error:
         raise InputError(f"{name} cannot be opened: {error.strerror}") from error
+    # FFmpeg counts the blocks at the edges in, so twice the limit; what a header says is checked exactly below.
+    bound = {"max_pixels": str(2 * max_pixels + (1 << 16))}
     options = {
         "protocol_whitelist": "none",  # the bytes come from here, and playlists would open other files and addresses
-        "max_pixels": str(max_pixels),  # FFmpeg checks before it allocates, here to look for sizes and rates
         "formatprobesize": str(_PROBE_BYTES),
+        **bound,  # checked before anything is allocated, here to look for sizes and rates
     }
     try:
         container: Any = av.open(file, options=options)
@@ -137,7 +139,7 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
         codec = container.streams.video[0].codec_context
         if codec.width * codec.height > max_pixels:
             raise InputError(f"{name} has {codec.height}x{codec.width} pixels: at most {max_pixels} are allowed")
-        codec.options = {"max_pixels": str(max_pixels)}  # and here to decode: streams can change their size
+        codec.options = bound  # and here to decode: streams can change their size
         yield Film(container, fps)
     finally:
         container.close()
