@@ -1,4 +1,4 @@
-"""m3vit export onnx, predict."""
+"""m3vit export onnx."""
 
 import argparse
 from pathlib import Path
@@ -121,26 +121,3 @@ def print_sweep(result: dict[str, Any]) -> None:
         f"{result['images']} val images, protocol {result['protocol']}; processor time relative to fp32 as trained, "
         f"one thread, batch 1, {result['size'][0]}x{result['size'][1]}"
     )
-
-
-def add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--task", required=True, help="task to predict")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
-    parser.add_argument(
-        "--resize",
-        action="store_true",
-        help="run at the size of a fixed-size package, or the size trained at: for large images",
-    )
-    parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
-
-
-def run_predict(args: argparse.Namespace) -> None:
-    from m3vit.export.predict import predict_files
-
-    for path in predict_files(
-        args.package, args.task, args.images, args.out, raw=args.raw, resize=args.resize, threads=args.threads
-    ):
-        say(str(path))
