@@ -184,9 +184,9 @@ def one_of_each(variants: dict[str, Callable[[], object]], shuffle: random.Rando
     return times
 
 
-def ratios(rounds: list[dict[str, float]], reference: str) -> dict[str, dict[str, float]]:
+def ratios(rounds: list[dict[str, float]], reference: str) -> Figures:
     """Return for each variant the median of the rounds' ratios to the reference, their quartiles, and median ms."""
-    result = {}
+    result: Figures = {}
     for name in rounds[0]:
         each = sorted(times[name] / times[reference] for times in rounds)
         low, high = np.percentile(each, (25, 75))
