@@ -74,8 +74,9 @@ def _round(x: Tensor, factor: Tensor | float) -> Tensor:
 
 @cache
 def _exp2_table() -> Tensor:
-    """2^-(i * 2^-SCORE_FRAC) with PROB_FRAC fractional bits, for every i up to where it rounds to 0."""
-    return torch.from_numpy(arithmetic.exp2_neg(np.arange(_WHOLE_STEPS + 1), SCORE_FRAC, PROB_FRAC).astype(np.float64))
+    """2^-(x * 2^-SCORE_FRAC) with PROB_FRAC fractional bits at place _WHOLE_STEPS - x, down to where it rounds to 0."""
+    values = arithmetic.exp2_neg(np.arange(_WHOLE_STEPS, -1, -1), SCORE_FRAC, PROB_FRAC)
+    return torch.from_numpy(values.astype(np.float64))
 
 
 @cache
@@ -249,26 +250,34 @@ class Emulator:
         qkv = _rows(state.narrow, i.src, i.src_pitch, rows, 3 * dim).reshape(rows, 3, heads, dim // heads)
         q, k, v = qkv.permute(1, 2, 0, 3).contiguous()  # [heads, rows, width]
         k = k.transpose(1, 2)
+        # Beyond this bound no score can be, so none need be looked at.
+        bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads) * 2.0**-i.a1
+        checked = bound >= 2.0 ** (SCORE_BITS - 1) - 1
+        q.mul_(2.0**-i.a1)
         table, unit = _exp2_table(), float(1 << SCORE_FRAC)
         top = total = context = q.new_zeros(())
         for start in range(0, rows, KEY_BLOCK):
             scores = torch.bmm(q, k[:, :, start : start + KEY_BLOCK])
-            scores = self._hold(state, pc, _round(scores, 2.0**-i.a1), SCORE_BITS)
-            ceiling = scores.amax(dim=2, keepdim=True).div_(unit).ceil_()
-            if start == 0:
-                top = ceiling
-            else:
-                new = torch.maximum(top, ceiling)
-                fall = torch.exp2(-(new - top).clamp_(max=MAX_RISE))
-                # Rounding leaves whole numbers alone where the maximum did not rise.
-                total, context, top = _round(total, fall), _round(context, fall), new
-            places = torch.sub(top * unit, scores).clamp_(max=_WHOLE_STEPS).to(torch.int32)
+            if checked:
+                scores = self._hold(state, pc, scores.add_(0.5).floor_(), SCORE_BITS)
+            # The largest rounded score is the largest score, rounded.
+            ceiling = scores.amax(dim=2, keepdim=True).add_(0.5).floor_().div_(unit).ceil_()
+            if start > 0:
+                ceiling = torch.maximum(top, ceiling)
+                raised = ceiling > top
+                fall = torch.exp2((top - ceiling).clamp_(min=-MAX_RISE)[raised])
+                total[raised] = _round(total[raised], fall)
+                raised = raised[..., 0]
+                context[raised] = _round(context[raised], fall[:, None])
+            top = ceiling
+            # Truncation of a positive number rounds down: so this rounds the scores half up.
+            places = scores.sub_(top * unit - (_WHOLE_STEPS + 0.5)).clamp_(min=0).to(torch.int32)
             weights = table.index_select(0, places.view(-1)).view(places.shape)
-            total = weights.sum(dim=2, keepdim=True) + total
-            context = torch.bmm(weights, v[:, start : start + KEY_BLOCK]) + context
-        mantissa, shift = (torch.from_numpy(a) for a in arithmetic.reciprocal(total.long().numpy()))
-        product = _round(context, 2.0**-CONTEXT_DROP).long() * mantissa  # may be over 53 bits
-        y = torch.from_numpy(arithmetic.shift_round(product.numpy(), (20 + shift - CONTEXT_DROP + i.a2).numpy()))
+            total = weights.sum(dim=2, keepdim=True).add_(total)
+            context = torch.bmm(weights, v[:, start : start + KEY_BLOCK]).add_(context)
+        mantissa, shift = arithmetic.reciprocal(total.long().numpy())
+        product = _round(context, 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
+        y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.a2))
         y = self._hold(state, pc, y.double(), self.bits)
         _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(1, 0, 2).reshape(rows, dim))
 
