@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 
 from m3vit.export.hls.multiplexed.quantise import GATE_BITS, Floats, LinearWords, linear_words, norm_words, rounded
 from m3vit.hw.arithmetic import NORM_FRAC
-from m3vit.hw.program import ALIGNMENT, SCORE_FRAC, Builder, Image, Instruction, Memory, Mode, Op, allocate
+from m3vit.hw.program import (
+    ALIGNMENT,
+    SCORE_FRAC,
+    Builder,
+    Image,
+    Instruction,
+    Memory,
+    Mode,
+    Op,
+    allocate,
+    program_words,
+)
 
 PIXEL_ZERO = 128  # subtracted from a pixel, so that it fits 8 signed bits
 PIXEL_FRAC = 8
@@ -271,3 +282,8 @@ class Scheduler:
         return self.builder.build([step.instruction for step in self.steps], memory)
 
 
+
+    def named_tensors(self) -> list[dict[str, Any]]:
+        """Return where each tensor lies in its section of the weight file: name, section, offset (elements), shape."""
+        room = program_words(len(self.steps))
+        return [{**t, "offset": t["offset"] + (room if t["section"] == "params" else 0)} for t in self.tensors]
