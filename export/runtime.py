@@ -3,7 +3,10 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +16,73 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.files import read_json, sha256_file
+from m3vit.files import atomic_folder, read_json, require_new, sha256_file
 
-FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 1, "manifest.json"
+FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
+SMALL_MACS = 10**9  # multiply-accumulates of an image; below, a second thread costs more than it saves
+SATURATES = (
+    "this processor has no VNNI instructions: 8-bit products may saturate, and predictions of an int8 package lose "
+    "accuracy; score it here (m3vit eval), or use --precision fp32"
+)
 _NO_PACKAGE = "give the folder that `m3vit export onnx` wrote"
 
 
 class Package:
     """The graphs of a package, by task. A graph is loaded when it is first used; all share one weights file.
 
-    `folder` is where it is, `manifest` the content of its manifest.json.
+    `folder` is where it is, `manifest` the content of its manifest.json, `precision` the one of its graphs in use.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], threads: int) -> None:
-        self.folder, self.manifest, self.threads = folder, manifest, threads
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+    def __init__(self, folder: Path, manifest: dict[str, Any], precision: str, sessions: "_Sessions") -> None:
+        self.folder, self.manifest, self.precision = folder, manifest, precision
+        self._sessions = sessions
+        self._one_backbone = False
 
     @classmethod
-    def load(cls, folder: Path | str, *, threads: int = 0, verify: bool = True) -> "Package":
-        """Open a package. `threads` of onnxruntime per graph, 0 for one a core; `verify` hashes every file.
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        low_memory: bool = False,
+        one_backbone: bool = False,
+        cache: Path | str | None = None,
+        verify: bool = True,
+    ) -> "Package":
+        """Open a package.
 
-        Raises InputError for a missing or damaged manifest or file.
+        Args:
+            folder: what `m3vit export onnx` wrote.
+            precision: which of the package's precisions to run, such as int8; default: its first.
+            threads: of onnxruntime, for each graph. None chooses by the size of the model, 0 takes one a core.
+            low_memory: leave weights where they are, mapped from the file and shared by all tasks and processes,
+                instead of laying them out anew for each graph; slower.
+            one_backbone: run all tasks through one graph that takes the task as an input, and a small one for each
+                head; the package must have been exported with it. Weights are in memory once, whatever the tasks.
+            cache: a folder for graphs with weights laid out for this processor. Made when a graph is first used, and
+                again if the package, the processor or onnxruntime changed; afterwards, loading is faster and takes
+                less memory of its own.
+            verify: compare every file's sha256 with the manifest.
+
+        Raises InputError for a missing or damaged manifest or file, and for what the package does not hold.
         """
         folder = Path(folder)
-        if threads < 0:
-            raise InputError(f"threads is {threads}: give 1 or more, or 0 for one a core")
+        if threads is not None and threads < 0:
+            raise InputError(f"threads is {threads}: give 1 or more, 0 for one a core, or none to choose by the model")
+        if low_memory and cache is not None:
+            raise InputError("low_memory leaves weights as they are, a cache lays them out: choose one of the two")
         manifest = read_json(folder / MANIFEST, _NO_PACKAGE)
         entries = _check_manifest(folder / MANIFEST, manifest)
+        precision = precision or manifest["precisions"][0]
+        if precision not in manifest["precisions"]:
+            raise InputError(
+                f"{folder} holds {', '.join(manifest['precisions'])}, not {precision}: choose one of these, or export "
+                f"it with --precision {precision}"
+            )
+        if one_backbone and not manifest["backbone"]:
+            raise InputError(f"{folder} has no graph of the backbone alone: export it with --one-backbone")
         for entry in entries if verify else []:
             path = folder / entry["file"]
             if not path.is_file():
@@ -51,7 +93,13 @@ class Package:
                     f"{entry['file']} does not match {MANIFEST} (sha256 {actual[:12]}, not {entry['sha256'][:12]}): "
                     "the package was changed or damaged; export it again"
                 )
-        return cls(folder, manifest, threads)
+        if precision != "fp32" and integers_saturate():
+            warnings.warn(SATURATES, stacklevel=2)
+        if threads is None:
+            threads = default_threads(manifest)
+        package = cls(folder, manifest, precision, _Sessions(folder, threads, low_memory, cache))
+        package._one_backbone = one_backbone
+        return package
 
     @property
     def tasks(self) -> list[str]:
@@ -65,21 +113,8 @@ class Package:
         return dict(self.manifest["tasks"][task])
 
     def session(self, task: str) -> onnxruntime.InferenceSession:
-        """Return the task's onnxruntime session; input `image`, output named like the task."""
-        path = self.folder / self.entry(task)["file"]
-        if task not in self._sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = self.threads
-            options.inter_op_num_threads = 1
-            options.log_severity_level = 3  # errors; what it warns about is its own memory planning
-            try:
-                self._sessions[task] = onnxruntime.InferenceSession(
-                    str(path), options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                reason = str(error).splitlines()[0]
-                raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
-        return self._sessions[task]
+        """Return the onnxruntime session of a task's graph; input `image`, output named like the task."""
+        return self._sessions.get(self.entry(task)["graphs"][self.precision])
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Turn RGB images uint8 [B, H, W, 3] into the graphs' input float32 [B, 3, H, W]."""
@@ -108,7 +143,20 @@ class Package:
                 f"{task} cannot run on {height}x{width} images: resize them to {target[0]}x{target[1]}, "
                 "or predict one at a time"
             )
-        (result,) = self.session(task).run([task], {"image": images})
+        if self.entry(task)["batch"] and len(images) > 1:
+            return np.concatenate([self._run(images[place : place + 1], task) for place in range(len(images))])
+        return self._run(images, task)
+
+    def _run(self, images: NDArray[np.float32], task: str) -> NDArray[np.float32]:
+        """Run a task's graph, or the backbone and the task's head, on normalised images that it takes."""
+        if not self._one_backbone:
+            (result,) = self.session(task).run([task], {"image": images})
+            return np.asarray(result, dtype=np.float32)
+        number = np.array([self.tasks.index(task)])
+        backbone = self._sessions.get(self.manifest["backbone"]["graphs"][self.precision])
+        (features,) = backbone.run(["features"], {"image": images, "task": number})
+        head = self._sessions.get(self.entry(task)["heads"][self.precision])
+        (result,) = head.run([task], {"features": features})
         return np.asarray(result, dtype=np.float32)
 
     def predict(self, image: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]:
@@ -125,30 +173,57 @@ class Package:
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3], RGB")
-        height, width = image.shape[:2]
+        prediction: NDArray[Any] = self.predict_batch(image[None], task, resize=resize)[0]
+        return prediction
+
+    def predict_batch(self, images: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]:
+        """As `predict`, for images of one size, uint8 [B, H, W, 3]; returns [B, H, W] or [B, H, W, 3].
+
+        Batches of which an onnxruntime run would need too much memory (MAX_PATCHES in all) are run in parts.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
+            raise InputError(f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3], RGB")
+        height, width = images.shape[1:3]
+        entry = self.entry(task)
+        target = self._target(task, height, width, resize)
+        patch = entry["patch_multiple"]
+        at_once = max(1, MAX_PATCHES // ((target[0] // patch) * (target[1] // patch)))
+        if target != (height, width):
+            images = np.stack([_resized_image(image, target) for image in images])
+        parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
+        decoded = np.concatenate([decode(self.logits(part, task), entry["decode"]) for part in parts])
+        if target == (height, width):
+            return decoded
+        return np.stack([_resized(one, (height, width), entry["decode"]) for one in decoded])
+
+    def predict_iter(
+        self, images: Iterable[NDArray[np.uint8]], task: str, *, resize: bool = False
+    ) -> Iterator[NDArray[Any]]:
+        """Yield the prediction of each image as it comes: for streams, and sets that do not fit in memory."""
+        return (self.predict(image, task, resize=resize) for image in images)
+
+    def _target(self, task: str, height: int, width: int, resize: bool) -> tuple[int, int]:
+        """Return the size (height, width) to run an image at, or raise InputError as `predict` says."""
         entry = self.entry(task)
         fixed, patch = entry["input_size"], entry["patch_multiple"]
         if resize:
-            target = tuple(fixed or self.manifest["image"]["train_size"])
-        elif fixed and tuple(fixed) != (height, width):
+            chosen = fixed or self.manifest["image"]["train_size"]
+            return chosen[0], chosen[1]
+        if fixed and tuple(fixed) != (height, width):
             raise InputError(
                 f"the image is {height}x{width} (height x width) and {task} was exported for {fixed[0]}x{fixed[1]} "
                 "only: give such images, allow resizing, or export without a fixed size"
             )
-        elif min(height, width) < patch:
+        if min(height, width) < patch:
             raise InputError(f"the image is {height}x{width} (height x width): {task} needs at least {patch}x{patch}")
-        else:
-            target = self._graph_size(task, height, width)
+        target = self._graph_size(task, height, width)
         patches = (target[0] // patch) * (target[1] // patch)
-        if patches > MAX_PATCHES and not (resize or fixed):
+        if patches > MAX_PATCHES and not fixed:
             raise InputError(
                 f"the image is {height}x{width} (height x width), {patches} patches of {patch}x{patch}: attention over "
                 f"more than {MAX_PATCHES} takes gigabytes; allow resizing (--resize), or give a smaller image"
             )
-        if target != (height, width):
-            image = np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BILINEAR))
-        decoded = decode(self.logits(image[None], task), entry["decode"])[0]
-        return decoded if target == (height, width) else _resized(decoded, (height, width), entry["decode"])
+        return target
 
     def _graph_size(self, task: str, height: int, width: int) -> tuple[int, int]:
         """Return the size (height, width) nearest to the given one that the task's graph takes."""
@@ -159,6 +234,100 @@ class Package:
         return max(patch, round(height / patch) * patch), max(patch, round(width / patch) * patch)
 
 
+class _Sessions:
+    """The onnxruntime sessions of a package's graphs, made when they are first asked for."""
+
+    def __init__(self, folder: Path, threads: int, low_memory: bool, cache: Path | str | None) -> None:
+        self.folder, self.threads, self.low_memory = folder, threads, low_memory
+        self.cache = None if cache is None else Path(cache)
+        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+
+    def get(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
+        """Return the session of one graph, by its entry in the manifest."""
+        name = entry["file"]
+        if name not in self.sessions:
+            path = self.folder / name
+            try:
+                self.sessions[name] = self._cached(entry) if self.cache is not None else self._create(path)
+            except OSError:
+                raise
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                reason = str(error).splitlines()[0]
+                raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
+        return self.sessions[name]
+
+    def _options(self) -> onnxruntime.SessionOptions:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors; what it warns about is its own memory planning
+        if self.low_memory:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            # Each session would keep the memory of its largest run for itself.
+            options.enable_cpu_mem_arena = False
+        return options
+
+    def _create(self, path: Path, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
+        return onnxruntime.InferenceSession(str(path), options or self._options(), providers=["CPUExecutionProvider"])
+
+    def _cached(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
+        """Return a session whose graph was optimised and whose weights were laid out before, on a machine like this."""
+        assert self.cache is not None
+        key = hashlib.sha256(f"{entry['sha256']} {sha256_file(self.folder / 'weights.bin')} {machine()}".encode())
+        home = self.cache / f"{Path(entry['file']).stem}-{key.hexdigest()[:16]}"
+        if not (home / "graph.onnx").is_file():
+            require_new(home)
+            with atomic_folder(home) as folder:
+                options = self._options()
+                options.optimized_model_filepath = str(folder / "graph.onnx")
+                for name, value in (
+                    ("save_external_prepacked_constant_initializers", "1"),
+                    ("optimized_model_external_initializers_file_name", "weights.bin"),
+                    ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+                ):
+                    options.add_session_config_entry(f"session.{name}", value)
+                self._create(self.folder / entry["file"], options)
+        options = self._options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._create(home / "graph.onnx", options)
+
+
+def machine() -> str:
+    """Return what a cache is made for: the processor, its instructions, and onnxruntime's version."""
+    features = sorted(_cpu_flags())
+    return f"{platform.system()} {platform.machine()} onnxruntime {onnxruntime.__version__} {' '.join(features)}"
+
+
+def integers_saturate() -> bool:
+    """Return whether 8-bit products may saturate here: x86 processors without VNNI add pairs of them in 16 bits."""
+    flags = _cpu_flags()
+    return "avx2" in flags and not any("vnni" in flag or flag == "amx_int8" for flag in flags)
+
+
+def _cpu_flags() -> set[str]:
+    """Return the processor's features as Linux names them; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next(
+        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
+    )
+
+
+def default_threads(manifest: dict[str, Any]) -> int:
+    """Return the threads to use for a package: one for small models, whose work is too short to share out."""
+    return 1 if manifest["macs"] < SMALL_MACS else 0
+
+
+def file_entries(manifest: Any) -> list[dict[str, Any]]:
+    """Return the entries of a manifest that name a file, wherever they are in it."""
+    if not isinstance(manifest, dict):
+        return []
+    found = [manifest] if isinstance(manifest.get("file"), str) else []
+    return found + [entry for value in manifest.values() for entry in file_entries(value)]
+
+
 def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:
     """Return the manifest's entries of files, or raise InputError if it lacks anything that this module reads."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -167,21 +336,30 @@ def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {version}, this m3vit reads {FORMAT_VERSION}: export it again")
     try:
-        image, tasks = manifest["image"], manifest["tasks"]
-        entries = [manifest["weights"], *tasks.values()]
+        image, tasks, precisions = manifest["image"], manifest["tasks"], manifest["precisions"]
+        entries = file_entries({**manifest, "run": None})
         complete = len(image["mean"]) == len(image["std"]) == 3 and len(image["train_size"]) == 2 and bool(tasks)
+        complete &= bool(precisions) and isinstance(manifest["weights"]["file"], str) and manifest["macs"] >= 0
         for entry in entries:
             # A plain name: a manifest from a stranger must not make us read files elsewhere.
             complete &= Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
+        backbone = manifest["backbone"]
         for entry in tasks.values():
             complete &= entry["decode"] in DECODERS and int(entry["patch_multiple"]) > 0
             complete &= entry["input_size"] is None or len(entry["input_size"]) == 2
+            complete &= entry["batch"] in (None, 1)
             complete &= entry["decode"] != "argmax" or len(entry["palette"]) > 0
+            for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
+                complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
     except (KeyError, TypeError, AttributeError, ValueError):
         complete = False
     if not complete:
         raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
     return entries
+
+
+def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def _argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from m3vit.cli import run, say
+from m3vit.cli import run
+from m3vit.commands.terminal import say
 from m3vit.tasks import LABEL_SETS
 
 

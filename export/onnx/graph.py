@@ -1,19 +1,22 @@
-"""Export of one task of a model to one ONNX graph."""
+"""Tracing of one task of a model, or of its parts, to an ONNX graph."""
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from onnx.defs import OpSchema
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import DOMAIN, INPUTS, MIN_OPSET, OPERATOR, lower_moe
+from m3vit.export.onnx.lower import ALL, DOMAIN, INPUTS, MIN_OPSET, OPERATOR, Choice, lower_moe
 from m3vit.models.multitask import MultiTaskModel
 
 MAX_OPSET = 23  # the last that the exporter and onnxruntime were tested with
@@ -30,51 +33,174 @@ class _OneTask(nn.Module):
         return self.model(image, [self.task]).logits[self.task]
 
 
-def export_task(
-    model: MultiTaskModel, task: str, *, opset: int = 20, size: tuple[int, int] | None = None
+class _Features(nn.Module):
+    """The backbone as a function of the image and the number of the task; its tokens as a map [B, D, h, w]."""
+
+    def __init__(self, model: MultiTaskModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, task: Tensor) -> Tensor:
+        backbone = self.model.backbone
+        tokens_RBTD, _ = backbone(image, (task,))
+        return tokens_RBTD[0].transpose(1, 2).unflatten(2, backbone.grid(image))
+
+
+class _Head(nn.Module):
+    """One head as a function of that map."""
+
+    def __init__(self, model: MultiTaskModel, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows, columns = features.shape[-2:]
+        patch = self.model.backbone.patch_size
+        return self.model.heads[self.task](features.flatten(2).mT, (rows, columns), (rows * patch, columns * patch))
+
+
+def trace_task(
+    model: MultiTaskModel,
+    task: str,
+    *,
+    opset: int = MIN_OPSET,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
 ) -> onnx.ModelProto:
-    """Return the graph of one task, standard operators only, weights inside.
+    """Return the graph of one task as traced: MoE layers are single nodes, for `lower_moe` to expand.
 
     Input `image` [B, 3, H, W] float32, normalised RGB; output, named like the task, [B, C, H, W] float32 logits.
-    B is dynamic; H and W are too (multiples of the patch size), unless `size` = (height, width) in pixels fixes them.
+    B is dynamic, unless `batch` fixes it; H and W are too (multiples of the patch size), unless `size` = (height,
+    width) in pixels fixes them. Weights are inside.
 
     Raises InputError for an unknown task, a `size` that the patch size does not divide, and an unsupported opset.
     """
     model.task_id(task)
-    patch = model.backbone.patch_size
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise InputError(f"opset is {opset}: give {MIN_OPSET} to {MAX_OPSET}")
-    if size is not None and (min(size) < patch or size[0] % patch or size[1] % patch):
-        raise InputError(f"size is {size[0]}x{size[1]}: give positive multiples of the patch size {patch}")
-    dynamic = torch.export.Dim.DYNAMIC
-    axes = {0: dynamic} if size else {0: dynamic, 2: dynamic, 3: dynamic}
-    device = next(model.parameters()).device
-    example = torch.zeros(2, 3, *(size or _example_size(model)), device=device)
+    shape = _example_shape(model, opset, size)
+    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
+    return _trace(model, _OneTask(model, task), {"image": _zeros(model, batch or 2, 3, *shape)}, axes, task, opset)
+
+
+def export_task(
+    model: MultiTaskModel,
+    task: str,
+    *,
+    opset: int = MIN_OPSET,
+    size: tuple[int, int] | None = None,
+    choice: Choice = ALL,
+    form: str = "sparse",
+) -> onnx.ModelProto:
+    """Return the graph of one task, standard operators only: `trace_task`, then `lower_moe`, which say the rest."""
+    return lower_moe(trace_task(model, task, opset=opset, size=size), choice, form)
+
+
+def trace_backbone(
+    model: MultiTaskModel, *, opset: int = MIN_OPSET, size: tuple[int, int] | None = None
+) -> onnx.ModelProto:
+    """Return the backbone of all tasks as traced: `image`, `task` (int64 [1], its number) -> `features` [B, D, h, w].
+
+    What differs between tasks, the gates, is picked at run time. Sizes, opset and errors as in `trace_task`.
+    """
+    shape = _example_shape(model, opset, size)
+    axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
+    inputs = {"image": _zeros(model, 2, 3, *shape), "task": _zeros(model, 1).long()}
+    return _trace(model, _Features(model), inputs, axes, "features", opset)
+
+
+def trace_head(
+    model: MultiTaskModel, task: str, *, opset: int = MIN_OPSET, size: tuple[int, int] | None = None
+) -> onnx.ModelProto:
+    """Return the head of one task: `features` [B, D, h, w] -> logits [B, C, H, W], named like the task."""
+    model.task_id(task)
+    patch, dim = model.backbone.patch_size, model.backbone.dim
+    grid = [side // patch for side in _example_shape(model, opset, size)]
+    axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
+    return _trace(model, _Head(model, task), {"features": _zeros(model, 2, dim, *grid)}, axes, task, opset)
+
+
+def _zeros(model: MultiTaskModel, *shape: int) -> Tensor:
+    return torch.zeros(*shape, device=next(model.parameters()).device)
+
+
+def _trace(
+    model: MultiTaskModel,
+    function: nn.Module,
+    inputs: dict[str, Tensor],
+    axes: list[tuple[int, str]],
+    output: str,
+    opset: int,
+) -> onnx.ModelProto:
+    """Return the graph of `function`; `axes` of its 4-D inputs are dynamic, and named in the graph."""
+    dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
         with torch.no_grad(), _quiet(), _moe_schema():
             program = torch.onnx.export(
-                _OneTask(model, task).eval(),
-                (example,),
+                function.eval(),
+                tuple(inputs.values()),
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                input_names=["image"],
-                output_names=[task],
-                dynamic_shapes=(axes,),
+                input_names=list(inputs),
+                output_names=[output],
+                dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
                 custom_translation_table={torch.ops.m3vit.moe.default: _moe_node},
             )
     finally:
         model.train(was_training)
     assert program is not None
     graph = program.model_proto
-    graph.graph.name = f"m3vit_{task}"
+    graph.graph.name = f"m3vit_{output}"
     for value in (*graph.graph.input, *graph.graph.output):
         dimensions = value.type.tensor_type.shape.dim
-        for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
-            if axis in axes:
-                dimensions[axis].dim_param = name
-    return lower_moe(graph)
+        for axis, name in axes if len(dimensions) == 4 else []:
+            # A feature map's sides count patches, an image's pixels.
+            dimensions[axis].dim_param = (
+                {"height": "rows", "width": "columns"}.get(name, name) if (value.name == "features") else name
+            )
+    name_folded(graph, model)
+    return graph
+
+
+def name_folded(graph: onnx.ModelProto, model: nn.Module) -> None:
+    """Name the transposed weights that the exporter folded (`val_40`) after their parameters (`....qkv.weight.T`).
+
+    Their numbers change with everything before them: a name of the content is the same in every task's graph, and
+    says what a tensor is.
+    """
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            transposed = np.ascontiguousarray(parameter.detach().cpu().numpy().T)
+            parameters.setdefault(hashlib.sha256(transposed.tobytes()).digest(), (transposed.shape, f"model.{name}.T"))
+    taken = {tensor.name for tensor in graph.graph.initializer}
+    renamed: dict[str, str] = {}
+    for tensor in graph.graph.initializer:
+        if (
+            len(tensor.dims) == 2
+            and tensor.data_type == onnx.TensorProto.FLOAT
+            and not tensor.name.startswith("model.")
+        ):
+            data = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
+            shape, name = parameters.get(hashlib.sha256(data).digest(), ((), ""))
+            if shape == tuple(tensor.dims) and name not in taken:
+                renamed[tensor.name] = name
+                taken.add(name)
+                tensor.name = name
+    for node in graph.graph.node:
+        for place, name in enumerate(node.input):
+            if name in renamed:
+                node.input[place] = renamed[name]
+
+
+def _example_shape(model: MultiTaskModel, opset: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the image size to trace with, or raise InputError for an opset or a size that cannot be exported."""
+    patch = model.backbone.patch_size
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise InputError(f"opset is {opset}: give {MIN_OPSET} to {MAX_OPSET}")
+    if size is not None and (min(size) < patch or size[0] % patch or size[1] % patch):
+        raise InputError(f"size is {size[0]}x{size[1]}: give positive multiples of the patch size {patch}")
+    return size or _example_size(model)
 
 
 def _example_size(model: MultiTaskModel) -> tuple[int, int]:

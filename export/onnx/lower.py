@@ -1,14 +1,18 @@
 """Lowering of m3vit::MoE, the one custom operator of an exported graph, to standard ONNX operators.
 
-Form: NonZero dispatch, Split by runtime counts, one small MLP per expert, Concat, inverse Gather. Every token runs
-through its own K experts only, and an expert without tokens costs nothing. The combine step is a Gather and a MatMul,
-never ScatterND(reduction="add"): onnxruntime's CPU kernel for that races when rows repeat (wrong results with more
-than one thread; compare microsoft/onnxruntime issue 18048).
+Two forms. `sparse`: NonZero dispatch, Split by runtime counts, one small MLP per expert, Concat, inverse Gather. Every
+token runs through its own K experts only, and an expert without tokens costs nothing. The combine step is a Gather and
+a MatMul, never ScatterND(reduction="add"): onnxruntime's CPU kernel for that races when rows repeat (wrong results with
+more than one thread; compare microsoft/onnxruntime issue 18048). `wide`: all experts as one MLP of E * H hidden units,
+each expert's scaled by its weight, which is 0 unless it was chosen. E / K times the arithmetic, but no shape depends on
+the data: for compilers that need that.
 
 Shapes: N tokens (batch and grid flattened), D embedding dimension, H hidden, E experts, K experts per token,
 S = N * K dispatched rows, S_e those of expert e.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,19 +26,41 @@ from m3vit.errors import InputError
 DOMAIN, OPERATOR = "m3vit", "MoE"
 INPUTS = ("x", "gate", "gate_bias", "w1", "b1", "w2", "b2")
 MIN_OPSET = 20  # the first one with Gelu
+FORMS = ("sparse", "wide")
 _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 
 
-def lower_moe(graph: ModelProto) -> ModelProto:
-    """Replace each m3vit::MoE node by standard operators; change `graph` in place and return it.
+@dataclass(frozen=True)
+class Choice:
+    """Which experts a task's graph holds and how many of them a token uses.
 
-    Each expert's weights become 2-D initializers of their own, transposed for Gemm, named after the parameters they
-    come from: the graphs of two tasks then hold identical tensors under identical names. (One stacked tensor per
-    layer makes onnxruntime copy every expert when it folds constants: gigabytes at load.) What only the custom
-    nodes used is dropped, as are the exporter's annotations, which quote source paths of the exporting machine.
-
-    Raises InputError for an opset below 20 and ValueError for a node whose parameters depend on the graph's input.
+    `top_k`: experts per token, None as trained. `kept`: the experts of each MoE layer, {layer number: ids, ascending},
+    0 the first; layers not named keep all. Scores are still the softmax over all experts, and then those of the kept
+    ones are ranked: a token whose K best experts are kept gets the very same output.
     """
+
+    top_k: int | None = None
+    kept: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+ALL = Choice()
+
+
+def lower_moe(graph: ModelProto, choice: Choice = ALL, form: str = "sparse") -> ModelProto:
+    """Replace each m3vit::MoE node by standard operators, in one of FORMS; change `graph` in place and return it.
+
+    In the sparse form, each expert's weights become 2-D initializers of their own, transposed for Gemm, named after the
+    parameters they come from: the graphs of two tasks then hold identical tensors under identical names. (One stacked
+    tensor per layer makes onnxruntime copy every expert when it folds constants: gigabytes at load.) What only the
+    custom nodes used is dropped, as are the exporter's annotations, which quote source paths of the exporting machine.
+
+    A gate may depend on the graph's input (the task, in a graph of all tasks); it is then computed at run time.
+
+    Raises InputError for an opset below 20, a top_k above the number of experts kept, or experts that do not exist;
+    ValueError for an expert's parameter that depends on the graph's input.
+    """
+    if form not in FORMS:
+        raise InputError(f"form is {form!r}: choose from {', '.join(FORMS)}")
     opset = next((entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < MIN_OPSET:
         raise InputError(f"opset {opset}: give {MIN_OPSET} or later, the first with Gelu")
@@ -43,17 +69,17 @@ def lower_moe(graph: ModelProto) -> ModelProto:
     layer = 0
     for node in graph.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
-            nodes += _expand(node, f"moe{layer}", values)
+            nodes += _Layer(node, layer, choice, values).expand(form)
             layer += 1
         else:
             nodes.append(node)
-    nodes = _reachable(nodes, [output.name for output in graph.graph.output])
+    nodes = reachable(nodes, [output.name for output in graph.graph.output])
     used = {name for node in nodes for name in node.input} | {output.name for output in graph.graph.output}
     initializers = [tensor for tensor in graph.graph.initializer if tensor.name in used]
     initializers += [numpy_helper.from_array(array, name) for name, array in values.added.items() if name in used]
-    for field, content in (("node", nodes), ("initializer", initializers)):
-        graph.graph.ClearField(field)
-        getattr(graph.graph, field).extend(content)
+    for name, content in (("node", nodes), ("initializer", initializers)):
+        graph.graph.ClearField(name)
+        getattr(graph.graph, name).extend(content)
     standard = [entry for entry in graph.opset_import if entry.domain != DOMAIN]
     graph.ClearField("opset_import")
     graph.opset_import.extend(standard)
@@ -68,15 +94,15 @@ def strip(graph: ModelProto) -> None:
     graph.ClearField("metadata_props")
     _strip_graph(graph.graph)
     for function in graph.functions:
-        for field in ("doc_string", "metadata_props", "value_info"):
-            function.ClearField(field)
+        for name in ("doc_string", "metadata_props", "value_info"):
+            function.ClearField(name)
         for node in function.node:
             _strip_node(node)
 
 
 def _strip_graph(graph: GraphProto) -> None:
-    for field in ("doc_string", "metadata_props", "value_info", "quantization_annotation"):
-        graph.ClearField(field)
+    for name in ("doc_string", "metadata_props", "value_info", "quantization_annotation"):
+        graph.ClearField(name)
     for item in (*graph.input, *graph.output, *graph.initializer):
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
@@ -146,6 +172,19 @@ class _Values:
         results: Any = evaluator.run(None, {})  # a list of arrays; annotated as more than that
         return np.asarray(results[0])
 
+    def is_constant(self, name: str) -> bool:
+        """Return whether a tensor is an initializer or computed from initializers alone."""
+        waiting, seen = [name], set[str]()
+        while waiting:
+            tensor = waiting.pop()
+            if not tensor or tensor in seen or tensor in self.initializers:
+                continue
+            if tensor not in self.producers:
+                return False
+            seen.add(tensor)
+            waiting += self.producers[tensor].input
+        return True
+
     def add(self, name: str, array: NDArray[np.generic]) -> str:
         """Add an initializer, and return its name. The same name always means the same content."""
         # np.ascontiguousarray would turn a scalar into a vector.
@@ -176,74 +215,130 @@ class _Nodes:
         return outputs
 
 
-def _expand(node: NodeProto, fallback: str, values: _Values) -> list[NodeProto]:
-    """Return the standard nodes that compute what one m3vit::MoE node does."""
-    source = dict(zip(INPUTS, node.input, strict=True))
-    top_k = next(attribute.i for attribute in node.attribute if attribute.name == "top_k")
-    gate_ED, bias_E, w1_EHD, b1_EH, w2_EDH, b2_ED = (values.read(source[name]) for name in INPUTS[1:])
-    E = len(w1_EHD)
-    # "...blocks.1.mlp.experts.w1" -> "...blocks.1.mlp"
-    bank = source["w1"].rpartition(".")[0]
-    layer = bank.rpartition(".")[0] or fallback
-    x_ND = source["x"]
-    add, int64 = _Nodes(layer), values.int64
+class _Layer:
+    """One m3vit::MoE node: its parameters, of the kept experts, and the standard nodes that compute what it does."""
 
-    # Router. TopK puts the lower index first when scores tie.
-    gate = values.add(f"{layer}.router.gate.T", gate_ED.T)
-    logits_NE = add("logits", "Gemm", x_ND, gate, values.add(f"{layer}.router.bias", bias_E))
-    scores_NE = add("scores", "Softmax", logits_NE, axis=-1)
-    weights_NK, ids_NK = add.many(["weights", "ids"], "TopK", scores_NE, int64([top_k]), axis=-1)
+    def __init__(self, node: NodeProto, number: int, choice: Choice, values: _Values) -> None:
+        self.source = dict(zip(INPUTS, node.input, strict=True))
+        self.values, self.output, self.x = values, node.output[0], self.source["x"]
+        w1_EHD, b1_EH, w2_EDH, b2_ED = (values.read(self.source[name]) for name in INPUTS[3:])
+        # "...blocks.1.mlp.experts.w1" -> "...blocks.1.mlp.experts", "...blocks.1.mlp"
+        bank = self.source["w1"].rpartition(".")[0]
+        self.layer = bank.rpartition(".")[0] or f"moe{number}"
+        self.bank = bank or self.layer
+        self.add = _Nodes(self.layer)
+        experts = len(w1_EHD)
+        trained = next(attribute.i for attribute in node.attribute if attribute.name == "top_k")
+        self.kept = list(choice.kept.get(number, range(experts)))
+        self.top_k = trained if choice.top_k is None else choice.top_k
+        if sorted(set(self.kept)) != self.kept or not self.kept or not 0 <= self.kept[0] <= self.kept[-1] < experts:
+            raise InputError(f"{self.layer} has experts 0 to {experts - 1}: kept are {self.kept}; name some, ascending")
+        if not 1 <= self.top_k <= len(self.kept):
+            raise InputError(
+                f"top_k is {self.top_k} with {len(self.kept)} experts kept of {self.layer}: give 1 to that"
+            )
+        self.pruned = len(self.kept) < experts
+        self.w1_EHD, self.b1_EH = w1_EHD[self.kept], b1_EH[self.kept]
+        self.w2_EDH, self.b2_ED = w2_EDH[self.kept], b2_ED[self.kept]
 
-    # Dispatch. chosen[e, n] is 1 if token n goes to expert e, int64. NonZero lists the ones row by row, that is,
-    # already grouped by expert, tokens in order: no sort needed. A token's K ids differ, so no index repeats here.
-    zeros_NE = add("zeros", "ConstantOfShape", add("shape_NE", "Shape", scores_NE), value=_int64_tensor(0))
-    ones_NK = add("ones", "ConstantOfShape", add("shape_NK", "Shape", ids_NK), value=_int64_tensor(1))
-    chosen_NE = add("chosen_by_token", "ScatterElements", zeros_NE, ids_NK, ones_NK, axis=1)
-    chosen_EN = add("chosen", "Transpose", chosen_NE, perm=[1, 0])
-    counts_E = add("counts", "ReduceSum", chosen_EN, int64([1]), keepdims=0)
-    tokens_S = add("tokens", "Gather", add("nonzero", "NonZero", chosen_EN), int64(1), axis=0)
-    rows_SD = add("rows", "Gather", x_ND, tokens_S, axis=0)
-    groups = [rows_SD]
-    if E > 1:
-        groups = add.many([f"rows.{expert}" for expert in range(E)], "Split", rows_SD, counts_E, axis=0)
+    def expand(self, form: str) -> list[NodeProto]:
+        """Return the standard nodes, in order."""
+        scores_NE, weights_NK, ids_NK = self.route()
+        (self.sparse if form == "sparse" else self.wide)(scores_NE, weights_NK, ids_NK)
+        self.add.nodes[-1].output[0] = self.output  # the rest of the graph knows it by this name
+        return self.add.nodes
 
-    # Experts: [S_e, D] -> [S_e, H] -> [S_e, D], S_e may be 0.
-    outputs = []
-    for expert, rows in enumerate(groups):
+    def route(self) -> tuple[str, str, str]:
+        """Return scores of the kept experts [N, E], and the chosen ones' weights and numbers among the kept [N, K].
 
-        def linear(what: str, x: str, weight_OI: NDArray[np.generic], bias_O: NDArray[np.generic], i: int) -> str:
-            name = f"{bank or fallback}.{i}.{what}"
-            weight = values.add(f"{name}.weight.T", weight_OI.T)
-            return add(f"expert{i}.{what}", "Gemm", x, weight, values.add(f"{name}.bias", bias_O))
+        The logits decide, as in torch: softmax rounds small differences away. TopK puts the lower index first in ties.
+        """
+        add, values = self.add, self.values
+        if values.is_constant(self.source["gate"]):
+            # A name of its own content: the same router has another gate in another task's graph.
+            gate = values.add(f"{self.layer}.router.gate.T", values.read(self.source["gate"]).T)
+            bias = values.add(f"{self.layer}.router.bias", values.read(self.source["gate_bias"]))
+            logits_NE = add("logits", "Gemm", self.x, gate, bias)
+        else:
+            logits_NE = add("logits", "Gemm", self.x, self.source["gate"], self.source["gate_bias"], transB=1)
+        scores_NE = add("scores", "Softmax", logits_NE, axis=-1)
+        if self.pruned:
+            scores_NE = add("kept_scores", "Gather", scores_NE, values.int64(self.kept), axis=1)
+            logits_NE = add("kept_logits", "Gather", logits_NE, values.int64(self.kept), axis=1)
+        _, ids_NK = add.many(["best_logits", "ids"], "TopK", logits_NE, values.int64([self.top_k]), axis=-1)
+        weights_NK = add("weights", "GatherElements", scores_NE, ids_NK, axis=1)
+        return scores_NE, weights_NK, ids_NK
 
-        hidden = linear("fc1", rows, w1_EHD[expert], b1_EH[expert], expert)
-        hidden = add(f"expert{expert}.gelu", "Gelu", hidden)
-        outputs.append(linear("fc2", hidden, w2_EDH[expert], b2_ED[expert], expert))
-    out_SD = add("outputs", "Concat", *outputs, axis=0)
+    def linear(self, x: str, place: int, what: str, weight_OI: NDArray[np.generic], bias_O: NDArray[np.generic]) -> str:
+        """Add one linear map of one expert, the place-th of the kept; its parameters carry the expert's own number."""
+        name = f"{self.bank}.{self.kept[place]}.{what}"
+        weight, bias = self.values.add(f"{name}.weight.T", weight_OI.T), self.values.add(f"{name}.bias", bias_O)
+        return self.add(f"expert{self.kept[place]}.{what}", "Gemm", x, weight, bias)
 
-    # Combine. The exclusive running sum of `chosen` numbers the grouped rows; token n's row for expert e is entry
-    # e * N + n of it.
-    flat = add("chosen_flat", "Reshape", chosen_EN, int64([-1]))  # [E * N]
-    row_of = add("row_of", "CumSum", flat, int64(0), exclusive=1)  # [E * N]
-    count_N = add("num_tokens", "Squeeze", add("shape_N", "Shape", x_ND, start=0, end=1))  # scalar
-    range_N = add("range", "Range", int64(0), count_N, int64(1))
-    range_N1 = add("column", "Unsqueeze", range_N, int64([1]))
-    entries_NK = add("entries", "Add", add("expert_starts", "Mul", ids_NK, count_N), range_N1)
-    positions_NK = add("positions", "Gather", row_of, entries_NK, axis=0)
-    picked_NKD = add("picked", "Gather", out_SD, positions_NK, axis=0)
-    weights_N1K = add("weights_row", "Unsqueeze", weights_NK, int64([1]))
-    sum_N1D = add("weighted_sum", "MatMul", weights_N1K, picked_NKD)
-    add("output", "Squeeze", sum_N1D, int64([1]))
-    add.nodes[-1].output[0] = node.output[0]  # the rest of the graph knows it by this name
-    return add.nodes
+    def sparse(self, scores_NE: str, weights_NK: str, ids_NK: str) -> None:
+        """Run each expert on its own tokens."""
+        add, int64, x_ND = self.add, self.values.int64, self.x
+        E = len(self.kept)
+
+        # Dispatch. chosen[e, n] is 1 if token n goes to expert e, int64. NonZero lists the ones row by row, that is,
+        # already grouped by expert, tokens in order: no sort needed. A token's K ids differ, so no index repeats here.
+        zeros_NE = add("zeros", "ConstantOfShape", add("shape_NE", "Shape", scores_NE), value=_tensor(0))
+        ones_NK = add("ones", "ConstantOfShape", add("shape_NK", "Shape", ids_NK), value=_tensor(1))
+        chosen_NE = add("chosen_by_token", "ScatterElements", zeros_NE, ids_NK, ones_NK, axis=1)
+        chosen_EN = add("chosen", "Transpose", chosen_NE, perm=[1, 0])
+        counts_E = add("counts", "ReduceSum", chosen_EN, int64([1]), keepdims=0)
+        tokens_S = add("tokens", "Gather", add("nonzero", "NonZero", chosen_EN), int64(1), axis=0)
+        rows_SD = add("rows", "Gather", x_ND, tokens_S, axis=0)
+        groups = [rows_SD]
+        if E > 1:
+            groups = add.many([f"rows.{expert}" for expert in self.kept], "Split", rows_SD, counts_E, axis=0)
+
+        # Experts: [S_e, D] -> [S_e, H] -> [S_e, D], S_e may be 0.
+        outputs = []
+        for place, rows in enumerate(groups):
+            hidden = self.linear(rows, place, "fc1", self.w1_EHD[place], self.b1_EH[place])
+            hidden = add(f"expert{self.kept[place]}.gelu", "Gelu", hidden)
+            outputs.append(self.linear(hidden, place, "fc2", self.w2_EDH[place], self.b2_ED[place]))
+        out_SD = add("outputs", "Concat", *outputs, axis=0)
+
+        # Combine. The exclusive running sum of `chosen` numbers the grouped rows; token n's row for expert e is entry
+        # e * N + n of it.
+        flat = add("chosen_flat", "Reshape", chosen_EN, int64([-1]))  # [E * N]
+        row_of = add("row_of", "CumSum", flat, int64(0), exclusive=1)  # [E * N]
+        count_N = add("num_tokens", "Squeeze", add("shape_N", "Shape", x_ND, start=0, end=1))  # scalar
+        range_N = add("range", "Range", int64(0), count_N, int64(1))
+        range_N1 = add("column", "Unsqueeze", range_N, int64([1]))
+        entries_NK = add("entries", "Add", add("expert_starts", "Mul", ids_NK, count_N), range_N1)
+        positions_NK = add("positions", "Gather", row_of, entries_NK, axis=0)
+        picked_NKD = add("picked", "Gather", out_SD, positions_NK, axis=0)
+        weights_N1K = add("weights_row", "Unsqueeze", weights_NK, int64([1]))
+        sum_N1D = add("weighted_sum", "MatMul", weights_N1K, picked_NKD)
+        add("output", "Squeeze", sum_N1D, int64([1]))
+
+    def wide(self, scores_NE: str, weights_NK: str, ids_NK: str) -> None:
+        """Run all kept experts on every token, as one MLP."""
+        add, values, int64 = self.add, self.values, self.values.int64
+        E, H, D = self.w1_EHD.shape
+        # Which experts, in the name: graphs that keep others have other tensors.
+        name = self.bank + ".wide" + (f"_{'_'.join(map(str, self.kept))}" if self.pruned else "")
+        zeros_NE = add("zeros", "Sub", scores_NE, scores_NE)
+        combine_NE = add("combine", "ScatterElements", zeros_NE, ids_NK, weights_NK, axis=1)
+        fc1 = values.add(f"{name}.fc1.weight.T", self.w1_EHD.reshape(E * H, D).T)
+        hidden = add("wide.fc1", "Gemm", self.x, fc1, values.add(f"{name}.fc1.bias", self.b1_EH.reshape(E * H)))
+        hidden_NEH = add("hidden", "Reshape", add("wide.gelu", "Gelu", hidden), int64([-1, E, H]))
+        scaled_NEH = add("scaled", "Mul", hidden_NEH, add("combine_column", "Unsqueeze", combine_NE, int64([2])))
+        scaled = add("scaled_flat", "Reshape", scaled_NEH, int64([-1, E * H]))
+        fc2 = values.add(f"{name}.fc2.weight.T", self.w2_EDH.transpose(0, 2, 1).reshape(E * H, D))
+        bias_ND = add("wide.bias", "MatMul", combine_NE, values.add(f"{name}.fc2.bias", self.b2_ED))
+        add("output", "Add", add("wide.fc2", "MatMul", scaled, fc2), bias_ND)
 
 
-def _int64_tensor(value: int) -> TensorProto:
-    """Return the one-element tensor that ConstantOfShape takes as its attribute."""
+def _tensor(value: int) -> TensorProto:
+    """Return the one-element int64 tensor that ConstantOfShape takes as its attribute."""
     return helper.make_tensor("value", TensorProto.INT64, [1], [value])
 
 
-def _reachable(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
+def reachable(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
     """Return the nodes that the outputs depend on, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):

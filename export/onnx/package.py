@@ -1,11 +1,12 @@
-"""The ONNX package: one small graph per task, one weights file for all of them, one manifest.
+"""The ONNX package: small graphs per task and precision, one weights file for all of them, one manifest.
 
 Every file is listed in the manifest with its sha256; `m3vit.export.runtime` reads and checks it, without torch.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,10 +16,13 @@ from onnx import ModelProto, TensorProto, numpy_helper
 import m3vit
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
-from m3vit.export.onnx.graph import export_task
-from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST
+from m3vit.export.onnx.graph import trace_backbone, trace_head, trace_task
+from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, lower_moe
+from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
+from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.profiling import profile
 from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, Task, palette, resolve
 
 WEIGHTS = "weights.bin"
@@ -36,78 +40,165 @@ UNITS = {
 }
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a package holds of a model.
+
+    opset: of the graphs. size: (height, width) in pixels they are fixed to, None for any. static: graphs whose shapes
+    do not depend on the data (`lower_moe`'s wide form), for one image of `size`. precisions: of PRECISIONS; the first
+    is what a user gets who asks for none. choices: for each task the experts its graph keeps and uses; tasks not named
+    get all of them, as trained. coverage: the share of the gate mass that these hold, by task and layer, for the
+    manifest. one_backbone: also a graph of the backbone that takes the task as an input, and one of each head.
+    """
+
+    opset: int = MIN_OPSET
+    size: tuple[int, int] | None = None
+    static: bool = False
+    precisions: tuple[str, ...] = (FLOAT,)
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    coverage: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    one_backbone: bool = False
+
+    def check(self) -> None:
+        """Raise InputError for what cannot be exported."""
+        unknown = [name for name in self.precisions if name not in PRECISIONS]
+        if unknown or not self.precisions or len(set(self.precisions)) != len(self.precisions):
+            raise InputError(
+                f"precisions are {', '.join(self.precisions) or 'none'}: give one or more of {', '.join(PRECISIONS)}, "
+                "each once"
+            )
+        if self.static and self.size is None:
+            raise InputError("a static graph is made for one size: give it too, such as --size 224x224")
+        if self.one_backbone and (self.static or any(choice != ALL for choice in self.choices.values())):
+            raise InputError(
+                "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep and --top-k, "
+                "or one_backbone"
+            )
+
+
 def export_package(
     model: MultiTaskModel,
     out: Path,
+    content: Content | None = None,
     *,
     info: dict[str, Any],
-    opset: int = 20,
-    size: tuple[int, int] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Export every task of the model into the folder `out`, and return the manifest.
 
-    Writes `<task>.onnx` for each task, `weights.bin` and `manifest.json`; `info` (JSON values: checkpoint, commit,
-    ...) becomes the manifest's `run`. `size` and `opset` are those of `export_task`; `progress` gets a line a step.
-    Everything is written to a folder beside `out` first, so that a failure leaves `out` as it was. An earlier
-    package at `out` is replaced.
+    Writes `<task>.onnx` for each task and precision, `weights.bin` and `manifest.json`; `info` (JSON values:
+    checkpoint, commit, ...) becomes the manifest's `run`; `progress` gets a line a step. Everything is written to a
+    folder beside `out` first, so that a failure leaves `out` as it was. An earlier package at `out` is replaced.
 
-    Raises InputError for an `out` that holds anything but an earlier package, and what `export_task` raises.
+    Raises InputError for an `out` that holds anything but an earlier package, and what `Content.check`, `trace_task`,
+    `lower_moe` and `quantize` raise.
     """
+    content = content or Content()
+    content.check()
     _check_replaceable(out)
     say = progress or (lambda line: None)
+    names = model.config.tasks
+    macs = {task: entry["macs"]["total"] for task, entry in profile(model.config)["tasks"].items()}
     with atomic_folder(out) as folder:
-        tasks: dict[str, Any] = {}
         with open(folder / WEIGHTS, "wb") as file:
-            weights = _WeightsFile(file)
-            for number, task in enumerate(resolve(model.config.tasks, model.config.label_set), start=1):
-                say(f"exporting {task.name} ({number} of {len(model.config.tasks)})")
-                graph = export_task(model, task.name, opset=opset, size=size)
-                weights.take(graph)
-                with open(folder / f"{task.name}.onnx", "wb") as graph_file:
-                    graph_file.write(graph.SerializeToString(deterministic=True))
-                    _flush(graph_file)
-                tasks[task.name] = _task_entry(model, task, size)
+            writer = _Writer(folder, _WeightsFile(file), content)
+            tasks: dict[str, Any] = {}
+            for number, task in enumerate(resolve(names, model.config.label_set), start=1):
+                say(f"exporting {task.name} ({number} of {len(names)})")
+                tasks[task.name] = {"graphs": writer.task(model, task.name), **_task_entry(model, task, content)}
+                tasks[task.name]["macs"] = macs[task.name]
+            backbone = None
+            if content.one_backbone:
+                say("exporting the backbone of all tasks, and the heads")
+                backbone = writer.parts(model, tasks)
             _flush(file)
         say("checking the graphs and hashing the files")
-        for name, entry in tasks.items():
-            onnx.checker.check_model(str(folder / entry["file"]), full_check=True)
-            tasks[name] = {"file": entry.pop("file"), "sha256": sha256_file(folder / f"{name}.onnx"), **entry}
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "project_version": m3vit.__version__,
-            "opset": opset,
-            "weights": {
-                "file": WEIGHTS,
-                "sha256": sha256_file(folder / WEIGHTS),
-                "bytes": (folder / WEIGHTS).stat().st_size,
-            },
+            "opset": content.opset,
+            "form": "wide" if content.static else "sparse",
+            "precisions": list(content.precisions),
+            "weights": {"file": WEIGHTS},
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
             "image": {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
             "tasks": tasks,
+            "backbone": backbone,
+            "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, at train_size
             "run": info,
         }
+        for entry in file_entries(manifest):
+            path = folder / entry["file"]
+            entry["sha256"] = sha256_file(path)
+            entry.setdefault("bytes", path.stat().st_size)
+            if path.suffix == ".onnx":
+                onnx.checker.check_model(str(path), full_check=True)
         write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def _task_entry(model: MultiTaskModel, task: Task, size: tuple[int, int] | None) -> dict[str, Any]:
-    """Return what the manifest says about a task, without the hash."""
+class _Writer:
+    """Traces graphs and writes them, in all precisions, around one file of weights."""
+
+    def __init__(self, folder: Path, weights: "_WeightsFile", content: Content) -> None:
+        self.folder, self.weights, self.content = folder, weights, content
+
+    def task(self, model: MultiTaskModel, task: str) -> dict[str, Any]:
+        """Write the graphs of one task, and return their entries of the manifest, by precision."""
+        content = self.content
+        batch = 1 if content.static else None
+        graph = trace_task(model, task, opset=content.opset, size=content.size, batch=batch)
+        lower_moe(graph, content.choices.get(task, ALL), "wide" if content.static else "sparse")
+        return self.variants(graph, task)
+
+    def parts(self, model: MultiTaskModel, tasks: dict[str, Any]) -> dict[str, Any]:
+        """Write the backbone of all tasks and the heads; add the heads' entries to `tasks`, return the backbone's."""
+        options: dict[str, Any] = {"opset": self.content.opset, "size": self.content.size}
+        for task, entry in tasks.items():
+            head = lower_moe(trace_head(model, task, **options))
+            entry["heads"] = self.variants(head, f"{task}.head", required=False)
+        return {"graphs": self.variants(lower_moe(trace_backbone(model, **options)), "backbone")}
+
+    def variants(self, graph: onnx.ModelProto, name: str, *, required: bool = True) -> dict[str, Any]:
+        """Write a lowered graph in every precision; with `required`, each must have something to quantise."""
+        entries: dict[str, Any] = {}
+        for precision in self.content.precisions:
+            copy = onnx.ModelProto()
+            copy.CopyFrom(graph)
+            quantize(copy, precision, required=required)
+            file = f"{name}.onnx" if precision == FLOAT else f"{name}.{precision}.onnx"
+            weights = self.weights.take(copy)
+            data = copy.SerializeToString(deterministic=True)
+            with open(self.folder / file, "wb") as graph_file:
+                graph_file.write(data)
+                _flush(graph_file)
+            # What this graph needs of the package: itself and its tensors in weights.bin.
+            entries[precision] = {"file": file, "bytes": len(data), "weight_bytes": weights}
+        return entries
+
+
+def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str, Any]:
+    """Return what the manifest says about a task, without its files."""
     config = model.config
+    choice, blocks = content.choices.get(task.name, ALL), model.backbone.moe_indices
+    shares = content.coverage.get(task.name)
     entry: dict[str, Any] = {
-        "file": f"{task.name}.onnx",
         "channels": config.labels.channels(task.name),
         "decode": task.decode,
         "unit": UNITS[task.decode],
-        "input_size": list(size) if size else None,
+        "input_size": list(content.size) if content.size else None,
+        "batch": 1 if content.static else None,
         "patch_multiple": model.backbone.patch_size,
         "experts": {
-            "kept": "all",
             "per_layer": config.num_experts,
-            "top_k": config.top_k,
-            "layers": list(model.backbone.moe_indices),
+            "top_k": config.top_k if choice.top_k is None else choice.top_k,
+            "trained_top_k": config.top_k,
+            "layers": list(blocks),
+            # By block: the experts in this graph, and the share of the gate mass of calibration that they hold.
+            "kept": {str(block): list(choice.kept[n]) for n, block in enumerate(blocks) if n in choice.kept} or "all",
+            "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
     if task.decode == "argmax":
@@ -124,19 +215,22 @@ class _WeightsFile:
         self.places: dict[bytes, tuple[int, int]] = {}  # sha256 -> offset, length
         self.end = 0
 
-    def take(self, graph: ModelProto) -> None:
-        """Move the graph's tensors of 1 KiB and more to the file, leaving references to it."""
+    def take(self, graph: ModelProto) -> int:
+        """Move the graph's tensors of 1 KiB and more to the file, leaving references to it; return their bytes."""
+        taken: dict[int, int] = {}
         for tensor in graph.graph.initializer:
             # raw_data is little-endian by definition; to_array().tobytes() covers the typed fields.
             data = tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.to_array(tensor).tobytes()
             if len(data) < MIN_EXTERNAL:
                 continue
             offset, length = self._place(data)
+            taken[offset] = length
             kept = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             kept.data_location = TensorProto.EXTERNAL
             for key, value in (("location", WEIGHTS), ("offset", str(offset)), ("length", str(length))):
                 kept.external_data.add(key=key, value=value)
             tensor.CopyFrom(kept)
+        return sum(taken.values())
 
     def _place(self, data: bytes) -> tuple[int, int]:
         key = hashlib.sha256(data).digest()
@@ -170,7 +264,7 @@ def _check_replaceable(out: Path) -> None:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{out / MANIFEST} is not an m3vit package's: {advice}")
     # A package is replaced by removing its folder: nothing of the user's may be in it.
-    own = {MANIFEST, WEIGHTS, *EVALUATION_FILES, *(f"{task}.onnx" for task in manifest.get("tasks", {}))}
+    own = {MANIFEST, WEIGHTS, *EVALUATION_FILES, *(entry["file"] for entry in file_entries(manifest))}
     if foreign := sorted(found - own):
         raise InputError(
             f"{out} holds files that are not the package's ({', '.join(foreign[:3])}): move them, or {advice}"

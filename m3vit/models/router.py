@@ -33,13 +33,15 @@ class Routing(NamedTuple):
     allowed_RE: Tensor | None = None  # bool
 
 
-def route(logits_RNE: Tensor, top_k: int) -> Routing:
+def route(logits_RNE: Tensor, top_k: int, kept_E: Tensor | None = None) -> Routing:
     """Turn router logits into scores, weights and expert ids. A pure function.
 
-    The logits decide, not their scores: softmax rounds small differences away (of up-cycled gates, for example).
+    The logits decide, not their scores: softmax rounds small differences away (of up-cycled gates, for example). With
+    `kept` (bool) only those experts are chosen from; scores are over all of them all the same.
     """
     scores = logits_RNE.softmax(dim=-1)
-    expert_ids = logits_RNE.topk(top_k, dim=-1).indices
+    ranked = logits_RNE if kept_E is None else logits_RNE.masked_fill(~kept_E, -math.inf)
+    expert_ids = ranked.topk(top_k, dim=-1).indices
     return Routing(scores, scores.gather(-1, expert_ids), expert_ids)
 
 
@@ -85,6 +87,9 @@ class Router(nn.Module):
                 nn.Linear(num_tasks, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
             )
         self.num_tasks = num_tasks
+        # What an export changes, set while it is checked against the model: experts per token, the experts kept (bool
+        # [E]) or None for all.
+        self.choice: tuple[int, Tensor | None] = (top_k, None)
         mask = None
         if any(experts is not None for experts in allowed):
             mask = torch.ones(num_tasks, num_experts, dtype=torch.bool)
@@ -94,11 +99,15 @@ class Router(nn.Module):
                     mask[task_id, list(experts)] = True
         self.register_buffer("allowed_RE", mask, persistent=False)
 
-    def gate(self, task_id: int) -> tuple[Tensor, Tensor]:
+    def gate(self, task_id: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return the affine map of a task: weight [E, D] and bias [E].
 
-        The bias is zero but for the task embedding of task_conditioned and for experts the task may not use.
+        The bias is zero but for the task embedding of task_conditioned and for experts the task may not use. A tensor
+        (int64 [1]) picks the task where the map is used: of an exported graph of all tasks, when it runs.
         """
+        if isinstance(task_id, Tensor):
+            weights, biases = zip(*(self.gate(task) for task in range(self.num_tasks)), strict=True)
+            return torch.stack(weights).index_select(0, task_id)[0], torch.stack(biases).index_select(0, task_id)[0]
         weight = self.gates[task_id if self.kind == "multi" else 0]
         if self.kind == "task_conditioned":
             # The embedding is the same for every token of a task, so its part of the gate is a bias.
@@ -119,7 +128,9 @@ class Router(nn.Module):
             std = self.noise_std(x_RND, task_ids)
             noisy = logits + torch.randn_like(logits) * std
         allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
-        return route(noisy, self.top_k)._replace(logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed)
+        return route(noisy, *self.choice)._replace(
+            logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed
+        )
 
     def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:
         """Return the standard deviation of the noise on the logits: [R, N, E] if learned, else [R, N, 1]."""

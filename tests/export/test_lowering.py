@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import INPUTS, lower_moe
+from m3vit.export.onnx.lower import INPUTS, Choice, lower_moe
 from m3vit.models.moe import moe_op
 from m3vit.models.router import route
 
@@ -111,6 +111,70 @@ def test_onnx_reference_evaluator_agrees() -> None:
     assert_close(results[0], torch_layer(x, layer, 2))
 
 
+def chosen_layer(x: Array, layer: dict[str, Array], top_k: int, kept: list[int]) -> Array:
+    """The layer token by token: scores over all experts, the best `top_k` of the kept ones."""
+    logits = x @ layer["gate"].T + layer["gate_bias"]
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    y = np.zeros_like(x)
+    for n, token in enumerate(torch.from_numpy(x)):
+        for e in sorted(kept, key=lambda expert: -logits[n, expert])[:top_k]:
+            w1, b1, w2, b2 = (torch.from_numpy(layer[name][e]) for name in ("w1", "b1", "w2", "b2"))
+            y[n] += scores[n, e] * (w2 @ torch.nn.functional.gelu(w1 @ token + b1) + b2).numpy()
+    return y
+
+
+@pytest.mark.parametrize("form", ["sparse", "wide"])
+@pytest.mark.parametrize(
+    ("kept", "top_k"), [(range(6), 2), (range(6), 4), ((0, 2, 5), 2), ((1, 4), 2), ((3,), 1), ((2, 3, 4, 5), 1)]
+)
+def test_kept_experts_and_another_top_k(kept: tuple[int, ...], top_k: int, form: str) -> None:
+    layer, x = make_layer(6), make_tokens(50)
+    graph = lower_moe(moe_graph(layer, 3), Choice(top_k, {0: tuple(kept)}), form)
+    names = " ".join(tensor.name for tensor in graph.graph.initializer)
+    assert form == "wide" or all((f".{expert}.fc1." in names) == (expert in kept) for expert in range(6))
+    assert_close(make_session(graph, 2).run(None, {"x": x})[0], chosen_layer(x, layer, top_k, list(kept)))
+
+
+def test_tokens_whose_experts_are_kept_are_not_changed_by_pruning() -> None:
+    layer, x = make_layer(8), make_tokens(300)
+    ids = route(torch.from_numpy(x @ layer["gate"].T + layer["gate_bias"])[None], 2).expert_ids_RNK[0].numpy()
+    kept = (0, 1, 3, 4, 6)
+    inside = np.isin(ids, kept).all(axis=1)
+    assert 0 < inside.sum() < len(x)
+    pruned = make_session(lower_moe(moe_graph(layer, 2), Choice(None, {0: kept})), 1).run(None, {"x": x})[0]
+    whole = torch_layer(x, layer, 2)
+    assert_close(pruned[inside], whole[inside])
+    assert np.abs(pruned[~inside] - whole[~inside]).max() > 0.01
+
+
+def test_no_shape_of_the_wide_form_depends_on_data() -> None:
+    layer, x = make_layer(5), make_tokens(20)
+    graph = lower_moe(moe_graph(layer, 2), form="wide")
+    assert not {"NonZero", "Split", "Concat", "Shape"} & {node.op_type for node in graph.graph.node}
+    assert_close(make_session(graph, 2).run(None, {"x": x})[0], torch_layer(x, layer, 2))
+
+
+def test_a_gate_may_be_computed_at_run_time() -> None:
+    layer, x = make_layer(4), make_tokens(30)
+    graph = moe_graph(layer, 2)
+    gate = next(tensor for tensor in graph.graph.initializer if tensor.name == "gate")
+    graph.graph.initializer.remove(gate)
+    graph.graph.input.append(helper.make_tensor_value_info("gate", TensorProto.FLOAT, [4, 8]))
+    session = make_session(lower_moe(graph), 2)
+    for seed in (0, 1):
+        layer["gate"] = make_layer(4, seed=seed)["gate"]
+        assert_close(session.run(None, {"x": x, "gate": layer["gate"]})[0], torch_layer(x, layer, 2))
+
+
+def test_small_differences_of_logits_decide() -> None:
+    # As after up-cycling: gates so small that the scores round to the same number.
+    layer, x = make_layer(6), make_tokens(40)
+    layer["gate"] *= np.float32(1e-6)
+    layer["gate_bias"][:] = 0
+    assert_close(make_session(lower_moe(moe_graph(layer, 2)), 1).run(None, {"x": x})[0], torch_layer(x, layer, 2))
+
+
 def test_lowered_graph_is_standard_and_never_scatters_sums() -> None:
     graph = lower_moe(moe_graph(make_layer(4), 2))
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 20)]
@@ -128,6 +192,11 @@ def test_lowering_refuses_what_it_cannot_lower() -> None:
     with pytest.raises(InputError, match="opset 19"):
         lower_moe(graph)
     graph = moe_graph(make_layer(8), 1)
-    graph.graph.node[0].input[INPUTS.index("gate")] = "x"
+    graph.graph.node[0].input[INPUTS.index("w1")] = "x"
     with pytest.raises(ValueError, match="depends on the graph's input x"):
         lower_moe(graph)
+    for choice in (Choice(3), Choice(0), Choice(None, {0: (1, 0)}), Choice(1, {0: (2,)}), Choice(1, {0: ()})):
+        with pytest.raises(InputError, match=r"top_k|ascending"):
+            lower_moe(moe_graph(make_layer(2), 1), choice)
+    with pytest.raises(InputError, match="choose from sparse, wide"):
+        lower_moe(moe_graph(make_layer(2), 1), form="tall")

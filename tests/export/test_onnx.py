@@ -17,9 +17,19 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from m3vit.errors import InputError
 from m3vit.export.onnx import package as package_module
 from m3vit.export.onnx.graph import export_task
-from m3vit.export.onnx.package import UNITS, export_package
-from m3vit.export.onnx.parity import LIMIT, _compare, _near_ties, _Record, check_parity
-from m3vit.export.runtime import DECODERS, Package
+from m3vit.export.onnx.package import UNITS, Content, export_package
+from m3vit.export.onnx.parity import (
+    BATCH,
+    FORCES,
+    LIMIT,
+    NOISE_ROUNDS,
+    _Batch,
+    _compare,
+    _near_ties,
+    _Record,
+    check_parity,
+)
+from m3vit.export.runtime import DECODERS, Package, file_entries
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
@@ -120,10 +130,45 @@ def test_experts_without_tokens_are_reported(tmp_path: Path) -> None:
         mlp.router.gates[0].zero_()
         for parameter in mlp.experts.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))
-    export_package(model, tmp_path / "package", info={}, size=(32, 48))
+    export_package(model, tmp_path / "package", Content(size=(32, 48)), info={})
     report = check_parity(model, tmp_path / "package", make_images(1))["depth"]
     assert len(report["experts_not_hit"]["1"]) == 2
     assert report["near_tie_tokens"] > 0
+
+
+def test_full_check_reaches_experts_that_no_image_does(tmp_path: Path) -> None:
+    # A constant in what the router reads, which experts 0 and 1 like and 2 and 3 dislike: no image gets there.
+    model = make_model(tasks=["depth"])
+    with torch.no_grad():
+        model.get_parameter("backbone.trunk.blocks.1.norm2.bias").fill_(3)
+        moe_layer(model).router.gates[0][:2] += 1
+        moe_layer(model).router.gates[0][2:] -= 1
+    export_package(model, tmp_path / "package", info={})
+    images, ticks = make_images(5), list[tuple[int, int]]()
+    quick = check_parity(model, tmp_path / "package", images)["depth"]
+    assert quick["experts_not_hit"] == {"1": [2, 3]} and quick["experts_forced"] == {}
+    full = check_parity(model, tmp_path / "package", images, full=True, progress=lambda *counts: ticks.append(counts))[
+        "depth"
+    ]
+    assert full["experts_not_hit"] == {} and full["experts_forced"] == {"1": [2, 3]}
+    # 2 threads x (3 sizes x (2 + 1 + 1 alone + 5 images) + 43 images, 1,032 tokens, + noise, unforced and forced); a
+    # force has to overcome 2 x 32 dimensions x 3: only the largest does.
+    assert full["comparisons"] == 2 * (3 * 9 + 43 + NOISE_ROUNDS * (BATCH + 1) + len(FORCES) * BATCH)
+    assert ticks == [(done, 10) for done in range(1, 11)]  # 3 sizes x (1 + 2) + 1
+    assert moe_layer(model).router.gate(0)[1].abs().max() == 0  # no force left in the model
+    with torch.no_grad():
+        moe_layer(model).experts.w2[3] *= 1.1
+    check_parity(model, tmp_path / "package", images)  # the quick check cannot see it
+    with pytest.raises(RuntimeError, match="depth: 32x48, batch 3, 1 threads: relative error"):
+        check_parity(model, tmp_path / "package", images, full=True)
+
+
+def test_experts_that_a_task_may_not_use_are_no_gap(tmp_path: Path) -> None:
+    model = make_model(tasks=["depth", "edge"], experts_per_task={"depth": [1, 3]})
+    export_package(model, tmp_path / "package", info={})
+    report = check_parity(model, tmp_path / "package", make_images(2), full=True)
+    assert all(not entry["experts_not_hit"] for entry in report.values())
+    assert not {0, 2} & set(report["depth"]["experts_forced"].get("1", []))
 
 
 def test_near_ties_are_counted_per_image() -> None:
@@ -148,22 +193,24 @@ def test_findings_of_a_comparison() -> None:
     right = make_images(3, (8, 8))
     wrong, broken = right + 0.1, np.full_like(right, np.nan)
 
-    def findings(first: tuple[Array, ...], ties: list[int]) -> tuple[_Record, str]:
+    def findings(runners: list[Any], ties: list[int]) -> tuple[_Record, str]:
         record = _Record()
-        packages: Any = [FakePackage(*first), FakePackage(right)]
-        _compare(packages, "depth", right, right, np.array(ties), record)
-        return record, "; ".join(record.failures)
+        batch = _Batch(torch.from_numpy(right), alone=3)
+        _compare(runners, "depth", batch, right, np.array(ties), record)
+        return record, "; ".join(record.all_failures())
 
-    assert findings((right,), [0, 0, 0]) == (_Record(compared=8), "")
-    assert "8x8, batch 3, 1 threads: relative error" in findings((wrong,), [1, 1, 0])[1]
-    record, text = findings((wrong,), [1, 1, 1])
-    assert (record.near_tie_images, record.compared, text) == (4, 4, "")  # the run with 2 threads was sound
-    assert "repeated runs differ" in findings((right, right, wrong), [1, 1, 1])[1]
-    assert "not finite" in findings((broken,), [1, 1, 1])[1]
-    record, everywhere_wrong = _Record(), FakePackage(wrong)
-    both: Any = [everywhere_wrong] * 2
-    _compare(both, "depth", right, right, np.array([1, 1, 1]), record)
-    assert record.failures == ["8x8: every image has router near ties and differs; use other images"]
+    sound = FakePackage(right)
+    record, text = findings([sound, sound], [0, 0, 0])
+    assert (record.errors, record.sound, text) == ([0.0] * 8, {"8x8": 8}, "")
+    assert "8x8, batch 3, 1 threads: relative error" in findings([FakePackage(wrong), sound], [1, 1, 0])[1]
+    record, text = findings([FakePackage(wrong), sound], [1, 1, 1])
+    assert (record.near_tie_images, len(record.errors), text) == (4, 4, "")  # the run with 2 threads was sound
+    assert "repeated runs differ" in findings([FakePackage(right, right, wrong), sound], [1, 1, 1])[1]
+    assert "not finite" in findings([FakePackage(broken), sound], [1, 1, 1])[1]
+    assert "repeated" not in findings([FakePackage(broken), sound], [1, 1, 1])[1]  # NaN is as NaN was
+    everywhere_wrong = FakePackage(wrong)
+    text = findings([everywhere_wrong, everywhere_wrong], [1, 1, 1])[1]
+    assert text == "8x8: every image has router near ties and differs; use other images"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +317,9 @@ def test_manifest_describes_every_file(exported: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     assert manifest["run"] == {"checkpoint": "abc"}
     assert {path.name for path in exported.iterdir()} == {"manifest.json", "weights.bin", *(f"{t}.onnx" for t in NAMES)}
-    for entry in (manifest["weights"], *manifest["tasks"].values()):
+    assert len(file_entries(manifest)) == 1 + len(NAMES)
+    for entry in file_entries(manifest):
+        assert (exported / entry["file"]).stat().st_size == entry["bytes"]
         assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     semseg = manifest["tasks"]["semseg"]
     assert len(semseg["classes"]) == len(semseg["palette"]) == semseg["channels"] == 40
@@ -288,7 +337,7 @@ def test_fixed_size_graph_refuses_another_size(tmp_path: Path) -> None:
     model = make_model(tasks=["depth"])
     with pytest.raises(InputError, match="size is 30x48: give positive multiples of the patch size 8"):
         export_task(model, "depth", size=(30, 48))
-    export_package(model, tmp_path / "package", info={}, size=(40, 56))
+    export_package(model, tmp_path / "package", Content(size=(40, 56)), info={})
     report = check_parity(model, tmp_path / "package", make_images(3))
     assert report["depth"]["worst_relative_error"] < LIMIT
     package = Package.load(tmp_path / "package")
@@ -331,12 +380,12 @@ def test_replacing_and_failing(exported: Path, tmp_path: Path, monkeypatch: pyte
     def fail(*args: object, **kwargs: object) -> ModelProto:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(package_module, "export_task", fail)
+    monkeypatch.setattr(package_module, "trace_task", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         export_package(model, folder, info={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     depth = onnx.load(exported / "depth.onnx")
-    monkeypatch.setattr(package_module, "export_task", lambda *args, **kwargs: depth)
+    monkeypatch.setattr(package_module, "trace_task", lambda *args, **kwargs: depth)
     export_package(model, folder, info={})
     assert sorted(path.name for path in folder.iterdir()) == ["depth.onnx", "manifest.json", "weights.bin"]
     assert Package.load(folder).tasks == ["depth"]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ CHANNELS = {"semseg": 3, "depth": 1, "normals": 3, "edge": 1}
 DECODE = {"semseg": "argmax", "depth": "identity", "normals": "unit_vector", "edge": "sigmoid"}
 
 
-def make_package(folder: Path, size: tuple[int, int] | None = None) -> Path:
+def file_entry(path: Path) -> dict[str, str]:
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def make_package(folder: Path, size: tuple[int, int] | None = None, batch: int | None = None) -> Path:
     """A package whose logits are the first C channels of its input: mean 0 and std 1, so pixel / 255."""
     folder.mkdir(parents=True)
     tasks: dict[str, Any] = {}
     (folder / "weights.bin").write_bytes(b"weights")
-    axes = ["batch", 3, *(size or ("height", "width"))]
+    axes = [batch or "batch", 3, *(size or ("height", "width"))]
     for task, channels in CHANNELS.items():
         picked = numpy_helper.from_array(np.arange(channels), "channels")
         node = helper.make_node("Gather", ["image", "channels"], [task], axis=1)
@@ -36,26 +41,29 @@ def make_package(folder: Path, size: tuple[int, int] | None = None) -> Path:
             [node],
             task,
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, axes)],
-            [helper.make_tensor_value_info(task, TensorProto.FLOAT, ["batch", channels, *axes[2:]])],
+            [helper.make_tensor_value_info(task, TensorProto.FLOAT, [batch or "batch", channels, *axes[2:]])],
             initializer=[picked],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
         onnx.save(model, folder / f"{task}.onnx")
         tasks[task] = {
-            "file": f"{task}.onnx",
-            "sha256": hashlib.sha256((folder / f"{task}.onnx").read_bytes()).hexdigest(),
+            "graphs": {"fp32": file_entry(folder / f"{task}.onnx")},
             "channels": channels,
             "decode": DECODE[task],
             "input_size": size,
+            "batch": batch,
             "patch_multiple": 4,
         }
     tasks["semseg"]["palette"] = palette("abc")
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "weights": {"file": "weights.bin", "sha256": hashlib.sha256(b"weights").hexdigest()},
+        "precisions": ["fp32"],
+        "weights": file_entry(folder / "weights.bin"),
         "image": {"mean": [0, 0, 0], "std": [1, 1, 1], "train_size": [8, 12]},
         "tasks": tasks,
+        "backbone": None,
+        "macs": 0,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -141,6 +149,50 @@ def test_dynamic_graph_with_resize_runs_at_the_trained_size(folder: Path, monkey
     assert seen == [(1, 8, 12, 3)]
 
 
+def test_batches_and_streams_equal_single_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package.load(folder, threads=1)
+    images = np.random.default_rng(1).integers(0, 256, (5, 9, 14, 3), dtype=np.uint8)
+    monkeypatch.setattr("m3vit.export.runtime.MAX_PATCHES", 14)  # 6 patches an image: runs of 2, 2 and 1
+    for task in package.tasks:
+        single = [package.predict(image, task) for image in images]
+        np.testing.assert_array_equal(package.predict_batch(images, task), np.stack(single))
+        np.testing.assert_array_equal(np.stack(list(package.predict_iter(iter(images), task))), np.stack(single))
+    with pytest.raises(InputError, match="images are"):
+        package.predict_batch(images[0], "depth")
+
+
+def test_graphs_for_one_image_take_batches(tmp_path: Path) -> None:
+    package = Package.load(make_package(tmp_path / "static", (8, 12), batch=1))
+    images = np.random.default_rng(1).integers(0, 256, (3, 8, 12, 3), dtype=np.uint8)
+    np.testing.assert_allclose(package.predict_batch(images, "depth"), images[..., 0] / 255, rtol=1e-6)
+
+
+def test_processors_without_vnni_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = make_package(tmp_path / "package")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["precisions"] = ["int8"]
+    for entry in manifest["tasks"].values():
+        entry["graphs"] = {"int8": entry["graphs"]["fp32"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("m3vit.export.runtime._cpu_flags", lambda: {"avx2", "fma"})
+    with pytest.warns(UserWarning, match="no VNNI instructions"):
+        Package.load(folder)
+    for flags in ({"avx2", "avx_vnni"}, {"avx2", "avx512_vnni"}, {"asimd"}):
+        monkeypatch.setattr("m3vit.export.runtime._cpu_flags", lambda flags=flags: flags)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Package.load(folder)
+
+
+def test_what_a_package_does_not_hold_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds fp32, not int8: .* --precision int8"):
+        Package.load(folder, precision="int8")
+    with pytest.raises(InputError, match="--one-backbone"):
+        Package.load(folder, one_backbone=True)
+    with pytest.raises(InputError, match="choose one of the two"):
+        Package.load(folder, low_memory=True, cache=tmp_path)
+
+
 def test_bad_requests_are_refused(folder: Path) -> None:
     package = Package.load(folder)
     with pytest.raises(InputError, match="no task 'flow': it has semseg, depth, normals, edge"):
@@ -183,13 +235,18 @@ def test_damaged_manifests_are_refused(folder: Path) -> None:
             Package.load(folder)
 
     refused("not an m3vit package's", format="other")
-    refused("format version 2, this m3vit reads 1", format_version=2)
+    refused("format version 1, this m3vit reads 2", format_version=1)
     lacking: list[dict[str, Any]] = [
         {"tasks": {}},
         {"tasks": {"depth": {}}},
         {"tasks": []},
         {"image": None},
         {"weights": "weights.bin"},
+        {"precisions": []},
+        {"precisions": ["fp32", "int8"]},
+        {"backbone": {"graphs": {}}},
+        {"macs": None},
+        {"tasks": {"depth": {**good["tasks"]["depth"], "graphs": {}}}},
     ]
     for changes in lacking:
         refused("is damaged", **changes)

@@ -1,0 +1,98 @@
+"""m3vit eval."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from m3vit.commands.terminal import positive, print_scores, progress_bar
+from m3vit.errors import InputError
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folder, ONNX package or HLS project")
+    parser.add_argument(
+        "--protocol",
+        choices=["A", "B"],
+        default=None,
+        help="A: resized to the label's size (Vandenhende, M3ViT; default); B: padded (ATRC, InvPT)",
+    )
+    parser.add_argument("--data.root", dest="data_root", help="data root (default: the one a run was trained on)")
+    parser.add_argument("--device", default="auto", help="of a run: cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--batch", type=positive, default=1, help="images a run takes at once (default: 1)")
+    parser.add_argument("--workers", type=positive, default=None, help="processes matching edges (default: one a core)")
+    parser.add_argument("--all-metrics", action="store_true", help="print every metric, not the headline one alone")
+    parser.add_argument("--compare", action="store_true", help="show two or more evaluated folders in one table")
+    parser.add_argument("--baseline", default=None, help="with --compare: delta_m over a folder's or published figures")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    if args.compare:
+        if args.data_root or args.workers or args.all_metrics:
+            raise InputError("--compare shows what was evaluated: leave out --data.root, --workers and --all-metrics")
+        from m3vit.evaluation.compare import compare
+
+        print_comparison(compare(args.folders, args.protocol, args.baseline))
+        return
+    if len(args.folders) > 1 or args.baseline:
+        raise InputError("give one folder to evaluate; --compare shows several that were evaluated, and delta_m")
+    (folder,) = args.folders
+    from m3vit.distributed import rank
+    from m3vit.evaluation.scoring import score
+    from m3vit.export.predictors import choose_device, open_predictor
+
+    predictor, info, root = open_predictor(folder, choose_device(args.device), args.batch)
+    if not (args.data_root or root):
+        raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
+    is_run = predictor.name == "torch"
+    with progress_bar("evaluating", visible=rank() == 0) as bar:
+        result = score(
+            predictor,
+            folder,
+            args.data_root or root,
+            args.protocol or "A",
+            trivial=is_run,
+            info=info,
+            workers=args.workers,
+            progress=bar,
+        )
+    if result:  # None in all but the first of several processes
+        columns = ("trivial", "torch") if is_run else (predictor.name,)
+        made = f" ({result['origin']})" if result["origin"] else ""
+        caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
+        print_scores(result["tasks"], columns, caption, args.all_metrics)
+
+
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Print evaluations side by side, a row for each task, with their intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from m3vit.tasks import TASKS
+
+    rows = comparison["rows"]
+    caption = (
+        f"{comparison['images']} val images; protocol {comparison['protocol']}\n95 % intervals over images "
+        f"({comparison['resamples']} resamples); second lines: difference to {rows[0]['name']}, paired"
+    )
+    caption += "".join(f"\n{note}" for note in comparison["notes"])
+    caption += f"\ndata: {comparison['origin']}" if comparison["origin"] else ""
+    if comparison["baseline"]:
+        caption += f"\ndelta_m over {comparison['baseline']['name']} ({comparison['baseline']['source']})"
+    table = Table("task", "metric", caption=caption)
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+    for task, first in rows[0]["tasks"].items():
+        arrow = "↑" if TASKS[task].higher_is_better else "↓"
+        cells = []
+        for row in rows:
+            cell = row["tasks"][task]
+            low, high = cell["interval"]
+            text = f"{cell['value']:.3f} [{low:.3f}, {high:.3f}]"
+            if "difference" in cell:
+                low, high = cell["difference_interval"]
+                text += f"\n{cell['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            cells.append(text)
+        table.add_row(task, f"{first['metric']} ({TASKS[task].unit}) {arrow}", *cells)
+    if comparison["baseline"]:
+        table.add_row("all", "delta_m (%) ↑", *(f"{row['delta_m']:+.2f}" for row in rows))
+    Console(width=max(Console().width, 60 + 36 * len(rows))).print(table)

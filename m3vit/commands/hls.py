@@ -1,0 +1,52 @@
+"""m3vit export hls, hw csim."""
+
+import argparse
+from pathlib import Path
+
+from m3vit.commands.terminal import positive, print_scores, progress_bar, say
+
+
+def add_export_hls(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, required=True, help="project folder to write")
+    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one trained on")
+    parser.add_argument(
+        "--samples", type=positive, default=None, help="val images to store for csim (default: 100, or all)"
+    )
+    parser.add_argument("--weight-bits", type=positive, default=16, help="width of weights, 6 to 24 (default: 16)")
+    parser.add_argument("--act-bits", type=positive, default=20, help="width of feature maps, 8 to 24 (default: 20)")
+
+
+def run_export_hls(args: argparse.Namespace) -> None:
+    from m3vit.export.hls.run import export_run
+    from m3vit.training.checkpoint import load_run
+
+    run = load_run(args.run)
+    info = export_run(
+        run,
+        args.out,
+        data_root=args.data_root,
+        samples=args.samples,
+        weight_bits=args.weight_bits,
+        act_bits=args.act_bits,
+    )
+    say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(run.config.model.tasks)}: {args.out}")
+
+
+def add_csim(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("project", type=Path, metavar="DIR", help="HLS project (m3vit export hls)")
+    parser.add_argument("--samples", type=positive, default=None, help="images to simulate (default: all stored)")
+
+
+def run_csim(args: argparse.Namespace) -> None:
+    from m3vit.export.hls.verify import verify_project
+
+    with progress_bar("C-simulating") as bar:
+        report = verify_project(args.project, args.samples, bar)
+    caption = f"{report['images']} images, hls4ml C-simulation with g++; protocol {report['protocol']}"
+    print_scores(report["tasks"], ("torch", "csim"), caption)
+    for task, result in report["tasks"].items():
+        say(
+            f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
+            f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
+        )

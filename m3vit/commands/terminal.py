@@ -1,0 +1,94 @@
+"""What the commands share: parsing of arguments, progress, lines and tables of results."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake on one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse "96x128" as (height, width)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"size {text!r}: give HEIGHTxWIDTH, such as 96x128")
+    return int(parts[0]), int(parts[1])
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a positive whole number")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """Parse an integer of 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 0 or more")
+    return int(text)
+
+
+@contextmanager
+def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a progress bar; the yielded function takes (done, total, text beside the bar = "")."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+        task = bar.add_task(title, total=None, text="")
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+
+
+def say(text: str) -> None:
+    """Print a line of result."""
+    print(text, flush=True)
+
+
+def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, all_metrics: bool = False) -> None:
+    """Print the headline metric of each task, or all its metrics, a column for each predictor."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from m3vit.tasks import TASKS
+
+    table = Table(caption=caption)
+    table.add_column("task")
+    table.add_column("metric")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for task, scores in tasks.items():
+        row = TASKS[task]
+        found = [scores.get(column) for column in columns]
+        arrow = "↑" if row.higher_is_better else "↓"
+        names = {row.metric: f"{row.metric} ({row.unit}) {arrow}"}
+        if all_metrics and isinstance(found[-1], dict):
+            names |= {name: name for name in found[-1] if name != row.metric}
+        for place, (metric, title) in enumerate(names.items()):
+            values = [
+                "-" if value is None else f"{value[metric] if isinstance(value, dict) else value:.3f}"
+                for value in found
+            ]
+            table.add_row("" if place else task, title, *values)
+    Console(width=max(Console().width, 100)).print(table)

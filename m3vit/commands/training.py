@@ -1,0 +1,106 @@
+"""m3vit train, init, profile: the commands that take a recipe and any key of it."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from m3vit.commands.terminal import progress_bar, say
+from m3vit.errors import InputError
+
+TITLES = {
+    "train": "Train a recipe into a run folder.",
+    "init": "Write the run folder of a recipe with untrained weights.",
+    "profile": "Count parameters and multiply-accumulates of a recipe or a run.",
+}
+
+
+def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
+    """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
+    import jsonargparse
+
+    from m3vit.training.config import Config, read_config, recipe_names, recipe_path
+
+    recipe = argv[0] if argv and not argv[0].startswith("-") else None
+    start = None
+    if recipe and command == "profile" and recipe not in recipe_names() and Path(recipe).is_dir():
+        start = Path(recipe) / "config.yaml"
+        read_config(start)  # its messages are clearer than those of the parser below
+    elif recipe:
+        start = recipe_path(recipe)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"m3vit {command} RECIPE",
+        exit_on_error=False,
+        default_config_files=[str(start)] if start else None,
+        description=f"{TITLES[command]} RECIPE: {', '.join(recipe_names())}. "
+        "Later sources win: recipe, --config, dotted keys. A mapping in a file replaces the recipe's; a dotted key "
+        "changes one entry of it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
+    if command == "profile":
+        parser.add_argument("--task", default=None, help="show this task alone (default: all of them)")
+        parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON")
+    else:
+        parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    if command == "train":
+        parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
+    for section in fields(Config):
+        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+    if recipe is None and not {"-h", "--help"} & set(argv):
+        rest = " (or a run folder)" if command == "profile" else " --out RUN"
+        raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
+    words = list(argv[1:] if recipe else argv)
+    if "--config" in words[:-1]:  # to the front: dotted keys win over it wherever they stand
+        place = words.index("--config")
+        words = words[place : place + 2] + words[:place] + words[place + 2 :]
+    try:
+        parsed = parser.instantiate(parser.parse_args(words))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
+    config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
+    return config, parsed
+
+
+def run_train(argv: Sequence[str]) -> int:
+    config, args = config_from("train", argv)
+    config.check()
+    from m3vit.distributed import rank
+    from m3vit.training.loop import train
+    from m3vit.training.stopping import Stopped
+
+    first = rank() == 0  # of several processes: the one that speaks
+    try:
+        with progress_bar("training", visible=first) as bar:
+            unreadable = train(config, args.out, resume=args.resume, progress=bar)
+    except Stopped as stopped:
+        if first:
+            print(f"m3vit: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    if first:
+        say(f"trained for {config.train.epochs} epochs: {args.out}")
+        if unreadable:
+            say(f"{unreadable} training images could not be read and were left out: see metrics.jsonl")
+    return 0
+
+
+def run_init(argv: Sequence[str]) -> None:
+    config, args = config_from("init", argv)
+    from m3vit.training.loop import initialise
+
+    initialise(config, args.out)
+    say(f"untrained weights: {args.out}")
+
+
+def run_profile(argv: Sequence[str]) -> None:
+    config, args = config_from("profile", argv)
+    config.check()
+    from m3vit.profiling import profile, render
+
+    report = profile(config.model, args.task)
+    if args.json is not None:
+        from m3vit.files import write_json
+
+        write_json(args.json, report)
+    say(render(report))

@@ -1,0 +1,100 @@
+"""The same graphs run by others: onnx's reference evaluator, and OpenVINO, whose kernels are its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from m3vit.export.onnx.graph import export_task
+from m3vit.export.onnx.parity import LIMIT
+from m3vit.export.runtime import Package
+from m3vit.training.checkpoint import load_run
+from tests.conftest import Cli
+
+Array = NDArray[np.float32]
+TASKS = ("semseg", "depth", "normals", "edge")
+
+
+def make_images(count: int, size: tuple[int, int]) -> Array:
+    return np.random.default_rng(5).standard_normal((count, 3, *size)).astype(np.float32)
+
+
+def run_openvino(graph: Path, images: Array, threads: int = 1) -> Array:
+    """Run a graph with its dynamic shapes as they are, in float32 (on some CPUs bfloat16 is the default)."""
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    compiled = core.compile_model(core.read_model(str(graph)), "CPU", options)
+    return np.asarray(compiled({"image": images})[0])
+
+
+def assert_same(actual: Array, expected: Array) -> None:
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("size", [(32, 48), (24, 40)], ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_onnx_reference_runs_the_whole_graph(onnx_package: Path, task: str, size: tuple[int, int]) -> None:
+    # Its Gelu is a function of its context, which shape inference provides.
+    graph = onnx.shape_inference.infer_shapes(onnx.load(onnx_package / f"{task}.onnx"))
+    images = make_images(2, size)
+    results: Any = ReferenceEvaluator(graph).run(None, {"image": images})
+    assert_same(results[0], Package.load(onnx_package, threads=1).logits(images, task))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("task", TASKS)
+def test_openvino_runs_the_whole_graph(onnx_package: Path, task: str, threads: int) -> None:
+    # NonZero, and Split by counts known at run time only, included; two batch sizes.
+    for count in (1, 5):
+        images = make_images(count, (32, 48))
+        expected = Package.load(onnx_package, threads=1).logits(images, task)
+        assert_same(run_openvino(onnx_package / f"{task}.onnx", images, threads), expected)
+
+
+@pytest.mark.xfail(
+    reason="OpenVINO 2026.4 ignores antialias and exclude_outside of a cubic Resize (openvinotoolkit/openvino issue "
+    "35893): the position embedding comes out wrong at sizes not trained at; export with --size"
+)
+def test_openvino_at_a_size_not_trained_at(onnx_package: Path) -> None:
+    images = make_images(2, (40, 64))
+    expected = Package.load(onnx_package, threads=1).logits(images, "depth")
+    assert_same(run_openvino(onnx_package / "depth.onnx", images), expected)
+
+
+def test_openvino_at_a_size_not_trained_at_but_fixed(tiny_run: Path, tmp_path: Path) -> None:
+    # The exporter computes the position embedding of a fixed size: no cubic Resize is left.
+    graph = export_task(load_run(tiny_run).model, "normals", opset=23, size=(40, 64))
+    resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
+    modes = [attribute.s for node in resizes for attribute in node.attribute if attribute.name == "mode"]
+    assert b"cubic" not in modes
+    onnx.save(graph, tmp_path / "fixed.onnx")
+    images = make_images(2, (40, 64))
+    session = onnxruntime.InferenceSession(tmp_path / "fixed.onnx", providers=["CPUExecutionProvider"])
+    assert_same(run_openvino(tmp_path / "fixed.onnx", images), np.asarray(session.run(None, {"image": images})[0]))
+
+
+@pytest.mark.slow
+def test_full_check_of_200_images(cli: Cli, tiny_run: Path, make_data: Any, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", train=4, val=198)
+    words = ("export", "onnx", tiny_run, "--out", tmp_path / "onnx", "--data.root", data, "--check-images", 203)
+    result = cli(*words)
+    assert result.returncode == 0, result.stderr
+    assert "comparing with torch on 198 val and 4 train and 1 noise images, each at every size" in result.stdout
+    parity = json.loads((tmp_path / "onnx" / "manifest.json").read_text())["parity"]
+    assert parity["passed"] and parity["full"] and parity["images"] == 203
+    assert parity["image_sources"] == {"val": 198, "train": 4, "noise": 1}
+    assert len(parity["sizes"]) == 3 and parity["threads"] == [1, 2]
+    assert parity["race_hunt"]["tokens"] >= 1024 and parity["race_hunt"]["repeats"] >= 20
+    for task in TASKS:
+        entry = parity["tasks"][task]
+        assert entry["worst_relative_error"] < LIMIT
+        assert entry["comparisons"] + entry["near_tie_images"] >= 203 * 3 * 2
+        assert entry["experts_not_hit"] == {}
