@@ -23,10 +23,15 @@ def export_run(
     *,
     data_root: str | None = None,
     samples: int | None = None,
+    schedule: str = "spatial",
     weight_bits: int = 16,
-    act_bits: int = 20,
+    act_bits: int | None = None,
+    board: str = "zcu104",
 ) -> dict[str, Any]:
-    """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`."""
+    """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`.
+
+    The other options are those of `export_project`.
+    """
     tasks, root = run.config.model.tasks, data_root or run.config.data.root
     train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
     if samples is None:
@@ -49,8 +54,10 @@ def export_run(
             labels=[sample.labels for sample in chosen],
         ),
         info=run.info,
+        schedule=schedule,
         weight_bits=weight_bits,
         act_bits=act_bits,
+        board=board,
     )
 
 

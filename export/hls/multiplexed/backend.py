@@ -25,7 +25,7 @@ MOE_WEIGHTS = ("router_w", "router_b", "w1", "b1", "w2", "b2")
 
 @dataclass
 class Schedule:
-    """What the pass leaves in ModelGraph.config.config[NAME]["schedule"] for the writer."""
+    """What the pass leaves for the writer, as `schedule` of the ModelGraph."""
 
     image: Image
     hardware: Hardware
@@ -64,8 +64,7 @@ class VitisMoEBackend(VitisBackend):
     @model_optimizer()
     def build_schedule(self, model: Any) -> bool:
         """Turn the graph into a Schedule. Raises InputError for layers without an engine and models that do not fit."""
-        settings = model.config.config[NAME]
-        settings["schedule"] = _Planner(model, settings).plan()
+        model.schedule = _Planner(model, model.config.config[NAME]).plan()
         return False
 
 

@@ -145,7 +145,7 @@ class VitisMoEWriter(VitisWriter):
 
     def write_hls(self, model: Any) -> None:
         settings = model.config.config["VitisMoE"]
-        schedule = settings["schedule"]
+        schedule = model.schedule
         out = Path(model.config.get_output_dir())
         firmware, project = out / "firmware", Path(str(files("m3vit.hw") / "project"))
         (firmware / "nnet_utils").mkdir(parents=True, exist_ok=True)
@@ -161,6 +161,7 @@ class VitisMoEWriter(VitisWriter):
         write_json(out / "resources.json", resources(schedule.hardware, settings["board"]))
         self.write_build_script(model)
         self.write_board_script_override(model)
+        self.write_yml(model)
         for name in ("vivado_synth.tcl", "build_lib.sh"):  # hls4ml's, for its own top level
             (out / name).unlink(missing_ok=True)
         for path in sorted(project.rglob("*")):
