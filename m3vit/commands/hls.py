@@ -63,10 +63,17 @@ def run_csim(args: argparse.Namespace) -> None:
 
     with progress_bar("C-simulating") as bar:
         report = verify_project(args.project, args.samples, bar)
-    caption = f"{report['images']} images, hls4ml C-simulation with g++; protocol {report['protocol']}"
+    caption = f"{report['images']} images, C-simulation with g++; protocol {report['protocol']}"
     print_scores(report["tasks"], ("torch", "csim"), caption)
     for task, result in report["tasks"].items():
         say(
             f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
             f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
+        )
+    if "different_words" in report:
+        beyond = ", ".join(f"{engine} {count}" for engine, count in report["saturated"].items()) or "none"
+        seconds = report["s_per_image"]
+        say(
+            f"all {report['words']} output words equal the emulator's; values saturated: {beyond}; "
+            f"{seconds['testbench']:.2f} s an image for C-sim, {seconds['emulator']:.2f} s for the emulator"
         )
