@@ -59,7 +59,7 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
 
 
 def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
-    """Return a multiplexed project as a predictor: its emulator, which has the C-simulation's words, no compiler needed.
+    """Return a multiplexed project as a predictor: its emulator, which gives the words of the C-simulation.
 
     Tasks share what no task changes. The input is pixels, see hls_predictor.
     """

@@ -122,8 +122,8 @@ def fit(hardware: Hardware, board: Board) -> Hardware:
     """
     if hardware.max_rows > MAX_TOKENS:
         raise InputError(
-            f"the model has {hardware.max_rows} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: give "
-            "a smaller model.image_size or a larger patch"
+            f"the model has {hardware.max_rows} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: "
+            "give a smaller model.image_size or a larger patch"
         )
     sizes = [replace(hardware, tile_out=tile) for tile in TILES_OUT]
     found = next((size for size in sizes if size.fits(board)), None)
@@ -140,6 +140,6 @@ def fit(hardware: Hardware, board: Board) -> Hardware:
         options.append("--weight-bits 8")
     advice = f"give {' or '.join(options)}" if options else "no board here holds it: give a narrower model"
     raise InputError(
-        f"the model does not fit {board.name} (modelled): with the smallest array ({TILE_IN} x {TILES_OUT[-1]}), inputs "
-        f"of {hardware.max_in} and {hardware.max_rows} tokens x top-{hardware.max_top} it takes {over}; {advice}"
+        f"the model does not fit {board.name} (modelled): with the smallest array ({TILE_IN} x {TILES_OUT[-1]}), "
+        f"inputs of {hardware.max_in} and {hardware.max_rows} tokens x top-{hardware.max_top} it takes {over}; {advice}"
     )

@@ -1,9 +1,9 @@
 """C-simulation of an emitted HLS project with a plain C++ compiler: no torch, no hls4ml, no vendor tool.
 
-Of a spatial project in two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user without
-Python would, and hls4ml's own compile() and predict() on the folder (hls4ml.converters.link_existing_project; see
-m3vit.hw.bridge). Of a multiplexed project by its test bench alone; m3vit.export.hls.multiplexed.emulator is what it must
-agree with.
+Of a spatial project in two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user
+without Python would, and hls4ml's own compile() and predict() on the folder (hls4ml.converters.link_existing_project;
+see m3vit.hw.bridge). Of a multiplexed project by its test bench alone, which must agree with
+m3vit.export.hls.multiplexed.emulator.
 """
 
 import json
@@ -28,7 +28,7 @@ MANIFEST = "m3vit.json"
 FORMAT = 2  # of the manifest
 TESTBENCH = "csim.exe"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
-# Of a multiplexed project: machine integers only, and the result does not depend on the flags. Its own Makefile has -O3.
+# Of a multiplexed project: machine integers, so the result does not depend on the flags. Its own Makefile has -O3.
 MULTIPLEXED_FLAGS = ("-O3", "-march=native", "-std=c++11", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-label")
 # -W ignore: hls4ml warns of optional packages it does not find
 BRIDGE = (sys.executable, "-W", "ignore", "-m", "m3vit.hw.bridge")
@@ -52,8 +52,8 @@ class SimulationResult(NamedTuple):
 class FrameResult(NamedTuple):
     """What the C-simulation of n frames of a multiplexed project returned.
 
-    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K]. counters: for each frame, by
-    instruction, bytes by port and `saturated` values. seconds: as SimulationResult's.
+    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K]. counters: for each frame,
+    by instruction, bytes by port and `saturated` values. seconds: as SimulationResult's.
     """
 
     outputs: np.ndarray
@@ -216,8 +216,8 @@ def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> Frame
     task_ids, size = np.asarray(task_ids), (*manifest["image_size"], 3)
     if images.dtype != np.uint8 or images.shape[1:] != size or task_ids.shape != images.shape[:1]:
         raise InputError(
-            f"frames {images.dtype} {images.shape} and task ids {task_ids.shape}: give uint8 [n, {size[0]}, {size[1]}, 3] "
-            "and [n]"
+            f"frames {images.dtype} {images.shape} and task ids {task_ids.shape}: give uint8 [n, {size[0]}, {size[1]}, "
+            "3] and [n]"
         )
     if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < 256:
         raise InputError(f"task ids {sorted(set(task_ids.tolist()))}: give 0 to 255")

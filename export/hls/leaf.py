@@ -360,8 +360,8 @@ def normalise(images: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
 def lower(model: MultiTaskModel, streams: bool = True) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    `streams`: for the spatial schedule, where the task id goes to each layer as a stream. Raises InputError for a trunk,
-    heads or a number of MoE layers that cannot be exported.
+    `streams`: for the spatial schedule, where the task id goes to each layer as a stream. Raises InputError for a
+    trunk, heads or a number of MoE layers that cannot be exported.
     """
     if streams:
         _check_task_consumers(model)

@@ -20,6 +20,7 @@ from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
+from m3vit.tasks import TASKS
 
 log = logging.getLogger(__name__)
 BATCH = 16
@@ -169,7 +170,13 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "outputs": max(widths),
         "upscale": model.heads[config.tasks[0]].upscale,
         "tasks": [
-            {"name": task, "id": index, "outputs": widths[index], "channels": config.labels.channels(task)}
+            {
+                "name": task,
+                "id": index,
+                "outputs": widths[index],
+                "channels": config.labels.channels(task),
+                "decode": TASKS[task].decode,
+            }
             for index, task in enumerate(config.tasks)
         ],
         "moe_layers": [

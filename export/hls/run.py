@@ -15,6 +15,8 @@ from m3vit.training.checkpoint import Run
 
 SAMPLES = 100  # validation images stored, unless told otherwise
 CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
+CALIBRATION_TOKENS = 8192  # of all of them together, beyond CALIBRATION_MIN images: a large image says more
+CALIBRATION_MIN = 4
 
 
 def export_run(
@@ -39,7 +41,9 @@ def export_run(
     if samples > len(val):
         raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    calibration = np.stack([pixels(train.load(index), size) for index in range(min(CALIBRATION_IMAGES, len(train)))])
+    tokens = size[0] * size[1] // run.model.backbone.patch_size**2
+    images = min(CALIBRATION_IMAGES, len(train), max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
+    calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
     chosen = [val.load(index) for index in range(samples)]
     for index, sample in enumerate(chosen):
         if "edge" in tasks:

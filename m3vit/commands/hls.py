@@ -20,7 +20,9 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
         help="spatial: a kernel for each layer, for models that fit on chip (default); multiplexed: one engine of each "
         "kind and weights in DDR, for models of any depth and any number of experts",
     )
-    parser.add_argument("--board", default="zcu104", help="of the multiplexed schedule: zcu104 (default), zcu102, kv260")
+    parser.add_argument(
+        "--board", default="zcu104", help="of the multiplexed schedule: zcu104 (default), zcu102, kv260"
+    )
     parser.add_argument(
         "--weight-bits",
         type=positive,

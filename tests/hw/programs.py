@@ -114,7 +114,7 @@ class Simulator:
     def run(
         self, folder: Path, image: Image, frames: np.ndarray, tasks: list[int]
     ) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
-        """Return outputs int32 [n, words], counters (a line for each frame and instruction) and routing uint16 words."""
+        """Return outputs int32 [n, words], counters (one for each frame and instruction) and routing uint16 words."""
         folder.mkdir(exist_ok=True)
         image.write(folder / "weights.bin")
         frames.tofile(folder / "images.bin")

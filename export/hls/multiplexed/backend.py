@@ -1,8 +1,8 @@
 """The hls4ml backend VitisMoE: one engine of each kind, time-multiplexed by a program, weights in DDR.
 
-hls4ml converts the same leaf modules to the same layers as for the spatial schedule; the pass `build_schedule` turns the
-ModelGraph into a program, buffers and one weight image instead of a kernel for each layer. This module is imported by
-every `import hls4ml` (it is a plugin), so it imports neither torch nor the rest of the exporter.
+hls4ml converts the same leaf modules to the same layers as for the spatial schedule; the pass `build_schedule` turns
+the ModelGraph into a program, buffers and one weight image instead of a kernel for each layer. This module is imported
+by every `import hls4ml` (it is a plugin), so it imports neither torch nor the rest of the exporter.
 """
 
 from dataclasses import dataclass
@@ -42,9 +42,7 @@ class VitisMoEBackend(VitisBackend):
         self._register_flows()
 
     def _register_flows(self) -> None:
-        schedule = register_flow(
-            "schedule", ["vitismoe:build_schedule"], requires=["optimize"], backend=self.name
-        )
+        schedule = register_flow("schedule", ["vitismoe:build_schedule"], requires=["optimize"], backend=self.name)
         self._default_flow = register_flow("ip", None, requires=["optimize", schedule], backend=self.name)
         self._writer_flow = register_flow(
             "write", ["make_stamp", "vitismoe:write_hls"], requires=["vitismoe:ip"], backend=self.name

@@ -1,4 +1,4 @@
-"""From the lowered model to a time-multiplexed project: hls4ml conversion with backend VitisMoE, and frames to check."""
+"""From the lowered model to a time-multiplexed project: conversion by hls4ml backend VitisMoE, and frames to check."""
 
 import contextlib
 import io
@@ -145,5 +145,3 @@ def write_check(folder: Path, images: np.ndarray, tasks: int) -> None:
     frames.repeat(tasks, axis=0).tofile(data / "images.bin")
     np.tile(np.arange(tasks, dtype=np.uint8), len(frames)).tofile(data / "tasks.bin")
     np.concatenate([result.outputs for result in results]).astype(np.int32).tofile(data / "expected_outputs.bin")
-
-

@@ -1,8 +1,8 @@
 """Fractions of every tensor, from what the float model's tensors reach on calibration images.
 
-Narrow tensors are act_bits wide, each with a fraction of its own that leaves HEADROOM_BITS above the largest value seen
-(none below HEADROOM_FROM bits, where a bit is dear: there values may saturate, and simulation counts them). The residual
-stream has one fraction throughout, so that layers add to it in place; it is 32 bits wide.
+Narrow tensors are act_bits wide, each with a fraction of its own that leaves HEADROOM_BITS above the largest value
+seen (none below HEADROOM_FROM bits, where a bit is dear: there values may saturate, and simulation counts them). The
+residual stream has one fraction throughout, so that layers add to it in place; it is 32 bits wide.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Linear maps, LayerNorms and tables as the words that the engines read: integers, shifts and fractions.
 
-A value is raw * 2^-frac. Each output of a linear map has a weight fraction of its own (a power of two), chosen among the
-one that holds its largest weight and the next finer one, which clips it, by the squared error.
+A value is raw * 2^-frac. Each output of a linear map has a weight fraction of its own: the one that holds its largest
+weight, or the next finer one, which clips it, whichever has the smaller squared error.
 """
 
 import math
@@ -72,8 +72,8 @@ def linear_words(
 ) -> LinearWords:
     """Quantise a linear map whose input is `x` = (bits, fractional bits) and whose outputs have `y_frac`.
 
-    `missing` was subtracted from every raw input: the biases make up for it. Raises InputError, naming `where`, if a sum
-    could need more than ACCUMULATOR_BITS.
+    `missing` was subtracted from every raw input: the biases make up for it. Raises InputError, naming `where`, if a
+    sum could need more than ACCUMULATOR_BITS.
     """
     check_finite(weight)
     check_finite(bias)
@@ -93,7 +93,7 @@ def linear_words(
     if sum_bits > ACCUMULATOR_BITS or shift.min(initial=0) < MIN_SHIFT:
         raise InputError(
             f"cannot export to HLS: {where} needs {sum_bits}-bit sums shifted by {int(shift.min(initial=0))}, and the "
-            f"engines have {ACCUMULATOR_BITS} bits and shifts from {MIN_SHIFT}: give smaller --act-bits or --weight-bits"
+            f"engines have {ACCUMULATOR_BITS} bits and shifts from {MIN_SHIFT}: give smaller weight_bits or act_bits"
         )
     return LinearWords(integers, fracs, row_words(biases, bias_shift, shift), sum_bits)
 

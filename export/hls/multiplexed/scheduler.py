@@ -147,7 +147,15 @@ class Scheduler:
         return x
 
     def norm(
-        self, name: str, x: Tensor, scale: Floats, bias: Floats, eps: float, frac: int, wide: bool = False, skip: int = 0
+        self,
+        name: str,
+        x: Tensor,
+        scale: Floats,
+        bias: Floats,
+        eps: float,
+        frac: int,
+        wide: bool = False,
+        skip: int = 0,
     ) -> Tensor:
         """LayerNorm of the tokens after the first `skip`, to narrow tokens of `frac`, or to wide ones."""
         assert isinstance(x.frac, int)
@@ -212,8 +220,8 @@ class Scheduler:
     ) -> Tensor:
         """Router and experts, added to the residual stream in place.
 
-        weights: router_w [R, E, D] and router_b [R, E] (logits in base 2), w1 [E, H, D], b1, w2 [E, D, H], b2; `hidden`:
-        fractions of the hidden channels before and after GELU.
+        weights: router_w [R, E, D] and router_b [R, E] (logits in base 2), w1 [E, H, D], b1, w2 [E, D, H], b2;
+        `hidden`: fractions of the hidden channels before and after GELU.
         """
         gates, biases = weights["router_w"], weights["router_b"]
         tasks, experts, dim = gates.shape
@@ -280,8 +288,6 @@ class Scheduler:
                         setattr(step.instruction, name, getattr(step.instruction, name) + places[id(buffer)])
         memory = Memory(sizes[False], sizes[True], self.output_size, self.image_size, self.tasks)
         return self.builder.build([step.instruction for step in self.steps], memory)
-
-
 
     def named_tensors(self) -> list[dict[str, Any]]:
         """Return where each tensor lies in its section of the weight file: name, section, offset (elements), shape."""

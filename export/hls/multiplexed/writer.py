@@ -41,11 +41,7 @@ PORTS = {
 
 def parameters_text(hardware: Hardware) -> str:
     """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
-    constants = {
-        name: value
-        for name, value in asdict(hardware).items()
-        if name not in ("weight_bits", "act_bits")
-    }
+    constants = {name: value for name, value in asdict(hardware).items() if name not in ("weight_bits", "act_bits")}
     lines = [f"    static const unsigned {name} = {value};" for name, value in constants.items()]
     return "\n".join(
         [
@@ -130,7 +126,7 @@ def program_lines(image: Image) -> list[dict[str, Any]]:
 
 
 def weights_map(schedule: Any) -> dict[str, Any]:
-    """Return weights_map.json: where everything lies in weights.bin, the program, and what memory the host allocates."""
+    """Return weights_map.json: where everything lies in weights.bin, the program, and the memories to allocate."""
     image = schedule.image
     return {
         "header_words": HEADER,
@@ -170,6 +166,8 @@ class VitisMoEWriter(VitisWriter):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
                 target.chmod(target.stat().st_mode | stat.S_IWUSR)
+        decoding = Path(str(files("m3vit.export") / "decoding.py"))
+        shutil.copyfile(decoding, out / "host" / "m3vit_decoding.py")
         with open(out / "project.tcl", "a") as file:
             file.write(f'variable board_part\nset board_part "{BOARDS[settings["board"]].board_part}"\n')
 
