@@ -15,12 +15,12 @@ def readme(manifest: dict[str, Any]) -> str:
     return f"""# m3vit: a time-multiplexed accelerator
 
 Written by m3vit {manifest["m3vit"]} with hls4ml {manifest["hls4ml"]} (backend VitisMoE) for {manifest["board"]}. One
-engine of each kind (linear, attention, LayerNorm, router) works through a program in DDR, from the pixels of an image to
-the outputs of the task heads. The task is a register, chosen for each frame.
+engine of each kind (linear, attention, LayerNorm, router) works through a program in DDR, from the pixels of an image
+to the outputs of the task heads. The task is a register, chosen for each frame.
 
-**What has been simulated:** the C++ in `firmware/`, with g++ (`make check`, `m3vit hw csim .`), word for word against an
-emulator in Python, also under address and undefined-behaviour sanitizers. **What has not:** it was never synthesised,
-co-simulated or run on a board. The Tcl scripts were never run, the host driver only against a software model of the
+**What has been simulated:** the C++ in `firmware/`, with g++ (`make check`, `m3vit hw csim .`), word for word against
+an emulator in Python; the engines, on random models, also under address and undefined-behaviour sanitizers. **What has
+not:** it was never synthesised, co-simulated or run on a board. The Tcl scripts were never run, the host driver only against a software model of the
 registers and memory. The figures of `resources.json` are modelled.
 
 ## C-simulate
@@ -31,8 +31,8 @@ m3vit hw csim .     # all stored images against torch and the emulator -> csim.j
 m3vit eval . --data.root DIR                     # a whole validation set, by the emulator
 ```
 
-`./csim.exe WEIGHTS IMAGES TASKS OUTPUTS COUNTERS ROUTING` runs other frames and tells the bytes through each port and the
-saturated values by instruction; `m3vit_test.cpp` describes the files. `make CXXFLAGS="-O3 -march=native"` is faster.
+`./csim.exe WEIGHTS IMAGES TASKS OUTPUTS COUNTERS ROUTING` runs other frames and tells the bytes through each port and
+the saturated values by instruction; `m3vit_test.cpp` describes the files. `make CXXFLAGS="-O3 -march=native"` is faster.
 
 ## Build (needs Vitis HLS and Vivado, 2022.2 or newer)
 
@@ -56,8 +56,8 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 - `task`: the task id, an unknown one counts as 0; `num_tasks`: {len(manifest["tasks"])}.
 - `weights`, `gates`, `params`: the three sections of `firmware/weights/weights.bin`; `weights_map.json` says where each
   tensor lies, lists the program, and the elements of the memories below.
-- `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16}; `wide_in`, `wide`: one of
-  int32. Scratch: nothing in them outlasts a frame.
+- `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16}; `wide_in`, `wide`: one
+  of int32. Scratch: nothing in them outlasts a frame.
 - `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {manifest["outputs"]}], raw words with the
   fractional bits below; a pixel shuffle by {manifest["upscale"]} and a bilinear resize make them logits
   (`host/m3vit_decoding.py`).
@@ -67,5 +67,5 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 {tasks}
 
 Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream 32
-({manifest["precision"]["wide_frac"]} fractional); the largest sum needs {manifest["precision"]["largest_sum_bits"]} bits.
+({manifest["precision"]["wide_frac"]} fractional); the largest sum needs {manifest["precision"]["largest_sum_bits"]}.
 """

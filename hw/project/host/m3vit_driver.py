@@ -9,7 +9,7 @@
     depth_m = accelerator.predict(image)                        # image: uint8 [H, W, 3], RGB
 
 It has run against a software model of the registers and the memory (tests/export/test_multiplexed.py of m3vit), never
-on a board. Registers are taken by name from the overlay's description, so it does not depend on the addresses that Vitis
+on a board. Registers are taken by name from the overlay's description: it does not depend on the addresses that Vitis
 HLS gives them.
 """
 
@@ -53,7 +53,7 @@ class Accelerator:
         self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
         self.buffers: dict[str, Any] = {}
         self.load_weights(project / "firmware" / "weights" / "weights.bin")
-        self.task = 0
+        self.set_task(0)
 
     def load_weights(self, path: str | Path) -> None:
         """Copy a weights file into DDR, and allocate the memories that its program needs.
