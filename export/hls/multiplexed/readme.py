@@ -20,8 +20,8 @@ to the outputs of the task heads. The task is a register, chosen for each frame.
 
 **What has been simulated:** the C++ in `firmware/`, with g++ (`make check`, `m3vit hw csim .`), word for word against
 an emulator in Python; the engines, on random models, also under address and undefined-behaviour sanitizers. **What has
-not:** it was never synthesised, co-simulated or run on a board. The Tcl scripts were never run, the host driver only against a software model of the
-registers and memory. The figures of `resources.json` are modelled.
+not:** it was never synthesised, co-simulated or run on a board. The Tcl scripts were never run, the host driver ran
+against a software model of the registers and memory. The figures of `resources.json` are modelled.
 
 ## C-simulate
 
@@ -32,7 +32,8 @@ m3vit eval . --data.root DIR                     # a whole validation set, by th
 ```
 
 `./csim.exe WEIGHTS IMAGES TASKS OUTPUTS COUNTERS ROUTING` runs other frames and tells the bytes through each port and
-the saturated values by instruction; `m3vit_test.cpp` describes the files. `make CXXFLAGS="-O3 -march=native"` is faster.
+the saturated values by instruction; `m3vit_test.cpp` describes the files. `make CXXFLAGS="-O3 -march=native"` is
+faster.
 
 ## Build (needs Vitis HLS and Vivado, 2022.2 or newer)
 
