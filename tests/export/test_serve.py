@@ -339,7 +339,8 @@ def test_a_graph_of_another_task_is_noticed_at_the_start(cli: Cli, package: Path
     manifest["tasks"]["depth"]["graphs"] = manifest["tasks"]["edge"]["graphs"]  # under this one's name
     (swapped / "manifest.json").write_text(json.dumps(manifest))
     result = cli("serve", swapped, "--port", 0, timeout=60)
-    assert result.returncode == 2 and "edge.onnx is not the graph that manifest.json describes" in result.stderr, result.stderr
+    assert result.returncode == 2, result.stderr
+    assert "edge.onnx is not the graph that manifest.json describes" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
