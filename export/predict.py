@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -79,7 +79,7 @@ def predict_files(
     out: Path,
     options: Options = Options(),
     *,
-    threads: int = 1,
+    loading: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[..., None] = lambda done, total, text="": None,
 ) -> Outcome:
@@ -93,12 +93,13 @@ def predict_files(
 
     What cannot be read or predicted is noted and passed over. SIGINT and SIGTERM end it: finished files stay, a
     stream's are completed with the frames that came, those of an unfinished video file are dropped. Memory holds one
-    image or frame. `say` gets each file as it is written, `progress` (inputs done, of how many, what now).
+    image or frame. `loading` are arguments of `Package.load`. `say` gets each file as it is written, `progress`
+    (inputs done, of how many, what now).
 
     Raises InputError before anything is run for a bad package or task, missing inputs, predictions that would have
     one name, overwrite an input, or, without `force`, overwrite anything.
     """
-    package = Package.load(package_dir, threads=threads)
+    package = Package.load(package_dir, **(loading or {}))
     tasks = package.tasks if task == ALL else [task]
     for name in tasks:
         package.entry(name)

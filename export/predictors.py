@@ -38,6 +38,8 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
     from m3vit.export.hls.verify import CHUNK_IMAGES, check_files, logits_of
 
     check_files(project, manifest)
+    if manifest.get("schedule") == "multiplexed":
+        return emulator_predictor(project, manifest)
     csim.build_bridge(project)
     tasks = [task["name"] for task in manifest["tasks"]]
     widths = [task["outputs"] for task in manifest["tasks"]]
@@ -54,6 +56,34 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
 
     height, width = manifest["image_size"]
     return Predictor("csim", tasks, label_set(manifest, project), (height, width), run, CHUNK_IMAGES)
+
+
+def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
+    """Return a multiplexed project as a predictor: its emulator, which gives the words of the C-simulation.
+
+    Tasks share what no task changes. The input is pixels, see hls_predictor.
+    """
+    from m3vit.export.hls.multiplexed.convert import WEIGHTS
+    from m3vit.export.hls.multiplexed.emulator import Emulator
+    from m3vit.export.hls.multiplexed.verify import real_outputs
+    from m3vit.export.hls.verify import logits_of
+
+    emulator = Emulator.open(project / WEIGHTS)
+    tasks = [task["name"] for task in manifest["tasks"]]
+
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        (image,) = images
+        results = emulator.run_tasks(image.pixels, list(range(len(tasks))))
+        words = np.stack([result.outputs for result in results])
+        outputs = real_outputs(words.reshape(1, len(tasks), manifest["tokens"], -1), manifest)
+        widths = [task["outputs"] for task in manifest["tasks"]]
+        return {
+            task: logits_of(np.ascontiguousarray(outputs[:, place, :, :width]), manifest)
+            for place, (task, width) in enumerate(zip(tasks, widths, strict=True))
+        }
+
+    height, width = manifest["image_size"]
+    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run)
 
 
 def label_set(manifest: dict[str, Any], folder: Path) -> str:

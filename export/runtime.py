@@ -8,7 +8,7 @@ import math
 import platform
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
+from m3vit.export.decoding import CHANNELS, DECODERS, decode, unit
 from m3vit.export.drawing import colourise as colourise
 from m3vit.export.drawing import paint as paint
 from m3vit.files import atomic_folder, read_json, require_new, sha256_file
@@ -420,49 +421,6 @@ def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def _argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return logits.argmax(axis=1).astype(np.uint8)
-
-
-def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return logits[:, 0]
-
-
-def _unit_vector(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return _unit(logits.transpose(0, 2, 3, 1))
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    # exp of a negative number only: no overflow.
-    small = np.exp(-np.abs(logits[:, 0]))
-    return np.where(logits[:, 0] >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
-
-
-DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
-    "argmax": _argmax,
-    "identity": _identity,
-    "unit_vector": _unit_vector,
-    "sigmoid": _sigmoid,
-}
-
-
-CHANNELS = {"identity": 1, "unit_vector": 3, "sigmoid": 1}  # of the logits, where the kind decides
-
-
-def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    """Turn logits [B, C, H, W] into predictions [B, H, W] or, for unit_vector, [B, H, W, 3].
-
-    `kind`: argmax (class ids uint8), identity (the value itself), unit_vector (length 1), sigmoid (0..1).
-    """
-    return DECODERS[kind](logits)
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale vectors [..., 3] to length 1; a zero vector stays zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.asarray(vectors / np.maximum(length, np.float32(1e-12)), dtype=np.float32)
-
-
 def _resized(array: NDArray[Any], size: tuple[int, int], kind: str) -> NDArray[Any]:
     """Resize a prediction [h, w] or [h, w, 3] to `size` (height, width): ids by nearest, values bilinearly."""
     shape = size[::-1]
@@ -471,4 +429,4 @@ def _resized(array: NDArray[Any], size: tuple[int, int], kind: str) -> NDArray[A
     if array.ndim == 2:
         return np.asarray(Image.fromarray(array).resize(shape, Image.Resampling.BILINEAR))
     channels = [_resized(np.ascontiguousarray(array[..., axis]), size, "identity") for axis in range(3)]
-    return _unit(np.stack(channels, axis=-1))
+    return unit(np.stack(channels, axis=-1))

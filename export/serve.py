@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -417,16 +417,16 @@ def serve(
     host: str,
     port: int,
     tasks: list[str] | None = None,
-    threads: int = 1,
+    loading: Mapping[str, Any] | None = None,
     limits: Limits = Limits(),
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve a package until SIGINT or SIGTERM; requests in flight are then answered first.
 
-    `port` 0 takes a free one. `threads` of onnxruntime for each prediction. `say` gets a line with the address as soon
+    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `say` gets a line with the address as soon
     as requests are taken. Raises InputError for a bad package or task, and an address that cannot be had.
     """
-    package = Package.load(package_dir, threads=threads)
+    package = Package.load(package_dir, **(loading or {}))
     tasks = list(dict.fromkeys(tasks or package.tasks))
     app = create_app(package, tasks, limits)
     warm_up(package, tasks)

@@ -1,9 +1,12 @@
 """C-simulation of an emitted HLS project with a plain C++ compiler: no torch, no hls4ml, no vendor tool.
 
-Two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user without Python would, and
-hls4ml's own compile() and predict() on the folder (hls4ml.converters.link_existing_project; see m3vit.hw.bridge).
+Of a spatial project in two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user
+without Python would, and hls4ml's own compile() and predict() on the folder (hls4ml.converters.link_existing_project;
+see m3vit.hw.bridge). Of a multiplexed project by its test bench alone, which must agree with
+m3vit.export.hls.multiplexed.emulator.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,6 +28,8 @@ MANIFEST = "m3vit.json"
 FORMAT = 2  # of the manifest
 TESTBENCH = "csim.exe"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
+# Of a multiplexed project: machine integers, so the result does not depend on the flags. Its own Makefile has -O3.
+MULTIPLEXED_FLAGS = ("-O3", "-march=native", "-std=c++11", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-label")
 # -W ignore: hls4ml warns of optional packages it does not find
 BRIDGE = (sys.executable, "-W", "ignore", "-m", "m3vit.hw.bridge")
 PIXEL_SCALE = 256  # the accelerator's input is pixel / 256, exact in ap_ufixed<8, 0>
@@ -41,6 +46,19 @@ class SimulationResult(NamedTuple):
 
     outputs: np.ndarray
     expert_ids: list[np.ndarray]
+    seconds: float
+
+
+class FrameResult(NamedTuple):
+    """What the C-simulation of n frames of a multiplexed project returned.
+
+    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K]. counters: for each frame,
+    by instruction, bytes by port and `saturated` values. seconds: as SimulationResult's.
+    """
+
+    outputs: np.ndarray
+    expert_ids: list[np.ndarray]
+    counters: list[list[dict[str, int]]]
     seconds: float
 
 
@@ -183,3 +201,49 @@ def run_bridge(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> Simul
         seconds = float(_call([*BRIDGE, "run", str(folder)], project, "hls4ml's predict()", env))
         outputs = np.load(folder / "outputs.npy").reshape(len(tokens), manifest["tokens"], manifest["outputs"])
         return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
+
+
+def build_frames(project: Path) -> Path:
+    """Build the test bench of a multiplexed project and return its path (about 5 s)."""
+    sources = [f"{NAME}_test.cpp", f"firmware/{NAME}.cpp"]
+    _call([find_compiler(), *MULTIPLEXED_FLAGS, "-I.", *sources, "-o", TESTBENCH], project, "building the test bench")
+    return project / TESTBENCH
+
+
+def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> FrameResult:
+    """Simulate frames uint8 [n, H, W, 3], each for a task id of [n], with the test bench built before."""
+    manifest = read_manifest(project)
+    task_ids, size = np.asarray(task_ids), (*manifest["image_size"], 3)
+    if images.dtype != np.uint8 or images.shape[1:] != size or task_ids.shape != images.shape[:1]:
+        raise InputError(
+            f"frames {images.dtype} {images.shape} and task ids {task_ids.shape}: give uint8 [n, {size[0]}, {size[1]}, "
+            "3] and [n]"
+        )
+    if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < 256:
+        raise InputError(f"task ids {sorted(set(task_ids.tolist()))}: give 0 to 255")
+    with tempfile.TemporaryDirectory(prefix="m3vit-csim-") as name:
+        folder = Path(name)
+        images.tofile(folder / "images.bin")
+        task_ids.astype(np.uint8).tofile(folder / "tasks.bin")
+        weights = project.resolve() / "firmware" / "weights" / "weights.bin"
+        names = ("images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin")
+        start = time.perf_counter()
+        _call([str(project.resolve() / TESTBENCH), str(weights), *names], folder, "the test bench")
+        seconds = time.perf_counter() - start
+        outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)
+        routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64)
+        lines = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
+    rows = manifest["tokens"] + manifest["prefix_tokens"]
+    experts, place = [], 0
+    frame_words = routing.size // max(1, len(images))
+    frames = routing.reshape(len(images), frame_words)
+    for layer in manifest["moe_layers"]:
+        words = rows * layer["top_k"]
+        experts.append(frames[:, place : place + words].reshape(len(images), rows, layer["top_k"]))
+        place += words
+    if place != frame_words:
+        raise RuntimeError(f"the routing log holds {frame_words} words a frame instead of {place}")
+    counters: list[list[dict[str, int]]] = [[] for _ in images]
+    for line in lines:
+        counters[line.pop("frame")].append(line)
+    return FrameResult(outputs, experts, counters, seconds)

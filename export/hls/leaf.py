@@ -95,7 +95,8 @@ class VitAttention(Leaf):
 
     def forward(self, qkv: Tensor) -> Tensor:
         B, N, width = qkv.shape
-        q, k, v = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        parts = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (self.observe(name, part) for name, part in zip(("query", "key", "value"), parts, strict=True))
         scores = self.observe("score", q @ k.transpose(-2, -1))
         context = torch.softmax(scores * math.log(2), dim=-1) @ v
         return context.transpose(1, 2).reshape(B, N, width // 3)
@@ -127,7 +128,8 @@ class VitMoE(Leaf):
         for expert in range(self.w1.shape[0]):
             image, token, slot = (experts == expert).nonzero(as_tuple=True)
             hidden = self.observe("hidden", F.linear(x[image, token], self.w1[expert], self.b1[expert]))
-            y = self.observe("expert", F.linear(F.gelu(hidden), self.w2[expert], self.b2[expert]))
+            active = self.observe("active", F.gelu(hidden))
+            y = self.observe("expert", F.linear(active, self.w2[expert], self.b2[expert]))
             out[image, token] += y * weights[image, token, slot, None]
         return out
 
@@ -148,12 +150,13 @@ class VitTaskHead(Leaf):
         self.widths, self.prefix, self.eps = tuple(widths), prefix, eps
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        normed = F.layer_norm(x[:, self.prefix :], x.shape[-1:], eps=self.eps)
+        normed = self.observe("normed", F.layer_norm(x[:, self.prefix :], x.shape[-1:], eps=self.eps))
         out = x.new_zeros(*normed.shape[:2], max(self.widths))
         for image, row in enumerate(task[:, 0].long().tolist()):
             first, width = sum(self.widths[:row]), self.widths[row]
             rows = slice(first, first + width)
-            out[image, :, :width] = F.linear(normed[image], self.weight[rows], self.bias[rows])
+            y = F.linear(normed[image], self.weight[rows], self.bias[rows])
+            out[image, :, :width] = self.observe(f"output{row}", y)
         return out
 
 
@@ -302,6 +305,16 @@ def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
     return VitTaskHead(torch.cat(weights), torch.cat(biases), widths, prefix, heads[0].norm.eps)
 
 
+def _check_task_consumers(model: MultiTaskModel) -> None:
+    layers = len(model.backbone.moe_indices)
+    if layers + 1 > MAX_TASK_CONSUMERS:
+        raise InputError(
+            f"cannot export to HLS: the model has {layers} MoE layers, and hls4ml can send the task id to "
+            f"{MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most {MAX_TASK_CONSUMERS - 1} "
+            "blocks, or give --schedule multiplexed, which has no such limit"
+        )
+
+
 def _build(model: MultiTaskModel) -> LoweredModel:
     backbone, trunk = model.backbone, model.backbone.trunk
     if model.config.head != "linear":
@@ -310,12 +323,6 @@ def _build(model: MultiTaskModel) -> LoweredModel:
             "with model.head linear"
         )
     num_tasks = len(model.config.tasks)
-    if len(backbone.moe_indices) + 1 > MAX_TASK_CONSUMERS:
-        raise InputError(
-            f"cannot export to HLS: the model has {len(backbone.moe_indices)} MoE layers, and hls4ml can send the task "
-            f"id to {MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most "
-            f"{MAX_TASK_CONSUMERS - 1} blocks"
-        )
     if backbone.rotary:
         raise _refuse(f"{model.config.trunk} has rotary positions")
     height, width = model.config.image_size
@@ -350,11 +357,14 @@ def normalise(images: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def lower(model: MultiTaskModel) -> LoweredModel:
+def lower(model: MultiTaskModel, streams: bool = True) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    Raises InputError for a trunk, heads or a number of MoE layers that cannot be exported.
+    `streams`: for the spatial schedule, where the task id goes to each layer as a stream. Raises InputError for a
+    trunk, heads or a number of MoE layers that cannot be exported.
     """
+    if streams:
+        _check_task_consumers(model)
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()
     lowered = _build(exact).eval()

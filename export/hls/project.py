@@ -14,13 +14,17 @@ from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.hls import convert, leaf, precision
+from m3vit.export.hls.multiplexed import convert as multiplexed
+from m3vit.export.hls.multiplexed.readme import readme as multiplexed_readme
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
+from m3vit.tasks import TASKS
 
 log = logging.getLogger(__name__)
 BATCH = 16
+ACT_BITS = {"spatial": 20, "multiplexed": 16}  # by schedule: the width of feature maps unless told otherwise
 
 
 @dataclass
@@ -42,33 +46,65 @@ def export_project(
     calibration: np.ndarray,
     samples: Samples,
     info: dict[str, Any] | None = None,
+    schedule: str = "spatial",
     weight_bits: int = 16,
-    act_bits: int = 20,
+    act_bits: int | None = None,
+    board: str = "zcu104",
 ) -> dict[str, Any]:
     """Write the project to `out` and return its manifest (m3vit.json).
 
     calibration: uint8 [m, H, W, 3], images that choose the fixed-point formats (not the samples, to be fair).
-    `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`.
+    `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`. `schedule`: spatial (a kernel for each
+    layer) or multiplexed (one engine of each kind, for a `board`); act_bits: ACT_BITS of it by default.
     An existing project of ours at `out` is replaced once the new one is complete. Raises InputError for models that
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
+    if schedule not in ACT_BITS:
+        raise InputError(f"schedule is {schedule!r}: choose from {', '.join(ACT_BITS)}")
+    act_bits = act_bits or ACT_BITS[schedule]
     _check_arguments(model, calibration, samples, weight_bits, act_bits)
     _check_replaceable(out)
     model = model.eval()
-    lowered = leaf.lower(model)
-    seen = precision.calibrate(lowered, tokenise(calibration, lowered.patch))
-    formats = precision.Chooser(seen, weight_bits, act_bits).choose()
+    write = _write_spatial if schedule == "spatial" else _write_multiplexed
     with atomic_folder(out) as folder:
-        convert.write_project(lowered, formats, folder)
-        manifest = {**_manifest(model, lowered, formats), "run": info or {}}
+        lowered, facts = write(folder, model, calibration, weight_bits, act_bits, board)
+        manifest = {**_manifest(model, lowered), "schedule": schedule, **facts, "run": info or {}}
         _write_samples(folder, model, lowered, samples, manifest)
-        (folder / "README.md").write_text(_readme(manifest))
+        readme = _readme if schedule == "spatial" else multiplexed_readme
+        (folder / "README.md").write_text(readme(manifest))
         manifest["files"] = {
             str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         write_json(folder / MANIFEST, manifest)
     log.info("HLS project written to %s", out)
     return manifest
+
+
+def _write_spatial(
+    folder: Path, model: MultiTaskModel, calibration: np.ndarray, weight_bits: int, act_bits: int, board: str
+) -> tuple[leaf.LoweredModel, dict[str, Any]]:
+    """Write the spatial schedule's files; return the lowered model and the manifest's precisions."""
+    lowered = leaf.lower(model)
+    seen = precision.calibrate(lowered, tokenise(calibration, lowered.patch))
+    formats = precision.Chooser(seen, weight_bits, act_bits).choose()
+    convert.write_project(lowered, formats, folder)
+    texts = {
+        name: {kind: value.text(exact=kind == "accum") for kind, value in types.items()}
+        for name, types in formats.items()
+    }
+    inputs = {"tokens": {"result": precision.INPUT}, "task": {"result": precision.TASK}}
+    return lowered, {"precision": {**inputs, **texts}}
+
+
+def _write_multiplexed(
+    folder: Path, model: MultiTaskModel, calibration: np.ndarray, weight_bits: int, act_bits: int, board: str
+) -> tuple[leaf.LoweredModel, dict[str, Any]]:
+    """Write the multiplexed schedule's files; return the lowered model and more of the manifest."""
+    options = multiplexed.Options(board, weight_bits, act_bits)
+    options.check()
+    lowered = leaf.lower(model, streams=False)
+    multiplexed.needed_hardware(lowered, options)  # refuses what does not fit before the long work
+    return lowered, multiplexed.write_project(lowered, calibration, options, folder)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -86,6 +122,7 @@ def _check_replaceable(out: Path) -> None:
         TESTBENCH,
         "csim.json",
         "tb_data/csim_outputs.npz",
+        "tb_data/csim_outputs.bin",
         "tb_data/csim_results.log",
         *EVALUATION_FILES,
     }
@@ -115,9 +152,7 @@ def _check_arguments(
             raise InputError(f"samples have no {task} label for each image")
 
 
-def _manifest(
-    model: MultiTaskModel, lowered: leaf.LoweredModel, formats: dict[str, dict[str, precision.Fixed]]
-) -> dict[str, Any]:
+def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, Any]:
     widths, config = lowered.head.widths, model.config
     rows, columns = lowered.grid
     return {
@@ -135,21 +170,19 @@ def _manifest(
         "outputs": max(widths),
         "upscale": model.heads[config.tasks[0]].upscale,
         "tasks": [
-            {"name": task, "id": index, "outputs": widths[index], "channels": config.labels.channels(task)}
+            {
+                "name": task,
+                "id": index,
+                "outputs": widths[index],
+                "channels": config.labels.channels(task),
+                "decode": TASKS[task].decode,
+            }
             for index, task in enumerate(config.tasks)
         ],
         "moe_layers": [
             {"block": block, "experts": config.num_experts, "top_k": config.top_k}
             for block in model.backbone.moe_indices
         ],
-        "precision": {
-            "tokens": {"result": precision.INPUT},
-            "task": {"result": precision.TASK},
-            **{
-                name: {kind: value.text(exact=kind == "accum") for kind, value in types.items()}
-                for name, types in formats.items()
-            },
-        },
     }
 
 
@@ -170,7 +203,8 @@ def reference(model: MultiTaskModel, images: np.ndarray, task: str) -> tuple[Ten
 def _write_samples(
     folder: Path, model: MultiTaskModel, lowered: leaf.LoweredModel, samples: Samples, manifest: dict[str, Any]
 ) -> None:
-    """Write tb_data/: samples.npz for `m3vit hw csim`, and the test bench's own input of one run a task.
+    """Write tb_data/: samples.npz for `m3vit hw csim`, and the test bench's own input of one run a task (as text for
+    the spatial schedule, as bytes for the other).
 
     samples.npz: ids, images; for each task `output_<task>` [n, T, C_r] float32, and `label_<task>_<i>` of each image i,
     at its own size; for each MoE layer l `experts_<task>_<l>` [n, N, K] and `margin_<task>_<l>` [n, N] float32, the gap
@@ -190,6 +224,9 @@ def _write_samples(
     data = folder / "tb_data"
     data.mkdir(exist_ok=True)
     np.savez_compressed(data / "samples.npz", **arrays)
+    if manifest["schedule"] == "multiplexed":
+        multiplexed.write_check(folder, samples.images, len(lowered.tasks))
+        return
     tokens = tokenise(samples.images[:1], lowered.patch).repeat(len(lowered.tasks), axis=0)
     write_input_lines(data / "tb_input_features.dat", tokens, np.arange(len(lowered.tasks)))
     expected = np.zeros((len(lowered.tasks), manifest["tokens"], manifest["outputs"]), dtype=np.float32)

@@ -15,6 +15,8 @@ from m3vit.training.checkpoint import Run
 
 SAMPLES = 100  # validation images stored, unless told otherwise
 CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
+CALIBRATION_TOKENS = 8192  # of all of them together, beyond CALIBRATION_MIN images: a large image says more
+CALIBRATION_MIN = 4
 
 
 def export_run(
@@ -23,10 +25,15 @@ def export_run(
     *,
     data_root: str | None = None,
     samples: int | None = None,
+    schedule: str = "spatial",
     weight_bits: int = 16,
-    act_bits: int = 20,
+    act_bits: int | None = None,
+    board: str = "zcu104",
 ) -> dict[str, Any]:
-    """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`."""
+    """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`.
+
+    The other options are those of `export_project`.
+    """
     tasks, root = run.config.model.tasks, data_root or run.config.data.root
     train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
     if samples is None:
@@ -34,7 +41,9 @@ def export_run(
     if samples > len(val):
         raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    calibration = np.stack([pixels(train.load(index), size) for index in range(min(CALIBRATION_IMAGES, len(train)))])
+    tokens = size[0] * size[1] // run.model.backbone.patch_size**2
+    images = min(CALIBRATION_IMAGES, len(train), max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
+    calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
     chosen = [val.load(index) for index in range(samples)]
     for index, sample in enumerate(chosen):
         if "edge" in tasks:
@@ -49,8 +58,10 @@ def export_run(
             labels=[sample.labels for sample in chosen],
         ),
         info=run.info,
+        schedule=schedule,
         weight_bits=weight_bits,
         act_bits=act_bits,
+        board=board,
     )
 
 

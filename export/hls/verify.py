@@ -1,5 +1,7 @@
 """`m3vit hw csim`: C-simulate a project on its stored images, all tasks, two ways, and compare with torch.
 
+The ways are hls4ml's bridge and the test bench, or for a multiplexed project the test bench and the emulator.
+
 Needs the project folder only, not the run: torch's outputs were stored at export.
 """
 
@@ -18,6 +20,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
+from m3vit.export.hls.multiplexed.verify import simulate_multiplexed
 from m3vit.files import atomic_path, read_json, sha256_file, write_json
 from m3vit.hw import csim
 from m3vit.models.heads import assemble_tokens
@@ -34,8 +37,9 @@ WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResul
 def verify_project(project: Path, samples: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Simulate the first `samples` stored images (default: all) and return the report, also written to csim.json.
 
-    Report: images, s_per_image {way: seconds, all tasks together}, bridge_vs_testbench (largest difference, relative to
-    the larger of 1 and the value; the test bench prints six digits, so up to 5e-6), and for each task: csim and
+    Report: images, s_per_image {way: seconds, all tasks together}; of a spatial project bridge_vs_testbench (largest
+    difference, relative to the larger of 1 and the value; the test bench prints six digits, so up to 5e-6), of a
+    multiplexed one what simulate_multiplexed returns; and for each task: csim and
     torch {metric: value} on the same images, worst_error and mean_error of the token outputs (absolute; *_relative:
     over the standard deviation of torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's,
     flipped_tokens of `tokens`, worst_error_unflipped, and
@@ -47,21 +51,17 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
     csim.find_compiler()
     with np.load(project / "tb_data" / "samples.npz") as stored:
         arrays = dict(stored)
+    simulate = simulate_multiplexed if manifest.get("schedule") == "multiplexed" else _simulate_spatial
     available = len(arrays["images"])
     if samples is not None and not 1 <= samples <= available:
         raise InputError(f"samples {samples}: {project} holds {available} images")
     n, tasks = samples or available, [task["name"] for task in manifest["tasks"]]
-    results = _simulate(project, arrays["images"][:n], manifest, progress)
-    bridge, bench = results["bridge"].outputs, results["testbench"].outputs
-    outputs = {task: bridge[:, i, :, : manifest["tasks"][i]["outputs"]] for i, task in enumerate(tasks)}
-    experts = [ids.reshape(n, len(tasks), *ids.shape[1:]) for ids in results["bridge"].expert_ids]
-    for one, other in zip(results["bridge"].expert_ids, results["testbench"].expert_ids, strict=True):
-        assert np.array_equal(one, other), "the bridge and the test bench routed tokens differently"
+    raw, experts, facts = simulate(project, arrays["images"][:n], manifest, progress)
+    outputs = {task: raw[:, i, :, : manifest["tasks"][i]["outputs"]] for i, task in enumerate(tasks)}
     report = {
         "protocol": PROTOCOLS[PROTOCOL],
         "images": n,
-        "s_per_image": {way: result.seconds / n for way, result in results.items()},
-        "bridge_vs_testbench": float((np.abs(bridge - bench) / np.maximum(1, np.abs(bridge))).max()),
+        **facts,
         "tasks": {
             task: {
                 "csim": _score(task, outputs[task], arrays, manifest),
@@ -88,6 +88,23 @@ def check_files(project: Path, manifest: dict[str, Any]) -> None:
             raise InputError(f"{path} is missing: export the project again")
         if sha256_file(path) != digest:
             raise InputError(f"{path} was changed since export (sha256 differs): export the project again")
+
+
+def _simulate_spatial(
+    project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None
+) -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
+    """Return outputs [n, R, T, C], expert ids of each MoE layer [n, R, N, K], and the report's facts."""
+    n, tasks = len(images), len(manifest["tasks"])
+    results = _simulate(project, images, manifest, progress)
+    bridge, bench = results["bridge"].outputs, results["testbench"].outputs
+    for one, other in zip(results["bridge"].expert_ids, results["testbench"].expert_ids, strict=True):
+        assert np.array_equal(one, other), "the bridge and the test bench routed tokens differently"
+    experts = [ids.reshape(n, tasks, *ids.shape[1:]) for ids in results["bridge"].expert_ids]
+    facts = {
+        "s_per_image": {way: result.seconds / n for way, result in results.items()},
+        "bridge_vs_testbench": float((np.abs(bridge - bench) / np.maximum(1, np.abs(bridge))).max()),
+    }
+    return bridge, experts, facts
 
 
 def _simulate(
@@ -215,8 +232,11 @@ class SimulatedOutputs:
         tasks = self.report["tasks"].values()
         flips, decisions = (sum(task[key] for task in tasks) for key in ("flips", "decisions"))
         worst = max(task["worst_error_relative"] for task in tasks)
+        agreement = "every word is the emulator's"
+        if "bridge_vs_testbench" in self.report:
+            agreement = f"bridge and test bench agree to {self.report['bridge_vs_testbench']:.0e}"
         return (
             f"C-simulation (hls4ml {self.manifest['hls4ml']}, g++, not synthesised) of {self.report['images']} images: "
-            f"bridge and test bench agree to {self.report['bridge_vs_testbench']:.0e}; against torch, {flips} of "
+            f"{agreement}; against torch, {flips} of "
             f"{decisions} routing decisions differ and the worst output is off by {worst:.2g} standard deviations."
         )

@@ -11,8 +11,6 @@
 namespace nnet {
 namespace vit {
 
-static const int norm_frac = 18; // fractional bits of a normalised channel; it is within +-sqrt(n_dim)
-
 // CONFIG_T: n_dim; sqrt_dim = sqrt(n_dim) * 2^16; eps_raw = n_dim^3 * eps * 2^(2 * fractional bits of in_T), >= 1.
 template <class in_T, typename CONFIG_T>
 void normalise_token(const in_T x[CONFIG_T::n_dim], typename raw_int<28>::type y[CONFIG_T::n_dim]) {

@@ -13,8 +13,28 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=positive, default=None, help="val images to store for csim (default: 100, or all)"
     )
-    parser.add_argument("--weight-bits", type=positive, default=16, help="width of weights, 6 to 24 (default: 16)")
-    parser.add_argument("--act-bits", type=positive, default=20, help="width of feature maps, 8 to 24 (default: 20)")
+    parser.add_argument(
+        "--schedule",
+        choices=["spatial", "multiplexed"],
+        default="spatial",
+        help="spatial: a kernel for each layer, for models that fit on chip (default); multiplexed: one engine of each "
+        "kind and weights in DDR, for models of any depth and any number of experts",
+    )
+    parser.add_argument(
+        "--board", default="zcu104", help="of the multiplexed schedule: zcu104 (default), zcu102, kv260"
+    )
+    parser.add_argument(
+        "--weight-bits",
+        type=positive,
+        default=16,
+        help="width of weights: spatial 6 to 24, multiplexed 8, 12 or 16 (default: 16)",
+    )
+    parser.add_argument(
+        "--act-bits",
+        type=positive,
+        default=None,
+        help="width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)",
+    )
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
@@ -27,8 +47,10 @@ def run_export_hls(args: argparse.Namespace) -> None:
         args.out,
         data_root=args.data_root,
         samples=args.samples,
+        schedule=args.schedule,
         weight_bits=args.weight_bits,
         act_bits=args.act_bits,
+        board=args.board,
     )
     say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(run.config.model.tasks)}: {args.out}")
 
@@ -43,10 +65,17 @@ def run_csim(args: argparse.Namespace) -> None:
 
     with progress_bar("C-simulating") as bar:
         report = verify_project(args.project, args.samples, bar)
-    caption = f"{report['images']} images, hls4ml C-simulation with g++; protocol {report['protocol']}"
+    caption = f"{report['images']} images, C-simulation with g++; protocol {report['protocol']}"
     print_scores(report["tasks"], ("torch", "csim"), caption)
     for task, result in report["tasks"].items():
         say(
             f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
             f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
+        )
+    if "different_words" in report:
+        beyond = ", ".join(f"{engine} {count}" for engine, count in report["saturated"].items()) or "none"
+        seconds = report["s_per_image"]
+        say(
+            f"all {report['words']} output words equal the emulator's; values saturated: {beyond}; "
+            f"{seconds['testbench']:.2f} s an image for C-sim, {seconds['emulator']:.2f} s for the emulator"
         )

@@ -6,6 +6,7 @@ import sys
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from m3vit.commands.terminal import positive, progress_bar, say
 
@@ -70,7 +71,22 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         default=MAX_PIXELS,
         help=f"larger images and frames are refused unread (default: {MAX_PIXELS})",
     )
-    parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
+    parser.add_argument("--threads", type=positive, default=None, help="onnxruntime threads (default: by the model)")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add what decides how a package is loaded."""
+    parser.add_argument("--precision", help="one that the package holds, such as int8 (default: its first)")
+    parser.add_argument("--one-backbone", action="store_true", help="one graph for all tasks, if the package has it")
+    parser.add_argument("--low-memory", action="store_true", help="share the mapped weights between tasks; slower")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep weights laid out for this processor in DIR")
+
+
+def loading(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
+    """Return these arguments as Package.load takes them."""
+    names = ("precision", "one_backbone", "low_memory", "cache")
+    return {"threads": threads, **{name: getattr(args, name) for name in names}}
 
 
 def leave_sizes_to_us() -> None:
@@ -96,7 +112,14 @@ def run_predict(args: argparse.Namespace) -> int:
     # Not while the paths go into a pipe: the bar would take them along to the terminal.
     with progress_bar("predicting", sys.stderr.isatty() and sys.stdout.isatty()) as bar:
         outcome = predict_files(
-            args.package, args.task, args.inputs, args.out, options, threads=args.threads, say=say, progress=bar
+            args.package,
+            args.task,
+            args.inputs,
+            args.out,
+            options,
+            loading=loading(args, args.threads),
+            say=say,
+            progress=bar,
         )
     if outcome.failures:
         print(f"m3vit predict: {len(outcome.failures)} of the inputs failed:", file=sys.stderr)
@@ -138,6 +161,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--max-bytes", type=positive, default=20 << 20, help="of an image as sent (default: 20971520, 20 MiB)"
     )
     parser.add_argument("--max-pixels", type=positive, default=1 << 24, help="of an image (default: 16777216)")
+    add_loading(parser)
 
 
 def run_serve(args: argparse.Namespace) -> None:
@@ -149,7 +173,7 @@ def run_serve(args: argparse.Namespace) -> None:
         host=args.host,
         port=args.port,
         tasks=args.tasks,
-        threads=args.threads or max(1, usable_cores() // args.concurrency),
+        loading=loading(args, args.threads or max(1, usable_cores() // args.concurrency)),
         limits=Limits(args.max_bytes, args.max_pixels, args.concurrency, args.queue),
         say=say,
     )

@@ -336,11 +336,11 @@ def test_refusals_at_the_start(cli: Cli, package: Path, tmp_path: Path) -> None:
 def test_a_graph_of_another_task_is_noticed_at_the_start(cli: Cli, package: Path, tmp_path: Path) -> None:
     swapped = make_package(tmp_path / "swapped")
     manifest: dict[str, Any] = json.loads((swapped / "manifest.json").read_text())
-    for name in ("file", "sha256"):  # another task's graph under this one's name
-        manifest["tasks"]["depth"][name] = manifest["tasks"]["edge"][name]
+    manifest["tasks"]["depth"]["graphs"] = manifest["tasks"]["edge"]["graphs"]  # under this one's name
     (swapped / "manifest.json").write_text(json.dumps(manifest))
     result = cli("serve", swapped, "--port", 0, timeout=60)
-    assert result.returncode == 2 and "edge.onnx is not a graph of depth" in result.stderr, result.stderr
+    assert result.returncode == 2, result.stderr
+    assert "edge.onnx is not the graph that manifest.json describes" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

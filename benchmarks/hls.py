@@ -1,0 +1,181 @@
+"""The time-multiplexed accelerator: seconds a frame of C-simulation and emulator, and bytes between chip and DDR.
+
+    python benchmarks/hls.py [--sizes tiny edge-moe vit-s] [--repeats 3] [--json FILE]
+
+Models have random weights (vit-s: experts up-cycled from the MLPs) and are exported as by `m3vit export hls --schedule
+multiplexed`. Each is simulated for one task, with the flags of the project's Makefile (-O3) and with -march=native
+added; the emulator runs on one thread and on all. All in one run, so that ratios hold whatever else the machine does;
+ratios are of processor seconds. Words are compared. Nothing is synthesised: bytes are counted by the C++ that moves them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
+import numpy as np
+import torch
+
+from m3vit.export.hls.multiplexed.convert import WEIGHTS
+from m3vit.export.hls.multiplexed.emulator import Emulator
+from m3vit.export.hls.multiplexed.verify import traffic
+from m3vit.export.hls.project import Samples, export_project
+from m3vit.hw import csim
+from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+
+COMMON: dict[str, Any] = {"tasks": ["semseg", "depth"], "head": "linear"}
+SIZES: dict[str, dict[str, Any]] = {
+    # The recipe synthetic-tiny: 192 tokens, 64 channels, 4 layers, 8 experts, top-2.
+    "tiny": {
+        "trunk": "vit_tiny_patch16_224",
+        "trunk_args": {
+            "patch_size": 8,
+            "embed_dim": 64,
+            "depth": 4,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "class_token": False,
+            "global_pool": "",
+        },
+        "image_size": (96, 128),
+        "num_experts": 8,
+        "top_k": 2,
+    },
+    # Edge-MoE (arXiv 2305.18691): 129 tokens, 192 channels, 12 layers, 16 experts of 384, top-2.
+    "edge-moe": {
+        "trunk": "vit_tiny_patch16_224",
+        "image_size": (128, 256),
+        "num_experts": 16,
+        "top_k": 2,
+        "expert_ratio": 2.0,
+    },
+    # M3ViT-S (arXiv 2210.14793) on 512 x 512: 1024 tokens and a class token, 384 channels, 16 experts of 384, top-4.
+    "vit-s": {
+        "trunk": "deit_small_patch16_224",
+        "trunk_args": {"num_heads": 12},
+        "image_size": (512, 512),
+        "num_experts": 16,
+        "top_k": 4,
+        "init": "upcycle",
+        "upcycle_gates": 1.0,
+    },
+}
+MAKEFILE_FLAGS = ("-O3", "-std=c++11")
+
+
+def images_of(size: tuple[int, int], count: int) -> np.ndarray:
+    """Return blotches with noise, uint8 [count, H, W, 3]."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 200, (count, size[0] // 8, size[1] // 8, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    return (coarse + rng.integers(0, 56, coarse.shape)).astype(np.uint8)
+
+
+def timed(function: Callable[[], Any], who: int, repeats: int) -> tuple[Any, float, float]:
+    """Return the result, and the least wall-clock and processor seconds of a call (`who`: this process or children)."""
+    walls, processor = [], []
+    for _ in range(repeats):
+        before, start = resource.getrusage(who), time.perf_counter()
+        result = function()
+        walls.append(time.perf_counter() - start)
+        after = resource.getrusage(who)
+        processor.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return result, min(walls), min(processor)
+
+
+def simulate(project: Path, images: np.ndarray, flags: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    """Build with `flags` and time one frame of task 0."""
+    csim.MULTIPLEXED_FLAGS = flags
+    csim.build_frames(project)
+    ids = np.zeros(1, dtype=int)
+    result, wall, processor = timed(
+        lambda: csim.run_frames(project, images[:1], ids), resource.RUSAGE_CHILDREN, repeats
+    )
+    return {"result": result, "seconds": wall, "processor_seconds": processor}
+
+
+def measure(name: str, repeats: int, folder: Path) -> dict[str, Any]:
+    """Export a model of one size and return its figures."""
+    torch.manual_seed(0)
+    config = ModelConfig(**COMMON, **SIZES[name])
+    model = MultiTaskModel(config).eval()
+    images = images_of(config.image_size, 1)
+    labels = {"depth": np.ones(config.image_size, np.float32), "semseg": np.zeros(config.image_size, np.uint8)}
+    start = time.perf_counter()
+    export_project(model, folder, calibration=images, samples=Samples(["0"], images, [labels]), schedule="multiplexed")
+    export_seconds = time.perf_counter() - start
+    ways = {"makefile": MAKEFILE_FLAGS, "native": (*MAKEFILE_FLAGS, "-march=native")}
+    simulations = {way: simulate(folder, images, flags, repeats) for way, flags in ways.items()}
+    emulator, threads = Emulator.open(folder / WEIGHTS), torch.get_num_threads()
+    emulations: dict[int, dict[str, float]] = {}
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        emulator.run(images[0], 0)  # warms up
+        emulated, wall, processor = timed(lambda: emulator.run(images[0], 0), resource.RUSAGE_SELF, repeats)
+        emulations[count] = {"seconds": wall, "processor_seconds": processor}
+        for simulation in simulations.values():
+            assert np.array_equal(simulation["result"].outputs.ravel(), emulated.outputs), "words differ"
+    torch.set_num_threads(threads)
+    moved = traffic(simulations["native"]["result"].counters)
+    weights = (folder / WEIGHTS).stat().st_size
+    result = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "export_seconds": export_seconds,
+        "weights_bytes": weights,
+        "csim": {way: {k: v for k, v in found.items() if k != "result"} for way, found in simulations.items()},
+        "emulator": emulations,
+        "ddr_bytes": moved,
+        "saturated": sum(line["saturated"] for line in simulations["native"]["result"].counters[0]),
+    }
+    result["emulator_is_faster"] = {
+        way: found["processor_seconds"] / emulations[1]["processor_seconds"] for way, found in simulations.items()
+    }
+    return result
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    print(f"{name}: {found['parameters'] / 1e6:.2f} M parameters, weights.bin {found['weights_bytes'] / 1e6:.1f} MB")
+    print(f"  export {found['export_seconds']:.1f} s; {found['saturated']} values saturated; words equal")
+    for way, times in found["csim"].items():
+        faster = found["emulator_is_faster"][way]
+        print(
+            f"  C-sim, {way} flags: {times['seconds']:.2f} s a frame "
+            f"({times['processor_seconds']:.2f} s of processor), {faster:.1f} x the emulator's on one thread"
+        )
+    for threads, times in found["emulator"].items():
+        print(
+            f"  emulator, {threads} thread{'s' if threads > 1 else ''}: {times['seconds']:.2f} s a frame "
+            f"({times['processor_seconds']:.2f} s of processor)"
+        )
+    total = sum(found["ddr_bytes"].values())
+    parts = ", ".join(f"{port} {bytes_ / 1e6:.2f}" for port, bytes_ in found["ddr_bytes"].items())
+    print(f"  DDR, MB a frame: {total / 1e6:.1f} ({parts})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None)
+    args = parser.parse_args()
+    compiler = subprocess.run([csim.find_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {compiler[0]}")
+    results = {}
+    for name in args.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure(name, args.repeats, Path(folder) / "project")
+        show(name, results[name])
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

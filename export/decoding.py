@@ -1,0 +1,77 @@
+"""What logits mean: from a network's outputs to predictions. numpy alone: a board's host driver has a copy of this.
+
+Shapes: B images, C channels, H x W pixels, T tokens, s outputs a token and side.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return logits.argmax(axis=1).astype(np.uint8)
+
+
+def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return logits[:, 0]
+
+
+def _unit_vector(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return unit(logits.transpose(0, 2, 3, 1))
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    # exp of a negative number only: no overflow.
+    small = np.exp(-np.abs(logits[:, 0]))
+    return np.where(logits[:, 0] >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+
+
+DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
+    "argmax": _argmax,
+    "identity": _identity,
+    "unit_vector": _unit_vector,
+    "sigmoid": _sigmoid,
+}
+
+
+CHANNELS = {"identity": 1, "unit_vector": 3, "sigmoid": 1}  # of the logits, where the kind decides
+
+
+def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:
+    """Turn logits [B, C, H, W] into predictions [B, H, W] or, for unit_vector, [B, H, W, 3].
+
+    `kind`: argmax (class ids uint8), identity (the value itself), unit_vector (length 1), sigmoid (0..1).
+    """
+    return DECODERS[kind](logits)
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale vectors [..., 3] to length 1; a zero vector stays zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(length, np.float32(1e-12)), dtype=np.float32)
+
+
+def _axis(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Return the two neighbours of each of `target` pixel centres among `source` ones, and the second's share."""
+    place = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
+    first = np.minimum(place.astype(np.int64), source - 1)
+    return first, np.minimum(first + 1, source - 1), (place - first).astype(np.float32)
+
+
+def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Return values [..., h, w] resized to [..., *size], as torch does (bilinear, corners not aligned)."""
+    top, bottom, down = _axis(values.shape[-2], size[0])
+    left, right, across = _axis(values.shape[-1], size[1])
+    rows = values[..., top, :] * (1 - down[:, None]) + values[..., bottom, :] * down[:, None]
+    return np.asarray(rows[..., left] * (1 - across) + rows[..., right] * across, dtype=np.float32)
+
+
+def assemble(
+    outputs: NDArray[np.float32], grid: tuple[int, int], upscale: int, size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Lay the outputs [T, C s^2] of a linear head's tokens out as logits [C, *size] (pixel shuffle, bilinear)."""
+    rows, columns = grid
+    parts = outputs.reshape(rows, columns, -1, upscale, upscale).transpose(2, 0, 3, 1, 4)
+    return resize_bilinear(parts.reshape(-1, rows * upscale, columns * upscale), size)

@@ -1,0 +1,221 @@
+"""The hls4ml backend VitisMoE: one engine of each kind, time-multiplexed by a program, weights in DDR.
+
+hls4ml converts the same leaf modules to the same layers as for the spatial schedule; the pass `build_schedule` turns
+the ModelGraph into a program, buffers and one weight image instead of a kernel for each layer. This module is imported
+by every `import hls4ml` (it is a plugin), so it imports neither torch nor the rest of the exporter.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hls4ml.backends import VitisBackend, VivadoBackend
+from hls4ml.model.flow import register_flow
+from hls4ml.model.optimizer import model_optimizer
+
+from m3vit.errors import InputError
+from m3vit.export.hls.multiplexed.scheduler import Scheduler, Tensor
+from m3vit.hw.boards import TILE_IN, Hardware, find_board, fit
+from m3vit.hw.program import Image
+
+NAME = "VitisMoE"
+LINEAR = ("Dense", "Conv1D", "PointwiseConv1D")
+MOE_WEIGHTS = ("router_w", "router_b", "w1", "b1", "w2", "b2")
+
+
+@dataclass
+class Schedule:
+    """What the pass leaves for the writer, as `schedule` of the ModelGraph."""
+
+    image: Image
+    hardware: Hardware
+    tensors: list[dict[str, Any]]  # of weights_map.json
+    sum_bits: int
+
+
+class VitisMoEBackend(VitisBackend):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super(VivadoBackend, self).__init__(name=NAME)
+        self._register_layer_attributes()
+        self._register_flows()
+
+    def _register_flows(self) -> None:
+        schedule = register_flow("schedule", ["vitismoe:build_schedule"], requires=["optimize"], backend=self.name)
+        self._default_flow = register_flow("ip", None, requires=["optimize", schedule], backend=self.name)
+        self._writer_flow = register_flow(
+            "write", ["make_stamp", "vitismoe:write_hls"], requires=["vitismoe:ip"], backend=self.name
+        )
+
+    def create_initial_config(self, **options: Any) -> dict[str, Any]:
+        """Return Vitis' configuration for the board, and ours under NAME.
+
+        board: its name; formats: Formats as a dictionary; grid, patch: of the image.
+        """
+        board = find_board(options.pop("board", "zcu104"))
+        ours = {key: options.pop(key) for key in ("formats", "grid", "patch")} | {"board": board.name}
+        period = round(1000 / board.clock_mhz, 3)
+        config = super().create_initial_config(part=board.part, clock_period=period, **options)
+        return {**config, NAME: ours}
+
+    @model_optimizer()
+    def build_schedule(self, model: Any) -> bool:
+        """Turn the graph into a Schedule. Raises InputError for layers without an engine and models that do not fit."""
+        model.schedule = _Planner(model, model.config.config[NAME]).plan()
+        return False
+
+
+def hardware_of(limits: dict[str, int], weight_bits: int, act_bits: int) -> Hardware:
+    """Return the smallest hardware that holds what a scheduler met."""
+    padded = -(-limits["max_in"] // TILE_IN) * TILE_IN
+    return Hardware(weight_bits, act_bits, TILE_IN, **{**limits, "max_in": padded})
+
+
+def _values(node: Any, name: str) -> np.ndarray:
+    return np.asarray(node.get_weights(name).data_unquantized, dtype=np.float64)
+
+
+def _linear(node: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight [out, in] and bias [out] of hls4ml's Dense, which holds [in, out]."""
+    bias = _values(node, "bias").ravel()
+    return _values(node, "weight").reshape(-1, len(bias)).T, bias
+
+
+class _Planner:
+    """Walks a ModelGraph once and tells the scheduler its layers.
+
+    Linears are held back until their consumer is met: embedding and positions, GELU and residual additions are parts of
+    what the linear engine does when it writes.
+    """
+
+    def __init__(self, model: Any, settings: dict[str, Any]) -> None:
+        self.formats, self.settings = settings["formats"], settings
+        self.nodes = list(model.get_layers())
+        self.model = model
+        inputs = {node.name: node for node in self.nodes if node.class_name in ("Input", "InputLayer")}
+        self.tasks = next(node for node in self.nodes if node.class_name == "VitTaskHead").get_attr("n_task")
+        self.inputs = set(inputs)
+        self.tensors: dict[str, Tensor] = {}
+        self.pending: dict[str, Any] = {}  # output name -> node whose work its consumer will order
+        self.last_use = {name: place for place, node in enumerate(self.nodes) for name in node.inputs}
+        weight_bits, act_bits = self.formats["weight_bits"], self.formats["act_bits"]
+        self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"])
+
+    def frac(self, node: Any, kind: str = "result") -> int:
+        """Return the fraction chosen for a layer."""
+        return int(self.formats["layers"][node.name][kind])
+
+    def consumers(self, node: Any) -> list[Any]:
+        """Return the layers that read a layer's output."""
+        return [other for other in self.nodes if node.outputs[0] in other.inputs]
+
+    def refuse(self, node: Any, why: str) -> InputError:
+        return InputError(
+            f"cannot export to HLS: the multiplexed schedule has no engine for layer {node.name} ({node.class_name}) "
+            f"{why}; use a plain ViT block (LayerNorm, attention, GELU MLP or experts, each with a residual)"
+        )
+
+    def plan(self) -> Schedule:
+        rules = {
+            "VitPosition": self.position,
+            "VitLayerNorm": self.norm,
+            "VitGelu": self.gelu,
+            "VitAttention": self.attention,
+            "Merge": self.add,
+            "VitMoE": self.moe,
+            "VitTaskHead": self.head,
+        }
+        for place, node in enumerate(self.nodes):
+            if node.class_name in LINEAR:
+                self.pending[node.outputs[0]] = node
+            elif node.class_name in rules:
+                rules[node.class_name](node, place)
+            elif node.name not in self.inputs:
+                raise self.refuse(node, "at all")
+        scheduler = self.scheduler
+        limits = scheduler.limits
+        hardware = hardware_of(limits, scheduler.weight_bits, scheduler.act_bits)
+        hardware = fit(hardware, find_board(self.settings["board"]))
+        return Schedule(scheduler.build(), hardware, scheduler.named_tensors(), scheduler.largest_sum_bits)
+
+    def take_linear(self, node: Any, name: str) -> Any:
+        """Return the held-back Linear that computes an input of `node`, which must be its only consumer."""
+        linear = self.pending.pop(name, None)
+        if linear is None or linear.class_name not in LINEAR or len(self.consumers(linear)) != 1:
+            raise self.refuse(node, "without a Linear of its own before it")
+        return linear
+
+    def position(self, node: Any, place: int) -> None:
+        embed = self.take_linear(node, node.inputs[0])
+        if embed.inputs[0] not in self.inputs:
+            raise self.refuse(embed, "before the positions")
+        patches = self.scheduler.image(tuple(self.settings["grid"]), self.settings["patch"])
+        prefix, patch = node.get_attr("n_prefix"), self.settings["patch"]
+        weight, bias = _linear(embed)
+        # From (colour, y, x) to (y, x, colour), as an image lies in memory.
+        weight = weight.reshape(len(bias), 3, patch, patch).transpose(0, 2, 3, 1).reshape(len(bias), -1)
+        tokens = self.scheduler.embed(embed.name, patches, weight, bias, prefix)
+        table = _values(node, "table").reshape(node.get_attr("n_tok"), -1)
+        self.tensors[node.outputs[0]] = self.scheduler.position(node.name, tokens, table, prefix)
+
+    def norm(self, node: Any, place: int) -> None:
+        # A norm before all blocks (CLIP) writes the residual stream itself.
+        wide = not all(other.class_name in (*LINEAR, "VitMoE") for other in self.consumers(node))
+        scale, bias = _values(node, "scale").ravel(), _values(node, "bias").ravel()
+        x = self.stream(node, node.inputs[0])
+        arguments = (scale, bias, node.get_attr("eps"), self.frac(node))
+        self.tensors[node.outputs[0]] = self.scheduler.norm(node.name, x, *arguments, wide=wide)
+
+    def stream(self, node: Any, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise self.refuse(node, f"after {name}")
+        return self.tensors[name]
+
+    def gelu(self, node: Any, place: int) -> None:
+        linear = self.take_linear(node, node.inputs[0])
+        x = self.stream(linear, linear.inputs[0])
+        gelu = (self.frac(node, "input"), self.frac(node))
+        self.tensors[node.outputs[0]] = self.scheduler.linear(linear.name, x, *_linear(linear), 0, gelu)
+
+    def attention(self, node: Any, place: int) -> None:
+        linear = self.take_linear(node, node.inputs[0])
+        fracs = np.array([self.frac(node, kind) for kind in ("query", "key", "value")])
+        qkv = self.scheduler.linear(linear.name, self.stream(linear, linear.inputs[0]), *_linear(linear), fracs)
+        heads, frac = node.get_attr("n_head"), self.frac(node)
+        self.tensors[node.outputs[0]] = self.scheduler.attention(node.name, qkv, heads, frac)
+
+    def moe(self, node: Any, place: int) -> None:
+        self.pending[node.outputs[0]] = node
+
+    def add(self, node: Any, place: int) -> None:
+        branches = [name for name in node.inputs if name in self.pending]
+        others = [name for name in node.inputs if name in self.tensors]
+        if len(branches) != 1 or len(others) != 1 or not self.tensors[others[0]].buffer.wide:
+            raise self.refuse(node, "other than the residual stream plus a Linear or experts")
+        if self.last_use[others[0]] != place:
+            raise self.refuse(node, "whose residual is used again later")
+        residual, branch = self.tensors[others[0]], self.pending.pop(branches[0])
+        x = self.stream(branch, branch.inputs[0])
+        if branch.class_name == "VitMoE":
+            self.tensors[node.outputs[0]] = self.experts(branch, x, residual)
+        else:
+            self.tensors[node.outputs[0]] = self.scheduler.linear_added(branch.name, x, *_linear(branch), residual)
+
+    def experts(self, node: Any, x: Tensor, residual: Tensor) -> Tensor:
+        sizes = {name: node.get_attr(name) for name in ("n_task", "n_exp", "n_hid", "n_dim")}
+        R, E, H, D = sizes.values()
+        shapes = ((R, E, D), (R, E), (E, H, D), (E, H), (E, D, H), (E, D))
+        weights = {name: _values(node, name).reshape(shape) for name, shape in zip(MOE_WEIGHTS, shapes, strict=True)}
+        hidden = (self.frac(node, "hidden"), self.frac(node, "active"))
+        arguments = (weights, node.get_attr("n_top"), self.frac(node, "logit"), hidden, residual)
+        return self.scheduler.moe_added(node.name, x, *arguments)
+
+    def head(self, node: Any, place: int) -> None:
+        widths, dim = list(node.get_attr("widths")), node.get_attr("n_dim")
+        x = self.stream(node, node.inputs[0])
+        plain = (np.ones(dim), np.zeros(dim), node.get_attr("eps"), self.frac(node, "normed"))
+        normed = self.scheduler.norm(f"{node.name}.norm", x, *plain, skip=node.get_attr("n_prefix"))
+        weight, bias = _values(node, "weight").reshape(sum(widths), dim), _values(node, "bias").ravel()
+        fracs = [self.frac(node, f"output{task}") for task in range(self.tasks)]
+        self.scheduler.head(node.name, normed, weight, bias, widths, fracs)

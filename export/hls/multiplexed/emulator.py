@@ -1,0 +1,308 @@
+"""The accelerator in torch: runs the program of a weights file with the same integers, word for word, as the C++.
+
+Integers are held in float64, whose matrix products are exact here: every sum is below 2^48 (quantise.ACCUMULATOR_BITS),
+checked when a file is opened. Products that stay below 2^24 use float32.
+
+Shapes: N tokens, D channels, E experts, K experts a token.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3vit.errors import InputError
+from m3vit.hw import arithmetic
+from m3vit.hw.arithmetic import NORM_FRAC, PROB_FRAC
+from m3vit.hw.program import CONTEXT_DROP, KEY_BLOCK, ROW_WORDS, SCORE_FRAC, SHIFT_OFFSET, Image, Instruction, Mode, Op
+
+EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}  # integers below are exact, and so are their sums
+SCORE_BITS = 30
+MAX_RISE = 60
+_WHOLE_STEPS = (PROB_FRAC + 2) << SCORE_FRAC  # beyond, 2^-x rounds to 0
+
+
+class FrameResult(NamedTuple):
+    """One frame: outputs int32 [n] as in the output memory, expert ids [N, K] of each MoE layer, and how many values
+    were beyond their format, by instruction."""
+
+    outputs: np.ndarray
+    expert_ids: list[np.ndarray]
+    saturated: dict[int, int]
+
+
+@dataclass
+class _Linear:
+    """A linear map ready to multiply: weight [n_in, n_out] (float32 or float64), bias [n_out] and factor 2^-shift."""
+
+    weight: Tensor
+    bias: Tensor
+    factor: Tensor
+
+
+@dataclass
+class _State:
+    """Memories, the queues and what was observed; narrow and wide are flat float64 tensors of integers."""
+
+    narrow: Tensor
+    wide: Tensor
+    output: Tensor
+    experts: np.ndarray
+    scores: np.ndarray
+    expert_ids: list[np.ndarray] = field(default_factory=list)
+    saturated: dict[int, int] = field(default_factory=dict)
+
+    def copy(self) -> "_State":
+        """Return a state that can go on by itself."""
+        tensors = (self.narrow.clone(), self.wide.clone(), self.output.clone())
+        return _State(*tensors, self.experts, self.scores, list(self.expert_ids), dict(self.saturated))
+
+
+def _rows(memory: Tensor, offset: int, pitch: int, rows: int, columns: int) -> Tensor:
+    """Return a [rows, columns] view of a flat memory."""
+    return memory.as_strided((rows, columns), (pitch, 1), offset)
+
+
+def _round(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Return x * factor rounded half up, in place; factor is a power of two."""
+    return x.mul_(factor).add_(0.5).floor_()
+
+
+@cache
+def _exp2_table() -> Tensor:
+    """2^-(x * 2^-SCORE_FRAC) with PROB_FRAC fractional bits at place _WHOLE_STEPS - x, down to where it rounds to 0."""
+    values = arithmetic.exp2_neg(np.arange(_WHOLE_STEPS, -1, -1), SCORE_FRAC, PROB_FRAC)
+    return torch.from_numpy(values.astype(np.float64))
+
+
+@cache
+def _gelu_table(bits: int, frac_in: int, frac_out: int) -> tuple[Tensor, Tensor]:
+    """GELU of every `bits`-bit value, from the lowest, saturated; and where it was beyond the format."""
+    x = np.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=np.int64)
+    raw = arithmetic.shift_round(arithmetic.gelu_raw(x, frac_in), arithmetic.gelu_frac(frac_in) - frac_out)
+    held = arithmetic.saturate(raw, bits)
+    return torch.from_numpy(held.astype(np.float64)), torch.from_numpy(held != raw)
+
+
+class Emulator:
+    """Runs frames of one weights file. Opening it prepares the weights; frames do not affect one another."""
+
+    def __init__(self, image: Image) -> None:
+        self.image, self.program, self.bits = image, image.program, image.act_bits
+        self.prepared: dict[int, Any] = {pc: self._prepare(i) for pc, i in enumerate(self.program)}
+        self.first_task_step = next((pc for pc, i in enumerate(self.program) if i.task >= 0), len(self.program))
+
+    @classmethod
+    def open(cls, path: Path) -> "Emulator":
+        """Open a weights file, or raise InputError."""
+        return cls(Image.read(path))
+
+    # --- weights ----------------------------------------------------------------------------------------------------
+
+    def _linear(self, weights: np.ndarray, at: int, params: int, n_in: int, n_out: int) -> _Linear:
+        matrix = weights[at : at + n_in * n_out].reshape(n_out, n_in).astype(np.int64)
+        words = self.image.params[params : params + ROW_WORDS * n_out].reshape(n_out, ROW_WORDS).astype(np.int64)
+        bias = words[:, 0] << (words[:, 1] >> 8 & 63)
+        shift = (words[:, 1] & 255) - SHIFT_OFFSET
+        products = np.abs(matrix).sum(axis=1) << (self.bits - 1)
+        if int((products + np.abs(bias)).max(initial=0)) >= EXACT[torch.float64]:
+            raise InputError("the weights file has sums over 53 bits, which no project of ours has: export it again")
+        kind = next(kind for kind, limit in EXACT.items() if int(products.max(initial=0)) < limit)
+        factor = torch.from_numpy(np.ldexp(1.0, -shift))
+        return _Linear(torch.from_numpy(matrix).to(kind).T, torch.from_numpy(bias).double(), factor)
+
+    def _prepare(self, i: Instruction) -> Any:
+        image = self.image
+        if i.op in (Op.LINEAR, Op.GATE):
+            weights = image.gates if i.op == Op.GATE else image.weights
+            return self._linear(weights, i.weights, i.params, i.n_in, i.n_out)
+        if i.op == Op.EXPERTS:
+            pairs = []
+            for e in range(i.a0):
+                at, params = i.weights + e * i.a1, i.params + e * i.a2
+                first = self._linear(image.weights, at, params, i.n_in, i.n_out)
+                second = self._linear(
+                    image.weights, at + i.n_in * i.n_out, params + ROW_WORDS * i.n_out, i.n_out, i.n_in
+                )
+                pairs.append((first, second))
+            return pairs
+        if i.op == Op.POSITION:
+            table = image.params[i.params : i.params + i.rows * i.n_out].reshape(i.rows, i.n_out)
+            return torch.from_numpy(table).double()
+        if i.op == Op.NORM:
+            values = image.params[i.params : i.params + 2 * i.n_in].reshape(2, i.n_in)
+            scale, bias = torch.from_numpy(values).double()
+            return scale, bias * 2.0**i.a1
+        return None
+
+    # --- frames -----------------------------------------------------------------------------------------------------
+
+    def run(self, pixels: np.ndarray, task: int) -> FrameResult:
+        """Run one frame uint8 [H, W, 3] for one task (an unknown one counts as 0)."""
+        return self.run_tasks(pixels, [task])[0]
+
+    @torch.inference_mode()
+    def run_tasks(self, pixels: np.ndarray, tasks: list[int]) -> list[FrameResult]:
+        """Run one frame for several tasks; what no task changes runs once."""
+        memory = self.image.memory
+        if pixels.dtype != np.uint8 or pixels.size != memory.image:
+            raise InputError(f"a frame is {pixels.dtype} {pixels.shape}: give uint8 with {memory.image} values")
+        empty = np.zeros((0, 0), np.int64)
+        start = _State(*(torch.zeros(n, dtype=torch.float64) for n in memory[:3]), empty, empty)
+        self._run(start, range(self.first_task_step), -1, pixels)
+        results = []
+        for place, task in enumerate(tasks):
+            state = start if place == len(tasks) - 1 else start.copy()
+            wanted = task if 0 <= task < memory.tasks else 0
+            self._run(state, range(self.first_task_step, len(self.program)), wanted, pixels)
+            outputs = state.output.numpy().astype(np.int32)
+            results.append(FrameResult(outputs, state.expert_ids, state.saturated))
+        return results
+
+    def _run(self, state: _State, steps: range, task: int, pixels: np.ndarray) -> None:
+        for pc in steps:
+            i = self.program[pc]
+            if i.task < 0 or i.task == task:
+                self._step(state, pc, i, pixels)
+
+    def _step(self, state: _State, pc: int, i: Instruction, pixels: np.ndarray) -> None:
+        if i.op == Op.IMAGE:
+            p, columns = i.a0, i.a1
+            grid = pixels.reshape(i.rows // columns, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
+            patches = torch.from_numpy(np.ascontiguousarray(grid).reshape(i.rows, i.n_in))
+            _rows(state.narrow, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(patches).sub_(128)
+        elif i.op in (Op.LINEAR, Op.GATE):
+            x = _rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in)
+            self._store(state, pc, i, self._multiply(x, self.prepared[pc]))
+        elif i.op == Op.POSITION:
+            rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_out)
+            rows[: i.a0] = 0
+            rows.copy_(self._hold(state, pc, rows + self.prepared[pc], 32))
+        elif i.op == Op.NORM:
+            self._norm(state, pc, i)
+        elif i.op == Op.ATTENTION:
+            self._attention(state, pc, i)
+        elif i.op == Op.ROUTE:
+            self._route(state, i)
+        else:
+            self._experts(state, pc, i)
+
+    def _hold(self, state: _State, pc: int, x: Tensor, bits: int) -> Tensor:
+        """Return x held to `bits` signed bits, in place; count what was beyond."""
+        low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+        if x.numel():
+            least, most = x.aminmax()
+            if least < low or most > high:
+                state.saturated[pc] = state.saturated.get(pc, 0) + int(((x < low) | (x > high)).sum())
+                x.clamp_(low, high)
+        return x
+
+    @staticmethod
+    def _multiply(x: Tensor, linear: _Linear) -> Tensor:
+        """Return the rounded sums [n, n_out] of inputs [n, n_in]."""
+        sums = (x.to(linear.weight.dtype) @ linear.weight).double()
+        return _round(sums.add_(linear.bias), linear.factor)
+
+    def _narrow(self, state: _State, pc: int, x: Tensor, gelu_in: int, gelu_out: int) -> Tensor:
+        """Return x as narrow values, after GELU unless gelu_in < 0."""
+        x = self._hold(state, pc, x, self.bits)
+        if gelu_in < 0:
+            return x
+        table, beyond = _gelu_table(self.bits, gelu_in, gelu_out)
+        places = x.add_(1 << (self.bits - 1)).to(torch.int32).view(-1)
+        if beyond.any() and (count := int(beyond[places].sum())):
+            state.saturated[pc] = state.saturated.get(pc, 0) + count
+        return table.index_select(0, places).view(x.shape)
+
+    def _store(self, state: _State, pc: int, i: Instruction, y: Tensor) -> None:
+        if i.mode == Mode.NARROW:
+            y = self._narrow(state, pc, y, i.gelu_in, i.gelu_out)
+            _rows(state.narrow, i.dst, i.dst_pitch, *y.shape).copy_(y)
+            return
+        memory = state.output if i.mode == Mode.OUTPUT else state.wide
+        rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
+        rows.copy_(self._hold(state, pc, y.add_(rows) if i.mode == Mode.RESIDUAL else y, 32))
+
+    def _norm(self, state: _State, pc: int, i: Instruction) -> None:
+        scale, bias = self.prepared[pc]
+        x = _rows(state.wide, i.src, i.src_pitch, i.rows, i.n_in)
+        d = x * i.n_in - x.sum(dim=1, keepdim=True)
+        largest = d.abs().amax(dim=1).clamp_(min=1).long().numpy()
+        drop = np.maximum(arithmetic.exponent_of(largest) - 23, 0)
+        d = _round(d, torch.from_numpy(np.ldexp(1.0, -drop))[:, None])
+        eps = np.where(drop < 32, np.right_shift(np.int64(i.constant), np.minimum(2 * drop, 63)), 0)
+        whole = d.long()
+        mantissa, shift = arithmetic.rsqrt((whole * whole).sum(dim=1).numpy() + eps)
+        factor = arithmetic.shift_round(mantissa * i.a2, 16).astype(np.float64)
+        y = d.mul_(torch.from_numpy(factor)[:, None])
+        y = _round(y, torch.from_numpy(np.ldexp(1.0, NORM_FRAC - 20 - shift))[:, None])
+        z = _round(y.mul_(scale).add_(bias), 2.0**-i.a0)
+        narrow = i.mode == Mode.NARROW
+        z = self._hold(state, pc, z, self.bits if narrow else 32)
+        _rows(state.narrow if narrow else state.wide, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(z)
+
+    def _attention(self, state: _State, pc: int, i: Instruction) -> None:
+        rows, heads, dim = i.rows, i.a0, i.n_out
+        qkv = _rows(state.narrow, i.src, i.src_pitch, rows, 3 * dim).reshape(rows, 3, heads, dim // heads)
+        q, k, v = qkv.permute(1, 2, 0, 3).contiguous()  # [heads, rows, width]
+        k = k.transpose(1, 2)
+        # Beyond this bound no score can be, so none need be looked at.
+        bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads) * 2.0**-i.a1
+        checked = bound >= 2.0 ** (SCORE_BITS - 1) - 1
+        q.mul_(2.0**-i.a1)
+        table, unit = _exp2_table(), float(1 << SCORE_FRAC)
+        top = total = context = q.new_zeros(())
+        for start in range(0, rows, KEY_BLOCK):
+            scores = torch.bmm(q, k[:, :, start : start + KEY_BLOCK])
+            if checked:
+                scores = self._hold(state, pc, scores.add_(0.5).floor_(), SCORE_BITS)
+            # The largest rounded score is the largest score, rounded.
+            ceiling = scores.amax(dim=2, keepdim=True).add_(0.5).floor_().div_(unit).ceil_()
+            if start > 0:
+                ceiling = torch.maximum(top, ceiling)
+                raised = ceiling > top
+                fall = torch.exp2((top - ceiling).clamp_(min=-MAX_RISE)[raised])
+                total[raised] = _round(total[raised], fall)
+                raised = raised[..., 0]
+                context[raised] = _round(context[raised], fall[:, None])
+            top = ceiling
+            # Truncation of a positive number rounds down: so this rounds the scores half up.
+            places = scores.sub_(top * unit - (_WHOLE_STEPS + 0.5)).clamp_(min=0).to(torch.int32)
+            weights = table.index_select(0, places.view(-1)).view(places.shape)
+            total = weights.sum(dim=2, keepdim=True).add_(total)
+            context = torch.bmm(weights, v[:, start : start + KEY_BLOCK]).add_(context)
+        mantissa, shift = arithmetic.reciprocal(total.long().numpy())
+        product = _round(context, 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
+        y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.a2))
+        y = self._hold(state, pc, y.double(), self.bits)
+        _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(1, 0, 2).reshape(rows, dim))
+
+    @staticmethod
+    def _route(state: _State, i: Instruction) -> None:
+        logits = _rows(state.wide, i.src, i.src_pitch, i.rows, i.n_in).long().numpy()
+        order = np.argsort(-logits, axis=1, kind="stable")[:, : i.a0]  # ties: the lowest id
+        best = logits.max(axis=1, keepdims=True)
+        weights = arithmetic.exp2_neg(best - logits, i.a1, PROB_FRAC)
+        mantissa, shift = arithmetic.reciprocal(weights.sum(axis=1, keepdims=True))
+        chosen = np.take_along_axis(weights, order, axis=1)
+        state.experts = order
+        state.scores = arithmetic.shift_round(chosen * mantissa, 20 + shift - PROB_FRAC)
+        state.expert_ids.append(order)
+
+    def _experts(self, state: _State, pc: int, i: Instruction) -> None:
+        x = _rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in)
+        rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_in)
+        for e, (first, second) in enumerate(self.prepared[pc]):
+            token, slot = np.nonzero(state.experts == e)
+            if not len(token):
+                continue
+            places = torch.from_numpy(token)
+            hidden = self._narrow(state, pc, self._multiply(x[places], first), i.gelu_in, i.gelu_out)
+            y = self._hold(state, pc, self._multiply(hidden, second), 32)
+            scores = torch.from_numpy(state.scores[token, slot].astype(np.float64))[:, None]
+            added = _round(y.mul_(scores), 2.0**-PROB_FRAC).add_(rows[places])
+            rows[places] = self._hold(state, pc, added, 32)

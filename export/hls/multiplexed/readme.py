@@ -1,0 +1,72 @@
+"""The README.md of a time-multiplexed project."""
+
+from typing import Any
+
+
+def readme(manifest: dict[str, Any]) -> str:
+    """Return the text."""
+    tasks = "\n".join(
+        f"| {task['id']} | {task['name']} | {task['channels']} | {task['outputs']} | {frac} |"
+        for task, frac in zip(manifest["tasks"], manifest["output_fracs"], strict=True)
+    )
+    rows, columns = manifest["grid"]
+    height, width = manifest["image_size"]
+    hardware = manifest["hardware"]
+    return f"""# m3vit: a time-multiplexed accelerator
+
+Written by m3vit {manifest["m3vit"]} with hls4ml {manifest["hls4ml"]} (backend VitisMoE) for {manifest["board"]}. One
+engine of each kind (linear, attention, LayerNorm, router) works through a program in DDR, from the pixels of an image
+to the outputs of the task heads. The task is a register, chosen for each frame.
+
+**What has been simulated:** the C++ in `firmware/`, with g++ (`make check`, `m3vit hw csim .`), word for word against
+an emulator in Python; the engines, on random models, also under address and undefined-behaviour sanitizers. **What has
+not:** it was never synthesised, co-simulated or run on a board. The Tcl scripts were never run, the host driver ran
+against a software model of the registers and memory. The figures of `resources.json` are modelled.
+
+## C-simulate
+
+```
+make check          # g++ only: the stored frame for each task, compared with tb_data/expected_outputs.bin
+m3vit hw csim .     # all stored images against torch and the emulator -> csim.json
+m3vit eval . --data.root DIR                     # a whole validation set, by the emulator
+```
+
+`./csim.exe WEIGHTS IMAGES TASKS OUTPUTS COUNTERS ROUTING` runs other frames and tells the bytes through each port and
+the saturated values by instruction; `m3vit_test.cpp` describes the files. `make CXXFLAGS="-O3 -march=native"` is
+faster.
+
+## Build (needs Vitis HLS and Vivado, 2022.2 or newer)
+
+```
+vitis_hls -f build_prj.tcl                              # C-simulation, synthesis, IP
+vivado -mode batch -source vivado_design.tcl -tclargs bitstream      # m3vit.bit, m3vit.hwh
+```
+
+Part and clock are in `project.tcl`. On the board, with PYNQ (`host/m3vit_driver.py` says more):
+
+```python
+overlay = Overlay("m3vit.bit")
+accelerator = Accelerator(overlay.m3vit_0, allocate, "..")
+accelerator.set_task("{manifest["tasks"][0]["name"]}")
+prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
+```
+
+## Interface
+
+- `image`: uint8 [{height}, {width}, 3], RGB; normalisation is folded into the weights.
+- `task`: the task id, an unknown one counts as 0; `num_tasks`: {len(manifest["tasks"])}.
+- `weights`, `gates`, `params`: the three sections of `firmware/weights/weights.bin`; `weights_map.json` says where each
+  tensor lies, lists the program, and the elements of the memories below.
+- `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16}; `wide_in`, `wide`: one
+  of int32. Scratch: nothing in them outlasts a frame.
+- `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {manifest["outputs"]}], raw words with the
+  fractional bits below; a pixel shuffle by {manifest["upscale"]} and a bilinear resize make them logits
+  (`host/m3vit_decoding.py`).
+
+| task id | task | channels | outputs per token | fractional bits |
+|---|---|---|---|---|
+{tasks}
+
+Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream 32
+({manifest["precision"]["wide_frac"]} fractional); the largest sum needs {manifest["precision"]["largest_sum_bits"]}.
+"""

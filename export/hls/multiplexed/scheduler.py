@@ -1,0 +1,295 @@
+"""From layers to a program: instructions, quantised weights, and where every tensor lies (buffer liveness).
+
+A scheduler is told the layers in the order they run. Tensors are narrow (inputs of products) or wide (the residual
+stream, logits); a tensor's buffer is taken from its first use to its last, and others reuse its place.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3vit.export.hls.multiplexed.quantise import GATE_BITS, Floats, LinearWords, linear_words, norm_words, rounded
+from m3vit.hw.arithmetic import NORM_FRAC
+from m3vit.hw.program import (
+    ALIGNMENT,
+    SCORE_FRAC,
+    Builder,
+    Image,
+    Instruction,
+    Memory,
+    Mode,
+    Op,
+    allocate,
+    program_words,
+)
+
+PIXEL_ZERO = 128  # subtracted from a pixel, so that it fits 8 signed bits
+PIXEL_FRAC = 8
+WIDE_BITS = 32
+Fracs = NDArray[np.int64] | int
+
+
+@dataclass
+class Buffer:
+    """A place in narrow or wide memory, used by steps `first` to `last`."""
+
+    wide: bool
+    size: int
+    first: int
+    last: int
+
+
+@dataclass
+class Tensor:
+    """rows x columns in a buffer, from its row `start` on; `frac` of all columns, or (q, k, v) of attention's input."""
+
+    buffer: Buffer
+    rows: int
+    columns: int
+    frac: Fracs
+    start: int = 0
+
+
+@dataclass
+class _Step:
+    """An instruction whose fields `places` are still offsets within buffers."""
+
+    instruction: Instruction
+    places: dict[str, Buffer] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Collects the program of one model. `wide_frac`: of every wide tensor but logits and outputs."""
+
+    def __init__(self, tasks: int, weight_bits: int, act_bits: int, wide_frac: int) -> None:
+        self.tasks, self.weight_bits, self.act_bits, self.wide_frac = tasks, weight_bits, act_bits, wide_frac
+        self.steps: list[_Step] = []
+        self.buffers: list[Buffer] = []
+        self.builder = Builder(weight_bits, act_bits)
+        self.tensors: list[dict[str, Any]] = []  # of the weight file, for weights_map.json
+        self.limits = {"max_in": 1, "max_dim": 1, "max_rows": 1, "max_experts": 1, "max_top": 1, "max_head": 1}
+        self.output_size = self.image_size = 0
+        self.largest_sum_bits = 0
+
+    # --- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def _tensor(self, wide: bool, rows: int, columns: int, frac: Fracs, start: int = 0) -> Tensor:
+        """Return a new tensor that lies after `start` rows of its buffer."""
+        step = len(self.steps)
+        buffer = Buffer(wide, (start + rows) * columns, step, step)
+        self.buffers.append(buffer)
+        return Tensor(buffer, rows, columns, frac, start)
+
+    def _add(self, instruction: Instruction, src: Tensor | None, dst: Tensor | None, **others: Buffer) -> None:
+        """Append an instruction that reads src and writes dst."""
+        places = dict(others)
+        for name, tensor in (("src", src), ("dst", dst)):
+            if tensor is not None:
+                setattr(instruction, name, tensor.start * tensor.columns)
+                setattr(instruction, f"{name}_pitch", tensor.columns)
+                places[name] = tensor.buffer
+        for buffer in places.values():
+            buffer.last = len(self.steps)
+        self.steps.append(_Step(instruction, places))
+
+    def _limit(self, **values: int) -> None:
+        for name, value in values.items():
+            self.limits[name] = max(self.limits[name], value)
+
+    def _note(self, name: str, section: str, offset: int, shape: tuple[int, ...], **facts: Any) -> None:
+        self.tensors.append({"name": name, "section": section, "offset": offset, "shape": list(shape), **facts})
+
+    def _words(self, name: str, weight: Floats, bias: Floats, x: Tensor, y_frac: Fracs, **options: Any) -> LinearWords:
+        bits = options.pop("bits", self.weight_bits)
+        assert isinstance(x.frac, int)
+        words = linear_words(weight, bias, bits, (self.act_bits, x.frac), y_frac, name, **options)
+        self.largest_sum_bits = max(self.largest_sum_bits, words.sum_bits)
+        self._limit(max_in=weight.shape[1])
+        return words
+
+    def _store(self, name: str, words: LinearWords, section: str = "weights") -> dict[str, int]:
+        """Put a linear map into the image; return the instruction's fields."""
+        weights, params = self.builder.put(section, words.weights), self.builder.put("params", words.params)
+        shape = words.weights.shape
+        self._note(f"{name}.weight", section, weights, shape, frac_min=int(words.fracs.min()), rows_have_fracs=True)
+        self._note(f"{name}.rows", "params", params, (shape[0], 2))
+        return {"weights": weights, "params": params}
+
+    # --- layers -----------------------------------------------------------------------------------------------------
+
+    def image(self, grid: tuple[int, int], patch: int) -> Tensor:
+        """Patches of the image, in the order (y, x, colour), pixel - 128."""
+        rows, columns = grid
+        patches, width = rows * columns, 3 * patch * patch
+        self.image_size = patches * width
+        dst = self._tensor(False, patches, width, PIXEL_FRAC)
+        self._add(Instruction(Op.IMAGE, rows=patches, n_in=width, a0=patch, a1=columns), None, dst)
+        return dst
+
+    def embed(self, name: str, x: Tensor, weight: Floats, bias: Floats, prefix: int) -> Tensor:
+        """Linear on patches; returns all tokens, of which the first `prefix` are not set yet (see position)."""
+        dst = self._tensor(True, x.rows, len(weight), self.wide_frac, prefix)
+        words = self._words(name, weight, bias, x, self.wide_frac, missing=PIXEL_ZERO)
+        fields = self._store(name, words)
+        shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+        self._add(Instruction(Op.LINEAR, mode=Mode.WIDE, **shape, **fields), x, dst)
+        return Tensor(dst.buffer, x.rows + prefix, len(weight), self.wide_frac)
+
+    def position(self, name: str, x: Tensor, table: Floats, prefix: int) -> Tensor:
+        """Prefix tokens and position embedding, in place: table [N, D]."""
+        words = rounded(table, self.wide_frac, WIDE_BITS)
+        params = self.builder.put("params", words)
+        self._note(f"{name}.table", "params", params, table.shape, frac=self.wide_frac)
+        self._limit(max_rows=x.rows)
+        self._add(Instruction(Op.POSITION, rows=x.rows, n_out=x.columns, params=params, a0=prefix), None, x)
+        return x
+
+    def norm(
+        self,
+        name: str,
+        x: Tensor,
+        scale: Floats,
+        bias: Floats,
+        eps: float,
+        frac: int,
+        wide: bool = False,
+        skip: int = 0,
+    ) -> Tensor:
+        """LayerNorm of the tokens after the first `skip`, to narrow tokens of `frac`, or to wide ones."""
+        assert isinstance(x.frac, int)
+        rows, n = x.rows - skip, x.columns
+        out_frac = self.wide_frac if wide else frac
+        words = norm_words(scale, bias, eps, x.frac, out_frac, NORM_FRAC)
+        params = self.builder.put("params", words.params)
+        self._note(f"{name}.scale_bias", "params", params, (2, n))
+        self._limit(max_dim=n, max_rows=rows)
+        source = Tensor(x.buffer, rows, n, x.frac, x.start + skip)
+        dst = self._tensor(wide, rows, n, out_frac)
+        fields = {"a0": words.shift, "a1": words.bias_shift, "a2": words.sqrt_dim, "constant": words.eps}
+        mode = Mode.WIDE if wide else Mode.NARROW
+        self._add(Instruction(Op.NORM, rows=rows, n_in=n, n_out=n, mode=mode, params=params, **fields), source, dst)
+        return dst
+
+    def linear(
+        self, name: str, x: Tensor, weight: Floats, bias: Floats, frac: Fracs, gelu: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Linear to narrow tokens of `frac`; with `gelu` = (fraction before, after), followed by GELU."""
+        words = self._words(name, weight, bias, x, gelu[0] if gelu else self._per_row(frac, len(weight)))
+        dst = self._tensor(False, x.rows, len(weight), gelu[1] if gelu else frac)
+        fields = self._store(name, words)
+        fields |= {"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {}
+        shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+        self._limit(max_rows=x.rows)
+        self._add(Instruction(Op.LINEAR, mode=Mode.NARROW, **shape, **fields), x, dst)
+        return dst
+
+    @staticmethod
+    def _per_row(frac: Fracs, rows: int) -> Fracs:
+        """Return the fraction of each output: those of q, k and v hold for a third of them each."""
+        return frac if isinstance(frac, int) else np.repeat(frac, rows // len(frac))
+
+    def linear_added(self, name: str, x: Tensor, weight: Floats, bias: Floats, residual: Tensor) -> Tensor:
+        """Linear, added to the residual stream in place."""
+        fields = self._store(name, self._words(name, weight, bias, x, self.wide_frac))
+        shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+        self._add(Instruction(Op.LINEAR, mode=Mode.RESIDUAL, **shape, **fields), x, residual)
+        return residual
+
+    def attention(self, name: str, qkv: Tensor, heads: int, frac: int) -> Tensor:
+        """Self-attention of (q | k | v) tokens to narrow tokens of `frac`."""
+        assert not isinstance(qkv.frac, int)
+        q_frac, k_frac, v_frac = (int(value) for value in qkv.frac)
+        dim = qkv.columns // 3
+        dst = self._tensor(False, qkv.rows, dim, frac)
+        self._limit(max_head=dim // heads)
+        fields = {"a0": heads, "a1": q_frac + k_frac - SCORE_FRAC, "a2": v_frac - frac}
+        self._add(Instruction(Op.ATTENTION, rows=qkv.rows, n_in=3 * dim, n_out=dim, **fields), qkv, dst)
+        return dst
+
+    def moe_added(
+        self,
+        name: str,
+        x: Tensor,
+        weights: dict[str, Floats],
+        top_k: int,
+        logit_frac: int,
+        hidden: tuple[int, int],
+        residual: Tensor,
+    ) -> Tensor:
+        """Router and experts, added to the residual stream in place.
+
+        weights: router_w [R, E, D] and router_b [R, E] (logits in base 2), w1 [E, H, D], b1, w2 [E, D, H], b2;
+        `hidden`: fractions of the hidden channels before and after GELU.
+        """
+        gates, biases = weights["router_w"], weights["router_b"]
+        tasks, experts, dim = gates.shape
+        logits = self._tensor(True, x.rows, experts, logit_frac)
+        same = tasks > 1 and all(np.array_equal(gates[0], g) for g in gates) and not np.ptp(biases, axis=0).any()
+        for task in range(1 if same or tasks == 1 else tasks):
+            words = self._words(f"{name}.gate{task}", gates[task], biases[task], x, logit_frac, bits=GATE_BITS)
+            fields = self._store(f"{name}.gate{task}", words, "gates")
+            shape = {"rows": x.rows, "n_in": dim, "n_out": experts, "mode": Mode.WIDE}
+            only = -1 if same or tasks == 1 else task
+            self._add(Instruction(Op.GATE, task=only, **shape, **fields), x, logits)
+        self._limit(max_experts=experts, max_top=top_k, max_rows=x.rows)
+        route = Instruction(Op.ROUTE, rows=x.rows, n_in=experts, a0=top_k, a1=logit_frac)
+        self._add(route, logits, None)
+        self._experts(name, x, weights, hidden, residual)
+        return residual
+
+    def _experts(
+        self, name: str, x: Tensor, weights: dict[str, Floats], hidden: tuple[int, int], residual: Tensor
+    ) -> None:
+        w1, b1, w2, b2 = (weights[key] for key in ("w1", "b1", "w2", "b2"))
+        experts, width, dim = w1.shape
+        inner = self._tensor(False, x.rows, width, hidden[1])
+        packed: dict[str, list[np.ndarray]] = {"weights": [], "params": []}
+        for e in range(experts):
+            first = self._words(f"{name}.expert{e}.w1", w1[e], b1[e], x, hidden[0])
+            second = self._words(f"{name}.expert{e}.w2", w2[e], b2[e], inner, self.wide_frac)
+            packed["weights"].append(np.concatenate([first.weights.ravel(), second.weights.ravel()]))
+            packed["params"].append(np.concatenate([first.params, second.params]))
+        fields: dict[str, int] = {}
+        for (section, parts), stride in zip(packed.items(), ("a1", "a2"), strict=True):
+            size = -(-len(parts[0]) // ALIGNMENT) * ALIGNMENT
+            fields[section] = self.builder.put(section, np.concatenate([np.pad(p, (0, size - len(p))) for p in parts]))
+            fields[stride] = size
+            self._note(f"{name}.experts", section, fields[section], (experts, size))
+        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "a0": experts, "a4": width}
+        shape = {"rows": x.rows, "n_in": dim, "n_out": width, "mode": Mode.QUEUE}
+        self._add(Instruction(Op.EXPERTS, **shape, **fields), x, residual, a3=inner.buffer)
+
+    def head(self, name: str, x: Tensor, weight: Floats, bias: Floats, widths: list[int], fracs: list[int]) -> None:
+        """The Linear of each task, weight [sum of widths, D], to the output memory; task r's outputs have fracs[r]."""
+        pitch, first = max(widths), 0
+        for task, (width, frac) in enumerate(zip(widths, fracs, strict=True)):
+            rows = slice(first, first + width)
+            words = self._words(f"{name}.{task}", weight[rows], bias[rows], x, frac)
+            shape = {"rows": x.rows, "n_in": x.columns, "n_out": width, "mode": Mode.OUTPUT, "dst_pitch": pitch}
+            only = task if len(widths) > 1 else -1
+            self._add(Instruction(Op.LINEAR, task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
+            first += width
+        self.output_size = x.rows * pitch
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def build(self) -> Image:
+        """Place the buffers and return the image."""
+        sizes = {}
+        for wide in (False, True):
+            chosen = [buffer for buffer in self.buffers if buffer.wide == wide]
+            offsets, sizes[wide] = allocate([(b.size, b.first, b.last) for b in chosen])
+            places = {id(buffer): offset for buffer, offset in zip(chosen, offsets, strict=True)}
+            for step in self.steps:
+                for name, buffer in step.places.items():
+                    if buffer.wide == wide:
+                        setattr(step.instruction, name, getattr(step.instruction, name) + places[id(buffer)])
+        memory = Memory(sizes[False], sizes[True], self.output_size, self.image_size, self.tasks)
+        return self.builder.build([step.instruction for step in self.steps], memory)
+
+    def named_tensors(self) -> list[dict[str, Any]]:
+        """Return where each tensor lies in its section of the weight file: name, section, offset (elements), shape."""
+        room = program_words(len(self.steps))
+        return [{**t, "offset": t["offset"] + (room if t["section"] == "params" else 0)} for t in self.tensors]

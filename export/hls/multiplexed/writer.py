@@ -1,0 +1,185 @@
+"""The folder of a time-multiplexed project: sources, weights, test bench, Tcl and host driver.
+
+Most files are copied from hw/include and hw/project as they are; what depends on the model is in firmware/parameters.h,
+project.tcl, weights_map.json and the weights. Like backend.py, this module must stay light.
+"""
+
+import shutil
+import stat
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from hls4ml.writer.vitis_writer import VitisWriter
+
+from m3vit.files import write_json
+from m3vit.hw.boards import BOARDS, BUDGETS, Hardware
+from m3vit.hw.program import HEADER, Image, Mode, Op
+
+HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
+TYPES = {8: "int8_t", 16: "int16_t"}
+NOTICE = "// Written by m3vit; depends on the model."
+
+TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_cfg::wt_t *weights,
+           const int16_t *gates, const int32_t *params, const vit_cfg::act_t *keys, const vit_cfg::act_t *narrow_in,
+           vit_cfg::act_t *narrow_out, const int32_t *wide_in, int32_t *wide, int32_t *output"""
+# Each port of its own, so that loads and stores of engines working at the same time do not wait for one another.
+PORTS = {
+    "image": "io",
+    "weights": "weights",
+    "gates": "tables",
+    "params": "tables",
+    "keys": "narrow_in",
+    "narrow_in": "narrow_in",
+    "narrow_out": "narrow_out",
+    "wide_in": "wide",
+    "wide": "wide",
+    "output": "io",
+}
+
+
+def parameters_text(hardware: Hardware) -> str:
+    """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
+    constants = {name: value for name, value in asdict(hardware).items() if name not in ("weight_bits", "act_bits")}
+    lines = [f"    static const unsigned {name} = {value};" for name, value in constants.items()]
+    return "\n".join(
+        [
+            NOTICE,
+            "#ifndef M3VIT_PARAMETERS_H_",
+            "#define M3VIT_PARAMETERS_H_",
+            "",
+            '#include "nnet_utils/m3vit_accelerator.h"',
+            "",
+            "struct vit_cfg {",
+            f"    typedef {TYPES[hardware.weight_word]} wt_t; // weights have {hardware.weight_bits} bits",
+            f"    typedef {TYPES[hardware.act_word]} act_t;",
+            f"    static const int act_bits = {hardware.act_bits};",
+            *lines,
+            "};",
+            "",
+            "#endif",
+            "",
+        ]
+    )
+
+
+def top_text(depths: dict[str, int]) -> str:
+    """Return firmware/m3vit.cpp; `depths`: elements of each memory, for co-simulation."""
+    pragmas = [
+        f"    #pragma HLS INTERFACE m_axi port={port} offset=slave bundle={bundle} depth={depths[port]} "
+        "max_widen_bitwidth=128 max_read_burst_length=64 max_write_burst_length=64"
+        for port, bundle in PORTS.items()
+    ]
+    scalars = [f"    #pragma HLS INTERFACE s_axilite port={port}" for port in ("task", "num_tasks", "return")]
+    return "\n".join(
+        [
+            NOTICE,
+            '#include "m3vit.h"',
+            "",
+            f"void m3vit({TOP_ARGUMENTS}) {{",
+            *pragmas,
+            *scalars,
+            "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, weights, gates, params, keys, narrow_in,",
+            "                                    narrow_out, wide_in, wide, output);",
+            "}",
+            "",
+        ]
+    )
+
+
+HEADER_TEXT = f"""{NOTICE}
+#ifndef M3VIT_H_
+#define M3VIT_H_
+
+#include "parameters.h"
+
+// keys, narrow_in and narrow_out: the narrow memory; wide_in and wide: the wide memory (README.md).
+void m3vit({TOP_ARGUMENTS});
+
+#endif
+"""
+
+
+def depths_of(image: Image) -> dict[str, int]:
+    """Return the elements that each port of the accelerator reaches."""
+    memory = image.memory
+    narrow, wide = dict.fromkeys(("keys", "narrow_in", "narrow_out"), memory.narrow), memory.wide
+    sections = {name: max(1, getattr(image, name).size) for name in ("weights", "gates", "params")}
+    return {"image": memory.image, **sections, **narrow, "wide_in": wide, "wide": wide, "output": memory.output}
+
+
+def program_lines(image: Image) -> list[dict[str, Any]]:
+    """Return the program for people: one entry an instruction, zeros left out."""
+    lines = []
+    for pc, instruction in enumerate(image.program):
+        fields = {name: value for name, value in asdict(instruction).items() if value or name in ("src", "dst")}
+        fields |= {"op": Op(instruction.op).name.lower(), "mode": Mode(instruction.mode).name.lower()}
+        if instruction.op not in (Op.LINEAR, Op.NORM, Op.GATE, Op.EXPERTS):
+            fields.pop("mode")
+        if instruction.gelu_in < 0:
+            fields.pop("gelu_in")
+        if instruction.task < 0:
+            fields.pop("task")
+        lines.append({"pc": pc, **fields})
+    return lines
+
+
+def weights_map(schedule: Any) -> dict[str, Any]:
+    """Return weights_map.json: where everything lies in weights.bin, the program, and the memories to allocate."""
+    image = schedule.image
+    return {
+        "header_words": HEADER,
+        "memory_elements": image.memory._asdict(),
+        "tensors": schedule.tensors,
+        "program": program_lines(image),
+    }
+
+
+class VitisMoEWriter(VitisWriter):
+    """See the module."""
+
+    def write_hls(self, model: Any) -> None:
+        settings = model.config.config["VitisMoE"]
+        schedule = model.schedule
+        out = Path(model.config.get_output_dir())
+        firmware, project = out / "firmware", Path(str(files("m3vit.hw") / "project"))
+        (firmware / "nnet_utils").mkdir(parents=True, exist_ok=True)
+        (firmware / "weights").mkdir(exist_ok=True)
+        include = Path(str(files("m3vit.hw") / "include"))
+        for header in (*(include / name for name in HEADERS), *sorted((include / "engine").glob("*.h"))):
+            shutil.copyfile(header, firmware / "nnet_utils" / header.name)
+        (firmware / "parameters.h").write_text(parameters_text(schedule.hardware))
+        (firmware / "m3vit.h").write_text(HEADER_TEXT)
+        (firmware / "m3vit.cpp").write_text(top_text(depths_of(schedule.image)))
+        schedule.image.write(firmware / "weights" / "weights.bin")
+        write_json(out / "weights_map.json", weights_map(schedule))
+        write_json(out / "resources.json", resources(schedule.hardware, settings["board"]))
+        self.write_build_script(model)
+        self.write_board_script_override(model)
+        self.write_yml(model)
+        for name in ("vivado_synth.tcl", "build_lib.sh"):  # hls4ml's, for its own top level
+            (out / name).unlink(missing_ok=True)
+        for path in sorted(project.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                target = out / path.relative_to(project)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+                target.chmod(target.stat().st_mode | stat.S_IWUSR)
+        decoding = Path(str(files("m3vit.export") / "decoding.py"))
+        shutil.copyfile(decoding, out / "host" / "m3vit_decoding.py")
+        with open(out / "project.tcl", "a") as file:
+            file.write(f'variable board_part\nset board_part "{BOARDS[settings["board"]].board_part}"\n')
+
+
+def resources(hardware: Hardware, board: str) -> dict[str, Any]:
+    """Return resources.json: what the accelerator takes of the board, modelled (never synthesised)."""
+    chosen = BOARDS[board]
+    return {
+        "note": "modelled from widths and depths of the memories and the number of multipliers; never synthesised",
+        "board": board,
+        "part": chosen.part,
+        "hardware": asdict(hardware),
+        "modelled": hardware.resources(),
+        "budget": {name: int(share * getattr(chosen, name)) for name, share in BUDGETS.items()},
+    }

@@ -1,0 +1,77 @@
+// The accelerator: fetches instruction after instruction and hands each to its engine.
+//
+// The task id is an argument (a register): instructions of other tasks are skipped, which changes the router's gates and
+// the head, nothing else. Nothing is kept from one frame to the next.
+#ifndef M3VIT_ACCELERATOR_H_
+#define M3VIT_ACCELERATOR_H_
+
+#include "m3vit_engine_attention.h"
+#include "m3vit_engine_linear.h"
+#include "m3vit_engine_norm.h"
+#include "m3vit_engine_router.h"
+
+namespace nnet {
+namespace vit {
+
+#ifndef __SYNTHESIS__
+// C-simulation only: an array with counters for each instruction; null: not counted.
+inline counters *&program_counters() {
+    static counters *all = 0;
+    return all;
+}
+#endif
+
+// keys, narrow_in and narrow_out are the same memory, as are wide_in and wide: each port has one user at a time.
+// An unknown task id is 0.
+template <class C>
+void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const typename C::wt_t *weights,
+                 const int16_t *gates, const int32_t *params, const typename C::act_t *keys,
+                 const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
+                 int32_t *output) {
+    #pragma HLS ALLOCATION function instances=linear<C, typename C::wt_t, C::tile_out> limit=1
+    #pragma HLS ALLOCATION function instances=attention<C> limit=1
+    #pragma HLS ALLOCATION function instances=layernorm<C> limit=1
+    static queues<C> queue;
+    const int wanted = task < num_tasks ? (int)task : 0;
+Program:
+    for (unsigned pc = 0;; pc++) {
+        #pragma HLS PIPELINE off
+        const instruction I = read_instruction(params, pc);
+        if (I.op == op_end)
+            break;
+#ifndef __SYNTHESIS__
+        if (program_counters())
+            current_counters() = program_counters() + pc;
+#endif
+        M3VIT_COUNT(params, instruction_words * 4);
+        if (I.task >= 0 && I.task != wanted)
+            continue;
+        switch (I.op) {
+        case op_image:
+            read_image<C>(I, image, narrow_out);
+            break;
+        case op_linear:
+        case op_experts:
+            linear<C, typename C::wt_t, C::tile_out>(I, queue, weights, params, narrow_in, narrow_out, wide, output);
+            break;
+        case op_gate:
+            linear<C, int16_t, C::gate_out>(I, queue, gates, params, narrow_in, narrow_out, wide, output);
+            break;
+        case op_position:
+            position<C>(I, params, wide);
+            break;
+        case op_norm:
+            layernorm<C>(I, params, wide_in, narrow_out, wide);
+            break;
+        case op_attention:
+            attention<C>(I, keys, narrow_in, narrow_out);
+            break;
+        default: // op_route
+            route<C>(I, wide_in, queue);
+        }
+    }
+}
+
+} // namespace vit
+} // namespace nnet
+#endif

@@ -1,0 +1,258 @@
+// The linear engine: one array of tile_in x tile_out multipliers for dense layers, experts, embedding and heads.
+//
+// Work is a sequence of tiles: `tile_out` outputs of one linear map, for some tokens. While the array works on one tile,
+// the weights of the next are loaded into the other of two buffers (ping and pong). For experts the sequence runs through
+// both maps of every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4), so the first
+// tile of the next expert is fetched during the last of this one.
+// Cycles: a tile of n tokens takes max(n * ceil(n_in / tile_in), tile_out * n_in / (weights a beat)), if rows are read
+// and written at that pace.
+#ifndef M3VIT_ENGINE_LINEAR_H_
+#define M3VIT_ENGINE_LINEAR_H_
+
+#include "m3vit_engine.h"
+
+namespace nnet {
+namespace vit {
+
+// `outputs` rows of one linear map, for `count` tokens: token n is row n of src and dst, or, in a queue, the token at
+// place first + n of it (gather: in src; mode to_queue: in dst).
+struct tile_job {
+    bool valid;
+    bool gather;
+    unsigned weights, params, n_in, outputs;
+    unsigned first, count;
+    unsigned src, src_pitch, dst, dst_pitch;
+    int mode, gelu_in, gelu_out;
+};
+
+// Where the sequence of tiles stands: linear map `map` (for experts two for each active one), output row `row` of it.
+struct tile_place {
+    unsigned map, row;
+};
+
+template <class C, unsigned TO> tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
+    tile_job job;
+    const bool experts = I.op == op_experts;
+    const bool second = experts && (place.map & 1);
+    job.valid = place.map < (experts ? 2 * queue.num_active : 1);
+    if (!job.valid)
+        return job;
+    const unsigned e = experts ? queue.active[place.map >> 1] : 0;
+    const unsigned n_out = second ? I.n_in : I.n_out; // of an expert: I.n_in channels -> I.n_out hidden -> I.n_in
+    job.n_in = second ? I.n_out : I.n_in;
+    job.outputs = n_out - place.row < TO ? n_out - place.row : TO;
+    job.weights = I.weights + place.row * job.n_in;
+    job.params = I.params + 2 * place.row;
+    job.gather = experts && !second;
+    job.first = experts ? queue.start[e] : 0;
+    job.count = experts ? queue.start[e + 1] - job.first : I.rows;
+    job.src = I.src;
+    job.src_pitch = I.src_pitch;
+    job.dst = I.dst + place.row;
+    job.dst_pitch = I.dst_pitch;
+    job.mode = I.mode;
+    job.gelu_in = second ? -1 : I.gelu_in;
+    job.gelu_out = I.gelu_out;
+    if (experts) { // a1, a2: words from one expert to the next in weights and params; a3, a4: offset, pitch of hidden
+        job.weights += e * I.a1 + (second ? I.n_in * I.n_out : 0);
+        job.params += e * I.a2 + (second ? 2 * I.n_out : 0);
+        if (second) {
+            job.src = I.a3;
+            job.src_pitch = I.a4;
+        } else {
+            job.dst = I.a3 + place.row;
+            job.dst_pitch = I.a4;
+            job.mode = to_narrow;
+        }
+    }
+    place.row += TO;
+    if (place.row >= n_out) {
+        place.row = 0;
+        place.map++;
+    }
+    return job;
+}
+
+// Weights of a tile, and for each of its outputs a bias (times 2^bias_shift) and how far its sum is shifted.
+template <class C, class w_t, unsigned TO> struct weight_tile {
+    w_t weight[C::max_in / C::tile_in][TO][C::tile_in];
+    int bias[TO], bias_shift[TO], shift[TO];
+};
+
+template <class C, class w_t, unsigned TO>
+void load_tile(const tile_job &job, weight_tile<C, w_t, TO> &tile, const w_t *weights, const int32_t *params) {
+    #pragma HLS INLINE off
+    if (!job.valid)
+        return;
+    const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
+Row:
+    for (unsigned o = 0; o < job.outputs; o++) {
+    Weight:
+        for (unsigned i = 0; i < padded; i++) {
+            #pragma HLS PIPELINE II=1
+            tile.weight[i / C::tile_in][o][i % C::tile_in] = i < job.n_in ? weights[job.weights + o * job.n_in + i] : 0;
+        }
+    }
+Parameter:
+    for (unsigned o = 0; o < job.outputs; o++) {
+        #pragma HLS PIPELINE II=2
+        const int32_t shifts = params[job.params + 2 * o + 1];
+        tile.bias[o] = params[job.params + 2 * o];
+        tile.bias_shift[o] = (shifts >> 8) & 63;
+        tile.shift[o] = (shifts & 255) - 64;
+    }
+    M3VIT_COUNT(params, job.outputs * 8);
+}
+
+// What one token's results need: the row of dst, and the router's weight (mode to_queue).
+struct token_place {
+    unsigned row;
+    int score;
+};
+
+// The input of token n of a job, padded with zeros to whole tiles, and the place of its results.
+template <class C>
+void read_token(const tile_job &job, unsigned n, const queues<C> &queue, const typename C::act_t *narrow,
+                typename C::act_t x[C::max_in], token_place &place) {
+    #pragma HLS INLINE off
+    const bool queued = job.gather || job.mode == to_queue;
+    const unsigned token = queued ? queue.token[job.first + n] : n;
+    const unsigned offset = job.src + (job.gather ? token : n) * job.src_pitch;
+    place.row = job.mode == to_queue ? token : n;
+    place.score = job.mode == to_queue ? queue.weight[job.first + n] : 0;
+    const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
+Read:
+    for (unsigned i = 0; i < padded; i++) {
+        #pragma HLS PIPELINE II=1
+        x[i] = i < job.n_in ? narrow[offset + i] : 0;
+    }
+    M3VIT_COUNT(narrow_read, job.n_in * sizeof(typename C::act_t));
+}
+
+// All sums of a tile for one token, exact: tile_in x TO products a cycle.
+template <class C, class w_t, unsigned TO>
+void multiply(const typename C::act_t x[C::max_in], const weight_tile<C, w_t, TO> &tile, unsigned n_in, long long sum[TO]) {
+    #pragma HLS INLINE off
+Clear:
+    for (unsigned o = 0; o < TO; o++) {
+        #pragma HLS UNROLL
+        sum[o] = 0;
+    }
+Step:
+    for (unsigned i = 0; i < n_in; i += C::tile_in) {
+        #pragma HLS PIPELINE II=1
+        for (unsigned o = 0; o < TO; o++) {
+            #pragma HLS UNROLL
+            const w_t *w = tile.weight[i / C::tile_in][o];
+            long long part = 0;
+            for (unsigned j = 0; j < C::tile_in; j++) {
+                #pragma HLS UNROLL
+                part += (long long)x[i + j] * w[j];
+            }
+            sum[o] += part;
+        }
+    }
+}
+
+// Bias, rounding, activation, and to memory.
+template <class C, class w_t, unsigned TO>
+void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const long long sum[TO], const token_place &token,
+               typename C::act_t *narrow, int32_t *wide, int32_t *output) {
+    #pragma HLS INLINE off
+    const unsigned place = job.dst + token.row * job.dst_pitch;
+Write:
+    for (unsigned o = 0; o < job.outputs; o++) {
+        #pragma HLS PIPELINE II=1
+        const long long y = shift_round(sum[o] + tile.bias[o] * (1LL << tile.bias_shift[o]), tile.shift[o]);
+        if (job.mode == to_narrow) {
+            const long long n = saturate<C::act_bits>(y);
+            narrow[place + o] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
+        } else if (job.mode == to_output) {
+            output[place + o] = (int32_t)saturate<32>(y);
+        } else if (job.mode == to_wide) {
+            wide[place + o] = (int32_t)saturate<32>(y);
+        } else {
+            const long long added = job.mode == to_queue ? shift_round(saturate<32>(y) * token.score, prob_frac) : y;
+            wide[place + o] = (int32_t)saturate<32>(wide[place + o] + added);
+        }
+    }
+#ifndef __SYNTHESIS__
+    if (job.mode == to_narrow)
+        M3VIT_COUNT(narrow_write, job.outputs * sizeof(typename C::act_t));
+    else if (job.mode == to_output)
+        M3VIT_COUNT(output, job.outputs * 4);
+    else
+        M3VIT_COUNT(wide_write, job.outputs * 4);
+    if (job.mode == to_residual || job.mode == to_queue)
+        M3VIT_COUNT(wide_read, job.outputs * 4);
+#endif
+}
+
+template <class C, class w_t, unsigned TO>
+void compute_tile(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const queues<C> &queue,
+                  const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+    #pragma HLS INLINE off
+Token:
+    for (unsigned n = 0; n < job.count; n++) {
+        #pragma HLS DATAFLOW
+        typename C::act_t x[C::max_in];
+        long long sum[TO];
+        #pragma HLS ARRAY_PARTITION variable=x cyclic factor=C::tile_in
+        #pragma HLS ARRAY_PARTITION variable=sum complete
+        token_place place;
+        read_token<C>(job, n, queue, narrow_in, x, place);
+        multiply<C, w_t, TO>(x, tile, job.n_in, sum);
+        write_row<C, w_t, TO>(job, tile, sum, place, narrow_out, wide, output);
+    }
+}
+
+// The two run at the same time: they share no buffer.
+template <class C, class w_t, unsigned TO>
+void load_and_compute(const tile_job &next, weight_tile<C, w_t, TO> &filled, const w_t *weights, const int32_t *params,
+                      const tile_job &now, const weight_tile<C, w_t, TO> &used, const queues<C> &queue,
+                      const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+    #pragma HLS INLINE off
+    #pragma HLS DATAFLOW
+    load_tile<C, w_t, TO>(next, filled, weights, params);
+    compute_tile<C, w_t, TO>(now, used, queue, narrow_in, narrow_out, wide, output);
+}
+
+template <class C, class w_t, unsigned TO>
+void linear(const instruction &I, const queues<C> &queue, const w_t *weights, const int32_t *params,
+            const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+    #pragma HLS INLINE off
+    static weight_tile<C, w_t, TO> ping, pong;
+    #pragma HLS ARRAY_RESHAPE variable=ping.weight dim=2 complete
+    #pragma HLS ARRAY_RESHAPE variable=ping.weight dim=3 complete
+    #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=2 complete
+    #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=3 complete
+    tile_place place = {0, 0};
+    tile_job now = next_tile<C, TO>(place, I, queue);
+    load_tile<C, w_t, TO>(now, ping, weights, params);
+    bool in_ping = true;
+Tile:
+    while (now.valid) {
+        #pragma HLS LOOP_TRIPCOUNT min=1 max=1024
+        const tile_job next = next_tile<C, TO>(place, I, queue);
+#ifndef __SYNTHESIS__
+        if (I.op == op_gate)
+            M3VIT_COUNT(gates, now.outputs * now.n_in * sizeof(w_t));
+        else
+            M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(w_t));
+#endif
+        if (in_ping)
+            load_and_compute<C, w_t, TO>(next, pong, weights, params, now, ping, queue, narrow_in, narrow_out, wide, output);
+        else
+            load_and_compute<C, w_t, TO>(next, ping, weights, params, now, pong, queue, narrow_in, narrow_out, wide, output);
+        in_ping = !in_ping;
+        now = next;
+    }
+#ifndef __SYNTHESIS__
+    if (I.op == op_experts)
+        M3VIT_COUNT(expert_loads, queue.num_active);
+#endif
+}
+
+} // namespace vit
+} // namespace nnet
+#endif

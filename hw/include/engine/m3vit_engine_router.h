@@ -1,0 +1,123 @@
+// The router: softmax over all experts, top-k, and the queues of tokens for the experts.
+//
+// Logits (base 2) come from the gate, one row a token. The k largest are kept in order as they arrive, ties to the lowest
+// expert id; weights are not renormalised. The queues are one list of rows * k entries sorted by expert (counting sort),
+// so their size does not depend on the number of experts; `active` lists the experts with tokens.
+// Cycles: about rows * (2 * experts + k + 10) + experts + rows * k.
+#ifndef M3VIT_ENGINE_ROUTER_H_
+#define M3VIT_ENGINE_ROUTER_H_
+
+#include "m3vit_engine.h"
+
+#ifndef __SYNTHESIS__
+#include <stdio.h>
+#endif
+
+namespace nnet {
+namespace vit {
+
+#ifndef __SYNTHESIS__
+// C-simulation only: where the choice of every token is written, as 16-bit ids; null: nowhere.
+inline FILE *&routing_log() {
+    static FILE *file = 0;
+    return file;
+}
+#endif
+
+// Put (value, id) into the list of the k best so far, best first; an equal value stays behind earlier ones.
+template <class C> void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsigned k, int value, unsigned id) {
+    #pragma HLS INLINE
+    long long carried = value;
+    unsigned carried_id = id;
+    bool shifting = false;
+    for (unsigned i = 0; i < C::max_top; i++) {
+        #pragma HLS UNROLL
+        if (i < k && (shifting || carried > best[i])) {
+            const long long out = best[i];
+            const unsigned out_id = expert[i];
+            best[i] = carried;
+            expert[i] = carried_id;
+            carried = out;
+            carried_id = out_id;
+            shifting = true;
+        }
+    }
+}
+
+// I: rows, n_in experts, src (wide); a0 = k, a1 = fractional bits of the logits.
+template <class C> void route(const instruction &I, const int32_t *wide, queues<C> &queue) {
+    #pragma HLS INLINE off
+    static uint16_t choice[C::max_rows * C::max_top];
+    static int score[C::max_rows * C::max_top];
+    const unsigned E = I.n_in, K = I.a0;
+    unsigned fill[C::max_experts];
+Reset:
+    for (unsigned e = 0; e < E; e++) {
+        #pragma HLS PIPELINE II=1
+        fill[e] = 0;
+    }
+Token:
+    for (unsigned t = 0; t < I.rows; t++) {
+        int logit[C::max_experts];
+        long long best[C::max_top];
+        unsigned expert[C::max_top];
+        #pragma HLS ARRAY_PARTITION variable=best complete
+        #pragma HLS ARRAY_PARTITION variable=expert complete
+        for (unsigned i = 0; i < C::max_top; i++) {
+            #pragma HLS UNROLL
+            best[i] = -(1LL << 40); // below every logit
+            expert[i] = 0;
+        }
+    Logit:
+        for (unsigned e = 0; e < E; e++) {
+            #pragma HLS PIPELINE II=1
+            logit[e] = wide[I.src + t * I.src_pitch + e];
+            insert_best<C>(best, expert, K, logit[e], e);
+        }
+        long long total = 0;
+    Softmax:
+        for (unsigned e = 0; e < E; e++) {
+            #pragma HLS PIPELINE II=1
+            total += exp2_neg(best[0] - logit[e], I.a1, prob_frac);
+        }
+        const scaled inverse = reciprocal(total);
+    Choose:
+        for (unsigned i = 0; i < K; i++) {
+            #pragma HLS PIPELINE II=1
+            const long long weight = exp2_neg(best[0] - best[i], I.a1, prob_frac);
+            choice[t * K + i] = (uint16_t)expert[i];
+            score[t * K + i] = (int)shift_round(weight * inverse.mantissa, 20 + inverse.shift - prob_frac);
+            fill[expert[i]]++;
+        }
+    }
+    M3VIT_COUNT(wide_read, I.rows * E * 4);
+#ifndef __SYNTHESIS__
+    if (routing_log())
+        fwrite(choice, sizeof(uint16_t), I.rows * K, routing_log());
+#endif
+    unsigned next = 0;
+    queue.num_active = 0;
+Start:
+    for (unsigned e = 0; e < E; e++) {
+        #pragma HLS PIPELINE II=1
+        const unsigned count = fill[e];
+        if (count > 0)
+            queue.active[queue.num_active++] = (uint16_t)e;
+        queue.start[e] = fill[e] = next;
+        next += count;
+    }
+    queue.start[E] = next;
+Place:
+    for (unsigned t = 0; t < I.rows; t++) {
+        for (unsigned i = 0; i < K; i++) {
+            #pragma HLS PIPELINE II=2
+            const unsigned place = fill[choice[t * K + i]]++;
+            queue.token[place] = (uint16_t)t;
+            queue.weight[place] = score[t * K + i];
+        }
+    }
+}
+
+} // namespace vit
+} // namespace nnet
+#endif

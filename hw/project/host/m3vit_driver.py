@@ -1,0 +1,140 @@
+"""Host driver of the accelerator for PYNQ (Python 3.10 or newer, numpy): weights, task, run, predictions.
+
+    from pynq import Overlay, allocate
+    from m3vit_driver import Accelerator
+
+    overlay = Overlay("m3vit.bit")
+    accelerator = Accelerator(overlay.m3vit_0, allocate, "..")  # .. is the project's folder
+    accelerator.set_task("depth")
+    depth_m = accelerator.predict(image)                        # image: uint8 [H, W, 3], RGB
+
+It has run against a software model of the registers and the memory (tests/export/test_multiplexed.py of m3vit), never
+on a board. Registers are taken by name from the overlay's description: it does not depend on the addresses that Vitis
+HLS gives them.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from m3vit_decoding import assemble, decode
+
+MAGIC = 0x3157544956334D
+START, DONE = 1, 2  # bits of the control register (ap_ctrl_hs); reading clears DONE
+# Pointer arguments of the accelerator: which buffer each gets.
+POINTERS = {
+    "image": "image",
+    "weights": "weights",
+    "gates": "gates",
+    "params": "params",
+    "keys": "narrow",
+    "narrow_in": "narrow",
+    "narrow_out": "narrow",
+    "wide_in": "wide",
+    "wide": "wide",
+    "output": "output",
+}
+
+
+class Accelerator:
+    """One accelerator and its buffers in DDR."""
+
+    def __init__(self, ip: Any, allocate: Any, project: str | Path, timeout_s: float = 10.0) -> None:
+        """Load the weights of a project's folder.
+
+        ip: PYNQ's handle (read, write, description["registers"]); allocate: pynq.allocate.
+        """
+        self.ip, self.allocate, self.timeout_s = ip, allocate, timeout_s
+        project = Path(project)
+        self.manifest = json.loads((project / "m3vit.json").read_text())
+        self.tasks = [task["name"] for task in self.manifest["tasks"]]
+        self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
+        self.buffers: dict[str, Any] = {}
+        self.load_weights(project / "firmware" / "weights" / "weights.bin")
+        self.set_task(0)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Copy a weights file into DDR, and allocate the memories that its program needs.
+
+        The file may be another one than the accelerator was built with, if its sizes fit the hardware.
+        """
+        header = np.fromfile(path, np.int64, 20)
+        if len(header) < 20 or header[0] != MAGIC:
+            raise ValueError(f"{path} is not a weights file of m3vit: give firmware/weights/weights.bin")
+        hardware = self.manifest["hardware"]
+        stored = 8 if hardware["weight_bits"] <= 8 else 16
+        if header[7] != stored or header[8] != hardware["act_bits"]:
+            raise ValueError(
+                f"{path} is for {header[7]}-bit words and {header[8]}-bit activations, the accelerator for {stored} "
+                f"and {hardware['act_bits']}: export with the same --weight-bits and --act-bits"
+            )
+        act = np.int8 if header[8] <= 8 else np.int16
+        weight = np.int8 if stored == 8 else np.int16
+        sections = (("params", np.int32), ("weights", weight), ("gates", np.int16))
+        for place, (name, kind) in enumerate(sections):
+            offset, count = int(header[1 + 2 * place]), int(header[2 + 2 * place])
+            buffer = self._buffer(name, max(count, 1), kind)
+            buffer[:count] = np.fromfile(path, kind, count, offset=offset)
+            buffer.flush()
+        for name, size, kind in (
+            ("narrow", header[9], act),
+            ("wide", header[10], np.int32),
+            ("output", header[11], np.int32),
+            ("image", header[12], np.uint8),
+        ):
+            self._buffer(name, int(size), kind)
+        for argument, buffer_name in POINTERS.items():
+            address = int(self.buffers[buffer_name].device_address)
+            self.ip.write(self._register(argument, 1), address & 0xFFFFFFFF)
+            self.ip.write(self._register(argument, 2), address >> 32)
+        self.ip.write(self._register("num_tasks"), int(header[13]))
+
+    def set_task(self, task: str | int) -> None:
+        """Choose what the next run computes; nothing is loaded again."""
+        if task not in self.tasks and task not in range(len(self.tasks)):
+            raise ValueError(f"no task {task!r}: this accelerator has {', '.join(self.tasks)}")
+        self.task = self.tasks.index(task) if isinstance(task, str) else int(task)
+        self.ip.write(self._register("task"), self.task)
+
+    def run(self, image: np.ndarray) -> np.ndarray:
+        """Run one frame uint8 [H, W, 3] and return its token outputs float32 [T, C of the task]."""
+        height, width = self.manifest["image_size"]
+        if image.dtype != np.uint8 or image.shape != (height, width, 3):
+            raise ValueError(f"image is {image.dtype} {image.shape}: give uint8 [{height}, {width}, 3], RGB")
+        self.buffers["image"][:] = image.ravel()
+        self.buffers["image"].flush()
+        self.ip.write(self.registers["CTRL"], START)
+        limit = time.monotonic() + self.timeout_s
+        while not self.ip.read(self.registers["CTRL"]) & DONE:
+            if time.monotonic() > limit:
+                raise TimeoutError(f"the accelerator did not finish within {self.timeout_s} s")
+        self.buffers["output"].invalidate()
+        words = np.array(self.buffers["output"]).reshape(self.manifest["tokens"], -1)
+        used = words[:, : self.manifest["tasks"][self.task]["outputs"]]
+        return np.ldexp(used.astype(np.float64), -self.manifest["output_fracs"][self.task]).astype(np.float32)
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        """Run one frame and return the task's prediction at the image's size, as m3vit.export.runtime does.
+
+        semseg: class ids uint8 [H, W]; depth: metres [H, W]; normals: unit vectors [H, W, 3]; edge: probability [H, W].
+        """
+        rows, columns = self.manifest["grid"]
+        height, width = self.manifest["image_size"]
+        logits = assemble(self.run(image), (rows, columns), self.manifest["upscale"], (height, width))
+        return decode(logits[None], self.manifest["tasks"][self.task]["decode"])[0]
+
+    def _buffer(self, name: str, size: int, kind: Any) -> Any:
+        """Allocate a buffer, unless there is one of this size already."""
+        if name not in self.buffers or self.buffers[name].size != size or self.buffers[name].dtype != kind:
+            self.buffers[name] = self.allocate(shape=(size,), dtype=kind)
+        return self.buffers[name]
+
+    def _register(self, argument: str, half: int | None = None) -> int:
+        """Return the address of an argument's register. Vitis HLS appends _r to names that Verilog reserves."""
+        tail = "" if half is None else f"_{half}"
+        for name in (f"{argument}{tail}", f"{argument}_r{tail}"):
+            if name in self.registers:
+                return int(self.registers[name])
+        raise ValueError(f"the overlay has no register {argument}{tail}: it is not this accelerator's")

@@ -1,0 +1,127 @@
+"""Random programs for the engines, and the test bench built for them."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3vit.export.hls.multiplexed.scheduler import Scheduler
+from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, parameters_text, top_text
+from m3vit.hw import csim
+from m3vit.hw.boards import Hardware
+from m3vit.hw.program import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+INCLUDE = ROOT / "hw" / "include"
+STRICT = ["-std=c++11", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-label"]
+SANITIZERS = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
+
+
+@dataclass
+class Shape:
+    """Sizes of a random ViT; blocks with odd numbers have experts."""
+
+    grid: tuple[int, int] = (3, 5)
+    patch: int = 4
+    prefix: int = 1
+    dim: int = 24
+    depth: int = 2
+    heads: int = 3
+    mlp: int = 40
+    experts: int = 5
+    top_k: int = 2
+    hidden: int = 20
+    tasks: int = 3
+    act_bits: int = 16
+    weight_bits: int = 16
+    finer: int = 0  # narrow fractions this much finer than fits: values saturate
+    wide_frac: int = 16
+
+
+def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
+    """Return the image of a ViT with random weights, and the sizes that its hardware needs."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*size: int, std: float | None = None) -> np.ndarray:
+        return rng.normal(0, std or size[-1] ** -0.5, size)
+
+    s, dim = shape, shape.dim
+    scheduler = Scheduler(s.tasks, s.weight_bits, s.act_bits, s.wide_frac)
+    frac = s.act_bits - 5 + s.finer
+    x = scheduler.image(s.grid, s.patch)
+    x = scheduler.embed("embed", x, draw(dim, x.columns, std=2 * x.columns**-0.5), draw(dim, std=0.2), s.prefix)
+    x = scheduler.position("position", x, draw(x.rows, dim, std=0.3), s.prefix)
+    for block in range(s.depth):
+        y = scheduler.norm("norm1", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
+        fracs = np.array([frac, frac - 1, frac])
+        y = scheduler.linear("qkv", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs)
+        y = scheduler.attention("attention", y, s.heads, frac + 1)
+        x = scheduler.linear_added("proj", y, draw(dim, dim), draw(dim, std=0.1), x)
+        y = scheduler.norm("norm2", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
+        if block % 2:
+            weights = {
+                "router_w": draw(s.tasks, s.experts, dim, std=2 * dim**-0.5),
+                "router_b": draw(s.tasks, s.experts, std=0.1),
+                "w1": draw(s.experts, s.hidden, dim),
+                "b1": draw(s.experts, s.hidden, std=0.1),
+                "w2": draw(s.experts, dim, s.hidden),
+                "b2": draw(s.experts, dim, std=0.1),
+            }
+            x = scheduler.moe_added("moe", y, weights, s.top_k, 20, (frac, frac), x)
+        else:
+            y = scheduler.linear("fc1", y, draw(s.mlp, dim), draw(s.mlp, std=0.1), 0, (frac, frac))
+            x = scheduler.linear_added("fc2", y, draw(dim, s.mlp), draw(dim, std=0.1), x)
+    y = scheduler.norm("head.norm", x, np.ones(dim), np.zeros(dim), 1e-6, frac, skip=s.prefix)
+    widths = [3 + 4 * task for task in range(s.tasks)]
+    scheduler.head("head", y, draw(sum(widths), dim), draw(sum(widths), std=0.1), widths, [16] * s.tasks)
+    return scheduler.build(), scheduler.limits
+
+
+def frames_of(shape: Shape, count: int, seed: int = 0) -> np.ndarray:
+    """Return random frames uint8 [count, H, W, 3]."""
+    height, width = (side * shape.patch for side in shape.grid)
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@dataclass
+class Simulator:
+    """A test bench, and what one run of it returned."""
+
+    binary: Path
+
+    @classmethod
+    def build(cls, folder: Path, hardware: Hardware, flags: list[str]) -> "Simulator":
+        """Compile the engines for a hardware configuration."""
+        firmware = folder / "firmware"
+        firmware.mkdir(parents=True)
+        (firmware / "nnet_utils").mkdir()
+        for header in [*INCLUDE.glob("m3vit_tables.h"), INCLUDE / "m3vit_integer.h", *INCLUDE.glob("engine/*.h")]:
+            (firmware / "nnet_utils" / header.name).symlink_to(header)
+        (firmware / "parameters.h").write_text(parameters_text(hardware))
+        (firmware / "m3vit.h").write_text(HEADER_TEXT)
+        ports = ("image", "weights", "gates", "params", "keys", "narrow_in", "narrow_out", "wide_in", "wide", "output")
+        (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(ports, 1)))
+        sources = [str(ROOT / "hw" / "project" / "m3vit_test.cpp"), str(firmware / "m3vit.cpp")]
+        binary = folder / "csim.exe"
+        command = [csim.find_compiler(), *STRICT, *flags, f"-I{folder}", *sources, "-o", str(binary)]
+        subprocess.run(command, check=True)
+        return cls(binary)
+
+    def run(
+        self, folder: Path, image: Image, frames: np.ndarray, tasks: list[int]
+    ) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
+        """Return outputs int32 [n, words], counters (one for each frame and instruction) and routing uint16 words."""
+        folder.mkdir(exist_ok=True)
+        image.write(folder / "weights.bin")
+        frames.tofile(folder / "images.bin")
+        np.array(tasks, np.uint8).tofile(folder / "tasks.bin")
+        names = ["weights.bin", "images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin"]
+        done = subprocess.run([str(self.binary), *names], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:2000]
+        outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(tasks), -1)
+        counters = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
+        return outputs, counters, np.fromfile(folder / "routing.bin", np.uint16)

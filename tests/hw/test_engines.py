@@ -1,0 +1,331 @@
+"""The engines of the time-multiplexed accelerator: C++ and emulator, word for word, and both against float."""
+
+import math
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3vit.export.hls.multiplexed.emulator import Emulator
+from m3vit.export.hls.multiplexed.scheduler import Scheduler
+from m3vit.hw import arithmetic, csim
+from m3vit.hw.boards import Hardware
+from m3vit.hw.program import Image, Op
+from tests.hw.programs import INCLUDE, PORTS, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
+
+# One configuration serves every random model: sizes are run-time values up to these.
+HARDWARE = Hardware(16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32)
+FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
+Builds = dict[str, list[Simulator]]
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """For each format the simulator at -O2 and, with both sanitizers, at -O0."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def build(job: tuple[str, int]) -> Simulator:
+        name, place = job
+        hardware = replace(HARDWARE, weight_bits=FORMATS[name][0], act_bits=FORMATS[name][1])
+        return Simulator.build(folder / f"{name}-{place}", hardware, (["-O2"], SANITIZERS)[place])
+
+    jobs = [(name, place) for name in FORMATS for place in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        built = dict(zip(jobs, pool.map(build, jobs), strict=True))
+    return {name: [built[name, 0], built[name, 1]] for name in FORMATS}
+
+
+def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tuple[np.ndarray, list[dict[str, int]]]:
+    """Run a random model for every task in C++ and in the emulator; return the outputs and counters."""
+    image, _ = random_vit(shape, seed)
+    frames = frames_of(shape, shape.tasks, seed)
+    name = f"w{shape.weight_bits}a{shape.act_bits}"
+    runs = [
+        simulator.run(folder / str(place), image, frames, list(range(shape.tasks)))
+        for place, simulator in enumerate(builds[name])
+    ]
+    outputs, counters, routing = runs[0]
+    np.testing.assert_array_equal(outputs, runs[1][0])  # -O0 with sanitizers and -O2
+    assert counters == runs[1][1]
+    emulator = Emulator(image)
+    expected = [emulator.run(frame, task) for task, frame in enumerate(frames)]
+    np.testing.assert_array_equal(outputs, np.stack([result.outputs for result in expected]))
+    ids = [ids.ravel() for result in expected for ids in result.expert_ids]
+    np.testing.assert_array_equal(routing, np.concatenate([np.zeros(0, np.int64), *ids]))
+    for task, result in enumerate(expected):
+        counted = {line["pc"]: line["saturated"] for line in counters if line["frame"] == task and line["saturated"]}
+        assert counted == result.saturated
+    return outputs, counters
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (INCLUDE / "engine").glob("*.h")))
+def test_header_stands_alone_without_ap_types(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "twice.cpp"
+    source.write_text(f'#include "{name}"\n#include "{name}"\n')
+    paths = [f"-I{INCLUDE}", f"-I{INCLUDE / 'engine'}"]
+    subprocess.run([csim.find_compiler(), *STRICT, "-fsyntax-only", *paths, str(source)], check=True)
+
+
+def test_no_float_and_no_allocation_in_the_engines() -> None:
+    for path in [*(INCLUDE / "engine").glob("*.h"), INCLUDE / "m3vit_integer.h"]:
+        code = "\n".join(line.split("//")[0] for line in path.read_text().splitlines())
+        for word in ("float", "double", "malloc", "new ", "std::"):
+            assert word not in code, f"{word} in {path.name}"
+
+
+def test_integer_functions_are_those_of_the_headers(tmp_path: Path) -> None:
+    binary = tmp_path / "integers"
+    source = ROOT / "tests" / "hw" / "csim" / "integers.cpp"
+    subprocess.run([csim.find_compiler(), *STRICT, "-O1", f"-I{INCLUDE}", str(source), "-o", str(binary)], check=True)
+    rng = np.random.default_rng(0)
+    big = (2.0 ** rng.uniform(0, 61, 400)).astype(np.int64)
+    edges = np.array([1, 2, 3, (1 << 24) - 1, 1 << 24, (1 << 53) - 1, (1 << 53) + 1, (1 << 54) - 1, (1 << 62) - 1])
+    positive = np.concatenate([big, edges])
+    signed = np.concatenate([rng.integers(-(1 << 47), 1 << 47, 200), [-3, -1, 0, 1, 3]])
+    scores = rng.integers(0, 30 << 12, 300)
+    narrow = np.concatenate([rng.integers(-(1 << 15), 1 << 15, 300), [-(1 << 15), (1 << 15) - 1, 0]])
+    cases: list[tuple[str, np.ndarray, int, int, Callable[[], object]]] = [
+        ("shift_round", signed, 9, 0, lambda: arithmetic.shift_round(signed, 9)),
+        ("shift_round", signed, 0, 0, lambda: arithmetic.shift_round(signed, 0)),
+        ("shift_round", signed, -5, 0, lambda: arithmetic.shift_round(signed, -5)),
+        ("exp2_neg", scores, 12, 17, lambda: arithmetic.exp2_neg(scores, 12, 17)),
+        ("exp2_neg", scores << 14, 26, 17, lambda: arithmetic.exp2_neg(scores << 14, 26, 17)),
+        ("gelu", narrow, 12, 0, lambda: arithmetic.gelu_raw(narrow, 12)),
+        ("gelu", narrow, 22, 0, lambda: arithmetic.gelu_raw(narrow, 22)),
+        ("gelu", narrow, 24, 0, lambda: arithmetic.gelu_raw(narrow, 24)),
+        ("reciprocal", positive, 0, 0, lambda: np.stack(arithmetic.reciprocal(positive), 1)),
+        ("rsqrt", positive, 0, 0, lambda: np.stack(arithmetic.rsqrt(positive), 1)),
+    ]
+    for name, values, a, b, function in cases:
+        text = "".join(f"{name} {value} {a} {b}\n" for value in values)
+        printed = subprocess.run([str(binary)], input=text, capture_output=True, text=True, check=True).stdout
+        np.testing.assert_array_equal(np.array(printed.split(), np.int64), np.ravel(function()), err_msg=name)
+
+
+def random_shape(seed: int) -> Shape:
+    """Sizes at random: tokens around the blocks of attention, odd widths, 4 to 256 experts, k 1 to 8."""
+    rng = np.random.default_rng(seed)
+    weight_bits, act_bits = list(FORMATS.values())[seed % len(FORMATS)]
+    heads = int(rng.integers(1, 5))
+    experts = int(rng.choice([4, 5, 16, 33, 256]))
+    return Shape(
+        grid=(int(rng.integers(1, 12)), int(rng.integers(1, 16))),
+        patch=int(rng.choice([1, 2, 5])),
+        prefix=int(rng.integers(0, 3)),
+        dim=heads * int(rng.integers(2, 15)),
+        depth=int(rng.integers(1, 4)),
+        heads=heads,
+        mlp=int(rng.integers(1, 96)),
+        experts=experts,
+        top_k=int(rng.integers(1, min(experts, 8) + 1)),
+        hidden=int(rng.integers(1, 50)),
+        tasks=int(rng.integers(1, 4)),
+        act_bits=act_bits,
+        weight_bits=weight_bits,
+        finer=int(rng.choice([0, 0, 2])),
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models_word_for_word(builds: Builds, tmp_path: Path, seed: int) -> None:
+    check_words(builds, random_shape(seed), tmp_path, seed)
+
+
+def test_random_shapes_cover_the_range() -> None:
+    shapes = [random_shape(seed) for seed in range(12)]
+    assert {shape.experts for shape in shapes} >= {4, 256} and {shape.top_k for shape in shapes} >= {1, 8}
+    tokens = [shape.grid[0] * shape.grid[1] + shape.prefix for shape in shapes]
+    assert min(tokens) < 64 < 128 < max(tokens)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_saturation_is_counted_alike(builds: Builds, tmp_path: Path, name: str) -> None:
+    weight_bits, act_bits = FORMATS[name]
+    shape = Shape(weight_bits=weight_bits, act_bits=act_bits, finer=4, wide_frac=28)
+    _, counters = check_words(builds, shape, tmp_path)
+    engines = {line["pc"] for line in counters if line["saturated"]}
+    assert len(engines) > 5
+
+
+def norm_of(table: np.ndarray, frac: int, wide_frac: int, eps: float = 1e-6) -> Image:
+    """A program of one LayerNorm: prefix tokens are the input, an identity head lets the result out."""
+    rows, dim = table.shape
+    scheduler = Scheduler(1, 16, 16, wide_frac)
+    x = scheduler.embed("embed", scheduler.image((1, 1), 1), np.zeros((dim, 3)), np.zeros(dim), rows - 1)
+    x = scheduler.position("position", x, table, rows)
+    y = scheduler.norm("norm", x, np.ones(dim), np.zeros(dim), eps, frac)
+    scheduler.head("head", y, np.eye(dim), np.zeros(dim), [dim], [frac])
+    return scheduler.build()
+
+
+PIXEL = np.zeros((1, 1, 3), np.uint8)
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.1, 1.0, 40.0, 3000.0])
+def test_layernorm_at_any_variance(builds: Builds, tmp_path: Path, std: float) -> None:
+    rng = np.random.default_rng(0)
+    dim, wide_frac = 48, 20 if std < 100 else 16
+    table = rng.normal(rng.normal(0, std, (20, 1)), std, (20, dim))
+    table[3] = std * 0.7  # constant: the variance is 0
+    table[4, 5] = 400 * std if std < 30 else 5 * std  # an outlier channel
+    image = norm_of(table, 12, wide_frac)
+    result = Emulator(image).run(PIXEL, 0)
+    outputs, _, _ = builds["w16a16"][0].run(tmp_path, image, PIXEL[None], [0])
+    np.testing.assert_array_equal(outputs[0], result.outputs)
+    rounded = torch.from_numpy(np.round(table * 2.0**wide_frac) * 2.0**-wide_frac)
+    expected = F.layer_norm(rounded, (dim,), eps=1e-6).numpy()
+    # Half an LSB of the result; tables of 1/sqrt, relative to at most sqrt(48).
+    np.testing.assert_allclose(result.outputs.reshape(20, dim) * 2.0**-12, expected, atol=2.0**-13 + 7e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("tokens", "std"), [(20, 1.0), (64, 1.0), (65, 4.0), (150, 0.2), (150, 4.0)])
+def test_attention_is_softmax_attention(tokens: int, std: float) -> None:
+    """The online softmax over blocks of 64 keys against torch's, on the values that the engine reads."""
+    rng = np.random.default_rng(tokens)
+    heads, dim, frac = 3, 24, 11
+    scheduler = Scheduler(1, 16, 16, 16)
+    x = scheduler.embed("embed", scheduler.image((1, 1), 1), np.zeros((dim, 3)), np.zeros(dim), tokens - 1)
+    x = scheduler.position("position", x, rng.normal(0, 1, (tokens, dim)), tokens)
+    y = scheduler.norm("norm", x, np.ones(dim), np.zeros(dim), 1e-6, 12)
+    weight = rng.normal(0, std / math.sqrt(dim), (3 * dim, dim))
+    qkv = scheduler.linear("qkv", y, weight, np.zeros(3 * dim), np.array([frac, frac, frac]))
+    seen = scheduler.attention("attention", qkv, heads, frac)
+    scheduler.head("head", seen, np.eye(dim), np.zeros(dim), [dim], [frac])
+    emulator = Emulator(scheduler.build())
+    captured = []
+    original = emulator._attention
+
+    def capture(state: object, pc: int, i: object) -> None:
+        place = emulator.program[pc].src
+        captured.append(state.narrow[place : place + 3 * dim * tokens].clone())  # type: ignore[attr-defined]
+        original(state, pc, i)  # type: ignore[arg-type]
+
+    emulator._attention = capture  # type: ignore[assignment,method-assign]
+    outputs = emulator.run(PIXEL, 0).outputs.reshape(tokens, dim) * 2.0**-frac
+    values = captured[0].view(tokens, 3, heads, dim // heads) * 2.0**-frac
+    q, k, v = values.permute(1, 2, 0, 3)
+    weights = torch.softmax(q @ k.transpose(1, 2) * math.log(2), dim=-1)
+    expected = (weights @ v).transpose(0, 1).reshape(tokens, dim).numpy()
+    # Scores are rounded to 2^-12 (relative error of a weight 8.5e-5); weights to 2^-17, of a sum of at least 1/2.
+    atol = float(v.abs().max()) * (2e-4 + tokens * 2.0**-17) + 2.0**-12
+    np.testing.assert_allclose(outputs, expected, atol=atol, rtol=0)
+
+
+def test_router_is_softmax_then_top_k_with_ties_to_the_lowest() -> None:
+    from m3vit.hw.program import Instruction
+
+    rng = np.random.default_rng(0)
+    rows, experts, frac = 50, 9, 20
+    logits = rng.integers(-4, 5, (rows, experts)) << 19  # 9 values for 9 experts: ties
+    image, _ = random_vit(Shape())
+    emulator = Emulator(image)
+    state = type("State", (), {"wide": torch.from_numpy(logits.ravel()).double(), "expert_ids": []})()
+    emulator._route(state, Instruction(Op.ROUTE, rows=rows, n_in=experts, src_pitch=experts, a0=3, a1=frac))
+    np.testing.assert_array_equal(state.experts, np.argsort(-logits, axis=1, kind="stable")[:, :3])
+    expected = 2.0 ** (logits * 2.0**-frac)
+    expected = np.take_along_axis(expected / expected.sum(1, keepdims=True), state.experts, axis=1)
+    np.testing.assert_allclose(state.scores * 2.0**-17, expected, atol=2e-5)
+
+
+# --- tasks and experts ----------------------------------------------------------------------------------------------
+
+
+def test_tasks_switch_between_frames(builds: Builds, tmp_path: Path) -> None:
+    """Alternating tasks give what runs of one task give; and only the gates' and the heads' traffic differ."""
+    # Top-4 of 4: every expert has tokens. Else a task that uses fewer experts loads fewer, in whichever order.
+    shape = Shape(grid=(8, 8), tasks=3, depth=4, experts=4, top_k=4)
+    image, _ = random_vit(shape)
+    frames, simulator = frames_of(shape, 6), builds["w16a16"][0]
+    order = [0, 1, 2, 1, 0, 2]
+    mixed, counters, _ = simulator.run(tmp_path / "mixed", image, frames, order)
+    for task in range(3):
+        alone, _, _ = simulator.run(tmp_path / str(task), image, frames, [task] * 6)
+        chosen = [place for place, wanted in enumerate(order) if wanted == task]
+        np.testing.assert_array_equal(mixed[chosen], alone[chosen])
+        assert (mixed[chosen] != 0).any()
+    unknown, _, _ = simulator.run(tmp_path / "unknown", image, frames[:1], [200])
+    np.testing.assert_array_equal(unknown[0], mixed[0])
+    program = image.program
+    by_frame = [{line["pc"]: line for line in counters if line["frame"] == frame} for frame in range(6)]
+    for pc, instruction in enumerate(program):
+        words = [tuple(frame[pc][port] for port in PORTS) for frame in by_frame]
+        if instruction.task < 0:
+            assert len(set(words)) == 1, f"{instruction} moves other data for another task"
+        else:
+            assert instruction.op == Op.GATE or instruction.n_out == 3 + 4 * instruction.task
+            for frame, task in enumerate(order):  # of another task, the instruction itself is all that is read
+                assert (sum(words[frame]) == 96) == (task != instruction.task)
+    gates = [sum(line["gates"] for line in frame.values()) for frame in by_frame]
+    assert len(set(gates)) == 1  # one router for each layer, whichever it is
+
+
+def test_each_used_expert_is_loaded_once(builds: Builds, tmp_path: Path) -> None:
+    shape = Shape(grid=(5, 5), prefix=0, experts=33, top_k=2, tasks=1)
+    image, _ = random_vit(shape)
+    _, counters, routing = builds["w16a16"][0].run(tmp_path, image, frames_of(shape, 1), [0])
+    place = [instruction.op for instruction in image.program].index(Op.EXPERTS)
+    experts = counters[place]
+    used = len(np.unique(routing))
+    assert experts["expert_loads"] == used < 33
+    assert experts["weights"] == used * 2 * shape.dim * shape.hidden * 2
+
+
+@pytest.mark.parametrize("experts", [4, 16, 64, 256])
+def test_any_number_of_experts_in_the_same_buffers(builds: Builds, tmp_path: Path, experts: int) -> None:
+    check_words(builds, Shape(grid=(6, 7), experts=experts, top_k=4, tasks=2), tmp_path)  # one binary for all
+    few, many = (list(replace(HARDWARE, max_experts=n).memories()) for n in (4, experts))
+    changed = [(a, b) for a, b in zip(few, many, strict=True) if a != b]
+    # Counts, starts and the list of active experts: 16 bits an expert each.
+    assert changed in ([], [((3, 16, 4), (3, 16, experts))])
+
+
+# --- sizes of the paper ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_edge_moe_size(tmp_path: Path) -> None:
+    """129 tokens of 192 channels, 12 layers, 16 experts of 384, top-2: the whole network, word for word."""
+    shape = Shape(grid=(8, 16), patch=16, dim=192, depth=12, heads=3, mlp=768, experts=16, top_k=2, hidden=384, tasks=2)
+    image, limits = random_vit(shape)
+    hardware = Hardware(16, 16, 32, **limits)
+    simulator = Simulator.build(tmp_path / "build", hardware, ["-O2"])
+    frames = frames_of(shape, 2)
+    outputs, _, _ = simulator.run(tmp_path / "run", image, frames, [0, 1])
+    emulator = Emulator(image)
+    for task, frame in enumerate(frames):
+        np.testing.assert_array_equal(emulator.run(frame, task).outputs, outputs[task])
+
+
+def test_emulator_shares_what_no_task_changes() -> None:
+    shape = Shape(depth=4)
+    image, _ = random_vit(shape)
+    (frame,) = frames_of(shape, 1)
+    emulator = Emulator(image)
+    together = emulator.run_tasks(frame, [2, 0, 1])
+    for task, result in zip([2, 0, 1], together, strict=True):
+        alone = emulator.run(frame, task)
+        np.testing.assert_array_equal(alone.outputs, result.outputs)
+        assert alone.saturated == result.saturated
+
+
+def test_products_in_float32_are_exact_where_used() -> None:
+    """Small formats take float32 products; a copy forced to float64 gives the same words."""
+    shape = Shape(weight_bits=8, act_bits=8, dim=24, depth=4)
+    image, _ = random_vit(shape)
+    (frame,) = frames_of(shape, 1)
+    fast, exact = Emulator(image), Emulator(image)
+    kinds = set()
+    for prepared in exact.prepared.values():
+        for linear in [item for pair in prepared for item in pair] if isinstance(prepared, list) else [prepared]:
+            if hasattr(linear, "weight"):
+                kinds.add(linear.weight.dtype)
+                linear.weight = linear.weight.double()
+    assert torch.float32 in kinds
+    for task in range(shape.tasks):
+        np.testing.assert_array_equal(fast.run(frame, task).outputs, exact.run(frame, task).outputs)
