@@ -278,10 +278,13 @@ def send_many(server: Server, count: int, make: Callable[[random.Random], bytes]
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_thousand_requests(onnx_package: Path) -> None:
-    """A real package, images of many sizes, some damaged: within 24 MiB of where 300 requests have brought it."""
+    """A real package, images of many sizes, some damaged: within 40 MiB of where 300 requests have brought it.
+
+    Two predictions at a time are there or not when it is measured, 20 MiB; without the runtime's care it grows by 150.
+    """
 
     def make(rng: random.Random) -> bytes:
-        data = png(rng.randrange(8, 200), rng.randrange(8, 200))
+        data = png(rng.randrange(8, 300), rng.randrange(8, 300))
         return data[:50] if rng.random() < 0.1 else data
 
     with serving(onnx_package) as server:
@@ -291,7 +294,7 @@ def test_memory_stays_flat_over_a_thousand_requests(onnx_package: Path) -> None:
         assert len(statuses) == 1000 and set(statuses) == {200, 400}
         assert statuses.count(400) < 200
         grown = server.resident_mib() - settled
-        assert grown < 24, f"{grown:.1f} MiB on {settled:.0f}"
+        assert grown < 40, f"{grown:.1f} MiB on {settled:.0f}"
         assert server.request("GET", "/health")[0] == 200
 
 
