@@ -152,7 +152,8 @@ class Emulator:
         if pixels.dtype != np.uint8 or pixels.size != memory.image:
             raise InputError(f"a frame is {pixels.dtype} {pixels.shape}: give uint8 with {memory.image} values")
         empty = np.zeros((0, 0), np.int64)
-        start = _State(*(torch.zeros(n, dtype=torch.float64) for n in memory[:3]), empty, empty)
+        narrow, wide, output = (torch.zeros(n, dtype=torch.float64) for n in memory[:3])
+        start = _State(narrow, wide, output, empty, empty)
         self._run(start, range(self.first_task_step), -1, pixels)
         results = []
         for place, task in enumerate(tasks):
