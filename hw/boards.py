@@ -21,7 +21,8 @@ FIXED_DSP = 60  # LayerNorm, softmax, rounding, addresses
 # LUTs: 50,000 and 40 a multiplier are near what UbiMoE (arXiv 2502.05602) reports on a ZCU102: 123,400 with 1,850 DSPs.
 FIXED_LUT = 50_000
 LUT_PER_MULTIPLIER = 40
-LUT_RAM_DEPTH = 64  # shallower memories go into LUTs
+# Memories up to 64 words go into LUTs: 8 of them hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
+LUT_RAM_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Hardware:
             bram = math.ceil(width / 72) * math.ceil(depth / 512)
         for copies, width, depth in self.memories():
             if depth <= LUT_RAM_DEPTH:
-                lut += copies * width * 2  # a 64-deep simple dual-port bit takes two LUTs
+                lut += copies * 8 * math.ceil(width / (14 if depth <= LUT_RAM_DEPTH // 2 else 7))
             else:
                 bram += copies * math.ceil(width / 72) * math.ceil(depth / 512)
         multipliers = self.tile_in * (self.tile_out + self.gate_out)
