@@ -36,6 +36,9 @@ DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
 }
 
 
+CHANNELS = {"identity": 1, "unit_vector": 3, "sigmoid": 1}  # of the logits, where the kind decides
+
+
 def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:
     """Turn logits [B, C, H, W] into predictions [B, H, W] or, for unit_vector, [B, H, W, 3].
 

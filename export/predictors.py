@@ -106,14 +106,20 @@ def choose_device(name: str) -> str:
     return name
 
 
-def open_predictor(folder: Path, device: str, batch: int) -> tuple[Predictor, dict[str, Any], str]:
+def open_predictor(
+    folder: Path, device: str, batch: int, precision: str | None = None
+) -> tuple[Predictor, dict[str, Any], str]:
     """Open a run, an ONNX package or an HLS project; return it, what eval.json says of it, and a run's data root.
 
-    `device` (a torch device) and `batch` are those of a run; packages and projects run on the CPU.
+    `device` (a torch device) and `batch` are those of a run; packages and projects run on the CPU. `precision`: of a
+    package that holds several.
     """
     if (folder / PACKAGE_MANIFEST).is_file():
-        package = Package.load(folder)
-        return onnx_predictor(package), {"weights_sha256": package.manifest["weights"]["sha256"]}, ""
+        package = Package.load(folder, precision=precision)
+        info = {"weights_sha256": package.manifest["weights"]["sha256"], "precision": package.precision}
+        return onnx_predictor(package), info, ""
+    if precision is not None:
+        raise InputError(f"--precision is of an ONNX package, and {folder} is none: leave it out")
     if (folder / csim.MANIFEST).is_file():
         if world_size() > 1:
             raise InputError("an HLS project is simulated by one process: start m3vit eval without torchrun")

@@ -4,9 +4,11 @@ Shapes: B images, C channels, H x W pixels.
 """
 
 import hashlib
+import math
 import platform
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.export.decoding import DECODERS, decode, unit
+from m3vit.export.decoding import CHANNELS, DECODERS, decode, unit
+from m3vit.export.drawing import colourise as colourise
+from m3vit.export.drawing import paint as paint
 from m3vit.files import atomic_folder, read_json, require_new, sha256_file
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
@@ -98,7 +102,8 @@ class Package:
             warnings.warn(SATURATES, stacklevel=2)
         if threads is None:
             threads = default_threads(manifest)
-        package = cls(folder, manifest, precision, _Sessions(folder, threads, low_memory, cache))
+        sessions = _Sessions(folder, threads, low_memory, cache, manifest["weights"]["sha256"])
+        package = cls(folder, manifest, precision, sessions)
         package._one_backbone = one_backbone
         return package
 
@@ -115,7 +120,8 @@ class Package:
 
     def session(self, task: str) -> onnxruntime.InferenceSession:
         """Return the onnxruntime session of a task's graph; input `image`, output named like the task."""
-        return self._sessions.get(self.entry(task)["graphs"][self.precision])
+        entry = self.entry(task)
+        return self._sessions.get(entry["graphs"][self.precision], ("image",), task, entry["channels"])
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Turn RGB images uint8 [B, H, W, 3] into the graphs' input float32 [B, 3, H, W]."""
@@ -150,15 +156,12 @@ class Package:
 
     def _run(self, images: NDArray[np.float32], task: str) -> NDArray[np.float32]:
         """Run a task's graph, or the backbone and the task's head, on normalised images that it takes."""
+        entry, run = self.entry(task), self._sessions.run
         if not self._one_backbone:
-            (result,) = self.session(task).run([task], {"image": images})
-            return np.asarray(result, dtype=np.float32)
-        number = np.array([self.tasks.index(task)])
-        backbone = self._sessions.get(self.manifest["backbone"]["graphs"][self.precision])
-        (features,) = backbone.run(["features"], {"image": images, "task": number})
-        head = self._sessions.get(self.entry(task)["heads"][self.precision])
-        (result,) = head.run([task], {"features": features})
-        return np.asarray(result, dtype=np.float32)
+            return run(entry["graphs"][self.precision], {"image": images}, task, entry["channels"])
+        inputs = {"image": images, "task": np.array([entry["number"]])}
+        features = run(self.manifest["backbone"]["graphs"][self.precision], inputs, "features")
+        return run(entry["heads"][self.precision], {"features": features}, task, entry["channels"])
 
     def predict(self, image: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]:
         """Return a task's prediction for one RGB image uint8 [H, W, 3], at the image's own size.
@@ -238,29 +241,70 @@ class Package:
 class _Sessions:
     """The onnxruntime sessions of a package's graphs, made when they are first asked for."""
 
-    def __init__(self, folder: Path, threads: int, low_memory: bool, cache: Path | str | None) -> None:
+    def __init__(
+        self, folder: Path, threads: int, low_memory: bool, cache: Path | str | None, weights_sha256: str
+    ) -> None:
         self.folder, self.threads, self.low_memory = folder, threads, low_memory
+        self.weights_sha256 = weights_sha256
         self.cache = None if cache is None else Path(cache)
         self.sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}  # of the inputs of each session's last run
+        self.lock = threading.Lock()  # a service's threads ask for the same session at once
 
-    def get(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
-        """Return the session of one graph, by its entry in the manifest."""
-        name = entry["file"]
-        if name not in self.sessions:
-            path = self.folder / name
-            try:
-                self.sessions[name] = self._cached(entry) if self.cache is not None else self._create(path)
-            except OSError:
-                raise
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                reason = str(error).splitlines()[0]
-                raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
-        return self.sessions[name]
+    def run(
+        self, entry: dict[str, Any], inputs: dict[str, NDArray[Any]], output: str, channels: int | None = None
+    ) -> NDArray[np.float32]:
+        """Run one graph, by its entry in the manifest; `output` and `channels` as in `get`.
+
+        After a run of another size than the last, onnxruntime gives its memory back: it would keep what every size
+        needed, and images of many sizes take gigabytes in the end. Not after every run: at one size, giving back and
+        taking again costs up to half of the time.
+        """
+        session = self.get(entry, tuple(inputs), output, channels)
+        shapes = [value.shape for value in inputs.values()]
+        last, self.shapes[entry["file"]] = self.shapes.get(entry["file"], shapes), shapes
+        options = None
+        if last != shapes and not self.low_memory:  # which keeps nothing anyway
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        (result,) = session.run([output], inputs, options)
+        return np.asarray(result, dtype=np.float32)
+
+    def get(
+        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None = None
+    ) -> onnxruntime.InferenceSession:
+        """Return the session of one graph, by its entry in the manifest, or raise InputError if it is another's graph.
+
+        `inputs` and `output` are the names it must have, `channels` those of its output.
+        """
+        with self.lock:
+            if entry["file"] not in self.sessions:
+                self.sessions[entry["file"]] = self._make(entry, inputs, output, channels)
+            return self.sessions[entry["file"]]
+
+    def _make(
+        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None
+    ) -> onnxruntime.InferenceSession:
+        path = self.folder / entry["file"]
+        try:
+            session = self._cached(entry) if self.cache is not None else self._create(path)
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            reason = str(error).splitlines()[0]
+            raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
+        found, results = tuple(one.name for one in session.get_inputs()), session.get_outputs()
+        width = results[0].shape[1] if results else None
+        fits = channels is None or not isinstance(width, int) or width == channels
+        if found != inputs or [one.name for one in results] != [output] or not fits:
+            raise InputError(f"{path} is not the graph that {MANIFEST} describes: export the package again")
+        return session
 
     def _options(self) -> onnxruntime.SessionOptions:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # it keeps a plan for every size it met
         options.log_severity_level = 3  # errors; what it warns about is its own memory planning
         if self.low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -274,7 +318,7 @@ class _Sessions:
     def _cached(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
         """Return a session whose graph was optimised and whose weights were laid out before, on a machine like this."""
         assert self.cache is not None
-        key = hashlib.sha256(f"{entry['sha256']} {sha256_file(self.folder / 'weights.bin')} {machine()}".encode())
+        key = hashlib.sha256(f"{entry['sha256']} {self.weights_sha256} {machine()}".encode())
         home = self.cache / f"{Path(entry['file']).stem}-{key.hexdigest()[:16]}"
         if not (home / "graph.onnx").is_file():
             require_new(home)
@@ -339,24 +383,38 @@ def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:
     try:
         image, tasks, precisions = manifest["image"], manifest["tasks"], manifest["precisions"]
         entries = file_entries({**manifest, "run": None})
-        complete = len(image["mean"]) == len(image["std"]) == 3 and len(image["train_size"]) == 2 and bool(tasks)
+        complete = _numbers(image["mean"], 3) and _numbers(image["std"], 3) and min(image["std"]) > 0
+        complete &= _size(image["train_size"]) and bool(tasks)
         complete &= bool(precisions) and isinstance(manifest["weights"]["file"], str) and manifest["macs"] >= 0
         for entry in entries:
             # A plain name: a manifest from a stranger must not make us read files elsewhere.
             complete &= Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
         backbone = manifest["backbone"]
         for entry in tasks.values():
-            complete &= entry["decode"] in DECODERS and int(entry["patch_multiple"]) > 0
-            complete &= entry["input_size"] is None or len(entry["input_size"]) == 2
+            kind, channels = entry["decode"], entry["channels"]
+            complete &= kind in DECODERS and isinstance(channels, int) and CHANNELS.get(kind, channels) == channels
+            complete &= _size([entry["patch_multiple"]] * 2)
+            complete &= entry["input_size"] is None or _size(entry["input_size"])
             complete &= entry["batch"] in (None, 1)
-            complete &= entry["decode"] != "argmax" or len(entry["palette"]) > 0
+            complete &= kind != "argmax" or len(entry["palette"]) == channels > 0
             for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
+                complete &= not backbone or isinstance(entry["number"], int)
                 complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
     except (KeyError, TypeError, AttributeError, ValueError):
         complete = False
     if not complete:
         raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
     return entries
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Return whether `values` are so many finite numbers."""
+    return len(values) == count and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+
+
+def _size(values: Any) -> bool:
+    """Return whether `values` are two positive whole numbers."""
+    return len(values) == 2 and all(isinstance(value, int) and value > 0 for value in values)
 
 
 def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -372,61 +430,3 @@ def _resized(array: NDArray[Any], size: tuple[int, int], kind: str) -> NDArray[A
         return np.asarray(Image.fromarray(array).resize(shape, Image.Resampling.BILINEAR))
     channels = [_resized(np.ascontiguousarray(array[..., axis]), size, "identity") for axis in range(3)]
     return unit(np.stack(channels, axis=-1))
-
-
-# Nine points of matplotlib's inferno map (public domain, CC0), dark to bright, even in perceived lightness.
-_RAMP = np.array(
-    [
-        (0, 0, 4),
-        (31, 12, 72),
-        (85, 15, 109),
-        (136, 34, 106),
-        (186, 54, 85),
-        (227, 89, 51),
-        (249, 140, 10),
-        (249, 201, 50),
-        (252, 255, 164),
-    ],
-    dtype=np.float32,
-)
-
-
-def _depth_picture(depth: NDArray[np.float32], depth_range: tuple[float, float] | None) -> NDArray[np.uint8]:
-    """Near is bright; invalid (<= 0) pixels are black. Without a range: the picture's own, less its extreme 2 %."""
-    valid = np.isfinite(depth) & (depth > 0)
-    if not valid.any():
-        return np.zeros((*depth.shape, 3), np.uint8)
-    near, far = depth_range or np.percentile(depth[valid], (2, 98))
-    share = (far - np.where(valid, depth, far)) / max(far - near, 1e-6)
-    position = np.clip(share, 0, 1) * (len(_RAMP) - 1)
-    channels = [np.interp(position, np.arange(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)]
-    return np.where(valid[..., None], np.rint(np.stack(channels, axis=-1)), 0).astype(np.uint8)
-
-
-def colourise(array: NDArray[Any], task: str, manifest: dict[str, Any]) -> NDArray[np.uint8]:
-    """Turn a prediction of `Package.predict` into a picture to look at, uint8 [H, W, 3]."""
-    entry = manifest["tasks"][task]
-    return paint(array, entry["decode"], entry.get("palette", ()))
-
-
-def paint(
-    array: NDArray[Any],
-    kind: str,
-    palette: Sequence[Sequence[int]] = (),
-    depth_range: tuple[float, float] | None = None,
-) -> NDArray[np.uint8]:
-    """Turn a decoded prediction or a label of a kind (see `decode`) into a picture, uint8 [H, W, 3].
-
-    argmax: the palette's colours, other ids black. identity (depth, metres): near bright, far dark, over
-    `depth_range` or the picture's own. unit_vector: (n + 1) / 2. sigmoid: dark on white.
-    """
-    if kind == "argmax":
-        colours = np.zeros((256, 3), np.uint8)
-        colours[: len(palette)] = palette
-        return colours[array]
-    if kind == "unit_vector":
-        return np.rint(np.clip((array + 1) / 2, 0, 1) * 255).astype(np.uint8)
-    if kind == "sigmoid":
-        grey = np.rint((1 - np.clip(array, 0, 1)) * 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    return _depth_picture(array, depth_range)

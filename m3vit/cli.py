@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__
-from m3vit.commands import data, evaluation, hls, onnx, report, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
 from m3vit.errors import InputError
 
@@ -38,7 +38,12 @@ COMMANDS: dict[str, Command] = {
         onnx.add_export_onnx,
         onnx.run_export_onnx,
     ),
-    "predict": ("Predict with an ONNX package: onnxruntime only, no torch.", onnx.add_predict, onnx.run_predict),
+    "predict": (
+        "Predict images and videos with an ONNX package: onnxruntime only, no torch.",
+        predict.add_predict,
+        predict.run_predict,
+    ),
+    "serve": ("Serve an ONNX package over HTTP, with a page to try it on.", predict.add_serve, predict.run_serve),
     "export hls": (
         "Write an hls4ml project with all tasks, switched at run time.",
         hls.add_export_hls,
@@ -47,6 +52,13 @@ COMMANDS: dict[str, Command] = {
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", hls.add_csim, hls.run_csim),
     "report": ("Draw one self-contained HTML page about a run.", report.add_report, report.run_report),
     "demo": ("Everything above in a row, on rendered scenes.", report.add_demo, report.run_demo),
+}
+
+# The extra (pyproject.toml) that brings a module; of others it is `train`.
+EXTRAS = {
+    **dict.fromkeys(("onnx", "onnxscript", "hls4ml"), "export"),
+    "av": "video",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
 
 
@@ -86,8 +98,9 @@ def run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C.
 
-    `m3vit data check` returns 1 if the data set has problems; `m3vit train` 128 + the number of the signal that stopped
-    it (SIGTERM 143, SIGUSR1 138).
+    `m3vit data check` returns 1 if the data set has problems, `m3vit predict` if an input could not be predicted;
+    `m3vit predict` and `m3vit train` 128 + the number of the signal that stopped them (SIGTERM
+    143, SIGUSR1 138).
     """
     # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
     # process wants one of the cores; sleeping ones lose little.
@@ -101,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        # Commands beyond `predict` need an extra; which one depends on the module.
-        extra = "export" if error.name and error.name.split(".")[0] in ("onnx", "onnxscript", "hls4ml") else "train"
+        # All but `predict` of images needs an extra; which one depends on the module.
+        extra = EXTRAS.get((error.name or "").split(".")[0], "train")
         if error.name and error.name.startswith("m3vit"):
             raise
         print(f"m3vit: error: this command needs {error.name}: pip install 'm3vit[{extra}]'", file=sys.stderr)

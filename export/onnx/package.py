@@ -44,13 +44,15 @@ UNITS = {
 class Content:
     """What a package holds of a model.
 
-    opset: of the graphs. size: (height, width) in pixels they are fixed to, None for any. static: graphs whose shapes
-    do not depend on the data (`lower_moe`'s wide form), for one image of `size`. precisions: of PRECISIONS; the first
-    is what a user gets who asks for none. choices: for each task the experts its graph keeps and uses; tasks not named
-    get all of them, as trained. coverage: the share of the gate mass that these hold, by task and layer, for the
-    manifest. one_backbone: also a graph of the backbone that takes the task as an input, and one of each head.
+    tasks: those that get graphs; none named means all. opset: of the graphs. size: (height, width) in pixels they
+    are fixed to, None for any. static: graphs whose shapes do not depend on the data (`lower_moe`'s wide form), for
+    one image of `size`. precisions: of PRECISIONS; the first is what a user gets who asks for none. choices: for
+    each task the experts its graph keeps and uses; tasks not named get all of them, as trained. coverage: the share
+    of the gate mass that these hold, by task and layer, for the manifest. one_backbone: also a graph of the
+    backbone that takes the task as an input, and one of each head.
     """
 
+    tasks: tuple[str, ...] = ()
     opset: int = MIN_OPSET
     size: tuple[int, int] | None = None
     static: bool = False
@@ -84,7 +86,7 @@ def export_package(
     info: dict[str, Any],
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Export every task of the model into the folder `out`, and return the manifest.
+    """Export the model, or some of its tasks, into the folder `out`, and return the manifest.
 
     Writes `<task>.onnx` for each task and precision, `weights.bin` and `manifest.json`; `info` (JSON values:
     checkpoint, commit, ...) becomes the manifest's `run`; `progress` gets a line a step. Everything is written to a
@@ -97,7 +99,9 @@ def export_package(
     content.check()
     _check_replaceable(out)
     say = progress or (lambda line: None)
-    names = model.config.tasks
+    for task in content.tasks:
+        model.task_id(task)
+    names = [task for task in model.config.tasks if task in (content.tasks or model.config.tasks)]
     macs = {task: entry["macs"]["total"] for task, entry in profile(model.config)["tasks"].items()}
     with atomic_folder(out) as folder:
         with open(folder / WEIGHTS, "wb") as file:
@@ -185,6 +189,7 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
     choice, blocks = content.choices.get(task.name, ALL), model.backbone.moe_indices
     shares = content.coverage.get(task.name)
     entry: dict[str, Any] = {
+        "number": model.task_id(task.name),  # which a backbone of all tasks takes
         "channels": config.labels.channels(task.name),
         "decode": task.decode,
         "unit": UNITS[task.decode],

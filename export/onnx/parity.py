@@ -83,7 +83,8 @@ class _Record:
     def count(self, routings: list[Routing]) -> None:
         """Add the tokens that each expert got."""
         loads = [expert_load(routing.expert_ids_RNK, _num_experts(routing))[0].cpu() for routing in routings]
-        self.loads = [old + new for old, new in zip(self.loads or [0] * len(loads), loads, strict=True)]
+        before = self.loads or [torch.zeros_like(load) for load in loads]
+        self.loads = [old + new for old, new in zip(before, loads, strict=True)]
         self.allowed = [
             torch.ones_like(load, dtype=torch.bool) if routing.allowed_RE is None else routing.allowed_RE[0].cpu()
             for load, routing in zip(loads, routings, strict=True)

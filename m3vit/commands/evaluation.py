@@ -18,6 +18,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data.root", dest="data_root", help="data root (default: the one a run was trained on)")
     parser.add_argument("--device", default="auto", help="of a run: cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--precision", default=None, help="of an ONNX package: one it holds (default: its first)")
     parser.add_argument("--batch", type=positive, default=1, help="images a run takes at once (default: 1)")
     parser.add_argument("--workers", type=positive, default=None, help="processes matching edges (default: one a core)")
     parser.add_argument("--all-metrics", action="store_true", help="print every metric, not the headline one alone")
@@ -27,8 +28,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     if args.compare:
-        if args.data_root or args.workers or args.all_metrics:
-            raise InputError("--compare shows what was evaluated: leave out --data.root, --workers and --all-metrics")
+        if args.data_root or args.workers or args.all_metrics or args.precision:
+            raise InputError(
+                "--compare shows what was evaluated: leave out --data.root, --workers, --all-metrics and --precision"
+            )
         from m3vit.evaluation.compare import compare
 
         print_comparison(compare(args.folders, args.protocol, args.baseline))
@@ -40,7 +43,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from m3vit.evaluation.scoring import score
     from m3vit.export.predictors import choose_device, open_predictor
 
-    predictor, info, root = open_predictor(folder, choose_device(args.device), args.batch)
+    predictor, info, root = open_predictor(folder, choose_device(args.device), args.batch, args.precision)
     if not (args.data_root or root):
         raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
     is_run = predictor.name == "torch"

@@ -1,4 +1,4 @@
-"""m3vit export onnx, predict."""
+"""m3vit export onnx."""
 
 import argparse
 from pathlib import Path
@@ -11,6 +11,7 @@ from m3vit.errors import InputError
 def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="package folder to write")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="T", help="tasks to export (default: all)")
     parser.add_argument("--opset", type=int, default=20, choices=range(20, 24), help="ONNX opset (default: 20)")
     parser.add_argument(
         "--size", type=image_size, default=None, help="fix the image size to HEIGHTxWIDTH (default: any)"
@@ -75,10 +76,10 @@ def run_export_onnx(args: argparse.Namespace) -> None:
     if args.sweep:
         from m3vit.export.onnx.sweep import sweep
 
-        if prune or top_k or args.static or args.one_backbone or args.precision != ["fp32"]:
+        if args.tasks or prune or top_k or args.static or args.one_backbone or args.precision != ["fp32"]:
             raise InputError(
-                "--sweep tries precisions, coverages and top-k itself: leave out --precision, --prune, --keep, "
-                "--top-k, --static and --one-backbone"
+                "--sweep tries precisions, coverages and top-k itself: leave out --tasks, --precision, --prune, "
+                "--keep, --top-k, --static and --one-backbone"
             )
         with progress_bar("sweeping") as bar:
             result = sweep(run, args.out, request, opset=args.opset, size=args.size, progress=bar)
@@ -86,6 +87,7 @@ def run_export_onnx(args: argparse.Namespace) -> None:
         say(f"{args.out / 'sweep.json'}, {args.out / 'sweep.png'}")
         return
     content = Content(
+        tasks=tuple(args.tasks),
         opset=args.opset,
         size=args.size,
         static=args.static,
@@ -97,48 +99,25 @@ def run_export_onnx(args: argparse.Namespace) -> None:
 
 
 def print_sweep(result: dict[str, Any]) -> None:
-    """Print the trade-off, a table for each task, the choices no other one beats in bold."""
+    """Print, for each task, the graph as trained and the ways that no other one beats."""
     from rich.console import Console
     from rich.table import Table
 
     from m3vit.tasks import TASKS
 
-    caption = (
-        f"{result['images']} val images, protocol {result['protocol']}; time relative to fp32 as trained, "
-        f"{result['threads']} thread, batch 1, {result['size'][0]}x{result['size'][1]}; bold: not beaten"
-    )
     console = Console(width=max(Console().width, 100))
     for task, points in result["tasks"].items():
         row = TASKS[task]
         arrow = "↑" if row.higher_is_better else "↓"
         names = ("precision", "coverage", "experts kept", "top-k", "MB", "time", f"{row.metric} ({row.unit}) {arrow}")
-        table = Table(*names, title=task, caption=caption)
-        for point in points:
+        shown = [point for place, point in enumerate(points) if point["pareto"] or place == 0]
+        table = Table(*names, title=task, caption=f"{len(points)} ways tried; beside the first, those that none beats")
+        for point in [shown[0], *sorted(shown[1:], key=lambda point: -point["bytes"])]:
             coverage = "all" if point["coverage"] is None else f"{point['coverage']:g}"
             cells = (point["precision"], coverage, f"{point['experts']:.1f}", str(point["top_k"]))
-            figures = (f"{point['bytes'] / 1e6:.2f}", f"{point['time']:.2f}", f"{point['metric']:.3f}")
-            table.add_row(*cells, *figures, style="bold" if point["pareto"] else "dim")
+            table.add_row(*cells, f"{point['bytes'] / 1e6:.2f}", f"{point['time']:.2f}", f"{point['metric']:.3f}")
         console.print(table)
-
-
-def add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--task", required=True, help="task to predict")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
-    parser.add_argument(
-        "--resize",
-        action="store_true",
-        help="run at the size of a fixed-size package, or the size trained at: for large images",
+    say(
+        f"{result['images']} val images, protocol {result['protocol']}; processor time relative to fp32 as trained, "
+        f"one thread, batch 1, {result['size'][0]}x{result['size'][1]}"
     )
-    parser.add_argument("--threads", type=positive, default=1, help="onnxruntime threads (default: 1)")
-
-
-def run_predict(args: argparse.Namespace) -> None:
-    from m3vit.export.predict import predict_files
-
-    for path in predict_files(
-        args.package, args.task, args.images, args.out, raw=args.raw, resize=args.resize, threads=args.threads
-    ):
-        say(str(path))

@@ -11,8 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from m3vit.export.onnx.graph import export_task
+from m3vit.export.onnx.graph import trace_task
+from m3vit.export.onnx.lower import ALL, Choice, lower_moe
 from m3vit.export.onnx.parity import LIMIT
+from m3vit.export.onnx.quantize import quantize
 from m3vit.export.runtime import Package
 from m3vit.training.checkpoint import load_run
 from tests.conftest import Cli
@@ -21,32 +23,45 @@ Array = NDArray[np.float32]
 TASKS = ("semseg", "depth", "normals", "edge")
 
 
+# Of integers: an input between two of them may be rounded either way, and the next layers carry that on.
+INTEGER_LIMIT = 5e-3
+
+
 def make_images(count: int, size: tuple[int, int]) -> Array:
     return np.random.default_rng(5).standard_normal((count, 3, *size)).astype(np.float32)
 
 
-def run_openvino(graph: Path, images: Array, threads: int = 1) -> Array:
+def run_reference(graph: Path, inputs: dict[str, Any]) -> Array:
+    # Its Gelu is a function of its context, which shape inference provides.
+    results: Any = ReferenceEvaluator(onnx.shape_inference.infer_shapes(onnx.load(graph))).run(None, inputs)
+    return np.asarray(results[0])
+
+
+def run_openvino(graph: Path, inputs: dict[str, Any], threads: int = 1) -> Array:
     """Run a graph with its dynamic shapes as they are, in float32 (on some CPUs bfloat16 is the default)."""
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = core.compile_model(core.read_model(str(graph)), "CPU", options)
-    return np.asarray(compiled({"image": images})[0])
+    return np.asarray(compiled(inputs)[0])
 
 
-def assert_same(actual: Array, expected: Array) -> None:
+def run_onnxruntime(graph: Path, inputs: dict[str, Any]) -> Array:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, inputs)[0])
+
+
+def assert_same(actual: Array, expected: Array, limit: float = LIMIT) -> None:
     assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max()
+    assert np.abs(actual - expected).max() < limit * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("size", [(32, 48), (24, 40)], ids=str)
 @pytest.mark.parametrize("task", TASKS)
 def test_onnx_reference_runs_the_whole_graph(onnx_package: Path, task: str, size: tuple[int, int]) -> None:
-    # Its Gelu is a function of its context, which shape inference provides.
-    graph = onnx.shape_inference.infer_shapes(onnx.load(onnx_package / f"{task}.onnx"))
     images = make_images(2, size)
-    results: Any = ReferenceEvaluator(graph).run(None, {"image": images})
-    assert_same(results[0], Package.load(onnx_package, threads=1).logits(images, task))
+    expected = Package.load(onnx_package, threads=1).logits(images, task)
+    assert_same(run_reference(onnx_package / f"{task}.onnx", {"image": images}), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -56,7 +71,7 @@ def test_openvino_runs_the_whole_graph(onnx_package: Path, task: str, threads: i
     for count in (1, 5):
         images = make_images(count, (32, 48))
         expected = Package.load(onnx_package, threads=1).logits(images, task)
-        assert_same(run_openvino(onnx_package / f"{task}.onnx", images, threads), expected)
+        assert_same(run_openvino(onnx_package / f"{task}.onnx", {"image": images}, threads), expected)
 
 
 @pytest.mark.xfail(
@@ -66,19 +81,52 @@ def test_openvino_runs_the_whole_graph(onnx_package: Path, task: str, threads: i
 def test_openvino_at_a_size_not_trained_at(onnx_package: Path) -> None:
     images = make_images(2, (40, 64))
     expected = Package.load(onnx_package, threads=1).logits(images, "depth")
-    assert_same(run_openvino(onnx_package / "depth.onnx", images), expected)
+    assert_same(run_openvino(onnx_package / "depth.onnx", {"image": images}), expected)
 
 
-def test_openvino_at_a_size_not_trained_at_but_fixed(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def traced(tiny_run: Path) -> dict[str, onnx.ModelProto]:
+    """Graphs of one task before lowering: of any size, of a fixed one not trained at, and for one image of it."""
+    model = load_run(tiny_run).model
+    return {
+        "any": trace_task(model, "normals"),
+        "fixed": trace_task(model, "normals", opset=23, size=(40, 64)),
+        "static": trace_task(model, "normals", size=(40, 64), batch=1),
+    }
+
+
+def test_openvino_at_a_size_not_trained_at_but_fixed(traced: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
     # The exporter computes the position embedding of a fixed size: no cubic Resize is left.
-    graph = export_task(load_run(tiny_run).model, "normals", opset=23, size=(40, 64))
+    graph, path = lower_moe(copy(traced["fixed"])), tmp_path / "fixed.onnx"
     resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
     modes = [attribute.s for node in resizes for attribute in node.attribute if attribute.name == "mode"]
     assert b"cubic" not in modes
-    onnx.save(graph, tmp_path / "fixed.onnx")
-    images = make_images(2, (40, 64))
-    session = onnxruntime.InferenceSession(tmp_path / "fixed.onnx", providers=["CPUExecutionProvider"])
-    assert_same(run_openvino(tmp_path / "fixed.onnx", images), np.asarray(session.run(None, {"image": images})[0]))
+    onnx.save(graph, path)
+    images = {"image": make_images(2, (40, 64))}
+    assert_same(run_openvino(path, images), run_onnxruntime(path, images))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-mixed", "int8-experts"])
+@pytest.mark.parametrize("form", ["sparse", "pruned", "static"])
+def test_every_kind_of_graph(traced: dict[str, onnx.ModelProto], tmp_path: Path, form: str, precision: str) -> None:
+    graph = copy(traced["static" if form == "static" else "any"])
+    choice = Choice(1, {0: (1, 3), 1: (0, 1, 2)}) if form == "pruned" else ALL
+    lower_moe(graph, choice, "wide" if form == "static" else "sparse")
+    path = tmp_path / "graph.onnx"
+    onnx.save(quantize(graph, precision), path)
+    if form == "static":  # nothing about its shapes is left open
+        operators = {node.op_type for node in onnx.load(path).graph.node}
+        assert not operators & {"NonZero", "Split", "Shape", "Range"}
+    images = {"image": make_images(1, (40, 64)) if form == "static" else make_images(2, (32, 48))}
+    expected, limit = run_onnxruntime(path, images), LIMIT if precision == "fp32" else INTEGER_LIMIT
+    assert_same(run_reference(path, images), expected, limit)
+    assert_same(run_openvino(path, images), expected, limit)
+
+
+def copy(graph: onnx.ModelProto) -> onnx.ModelProto:
+    other = onnx.ModelProto()
+    other.CopyFrom(graph)
+    return other
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,8 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.export.predict import predict_files, read_image
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, Package, colourise, decode
 from m3vit.tasks import palette
 
@@ -225,6 +221,20 @@ def test_changed_files_are_refused(folder: Path) -> None:
         Package.load(folder, verify=False).predict(make_image(8, 8), "depth")
 
 
+def test_graphs_that_the_manifest_did_not_mean_are_refused(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tasks"]["depth"]["graphs"] = manifest["tasks"]["edge"]["graphs"]
+    manifest["tasks"]["semseg"].update(channels=4, palette=palette("abcd"))
+    path.write_text(json.dumps(manifest))
+    package = Package.load(folder)
+    with pytest.raises(InputError, match=r"edge.onnx is not the graph that manifest.json describes"):
+        package.predict(make_image(8, 8), "depth")
+    with pytest.raises(InputError, match=r"semseg.onnx is not the graph"):
+        package.predict(make_image(8, 8), "semseg")
+    assert package.predict(make_image(8, 8), "edge").shape == (8, 8)
+
+
 def test_damaged_manifests_are_refused(folder: Path) -> None:
     path = folder / "manifest.json"
     good = json.loads(path.read_text())
@@ -272,69 +282,3 @@ def test_colours(folder: Path) -> None:
     brightness = colourise(np.linspace(1, 5, 50, dtype=np.float32)[None], "depth", manifest)[0].astype(int).sum(axis=1)
     assert (np.diff(brightness) <= 0).all() and brightness[0] > 600 and brightness[-1] < 10  # near bright
     assert not colourise(np.full((2, 2), np.nan, np.float32), "depth", manifest).any()
-
-
-def test_predict_files(folder: Path, tmp_path: Path) -> None:
-    image = make_image(9, 14)
-    Image.fromarray(image).save(tmp_path / "room.png")
-    Image.fromarray(image).convert("L").save(tmp_path / "grey.jpg")
-    out = tmp_path / "new" / "out"
-    written = predict_files(folder, "depth", [tmp_path / "room.png", tmp_path / "grey.jpg"], out, raw=True)
-    names = ["room_depth.png", "room_depth.npy", "grey_depth.png", "grey_depth.npy"]
-    assert [path.name for path in written] == names
-    assert sorted(path.name for path in out.iterdir()) == sorted(names)
-    raw = np.load(out / "room_depth.npy")
-    np.testing.assert_array_equal(raw, Package.load(folder, threads=1).predict(image, "depth"))
-    with Image.open(out / "room_depth.png") as picture:
-        assert picture.size == (14, 9)
-
-
-def test_predict_files_refuses(folder: Path, tmp_path: Path) -> None:
-    good, out = tmp_path / "a.png", tmp_path / "out"
-    Image.fromarray(make_image(8, 8)).save(good)
-    (tmp_path / "torn.png").write_bytes(good.read_bytes()[:60])
-    (tmp_path / "text.png").write_text("not an image")
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
-    Image.fromarray(make_image(2, 2)).save(tmp_path / "small.png")
-    (tmp_path / "sub").mkdir()
-    Image.fromarray(make_image(8, 8)).save(tmp_path / "sub" / "a.jpg")
-    for name, match in (
-        ("none.png", "none.png not found"),
-        ("torn.png", "torn.png cannot be read"),
-        ("text.png", "text.png cannot be read"),
-        ("deep.png", "deep.png has more than 8 bits"),
-        ("small.png", r"small.png: the image is 2x2"),
-        ("sub/a.jpg", r"a.png and .*a.jpg would both become a_edge.png"),
-    ):
-        with pytest.raises(InputError, match=match):
-            predict_files(folder, "edge", [good, tmp_path / name], out)
-    with pytest.raises(InputError, match="no images"):
-        predict_files(folder, "edge", [], out)
-    with pytest.raises(InputError, match="is a file"):
-        predict_files(folder, "edge", [good], tmp_path / "torn.png")
-    picture = tmp_path / "a_edge.png"
-    Image.fromarray(make_image(8, 8)).save(picture)
-    with pytest.raises(InputError, match="would overwrite an image"):
-        predict_files(folder, "edge", [good, picture], tmp_path)
-
-
-def test_images_are_read_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to view
-    image = make_image(4, 6)
-    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(image, -1))
-
-
-def test_runs_where_torch_cannot_be_imported(folder: Path, tmp_path: Path) -> None:
-    Image.fromarray(make_image(9, 14)).save(tmp_path / "room.png")
-    code = (
-        "import sys; sys.modules.update(torch=None, timm=None, onnx=None)\n"
-        "from pathlib import Path\n"
-        "from m3vit.export.predict import predict_files\n"
-        "package, image, out = map(Path, sys.argv[1:])\n"
-        "print(predict_files(package, 'normals', [image], out)[0].name)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "room.png"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.strip() == "room_normals.png"

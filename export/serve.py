@@ -1,0 +1,476 @@
+"""m3vit serve: an exported package behind HTTP (FastAPI and uvicorn, an extra: m3vit[serve]). No torch.
+
+A request holds one of `concurrency + queue` places from before its body is read until it is answered, so memory is
+bounded by them and by the limits on bytes and pixels; one that finds none is refused with 503. Predictions run in
+`concurrency` threads. Every refusal is JSON: {"error": "..."}.
+"""
+
+import asyncio
+import base64
+import io
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import python_multipart  # noqa: F401 (starlette reads forms with it, and would say so only at the first form)
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from numpy.typing import NDArray
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from m3vit import __version__
+from m3vit.errors import InputError
+from m3vit.export.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
+from m3vit.export.images import WEB_FORMATS, TooManyPixels, decode_image
+from m3vit.export.runtime import MAX_PATCHES, Package
+from m3vit.export.summary import summarise
+
+MAX_BYTES = 20 << 20  # of a request's image
+MAX_PIXELS = 1 << 24  # of an image; the widest prediction, normals in float32, then has 192 MiB
+BODY_S = 30.0  # for a request's body to arrive
+SHUTDOWN_S = 60  # for requests in flight to finish
+RETRY_S = 1
+_FORM_EXTRA = 1 << 16  # bytes of a form around its image
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the latency histogram
+_PNG_LEVEL = 3  # of compression; beyond it, time grows faster than the file shrinks
+
+
+class Format(str, Enum):
+    """What `POST /predict/{task}` answers with."""
+
+    PNG = "png"
+    OVERLAY = "overlay"
+    NPY = "npy"
+    JSON = "json"
+
+
+class Resize(str, Enum):
+    """Whether images run at the size trained at instead of their own; `auto`: only those that cannot otherwise."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one service: bytes and pixels of an image, predictions at a time, requests waiting for one."""
+
+    max_bytes: int = MAX_BYTES
+    max_pixels: int = MAX_PIXELS
+    concurrency: int = 2
+    queue: int = 16
+
+
+class Metrics:
+    """What `GET /metrics` shows, besides the process's own memory, time and files."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        labels = ("task", "status")
+        self.requests = Counter("m3vit_requests", "Answered requests.", labels, registry=self.registry)
+        self.seconds = Histogram(
+            "m3vit_request_seconds",
+            "From a request's head to its answer's end.",
+            ("task",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("m3vit_requests_in_flight", "Requests being read or answered.", registry=self.registry)
+        self.rejected = Counter("m3vit_requests_rejected", "Requests refused as too many.", registry=self.registry)
+
+
+class Service:
+    """Answers prediction requests for some of a package's tasks."""
+
+    def __init__(self, package: Package, tasks: list[str], limits: Limits) -> None:
+        self.package, self.tasks, self.limits = package, tasks, limits
+        self.metrics = Metrics()
+        self.pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="predict")
+        self._running = asyncio.Semaphore(limits.concurrency)
+        self._places = limits.concurrency + limits.queue
+
+    async def predict(self, request: Request, task: str, answer: "Answer") -> Response:
+        """Answer one request, or raise HTTPException."""
+        if task not in self.tasks:
+            raise HTTPException(404, f"no task {task!r}: this service has {', '.join(self.tasks)}")
+        if not self._places:
+            self.metrics.rejected.inc()
+            message = f"{self.limits.concurrency + self.limits.queue} requests are in hand already: try again later"
+            raise HTTPException(503, message, {"Retry-After": str(RETRY_S)})
+        self._places -= 1
+        try:
+            try:
+                data = await asyncio.wait_for(read_image_bytes(request, self.limits.max_bytes), BODY_S)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"the image did not arrive within {BODY_S:.0f} s: send it again") from None
+            async with self._running:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self.pool, self._work, data, task, answer)
+        finally:
+            self._places += 1
+
+    def _work(self, data: bytes, task: str, answer: "Answer") -> Response:
+        """Decode, predict and encode: what takes time, in a thread."""
+        try:
+            image = decode_image(data, "the image", self.limits.max_pixels, WEB_FORMATS)
+        except TooManyPixels as error:
+            raise HTTPException(413, str(error)) from None
+        except InputError as error:
+            raise HTTPException(400, str(error)) from None
+        entry = self.package.entry(task)
+        resize = answer.resize is Resize.ALWAYS or (
+            answer.resize is Resize.AUTO and must_resize(entry, image.shape[0], image.shape[1])
+        )
+        start = time.perf_counter()
+        try:
+            prediction = self.package.predict(image, task, resize=resize)
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
+        elapsed = time.perf_counter() - start
+        manifest = self.package.manifest
+        if answer.format is Format.NPY:
+            return Response(_npy(prediction), media_type="application/octet-stream")
+        if answer.format is Format.PNG:
+            return Response(_png(colourise(prediction, task, manifest)), media_type="image/png")
+        if answer.format is Format.OVERLAY:
+            return Response(_png(overlay(image, prediction, task, manifest)), media_type="image/png")
+        figures = {
+            "task": task,
+            "height": image.shape[0],
+            "width": image.shape[1],
+            "resized": resize,
+            "milliseconds": round(1000 * elapsed, 3),
+            **summarise(prediction, entry),
+        }
+        if answer.picture:
+            figures |= _picture(prediction, task, manifest)
+        return JSONResponse(figures)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request asks for."""
+
+    format: Format
+    resize: Resize
+    picture: bool
+
+
+def must_resize(entry: dict[str, Any], height: int, width: int) -> bool:
+    """Return whether a task's graph cannot run an image at its own size; see `Package.predict`."""
+    if entry["input_size"]:
+        return tuple(entry["input_size"]) != (height, width)
+    patch = entry["patch_multiple"]
+    return min(height, width) < patch or round(height / patch) * round(width / patch) > MAX_PATCHES
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG", compress_level=_PNG_LEVEL)
+    return file.getvalue()
+
+
+def _npy(prediction: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, prediction)
+    return file.getvalue()
+
+
+def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a prediction's picture as a data URL, and what its colours mean."""
+    entry = manifest["tasks"][task]
+    scale = depth_limits(prediction) if entry["decode"] == "identity" else None
+    url = "data:image/png;base64," + base64.b64encode(_png(colourise(prediction, task, manifest, scale))).decode()
+    meaning = legend(prediction, task, entry, scale, plain=True)
+    if isinstance(meaning, Swatches):
+        return {"picture": url, "legend": {"items": [{"name": name, "colour": c} for name, c in meaning.items]}}
+    colours = meaning.colours[:: len(meaning.colours) // 15].tolist()
+    return {
+        "picture": url,
+        "legend": {"title": meaning.title, "low": meaning.low, "high": meaning.high, "colours": colours},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- bodies
+
+
+class _TooLarge(Exception):  # noqa: N818 (becomes an HTTPException)
+    pass
+
+
+async def read_image_bytes(request: Request, max_bytes: int) -> bytes:
+    """Return the image of a request: its body, or its form's field `image`.
+
+    Raises HTTPException: 413 as soon as more than `max_bytes` are announced or have come, 415 for another kind of body,
+    400 for a form that is damaged or lacks the field, or an empty image.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    form = kind == "multipart/form-data"
+    if not form and kind not in ("", "application/octet-stream") and not kind.startswith("image/"):
+        raise HTTPException(
+            415, f"the body is {kind}: send an image with Content-Type image/..., or a form with a field image"
+        )
+    limit = max_bytes + (_FORM_EXTRA if form else 0)
+    too_large = f"the image has more than the {max_bytes} bytes allowed: send a smaller one"
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > limit:
+        raise HTTPException(413, too_large)
+    limited = Request(request.scope, _limited(request.receive, limit))
+    try:
+        data = await (_form_field(limited) if form else _body(limited))
+    except _TooLarge:
+        raise HTTPException(413, too_large) from None
+    if len(data) > max_bytes:
+        raise HTTPException(413, too_large)
+    if not data:
+        raise HTTPException(400, "the image is empty: send one as the request's body or as the form's field image")
+    return data
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    """Wrap `receive` to raise _TooLarge once more than `limit` bytes of the body have come."""
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise _TooLarge
+        return message
+
+    return counted
+
+
+async def _body(request: Request) -> bytes:
+    return b"".join([chunk async for chunk in request.stream()])
+
+
+async def _form_field(request: Request) -> bytes:
+    """Return the form's field `image`; starlette keeps a large one in a temporary file until it is read."""
+    try:
+        async with request.form(max_files=1, max_fields=8) as form:
+            field = form.get("image")
+            if not isinstance(field, UploadFile):
+                raise HTTPException(400, "the form has no file in its field image: send one")
+            return await field.read()
+    except StarletteHTTPException as error:
+        raise HTTPException(400, f"the form cannot be read: {error.detail}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- app
+
+
+class _Measured:
+    """ASGI middleware: counts and times the requests to /predict/..., whatever answers them."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/predict/"):
+            await self.app(scope, receive, send)
+            return
+        name = scope["path"].removeprefix("/predict/")
+        task = name if name in self.service.tasks else "unknown"  # strangers do not choose the names of series
+        status = 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        metrics, start = self.service.metrics, time.perf_counter()
+        try:
+            with metrics.in_flight.track_inprogress():
+                await self.app(scope, receive, noted)
+        finally:
+            metrics.requests.labels(task, str(status)).inc()
+            metrics.seconds.labels(task).observe(time.perf_counter() - start)
+
+
+def create_app(package: Package, tasks: list[str], limits: Limits) -> FastAPI:
+    """Return the ASGI application. Raises InputError for a task that the package lacks."""
+    for task in tasks:
+        package.entry(task)
+    service = Service(package, tasks, limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.pool.shutdown()
+
+    # No docs_url: FastAPI's page loads its scripts from elsewhere. /openapi.json is there.
+    app = FastAPI(title="m3vit", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(_Measured, service=service)
+    app.add_exception_handler(StarletteHTTPException, _refusal)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _defect)
+    page = (files("m3vit.export") / "page.html").read_text()
+
+    @app.get("/", response_class=HTMLResponse, summary="A page to drop an image on.")
+    async def index() -> HTMLResponse:
+        policy = "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        return HTMLResponse(page, headers={"Content-Security-Policy": f"{policy}; connect-src 'self'"})
+
+    @app.get("/health", summary="Whether the service is up.")
+    async def health() -> dict[str, str]:
+        return {"status": "ok", "version": __version__}
+
+    @app.get("/tasks", summary="The tasks, and what their predictions are.")
+    async def list_tasks() -> dict[str, Any]:
+        return {
+            "tasks": [describe(package, task) for task in tasks],
+            "train_size": package.manifest["image"]["train_size"],
+            "max_bytes": limits.max_bytes,
+            "max_pixels": limits.max_pixels,
+        }
+
+    @app.get("/metrics", summary="Prometheus metrics.")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.post(
+        "/predict/{task}",
+        summary="Predict a task for an image: the body, or a form's field `image`.",
+        response_class=Response,
+    )
+    async def predict(
+        request: Request,
+        task: str,
+        format: Format = Query(Format.PNG, description="picture, picture over the image, values, figures"),  # noqa: B008
+        resize: Resize = Query(Resize.AUTO, description="run at the size trained at"),  # noqa: B008
+        picture: bool = Query(False, description="json only: add the picture and its legend"),
+    ) -> Response:
+        try:
+            return await service.predict(request, task, Answer(format, resize, picture))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nginx's number; nobody reads it but the metrics
+
+    return app
+
+
+def describe(package: Package, task: str) -> dict[str, Any]:
+    """Return what `GET /tasks` says about a task."""
+    entry = package.entry(task)
+    described = {"name": task, "decode": entry["decode"], "unit": entry.get("unit"), "input_size": entry["input_size"]}
+    if entry["decode"] == "argmax":
+        palette = [list(colour) for colour in entry["palette"]]
+        described["classes"] = [
+            {"id": index, "name": name, "colour": colour}
+            for index, (name, colour) in enumerate(zip(class_names(entry), palette, strict=False))
+        ]
+    return described
+
+
+async def _refusal(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StarletteHTTPException)
+    message = str(error.detail)
+    if error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}: see the header Allow"
+    elif error.status_code == 404 and message == "Not Found":
+        message = f"{request.url.path} is not here: /, /health, /tasks, /metrics and /predict/{{task}} are"
+    return JSONResponse({"error": message}, error.status_code, error.headers)
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return JSONResponse({"error": f"{first['loc'][-1]} is {first.get('input')!r}: {first['msg']}"}, 422)
+
+
+async def _defect(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": "internal error; the service's log has the details"}, 500)
+
+
+# ---------------------------------------------------------------------------------------------------------- server
+
+
+def serve(
+    package_dir: Path,
+    *,
+    host: str,
+    port: int,
+    tasks: list[str] | None = None,
+    loading: Mapping[str, Any] | None = None,
+    limits: Limits = Limits(),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a package until SIGINT or SIGTERM; requests in flight are then answered first.
+
+    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `say` gets a line with the address as soon
+    as requests are taken. Raises InputError for a bad package or task, and an address that cannot be had.
+    """
+    package = Package.load(package_dir, **(loading or {}))
+    tasks = list(dict.fromkeys(tasks or package.tasks))
+    app = create_app(package, tasks, limits)
+    warm_up(package, tasks)
+    listening = listen(host, port)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_level="error",  # defects; what strangers send is in the metrics
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every damaged form
+    server = uvicorn.Server(config)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        server.should_exit = True
+
+    # uvicorn catches the signals while it serves and raises them again at the end, when these handlers are back: being
+    # asked to stop is not a failure, and the exit code is 0.
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, stop)
+    bound = listening.getsockname()
+    shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+    say(f"serving {', '.join(tasks)} on http://{shown}:{bound[1]}/ (Ctrl-C stops)")
+    with listening:
+        server.run(sockets=[listening])
+
+
+def warm_up(package: Package, tasks: list[str]) -> None:
+    """Run every task once: graphs that cannot be loaded or run are noticed now, and no request waits for loading."""
+    height, width = package.manifest["image"]["train_size"]
+    for task in tasks:
+        package.predict(np.zeros((height, width, 3), np.uint8), task, resize=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket, or raise InputError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        # Of a name that is unknown, the number means something else.
+        known = error.errno and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno).lower() if known else error.strerror or str(error)  # type: ignore[arg-type]
+        raise InputError(f"cannot listen on {host} port {port}: {reason}; give another --port or --host") from error

@@ -1,0 +1,184 @@
+"""m3vit predict, serve."""
+
+import argparse
+import os
+import sys
+import warnings
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from m3vit.commands.terminal import positive, progress_bar, say
+
+_PREDICT_INPUTS = """images, videos, folders (searched recursively; names below them are kept), or - for a stream of
+frames on standard input, in any format that FFmpeg recognises without seeking: mjpeg, y4m, mpegts, matroska, ..."""
+
+
+def depth_range(text: str) -> tuple[float, float]:
+    """Parse "0.5:10" as metres (near, far)."""
+    parts = text.split(":")
+    try:
+        near, far = (float(part) for part in parts)
+    except ValueError:
+        near, far = 0, 0
+    if not 0 <= near < far < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give NEAR:FAR in metres, such as 0.5:10")
+    return near, far
+
+
+def frame_rate(text: str) -> Fraction:
+    """Parse frames per second, such as 25, 29.97 or 30000/1001."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: give frames per second, up to 1000, such as 30 or 30000/1001")
+    return rate
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    from m3vit.export.images import MAX_PIXELS
+
+    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help=_PREDICT_INPUTS)
+    parser.add_argument("--task", required=True, help="task to predict, or all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and videos")
+    parser.add_argument(
+        "--overlay", action="store_true", help="lay the prediction over the input, with a legend (default: it alone)"
+    )
+    parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
+    parser.add_argument("--force", action="store_true", help="overwrite predictions of the same names")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="run at the size of a fixed-size package, or the size trained at: for large images",
+    )
+    parser.add_argument(
+        "--depth-range",
+        type=depth_range,
+        metavar="NEAR:FAR",
+        help="metres that the colours of depth span (default: the image's own; of a video, following its frames)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=frame_rate,
+        help="frames per second of videos and streams that carry no or wrong times (default: their own; 25)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        help=f"larger images and frames are refused unread (default: {MAX_PIXELS})",
+    )
+    parser.add_argument("--threads", type=positive, default=None, help="onnxruntime threads (default: by the model)")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add what decides how a package is loaded."""
+    parser.add_argument("--precision", help="one that the package holds, such as int8 (default: its first)")
+    parser.add_argument("--one-backbone", action="store_true", help="one graph for all tasks, if the package has it")
+    parser.add_argument("--low-memory", action="store_true", help="share the mapped weights between tasks; slower")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep weights laid out for this processor in DIR")
+
+
+def loading(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
+    """Return these arguments as Package.load takes them."""
+    names = ("precision", "one_backbone", "low_memory", "cache")
+    return {"threads": threads, **{name: getattr(args, name) for name in names}}
+
+
+def leave_sizes_to_us() -> None:
+    """Silence pillow's warning of images of more than 89 megapixels: --max-pixels decides."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    from m3vit.export.predict import Options, predict_files
+
+    leave_sizes_to_us()
+    options = Options(
+        raw=args.raw,
+        overlay=args.overlay,
+        resize=args.resize,
+        force=args.force,
+        depth_range=args.depth_range,
+        fps=args.fps,
+        max_pixels=args.max_pixels,
+    )
+    # Not while the paths go into a pipe: the bar would take them along to the terminal.
+    with progress_bar("predicting", sys.stderr.isatty() and sys.stdout.isatty()) as bar:
+        outcome = predict_files(
+            args.package,
+            args.task,
+            args.inputs,
+            args.out,
+            options,
+            loading=loading(args, args.threads),
+            say=say,
+            progress=bar,
+        )
+    if outcome.failures:
+        print(f"m3vit predict: {len(outcome.failures)} of the inputs failed:", file=sys.stderr)
+        for name, reason in outcome.failures:
+            print(f"  {name}: {reason}", file=sys.stderr)
+    if outcome.stopped:
+        print(f"m3vit predict: stopped by {outcome.stopped.name}; what is listed is complete", file=sys.stderr)
+        return 128 + outcome.stopped
+    return 1 if outcome.failures else 0
+
+
+def port_number(text: str) -> int:
+    """Parse a TCP port; 0 takes a free one."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a port from 1 to 65535, or 0 for a free one")
+    return int(text)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine alone; there is no password or encryption: "
+        "leave those to a proxy before it)",
+    )
+    parser.add_argument("--port", type=port_number, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to serve (default: all of the package)")
+    parser.add_argument(
+        "--concurrency", type=positive, default=2, help="predictions at a time, each with --threads (default: 2)"
+    )
+    parser.add_argument(
+        "--queue", type=positive, default=16, help="requests that may wait; more are refused with 503 (default: 16)"
+    )
+    parser.add_argument(
+        "--threads", type=positive, default=None, help="onnxruntime threads (default: cores / concurrency)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=positive, default=20 << 20, help="of an image as sent (default: 20971520, 20 MiB)"
+    )
+    parser.add_argument("--max-pixels", type=positive, default=1 << 24, help="of an image (default: 16777216)")
+    add_loading(parser)
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from m3vit.export.serve import Limits, serve
+
+    leave_sizes_to_us()
+    serve(
+        args.package,
+        host=args.host,
+        port=args.port,
+        tasks=args.tasks,
+        loading=loading(args, args.threads or max(1, usable_cores() // args.concurrency)),
+        limits=Limits(args.max_bytes, args.max_pixels, args.concurrency, args.queue),
+        say=say,
+    )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,98 @@
+"""Which experts a task keeps: gate mass against a loop over tokens, choices worked out by hand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m3vit.errors import InputError
+from m3vit.export.onnx.lower import Choice
+from m3vit.export.onnx.pruning import Prune, choose, chosen, gate_mass, read_coverage, read_top_k
+from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+
+
+@pytest.fixture(scope="module")
+def model() -> MultiTaskModel:
+    torch.manual_seed(0)
+    trunk_args = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
+    config = ModelConfig(
+        trunk="vit_tiny_patch16_224",
+        trunk_args=trunk_args,
+        image_size=(32, 48),
+        tasks=["depth", "normals"],
+        num_experts=6,
+        top_k=3,
+    )
+    return MultiTaskModel(config).eval()
+
+
+def test_gate_mass_equals_a_loop_over_tokens(model: MultiTaskModel) -> None:
+    batches = [torch.randn(2, 3, 32, 48), torch.randn(1, 3, 32, 48)]
+    found = gate_mass(model, batches, {"normals": 1})
+    for task, count in (("depth", 3), ("normals", 1)):
+        expected = np.zeros((2, 6))
+        for batch in batches:
+            with torch.no_grad(), chosen(model, Choice(count)):
+                routings = model(batch, [task]).routings
+            for layer, routing in enumerate(routings):
+                for scores in routing.scores_RNE[0]:
+                    for expert in scores.argsort(descending=True)[:count]:
+                        expected[layer, expert] += float(scores[expert])
+        np.testing.assert_allclose(found[task], expected, rtol=1e-5)
+
+
+def test_torch_routes_as_chosen_and_then_as_before(model: MultiTaskModel) -> None:
+    image = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        before = model(image, ["depth"])
+        with chosen(model, Choice(2, {1: (0, 2, 5)})):
+            changed = model(image, ["depth"])
+        after = model(image, ["depth"])
+    assert changed.routings[0].expert_ids_RNK.shape[-1] == 2
+    assert set(changed.routings[1].expert_ids_RNK.unique().tolist()) <= {0, 2, 5}
+    # Scores stay those over all experts: the weights of a token do not sum to 1.
+    assert torch.allclose(changed.routings[1].scores_RNE.sum(-1), torch.ones(()))
+    assert torch.equal(before.logits["depth"], after.logits["depth"])
+    assert not torch.equal(before.logits["depth"], changed.logits["depth"])
+
+
+MASS = np.array([[4.0, 0, 1, 3, 2], [0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "top_k", "kept", "share"),
+    [
+        (Prune(coverage=1.0), 1, (0, 2, 3, 4), 1.0),  # expert 1 is never used
+        (Prune(coverage=0.9), 1, (0, 3, 4), 0.9),  # exactly
+        (Prune(coverage=0.91), 1, (0, 2, 3, 4), 1.0),
+        (Prune(coverage=0.1), 1, (0,), 0.4),
+        (Prune(coverage=0.1), 3, (0, 3, 4), 0.9),  # never fewer than a token uses
+        (Prune(keep=2), 1, (0, 3), 0.7),
+        (Prune(keep=1), 2, (0, 3), 0.7),
+    ],
+)
+def test_choices_by_hand(rule: Prune, top_k: int, kept: tuple[int, ...], share: float) -> None:
+    found, shares = choose(MASS, rule, top_k)
+    assert found[0] == kept
+    assert shares[0] == pytest.approx(share)
+    assert found[1] == tuple(range(max(top_k, rule.keep or 1)))  # a layer without mass: the first ones
+    assert shares[1] == 1.0
+
+
+def test_rules_and_texts_that_make_no_sense_are_refused() -> None:
+    for rule in (Prune(), Prune(0.5, 3), Prune(0.0), Prune(1.5), Prune(keep=9), Prune(keep=0)):
+        with pytest.raises(InputError):
+            rule.check(8)
+    assert read_coverage("coverage=0.999") == 0.999
+    for text in ("0.9", "coverage", "coverage=x", "coverage=0", "coverage=2", "share=0.5"):
+        with pytest.raises(InputError, match="coverage=SHARE"):
+            read_coverage(text)
+    tasks = ["depth", "edge"]
+    assert read_top_k("2", tasks, 4) == {"depth": 2, "edge": 2}
+    assert read_top_k("depth=1,edge=3", tasks, 4) == {"depth": 1, "edge": 3}
+    wrong: list[Any] = ["0", "5", "x", "flow=1", "depth=", "depth=1;edge=2", ""]
+    for text in wrong:
+        with pytest.raises(InputError, match="1 to 4, or task=number"):
+            read_top_k(text, tasks, 4)
