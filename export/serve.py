@@ -25,7 +25,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import python_multipart  # noqa: F401 (starlette reads forms with it, and would say so only at the first form)
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
+from python_multipart.exceptions import FormParserError  # starlette reads forms with it, of some versions unguarded
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -281,6 +281,8 @@ async def _form_field(request: Request) -> bytes:
             return await field.read()
     except StarletteHTTPException as error:
         raise HTTPException(400, f"the form cannot be read: {error.detail}") from None
+    except FormParserError as error:
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- app
