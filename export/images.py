@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from m3vit.errors import InputError
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a float32 map of that size has 256 MiB
+# Of a service's images: many at a time, from strangers. The widest prediction, normals in float32, then has 192 MiB.
+WEB_BYTES, WEB_PIXELS = 20 << 20, 1 << 24
 # Formats by pillow's name. Not all it knows: some start other programs (EPS), and each is code that strangers reach.
 WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # JPEG: MPO too, with a second picture inside
 FORMATS = (*WEB_FORMATS, "TIFF", "PPM")

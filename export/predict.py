@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -141,7 +142,7 @@ def find_sources(inputs: Sequence[Path], out: Path) -> list[Source]:
     sources: list[Source] = []
     for path in inputs:
         if path == STREAM:
-            if os.isatty(0):
+            if sys.stdin is None or os.isatty(0):
                 raise InputError("- reads a stream of frames from standard input, but nothing is piped into it")
             sources.append(Source(path, Path("stdin"), "stream"))
         elif path.is_dir():

@@ -25,7 +25,6 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-import python_multipart  # noqa: F401 (starlette reads forms with it, and would say so only at the first form)
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -34,6 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
+from python_multipart.exceptions import FormParserError  # starlette reads forms with it, of some versions unguarded
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -42,12 +42,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
-from m3vit.export.images import WEB_FORMATS, TooManyPixels, decode_image
+from m3vit.export.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
 from m3vit.export.runtime import MAX_PATCHES, Package
 from m3vit.export.summary import summarise
 
-MAX_BYTES = 20 << 20  # of a request's image
-MAX_PIXELS = 1 << 24  # of an image; the widest prediction, normals in float32, then has 192 MiB
 BODY_S = 30.0  # for a request's body to arrive
 SHUTDOWN_S = 60  # for requests in flight to finish
 RETRY_S = 1
@@ -77,8 +75,8 @@ class Resize(str, Enum):
 class Limits:
     """Bounds of one service: bytes and pixels of an image, predictions at a time, requests waiting for one."""
 
-    max_bytes: int = MAX_BYTES
-    max_pixels: int = MAX_PIXELS
+    max_bytes: int = WEB_BYTES
+    max_pixels: int = WEB_PIXELS
     concurrency: int = 2
     queue: int = 16
 
@@ -281,6 +279,8 @@ async def _form_field(request: Request) -> bytes:
             return await field.read()
     except StarletteHTTPException as error:
         raise HTTPException(400, f"the form cannot be read: {error.detail}") from None
+    except FormParserError as error:
+        raise HTTPException(400, f"the form cannot be read: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- app

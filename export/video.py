@@ -2,7 +2,6 @@
 
 import os
 import select
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class StandardInput:
     name = "standard input"
 
     def __init__(self, stopped: Callable[[], bool]) -> None:
-        self.stopped, self.descriptor = stopped, sys.stdin.fileno()
+        self.stopped, self.descriptor = stopped, 0
 
     def read(self, size: int) -> bytes:
         """Return some bytes, at most `size`; none at the end."""

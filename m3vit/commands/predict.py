@@ -139,6 +139,8 @@ def port_number(text: str) -> int:
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
+    from m3vit.export.images import WEB_BYTES, WEB_PIXELS
+
     parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
     parser.add_argument(
         "--host",
@@ -158,9 +160,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, default=None, help="onnxruntime threads (default: cores / concurrency)"
     )
     parser.add_argument(
-        "--max-bytes", type=positive, default=20 << 20, help="of an image as sent (default: 20971520, 20 MiB)"
+        "--max-bytes", type=positive, default=WEB_BYTES, help=f"of an image as sent (default: {WEB_BYTES})"
     )
-    parser.add_argument("--max-pixels", type=positive, default=1 << 24, help="of an image (default: 16777216)")
+    parser.add_argument("--max-pixels", type=positive, default=WEB_PIXELS, help=f"of an image (default: {WEB_PIXELS})")
     add_loading(parser)
 
 

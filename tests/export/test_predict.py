@@ -377,6 +377,12 @@ def test_streams_that_are_none(package: Path, tmp_path: Path) -> None:
     assert result.returncode == 0 and read_film(tmp_path / "out" / "stdin_depth.mp4")[2] == 50
 
 
+def test_nothing_on_standard_input(package: Path, tmp_path: Path) -> None:
+    words = f"'{sys.executable}' -m m3vit.cli predict '{package}' - --task depth --out '{tmp_path / 'out'}' <&-"
+    result = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "nothing is piped into it" in result.stderr, result.stderr
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -416,6 +422,7 @@ def test_interrupted_video_files_leave_nothing(package: Path, tmp_path: Path) ->
     assert names(out) == ["a_depth.png"]
 
 
+@pytest.mark.slow
 def test_memory_holds_one_frame(package: Path, tmp_path: Path) -> None:
     """Peak memory of a process does not grow with the length of the video: 10 against 200 frames of 1 MB each."""
     peaks = []

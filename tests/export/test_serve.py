@@ -1,5 +1,6 @@
 """m3vit serve, in a process of its own: answers, refusals, limits, load, shutdown."""
 
+import asyncio
 import io
 import json
 import random
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.export import serve
 from m3vit.export.drawing import colourise, overlay
 from m3vit.export.runtime import Package
 from tests.export.serving import Server, serving
@@ -225,6 +228,55 @@ def test_clients_that_leave_are_forgotten(package: Path) -> None:
         assert server.metric("m3vit_requests_in_flight") == 0
 
 
+def call(app: Any, *pieces: bytes, raises: type[Exception] | None = None) -> tuple[int, dict[str, str]]:
+    """Post pieces of a body that never ends to an ASGI application; return the status and the JSON.
+
+    `raises`: what the application raises for the server to log, besides answering.
+    """
+    sent: list[dict[str, Any]] = []
+    waiting = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/predict/depth",
+        "query_string": b"",
+        "headers": [],
+    }
+
+    async def receive() -> dict[str, Any]:
+        if not waiting:
+            await asyncio.sleep(60)
+        return waiting.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        await app(scope, receive, send)
+
+    with pytest.raises(raises) if raises else nullcontext():
+        asyncio.run(run())
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+
+def test_bodies_that_do_not_arrive(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "BODY_S", 0.2)
+    app = serve.create_app(Package.load(package), TASKS, serve.Limits())
+    assert call(app, b"a", b"b") == (408, {"error": "the image did not arrive within 0 s: send it again"})
+
+
+def test_defects_are_answered_and_logged(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("a defect of ours")
+
+    monkeypatch.setattr(serve, "decode_image", broken)
+    app = serve.create_app(Package.load(package), TASKS, serve.Limits(max_bytes=10))
+    assert call(app, bytes(11))[0] == 413
+    monkeypatch.setattr(serve, "read_image_bytes", broken)
+    assert call(app, raises=RuntimeError) == (500, {"error": "internal error; the service's log has the details"})
+
+
 # ------------------------------------------------------------------------------------------------------------ load
 
 
@@ -318,6 +370,7 @@ def test_shutdown_answers_what_is_in_flight(package: Path, kind: signal.Signals)
         connection.close()
 
 
+@pytest.mark.slow
 def test_refusals_at_the_start(cli: Cli, package: Path, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
         result = cli("serve", *words, timeout=60)
