@@ -5,7 +5,7 @@
 Models have random weights (vit-s: experts up-cycled from the MLPs) and are exported as by `m3vit export hls --schedule
 multiplexed`. Each is simulated for one task, with the flags of the project's Makefile (-O3) and with -march=native
 added; the emulator runs on one thread and on all. All in one run, so that ratios hold whatever else the machine does;
-ratios are of processor seconds. Words are compared. Nothing is synthesised: bytes are counted by the C++ that moves them.
+ratios are of processor seconds. Words are compared. Nothing is synthesised: bytes are counted by the C++.
 """
 
 import argparse

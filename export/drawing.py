@@ -116,7 +116,7 @@ def blend(
     """
     if kind == "sigmoid":
         share = np.clip(array, 0, 1)[..., None].astype(np.float32)
-        mixed = image + share * (np.float32(_MARK) - image)
+        mixed = image + share * (np.array(_MARK, np.float32) - image)
     else:
         grey = image @ np.array([0.299, 0.587, 0.114], np.float32)
         picture = paint(array, kind, palette, depth_range)

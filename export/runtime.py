@@ -400,7 +400,7 @@ def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:
             for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
                 complete &= not backbone or isinstance(entry["number"], int)
                 complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         complete = False
     if not complete:
         raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")

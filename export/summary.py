@@ -42,7 +42,7 @@ def summarise(prediction: NDArray[Any], entry: dict[str, Any]) -> dict[str, Any]
         "valid_share": _rounded(valid.size / prediction.size),
         **{name: _rounded(value) for name, value in zip(names, values, strict=True)},
         "mean": _rounded(valid.mean(dtype=np.float64)) if valid.size else None,
-        "histogram": _histogram(valid, values[0], values[-1]) if valid.size else None,
+        "histogram": _histogram(valid, valid.min(), valid.max()) if valid.size else None,
     }
 
 

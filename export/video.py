@@ -76,7 +76,8 @@ class Film:
         step = max(1, round(1 / (self.rate * self.time_base)))
         for frame in self._decoded():
             turns = round((frame.rotation or 0) / 90) % 4
-            picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+            pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+            picture = np.ascontiguousarray(np.rot90(pixels, turns))
             shape = shape or picture.shape
             if picture.shape != shape:
                 self._ended = f"the size changes from {_size(shape)} to {_size(picture.shape)}"

@@ -40,7 +40,8 @@ def exponent_of(x: Ints) -> Ints:
 def normalise(x: Ints) -> tuple[Ints, Ints]:
     """Return positive integers as (exponent, mantissa): mantissa * 2^(exponent - 24), mantissa in [2^24, 2^25)."""
     exponent = exponent_of(x)
-    return exponent, np.right_shift(x, np.maximum(exponent - 24, 0)) << np.maximum(24 - exponent, 0)
+    right = np.right_shift(x, np.maximum(exponent - 24, 0))
+    return exponent, np.left_shift(right, np.maximum(24 - exponent, 0)).astype(np.int64)
 
 
 def exp2_neg(x: Ints, frac: int, out_frac: int) -> Ints:

@@ -1,7 +1,7 @@
 """FPGA boards, and a model of what the time-multiplexed accelerator takes of one. No torch.
 
 Everything about resources here is modelled, not synthesised. Budgets are shares of a part that leave room for the
-DMA, interconnect and placement (70 % of LUTs, 80 % of BRAM and DSP, as FINN's platforms file has them).
+DMA, interconnect and placement (70 % of LUTs, 80 % of the rest, as FINN's platforms file has them).
 """
 
 import math
@@ -11,21 +11,23 @@ from dataclasses import dataclass, replace
 from m3vit.errors import InputError
 from m3vit.hw.program import KEY_BLOCK, MAX_TOKENS
 
-BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8}
+BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8, "uram": 0.8}
 TILE_IN = 16
 TILES_OUT = (64, 32, 16, 8)  # largest first
+TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first
 GATE_OUT = 8
 QUERY_BLOCK = 64
 FIXED_DSP = 60  # LayerNorm, softmax, rounding, addresses
 # LUTs: 50,000 and 40 a multiplier are near what UbiMoE (arXiv 2502.05602) reports on a ZCU102: 123,400 with 1,850 DSPs.
 FIXED_LUT = 50_000
 LUT_PER_MULTIPLIER = 40
-LUT_RAM_DEPTH = 64  # shallower memories go into LUTs
+# Memories up to 64 words go into LUTs: 8 of them hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
+LUT_RAM_DEPTH = 64
 
 
 @dataclass(frozen=True)
 class Board:
-    """A board: its part, memory, PL clock in MHz, and what the part holds. `ports`: 128-bit AXI ports to DDR used."""
+    """A board: its part, PL clock in MHz, and what the part holds."""
 
     name: str
     part: str
@@ -34,16 +36,16 @@ class Board:
     lut: int
     bram36: int
     dsp: int
-    ddr_gib: int
+    uram: int
 
 
-# LUT, BRAM and DSP: as AMD states them (DS891 for the Zynq UltraScale+ devices, DS987 for the K26 module).
+# As AMD states them (DS891 for the Zynq UltraScale+ devices, DS987 for the K26 module).
 BOARDS = {
     board.name: board
     for board in (
-        Board("kv260", "xck26-sfvc784-2LV-c", "xilinx.com:kv260_som:part0:1.4", 200, 117_120, 144, 1_248, 4),
-        Board("zcu104", "xczu7ev-ffvc1156-2-e", "xilinx.com:zcu104:part0:1.1", 300, 230_400, 312, 1_728, 2),
-        Board("zcu102", "xczu9eg-ffvb1156-2-e", "xilinx.com:zcu102:part0:3.4", 300, 274_080, 912, 2_520, 4),
+        Board("kv260", "xck26-sfvc784-2LV-c", "xilinx.com:kv260_som:part0:1.4", 200, 117_120, 144, 1_248, 64),
+        Board("zcu104", "xczu7ev-ffvc1156-2-e", "xilinx.com:zcu104:part0:1.1", 300, 230_400, 312, 1_728, 96),
+        Board("zcu102", "xczu9eg-ffvb1156-2-e", "xilinx.com:zcu102:part0:3.4", 300, 274_080, 912, 2_520, 0),
     )
 }
 
@@ -61,6 +63,8 @@ class Hardware:
     max_experts: int
     max_top: int
     max_head: int
+    token_block: int = TOKEN_BLOCKS[-1]
+    uram: bool = False  # the inputs of a block of tokens lie in URAM
     tile_in: int = TILE_IN
     gate_out: int = GATE_OUT
     query_block: int = QUERY_BLOCK
@@ -77,7 +81,7 @@ class Hardware:
         return 8 if self.act_bits <= 8 else 16
 
     def memories(self) -> Iterator[tuple[int, int, int]]:
-        """Yield the on-chip memories as (copies, bits a word, words)."""
+        """Yield the on-chip memories as (copies, bits a word, words), but for the inputs of a block of tokens."""
         steps = self.max_in // self.tile_in
         yield 2, self.tile_out * self.tile_in * self.weight_word, steps  # weight tiles, ping and pong
         yield 2, self.gate_out * self.tile_in * 16, steps
@@ -93,16 +97,22 @@ class Hardware:
         yield 7, 23, 1025  # look-up tables
 
     def resources(self) -> dict[str, int]:
-        """Return the modelled LUTs, BRAM36 and DSPs."""
-        bram, lut = 0, FIXED_LUT
+        """Return the modelled LUTs, BRAM36, DSPs and URAMs."""
+        bram, lut, uram = 0, FIXED_LUT, 0
+        width, depth = self.tile_in * self.act_word, self.token_block * self.max_in // self.tile_in
+        if self.uram:
+            uram = math.ceil(width / 72) * math.ceil(depth / 4096)
+        else:
+            bram = math.ceil(width / 72) * math.ceil(depth / 512)
         for copies, width, depth in self.memories():
             if depth <= LUT_RAM_DEPTH:
-                lut += copies * width * 2  # a 64-deep simple dual-port bit takes two LUTs
+                lut += copies * 8 * math.ceil(width / (14 if depth <= LUT_RAM_DEPTH // 2 else 7))
             else:
                 bram += copies * math.ceil(width / 72) * math.ceil(depth / 512)
         multipliers = self.tile_in * (self.tile_out + self.gate_out)
         lut += multipliers * LUT_PER_MULTIPLIER
-        return {"lut": lut, "bram36": bram, "dsp": multipliers + 2 * self.max_head + FIXED_DSP}
+        dsp = multipliers + 2 * self.max_head + FIXED_DSP
+        return {"lut": lut, "bram36": bram, "dsp": dsp, "uram": uram}
 
     def fits(self, board: Board) -> bool:
         """Return whether the modelled resources are within the board's budgets."""
@@ -116,8 +126,15 @@ def find_board(name: str) -> Board:
     return BOARDS[name]
 
 
+def _sizes(hardware: Hardware, board: Board) -> Iterator[Hardware]:
+    """Yield the hardware with arrays and blocks of tokens of every size, largest first."""
+    for tile in TILES_OUT:
+        for block in TOKEN_BLOCKS:
+            yield replace(hardware, tile_out=tile, token_block=block, uram=board.uram > 0)
+
+
 def fit(hardware: Hardware, board: Board) -> Hardware:
-    """Return the hardware with the largest multiplier array that fits the board.
+    """Return the hardware with the largest multiplier array that fits the board, then the largest block of tokens.
 
     Raises InputError, with the figures and what would fit, if none does, or if there are too many tokens.
     """
@@ -126,17 +143,20 @@ def fit(hardware: Hardware, board: Board) -> Hardware:
             f"the model has {hardware.max_rows} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: "
             "give a smaller model.image_size or a larger patch"
         )
-    sizes = [replace(hardware, tile_out=tile) for tile in TILES_OUT]
-    found = next((size for size in sizes if size.fits(board)), None)
+    found = next((size for size in _sizes(hardware, board) if size.fits(board)), None)
     if found:
         return found
-    smallest = sizes[-1]
+    *_, smallest = _sizes(hardware, board)
     over = ", ".join(
         f"{value} {name} of {int(BUDGETS[name] * getattr(board, name))}"
         for name, value in smallest.resources().items()
         if value > BUDGETS[name] * getattr(board, name)
     )
-    options = [f"--board {other.name}" for other in BOARDS.values() if any(size.fits(other) for size in sizes)]
+    options = [
+        f"--board {other.name}"
+        for other in BOARDS.values()
+        if any(size.fits(other) for size in _sizes(hardware, other))
+    ]
     if hardware.weight_bits > 8 and replace(smallest, weight_bits=8).fits(board):
         options.append("--weight-bits 8")
     advice = f"give {' or '.join(options)}" if options else "no board here holds it: give a narrower model"

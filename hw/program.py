@@ -87,8 +87,9 @@ class Instruction:
     @classmethod
     def decode(cls, words: np.ndarray) -> "Instruction":
         """Return the instruction of int32 words [WORDS]."""
-        plain = [int(word) for word in words[:19]]
-        return cls(*plain, (int(words[19]) & 0xFFFFFFFF) | int(words[20]) << 32)
+        names = [field.name for field in fields(cls)][:-1]
+        plain = dict(zip(names, (int(word) for word in words), strict=False))
+        return cls(**plain, constant=(int(words[19]) & 0xFFFFFFFF) | int(words[20]) << 32)
 
 
 def row_words(bias: np.ndarray, bias_shift: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -169,7 +170,8 @@ class Image:
         ]
         if any(len(section) != header[2 * i + 2] for i, section in enumerate(sections)):
             raise InputError(f"{path} is cut short: export the project again")
-        return cls(*sections, Memory(*(int(value) for value in header[9:14])), int(header[8]))
+        params, weights, gates = sections
+        return cls(params, weights, gates, Memory(*(int(value) for value in header[9:14])), int(header[8]))
 
 
 class Builder:
@@ -185,7 +187,7 @@ class Builder:
     def put(self, section: str, values: np.ndarray) -> int:
         """Append values to a section, at a multiple of ALIGNMENT bytes, and return their offset in elements."""
         kind = self.kinds[section]
-        typed = values.astype(kind).ravel()
+        typed: np.ndarray = values.astype(kind).ravel()
         assert np.array_equal(typed, values.ravel()), f"values beyond {kind.__name__}"
         gap = -self.sizes[section] % (ALIGNMENT // np.dtype(kind).itemsize)
         place = self.sizes[section] + gap

@@ -19,7 +19,8 @@ def commands(out: Path, seed: int) -> list[list[str]]:
         ["train", "synthetic-tiny", "--data.root", data, "--train.seed", str(seed), "--out", trained, "--resume"],
         ["eval", trained],
         ["export", "onnx", trained, "--out", onnx],
-        *(["predict", onnx, "--task", task, *images, "--out", str(out / "predictions")] for task in tasks),
+        # --force: of an earlier demo.
+        *(["predict", onnx, "--task", task, *images, "--out", str(out / "predictions"), "--force"] for task in tasks),
         ["export", "hls", trained, "--out", hls],
         ["hw", "csim", hls],
         ["report", trained, "--onnx", onnx, "--hls", hls, "--out", str(out / "report.html")],

@@ -361,7 +361,7 @@ def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config:
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = Hardware(16, 16, 16, max_in=24576, max_dim=64, max_rows=8000, max_experts=16, max_top=8, max_head=64)
+    wide = Hardware(16, 16, 16, max_in=12288, max_dim=64, max_rows=8000, max_experts=16, max_top=8, max_head=64)
     with pytest.raises(InputError, match=r"does not fit kv260 \(modelled\).*bram36 of 115; give --board zcu102"):
         fit(wide, find_board("kv260"))
     with pytest.raises(InputError, match="8193 tokens, and the queues of the multiplexed schedule hold 8192"):

@@ -312,13 +312,14 @@ def test_frames_that_are_too_large_are_refused(package: Path, tmp_path: Path) ->
     assert not predict_files(package, "depth", [film], tmp_path / "out", Options(max_pixels=24 * 32)).failures
 
 
-def test_playlists_open_nothing_else(package: Path, tmp_path: Path) -> None:
-    film = write_film(tmp_path / "secret.ts", pictures(3), container="mpegts")
-    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{film}\n#EXT-X-ENDLIST\n"
-    (tmp_path / "list.ts").write_text(playlist)
-    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile '{film}'\n")
-    outcome = predict_files(package, "depth", [tmp_path / "list.ts", tmp_path / "concat.mp4"], tmp_path / "out")
-    assert len(outcome.failures) == 2 and not outcome.written
+def test_playlists_open_nothing_else(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_film(tmp_path / "secret.mkv", pictures(30))
+    Path("list.mp4").write_text("ffconcat version 1.0\nfile secret.mkv\n")  # FFmpeg would follow it
+    outcome = predict_files(package, "depth", [Path("list.mp4")], tmp_path / "out")
+    assert len(outcome.failures) == 1 and not outcome.written
+    result = predict_stream(package, Path("list.mp4").read_bytes(), tmp_path / "out")
+    assert result.returncode == 1 and b"standard input: " in result.stderr and not names(tmp_path / "out")
 
 
 def test_arrays_of_unknown_length(tmp_path: Path) -> None:

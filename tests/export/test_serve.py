@@ -278,20 +278,23 @@ def send_many(server: Server, count: int, make: Callable[[random.Random], bytes]
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_thousand_requests(onnx_package: Path) -> None:
-    """A real package, images of many sizes, some damaged: within 24 MiB of where 300 requests have brought it."""
+    """A real package, images of many sizes, some damaged: within 16 MiB of where 200 requests have brought it.
+
+    Measured: within 2. Without the care that the service and the runtime take it grows by more than 100.
+    """
 
     def make(rng: random.Random) -> bytes:
-        data = png(rng.randrange(8, 200), rng.randrange(8, 200))
+        data = png(rng.randrange(8, 300), rng.randrange(8, 300))
         return data[:50] if rng.random() < 0.1 else data
 
     with serving(onnx_package) as server:
-        send_many(server, 300, make)
+        send_many(server, 200, make)
         settled = server.resident_mib()
         statuses = send_many(server, 1000, make)
         assert len(statuses) == 1000 and set(statuses) == {200, 400}
         assert statuses.count(400) < 200
         grown = server.resident_mib() - settled
-        assert grown < 24, f"{grown:.1f} MiB on {settled:.0f}"
+        assert grown < 16, f"{grown:.1f} MiB on {settled:.0f}"
         assert server.request("GET", "/health")[0] == 200
 
 

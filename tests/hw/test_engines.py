@@ -20,7 +20,9 @@ from m3vit.hw.program import Image, Op
 from tests.hw.programs import INCLUDE, PORTS, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
 
 # One configuration serves every random model: sizes are run-time values up to these.
-HARDWARE = Hardware(16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32)
+HARDWARE = Hardware(
+    16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32, token_block=32
+)
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 Builds = dict[str, list[Simulator]]
 
@@ -273,7 +275,7 @@ def test_each_used_expert_is_loaded_once(builds: Builds, tmp_path: Path) -> None
     experts = counters[place]
     used = len(np.unique(routing))
     assert experts["expert_loads"] == used < 33
-    assert experts["weights"] == used * 2 * shape.dim * shape.hidden * 2
+    assert experts["weights"] == used * 2 * shape.dim * shape.hidden * 2  # at most 25 tokens each: one block
 
 
 @pytest.mark.parametrize("experts", [4, 16, 64, 256])
@@ -329,3 +331,14 @@ def test_products_in_float32_are_exact_where_used() -> None:
     assert torch.float32 in kinds
     for task in range(shape.tasks):
         np.testing.assert_array_equal(fast.run(frame, task).outputs, exact.run(frame, task).outputs)
+
+
+def test_inputs_pass_once_and_weights_once_a_block(builds: Builds, tmp_path: Path) -> None:
+    shape = Shape(grid=(9, 11), prefix=1, depth=1, tasks=1)  # 100 tokens: 4 blocks of 32
+    image, _ = random_vit(shape)
+    _, counters, _ = builds["w16a16"][0].run(tmp_path, image, frames_of(shape, 1), [0])
+    blocks = math.ceil(100 / HARDWARE.token_block)
+    for instruction, line in zip(image.program, counters, strict=False):
+        if instruction.op == Op.LINEAR and instruction.rows == 100:
+            assert line["narrow_read"] == 100 * instruction.n_in * 2
+            assert line["weights"] == blocks * instruction.n_in * instruction.n_out * 2

@@ -152,7 +152,8 @@ class Emulator:
         if pixels.dtype != np.uint8 or pixels.size != memory.image:
             raise InputError(f"a frame is {pixels.dtype} {pixels.shape}: give uint8 with {memory.image} values")
         empty = np.zeros((0, 0), np.int64)
-        start = _State(*(torch.zeros(n, dtype=torch.float64) for n in memory[:3]), empty, empty)
+        narrow, wide, output = (torch.zeros(n, dtype=torch.float64) for n in memory[:3])
+        start = _State(narrow, wide, output, empty, empty)
         self._run(start, range(self.first_task_step), -1, pixels)
         results = []
         for place, task in enumerate(tasks):
@@ -248,38 +249,47 @@ class Emulator:
     def _attention(self, state: _State, pc: int, i: Instruction) -> None:
         rows, heads, dim = i.rows, i.a0, i.n_out
         qkv = _rows(state.narrow, i.src, i.src_pitch, rows, 3 * dim).reshape(rows, 3, heads, dim // heads)
-        q, k, v = qkv.permute(1, 2, 0, 3).contiguous()  # [heads, rows, width]
-        k = k.transpose(1, 2)
+        q, k, v = qkv.permute(1, 2, 3, 0)  # [heads, width, rows]
+        q = (q * 2.0**-i.a1).contiguous()
+        k = k.transpose(1, 2).contiguous()
         # Beyond this bound no score can be, so none need be looked at.
-        bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads) * 2.0**-i.a1
+        bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads)
         checked = bound >= 2.0 ** (SCORE_BITS - 1) - 1
-        q.mul_(2.0**-i.a1)
-        table, unit = _exp2_table(), float(1 << SCORE_FRAC)
-        top = total = context = q.new_zeros(())
-        for start in range(0, rows, KEY_BLOCK):
-            scores = torch.bmm(q, k[:, :, start : start + KEY_BLOCK])
-            if checked:
-                scores = self._hold(state, pc, scores.add_(0.5).floor_(), SCORE_BITS)
-            # The largest rounded score is the largest score, rounded.
-            ceiling = scores.amax(dim=2, keepdim=True).add_(0.5).floor_().div_(unit).ceil_()
-            if start > 0:
-                ceiling = torch.maximum(top, ceiling)
-                raised = ceiling > top
-                fall = torch.exp2((top - ceiling).clamp_(min=-MAX_RISE)[raised])
-                total[raised] = _round(total[raised], fall)
-                raised = raised[..., 0]
-                context[raised] = _round(context[raised], fall[:, None])
-            top = ceiling
-            # Truncation of a positive number rounds down: so this rounds the scores half up.
-            places = scores.sub_(top * unit - (_WHOLE_STEPS + 0.5)).clamp_(min=0).to(torch.int32)
-            weights = table.index_select(0, places.view(-1)).view(places.shape)
-            total = weights.sum(dim=2, keepdim=True).add_(total)
-            context = torch.bmm(weights, v[:, start : start + KEY_BLOCK]).add_(context)
+        sums = [self._attend(state, pc, q[h], k[h], v[h].contiguous(), checked) for h in range(heads)]
+        total, context = (
+            torch.stack(parts) for parts in zip(*sums, strict=True)
+        )  # [heads, 1, rows], [heads, width, rows]
         mantissa, shift = arithmetic.reciprocal(total.long().numpy())
         product = _round(context, 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
         y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.a2))
         y = self._hold(state, pc, y.double(), self.bits)
-        _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(1, 0, 2).reshape(rows, dim))
+        _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(2, 0, 1).reshape(rows, dim))
+
+    def _attend(self, state: _State, pc: int, q: Tensor, k: Tensor, v: Tensor, checked: bool) -> tuple[Tensor, Tensor]:
+        """Return the sums of weights [1, N] and of weighted values [W, N] of one head: q and v [W, N], k [N, W].
+
+        q is scaled so that scores, a row for each key, are in units of 2^-SCORE_FRAC.
+        """
+        scores = k @ q
+        if checked:
+            scores = self._hold(state, pc, scores.add_(0.5).floor_(), SCORE_BITS)
+        blocks, unit = scores.split(KEY_BLOCK), float(1 << SCORE_FRAC)
+        # The largest rounded score is the largest score, rounded.
+        highest = torch.stack([block.amax(dim=0) for block in blocks]).add_(0.5).floor_()
+        tops = highest.div_(unit).ceil_().cummax(dim=0).values
+        for block, top in zip(blocks, tops, strict=True):
+            block.sub_(top * unit - (_WHOLE_STEPS + 0.5))
+        # Truncation of a positive number rounds down: so this rounds the scores half up.
+        places = scores.clamp_(min=0).to(torch.int32)
+        weights = _exp2_table().index_select(0, places.view(-1)).view(places.shape)
+        falls = torch.exp2((tops[:-1] - tops[1:]).clamp_(min=-MAX_RISE))
+        total = context = q.new_zeros(())
+        for place, (block, values) in enumerate(zip(weights.split(KEY_BLOCK), v.split(KEY_BLOCK, dim=1), strict=True)):
+            if place:  # rounding leaves whole numbers alone where the maximum did not rise
+                total, context = _round(total, falls[place - 1]), _round(context, falls[place - 1])
+            total = block.sum(dim=0, keepdim=True).add_(total)
+            context = (values @ block).add_(context)
+        return total, context
 
     @staticmethod
     def _route(state: _State, i: Instruction) -> None:

@@ -38,7 +38,7 @@ def simulate_multiplexed(
     if progress:
         progress(0, total, "g++ builds the test bench")
     csim.build_frames(project)
-    seconds: Counter[str] = Counter()
+    seconds = {"testbench": 0.0, "emulator": 0.0}
     parts, experts, counters = [], [], []
     different = 0
     for start in range(0, total, CHUNK_FRAMES):

@@ -18,6 +18,7 @@ from m3vit.hw.boards import BOARDS, BUDGETS, Hardware
 from m3vit.hw.program import HEADER, Image, Mode, Op
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
+HEAD = ("weight_bits", "act_bits", "uram")  # of Hardware: written in other words than as constants
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
@@ -41,7 +42,7 @@ PORTS = {
 
 def parameters_text(hardware: Hardware) -> str:
     """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
-    constants = {name: value for name, value in asdict(hardware).items() if name not in ("weight_bits", "act_bits")}
+    constants = {name: value for name, value in asdict(hardware).items() if name not in HEAD}
     lines = [f"    static const unsigned {name} = {value};" for name, value in constants.items()]
     return "\n".join(
         [
@@ -49,6 +50,7 @@ def parameters_text(hardware: Hardware) -> str:
             "#ifndef M3VIT_PARAMETERS_H_",
             "#define M3VIT_PARAMETERS_H_",
             "",
+            *(["#define M3VIT_URAM", ""] if hardware.uram else []),
             '#include "nnet_utils/m3vit_accelerator.h"',
             "",
             "struct vit_cfg {",

@@ -28,7 +28,7 @@ void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const 
                  const int16_t *gates, const int32_t *params, const typename C::act_t *keys,
                  const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
                  int32_t *output) {
-    #pragma HLS ALLOCATION function instances=linear<C, typename C::wt_t, C::tile_out> limit=1
+    #pragma HLS ALLOCATION function instances=linear<C, typename C::wt_t, C::tile_out, C::token_block> limit=1
     #pragma HLS ALLOCATION function instances=attention<C> limit=1
     #pragma HLS ALLOCATION function instances=layernorm<C> limit=1
     static queues<C> queue;
@@ -52,10 +52,11 @@ Program:
             break;
         case op_linear:
         case op_experts:
-            linear<C, typename C::wt_t, C::tile_out>(I, queue, weights, params, narrow_in, narrow_out, wide, output);
+            linear<C, typename C::wt_t, C::tile_out, C::token_block>(I, queue, weights, params, narrow_in, narrow_out,
+                                                                     wide, output);
             break;
         case op_gate:
-            linear<C, int16_t, C::gate_out>(I, queue, gates, params, narrow_in, narrow_out, wide, output);
+            linear<C, int16_t, C::gate_out, 0>(I, queue, gates, params, narrow_in, narrow_out, wide, output);
             break;
         case op_position:
             position<C>(I, params, wide);

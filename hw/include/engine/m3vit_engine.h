@@ -11,7 +11,8 @@
 // C, the configuration of the hardware (firmware/parameters.h of a project), has
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
 //   widths     act_bits
-//   array      tile_in x tile_out multipliers of the linear engine, gate_out outputs a tile of the router's
+//   array      tile_in x tile_out multipliers of the linear engine, gate_out outputs a tile of the router's; token_block
+//              tokens whose inputs are kept on chip
 //   attention  query_block, key_block (tokens), max_head (head width)
 //   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_

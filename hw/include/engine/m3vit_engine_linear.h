@@ -1,9 +1,11 @@
 // The linear engine: one array of tile_in x tile_out multipliers for dense layers, experts, embedding and heads.
 //
-// Work is a sequence of tiles: `tile_out` outputs of one linear map, for some tokens. While the array works on one tile,
-// the weights of the next are loaded into the other of two buffers (ping and pong). For experts the sequence runs through
-// both maps of every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4), so the first
-// tile of the next expert is fetched during the last of this one.
+// Work is a sequence of tiles: `tile_out` outputs of one linear map, for up to token_block tokens. While the array works on
+// one tile, the weights of the next are loaded into the other of two buffers (ping and pong). For experts the sequence
+// runs through both maps of every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4), so
+// the first tile of the next expert is fetched during the last of this one.
+// The inputs of a block of tokens are read from DDR with its first tile and kept on chip for the others; so inputs pass
+// once, and weights once for each block (for most experts there is one).
 // Cycles: a tile of n tokens takes max(n * ceil(n_in / tile_in), tile_out * n_in / (weights a beat)), if rows are read
 // and written at that pace.
 #ifndef M3VIT_ENGINE_LINEAR_H_
@@ -14,23 +16,25 @@
 namespace nnet {
 namespace vit {
 
-// `outputs` rows of one linear map, for `count` tokens: token n is row n of src and dst, or, in a queue, the token at
-// place first + n of it (gather: in src; mode to_queue: in dst).
+// `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the token
+// at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
 struct tile_job {
-    bool valid;
+    bool valid, fresh;
     bool gather;
     unsigned weights, params, n_in, outputs;
-    unsigned first, count;
+    unsigned base, first, count;
     unsigned src, src_pitch, dst, dst_pitch;
     int mode, gelu_in, gelu_out;
 };
 
-// Where the sequence of tiles stands: linear map `map` (for experts two for each active one), output row `row` of it.
+// Where the sequence of tiles stands: linear map `map` (for experts two for each active one), tokens from `base` on,
+// output row `row`.
 struct tile_place {
-    unsigned map, row;
+    unsigned map, base, row;
 };
 
-template <class C, unsigned TO> tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
+// TB: tokens in a block; 0: all in one, and none kept on chip.
+template <class C, unsigned TO, unsigned TB> tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
     tile_job job;
     const bool experts = I.op == op_experts;
     const bool second = experts && (place.map & 1);
@@ -44,8 +48,11 @@ template <class C, unsigned TO> tile_job next_tile(tile_place &place, const inst
     job.weights = I.weights + place.row * job.n_in;
     job.params = I.params + 2 * place.row;
     job.gather = experts && !second;
-    job.first = experts ? queue.start[e] : 0;
-    job.count = experts ? queue.start[e + 1] - job.first : I.rows;
+    const unsigned tokens = experts ? queue.start[e + 1] - queue.start[e] : I.rows;
+    job.base = place.base;
+    job.first = experts ? queue.start[e] + place.base : 0;
+    job.count = TB == 0 || tokens - place.base < TB ? tokens - place.base : TB;
+    job.fresh = TB == 0 || place.row == 0;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
     job.dst = I.dst + place.row;
@@ -68,7 +75,11 @@ template <class C, unsigned TO> tile_job next_tile(tile_place &place, const inst
     place.row += TO;
     if (place.row >= n_out) {
         place.row = 0;
-        place.map++;
+        place.base += job.count;
+        if (place.base >= tokens) {
+            place.base = 0;
+            place.map++;
+        }
     }
     return job;
 }
@@ -110,23 +121,40 @@ struct token_place {
     int score;
 };
 
+// The inputs of a block of tokens. rows: 1 if none are kept.
+template <class C, unsigned TB> struct token_cache {
+    static const unsigned rows = TB == 0 ? 1 : TB;
+    typename C::act_t x[rows][C::max_in];
+};
+
 // The input of token n of a job, padded with zeros to whole tiles, and the place of its results.
-template <class C>
+template <class C, unsigned TB>
 void read_token(const tile_job &job, unsigned n, const queues<C> &queue, const typename C::act_t *narrow,
-                typename C::act_t x[C::max_in], token_place &place) {
+                token_cache<C, TB> &cache, typename C::act_t x[C::max_in], token_place &place) {
     #pragma HLS INLINE off
     const bool queued = job.gather || job.mode == to_queue;
-    const unsigned token = queued ? queue.token[job.first + n] : n;
-    const unsigned offset = job.src + (job.gather ? token : n) * job.src_pitch;
-    place.row = job.mode == to_queue ? token : n;
+    const unsigned token = queued ? queue.token[job.first + n] : job.base + n;
+    const unsigned offset = job.src + (job.gather ? token : job.base + n) * job.src_pitch;
+    const unsigned kept = TB == 0 ? 0 : n;
+    place.row = job.mode == to_queue ? token : job.base + n;
     place.score = job.mode == to_queue ? queue.weight[job.first + n] : 0;
     const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
-Read:
-    for (unsigned i = 0; i < padded; i++) {
-        #pragma HLS PIPELINE II=1
-        x[i] = i < job.n_in ? narrow[offset + i] : 0;
+    if (job.fresh) {
+    Read:
+        for (unsigned i = 0; i < padded; i++) {
+            #pragma HLS PIPELINE II=1
+            cache.x[kept][i] = i < job.n_in ? narrow[offset + i] : 0;
+        }
+        M3VIT_COUNT(narrow_read, job.n_in * sizeof(typename C::act_t));
     }
-    M3VIT_COUNT(narrow_read, job.n_in * sizeof(typename C::act_t));
+Copy:
+    for (unsigned i = 0; i < padded; i += C::tile_in) {
+        #pragma HLS PIPELINE II=1
+        for (unsigned j = 0; j < C::tile_in; j++) {
+            #pragma HLS UNROLL
+            x[i + j] = cache.x[kept][i + j];
+        }
+    }
 }
 
 // All sums of a tile for one token, exact: tile_in x TO products a cycle.
@@ -188,9 +216,9 @@ Write:
 #endif
 }
 
-template <class C, class w_t, unsigned TO>
+template <class C, class w_t, unsigned TO, unsigned TB>
 void compute_tile(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const queues<C> &queue,
-                  const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+                  token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
 Token:
     for (unsigned n = 0; n < job.count; n++) {
@@ -200,40 +228,45 @@ Token:
         #pragma HLS ARRAY_PARTITION variable=x cyclic factor=C::tile_in
         #pragma HLS ARRAY_PARTITION variable=sum complete
         token_place place;
-        read_token<C>(job, n, queue, narrow_in, x, place);
+        read_token<C, TB>(job, n, queue, narrow_in, cache, x, place);
         multiply<C, w_t, TO>(x, tile, job.n_in, sum);
         write_row<C, w_t, TO>(job, tile, sum, place, narrow_out, wide, output);
     }
 }
 
 // The two run at the same time: they share no buffer.
-template <class C, class w_t, unsigned TO>
+template <class C, class w_t, unsigned TO, unsigned TB>
 void load_and_compute(const tile_job &next, weight_tile<C, w_t, TO> &filled, const w_t *weights, const int32_t *params,
                       const tile_job &now, const weight_tile<C, w_t, TO> &used, const queues<C> &queue,
-                      const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+                      token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
     #pragma HLS DATAFLOW
     load_tile<C, w_t, TO>(next, filled, weights, params);
-    compute_tile<C, w_t, TO>(now, used, queue, narrow_in, narrow_out, wide, output);
+    compute_tile<C, w_t, TO, TB>(now, used, queue, cache, narrow_in, narrow_out, wide, output);
 }
 
-template <class C, class w_t, unsigned TO>
+template <class C, class w_t, unsigned TO, unsigned TB>
 void linear(const instruction &I, const queues<C> &queue, const w_t *weights, const int32_t *params,
             const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
     static weight_tile<C, w_t, TO> ping, pong;
+    static token_cache<C, TB> cache;
+    #pragma HLS ARRAY_RESHAPE variable=cache.x dim=2 cyclic factor=C::tile_in
+#ifdef M3VIT_URAM
+    #pragma HLS BIND_STORAGE variable=cache.x type=ram_s2p impl=uram
+#endif
     #pragma HLS ARRAY_RESHAPE variable=ping.weight dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=ping.weight dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=3 complete
-    tile_place place = {0, 0};
-    tile_job now = next_tile<C, TO>(place, I, queue);
+    tile_place place = {0, 0, 0};
+    tile_job now = next_tile<C, TO, TB>(place, I, queue);
     load_tile<C, w_t, TO>(now, ping, weights, params);
     bool in_ping = true;
 Tile:
     while (now.valid) {
         #pragma HLS LOOP_TRIPCOUNT min=1 max=1024
-        const tile_job next = next_tile<C, TO>(place, I, queue);
+        const tile_job next = next_tile<C, TO, TB>(place, I, queue);
 #ifndef __SYNTHESIS__
         if (I.op == op_gate)
             M3VIT_COUNT(gates, now.outputs * now.n_in * sizeof(w_t));
@@ -241,9 +274,11 @@ Tile:
             M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(w_t));
 #endif
         if (in_ping)
-            load_and_compute<C, w_t, TO>(next, pong, weights, params, now, ping, queue, narrow_in, narrow_out, wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, ping, queue, cache, narrow_in, narrow_out,
+                                             wide, output);
         else
-            load_and_compute<C, w_t, TO>(next, ping, weights, params, now, pong, queue, narrow_in, narrow_out, wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, pong, queue, cache, narrow_in, narrow_out,
+                                             wide, output);
         in_ping = !in_ping;
         now = next;
     }

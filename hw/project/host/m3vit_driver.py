@@ -78,13 +78,13 @@ class Accelerator:
             buffer = self._buffer(name, max(count, 1), kind)
             buffer[:count] = np.fromfile(path, kind, count, offset=offset)
             buffer.flush()
-        for name, size, kind in (
+        for name, size, element in (
             ("narrow", header[9], act),
             ("wide", header[10], np.int32),
             ("output", header[11], np.int32),
             ("image", header[12], np.uint8),
         ):
-            self._buffer(name, int(size), kind)
+            self._buffer(name, int(size), element)
         for argument, buffer_name in POINTERS.items():
             address = int(self.buffers[buffer_name].device_address)
             self.ip.write(self._register(argument, 1), address & 0xFFFFFFFF)
