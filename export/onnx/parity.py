@@ -211,7 +211,7 @@ def _check_task(
             _check_floats(model, package_dir, task, images, sizes, full, tick, record)
         for precision in precisions:
             if precision != FLOAT:
-                _check_integers(model, package_dir, task, images, sizes, precision, record)
+                _check_integers(model, package_dir, task, images, sizes, precision, full, record)
     return record
 
 
@@ -272,12 +272,14 @@ def _check_integers(
     images: Sequence[NDArray[np.float32]],
     sizes: list[tuple[int, int]],
     precision: str,
+    full: bool,
     record: _Record,
 ) -> None:
     """Run the graph in integers; what it must be is finite and repeatable."""
     packages = _open(package_dir, precision=precision)
-    found = _Record()
-    for batch in _quick_batches(images, sizes):
+    found, batches = _Record(), list(_quick_batches(images, sizes))
+    batches += [_race_batch(images, sizes[0], model.backbone.patch_size)] if full else []
+    for batch in batches:
         expected = model(batch.images.to(next(model.parameters()).device), [task]).logits[task].cpu().numpy()
         _compare(packages, task, batch, expected, np.zeros(len(batch.images), np.int64), found, limit=math.inf)
     record.integers[precision] = found.worst
