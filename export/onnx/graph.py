@@ -168,7 +168,7 @@ def name_folded(graph: onnx.ModelProto, model: nn.Module) -> None:
     Their numbers change with everything before them: a name of the content is the same in every task's graph, and
     says what a tensor is.
     """
-    parameters = {}
+    parameters: dict[bytes, tuple[tuple[int, ...], str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             transposed = np.ascontiguousarray(parameter.detach().cpu().numpy().T)

@@ -99,10 +99,10 @@ def export_package(
     content.check()
     _check_replaceable(out)
     say = progress or (lambda line: None)
-    for task in content.tasks:
-        model.task_id(task)
-    names = [task for task in model.config.tasks if task in (content.tasks or model.config.tasks)]
-    macs = {task: entry["macs"]["total"] for task, entry in profile(model.config)["tasks"].items()}
+    for name in content.tasks:
+        model.task_id(name)
+    names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
+    macs = {name: entry["macs"]["total"] for name, entry in profile(model.config)["tasks"].items()}
     with atomic_folder(out) as folder:
         with open(folder / WEIGHTS, "wb") as file:
             writer = _Writer(folder, _WeightsFile(file), content)

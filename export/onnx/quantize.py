@@ -12,6 +12,7 @@ there, `m3vit.export.runtime` warns.
 """
 
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,7 @@ class _Quantiser:
         self.inputs: dict[str, tuple[str, str, str]] = {}  # tensor -> its integers, scale, zero point
         self.producers = {name: node for node in graph.graph.node for name in node.output}
 
-    def node(self, operator: str, inputs: list[str], outputs: list[str], **attributes: object) -> str:
+    def node(self, operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
         return outputs[0]
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnxruntime import InferenceSession
 
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, normalised
@@ -35,7 +36,6 @@ ROUNDS = 15
 SAME_TIME = 0.02  # times closer than this are taken as equal: the clock is not better
 FILES = ("sweep.json", "sweep.png")
 
-Session = onnxruntime.InferenceSession
 Progress = Callable[[int, int, str], None]
 
 
@@ -140,7 +140,7 @@ def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _session(graph: onnx.ModelProto) -> Session:
+def _session(graph: onnx.ModelProto) -> InferenceSession:
     """Return a session on one thread. Graphs above protobuf's 2 GiB cannot be made from memory."""
     if graph.ByteSize() >= 2**31:
         raise InputError(
@@ -149,10 +149,10 @@ def _session(graph: onnx.ModelProto) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return Session(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _predictor(session: Session, task: str, run: Run, shape: tuple[int, int]) -> Predictor:
+def _predictor(session: InferenceSession, task: str, run: Run, shape: tuple[int, int]) -> Predictor:
     def predict(images: list[NetworkImage]) -> dict[str, torch.Tensor]:
         (logits,) = session.run([task], {"image": normalised(images).numpy()})
         return {task: torch.from_numpy(np.asarray(logits))}
@@ -160,11 +160,11 @@ def _predictor(session: Session, task: str, run: Run, shape: tuple[int, int]) ->
     return Predictor("onnx", [task], run.config.model.label_set, shape, predict)
 
 
-def _ratio(session: Session, reference: Session, task: str, shape: tuple[int, int]) -> float:
+def _ratio(session: InferenceSession, reference: InferenceSession, task: str, shape: tuple[int, int]) -> float:
     """Return the time of one image relative to the reference's: the median over rounds that run both, in turn."""
     image = np.random.default_rng(0).standard_normal((1, 3, *shape)).astype(np.float32)
 
-    def timed(one: Session) -> float:
+    def timed(one: InferenceSession) -> float:
         start = time.thread_time()  # on one thread, this one: time that others take from it does not count
         one.run([task], {"image": image})
         return time.thread_time() - start

@@ -81,8 +81,8 @@ def run_export_onnx(args: argparse.Namespace) -> None:
                 "--sweep tries precisions, coverages and top-k itself: leave out --tasks, --precision, --prune, "
                 "--keep, --top-k, --static and --one-backbone"
             )
-        with progress_bar("sweeping") as bar:
-            result = sweep(run, args.out, request, opset=args.opset, size=args.size, progress=bar)
+        with progress_bar("sweeping") as progress:
+            result = sweep(run, args.out, request, opset=args.opset, size=args.size, progress=progress)
         print_sweep(result)
         say(f"{args.out / 'sweep.json'}, {args.out / 'sweep.png'}")
         return
