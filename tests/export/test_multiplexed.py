@@ -156,6 +156,24 @@ def test_weights_map_is_of_the_weights(project: Path, model: MultiTaskModel) -> 
     assert params["offset"] == place
 
 
+def test_hls4ml_compiles_and_predicts_from_the_folder(copy: Path) -> None:
+    script = (
+        "import hls4ml, numpy as np; x = np.load('in.npz');"
+        "m = hls4ml.converters.link_existing_project('.'); m._compile();"
+        "np.save('out.npy', m.predict([x['tokens'], x['task']]))"
+    )
+    images = make_images(2, seed=3).repeat(len(TASKS), axis=0)
+    ids = np.tile(np.arange(len(TASKS)), 2)
+    np.savez(copy / "in.npz", tokens=csim.tokenise(images, 8), task=ids[:, None].astype(np.float32))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    emulator, fracs = Emulator.open(copy / convert.WEIGHTS), csim.read_manifest(copy)["output_fracs"]
+    expected = [
+        emulator.run(image, task).outputs * 2.0 ** -fracs[task] for image, task in zip(images, ids, strict=True)
+    ]
+    np.testing.assert_array_equal(np.load(copy / "out.npy"), np.array(expected, np.float32).reshape(6, -1))
+
+
 def test_eval_scores_by_the_emulator(project: Path, report: dict[str, Any]) -> None:
     predictor, info, _ = open_predictor(project, "cpu", 1)
     assert predictor.name == "csim" and info["hls4ml"] == "1.3.0"

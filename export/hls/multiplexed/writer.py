@@ -103,6 +103,30 @@ void m3vit({TOP_ARGUMENTS});
 """
 
 
+def model_text(settings: dict[str, Any]) -> str:
+    """Return firmware/model.h: what the bridge to hls4ml's predict() knows of the model."""
+    (rows, columns), head = settings["grid"], settings["formats"]["layers"]["head"]
+    fracs = [str(head[f"output{task}"]) for task in range(sum(name.startswith("output") for name in head))]
+    return "\n".join(
+        [
+            NOTICE,
+            "#ifndef M3VIT_MODEL_H_",
+            "#define M3VIT_MODEL_H_",
+            "",
+            "struct vit_model {",
+            f"    static const int rows = {rows}, columns = {columns}, patch = {settings['patch']};",
+            "    static int output_frac(unsigned task) {",
+            f"        static const int frac[] = {{{', '.join(fracs)}}};",
+            "        return frac[task];",
+            "    }",
+            "};",
+            "",
+            "#endif",
+            "",
+        ]
+    )
+
+
 def depths_of(image: Image) -> dict[str, int]:
     """Return the elements that each port of the accelerator reaches."""
     memory = image.memory
@@ -160,8 +184,8 @@ class VitisMoEWriter(VitisWriter):
         self.write_build_script(model)
         self.write_board_script_override(model)
         self.write_yml(model)
-        for name in ("vivado_synth.tcl", "build_lib.sh"):  # hls4ml's, for its own top level
-            (out / name).unlink(missing_ok=True)
+        (firmware / "model.h").write_text(model_text(settings))
+        (out / "vivado_synth.tcl").unlink()  # hls4ml's, for its own top level
         for path in sorted(project.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 target = out / path.relative_to(project)
