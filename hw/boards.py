@@ -133,16 +133,21 @@ def _sizes(hardware: Hardware, board: Board) -> Iterator[Hardware]:
             yield replace(hardware, tile_out=tile, token_block=block, uram=board.uram > 0)
 
 
+def check_tokens(tokens: int) -> None:
+    """Raise InputError if an image has more tokens than the queues of experts can hold."""
+    if tokens > MAX_TOKENS:
+        raise InputError(
+            f"the model has {tokens} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: give a "
+            "smaller model.image_size or a larger patch"
+        )
+
+
 def fit(hardware: Hardware, board: Board) -> Hardware:
     """Return the hardware with the largest multiplier array that fits the board, then the largest block of tokens.
 
     Raises InputError, with the figures and what would fit, if none does, or if there are too many tokens.
     """
-    if hardware.max_rows > MAX_TOKENS:
-        raise InputError(
-            f"the model has {hardware.max_rows} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: "
-            "give a smaller model.image_size or a larger patch"
-        )
+    check_tokens(hardware.max_rows)
     found = next((size for size in _sizes(hardware, board) if size.fits(board)), None)
     if found:
         return found

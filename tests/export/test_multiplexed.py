@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import convert
 from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.multiplexed.quantise import linear_words, norm_words, row_fracs
-from m3vit.export.hls.project import export_project
+from m3vit.export.hls.project import Samples, export_project
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.export.predictors import open_predictor
 from m3vit.hw import csim
@@ -131,6 +132,14 @@ def test_stand_alone_folder_checks_itself(report: dict[str, Any], copy: Path) ->
     (copy / "tb_data" / "expected_outputs.bin").write_bytes(words)
     done = subprocess.run(["./csim.exe"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1 and f"1 of {len(TASKS)} frames differ" in done.stdout
+
+
+def test_sources_compile_as_synthesis_reads_them(project: Path) -> None:
+    """Without the counters and logs of C-simulation, with the standards that build_prj.tcl names."""
+    for standard in ("c++11", "c++14"):
+        flags = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-label", f"-std={standard}"]
+        command = [csim.find_compiler(), *flags, "-D__SYNTHESIS__", "-fsyntax-only", "-I.", "firmware/m3vit.cpp"]
+        subprocess.run(command, cwd=project, check=True)
 
 
 def test_no_path_of_this_machine(project: Path) -> None:
@@ -397,6 +406,21 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
         monkeypatch.setattr(convert, "hardware_of", lambda *arguments: wide)
         export(make_model(), tmp_path / "out", board="kv260")
     assert not called and os.listdir(tmp_path) == []
+
+
+def test_too_many_tokens_are_refused_before_the_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaf, "lower", lambda *arguments, **options: 1 / 0)
+    large = make_model({"patch_size": 2}, image_size=(192, 192), head_stride=2)
+    images = np.zeros((1, 192, 192, 3), np.uint8)
+    labels = [{task: np.zeros((192, 192)) for task in TASKS}]
+    with pytest.raises(InputError, match="9216 tokens, and the queues of the multiplexed schedule hold 8192"):
+        export(large, tmp_path / "out", calibration=images, samples=Samples(["0"], images, labels))
+    assert os.listdir(tmp_path) == []
+
+
+def test_hardware_known_before_is_that_of_the_schedule(model: MultiTaskModel, project: Path) -> None:
+    needed = convert.needed_hardware(leaf.lower(model, streams=False), convert.Options())
+    assert asdict(needed) == csim.read_manifest(project)["hardware"]
 
 
 def test_an_interrupted_export_leaves_the_old_project(

@@ -108,7 +108,7 @@ inline counters *&current_counters() {
 }
 #define M3VIT_COUNT(field, amount) (nnet::vit::current_counters()->field += (amount))
 #else
-#define M3VIT_COUNT(field, amount)
+#define M3VIT_COUNT(field, amount) ((void)0)
 #endif
 
 // x as a signed integer of BITS bits: beyond its range, the nearest end of it.
