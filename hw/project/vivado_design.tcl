@@ -1,7 +1,7 @@
 # Vivado 2022.2 or newer, after build_prj.tcl: vivado -mode batch -source vivado_design.tcl [-tclargs bitstream]
 # A Zynq UltraScale+ processing system and the accelerator: its registers on M_AXI_HPM0_FPD, its ports on S_AXI_HP0 to HP3,
 # 128 bits each. Files for PYNQ: m3vit.bit and m3vit.hwh.
-# Never run by the authors, who had no licence: please report what your version makes of it.
+# Never run in the tool itself by the authors, who had no licence: please report what your version makes of it.
 set here [file normalize [file dirname [info script]]]
 source [file join $here project.tcl]
 

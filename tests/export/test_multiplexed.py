@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -325,6 +326,47 @@ def test_assembling_without_torch_is_torchs() -> None:
     for size in ((24, 32), (25, 31), (5, 6)):
         expected = assemble_tokens(torch.from_numpy(outputs[None]), (3, 4), 2, size).numpy()[0]
         np.testing.assert_allclose(assemble(outputs, (3, 4), 2, size), expected, atol=1e-5)
+
+
+# --- Tcl, with the vendor's commands logged instead of run ------------------------------------------------------------
+
+
+def run_tcl(script: Path, *words: str) -> list[str]:
+    """Run a script in Tcl alone; return the commands it did not know, which are the vendor's."""
+    tkinter = pytest.importorskip("tkinter")
+    tcl = tkinter.Tcl()
+    tcl.eval("set ::log {}; proc unknown {args} { lappend ::log [join $args]; return $args }; proc exit {args} {}")
+    tcl.eval(f"set ::argv {{{' '.join(words)}}}")
+    tcl.eval(f"source {{{script}}}")
+    return [str(line) for line in tcl.splitlist(tcl.eval("set ::log"))]
+
+
+def test_build_script_runs_through(report: dict[str, Any], copy: Path) -> None:
+    shutil.copy(copy / "tb_data" / "expected_outputs.bin", copy / "tb_data" / "csim_outputs.bin")
+    log = run_tcl(copy / "build_prj.tcl")
+    assert "set_top m3vit" in log and "set_part xczu7ev-ffvc1156-2-e" in log and "csynth_design" in log
+    assert "create_clock -period 3.333 -name default" in log
+    assert not any(line.startswith("cosim_design") for line in log)
+    for line in log:
+        if line.startswith("add_files"):
+            path = next(word for word in line.split() if word.endswith(".cpp"))
+            assert Path(path).is_file()
+    (copy / "tb_data" / "csim_outputs.bin").write_bytes(b"other")
+    with pytest.raises(Exception, match="differs from tb_data/expected_outputs"):
+        run_tcl(copy / "build_prj.tcl", "csim")
+
+
+def test_block_design_connects_every_port_once(project: Path) -> None:
+    log = run_tcl(project / "vivado_design.tcl")
+    top = (project / "firmware" / "m3vit.cpp").read_text()
+    bundles = set(re.findall(r"bundle=(\w+)", top))
+    joined = [line for line in log if line.startswith("connect_bd_intf_net")]
+    masters = [name for line in joined for name in re.findall(r"m3vit_0/m_axi_(\w+)", line)]
+    assert sorted(masters) == sorted(bundles)
+    assert sorted(name for line in joined for name in re.findall(r"S_AXI_HP\d_FPD", line)) == [
+        f"S_AXI_HP{port}_FPD" for port in range(4)
+    ]
+    assert any("m3vit_0/s_axi_control" in line for line in joined)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
