@@ -80,6 +80,11 @@ class Hardware:
         """Bits that a narrow value is stored in."""
         return 8 if self.act_bits <= 8 else 16
 
+    @property
+    def tiles_in_lut(self) -> bool:
+        """Whether weight tiles are so few words deep that they lie in LUTs."""
+        return self.max_in // self.tile_in <= LUT_RAM_DEPTH
+
     def memories(self) -> Iterator[tuple[int, int, int]]:
         """Yield the on-chip memories as (copies, bits a word, words), but for the inputs of a block of tokens."""
         steps = self.max_in // self.tile_in

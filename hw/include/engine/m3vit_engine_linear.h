@@ -259,6 +259,10 @@ void linear(const instruction &I, const queues<C> &queue, const w_t *weights, co
     #pragma HLS ARRAY_RESHAPE variable=ping.weight dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=3 complete
+#ifdef M3VIT_TILES_IN_LUT
+    #pragma HLS BIND_STORAGE variable=ping.weight type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=pong.weight type=ram_s2p impl=lutram
+#endif
     tile_place place = {0, 0, 0};
     tile_job now = next_tile<C, TO, TB>(place, I, queue);
     load_tile<C, w_t, TO>(now, ping, weights, params);
