@@ -41,7 +41,7 @@ connect_bd_net $clock [get_bd_pins control/aclk] [get_bd_pins zynq_ps/maxihpm0_f
 connect_bd_net [get_bd_pins reset_0/peripheral_aresetn] [get_bd_pins control/aresetn]
 
 # Memory: weights and the reading of activations, which the linear engine waits for, have ports of their own.
-foreach {port masters} {0 {weights} 1 {narrow_in} 2 {narrow_out io} 3 {wide tables}} {
+foreach {port masters} {0 {weights} 1 {narrow_in} 2 {narrow_out io} 3 {wide wide_in tables}} {
     set name memory_$port
     set connect [create_bd_cell -type ip -vlnv xilinx.com:ip:smartconnect $name]
     set_property CONFIG.NUM_SI [llength $masters] $connect

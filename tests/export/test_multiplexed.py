@@ -413,6 +413,7 @@ def test_more_moe_layers_than_streams_can_feed(tmp_path: Path) -> None:
         ({"pre_norm": True}, {"router": "task_conditioned"}),
         ({"qkv_bias": False}, {"router": "single", "top_k": 1, "tasks": ["depth"]}),
         ({"class_token": True, "no_embed_class": True}, {"moe_blocks": "none"}),
+        ({}, {"experts_per_task": {"depth": [0, 1], "semseg": [1, 2, 3]}}),
     ],
 )
 def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config: dict[str, Any]) -> None:

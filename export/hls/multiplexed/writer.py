@@ -34,7 +34,7 @@ PORTS = {
     "keys": "narrow_in",
     "narrow_in": "narrow_in",
     "narrow_out": "narrow_out",
-    "wide_in": "wide",
+    "wide_in": "wide_in",
     "wide": "wide",
     "output": "io",
 }

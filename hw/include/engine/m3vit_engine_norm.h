@@ -30,14 +30,14 @@ Patch:
 
 // I: rows (all tokens), n_out channels, dst: the first a0 tokens become those of the table, the others get it added.
 // Cycles: rows * n_out.
-template <class C> void position(const instruction &I, const int32_t *params, int32_t *wide) {
+template <class C> void position(const instruction &I, const int32_t *params, const int32_t *wide_in, int32_t *wide) {
     #pragma HLS INLINE off
 Token:
     for (unsigned t = 0; t < I.rows; t++) {
         for (unsigned d = 0; d < I.n_out; d++) {
             #pragma HLS PIPELINE II=1
             const unsigned place = I.dst + t * I.dst_pitch + d;
-            const long long before = t < (unsigned)I.a0 ? 0 : wide[place];
+            const long long before = t < (unsigned)I.a0 ? 0 : wide_in[place];
             wide[place] = (int32_t)saturate<32>(before + params[I.params + t * I.n_out + d]);
         }
     }
