@@ -21,7 +21,8 @@ template <class T> static void run(const T *tokens, const T *task, T *outputs) {
     for (int t = 0; t < vit_model::rows * vit_model::columns; t++) {
         for (int i = 0; i < 3 * p * p; i++) {
             const int y = t / vit_model::columns * p + i / p % p, x = t % vit_model::columns * p + i % p;
-            image[(size_t)((y * line + x) * 3 + i / (p * p))] = (uint8_t)lround((double)tokens[t * 3 * p * p + i] * 256);
+            const double value = tokens[t * 3 * p * p + i];
+            image[(size_t)((y * line + x) * 3 + i / (p * p))] = (uint8_t)lround(value * 256);
         }
     }
     const unsigned id = (unsigned)task[0] < (unsigned)memory().head.tasks ? (unsigned)task[0] : 0;

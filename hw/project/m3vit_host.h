@@ -11,8 +11,8 @@
 #include "firmware/m3vit.h"
 
 struct file_header { // m3vit/hw/program.py
-    int64_t magic, params_at, params_words, weights_at, weights_words, gates_at, gates_words, weight_bits, act_bits, narrow,
-        wide, output, image, tasks, instructions, unused[5];
+    int64_t magic, params_at, params_words, weights_at, weights_words, gates_at, gates_words, weight_bits, act_bits;
+    int64_t narrow, wide, output, image, tasks, instructions, unused[5];
 };
 
 inline bool read_file(const char *path, std::vector<char> &data) {
@@ -61,12 +61,13 @@ struct device_memory {
         memset(narrow.data(), 0x5a + pattern, narrow.size() * sizeof(vit_cfg::act_t));
         memset(wide.data(), 0x35 + pattern, wide.size() * sizeof(int32_t));
         memset(output.data(), 0, output.size() * sizeof(int32_t));
-        m3vit(image, task, (unsigned)head.tasks, weights.data(), gates.data(), params.data(), narrow.data(), narrow.data(),
-              narrow.data(), wide.data(), wide.data(), output.data());
+        m3vit(image, task, (unsigned)head.tasks, weights.data(), gates.data(), params.data(), narrow.data(),
+              narrow.data(), narrow.data(), wide.data(), wide.data(), output.data());
     }
 
   private:
-    template <class T> static void section(const std::vector<char> &data, int64_t place, int64_t words, std::vector<T> &part) {
+    template <class T>
+    static void section(const std::vector<char> &data, int64_t place, int64_t words, std::vector<T> &part) {
         part.resize((size_t)words + 1); // one more: an empty section has an address too
         memcpy(part.data(), data.data() + place, (size_t)words * sizeof(T));
     }

@@ -3,8 +3,8 @@
 //   ./csim.exe                                   the frames of tb_data/, compared word for word with the expected outputs
 //   ./csim.exe WEIGHTS IMAGES TASKS OUTPUTS [COUNTERS [ROUTING]]
 //
-// IMAGES: uint8 frames [n, H, W, 3]; TASKS: uint8 [n]; OUTPUTS: int32 words of each frame; COUNTERS: a JSON line for each
-// frame and instruction that ran; ROUTING: uint16 expert ids, in order of frames, MoE layers, tokens and rank.
+// IMAGES: uint8 frames [n, H, W, 3]; TASKS: uint8 [n]; OUTPUTS: int32 words of each frame; COUNTERS: a JSON line for
+// each frame and instruction that ran; ROUTING: uint16 expert ids, in order of frames, MoE layers, tokens and rank.
 // Exit code: 0; 1 if frames differ from the expected outputs; 2 if a file cannot be used.
 #include <chrono>
 

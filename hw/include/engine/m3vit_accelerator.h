@@ -1,7 +1,7 @@
 // The accelerator: fetches instruction after instruction and hands each to its engine.
 //
-// The task id is an argument (a register): instructions of other tasks are skipped, which changes the router's gates and
-// the head, nothing else. Nothing is kept from one frame to the next.
+// The task id is an argument (a register): instructions of other tasks are skipped, which changes the router's gates
+// and the head, nothing else. Nothing is kept from one frame to the next.
 #ifndef M3VIT_ACCELERATOR_H_
 #define M3VIT_ACCELERATOR_H_
 

@@ -16,8 +16,8 @@
 namespace nnet {
 namespace vit {
 
-// `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the token
-// at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
+// `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the
+// token at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
 struct tile_job {
     bool valid, fresh;
     bool gather;
@@ -34,7 +34,8 @@ struct tile_place {
 };
 
 // TB: tokens in a block; 0: all in one, and none kept on chip.
-template <class C, unsigned TO, unsigned TB> tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
+template <class C, unsigned TO, unsigned TB>
+tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
     tile_job job;
     const bool experts = I.op == op_experts;
     const bool second = experts && (place.map & 1);
@@ -163,7 +164,8 @@ Copy:
 
 // All sums of a tile for one token, exact: tile_in x TO products a cycle.
 template <class C, class w_t, unsigned TO>
-void multiply(const typename C::act_t x[C::max_in], const weight_tile<C, w_t, TO> &tile, unsigned n_in, long long sum[TO]) {
+void multiply(const typename C::act_t x[C::max_in], const weight_tile<C, w_t, TO> &tile, unsigned n_in,
+              long long sum[TO]) {
     #pragma HLS INLINE off
 Clear:
     for (unsigned o = 0; o < TO; o++) {
@@ -302,11 +304,11 @@ Tile:
             M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(w_t));
 #endif
         if (in_ping)
-            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, ping, queue, cache, narrow_in, narrow_out,
-                                             wide_in, wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, ping, queue, cache, narrow_in,
+                                             narrow_out, wide_in, wide, output);
         else
-            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, pong, queue, cache, narrow_in, narrow_out,
-                                             wide_in, wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, pong, queue, cache, narrow_in,
+                                             narrow_out, wide_in, wide, output);
         in_ping = !in_ping;
         now = next;
     }

@@ -58,9 +58,9 @@ Read:
 
 // LayerNorm of one token without its affine part, y with norm_frac fractional bits.
 //
-// With S = sum x and d_i = n x_i - S, (x_i - mean) / sqrt(var + eps) is d_i sqrt(n) / sqrt(sum d^2 + n^3 eps). The d_i are
-// first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit inputs.
-// sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
+// With S = sum x and d_i = n x_i - S, (x_i - mean) / sqrt(var + eps) is d_i sqrt(n) / sqrt(sum d^2 + n^3 eps). The
+// d_i are first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit
+// inputs. sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
 template <class C>
 void normalise_row(const int x[C::max_dim], unsigned n, int sqrt_dim, long long eps, int y[C::max_dim]) {
     #pragma HLS INLINE off
