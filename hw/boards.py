@@ -80,6 +80,11 @@ class Hardware:
         """Bits that a narrow value is stored in."""
         return 8 if self.act_bits <= 8 else 16
 
+    @property
+    def tiles_in_lut(self) -> bool:
+        """Whether weight tiles are so few words deep that they lie in LUTs."""
+        return self.max_in // self.tile_in <= LUT_RAM_DEPTH
+
     def memories(self) -> Iterator[tuple[int, int, int]]:
         """Yield the on-chip memories as (copies, bits a word, words), but for the inputs of a block of tokens."""
         steps = self.max_in // self.tile_in
@@ -133,16 +138,21 @@ def _sizes(hardware: Hardware, board: Board) -> Iterator[Hardware]:
             yield replace(hardware, tile_out=tile, token_block=block, uram=board.uram > 0)
 
 
+def check_tokens(tokens: int) -> None:
+    """Raise InputError if an image has more tokens than the queues of experts can hold."""
+    if tokens > MAX_TOKENS:
+        raise InputError(
+            f"the model has {tokens} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: give a "
+            "smaller model.image_size or a larger patch"
+        )
+
+
 def fit(hardware: Hardware, board: Board) -> Hardware:
     """Return the hardware with the largest multiplier array that fits the board, then the largest block of tokens.
 
     Raises InputError, with the figures and what would fit, if none does, or if there are too many tokens.
     """
-    if hardware.max_rows > MAX_TOKENS:
-        raise InputError(
-            f"the model has {hardware.max_rows} tokens, and the queues of the multiplexed schedule hold {MAX_TOKENS}: "
-            "give a smaller model.image_size or a larger patch"
-        )
+    check_tokens(hardware.max_rows)
     found = next((size for size in _sizes(hardware, board) if size.fits(board)), None)
     if found:
         return found

@@ -164,12 +164,14 @@ class Image:
         if len(header) < HEADER or header[0] != MAGIC or header[7] not in (8, 16):
             raise InputError(f"{path} is not a weights file of this version of m3vit: export the project again")
         types = (np.int32, np.int8 if header[7] == 8 else np.int16, np.int16)
+        sizes = [int(header[2 * i + 2]) * np.dtype(kind).itemsize for i, kind in enumerate(types)]
+        ends = [int(header[2 * i + 1]) + size for i, size in enumerate(sizes)]
+        if min(*header[1:7], *header[8:14]) < 0 or max(ends) > path.stat().st_size:
+            raise InputError(f"{path} is cut short or damaged: export the project again")
         sections = [
             np.fromfile(path, dtype=kind, count=int(header[2 * i + 2]), offset=int(header[2 * i + 1]))
             for i, kind in enumerate(types)
         ]
-        if any(len(section) != header[2 * i + 2] for i, section in enumerate(sections)):
-            raise InputError(f"{path} is cut short: export the project again")
         params, weights, gates = sections
         return cls(params, weights, gates, Memory(*(int(value) for value in header[9:14])), int(header[8]))
 

@@ -17,6 +17,7 @@ from m3vit.export.hls import convert, leaf, precision
 from m3vit.export.hls.multiplexed import convert as multiplexed
 from m3vit.export.hls.multiplexed.readme import readme as multiplexed_readme
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
+from m3vit.hw.boards import check_tokens
 from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
@@ -102,6 +103,8 @@ def _write_multiplexed(
     """Write the multiplexed schedule's files; return the lowered model and more of the manifest."""
     options = multiplexed.Options(board, weight_bits, act_bits)
     options.check()
+    rows, columns = (side // model.backbone.patch_size for side in model.config.image_size)
+    check_tokens(rows * columns + model.backbone.trunk.num_prefix_tokens)
     lowered = leaf.lower(model, streams=False)
     multiplexed.needed_hardware(lowered, options)  # refuses what does not fit before the long work
     return lowered, multiplexed.write_project(lowered, calibration, options, folder)

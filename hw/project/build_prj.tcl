@@ -1,6 +1,6 @@
 # Vitis HLS 2022.2 or newer: vitis_hls -f build_prj.tcl [-tclargs csim synth cosim export]   (default: csim synth export)
 # (from 2024.2 on also: vitis-run --mode hls --tcl build_prj.tcl)
-# Never run by the authors, who had no licence: please report what your version makes of it.
+# Never run in the tool itself by the authors, who had no licence: please report what your version makes of it.
 set here [file normalize [file dirname [info script]]]
 source [file join $here project.tcl]
 

@@ -1,7 +1,7 @@
 # Vivado 2022.2 or newer, after build_prj.tcl: vivado -mode batch -source vivado_design.tcl [-tclargs bitstream]
 # A Zynq UltraScale+ processing system and the accelerator: its registers on M_AXI_HPM0_FPD, its ports on S_AXI_HP0 to HP3,
 # 128 bits each. Files for PYNQ: m3vit.bit and m3vit.hwh.
-# Never run by the authors, who had no licence: please report what your version makes of it.
+# Never run in the tool itself by the authors, who had no licence: please report what your version makes of it.
 set here [file normalize [file dirname [info script]]]
 source [file join $here project.tcl]
 
@@ -41,7 +41,7 @@ connect_bd_net $clock [get_bd_pins control/aclk] [get_bd_pins zynq_ps/maxihpm0_f
 connect_bd_net [get_bd_pins reset_0/peripheral_aresetn] [get_bd_pins control/aresetn]
 
 # Memory: weights and the reading of activations, which the linear engine waits for, have ports of their own.
-foreach {port masters} {0 {weights} 1 {narrow_in} 2 {narrow_out io} 3 {wide tables}} {
+foreach {port masters} {0 {weights} 1 {narrow_in} 2 {narrow_out io} 3 {wide wide_in tables}} {
     set name memory_$port
     set connect [create_bd_cell -type ip -vlnv xilinx.com:ip:smartconnect $name]
     set_property CONFIG.NUM_SI [llength $masters] $connect

@@ -3,10 +3,12 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import convert
 from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.multiplexed.quantise import linear_words, norm_words, row_fracs
-from m3vit.export.hls.project import export_project
+from m3vit.export.hls.project import Samples, export_project
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.export.predictors import open_predictor
 from m3vit.hw import csim
@@ -133,6 +135,14 @@ def test_stand_alone_folder_checks_itself(report: dict[str, Any], copy: Path) ->
     assert done.returncode == 1 and f"1 of {len(TASKS)} frames differ" in done.stdout
 
 
+def test_sources_compile_as_synthesis_reads_them(project: Path) -> None:
+    """Without the counters and logs of C-simulation, with the standards that build_prj.tcl names."""
+    for standard in ("c++11", "c++14"):
+        flags = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-label", f"-std={standard}"]
+        command = [csim.find_compiler(), *flags, "-D__SYNTHESIS__", "-fsyntax-only", "-I.", "firmware/m3vit.cpp"]
+        subprocess.run(command, cwd=project, check=True)
+
+
 def test_no_path_of_this_machine(project: Path) -> None:
     for path in (p for p in project.rglob("*") if p.suffix in (".md", ".yml", ".json", ".tcl", ".cpp", ".h", ".py")):
         assert str(project.parent) not in path.read_text(), path
@@ -154,6 +164,24 @@ def test_weights_map_is_of_the_weights(project: Path, model: MultiTaskModel) -> 
     (params,) = (e for name, e in entries.items() if name == "blocks_0_norm1.scale_bias")
     place = next(i for i in image.program if i.op == Op.NORM).params
     assert params["offset"] == place
+
+
+def test_hls4ml_compiles_and_predicts_from_the_folder(copy: Path) -> None:
+    script = (
+        "import hls4ml, numpy as np; x = np.load('in.npz');"
+        "m = hls4ml.converters.link_existing_project('.'); m._compile();"
+        "np.save('out.npy', m.predict([x['tokens'], x['task']]))"
+    )
+    images = make_images(2, seed=3).repeat(len(TASKS), axis=0)
+    ids = np.tile(np.arange(len(TASKS)), 2)
+    np.savez(copy / "in.npz", tokens=csim.tokenise(images, 8), task=ids[:, None].astype(np.float32))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    emulator, fracs = Emulator.open(copy / convert.WEIGHTS), csim.read_manifest(copy)["output_fracs"]
+    expected = [
+        emulator.run(image, task).outputs * 2.0 ** -fracs[task] for image, task in zip(images, ids, strict=True)
+    ]
+    np.testing.assert_array_equal(np.load(copy / "out.npy"), np.array(expected, np.float32).reshape(6, -1))
 
 
 def test_eval_scores_by_the_emulator(project: Path, report: dict[str, Any]) -> None:
@@ -300,6 +328,47 @@ def test_assembling_without_torch_is_torchs() -> None:
         np.testing.assert_allclose(assemble(outputs, (3, 4), 2, size), expected, atol=1e-5)
 
 
+# --- Tcl, with the vendor's commands logged instead of run ------------------------------------------------------------
+
+
+def run_tcl(script: Path, *words: str) -> list[str]:
+    """Run a script in Tcl alone; return the commands it did not know, which are the vendor's."""
+    tkinter = pytest.importorskip("tkinter")
+    tcl = tkinter.Tcl()
+    tcl.eval("set ::log {}; proc unknown {args} { lappend ::log [join $args]; return $args }; proc exit {args} {}")
+    tcl.eval(f"set ::argv {{{' '.join(words)}}}")
+    tcl.eval(f"source {{{script}}}")
+    return [str(line) for line in tcl.splitlist(tcl.eval("set ::log"))]
+
+
+def test_build_script_runs_through(report: dict[str, Any], copy: Path) -> None:
+    shutil.copy(copy / "tb_data" / "expected_outputs.bin", copy / "tb_data" / "csim_outputs.bin")
+    log = run_tcl(copy / "build_prj.tcl")
+    assert "set_top m3vit" in log and "set_part xczu7ev-ffvc1156-2-e" in log and "csynth_design" in log
+    assert "create_clock -period 3.333 -name default" in log
+    assert not any(line.startswith("cosim_design") for line in log)
+    for line in log:
+        if line.startswith("add_files"):
+            path = next(word for word in line.split() if word.endswith(".cpp"))
+            assert Path(path).is_file()
+    (copy / "tb_data" / "csim_outputs.bin").write_bytes(b"other")
+    with pytest.raises(Exception, match="differs from tb_data/expected_outputs"):
+        run_tcl(copy / "build_prj.tcl", "csim")
+
+
+def test_block_design_connects_every_port_once(project: Path) -> None:
+    log = run_tcl(project / "vivado_design.tcl")
+    top = (project / "firmware" / "m3vit.cpp").read_text()
+    bundles = set(re.findall(r"bundle=(\w+)", top))
+    joined = [line for line in log if line.startswith("connect_bd_intf_net")]
+    masters = [name for line in joined for name in re.findall(r"m3vit_0/m_axi_(\w+)", line)]
+    assert sorted(masters) == sorted(bundles)
+    assert sorted(name for line in joined for name in re.findall(r"S_AXI_HP\d_FPD", line)) == [
+        f"S_AXI_HP{port}_FPD" for port in range(4)
+    ]
+    assert any("m3vit_0/s_axi_control" in line for line in joined)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +413,7 @@ def test_more_moe_layers_than_streams_can_feed(tmp_path: Path) -> None:
         ({"pre_norm": True}, {"router": "task_conditioned"}),
         ({"qkv_bias": False}, {"router": "single", "top_k": 1, "tasks": ["depth"]}),
         ({"class_token": True, "no_embed_class": True}, {"moe_blocks": "none"}),
+        ({}, {"experts_per_task": {"depth": [0, 1], "semseg": [1, 2, 3]}}),
     ],
 )
 def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config: dict[str, Any]) -> None:
@@ -379,6 +449,21 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
         monkeypatch.setattr(convert, "hardware_of", lambda *arguments: wide)
         export(make_model(), tmp_path / "out", board="kv260")
     assert not called and os.listdir(tmp_path) == []
+
+
+def test_too_many_tokens_are_refused_before_the_long_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaf, "lower", lambda *arguments, **options: 1 / 0)
+    large = make_model({"patch_size": 2}, image_size=(192, 192), head_stride=2)
+    images = np.zeros((1, 192, 192, 3), np.uint8)
+    labels = [{task: np.zeros((192, 192)) for task in TASKS}]
+    with pytest.raises(InputError, match="9216 tokens, and the queues of the multiplexed schedule hold 8192"):
+        export(large, tmp_path / "out", calibration=images, samples=Samples(["0"], images, labels))
+    assert os.listdir(tmp_path) == []
+
+
+def test_hardware_known_before_is_that_of_the_schedule(model: MultiTaskModel, project: Path) -> None:
+    needed = convert.needed_hardware(leaf.lower(model, streams=False), convert.Options())
+    assert asdict(needed) == csim.read_manifest(project)["hardware"]
 
 
 def test_an_interrupted_export_leaves_the_old_project(

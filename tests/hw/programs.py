@@ -105,6 +105,7 @@ class Simulator:
         (firmware / "m3vit.h").write_text(HEADER_TEXT)
         ports = ("image", "weights", "gates", "params", "keys", "narrow_in", "narrow_out", "wide_in", "wide", "output")
         (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(ports, 1)))
+        (folder / "m3vit_host.h").symlink_to(ROOT / "hw" / "project" / "m3vit_host.h")
         sources = [str(ROOT / "hw" / "project" / "m3vit_test.cpp"), str(firmware / "m3vit.cpp")]
         binary = folder / "csim.exe"
         command = [csim.find_compiler(), *STRICT, *flags, f"-I{folder}", *sources, "-o", str(binary)]

@@ -15,7 +15,7 @@ from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.scheduler import Scheduler, Tensor
-from m3vit.hw.boards import TILE_IN, Hardware, find_board, fit
+from m3vit.hw.boards import TILE_IN, TILES_OUT, Hardware, find_board, fit
 from m3vit.hw.program import Image
 
 NAME = "VitisMoE"
@@ -68,8 +68,8 @@ class VitisMoEBackend(VitisBackend):
 
 def hardware_of(limits: dict[str, int], weight_bits: int, act_bits: int) -> Hardware:
     """Return the smallest hardware that holds what a scheduler met."""
-    padded = -(-limits["max_in"] // TILE_IN) * TILE_IN
-    return Hardware(weight_bits, act_bits, TILE_IN, **{**limits, "max_in": padded})
+    sizes: dict[str, Any] = {**limits, "max_in": -(-limits["max_in"] // TILE_IN) * TILE_IN}
+    return Hardware(weight_bits, act_bits, TILES_OUT[-1], **sizes)
 
 
 def _values(node: Any, name: str) -> np.ndarray:

@@ -118,6 +118,8 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
     settings = out / "hls4ml_config.yml"
     content = yaml.safe_load(settings.read_text())
     content["OutputDir"] = "."
+    # hls4ml sorts its YAML by name, but predict() takes this order for that of the arguments.
+    content["InputShapes"] = {name: content["InputShapes"][name] for name in ("tokens", "task")}
     settings.write_text(yaml.safe_dump(content, sort_keys=False))
     schedule = graph.schedule
     kinds = {name: dict(layer) for name, layer in formats.layers.items()}

@@ -20,8 +20,9 @@ to the outputs of the task heads. The task is a register, chosen for each frame.
 
 **What has been simulated:** the C++ in `firmware/`, with g++ (`make check`, `m3vit hw csim .`), word for word against
 an emulator in Python; the engines, on random models, also under address and undefined-behaviour sanitizers. **What has
-not:** it was never synthesised, co-simulated or run on a board. The Tcl scripts were never run, the host driver ran
-against a software model of the registers and memory. The figures of `resources.json` are modelled.
+not:** it was never synthesised, co-simulated or run on a board. The Tcl scripts ran with the vendor's commands logged
+instead of executed, the host driver against a software model of the registers and memory. The figures of
+`resources.json` are modelled.
 
 ## C-simulate
 

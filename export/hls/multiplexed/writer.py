@@ -34,7 +34,7 @@ PORTS = {
     "keys": "narrow_in",
     "narrow_in": "narrow_in",
     "narrow_out": "narrow_out",
-    "wide_in": "wide",
+    "wide_in": "wide_in",
     "wide": "wide",
     "output": "io",
 }
@@ -50,7 +50,8 @@ def parameters_text(hardware: Hardware) -> str:
             "#ifndef M3VIT_PARAMETERS_H_",
             "#define M3VIT_PARAMETERS_H_",
             "",
-            *(["#define M3VIT_URAM", ""] if hardware.uram else []),
+            *(["#define M3VIT_URAM // the inputs of a block of tokens lie in URAM"] if hardware.uram else []),
+            *(["#define M3VIT_TILES_IN_LUT // weight tiles lie in LUTs"] if hardware.tiles_in_lut else []),
             '#include "nnet_utils/m3vit_accelerator.h"',
             "",
             "struct vit_cfg {",
@@ -101,6 +102,30 @@ void m3vit({TOP_ARGUMENTS});
 
 #endif
 """
+
+
+def model_text(settings: dict[str, Any]) -> str:
+    """Return firmware/model.h: what the bridge to hls4ml's predict() knows of the model."""
+    (rows, columns), head = settings["grid"], settings["formats"]["layers"]["head"]
+    fracs = [str(head[f"output{task}"]) for task in range(sum(name.startswith("output") for name in head))]
+    return "\n".join(
+        [
+            NOTICE,
+            "#ifndef M3VIT_MODEL_H_",
+            "#define M3VIT_MODEL_H_",
+            "",
+            "struct vit_model {",
+            f"    static const int rows = {rows}, columns = {columns}, patch = {settings['patch']};",
+            "    static int output_frac(unsigned task) {",
+            f"        static const int frac[] = {{{', '.join(fracs)}}};",
+            "        return frac[task];",
+            "    }",
+            "};",
+            "",
+            "#endif",
+            "",
+        ]
+    )
 
 
 def depths_of(image: Image) -> dict[str, int]:
@@ -160,8 +185,8 @@ class VitisMoEWriter(VitisWriter):
         self.write_build_script(model)
         self.write_board_script_override(model)
         self.write_yml(model)
-        for name in ("vivado_synth.tcl", "build_lib.sh"):  # hls4ml's, for its own top level
-            (out / name).unlink(missing_ok=True)
+        (firmware / "model.h").write_text(model_text(settings))
+        (out / "vivado_synth.tcl").unlink()  # hls4ml's, for its own top level
         for path in sorted(project.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 target = out / path.relative_to(project)

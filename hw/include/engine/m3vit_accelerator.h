@@ -1,7 +1,7 @@
 // The accelerator: fetches instruction after instruction and hands each to its engine.
 //
-// The task id is an argument (a register): instructions of other tasks are skipped, which changes the router's gates and
-// the head, nothing else. Nothing is kept from one frame to the next.
+// The task id is an argument (a register): instructions of other tasks are skipped, which changes the router's gates
+// and the head, nothing else. Nothing is kept from one frame to the next.
 #ifndef M3VIT_ACCELERATOR_H_
 #define M3VIT_ACCELERATOR_H_
 
@@ -53,13 +53,13 @@ Program:
         case op_linear:
         case op_experts:
             linear<C, typename C::wt_t, C::tile_out, C::token_block>(I, queue, weights, params, narrow_in, narrow_out,
-                                                                     wide, output);
+                                                                     wide_in, wide, output);
             break;
         case op_gate:
-            linear<C, int16_t, C::gate_out, 0>(I, queue, gates, params, narrow_in, narrow_out, wide, output);
+            linear<C, int16_t, C::gate_out, 0>(I, queue, gates, params, narrow_in, narrow_out, wide_in, wide, output);
             break;
         case op_position:
-            position<C>(I, params, wide);
+            position<C>(I, params, wide_in, wide);
             break;
         case op_norm:
             layernorm<C>(I, params, wide_in, narrow_out, wide);

@@ -1,12 +1,12 @@
 // What the engines of the time-multiplexed accelerator share: instructions, number formats, counters.
 //
 // One engine of each kind serves every layer. A program in DDR says what they do: a list of instructions of
-// `instruction_words` 32-bit words, read one at a time by m3vit_accelerator.h. docs/hls.md describes memory, formats and
-// program.
+// `instruction_words` 32-bit words, read one at a time by m3vit_accelerator.h. docs/hls.md describes memory, formats
+// and program.
 //
-// Number formats. Narrow tensors (inputs of products) are C::act_bits wide, weights C::wt_t, both with a fraction chosen
-// by calibration; wide tensors (the residual stream, router logits, outputs) are 32 bits; accumulators are exact. All
-// rounding is half up, and everything saturates; C-simulation counts how often.
+// Number formats. Narrow tensors (inputs of products) are C::act_bits wide, weights C::wt_t, both with a fraction
+// chosen by calibration; wide tensors (the residual stream, router logits, outputs) are 32 bits; accumulators are
+// exact. All rounding is half up, and everything saturates; C-simulation counts how often.
 //
 // C, the configuration of the hardware (firmware/parameters.h of a project), has
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
@@ -108,7 +108,7 @@ inline counters *&current_counters() {
 }
 #define M3VIT_COUNT(field, amount) (nnet::vit::current_counters()->field += (amount))
 #else
-#define M3VIT_COUNT(field, amount)
+#define M3VIT_COUNT(field, amount) ((void)0)
 #endif
 
 // x as a signed integer of BITS bits: beyond its range, the nearest end of it.

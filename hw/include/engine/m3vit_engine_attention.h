@@ -174,6 +174,12 @@ void attention(const instruction &I, const typename C::act_t *keys, const typena
     #pragma HLS ARRAY_RESHAPE variable=pong.v dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=state.q dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=state.context dim=2 complete
+    #pragma HLS BIND_STORAGE variable=ping.k type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=ping.v type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=pong.k type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=pong.v type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=state.q type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=state.context type=ram_s2p impl=lutram
     const unsigned heads = I.a0, width = I.n_out / heads;
     attention_step now = {true, true, I.rows <= C::key_block, 0, 0, 0};
     load_keys<C>(now, I, width, keys, ping);

@@ -16,8 +16,8 @@
 namespace nnet {
 namespace vit {
 
-// `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the token
-// at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
+// `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the
+// token at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
 struct tile_job {
     bool valid, fresh;
     bool gather;
@@ -34,7 +34,8 @@ struct tile_place {
 };
 
 // TB: tokens in a block; 0: all in one, and none kept on chip.
-template <class C, unsigned TO, unsigned TB> tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
+template <class C, unsigned TO, unsigned TB>
+tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
     tile_job job;
     const bool experts = I.op == op_experts;
     const bool second = experts && (place.map & 1);
@@ -127,17 +128,21 @@ template <class C, unsigned TB> struct token_cache {
     typename C::act_t x[rows][C::max_in];
 };
 
-// The input of token n of a job, padded with zeros to whole tiles, and the place of its results.
+// The input of token n of a job, padded with zeros to whole tiles, and the place of its results (for both its readers).
 template <class C, unsigned TB>
 void read_token(const tile_job &job, unsigned n, const queues<C> &queue, const typename C::act_t *narrow,
-                token_cache<C, TB> &cache, typename C::act_t x[C::max_in], token_place &place) {
+                token_cache<C, TB> &cache, typename C::act_t x[C::max_in], token_place &read_place,
+                token_place &write_place) {
     #pragma HLS INLINE off
+    token_place place;
     const bool queued = job.gather || job.mode == to_queue;
     const unsigned token = queued ? queue.token[job.first + n] : job.base + n;
     const unsigned offset = job.src + (job.gather ? token : job.base + n) * job.src_pitch;
     const unsigned kept = TB == 0 ? 0 : n;
     place.row = job.mode == to_queue ? token : job.base + n;
     place.score = job.mode == to_queue ? queue.weight[job.first + n] : 0;
+    read_place = place;
+    write_place = place;
     const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
     if (job.fresh) {
     Read:
@@ -159,7 +164,8 @@ Copy:
 
 // All sums of a tile for one token, exact: tile_in x TO products a cycle.
 template <class C, class w_t, unsigned TO>
-void multiply(const typename C::act_t x[C::max_in], const weight_tile<C, w_t, TO> &tile, unsigned n_in, long long sum[TO]) {
+void multiply(const typename C::act_t x[C::max_in], const weight_tile<C, w_t, TO> &tile, unsigned n_in,
+              long long sum[TO]) {
     #pragma HLS INLINE off
 Clear:
     for (unsigned o = 0; o < TO; o++) {
@@ -182,10 +188,27 @@ Step:
     }
 }
 
+// What results are added to: a row of wide memory. No two tokens of a tile have the same row, so it may be read before
+// the one before is written.
+template <class C, unsigned TO>
+void read_before(const tile_job &job, const token_place &token, const int32_t *wide, int32_t before[TO]) {
+    #pragma HLS INLINE off
+    if (job.mode != to_residual && job.mode != to_queue)
+        return;
+    const unsigned place = job.dst + token.row * job.dst_pitch;
+Before:
+    for (unsigned o = 0; o < job.outputs; o++) {
+        #pragma HLS PIPELINE II=1
+        before[o] = wide[place + o];
+    }
+    M3VIT_COUNT(wide_read, job.outputs * 4);
+}
+
 // Bias, rounding, activation, and to memory.
 template <class C, class w_t, unsigned TO>
-void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const long long sum[TO], const token_place &token,
-               typename C::act_t *narrow, int32_t *wide, int32_t *output) {
+void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const long long sum[TO],
+               const int32_t before[TO], const token_place &token, typename C::act_t *narrow, int32_t *wide,
+               int32_t *output) {
     #pragma HLS INLINE off
     const unsigned place = job.dst + token.row * job.dst_pitch;
 Write:
@@ -201,7 +224,7 @@ Write:
             wide[place + o] = (int32_t)saturate<32>(y);
         } else {
             const long long added = job.mode == to_queue ? shift_round(saturate<32>(y) * token.score, prob_frac) : y;
-            wide[place + o] = (int32_t)saturate<32>(wide[place + o] + added);
+            wide[place + o] = (int32_t)saturate<32>(before[o] + added);
         }
     }
 #ifndef __SYNTHESIS__
@@ -211,14 +234,13 @@ Write:
         M3VIT_COUNT(output, job.outputs * 4);
     else
         M3VIT_COUNT(wide_write, job.outputs * 4);
-    if (job.mode == to_residual || job.mode == to_queue)
-        M3VIT_COUNT(wide_read, job.outputs * 4);
 #endif
 }
 
 template <class C, class w_t, unsigned TO, unsigned TB>
 void compute_tile(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const queues<C> &queue,
-                  token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+                  token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out,
+                  const int32_t *wide_in, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
 Token:
     for (unsigned n = 0; n < job.count; n++) {
@@ -227,10 +249,12 @@ Token:
         long long sum[TO];
         #pragma HLS ARRAY_PARTITION variable=x cyclic factor=C::tile_in
         #pragma HLS ARRAY_PARTITION variable=sum complete
-        token_place place;
-        read_token<C, TB>(job, n, queue, narrow_in, cache, x, place);
+        int32_t before[TO];
+        token_place read_place, write_place;
+        read_token<C, TB>(job, n, queue, narrow_in, cache, x, read_place, write_place);
+        read_before<C, TO>(job, read_place, wide_in, before);
         multiply<C, w_t, TO>(x, tile, job.n_in, sum);
-        write_row<C, w_t, TO>(job, tile, sum, place, narrow_out, wide, output);
+        write_row<C, w_t, TO>(job, tile, sum, before, write_place, narrow_out, wide, output);
     }
 }
 
@@ -238,16 +262,18 @@ Token:
 template <class C, class w_t, unsigned TO, unsigned TB>
 void load_and_compute(const tile_job &next, weight_tile<C, w_t, TO> &filled, const w_t *weights, const int32_t *params,
                       const tile_job &now, const weight_tile<C, w_t, TO> &used, const queues<C> &queue,
-                      token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+                      token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out,
+                      const int32_t *wide_in, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
     #pragma HLS DATAFLOW
     load_tile<C, w_t, TO>(next, filled, weights, params);
-    compute_tile<C, w_t, TO, TB>(now, used, queue, cache, narrow_in, narrow_out, wide, output);
+    compute_tile<C, w_t, TO, TB>(now, used, queue, cache, narrow_in, narrow_out, wide_in, wide, output);
 }
 
 template <class C, class w_t, unsigned TO, unsigned TB>
 void linear(const instruction &I, const queues<C> &queue, const w_t *weights, const int32_t *params,
-            const typename C::act_t *narrow_in, typename C::act_t *narrow_out, int32_t *wide, int32_t *output) {
+            const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
+            int32_t *output) {
     #pragma HLS INLINE off
     static weight_tile<C, w_t, TO> ping, pong;
     static token_cache<C, TB> cache;
@@ -259,6 +285,10 @@ void linear(const instruction &I, const queues<C> &queue, const w_t *weights, co
     #pragma HLS ARRAY_RESHAPE variable=ping.weight dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=pong.weight dim=3 complete
+#ifdef M3VIT_TILES_IN_LUT
+    #pragma HLS BIND_STORAGE variable=ping.weight type=ram_s2p impl=lutram
+    #pragma HLS BIND_STORAGE variable=pong.weight type=ram_s2p impl=lutram
+#endif
     tile_place place = {0, 0, 0};
     tile_job now = next_tile<C, TO, TB>(place, I, queue);
     load_tile<C, w_t, TO>(now, ping, weights, params);
@@ -274,11 +304,11 @@ Tile:
             M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(w_t));
 #endif
         if (in_ping)
-            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, ping, queue, cache, narrow_in, narrow_out,
-                                             wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, ping, queue, cache, narrow_in,
+                                             narrow_out, wide_in, wide, output);
         else
-            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, pong, queue, cache, narrow_in, narrow_out,
-                                             wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, pong, queue, cache, narrow_in,
+                                             narrow_out, wide_in, wide, output);
         in_ping = !in_ping;
         now = next;
     }

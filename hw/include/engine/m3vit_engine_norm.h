@@ -30,14 +30,14 @@ Patch:
 
 // I: rows (all tokens), n_out channels, dst: the first a0 tokens become those of the table, the others get it added.
 // Cycles: rows * n_out.
-template <class C> void position(const instruction &I, const int32_t *params, int32_t *wide) {
+template <class C> void position(const instruction &I, const int32_t *params, const int32_t *wide_in, int32_t *wide) {
     #pragma HLS INLINE off
 Token:
     for (unsigned t = 0; t < I.rows; t++) {
         for (unsigned d = 0; d < I.n_out; d++) {
             #pragma HLS PIPELINE II=1
             const unsigned place = I.dst + t * I.dst_pitch + d;
-            const long long before = t < (unsigned)I.a0 ? 0 : wide[place];
+            const long long before = t < (unsigned)I.a0 ? 0 : wide_in[place];
             wide[place] = (int32_t)saturate<32>(before + params[I.params + t * I.n_out + d]);
         }
     }
@@ -58,9 +58,9 @@ Read:
 
 // LayerNorm of one token without its affine part, y with norm_frac fractional bits.
 //
-// With S = sum x and d_i = n x_i - S, (x_i - mean) / sqrt(var + eps) is d_i sqrt(n) / sqrt(sum d^2 + n^3 eps). The d_i are
-// first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit inputs.
-// sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
+// With S = sum x and d_i = n x_i - S, (x_i - mean) / sqrt(var + eps) is d_i sqrt(n) / sqrt(sum d^2 + n^3 eps). The
+// d_i are first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit
+// inputs. sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
 template <class C>
 void normalise_row(const int x[C::max_dim], unsigned n, int sqrt_dim, long long eps, int y[C::max_dim]) {
     #pragma HLS INLINE off

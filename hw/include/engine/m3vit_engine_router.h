@@ -25,7 +25,8 @@ inline FILE *&routing_log() {
 #endif
 
 // Put (value, id) into the list of the k best so far, best first; an equal value stays behind earlier ones.
-template <class C> void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsigned k, int value, unsigned id) {
+template <class C>
+void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsigned k, int value, unsigned id) {
     #pragma HLS INLINE
     long long carried = value;
     unsigned carried_id = id;

@@ -13,11 +13,10 @@ int main() {
             std::cout << shift_round(x, (int)a) << "\n";
         else if (name == "exp2_neg")
             std::cout << exp2_neg(x, (int)a, (int)b) << "\n";
-        else if (name == "reciprocal")
-            std::cout << reciprocal((unsigned long long)x).mantissa << " " << reciprocal((unsigned long long)x).shift << "\n";
-        else if (name == "rsqrt")
-            std::cout << rsqrt((unsigned long long)x).mantissa << " " << rsqrt((unsigned long long)x).shift << "\n";
-        else
+        else if (name == "reciprocal" || name == "rsqrt") {
+            const scaled y = name == "rsqrt" ? rsqrt((unsigned long long)x) : reciprocal((unsigned long long)x);
+            std::cout << y.mantissa << " " << y.shift << "\n";
+        } else
             std::cout << gelu_raw(x, (int)a) << "\n";
     }
     return 0;

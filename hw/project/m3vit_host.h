@@ -1,0 +1,76 @@
+// What a program that runs the accelerator's C++ needs: the weights file in memory, and the memories of one frame.
+#ifndef M3VIT_HOST_H_
+#define M3VIT_HOST_H_
+
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <vector>
+
+#include "firmware/m3vit.h"
+
+struct file_header { // m3vit/hw/program.py
+    int64_t magic, params_at, params_words, weights_at, weights_words, gates_at, gates_words, weight_bits, act_bits;
+    int64_t narrow, wide, output, image, tasks, instructions, unused[5];
+};
+
+inline bool read_file(const char *path, std::vector<char> &data) {
+    FILE *file = fopen(path, "rb");
+    if (!file) {
+        fprintf(stderr, "m3vit: cannot read %s\n", path);
+        return false;
+    }
+    fseek(file, 0, SEEK_END);
+    data.resize((size_t)ftell(file));
+    rewind(file);
+    const bool ok = fread(data.data(), 1, data.size(), file) == data.size();
+    fclose(file);
+    return ok;
+}
+
+// DDR as the accelerator sees it.
+struct device_memory {
+    file_header head;
+    std::vector<int32_t> params, wide, output;
+    std::vector<vit_cfg::wt_t> weights;
+    std::vector<int16_t> gates;
+    std::vector<vit_cfg::act_t> narrow;
+
+    bool load(const char *path) {
+        std::vector<char> data;
+        if (!read_file(path, data) || data.size() < sizeof head)
+            return false;
+        memcpy(&head, data.data(), sizeof head);
+        if (head.weight_bits != (int64_t)(8 * sizeof(vit_cfg::wt_t)) || head.act_bits != vit_cfg::act_bits) {
+            fprintf(stderr, "m3vit: %s is for %d-bit words and %d-bit activations, not this accelerator's\n", path,
+                    (int)head.weight_bits, (int)head.act_bits);
+            return false;
+        }
+        section(data, head.params_at, head.params_words, params);
+        section(data, head.weights_at, head.weights_words, weights);
+        section(data, head.gates_at, head.gates_words, gates);
+        narrow.resize((size_t)head.narrow);
+        wide.resize((size_t)head.wide);
+        output.resize((size_t)head.output);
+        return true;
+    }
+
+    // Run one frame. Memories are filled with a pattern first: nothing of the frame before can be read.
+    void run(const uint8_t *image, unsigned task, int pattern) {
+        memset(narrow.data(), 0x5a + pattern, narrow.size() * sizeof(vit_cfg::act_t));
+        memset(wide.data(), 0x35 + pattern, wide.size() * sizeof(int32_t));
+        memset(output.data(), 0, output.size() * sizeof(int32_t));
+        m3vit(image, task, (unsigned)head.tasks, weights.data(), gates.data(), params.data(), narrow.data(),
+              narrow.data(), narrow.data(), wide.data(), wide.data(), output.data());
+    }
+
+  private:
+    template <class T>
+    static void section(const std::vector<char> &data, int64_t place, int64_t words, std::vector<T> &part) {
+        part.resize((size_t)words + 1); // one more: an empty section has an address too
+        memcpy(part.data(), data.data() + place, (size_t)words * sizeof(T));
+    }
+};
+
+#endif
