@@ -83,7 +83,7 @@ def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
         }
 
     height, width = manifest["image_size"]
-    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run)
+    return Predictor("emulator", tasks, label_set(manifest, project), (height, width), run)
 
 
 def label_set(manifest: dict[str, Any], folder: Path) -> str:

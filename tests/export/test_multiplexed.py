@@ -186,7 +186,7 @@ def test_hls4ml_compiles_and_predicts_from_the_folder(copy: Path) -> None:
 
 def test_eval_scores_by_the_emulator(project: Path, report: dict[str, Any]) -> None:
     predictor, info, _ = open_predictor(project, "cpu", 1)
-    assert predictor.name == "csim" and info["hls4ml"] == "1.3.0"
+    assert predictor.name == "emulator" and info["hls4ml"] == "1.3.0"
     pixels = make_images(SAMPLES)[1]
     logits = predictor.run([NetworkImage("", pixels, slice(0, 24), slice(0, 32))])
     stored = SimulatedOutputs.load(project).predictor
