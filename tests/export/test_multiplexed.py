@@ -576,7 +576,7 @@ def test_commands(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> 
     result = cli("hw", "csim", out)
     assert result.returncode == 0 and "output words equal the emulator's" in result.stdout, result.stderr
     result = cli("eval", out, "--data.root", tiny_data, "--workers", 1)
-    assert result.returncode == 0 and "csim" in result.stdout, result.stderr
+    assert result.returncode == 0 and "emulator" in result.stdout, result.stderr
     for wrong, message in (
         (("--board", "zcu1"), "choose from kv260, zcu104, zcu102"),
         (("--schedule", "other"), "invalid choice"),
