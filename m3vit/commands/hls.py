@@ -75,6 +75,8 @@ def run_csim(args: argparse.Namespace) -> None:
     if "different_words" in report:
         beyond = ", ".join(f"{engine} {count}" for engine, count in report["saturated"].items()) or "none"
         seconds = report["s_per_image"]
+        traffic = ", ".join(f"{task} {sum(ports.values()) / 1e6:.1f}" for task, ports in report["traffic"].items())
+        say(f"DDR traffic a frame, MB: {traffic}")
         say(
             f"all {report['words']} output words equal the emulator's; values saturated: {beyond}; "
             f"{seconds['testbench']:.2f} s an image for C-sim, {seconds['emulator']:.2f} s for the emulator"

@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -64,6 +65,12 @@ def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tu
         counted = {line["pc"]: line["saturated"] for line in counters if line["frame"] == task and line["saturated"]}
         assert counted == result.saturated
     return outputs, counters
+
+
+def test_hardware_modules_need_neither_torch_nor_hls4ml() -> None:
+    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.export.decoding;"
+    script += "sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml', 'onnxruntime')))"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (INCLUDE / "engine").glob("*.h")))
@@ -146,6 +153,12 @@ def test_random_shapes_cover_the_range() -> None:
     assert {shape.experts for shape in shapes} >= {4, 256} and {shape.top_k for shape in shapes} >= {1, 8}
     tokens = [shape.grid[0] * shape.grid[1] + shape.prefix for shape in shapes]
     assert min(tokens) < 64 < 128 < max(tokens)
+
+
+def test_coarse_formats_word_for_word(builds: Builds, tmp_path: Path) -> None:
+    """Fractions below 0, as huge activations get: shifts to the left in every engine."""
+    outputs, _ = check_words(builds, Shape(grid=(6, 9), finer=-12, wide_frac=4), tmp_path)
+    assert outputs.any()
 
 
 @pytest.mark.parametrize("name", FORMATS)
