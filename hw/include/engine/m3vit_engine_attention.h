@@ -57,13 +57,17 @@ void load_keys(const attention_step &step, const instruction &I, unsigned width,
 Key:
     for (unsigned j = 0; j < count; j++) {
         const unsigned place = I.src + (step.key + j) * I.src_pitch + step.head * width;
-        for (unsigned c = 0; c < C::max_head; c++) {
+        for (unsigned c = 0; c < width; c++) {
             #pragma HLS PIPELINE II=1
-            block.k[j][c] = c < width ? narrow[place + I.n_out + c] : 0;
+            block.k[j][c] = narrow[place + I.n_out + c];
         }
-        for (unsigned c = 0; c < C::max_head; c++) {
+        for (unsigned c = 0; c < width; c++) {
             #pragma HLS PIPELINE II=1
-            block.v[j][c] = c < width ? narrow[place + 2 * I.n_out + c] : 0;
+            block.v[j][c] = narrow[place + 2 * I.n_out + c];
+        }
+        for (unsigned c = width; c < C::max_head; c++) { // products span max_head
+            #pragma HLS PIPELINE II=1
+            block.k[j][c] = block.v[j][c] = 0;
         }
     }
     M3VIT_COUNT(narrow_read, count * 2 * width * sizeof(typename C::act_t));
@@ -126,9 +130,13 @@ Query:
     for (unsigned i = 0; i < queries; i++) {
         if (step.first) {
             const unsigned place = I.src + (step.query + i) * I.src_pitch + step.head * width;
-            for (unsigned c = 0; c < C::max_head; c++) {
+            for (unsigned c = 0; c < width; c++) {
                 #pragma HLS PIPELINE II=1
-                state.q[i][c] = c < width ? narrow_in[place + c] : 0;
+                state.q[i][c] = narrow_in[place + c];
+            }
+            for (unsigned c = width; c < C::max_head; c++) {
+                #pragma HLS PIPELINE II=1
+                state.q[i][c] = 0;
             }
         }
         attend<C>(state.q[i], block, keys, step.first, I.a1, state.top[i], state.total[i], state.context[i]);

@@ -97,12 +97,21 @@ void load_tile(const tile_job &job, weight_tile<C, w_t, TO> &tile, const w_t *we
     if (!job.valid)
         return;
     const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
-Row:
+    unsigned row = 0, column = 0;
+Weight:
+    for (unsigned k = 0; k < job.outputs * job.n_in; k++) { // the rows of a tile are one run of addresses
+        #pragma HLS PIPELINE II=1
+        tile.weight[column / C::tile_in][row][column % C::tile_in] = weights[job.weights + k];
+        if (++column == job.n_in) {
+            column = 0;
+            row++;
+        }
+    }
+Pad:
     for (unsigned o = 0; o < job.outputs; o++) {
-    Weight:
-        for (unsigned i = 0; i < padded; i++) {
+        for (unsigned i = job.n_in; i < padded; i++) {
             #pragma HLS PIPELINE II=1
-            tile.weight[i / C::tile_in][o][i % C::tile_in] = i < job.n_in ? weights[job.weights + o * job.n_in + i] : 0;
+            tile.weight[i / C::tile_in][o][i % C::tile_in] = 0;
         }
     }
 Parameter:
@@ -146,9 +155,14 @@ void read_token(const tile_job &job, unsigned n, const queues<C> &queue, const t
     const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
     if (job.fresh) {
     Read:
-        for (unsigned i = 0; i < padded; i++) {
+        for (unsigned i = 0; i < job.n_in; i++) {
             #pragma HLS PIPELINE II=1
-            cache.x[kept][i] = i < job.n_in ? narrow[offset + i] : 0;
+            cache.x[kept][i] = narrow[offset + i];
+        }
+    Pad:
+        for (unsigned i = job.n_in; i < padded; i++) {
+            #pragma HLS PIPELINE II=1
+            cache.x[kept][i] = 0;
         }
         M3VIT_COUNT(narrow_read, job.n_in * sizeof(typename C::act_t));
     }
