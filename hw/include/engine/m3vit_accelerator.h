@@ -21,6 +21,7 @@ inline counters *&program_counters() {
 }
 #endif
 
+// Each engine has one place where it is called, hence one instance in hardware.
 // keys, narrow_in and narrow_out are the same memory, as are wide_in and wide: each port has one user at a time.
 // An unknown task id is 0.
 template <class C>
@@ -28,9 +29,6 @@ void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const 
                  const int16_t *gates, const int32_t *params, const typename C::act_t *keys,
                  const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
                  int32_t *output) {
-    #pragma HLS ALLOCATION function instances=linear<C, typename C::wt_t, C::tile_out, C::token_block> limit=1
-    #pragma HLS ALLOCATION function instances=attention<C> limit=1
-    #pragma HLS ALLOCATION function instances=layernorm<C> limit=1
     static queues<C> queue;
     const int wanted = task < num_tasks ? (int)task : 0;
 Program:

@@ -174,6 +174,8 @@ template <class C>
 void attention(const instruction &I, const typename C::act_t *keys, const typename C::act_t *narrow_in,
                typename C::act_t *narrow_out) {
     #pragma HLS INLINE off
+    // One engine for both calls below: it is the buffers that take turns.
+    #pragma HLS ALLOCATION function instances=load_and_attend<C> limit=1
     static key_block_buffer<C> ping, pong;
     static query_block_buffer<C> state;
     #pragma HLS ARRAY_RESHAPE variable=ping.k dim=2 complete

@@ -289,6 +289,8 @@ void linear(const instruction &I, const queues<C> &queue, const w_t *weights, co
             const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
             int32_t *output) {
     #pragma HLS INLINE off
+    // One array for both calls below: it is the buffers that take turns.
+    #pragma HLS ALLOCATION function instances=load_and_compute<C, w_t, TO, TB> limit=1
     static weight_tile<C, w_t, TO> ping, pong;
     static token_cache<C, TB> cache;
     #pragma HLS ARRAY_RESHAPE variable=cache.x dim=2 cyclic factor=C::tile_in
