@@ -40,8 +40,8 @@ connect_bd_intf_net [get_bd_intf_pins control/M00_AXI] [get_bd_intf_pins ${proje
 connect_bd_net $clock [get_bd_pins control/aclk] [get_bd_pins zynq_ps/maxihpm0_fpd_aclk]
 connect_bd_net [get_bd_pins reset_0/peripheral_aresetn] [get_bd_pins control/aresetn]
 
-# Memory: weights and the reading of activations, which the linear engine waits for, have ports of their own.
-foreach {port masters} {0 {weights} 1 {narrow_in} 2 {narrow_out io} 3 {wide wide_in tables}} {
+# Memory: weights, which the linear engine waits for, have a port of their own; keys and other inputs never share time.
+foreach {port masters} {0 {weights} 1 {narrow_in keys} 2 {narrow_out io} 3 {wide wide_in tables}} {
     set name memory_$port
     set connect [create_bd_cell -type ip -vlnv xilinx.com:ip:smartconnect $name]
     set_property CONFIG.NUM_SI [llength $masters] $connect

@@ -58,8 +58,8 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 - `task`: the task id, an unknown one counts as 0; `num_tasks`: {len(manifest["tasks"])}.
 - `weights`, `gates`, `params`: the three sections of `firmware/weights/weights.bin`; `weights_map.json` says where each
   tensor lies, lists the program, and the elements of the memories below.
-- `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16}; `wide_in`, `wide`: one
-  of int32. Scratch: nothing in them outlasts a frame.
+- `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16};
+  `wide_in`, `wide`: one of int32. Scratch: nothing in them outlasts a frame.
 - `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {manifest["outputs"]}], raw words with the
   fractional bits below; a pixel shuffle by {manifest["upscale"]} and a bilinear resize make them logits
   (`host/m3vit_decoding.py`).

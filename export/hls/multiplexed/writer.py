@@ -25,13 +25,13 @@ NOTICE = "// Written by m3vit; depends on the model."
 TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_cfg::wt_t *weights,
            const int16_t *gates, const int32_t *params, const vit_cfg::act_t *keys, const vit_cfg::act_t *narrow_in,
            vit_cfg::act_t *narrow_out, const int32_t *wide_in, int32_t *wide, int32_t *output"""
-# Each port of its own, so that loads and stores of engines working at the same time do not wait for one another.
+# Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
     "weights": "weights",
     "gates": "tables",
     "params": "tables",
-    "keys": "narrow_in",
+    "keys": "keys",
     "narrow_in": "narrow_in",
     "narrow_out": "narrow_out",
     "wide_in": "wide_in",
