@@ -577,10 +577,6 @@ def test_commands(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> 
     assert result.returncode == 0 and "output words equal the emulator's" in result.stdout, result.stderr
     result = cli("eval", out, "--data.root", tiny_data, "--workers", 1)
     assert result.returncode == 0 and "emulator" in result.stdout, result.stderr
-    for wrong, message in (
-        (("--board", "zcu1"), "choose from kv260, zcu104, zcu102"),
-        (("--schedule", "other"), "invalid choice"),
-    ):
-        result = cli(*words, "--out", tmp_path / "no", *wrong)
-        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
-        assert not (tmp_path / "no").exists()
+    result = cli(*words, "--out", tmp_path / "no", "--board", "zcu1")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "choose from kv260, zcu104, zcu102" in result.stderr and not (tmp_path / "no").exists()
