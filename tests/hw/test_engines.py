@@ -19,6 +19,7 @@ from m3vit.hw import arithmetic, csim
 from m3vit.hw.boards import Hardware
 from m3vit.hw.program import Image, Op
 from tests.hw.programs import INCLUDE, PORTS, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
+from tests.hw.test_kernels import AP_TYPES
 
 # One configuration serves every random model: sizes are run-time values up to these.
 HARDWARE = Hardware(
@@ -117,6 +118,20 @@ def test_integer_functions_are_those_of_the_headers(tmp_path: Path) -> None:
         text = "".join(f"{name} {value} {a} {b}\n" for value in values)
         printed = subprocess.run([str(binary)], input=text, capture_output=True, text=True, check=True).stdout
         np.testing.assert_array_equal(np.array(printed.split(), np.int64), np.ravel(function()), err_msg=name)
+
+
+def test_accumulators_of_the_width_synthesis_gets(builds: Builds, tmp_path: Path) -> None:
+    """With ap_int<48> for the sums (hls4ml's ap_types): the same words."""
+    flags = ["-O1", "-DM3VIT_AP_INT", "-isystem", str(AP_TYPES), "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    narrow = Simulator.build(tmp_path / "build", HARDWARE, flags)
+    for seed in (0, 3):  # w16a16
+        shape = random_shape(seed)
+        image, _ = random_vit(shape, seed)
+        frames, tasks = frames_of(shape, shape.tasks, seed), list(range(shape.tasks))
+        expected, counters, _ = builds["w16a16"][0].run(tmp_path / "wide", image, frames, tasks)
+        outputs, counters_too, _ = narrow.run(tmp_path / "narrow", image, frames, tasks)
+        np.testing.assert_array_equal(outputs, expected)
+        assert counters == counters_too
 
 
 def random_shape(seed: int) -> Shape:

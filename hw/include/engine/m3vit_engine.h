@@ -22,6 +22,23 @@
 
 #include "m3vit_integer.h"
 
+// Vitis HLS gets accumulators of the width that they need; C-simulation machine integers, with the same values. Another
+// compiler takes the first with -DM3VIT_AP_INT.
+#if defined(__VITIS_HLS__) || defined(M3VIT_AP_INT)
+#include "ap_int.h"
+namespace nnet {
+namespace vit {
+typedef ap_int<48> sum_t; // of a DSP48; the exporter refuses what needs more
+}
+}
+#else
+namespace nnet {
+namespace vit {
+typedef long long sum_t;
+}
+}
+#endif
+
 namespace nnet {
 namespace vit {
 

@@ -21,7 +21,8 @@ template <class C> struct key_block_buffer {
 
 template <class C> struct query_block_buffer {
     typename C::act_t q[C::query_block][C::max_head];
-    long long top[C::query_block], total[C::query_block], context[C::query_block][C::max_head];
+    long long top[C::query_block];
+    sum_t total[C::query_block], context[C::query_block][C::max_head];
 };
 
 // One block of keys for one block of queries of one head.
@@ -76,7 +77,7 @@ Key:
 // One query against a block of keys: scores, weights, sums.
 template <class C>
 void attend(const typename C::act_t q[C::max_head], const key_block_buffer<C> &block, unsigned count, bool first,
-            int score_shift, long long &top, long long &total, long long context[C::max_head]) {
+            int score_shift, long long &top, sum_t &total, sum_t context[C::max_head]) {
     int score[C::key_block];
     int best = 0;
 Score:
@@ -102,10 +103,10 @@ Score:
     } else if (ceiling > top) {
         const int rise = ceiling - top > 60 ? 60 : (int)(ceiling - top); // 60: nothing is left
         top = ceiling;
-        total = shift_round(total, rise);
+        total = shift_round((long long)total, rise);
         for (unsigned c = 0; c < C::max_head; c++) {
             #pragma HLS UNROLL
-            context[c] = shift_round(context[c], rise);
+            context[c] = shift_round((long long)context[c], rise);
         }
     }
 Weight:
@@ -141,12 +142,12 @@ Query:
         }
         attend<C>(state.q[i], block, keys, step.first, I.a1, state.top[i], state.total[i], state.context[i]);
         if (step.last) {
-            const scaled inverse = reciprocal(state.total[i]); // not 0: a weight of the last maximum is 1/2 or more
+            const scaled inverse = reciprocal((unsigned long long)state.total[i]); // not 0: a weight of the last maximum is 1/2 or more
             const unsigned place = I.dst + (step.query + i) * I.dst_pitch + step.head * width;
         Divide:
             for (unsigned c = 0; c < width; c++) {
                 #pragma HLS PIPELINE II=1
-                const long long product = shift_round(state.context[i][c], context_drop) * inverse.mantissa;
+                const long long product = shift_round((long long)state.context[i][c], context_drop) * inverse.mantissa;
                 const long long y = shift_round(product, 20 + inverse.shift - context_drop + I.a2);
                 narrow_out[place + c] = (typename C::act_t)saturate<C::act_bits>(y);
             }

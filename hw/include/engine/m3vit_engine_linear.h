@@ -179,7 +179,7 @@ Copy:
 // All sums of a tile for one token, exact: tile_in x TO products a cycle.
 template <class C, class w_t, unsigned TO>
 void multiply(const typename C::act_t x[C::max_in], const weight_tile<C, w_t, TO> &tile, unsigned n_in,
-              long long sum[TO]) {
+              sum_t sum[TO]) {
     #pragma HLS INLINE off
 Clear:
     for (unsigned o = 0; o < TO; o++) {
@@ -220,7 +220,7 @@ Before:
 
 // Bias, rounding, activation, and to memory.
 template <class C, class w_t, unsigned TO>
-void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const long long sum[TO],
+void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const sum_t sum[TO],
                const int32_t before[TO], const token_place &token, typename C::act_t *narrow, int32_t *wide,
                int32_t *output) {
     #pragma HLS INLINE off
@@ -228,7 +228,7 @@ void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const l
 Write:
     for (unsigned o = 0; o < job.outputs; o++) {
         #pragma HLS PIPELINE II=1
-        const long long y = shift_round(sum[o] + tile.bias[o] * (1LL << tile.bias_shift[o]), tile.shift[o]);
+        const long long y = shift_round((long long)sum[o] + tile.bias[o] * (1LL << tile.bias_shift[o]), tile.shift[o]);
         if (job.mode == to_narrow) {
             const long long n = saturate<C::act_bits>(y);
             narrow[place + o] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
@@ -260,7 +260,7 @@ Token:
     for (unsigned n = 0; n < job.count; n++) {
         #pragma HLS DATAFLOW
         typename C::act_t x[C::max_in];
-        long long sum[TO];
+        sum_t sum[TO];
         #pragma HLS ARRAY_PARTITION variable=x cyclic factor=C::tile_in
         #pragma HLS ARRAY_PARTITION variable=sum complete
         int32_t before[TO];
