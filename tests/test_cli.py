@@ -144,11 +144,12 @@ def test_config_file_and_dotted_keys_override_the_recipe_in_that_order(
     assert "lr: 0.5" in text and "epochs: 9" in text and "optimizer: adamw" in text
 
 
-def test_the_demo_predicts_what_it_trains() -> None:
+def test_the_demo_is_made_of_commands_on_what_it_trains() -> None:
     from m3vit.demo import commands
-    from m3vit.training.config import read_config, recipe_path
 
-    words = commands(Path("out"), 0)
-    (recipe,) = [line[1] for line in words if line[0] == "train"]
-    predicted = [line[line.index("--task") + 1] for line in words if line[0] == "predict"]
-    assert sorted(predicted) == sorted(read_config(recipe_path(recipe)).model.tasks)
+    lines = commands(Path("out"), 0)
+    assert all(" ".join(line[:2]) in COMMANDS or line[0] in COMMANDS for line in lines)
+    (trained,) = [line[line.index("--out") + 1] for line in lines if line[0] == "train"]
+    assert all(trained in line for line in lines if line[0] in ("eval", "export", "report"))
+    made = {line[line.index("--out") + 1] for line in lines if "--out" in line}
+    assert all(line[2] in made for line in lines if line[:2] == ["hw", "csim"])
