@@ -1,10 +1,11 @@
 // C-simulation test bench of a time-multiplexed project: runs frames through the accelerator's C++, no other library.
 //
 //   ./csim.exe                                   the frames of tb_data/, compared word for word with the expected outputs
-//   ./csim.exe WEIGHTS IMAGES TASKS OUTPUTS [COUNTERS [ROUTING]]
+//   ./csim.exe WEIGHTS IMAGES TASKS OUTPUTS [COUNTERS [ROUTING [MEMORIES]]]
 //
 // IMAGES: uint8 frames [n, H, W, 3]; TASKS: uint8 [n]; OUTPUTS: int32 words of each frame; COUNTERS: a JSON line for
-// each frame and instruction that ran; ROUTING: uint16 expert ids, in order of frames, MoE layers, tokens and rank.
+// each frame and instruction that ran; ROUTING: uint16 expert ids, in order of frames, MoE layers, tokens and rank;
+// MEMORIES: the narrow, then the wide memory after each frame.
 // Exit code: 0; 1 if frames differ from the expected outputs; 2 if a file cannot be used.
 #include <chrono>
 
@@ -41,7 +42,8 @@ int main(int argc, char **argv) {
     FILE *out = fopen(check ? "tb_data/csim_outputs.bin" : argv[4], "wb");
     FILE *log = argc > 5 ? fopen(argv[5], "w") : 0;
     nnet::vit::routing_log() = argc > 6 ? fopen(argv[6], "wb") : 0;
-    if (!out || (argc > 5 && !log) || (argc > 6 && !nnet::vit::routing_log())) {
+    FILE *memories = argc > 7 ? fopen(argv[7], "wb") : 0;
+    if (!out || (argc > 7 && !memories) || (argc > 5 && !log) || (argc > 6 && !nnet::vit::routing_log())) {
         fprintf(stderr, "csim: cannot write the outputs\n");
         return 2;
     }
@@ -56,6 +58,10 @@ int main(int argc, char **argv) {
         memory.run((const uint8_t *)images.data() + frame * frame_bytes, (unsigned char)tasks[frame], (int)frame);
         seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         fwrite(memory.output.data(), 1, output_bytes, out);
+        if (memories) {
+            fwrite(memory.narrow.data(), sizeof(vit_cfg::act_t), memory.narrow.size(), memories);
+            fwrite(memory.wide.data(), sizeof(int32_t), memory.wide.size(), memories);
+        }
         for (size_t pc = 0; pc < counts.size(); pc++) {
             saturated += counts[pc].saturated;
             if (log)
@@ -67,6 +73,8 @@ int main(int argc, char **argv) {
     fclose(out);
     if (log)
         fclose(log);
+    if (memories)
+        fclose(memories);
     if (nnet::vit::routing_log())
         fclose(nnet::vit::routing_log());
     printf("csim: %zu frames, %.3f s a frame, %llu values saturated\n", frames, seconds / (double)(frames ? frames : 1),

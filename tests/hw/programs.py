@@ -121,6 +121,7 @@ class Simulator:
         frames.tofile(folder / "images.bin")
         np.array(tasks, np.uint8).tofile(folder / "tasks.bin")
         names = ["weights.bin", "images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin"]
+        names.append("memories.bin")
         done = subprocess.run([str(self.binary), *names], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:2000]
         outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(tasks), -1)

@@ -17,7 +17,7 @@ from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
 from m3vit.hw import arithmetic, csim
 from m3vit.hw.boards import Hardware
-from m3vit.hw.program import Image, Op
+from m3vit.hw.program import WORDS, Image, Instruction, Mode, Op
 from tests.hw.programs import INCLUDE, PORTS, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
 from tests.hw.test_kernels import AP_TYPES
 
@@ -163,6 +163,37 @@ def test_random_models_word_for_word(builds: Builds, tmp_path: Path, seed: int) 
     check_words(builds, random_shape(seed), tmp_path, seed)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_instruction_word_for_word(builds: Builds, tmp_path: Path, name: str) -> None:
+    """The program cut off after each instruction: what it wrote, in C++ and in the emulator."""
+    weight_bits, act_bits = FORMATS[name]
+    shape = Shape(grid=(6, 12), depth=2, weight_bits=weight_bits, act_bits=act_bits, tasks=2)
+    image, _ = random_vit(shape)
+    (frame,) = frames_of(shape, 1)
+    emulator, kind = Emulator(image), np.int8 if act_bits == 8 else np.int16
+    compared = 0
+    for pc, instruction in enumerate(image.program):
+        cut = replace(image, params=image.params.copy())
+        cut.params[(pc + 1) * WORDS : (pc + 2) * WORDS] = Instruction(Op.END).encode()
+        outputs, _, _ = builds[name][0].run(tmp_path, cut, frame[None], [1])
+        state = emulator.state_after(frame, 1, pc + 1)
+        np.testing.assert_array_equal(outputs[0], state.output.numpy())
+        narrow_size = image.memory.narrow * kind().itemsize
+        narrow = np.fromfile(tmp_path / "memories.bin", kind, image.memory.narrow)
+        wide = np.fromfile(tmp_path / "memories.bin", np.int32, offset=narrow_size)
+        if instruction.op == Op.ROUTE or instruction.task == 0 or instruction.mode == Mode.OUTPUT:
+            continue
+        in_narrow = instruction.op in (Op.IMAGE, Op.ATTENTION) or (
+            instruction.op in (Op.LINEAR, Op.NORM) and instruction.mode == Mode.NARROW
+        )
+        rows = instruction.dst + np.arange(instruction.rows)[:, None] * instruction.dst_pitch
+        places = rows + np.arange(instruction.dst_pitch)
+        written, wanted = (narrow, state.narrow) if in_narrow else (wide, state.wide)
+        np.testing.assert_array_equal(written[places], wanted.numpy()[places], err_msg=f"{pc}: {instruction}")
+        compared += 1
+    assert compared == len(image.program) - 4  # but for the queues, the other task's gate, and two heads
+
+
 def test_random_shapes_cover_the_range() -> None:
     shapes = [random_shape(seed) for seed in range(12)]
     assert {shape.experts for shape in shapes} >= {4, 256} and {shape.top_k for shape in shapes} >= {1, 8}
@@ -250,8 +281,6 @@ def test_attention_is_softmax_attention(tokens: int, std: float) -> None:
 
 
 def test_router_is_softmax_then_top_k_with_ties_to_the_lowest() -> None:
-    from m3vit.hw.program import Instruction
-
     rng = np.random.default_rng(0)
     rows, experts, frac = 50, 9, 20
     logits = rng.integers(-4, 5, (rows, experts)) << 19  # 9 values for 9 experts: ties

@@ -151,9 +151,7 @@ class Emulator:
         memory = self.image.memory
         if pixels.dtype != np.uint8 or pixels.size != memory.image:
             raise InputError(f"a frame is {pixels.dtype} {pixels.shape}: give uint8 with {memory.image} values")
-        empty = np.zeros((0, 0), np.int64)
-        narrow, wide, output = (torch.zeros(n, dtype=torch.float64) for n in memory[:3])
-        start = _State(narrow, wide, output, empty, empty)
+        start = self._start()
         self._run(start, range(self.first_task_step), -1, pixels)
         results = []
         for place, task in enumerate(tasks):
@@ -163,6 +161,18 @@ class Emulator:
             outputs = state.output.numpy().astype(np.int32)
             results.append(FrameResult(outputs, state.expert_ids, state.saturated))
         return results
+
+    @torch.inference_mode()
+    def state_after(self, pixels: np.ndarray, task: int, steps: int) -> _State:
+        """Return the memories after the first `steps` instructions of a frame."""
+        state = self._start()
+        self._run(state, range(steps), task, pixels)
+        return state
+
+    def _start(self) -> _State:
+        memory, empty = self.image.memory, np.zeros((0, 0), np.int64)
+        narrow, wide, output = (torch.zeros(n, dtype=torch.float64) for n in memory[:3])
+        return _State(narrow, wide, output, empty, empty)
 
     def _run(self, state: _State, steps: range, task: int, pixels: np.ndarray) -> None:
         for pc in steps:
