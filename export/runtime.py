@@ -305,6 +305,9 @@ class _Sessions:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # it keeps a plan for every size it met
+        # Threads of a session that is not running would go on waiting at full speed, and take the cores from the next
+        # task's (on two cores, a switch took nearly as long again as the run).
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3  # errors; what it warns about is its own memory planning
         if self.low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
