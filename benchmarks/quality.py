@@ -1,4 +1,4 @@
-"""Does the mixture of experts help? Single-task, dense multi-task and two routers, several seeds, on rendered scenes.
+"""Does the mixture of experts help? Single-task, dense multi-task, three routers, several seeds, on rendered scenes.
 
     python benchmarks/quality.py --out runs/quality [--epochs 40] [--seeds 3] [--jobs 2] [--json FILE]
 
@@ -29,6 +29,7 @@ ROWS: dict[str, list[list[str]]] = {  # row of the table -> the keys of its mode
     "MoE, multi-gate": [[]],
     "MoE, task-conditioned": [["--model.router=task_conditioned"]],
     "MoE, single gate": [["--model.router=single"]],
+    "MoE, multi-gate, specialised": [["--train.balance_weight=0", "--train.specialise_weight=0.1"]],
 }
 
 
