@@ -63,6 +63,22 @@ class _Batch(NamedTuple):
     alone: int = 0
 
 
+class _Check(NamedTuple):
+    """What one task is checked with: images [3, H, W], at these sizes, all of them if `full`; `tick` counts batches."""
+
+    model: MultiTaskModel
+    package_dir: Path
+    task: str
+    images: Sequence[NDArray[np.float32]]
+    sizes: list[tuple[int, int]]
+    full: bool
+    tick: Callable[[], None]
+
+    def race(self) -> "_Batch":
+        """Return the batch that is repeated to find races."""
+        return _race_batch(self.images, self.sizes[0], self.model.backbone.patch_size)
+
+
 @dataclass
 class _Record:
     """What the check found for one task."""
@@ -152,7 +168,9 @@ def check_parity(
     model.eval()
     try:
         # Task by task: the sessions of all of them at once would hold the experts as many times over.
-        records = {task: _check_task(model, package_dir, task, images, sizes, full, tick) for task in package.tasks}
+        records = {
+            task: _check_task(_Check(model, package_dir, task, images, sizes, full, tick)) for task in package.tasks
+        }
     finally:
         model.train(was_training)
     layers = list(model.backbone.moe_indices)
@@ -192,26 +210,18 @@ def _by_layer(layers: list[int], masks: list[Tensor]) -> dict[str, list[int]]:
     return {layer: experts for layer, experts in found.items() if experts}
 
 
-def _check_task(
-    model: MultiTaskModel,
-    package_dir: Path,
-    task: str,
-    images: Sequence[NDArray[np.float32]],
-    sizes: list[tuple[int, int]],
-    full: bool,
-    tick: Callable[[], None],
-) -> _Record:
+def _check_task(check: _Check) -> _Record:
     """Run all batches of one task."""
-    entry = Package.load(package_dir, verify=False).entry(task)
+    model, entry = check.model, Package.load(check.package_dir, verify=False).entry(check.task)
     precisions = list(entry["graphs"])
     choice, record = _choice(model, entry["experts"]), _Record()
     record.kept = [_mask(model, choice.kept.get(number)) for number in range(len(model.backbone.moe_indices))]
     with chosen(model, choice):
         if FLOAT in precisions:
-            _check_floats(model, package_dir, task, images, sizes, full, tick, record)
+            _check_floats(check, record)
         for precision in precisions:
             if precision != FLOAT:
-                _check_integers(model, package_dir, task, images, sizes, precision, full, record)
+                _check_integers(check, precision, record)
     return record
 
 
@@ -233,52 +243,35 @@ def _open(package_dir: Path, **options: Any) -> list[Package]:
     return [Package.load(package_dir, threads=threads, verify=False, **options) for threads in THREADS]
 
 
-def _check_floats(
-    model: MultiTaskModel,
-    package_dir: Path,
-    task: str,
-    images: Sequence[NDArray[np.float32]],
-    sizes: list[tuple[int, int]],
-    full: bool,
-    tick: Callable[[], None],
-    record: _Record,
-) -> None:
+def _check_floats(check: _Check, record: _Record) -> None:
     """Compare the graph in floats, within the limit; where there is one backbone for all tasks, it too."""
-    packages = _open(package_dir, precision=FLOAT)
-    planned = [_quick_batches(images, sizes)]
-    if full:
-        planned += [_every_image(images, sizes), iter([_race_batch(images, sizes[0], model.backbone.patch_size)])]
+    model, task, size = check.model, check.task, check.sizes[0]
+    packages = _open(check.package_dir, precision=FLOAT)
+    planned = [_quick_batches(check.images, check.sizes)]
+    planned += [_every_image(check.images, check.sizes), iter([check.race()])] if check.full else []
     for batches in planned:
         for batch in batches:
             _run(model, packages, task, batch, record)
-            tick()
-    for batch in _noise_batches(sizes[0], record):
+            check.tick()
+    for batch in _noise_batches(size, record):
         _run(model, packages, task, batch, record)
-    manifest, graph = packages[0].manifest, package_dir / packages[0].entry(task)["graphs"][FLOAT]["file"]
+    manifest, graph = packages[0].manifest, check.package_dir / packages[0].entry(task)["graphs"][FLOAT]["file"]
     packages.clear()  # their sessions are as large as those that follow
     if manifest["backbone"]:
-        shared = _open(package_dir, precision=FLOAT, one_backbone=True)
-        for batch in _quick_batches(images, sizes):
+        shared = _open(check.package_dir, precision=FLOAT, one_backbone=True)
+        for batch in _quick_batches(check.images, check.sizes):
             _run(model, shared, task, batch, record)
         shared.clear()
-    if full:
-        _force(model, graph, task, sizes[0], record)
+    if check.full:
+        _force(model, graph, task, size, record)
 
 
-def _check_integers(
-    model: MultiTaskModel,
-    package_dir: Path,
-    task: str,
-    images: Sequence[NDArray[np.float32]],
-    sizes: list[tuple[int, int]],
-    precision: str,
-    full: bool,
-    record: _Record,
-) -> None:
+def _check_integers(check: _Check, precision: str, record: _Record) -> None:
     """Run the graph in integers; what it must be is finite and repeatable."""
-    packages = _open(package_dir, precision=precision)
-    found, batches = _Record(), list(_quick_batches(images, sizes))
-    batches += [_race_batch(images, sizes[0], model.backbone.patch_size)] if full else []
+    model, task = check.model, check.task
+    packages = _open(check.package_dir, precision=precision)
+    found, batches = _Record(), list(_quick_batches(check.images, check.sizes))
+    batches += [check.race()] if check.full else []
     for batch in batches:
         expected = model(batch.images.to(next(model.parameters()).device), [task]).logits[task].cpu().numpy()
         _compare(packages, task, batch, expected, np.zeros(len(batch.images), np.int64), found, limit=math.inf)
