@@ -11,21 +11,13 @@ without pruning. Rendered scenes and a small model.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from quality import run  # beside this file
+
 MODELS = {"balance": [], "specialise": ["--train.balance_weight=0", "--train.specialise_weight=0.1"]}
 COVERAGES = (1.0, 0.999, 0.99, 0.95)
-
-
-def run(*words: object) -> None:
-    """Run one m3vit command, or stop with what it said."""
-    command = [sys.executable, "-m", "m3vit", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
 
 
 def sizes(manifest: dict[str, Any], precision: str) -> dict[str, int]:

@@ -88,6 +88,13 @@ def lower_moe(graph: ModelProto, choice: Choice = ALL, form: str = "sparse") -> 
     return graph
 
 
+def copied(graph: ModelProto) -> ModelProto:
+    """Return a copy of a graph: lowering and quantisation change theirs."""
+    copy = ModelProto()
+    copy.CopyFrom(graph)
+    return copy
+
+
 def strip(graph: ModelProto) -> None:
     """Drop documentation, metadata and inferred shapes: none is needed to run, and they hold paths and stack traces."""
     graph.ClearField("doc_string")

@@ -17,7 +17,7 @@ import m3vit
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.onnx.graph import trace_backbone, trace_head, trace_task
-from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, lower_moe
+from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
@@ -169,9 +169,7 @@ class _Writer:
         """Write a lowered graph in every precision; with `required`, each must have something to quantise."""
         entries: dict[str, Any] = {}
         for precision in self.content.precisions:
-            copy = onnx.ModelProto()
-            copy.CopyFrom(graph)
-            quantize(copy, precision, required=required)
+            copy = quantize(copied(graph), precision, required=required)
             file = f"{name}.onnx" if precision == FLOAT else f"{name}.{precision}.onnx"
             weights = self.weights.take(copy)
             data = copy.SerializeToString(deterministic=True)

@@ -59,11 +59,11 @@ def gate_mass(model: MultiTaskModel, batches: Iterable[Tensor], top_k: Mapping[s
     was_training = model.training
     model.eval()
     try:
+        # Tasks that take as many experts run together; how many decides what the next layer gets to see.
+        groups: dict[int, list[str]] = {}
+        for task in tasks:
+            groups.setdefault(top_k.get(task, trained), []).append(task)
         for batch in batches:
-            groups: dict[int, list[str]] = {}
-            for task in tasks:
-                groups.setdefault(top_k.get(task, trained), []).append(task)
-            # Tasks that take as many experts run together; how many decides what the next layer gets to see.
             for count, names in groups.items():
                 with chosen(model, Choice(count)):
                     routings = model(batch.to(device), names).routings

@@ -21,7 +21,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, normalised
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.onnx.graph import trace_task
-from m3vit.export.onnx.lower import ALL, Choice, lower_moe
+from m3vit.export.onnx.lower import Choice, copied, lower_moe
 from m3vit.export.onnx.pruning import Prune, gate_mass
 from m3vit.export.onnx.quantize import FLOAT, quantize
 from m3vit.export.onnx.run import MEASURED_IMAGES, PROTOCOL, Request, calibration_batches, choices_of, data_of, score
@@ -64,7 +64,7 @@ def sweep(
     has_experts = bool(run.model.backbone.moe_indices)
     top_ks = _spread(config.top_k) if has_experts else [config.top_k]
     mass = {
-        k: gate_mass(run.model, calibration_batches(run, train, request.calibration), _same(config.tasks, k))
+        k: gate_mass(run.model, calibration_batches(run, train, request.calibration), dict.fromkeys(config.tasks, k))
         for k in top_ks
     }
     coverages = COVERAGES if has_experts else (None,)
@@ -76,7 +76,7 @@ def sweep(
     tasks: dict[str, list[dict[str, Any]]] = {}
     for task in config.tasks:
         traced = trace_task(run.model, task, opset=opset, size=size)
-        reference = _session(lower_moe(_copy(traced)))
+        reference = _session(lower_moe(copied(traced)))
         points: list[dict[str, Any]] = []
         tried: set[Any] = set()
         for precision, coverage, k in grid:
@@ -86,21 +86,19 @@ def sweep(
             if coverage is not None:
                 choice = choices_of(run, {task: mass[k][task]}, Prune(coverage), {task: k})[0][task]
             done += 1
-            same = (precision, k, tuple(sorted((choice.kept or everything).items())))
+            kept = everything | dict(choice.kept)
+            same = (precision, k, tuple(kept.values()))
             if same in tried:  # a smaller coverage that the same experts are needed for
                 continue
             tried.add(same)
-            graph = quantize(lower_moe(_copy(traced), choice if has_experts else ALL), precision)
+            graph = quantize(lower_moe(copied(traced), choice), precision)
             session = _session(graph)
-            kept = [
-                len(choice.kept.get(n, range(config.num_experts))) for n in range(len(run.model.backbone.moe_indices))
-            ]
             points.append(
                 {
                     "precision": precision,
                     "coverage": coverage,
                     "top_k": k,
-                    "experts": statistics.mean(kept) if kept else 0.0,
+                    "experts": statistics.mean(map(len, kept.values())) if kept else 0.0,
                     "bytes": graph.ByteSize(),
                     "time": _ratio(session, reference, task, shape),
                     "metric": score(val, _predictor(session, task, run, shape), count)[task],
@@ -124,20 +122,10 @@ def sweep(
     return result
 
 
-def _same(tasks: list[str], k: int) -> dict[str, int]:
-    return dict.fromkeys(tasks, k)
-
-
 def _spread(top_k: int) -> list[int]:
     """Return the experts per token to try: as trained, 1, and values between, most first."""
     values = np.unique(np.linspace(1, top_k, min(top_k, MAX_TOP_KS)).round().astype(int))
     return [int(value) for value in values[::-1]]
-
-
-def _copy(graph: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(graph)
-    return copy
 
 
 def _session(graph: onnx.ModelProto) -> InferenceSession:
