@@ -1,10 +1,10 @@
 """Memory and time of training steps: the batch in parts, recomputed blocks, gradient methods, against the plain step.
 
-    python benchmarks/training.py [--recipe nyud-small] [--size 240x320] [--batch 4] [--steps 2] [--json FILE]
+    python benchmarks/training.py [--recipe nyud-small] [--size 240x320] [--head linear] [--batch 4] [--json FILE]
 
-Each way runs in a process of its own, on random images and labels; on the CPU, memory is the process's peak beyond what
-it held before the first step (weights and libraries), on CUDA what torch allocated at most. All with the same weights
-and images, and with one thread a core.
+Each way runs in a process of its own (or in two), on random images and labels; on the CPU, memory is the process's peak
+beyond what it held before the model was built (the libraries), on CUDA what torch allocated at most. All with the same
+weights and images, and with one thread a core. Two processes have half of the batch each, and the memory is one's.
 """
 
 import argparse
@@ -27,17 +27,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "pcgrad": {"weighting": "pcgrad"},
     "pcgrad, checkpoint_activations": {"weighting": "pcgrad", "checkpoint_activations": True},
+    "2 processes": {},
+    "2 processes, fsdp": {"strategy": "fsdp"},
+    "2 processes, fsdp, checkpoint_activations": {"strategy": "fsdp", "checkpoint_activations": True},
 }
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Run steps of one way in this process."""
     import torch
-    from lightning.fabric import Fabric
 
+    from m3vit.distributed import leave_group, world_size
     from m3vit.models.multitask import MultiTaskModel
     from m3vit.tasks import LABEL_SETS
     from m3vit.training.config import read_config, recipe_path
+    from m3vit.training.launch import launch
     from m3vit.training.optim import make_optimizer
     from m3vit.training.step import Stepper
     from m3vit.training.weighting import make_weighting
@@ -45,26 +49,30 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     config = read_config(recipe_path(args.recipe))
     height, width = (int(part) for part in args.size.split("x"))
     config.model.pretrained, config.model.image_size = False, (height, width)
+    if args.head == "linear":
+        config.model.head, config.model.distillation = "linear", []
     for key, value in WAYS[args.way].items():
         setattr(config.train, key, value)
+    config.train.accelerator = args.device
     config.check()
     torch.manual_seed(0)
-    fabric = Fabric(accelerator=args.device, devices=1, precision=config.train.precision)  # type: ignore[arg-type]
+    fabric = launch(config.train)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     model = MultiTaskModel(config.model).train()
     model.backbone.checkpoint_activations = config.train.checkpoint_activations
     weighting = make_weighting(config, fabric.device)
-    optimizer = make_optimizer(config.train, model, weighting.parameters())
-    stepper = Stepper(fabric, config, *fabric.setup(model, optimizer), weighting)
-    shape = (args.batch, height, width)
+    wrapped = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(make_optimizer(config.train, model, weighting.parameters()))
+    stepper = Stepper(fabric, config, wrapped, optimizer, weighting)
+    batch = args.batch // world_size()
+    shape = (batch, height, width)
     labels = {}
     for task in config.model.tasks:
         channels = LABEL_SETS[config.model.label_set].channels(task)
         classes = torch.randint(0, max(channels, 2), shape)
-        normals = torch.nn.functional.normalize(torch.randn(args.batch, 3, height, width), dim=1)
+        normals = torch.nn.functional.normalize(torch.randn(batch, 3, height, width), dim=1)
         labels[task] = {"depth": torch.rand(shape) + 1, "normals": normals}.get(task, classes)
-    images, labels = fabric.to_device((torch.randn(args.batch, 3, height, width), labels))
-    # The optimiser's state and the gradients are there from the first step on, in every way alike.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    images, labels = fabric.to_device((torch.randn(batch, 3, height, width), labels))
     times = []
     for step in range(args.steps + 1):  # the first warms up
         start = time.perf_counter()
@@ -75,6 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     if fabric.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
+    leave_group()
     return {"peak_mib": peak, "s_per_step": sum(times[1:]) / args.steps}
 
 
@@ -82,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="nyud-small")
     parser.add_argument("--size", default="240x320", help="HEIGHTxWIDTH; the recipe's own is 4 times as many pixels")
+    parser.add_argument("--head", default="linear", choices=["linear", "pup"], help="pup: the recipe's own")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -95,7 +105,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "ways": {}}
     for way in args.ways:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "2 proc" in way else []
+        command = [sys.executable, *torchrun, __file__, *sys.argv[1:], "--way", way]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = results["ways"][way] = json.loads(output.splitlines()[-1])
         plain = results["ways"].get("plain", found)

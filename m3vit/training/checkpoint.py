@@ -21,6 +21,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from m3vit import __version__
 from m3vit.errors import InputError
@@ -39,6 +40,7 @@ FREE_TO_CHANGE = (
     "train.log_steps",
     "train.checkpoint_activations",
     "train.checkpoint_steps",
+    "train.strategy",
 )
 
 
@@ -113,10 +115,11 @@ def git_commit() -> str | None:
     return git("describe", "--always", "--dirty", "--abbrev=40")
 
 
-def save_model(folder: Path, model: MultiTaskModel, epoch: int) -> None:
-    """Write model.safetensors and model.json, each atomically."""
+def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
+    """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
+    state = model.state_dict() if weights is None else weights
     with atomic_path(folder / "model.safetensors") as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
     write_json(
         folder / "model.json",
         {

@@ -17,6 +17,7 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "poly")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
+STRATEGIES = ("ddp", "fsdp")
 PIPELINES = ("simple", "m3vit", "invpt")
 ON_ERROR = ("stop", "skip")
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
@@ -89,6 +90,9 @@ class TrainConfig:
         seed: of weights, data order, augmentation and noise.
         threads: CPU threads of torch; 0 leaves torch's choice. Bit-equal repeats need equal threads.
         accelerator: auto, cpu, cuda or mps; one device, or one for each process of a torchrun.
+        strategy: what the processes of a torchrun share. ddp: each holds the whole model. fsdp: each keeps a share of
+            weights, gradients and optimiser state, and fetches the rest when it is needed: less memory, more traffic,
+            the same result. One process has nothing to share.
         precision: 32-true, bf16-mixed or 16-mixed (Lightning Fabric's words).
         checkpoint_activations: keep only the input of each of the trunk's blocks and compute the rest again for the
             gradient: less memory, more time, the same result.
@@ -122,6 +126,7 @@ class TrainConfig:
     seed: int = 0
     threads: int = 0
     accelerator: str = "auto"
+    strategy: str = "ddp"
     precision: str = "32-true"
     checkpoint_activations: bool = False
     checkpoint_steps: int = 0
@@ -160,6 +165,7 @@ class Config:
             ("train.schedule", train.schedule, SCHEDULES),
             ("train.precision", train.precision, PRECISIONS),
             ("train.accelerator", train.accelerator, ACCELERATORS),
+            ("train.strategy", train.strategy, STRATEGIES),
             ("train.weighting", train.weighting, WEIGHTINGS),
             ("train.best", train.best, ("mean", *self.model.tasks)),
         ):
@@ -205,6 +211,12 @@ class Config:
             raise InputError(
                 f"train.weighting {train.weighting} compares gradients, which 16-mixed scales: give "
                 "train.precision bf16-mixed or 32-true"
+            )
+        if train.strategy == "fsdp" and (train.weighting in GRADIENT_METHODS or train.precision == "16-mixed"):
+            what = train.precision if train.precision == "16-mixed" else f"train.weighting {train.weighting}"
+            raise InputError(
+                f"train.strategy fsdp does not go with {what}, which needs every gradient whole: give ddp, or "
+                "train.precision bf16-mixed or 32-true and another weighting"
             )
         # Tasks that exist but are not this model's may stay: a recipe's values survive --model.tasks=[depth].
         for key in ("task_weights", "native_losses"):

@@ -5,12 +5,13 @@ import os
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from m3vit.distributed import world_size
 from m3vit.errors import InputError
 from m3vit.training.config import TrainConfig
+from m3vit.training.sharding import shard
 
 
 def launch(train: TrainConfig) -> Fabric:
@@ -25,14 +26,18 @@ def launch(train: TrainConfig) -> Fabric:
         if not local or world % local or "MASTER_ADDR" not in os.environ:
             raise InputError("WORLD_SIZE is set but not by torchrun, which several processes are started with")
         cuda = torch.cuda.is_available() and train.accelerator in ("auto", "cuda")
-        strategy = DDPStrategy(
+        # What lies in the CPU's memory (flags, statistics, random states) is exchanged there.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        strategy: DDPStrategy | ModelParallelStrategy
+        if train.strategy == "fsdp":
+            strategy = ModelParallelStrategy(
+                shard, data_parallel_size=world, tensor_parallel_size=1, process_group_backend=backend
+            )
+        else:
             # Heads and gates of tasks that are not drawn (train.tasks_per_step) have no gradient. And with this, DDP
             # keeps its buckets as they are; it would rebuild them after the first step, and the order of sums over
             # three or more processes, so the last bits of a resumed run, would change with them.
-            find_unused_parameters=True,
-            # What lies in the CPU's memory (flags, statistics, random states) is exchanged there.
-            process_group_backend="cpu:gloo,cuda:nccl" if cuda else "gloo",
-        )
+            strategy = DDPStrategy(find_unused_parameters=True, process_group_backend=backend)
         fabric = Fabric(
             accelerator=train.accelerator,
             devices=local,

@@ -27,6 +27,15 @@ from m3vit.training.checkpoint import (
 from m3vit.training.config import Config
 from m3vit.training.launch import launch, synchronise
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
+from m3vit.training.sharding import (
+    gathered,
+    largest_values,
+    load_optimizer,
+    load_weights,
+    shard,
+    share_buffers,
+    whole_weights,
+)
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
 from m3vit.training.validation import PROTOCOL, is_best, validate
@@ -105,9 +114,15 @@ class Training:
 
         synchronise(self.model, fabric)
         self.weighting = make_weighting(config, fabric.device)
+        mesh = getattr(fabric.strategy, "device_mesh", None)  # of fsdp
+        self.average = make_average(settings, self.model, sharded=mesh is not None)
+        self.wrapped = fabric.setup(self.model)
+        if self.average is not None:
+            self.average.to(fabric.device)
+            if mesh is not None:
+                shard(self.trained, mesh)
         optimizer = make_optimizer(settings, self.model, self.weighting.parameters())
-        self.wrapped, self.optimizer = fabric.setup(self.model, optimizer)
-        self.average = make_average(settings, self.model)
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.stepper = Stepper(fabric, config, self.wrapped, self.optimizer, self.weighting)
 
         size = (config.model.image_size[0], config.model.image_size[1])
@@ -176,8 +191,7 @@ class Training:
         self.weighting.end_epoch()
         # The resume state last: where it says an epoch is done, its weights are on disk.
         check_weights(self.model, self.step, self.out)
-        if rank() == 0:
-            save_model(self.out, self.trained, self.step // self.steps_per_epoch)
+        self.save_trained(self.out, self.step // self.steps_per_epoch)
         self.save()
 
     def take_step(self, batch: Batch) -> None:
@@ -236,11 +250,14 @@ class Training:
             if self.progress:
                 self.progress(self.step, self.steps, f"evaluating {done}/{of}")
 
-        values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
-        if rank() == 0 and is_best([*lines, values], self.config.model.tasks, self.config.train.best):
+        share_buffers(self.trained)
+        with whole_weights(self.trained):
+            values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
+        if is_best([*lines, values], self.config.model.tasks, self.config.train.best):
             # A run folder too. Before the line in the log: a run killed in between evaluates again.
-            save_model(self.out / "best", self.trained, epoch)
-            write_config(self.config, self.out / "best")
+            self.save_trained(self.out / "best", epoch)
+            if rank() == 0:
+                write_config(self.config, self.out / "best")
         self.record("val", values)
 
     def record(self, kind: str, values: dict[str, float], message: str | None = None) -> None:
@@ -253,6 +270,12 @@ class Training:
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, self.step)
 
+    def save_trained(self, folder: Path, epoch: int) -> None:
+        """Write the model that is evaluated; all processes call this, the first one writes."""
+        weights = gathered(self.trained.state_dict())
+        if rank() == 0:
+            save_model(folder, self.trained, epoch, weights)
+
     def save(self) -> None:
         """Write what resuming needs: the raw weights, the moving average, the random state of every process."""
         check_weights(self.model, self.step, self.out)
@@ -263,10 +286,10 @@ class Training:
             "format": FORMAT,
             "step": self.step,
             "processes": world_size(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": gathered(self.model.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "weighting": self.weighting.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": None if self.average is None else gathered(self.average.state_dict()),
             "random": random_states,
         }
         if rank() == 0:
@@ -276,11 +299,11 @@ class Training:
         """Continue from what `save` wrote. A process that was not there then keeps the random state of its seed."""
         if state.get("format") != FORMAT:
             raise InputError(f"{self.out}/last/state.pt is of another version: train again from the start", True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])  # after setup: it takes its tensors to the device
+        load_weights(self.model, state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])  # after setup: it takes its tensors to the device
         self.weighting.load_state_dict(state["weighting"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            load_weights(self.average, state["average"])
         if rank() < len(state["random"]):
             mine = state["random"][rank()]
             torch.set_rng_state(mine["cpu"])
@@ -303,4 +326,6 @@ def check_finite(values: dict[str, float], step: int, out: Path) -> None:
 
 def check_weights(model: MultiTaskModel, step: int, out: Path) -> None:
     """Stop before weights that are not finite are written or evaluated."""
-    check_finite({name: float(value.detach().abs().max()) for name, value in model.named_parameters()}, step, out)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    largest = largest_values(parameters).tolist()
+    check_finite(dict(zip(names, largest, strict=True)), step, out)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import TrainConfig
@@ -51,11 +51,14 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=train.lr)
 
 
-def make_average(train: TrainConfig, model: MultiTaskModel) -> AveragedModel | None:
+def make_average(train: TrainConfig, model: MultiTaskModel, sharded: bool = False) -> AveragedModel | None:
     """Return the moving average of the model's weights and normalisation statistics, or None if it is off.
 
-    It begins as a copy of the weights after the first step.
+    It begins as a copy of the weights after the first step. If it will be `sharded`, tensors are averaged one by one:
+    sharded ones (weights) and whole ones (statistics) do not go into one call.
     """
     if not train.ema:
         return None
+    if sharded:
+        return AveragedModel(model, avg_fn=get_ema_avg_fn(train.ema), use_buffers=True)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)

@@ -22,6 +22,7 @@ from m3vit.models.router import Routing
 from m3vit.tasks import IGNORE, TASKS, resolve
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.losses import BatchCounts, routing_losses, task_loss
+from m3vit.training.sharding import clip_gradients, is_sharded
 from m3vit.training.weighting import Fixed, GradientMethod
 
 Labels = dict[str, Tensor]
@@ -155,7 +156,7 @@ class Stepper:
         if isinstance(self.weighting, GradientMethod):
             sums, shares = self.combined(step, parts, counts, tasks, weights, scale)
         else:
-            # DistributedDataParallel averages over the processes; their parts of a loss are to be added.
+            # Gradients are averaged over the processes (by both strategies); their parts of a loss are to be added.
             sums = self.passes(parts, counts, tasks, weights, scale * world_size(), reduce=True)
             shares = {}
         routing_weights = train.routing_weights()
@@ -172,6 +173,8 @@ class Stepper:
     def clip(self) -> float:
         """Clip the gradient and return its norm before."""
         limit = self.config.train.grad_clip or math.inf
+        if is_sharded(self.model):
+            return float(clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]], limit))
         norm = self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)
         return float(norm)  # type: ignore[arg-type]
 
@@ -200,8 +203,9 @@ class Stepper:
         """Add the gradients of all parts to the parameters', `reduce`d over processes; return the unweighted losses."""
         sums: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
-            last = place == len(parts) - 1
-            keep = self.fabric.no_backward_sync(self.wrapped) if world_size() > 1 and not (reduce and last) else None
+            # Sharded gradients are reduced after each part, since until then each process holds them whole.
+            wait = world_size() > 1 and not is_sharded(self.model) and not (reduce and place == len(parts) - 1)
+            keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
             with keep or nullcontext():
                 loss, losses = step_losses(
                     self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts

@@ -25,22 +25,33 @@ def command(words: list[str], output: Path, variables: dict[str, str]) -> None:
     sys.exit(main(words))
 
 
+def environments(processes: int) -> list[dict[str, str]]:
+    """Return the environment variables that torchrun gives each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    for rank in range(processes):
+        variables: dict[str, object] = {"OMP_NUM_THREADS": 1}
+        if processes > 1:
+            variables |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            variables |= {
+                "GROUP_RANK": 0,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "TORCHELASTIC_RUN_ID": "test",
+            }
+        found.append({name: str(value) for name, value in variables.items()})
+    return found
+
+
 class Run:
     """Processes under way; `text` is what they printed."""
 
     def __init__(self, words: list[object], folder: Path, processes: int = 1) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self.outputs = [folder / f"output-{time.monotonic_ns()}-{rank}.txt" for rank in range(processes)]
         self.processes: list[BaseProcess] = []
-        for rank, output in enumerate(self.outputs):
-            variables = {"OMP_NUM_THREADS": "1"}
-            if processes > 1:
-                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-                names |= {"GROUP_RANK": 0, "MASTER_PORT": port}
-                variables |= {name: str(value) for name, value in names.items()}
-                variables |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+        for output, variables in zip(self.outputs, environments(processes), strict=True):
             self.processes.append(CONTEXT.Process(target=command, args=([str(w) for w in words], output, variables)))
             self.processes[-1].start()
 

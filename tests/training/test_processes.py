@@ -8,55 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import TINY
 from tests.training.launching import Run, run
-
-
-@pytest.fixture(scope="module")
-def uneven_data(make_data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of very different numbers of valid pixels: means of means would not be the mean."""
-    root = make_data(tmp_path_factory.mktemp("uneven"), val=5)
-    for index in range(10):
-        depth = np.load(root / "depth" / f"{index:04d}.npy")
-        depth[:, : 5 * index] = 0
-        np.save(root / "depth" / f"{index:04d}.npy", depth)
-        path = root / "segmentation" / f"{index:04d}.png"
-        classes = np.array(Image.open(path))
-        classes[: 3 * index] = 0  # unlabelled
-        Image.fromarray(classes).save(path)
-    return root
-
-
-def lines(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_close(one: Path, other: Path, weights_atol: float) -> None:
-    """Assert equal losses up to 1e-4, scores up to a few pixels near a decision, and weights up to a tolerance."""
-    for a, b in zip(lines(one), lines(other), strict=True):
-        kind = a["kind"]
-        for word in ("kind", "message", "protocol"):
-            assert a.pop(word, "") == b.pop(word, "")
-        assert a == pytest.approx(b, rel=1e-4 if kind == "train" else 1e-2)
-    for file in ("model.safetensors", "best/model.safetensors"):
-        expected, found = load_file(one / file), load_file(other / file)
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=weights_atol)
-
-
-def same_bits(one: Path, other: Path) -> None:
-    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
-    for file in ("model.safetensors", "best/model.safetensors"):
-        expected, found = load_file(one / file), load_file(other / file)
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+from tests.training.runs import assert_close, lines, same_bits
 
 
 def test_two_processes_or_parts_train_what_one_does(uneven_data: Path, tmp_path: Path) -> None:
@@ -136,9 +95,11 @@ def test_stopped_killed_and_resumed_on_two_processes(uneven_data: Path, tmp_path
     same_bits(tmp_path / "unbroken", out)
 
 
-def test_divergence_stops_every_process(uneven_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_divergence_stops_every_process(uneven_data: Path, tmp_path: Path, strategy: str) -> None:
     words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.epochs=4"]
     words += ["--train.optimizer=sgd", "--train.lr=1e30", "--train.checkpoint_steps=1", "--out", tmp_path / "run"]
+    words += [f"--train.strategy={strategy}"]
     started = Run(words, tmp_path, processes=2)
     assert started.wait() == [2, 2], started.text
     assert started.text.count("training diverged at step") == 1, "one process speaks"
