@@ -82,8 +82,8 @@ def task_of(name: str) -> str:
 
 def without_tokens(routing: Routing) -> Routing:
     """Return a routing of no tokens, whose sums are 0 and still lead back to the router's parameters."""
-    tensors = [field[:, :0] if isinstance(field, Tensor) and field.ndim == 3 else field for field in routing]
-    return Routing(*tensors)
+    fields: list[Any] = [field[:, :0] if isinstance(field, Tensor) and field.ndim == 3 else field for field in routing]
+    return Routing(*fields)
 
 
 def add_up(layers: list[RoutingSums]) -> list[RoutingSums]:

@@ -102,6 +102,7 @@ def process(rank: int, port: int, pipe: Connection) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow  # starting processes
 def test_two_processes_see_all_tokens() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
