@@ -7,7 +7,7 @@ softmax over all E experts, then top-k; the K weights are used as they are, not 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,7 +140,86 @@ class Router(nn.Module):
         return self.noise * (F.softplus(x_RND @ gates.transpose(1, 2)) + 1e-2)
 
 
-# --- losses of the routing, each a pure function ----------------------------------------------------------------------
+# --- sums over the tokens, all that the routing losses need -----------------------------------------------------------
+
+
+class RoutingSums(NamedTuple):
+    """Sums of a routing over the N tokens of each of R tasks.
+
+    The sums of parts of the tokens add up to those of the whole, so that processes need not see each other's tokens.
+    float32 whatever the routing's dtype, but for the counts. None: nobody asked for it.
+    """
+
+    tokens: Tensor  # int64 [], N
+    allowed_RE: Tensor | None = None  # bool, as in Routing: the same for all parts
+    weights_RE: Tensor | None = None  # the weights that tokens give an expert
+    load_RE: Tensor | None = None  # how many tokens an expert gets, expected over its noise: see `summed_load`
+    chosen_RE: Tensor | None = None  # int64, how many tokens it got
+    scores_RE: Tensor | None = None
+    squares_R: Tensor | None = None  # squared log-sum-exp of a token's logits
+
+
+def routing_sums(routing: Routing, fields: Iterable[str]) -> RoutingSums:
+    """Sum a routing over its tokens: `fields` are the names of the sums wanted, keys of SUMS."""
+    tokens = routing.expert_ids_RNK.new_full((), routing.expert_ids_RNK.shape[1])
+    return RoutingSums(tokens, routing.allowed_RE, **{field: SUMS[field](routing) for field in fields})
+
+
+def summed_weights(routing: Routing) -> Tensor:
+    """Return the sum of the weights that the tokens give each expert [R, E]."""
+    combine_RNE = torch.zeros_like(routing.scores_RNE).scatter(-1, routing.expert_ids_RNK, routing.weights_RNK)
+    return combine_RNE.sum(dim=1, dtype=torch.float32)
+
+
+def summed_load(routing: Routing) -> Tensor:
+    """Return the number of tokens of each expert [R, E].
+
+    With noise, expected over a new draw of each expert's noise (Shazeer et al., appendix A), which gives it a gradient.
+    Without, it is a count, and has none, as in M3ViT's released runs. (Its code compares logits with thresholds taken
+    from scores; here both are logits.)
+    """
+    if routing.noise_std is None:
+        return expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1]).float()
+    return chosen_probability(routing).sum(dim=1)
+
+
+def chosen_probability(routing: Routing) -> Tensor:
+    """Return the probability [R, N, E] that each expert stays or gets among the top k if its noise is drawn again."""
+    logits, noisy, std = routing.logits_RNE, routing.noisy_RNE, routing.noise_std
+    assert logits is not None and noisy is not None and std is not None, "the router had noise"
+    logits, noisy, std = logits.float(), noisy.float(), std.float()
+    top_k, num_experts = routing.weights_RNK.shape[-1], noisy.shape[-1]
+    if top_k == num_experts:
+        return torch.ones_like(noisy)
+    ranked = noisy.topk(top_k + 1, dim=-1).values
+    inside, outside = ranked[..., top_k - 1 : top_k], ranked[..., top_k : top_k + 1]
+    # To be among the top k an expert has to beat the k-th best of the others.
+    threshold = torch.where(noisy >= inside, outside, inside)
+    return torch.special.ndtr((logits - threshold) / std)
+
+
+def summed_squares(routing: Routing) -> Tensor:
+    """Return the sum over tokens of the squared log-sum-exp of the logits [R]."""
+    assert routing.logits_RNE is not None
+    return routing.logits_RNE.float().logsumexp(dim=-1).square().sum(dim=1)
+
+
+def expert_load(expert_ids_RNK: Tensor, num_experts: int) -> Tensor:
+    """Return how many tokens each expert got: int64 [R, E]."""
+    ids = expert_ids_RNK.flatten(1)
+    return ids.new_zeros(len(ids), num_experts).scatter_add(1, ids, torch.ones_like(ids))
+
+
+SUMS: dict[str, Callable[[Routing], Tensor]] = {
+    "weights_RE": summed_weights,
+    "load_RE": summed_load,
+    "chosen_RE": lambda routing: expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1]),
+    "scores_RE": lambda routing: routing.scores_RNE.sum(dim=1, dtype=torch.float32),
+    "squares_R": summed_squares,
+}
+
+
+# --- losses of the routing, each a pure function of the sums; 0 without tokens ----------------------------------------
 
 
 def squared_cv(x: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -157,70 +236,55 @@ def squared_cv(x: Tensor, allowed: Tensor | None = None) -> Tensor:
     return variance / (mean**2 + 1e-10)
 
 
-def importance_loss(routing: Routing) -> Tensor:
+def importance_loss(sums: RoutingSums) -> Tensor:
     """Return CV^2 of each expert's summed weights, summed over tasks (V-MoE appendix A; M3ViT trains with it)."""
-    combine_RNE = torch.zeros_like(routing.scores_RNE).scatter(-1, routing.expert_ids_RNK, routing.weights_RNK)
-    return squared_cv(combine_RNE.sum(dim=1), routing.allowed_RE).sum()
+    assert sums.weights_RE is not None
+    return squared_cv(sums.weights_RE, sums.allowed_RE).sum()
 
 
-def load_loss(routing: Routing) -> Tensor:
-    """Return CV^2 of the number of tokens of each expert, summed over tasks.
-
-    With noise, counts are expected ones, over a new draw of each expert's noise (Shazeer et al., appendix A), which
-    gives them a gradient. Without, they are counts, and have none, as in M3ViT's released runs. (Its code compares
-    logits with thresholds taken from scores; here both are logits.)
-    """
-    if routing.noise_std is None:
-        load = expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1]).float()
-    else:
-        load = chosen_probability(routing).sum(dim=1)
-    return squared_cv(load, routing.allowed_RE).sum()
+def load_loss(sums: RoutingSums) -> Tensor:
+    """Return CV^2 of the number of tokens of each expert, summed over tasks; see `summed_load`."""
+    assert sums.load_RE is not None
+    return squared_cv(sums.load_RE, sums.allowed_RE).sum()
 
 
-def chosen_probability(routing: Routing) -> Tensor:
-    """Return the probability [R, N, E] that each expert stays or gets among the top k if its noise is drawn again."""
-    logits, noisy, std = routing.logits_RNE, routing.noisy_RNE, routing.noise_std
-    assert logits is not None and noisy is not None and std is not None, "the router had noise"
-    top_k, num_experts = routing.weights_RNK.shape[-1], noisy.shape[-1]
-    if top_k == num_experts:
-        return torch.ones_like(noisy)
-    ranked = noisy.topk(top_k + 1, dim=-1).values
-    inside, outside = ranked[..., top_k - 1 : top_k], ranked[..., top_k : top_k + 1]
-    # To be among the top k an expert has to beat the k-th best of the others.
-    threshold = torch.where(noisy >= inside, outside, inside)
-    return torch.special.ndtr((logits - threshold) / std)
-
-
-def switch_loss(routing: Routing) -> Tensor:
+def switch_loss(sums: RoutingSums) -> Tensor:
     """Return E * sum_e f_e P_e, summed over tasks: 1 for each when balanced (Switch, arXiv 2101.03961, equation 4).
 
     f_e is the share of routing decisions, without gradient, P_e the mean score. With k > 1 as in GShard: all k choices
     count.
     """
-    num_experts = routing.scores_RNE.shape[-1]
-    chosen = expert_load(routing.expert_ids_RNK, num_experts).float()
-    share = chosen / chosen.sum(dim=-1, keepdim=True)
-    experts = num_experts if routing.allowed_RE is None else routing.allowed_RE.sum(dim=-1)
-    return (experts * (share * routing.scores_RNE.mean(dim=1)).sum(dim=-1)).sum()
+    assert sums.chosen_RE is not None
+    share = sums.chosen_RE / sums.chosen_RE.sum(dim=-1, keepdim=True).clamp(min=1)
+    experts = share.shape[-1] if sums.allowed_RE is None else sums.allowed_RE.sum(dim=-1)
+    return (experts * (share * mean_scores(sums)).sum(dim=-1)).sum()
 
 
-def z_loss(routing: Routing) -> Tensor:
+def z_loss(sums: RoutingSums) -> Tensor:
     """Return the mean squared log-sum-exp of the logits, over tokens and tasks (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    assert routing.logits_RNE is not None
-    return routing.logits_RNE.logsumexp(dim=-1).square().mean()
+    assert sums.squares_R is not None
+    return sums.squares_R.mean() / sums.tokens.clamp(min=1)
 
 
-def mutual_information(routing: Routing) -> Tensor:
+def mutual_information(sums: RoutingSums) -> Tensor:
     """Return I(task; expert) in nats, of tasks taken as equally likely: at most log of the number of tasks.
 
     Mod-Squad (arXiv 2212.08066, section 3.3) maximises it: experts are all used, each by few tasks, so that those a
     task does not use can be left out of its graph. P(expert | task) is the mean score over the tokens.
     """
-    conditional_RE = routing.scores_RNE.mean(dim=1)
-    marginal_E = conditional_RE.mean(dim=0)
-    return torch.special.entr(marginal_E).sum() - torch.special.entr(conditional_RE).sum(dim=-1).mean()
+    conditional_RE = mean_scores(sums)
+    return entropy(conditional_RE.mean(dim=0)) - entropy(conditional_RE).mean()
 
 
-def expert_load(expert_ids_RNK: Tensor, num_experts: int) -> Tensor:
-    """Return how many tokens each expert got: int64 [R, E]."""
-    return F.one_hot(expert_ids_RNK.flatten(1), num_experts).sum(dim=1)
+def mean_scores(sums: RoutingSums) -> Tensor:
+    """Return the mean over tokens of each expert's score [R, E]."""
+    assert sums.scores_RE is not None
+    return sums.scores_RE / sums.tokens.clamp(min=1)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy in nats over the last axis.
+
+    The gradient is finite at p = 0 too (torch.special.entr's is not): the score of an expert that a task may not use.
+    """
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(dim=-1)

@@ -3,14 +3,24 @@
 Shapes: B images, C channels; labels as m3vit.data.transforms.to_labels gives them, batched.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m3vit.distributed import total
-from m3vit.models.router import Routing, importance_loss, load_loss, mutual_information, switch_loss, z_loss
+from m3vit.models.router import (
+    Routing,
+    RoutingSums,
+    importance_loss,
+    load_loss,
+    mutual_information,
+    routing_sums,
+    switch_loss,
+    z_loss,
+)
 from m3vit.tasks import IGNORE, TASKS
 
 
@@ -119,16 +129,28 @@ def task_loss(
     return torch.stack(losses).mean()
 
 
-def routing_losses(routings: list[Routing], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return the unweighted routing losses named in `weights`, each summed over the MoE layers (one or more).
+class RoutingLoss(NamedTuple):
+    """A loss of one MoE layer's routing, and the fields of RoutingSums it is computed from."""
 
-    balance: importance + load, summed over tasks too (M3ViT weighs it 0.01); switch; z; specialise: minus the mutual
-    information of tasks and experts.
-    """
-    kinds: dict[str, Callable[[Routing], Tensor]] = {
-        "balance": lambda routing: importance_loss(routing) + load_loss(routing),
-        "switch": switch_loss,
-        "z": z_loss,
-        "specialise": lambda routing: -mutual_information(routing),
-    }
-    return {name: torch.stack([kinds[name](routing) for routing in routings]).sum() for name in weights}
+    of: Callable[[RoutingSums], Tensor]
+    fields: tuple[str, ...]
+
+
+# By the names of `TrainConfig.routing_weights`. balance is summed over tasks (M3ViT weighs it 0.01).
+ROUTING_LOSSES = {
+    "balance": RoutingLoss(lambda sums: importance_loss(sums) + load_loss(sums), ("weights_RE", "load_RE")),
+    "switch": RoutingLoss(switch_loss, ("chosen_RE", "scores_RE")),
+    "z": RoutingLoss(z_loss, ("squares_R",)),
+    "specialise": RoutingLoss(lambda sums: -mutual_information(sums), ("scores_RE",)),
+}
+
+
+def sums_for(routings: Iterable[Routing], losses: Iterable[str]) -> list[RoutingSums]:
+    """Return what the routing losses of these names need of each layer's routing, and no more."""
+    fields = {field for name in losses for field in ROUTING_LOSSES[name].fields}
+    return [routing_sums(routing, sorted(fields)) for routing in routings]
+
+
+def routing_losses(layers: Sequence[RoutingSums], losses: Iterable[str]) -> dict[str, Tensor]:
+    """Return the unweighted routing losses of these names, each summed over the MoE layers (one or more)."""
+    return {name: torch.stack([ROUTING_LOSSES[name].of(sums) for sums in layers]).sum() for name in losses}

@@ -1,8 +1,8 @@
 """One optimiser step: the losses of a batch that lies in parts on several processes, and their gradient.
 
 What comes out is that of the whole batch on one process, up to the order of floating-point sums: every loss divides by
-the pixel counts of the whole batch (`BatchCounts`), and the routing losses see the routing of all processes
-(`gather_routings`). Only what is drawn at random inside the model (router noise, dropped paths) differs.
+the pixel counts of the whole batch (`BatchCounts`), and the routing losses are those of the sums over all processes'
+tokens (`add_up`). Only what is drawn at random inside the model (router noise, dropped paths) differs.
 """
 
 import math
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from m3vit.distributed import rank, total, world_size
+from m3vit.distributed import total, world_size
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.models.router import Routing
+from m3vit.models.router import Routing, RoutingSums
 from m3vit.tasks import IGNORE, TASKS, resolve
 from m3vit.training.config import Config, TrainConfig
-from m3vit.training.losses import BatchCounts, routing_losses, task_loss
+from m3vit.training.losses import BatchCounts, routing_losses, sums_for, task_loss
 from m3vit.training.sharding import clip_gradients, is_sharded
 from m3vit.training.weighting import Fixed, GradientMethod
 
@@ -69,7 +69,8 @@ def step_losses(
     loss = torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum()
     routing_weights = config.train.routing_weights()
     if output.routings and routing_weights:
-        found = routing_losses(gather_routings(output.routings, tokens_count), routing_weights)
+        routings = output.routings if tokens_count else [without_tokens(routing) for routing in output.routings]
+        found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights)
         loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
         losses |= found
     return loss, losses
@@ -80,33 +81,32 @@ def task_of(name: str) -> str:
     return name.split("/")[0]
 
 
-def gather_routings(routings: list[Routing], counts: bool = True) -> list[Routing]:
-    """Return the routings of all processes' tokens, one a layer; the gradient is this process's.
+def without_tokens(routing: Routing) -> Routing:
+    """Return a routing of no tokens, whose sums are 0 and still lead back to the router's parameters."""
+    fields: list[Any] = [field[:, :0] if isinstance(field, Tensor) and field.ndim == 3 else field for field in routing]
+    return Routing(*fields)
 
-    Their losses are the same in each process, and the sum of the processes' gradients is that of all tokens. Done to
-    the routings, not in the losses, so that it holds for whatever routing loss there is. Without `counts`, this
-    process's tokens are left out.
+
+def add_up(layers: list[RoutingSums]) -> list[RoutingSums]:
+    """Return each layer's sums over the tokens of all processes; the gradient is this process's.
+
+    Their losses are the same in each process, and the sum of the processes' gradients is that of all tokens. One
+    all_reduce for all layers, in float64: it holds counts exactly up to 2^53 (float32: 2^24; large batches have more).
     """
-    tokens = routings[0].scores_RNE.shape[1]
-    lengths = torch.zeros(world_size(), dtype=torch.int64, device=routings[0].scores_RNE.device)
-    lengths[rank()] = kept = tokens if counts else 0
-    everyone = total(lengths).tolist()
+    if not dist.is_initialized():
+        return layers
+    fields = [name for name in RoutingSums._fields if name != "allowed_RE" and getattr(layers[0], name) is not None]
+    mine = [getattr(sums, name) for sums in layers for name in fields]
+    everyone = total(torch.cat([tensor.detach().double().flatten() for tensor in mine]), in_place=True)
+    parts = everyone.split([tensor.numel() for tensor in mine])
+    joined = iter([_in_place_of(tensor, part) for tensor, part in zip(mine, parts, strict=True)])
+    return [sums._replace(**{name: next(joined) for name in fields}) for sums in layers]
 
-    def joined(mine: Any) -> Any:
-        if not isinstance(mine, Tensor) or mine.ndim < 3:
-            return mine  # not one value a token
-        mine = mine[:, :kept]
-        if not dist.is_initialized():
-            return mine
-        padded = mine.new_zeros(mine.shape[0], max(everyone), *mine.shape[2:])
-        padded[:, :kept] = mine.detach()
-        found = [torch.empty_like(padded) for _ in everyone]
-        dist.all_gather(found, padded)
-        parts = [other[:, :length] for other, length in zip(found, everyone, strict=True)]
-        parts[rank()] = mine
-        return torch.cat(parts, dim=1)
 
-    return [Routing(*(joined(field) for field in routing)) for routing in routings]
+def _in_place_of(mine: Tensor, values: Tensor) -> Tensor:
+    """Return `values` in the shape and dtype of `mine`, and with its gradient."""
+    values = values.view_as(mine).to(mine.dtype)
+    return values + (mine - mine.detach()) if mine.requires_grad else values  # adds 0
 
 
 def stand_in(config: Config, device: torch.device) -> Part:

@@ -1,22 +1,37 @@
 """Router semantics against hand-worked numbers."""
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from m3vit.models.router import (
+    SUMS,
     Router,
     Routing,
+    RoutingSums,
     chosen_probability,
+    entropy,
+    expert_load,
     importance_loss,
     load_loss,
     mutual_information,
     route,
+    routing_sums,
     squared_cv,
     switch_loss,
     z_loss,
 )
+
+LOSSES = (importance_loss, load_loss, switch_loss, z_loss, mutual_information)
+
+
+def summed(routing: Routing) -> RoutingSums:
+    """Return all sums of a routing; without logits, all but theirs."""
+    return routing_sums(routing, [field for field in SUMS if field != "squares_R" or routing.logits_RNE is not None])
 
 
 def test_softmax_over_all_experts_then_top_k_without_renormalisation() -> None:
@@ -88,33 +103,34 @@ def test_importance_and_load_losses() -> None:
     weights, ids = scores.max(dim=-1, keepdim=True)
     # Summed weights (0.6, 0.6, 0): CV^2 does not change with scale, so 3/4 as above. Load (1, 1, 0): 3/4 too.
     routing = Routing(scores, weights, ids)
-    assert importance_loss(routing).item() == pytest.approx(0.75)
-    assert load_loss(routing).item() == pytest.approx(0.75)
+    assert importance_loss(summed(routing)).item() == pytest.approx(0.75)
+    assert load_loss(summed(routing)).item() == pytest.approx(0.75)
     two_tasks = Routing(*(torch.cat([tensor, tensor]) for tensor in routing[:3]))
-    assert load_loss(two_tasks).item() == pytest.approx(1.5), "tasks are summed"
+    assert load_loss(summed(two_tasks)).item() == pytest.approx(1.5), "tasks are summed"
 
 
 def test_switch_loss() -> None:
     # Two tokens, two experts, top-1, both to expert 0: f = (1, 0), P = ((0.9 + 0.7) / 2, ...) = (0.8, 0.2).
     scores = torch.tensor([[[0.9, 0.1], [0.7, 0.3]]])
     weights, ids = scores.max(dim=-1, keepdim=True)
-    assert switch_loss(Routing(scores, weights, ids)).item() == pytest.approx(2 * 0.8)
+    assert switch_loss(summed(Routing(scores, weights, ids))).item() == pytest.approx(2 * 0.8)
     even = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]])
     spread = Routing(even, even[..., :1], torch.tensor([[[0], [1]]]))
-    assert switch_loss(spread).item() == pytest.approx(1), "1 when balanced"
+    assert switch_loss(summed(spread)).item() == pytest.approx(1), "1 when balanced"
 
 
 def test_z_loss() -> None:
     # logsumexp of (0, 0) is log 2; of (log 3, 0): log 4
     logits = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0]]])
     expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
-    assert z_loss(route(logits, 1)._replace(logits_RNE=logits)).item() == pytest.approx(expected)
+    assert z_loss(summed(route(logits, 1)._replace(logits_RNE=logits))).item() == pytest.approx(expected)
 
 
 def test_mutual_information() -> None:
     def of(*scores: list[list[float]]) -> float:
         table = torch.tensor(scores)
-        return mutual_information(Routing(table, table[..., :1], torch.zeros(len(scores), 1, 1).long())).item()
+        routing = Routing(table, table[..., :1], torch.zeros(len(scores), 1, 1).long())
+        return mutual_information(summed(routing)).item()
 
     # Each task its own expert: I = log 2. The same for both: 0.
     assert of([[1.0, 0.0]], [[0.0, 1.0]]) == pytest.approx(math.log(2))
@@ -140,7 +156,7 @@ def test_smooth_load_is_the_chance_of_being_chosen_again(learned: bool) -> None:
         frequency = (again.topk(2, dim=-1).indices == expert).any(dim=-1).float().mean()
         # 4 standard errors of a share over 20,000 draws
         assert chosen_probability(routing)[0, 0, expert].item() == pytest.approx(frequency.item(), abs=0.015)
-    loss = load_loss(routing)
+    loss = load_loss(summed(routing))
     loss.backward()
     assert router.gates[0].grad.abs().sum() > 0, "with noise the load has a gradient"
     if learned:
@@ -160,6 +176,119 @@ def test_restricted_experts_are_never_chosen(kind: str) -> None:
     even = torch.tensor([[[0, 1 / 3, 0, 1 / 3, 1 / 3, 0]]])
     perfect = Routing(even.expand(1, 3, 6), even[..., 1:2].expand(1, 3, 1), torch.tensor([[[1], [3], [4]]]))
     perfect = perfect._replace(allowed_RE=router.allowed_RE[:1])
-    assert importance_loss(perfect).item() == pytest.approx(0, abs=1e-6)
-    assert load_loss(perfect).item() == pytest.approx(0, abs=1e-6)
-    assert switch_loss(perfect).item() == pytest.approx(1)
+    assert importance_loss(summed(perfect)).item() == pytest.approx(0, abs=1e-6)
+    assert load_loss(summed(perfect)).item() == pytest.approx(0, abs=1e-6)
+    assert switch_loss(summed(perfect)).item() == pytest.approx(1)
+
+
+def token_by_token(routing: Routing) -> dict[Callable[[RoutingSums], Tensor], float]:
+    """Compute every loss from its formula, in loops over tasks, tokens and choices, in float64."""
+    R, N, E = routing.scores_RNE.shape
+    K = routing.weights_RNK.shape[-1]
+    scores, weights = routing.scores_RNE.double(), routing.weights_RNK.double()
+    found = dict.fromkeys(LOSSES, 0.0)
+    for task in range(R):
+        importance, load, chosen = [0.0] * E, [0.0] * E, [0] * E
+        for token in range(N):
+            for slot in range(K):
+                expert = int(routing.expert_ids_RNK[task, token, slot])
+                importance[expert] += float(weights[task, token, slot])
+                chosen[expert] += 1
+            for expert in range(E if routing.noise_std is not None else 0):
+                others = torch.cat(
+                    [routing.noisy_RNE[task, token, :expert], routing.noisy_RNE[task, token, expert + 1 :]]
+                )
+                std = routing.noise_std.expand(R, N, E)[task, token, expert].double()
+                above = routing.logits_RNE[task, token, expert].double() - others.double().sort().values[-K]
+                load[expert] += 0.5 * (1 + math.erf(float(above / std) / math.sqrt(2)))
+        if routing.noise_std is None:
+            load = [float(count) for count in chosen]
+        usable = [e for e in range(E) if routing.allowed_RE is None or routing.allowed_RE[task, e]]
+        for loss, values in ((importance_loss, importance), (load_loss, load)):
+            some = torch.tensor([values[expert] for expert in usable], dtype=torch.float64)
+            found[loss] += float(some.var() / some.mean() ** 2)
+        for expert in usable:
+            share = chosen[expert] / sum(chosen)
+            found[switch_loss] += len(usable) * share * float(scores[task, :, expert].mean())
+        for token in range(N):
+            found[z_loss] += math.log(float(routing.logits_RNE[task, token].double().exp().sum())) ** 2 / (R * N)
+        for expert in usable:
+            given, all_tasks = float(scores[task, :, expert].mean()), float(scores[:, :, expert].mean())
+            found[mutual_information] += given * math.log(given / all_tasks) / R
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize(("noise", "learned"), [(0.0, False), (2.0, False), (2.0, True)])
+def test_sums_of_parts_add_up_and_give_the_losses(noise: float, learned: bool, restricted: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        allowed = [[0, 2, 3, 5], None, [1, 2, 4]] if restricted else ()
+        router = Router(4, 6, 2, 3, "multi", noise, learned_noise=learned, allowed=allowed).train()
+        routing = router(torch.randn(3, 60, 4), (0, 1, 2))
+        whole = summed(routing)
+        cuts = [0, *torch.randint(0, 61, (3,), generator=generator).sort().values.tolist(), 60]  # parts may be empty
+        parts = [
+            summed(Routing(*(f[:, a:b] if f is not None and f.ndim == 3 else f for f in routing)))
+            for a, b in pairwise(cuts)
+        ]
+        fields = ("tokens", *SUMS)
+        added = whole._replace(**{name: sum(getattr(part, name) for part in parts) for name in fields})
+        for name in fields:
+            torch.testing.assert_close(getattr(added, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+        for loss, expected in token_by_token(routing).items():
+            for sums in (whole, added):
+                assert loss(sums).item() == pytest.approx(expected, rel=1e-4, abs=1e-6), loss.__name__
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_losses_and_gradients_are_finite_whatever_is_empty(tokens: int, noise: float) -> None:
+    """No tokens at all, or experts whose scores are all 0."""
+    torch.manual_seed(0)
+    router = Router(4, 6, 2, 2, "multi", noise, learned_noise=True, allowed=[[1, 3, 4], None]).train()
+    sums = summed(router(torch.randn(2, tokens, 4), (0, 1)))
+    losses = torch.stack([loss(sums) for loss in LOSSES])
+    assert losses.isfinite().all() and (tokens > 0 or (losses == 0).all())
+    losses.sum().backward()
+    for gate in router.gates:
+        assert gate.grad.isfinite().all() and (tokens == 0) == (gate.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_small_floats_are_taken_in_float32(dtype: torch.dtype) -> None:
+    # bfloat16 has 8 bits, so that a running sum of such scores stops growing before 256; float16 ends at 65504.
+    logits = torch.tensor([3.0, 2.0, 1.0], dtype=dtype).expand(1, 200_000, 3)
+    routing = route(logits, 1)._replace(logits_RNE=logits, noisy_RNE=logits, noise_std=logits[..., :1] / 4)
+    assert routing.scores_RNE.dtype == dtype
+    sums = summed(routing)
+    score = routing.scores_RNE[0, 0].double()
+    torch.testing.assert_close(sums.scores_RE[0], (200_000 * score).float(), rtol=1e-6, atol=0)
+    assert sums.weights_RE[0].tolist() == pytest.approx([200_000 * score[0].item(), 0, 0], rel=1e-6)
+    assert sums.squares_R.item() == pytest.approx(200_000 * math.log(math.e + math.e**2 + math.e**3) ** 2, rel=1e-5)
+    # The best is above the second by 1, the others below the best by 1 and 2; the deviation is 3/4.
+    ndtr = [0.5 * (1 + math.erf(gap / 0.75 / math.sqrt(2))) for gap in (1, -1, -2)]
+    assert sums.load_RE[0].tolist() == pytest.approx([200_000 * share for share in ndtr], rel=1e-5)
+
+
+def test_only_the_sums_asked_for_are_taken() -> None:
+    routing = route(torch.randn(2, 5, 4), 2)  # no logits: squares_R could not be computed
+    sums = routing_sums(routing, ["scores_RE"])
+    assert [name for name, value in sums._asdict().items() if value is not None] == ["tokens", "scores_RE"]
+    assert sums.tokens.item() == 5
+
+
+def test_entropy_by_hand_and_at_zero() -> None:
+    p = torch.tensor([0.5, 0.25, 0.25, 0.0], requires_grad=True)
+    assert entropy(p).item() == pytest.approx(1.5 * math.log(2))
+    entropy(p).backward()
+    torch.testing.assert_close(p.grad[:3], -p.detach()[:3].log() - 1)
+    assert p.grad[3].isfinite() and p.grad[3] > 0
+
+
+def test_expert_load_counts() -> None:
+    ids = torch.tensor([[[0, 2], [2, 1]], [[3, 0], [0, 3]]])
+    assert expert_load(ids, 4).tolist() == [[1, 1, 2, 0], [2, 0, 0, 2]]
+    assert expert_load(ids[:, :0], 4).tolist() == [[0] * 4] * 2

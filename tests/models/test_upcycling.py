@@ -21,7 +21,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.checkpoint import load_run
 from m3vit.training.config import Config
 from m3vit.training.loop import initialise
-from m3vit.training.losses import routing_losses
+from m3vit.training.losses import routing_losses, sums_for
 
 SIZE = (32, 48)
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}  # the MLP is 4 * 32 wide
@@ -185,7 +185,8 @@ def test_copies_part_in_training(changes: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize("router", ["multi", "task_conditioned", "single"])
 def test_balance_loss_has_a_gradient_at_the_first_step(router: str) -> None:
     model = make(router=router).train()
-    routing_losses(model(torch.randn(2, 3, *SIZE)).routings, {"balance": 0.01})["balance"].backward()
+    sums = sums_for(model(torch.randn(2, 3, *SIZE)).routings, ["balance"])
+    routing_losses(sums, ["balance"])["balance"].backward()
     for block in model.backbone.moe_indices:
         for gate in model.backbone.trunk.blocks[block].mlp.router.gates:
             assert gate.grad is not None and gate.grad.abs().max() > 1e-4

@@ -37,6 +37,18 @@ def test_two_processes_or_parts_train_what_one_does(uneven_data: Path, tmp_path:
     assert_close(tmp_path / "whole", tmp_path / "parts", weights_atol=1e-6)
 
 
+def test_all_routing_losses_are_those_of_the_whole_batch(uneven_data: Path, tmp_path: Path) -> None:
+    # Router noise is drawn by each process for itself: tests/training/test_routing_sums.py shares it out.
+    words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.optimizer=sgd", "--train.lr=0.01"]
+    words += ["--train.epochs=4", "--train.balance_weight=0.1", "--train.switch_weight=0.1", "--train.z_weight=0.1"]
+    words += ["--train.specialise_weight=0.1", "--model.experts_per_task={depth: [0, 2, 3], edge: [1, 2]}"]
+    run([*words, "--out", tmp_path / "one"], tmp_path)
+    run([*words, "--out", tmp_path / "two"], tmp_path, processes=2)
+    assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
+    (first, *_) = [line for line in lines(tmp_path / "two") if line["kind"] == "train"]
+    assert {"balance", "switch", "z", "specialise"} <= set(first)
+
+
 def test_gradient_methods_see_the_gradient_of_all_processes(uneven_data: Path, tmp_path: Path) -> None:
     words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.optimizer=sgd", "--train.lr=0.01"]
     words += ["--train.epochs=2", "--train.weighting=pcgrad", "--train.checkpoint_activations=true"]

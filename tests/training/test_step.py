@@ -109,6 +109,22 @@ def test_recomputed_blocks_give_the_same_gradient(batch: tuple[Tensor, Labels], 
     assert_same(results[0][1], results[1][1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_parts_without_tokens_add_nothing_to_any_routing_loss(batch: tuple[Tensor, Labels], noise: float) -> None:
+    images, labels = batch
+    few = images[:1], {task: label[:1] for task, label in labels.items()}
+    weights = {"balance_weight": 0.1, "switch_weight": 0.1, "z_weight": 0.1, "specialise_weight": 0.1}
+    results = []
+    for parts in (1, 3):  # two of three are stand-ins
+        config = configuration(accumulate=parts, **weights)
+        config.model.router_noise, config.model.router_noise_kind = noise, "learned"
+        results.append(gradients(config, few))
+    (one, _), (three, found) = results
+    for name in ("balance", "switch", "z", "specialise"):
+        assert three[name] == pytest.approx(one[name] / 3, rel=1e-4), "the mean over the parts"
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
 def test_drawn_tasks_expect_the_full_sum(batch: tuple[Tensor, Labels]) -> None:
     config = configuration(tasks_per_step=2)
     drawn = Counter(tuple(choose_tasks(config.train, TASKS, step)) for step in range(600))
