@@ -120,17 +120,23 @@ class Router(nn.Module):
         return weight, bias
 
     def forward(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Routing:
-        """Route the tokens [R, N, D] of the tasks `task_ids` (R of them)."""
-        weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
-        logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
-        noisy, std = logits, None
-        if self.training and self.noise > 0:
-            std = self.noise_std(x_RND, task_ids)
-            noisy = logits + torch.randn_like(logits) * std
-        allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
-        return route(noisy, *self.choice)._replace(
-            logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed
-        )
+        """Route the tokens [R, N, D] of the tasks `task_ids` (R of them).
+
+        In the gates' float32 whatever autocast says (Switch Transformers, arXiv 2101.03961, section 2.4): in bfloat16
+        logits that differ by less than a part in 256 tie, and ties take the copies of an up-cycled MLP apart.
+        """
+        with torch.autocast(x_RND.device.type, enabled=False):
+            x_RND = x_RND.to(self.gates[0].dtype)
+            weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
+            logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
+            noisy, std = logits, None
+            if self.training and self.noise > 0:
+                std = self.noise_std(x_RND, task_ids)
+                noisy = logits + torch.randn_like(logits) * std
+            allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
+            return route(noisy, *self.choice)._replace(
+                logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed
+            )
 
     def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:
         """Return the standard deviation of the noise on the logits: [R, N, E] if learned, else [R, N, 1]."""

@@ -117,9 +117,11 @@ def test_every_router_and_all_blocks(router: str, tmp_path: Path) -> None:
         assert same == (router == "single") or router == "task_conditioned"
 
 
-def test_each_token_gets_every_part_of_the_mlp_once() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_token_gets_every_part_of_the_mlp_once(autocast: bool) -> None:
     model = make(num_experts=24, top_k=8, expert_ratio=1.0).eval()  # parts: expert id modulo 4; two copies a token
-    _, routings = model.backbone(torch.randn(2, 3, *SIZE), (0, 1, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, routings = model.backbone(torch.randn(2, 3, *SIZE), (0, 1, 2))
     for routing in routings:
         ids = routing.expert_ids_RNK
         assert (count(ids % 4, 4) == 2).all() and (count(ids // 4, 6) % 4 == 0).all()
