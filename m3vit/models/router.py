@@ -8,6 +8,7 @@ softmax over all E experts, then top-k; the K weights are used as they are, not 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -125,7 +126,9 @@ class Router(nn.Module):
         In the gates' float32 whatever autocast says (Switch Transformers, arXiv 2101.03961, section 2.4): in bfloat16
         logits that differ by less than a part in 256 tie, and ties take the copies of an up-cycled MLP apart.
         """
-        with torch.autocast(x_RND.device.type, enabled=False):
+        device = x_RND.device.type
+        mixed = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
             x_RND = x_RND.to(self.gates[0].dtype)
             weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
             logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
