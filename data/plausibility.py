@@ -62,10 +62,11 @@ def look(task: str, label: NDArray) -> Look:
         one = valid.max() - valid.min() <= SAME_DEPTH_M
         return Look(valid.size / label.size, float(valid[0]) if one else None, max_m=float(valid.max()), reach_m=reach)
     if task == "normals":
-        vectors = label[label.any(axis=-1)]
-        one = len(vectors) and np.ptp(vectors, axis=0).max() <= SAME_NORMAL
-        value = tuple(round(float(part), 3) for part in vectors[0]) if one else None
-        return Look(len(vectors) * 3 / label.size, value)
+        has = label.any(axis=-1)
+        share = float(has.mean())
+        # One axis after the other: the first tells nearly always.
+        one = share > 0 and all(np.ptp(label[..., axis][has]) <= SAME_NORMAL for axis in range(3))
+        return Look(share, tuple(round(float(part), 3) for part in label[has][0]) if one else None)
     pixels = np.bincount(label.ravel(), minlength=256)
     ids = np.flatnonzero(pixels[:IGNORE])
     return Look(
