@@ -9,7 +9,12 @@ from m3vit.commands.terminal import positive, print_scores, progress_bar, say
 def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, evaluated with m3vit eval")
     parser.add_argument("--onnx", type=Path, default=None, help="ONNX package (default: onnx/ beside RUN)")
-    parser.add_argument("--hls", type=Path, default=None, help="HLS project, simulated (default: hls/ beside RUN)")
+    parser.add_argument(
+        "--hls",
+        type=Path,
+        default=None,
+        help="HLS project that m3vit hw csim or m3vit eval was run on (default: hls/ beside RUN)",
+    )
     parser.add_argument("--out", type=Path, default=None, help="page to write (default: RUN/report.html)")
     parser.add_argument("--data.root", dest="data_root", help="data root, if not the one evaluated on")
     parser.add_argument("--images", type=positive, default=4, help="validation images to show (default: 4)")
@@ -17,7 +22,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from m3vit.report.page import write_report
+    from m3vit.report.page import columns_of, write_report
     from m3vit.training.checkpoint import load_run
 
     run = load_run(args.run)
@@ -27,7 +32,7 @@ def run_report(args: argparse.Namespace) -> None:
         report = write_report(run, onnx, hls, out, args.images, args.data_root, args.protocol, bar)
     print_scores(
         report["tasks"],
-        ("trivial", "torch", "onnx", "csim"),
+        columns_of(report),
         f"{report['images']} val images; protocol {report['protocol']}",
     )
     say(str(out))
