@@ -8,17 +8,35 @@ from m3vit.commands.terminal import positive, print_scores, progress_bar, say
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, evaluated with m3vit eval")
-    parser.add_argument("--onnx", type=Path, default=None, help="ONNX package (default: onnx/ beside RUN)")
+    parser.add_argument(
+        "--onnx", type=Path, default=None, metavar="DIR", help="ONNX package (default: onnx/ beside RUN)"
+    )
     parser.add_argument(
         "--hls",
         type=Path,
         default=None,
+        metavar="DIR",
         help="HLS project that m3vit hw csim or m3vit eval was run on (default: hls/ beside RUN)",
     )
-    parser.add_argument("--out", type=Path, default=None, help="page to write (default: RUN/report.html)")
-    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one evaluated on")
-    parser.add_argument("--images", type=positive, default=4, help="validation images to show (default: 4)")
-    parser.add_argument("--protocol", choices=["A", "B"], default=None, help="of the figures (default: last evaluated)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="page to write; its figures go beside it, as .json (default: RUN/report.html)",
+    )
+    parser.add_argument(
+        "--data.root", dest="data_root", metavar="DIR", help="data set's folder (default: the one evaluated on)"
+    )
+    parser.add_argument(
+        "--images", type=positive, default=4, metavar="N", help="validation images to show (default: 4)"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=["A", "B"],
+        default=None,
+        help="of the figures (default: the last that the run was evaluated under)",
+    )
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -39,8 +57,10 @@ def run_report(args: argparse.Namespace) -> None:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes and training (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: runs/demo)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides scenes and training (default: 0)")
 
 
 def run_demo(args: argparse.Namespace) -> None:
