@@ -127,6 +127,10 @@ def run_predict(args: argparse.Namespace) -> int:
     from m3vit.export.predict import Options, predict_files
 
     leave_sizes_to_us()
+    if args.low_memory:
+        from m3vit.export.runtime import give_memory_back
+
+        give_memory_back()
     options = Options(
         raw=args.raw,
         overlay=args.overlay,
