@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from m3vit.data.opening import LAYOUTS, layouts_of
+from m3vit.data.sample import held
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, require_new
 
 MAX_MEMBERS = 500_000  # PASCAL_MT, the largest of the releases, has under 100,000
 MAX_NAME_CHARS = 1024
 MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header, which tarfile reads into memory
+MAX_ROOT_DEPTH = 3  # folders around a data root
 MAX_TRAILER_BYTES = 1 << 26  # after the last member; tar pads to a block, some tools to more
 PIECE_BYTES = 1 << 20
 ADVICE = "download it again"
@@ -27,12 +30,12 @@ Progress = Callable[[int, int], None]
 
 
 def extract(archive: Path, out: Path, progress: Progress | None = None) -> Path:
-    """Unpack a .tar, .tgz, .tar.gz or .zip into the new or empty folder `out`; return the data root in it.
+    """Unpack a .tar, .tgz, .tar.gz or .zip of a data set into the new or empty folder `out`; return the data root.
 
-    That is the archive's only top-level folder, or `out` if it has none or several. The kind is told from the content,
-    not from the name. Links, devices, absolute names, "..", names that occur twice and archives larger than the free
-    disk are refused, and so are damaged and cut-off ones; then `out` stays as it was. `progress` is called with the MiB
-    of the archive that are read and their total.
+    That is `out` or the one folder in it, at most MAX_ROOT_DEPTH deep, that has a layout's lists of images. An archive
+    without such a folder is refused, and so are links, devices, absolute names, "..", names that occur twice, archives
+    larger than the free disk, damaged and cut-off ones; then `out` stays as it was. The kind of archive is told from
+    its content, not from its name. `progress` is called with the MiB of it that are read and their total.
     """
     archive, out = Path(archive), Path(out).resolve()
     if not archive.is_file():
@@ -49,8 +52,36 @@ def extract(archive: Path, out: Path, progress: Progress | None = None) -> Path:
             raise InputError(f"{archive} is damaged ({error}): {ADVICE}") from None
         if not writer.files:
             raise InputError(f"{archive} holds no file")
-    found = list(out.iterdir())
-    return found[0] if len(found) == 1 and found[0].is_dir() else out
+        root = _data_root(archive, staging)
+    return out / root
+
+
+def _data_root(archive: Path, folder: Path) -> Path:
+    """Return where below `folder` the data set is (relative), or raise InputError unless there is exactly one."""
+    roots = list(_roots(folder, MAX_ROOT_DEPTH))
+    if len(roots) == 1 and len(layouts_of(roots[0])) == 1:
+        return roots[0].relative_to(folder)
+    if roots:
+        names = ", ".join(f"{root.relative_to(folder)} ({' and '.join(layouts_of(root))})" for root in roots)
+        why = f"holds more than one data set: {names}"
+    else:
+        for _ in range(MAX_ROOT_DEPTH):  # say what is in the only folder
+            inner = list(folder.iterdir())
+            folder = inner[0] if len(inner) == 1 and inner[0].is_dir() else folder
+        expected = " or ".join(f"{loader.listings}/ ({layout})" for layout, loader in LAYOUTS.items())
+        why = f"is no data set: it holds {held(folder)}, expected a folder with {expected}"
+    raise InputError(f"{archive} {why}: nothing was unpacked, use tar or unzip if it is the right archive all the same")
+
+
+def _roots(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the folders that hold a data set, `folder` itself or at most `depth` below it; none inside another."""
+    if layouts_of(folder):
+        yield folder
+    elif depth:
+        with os.scandir(folder) as entries:
+            inner = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        for path in inner:
+            yield from _roots(Path(path), depth - 1)
 
 
 def _kind(archive: Path) -> str:

@@ -13,15 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from m3vit.data import nyud, pascal_context
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
+from m3vit.data.plausibility import REACH_PERCENT, Look, look, oddities, statistics
 from m3vit.data.sample import FileSplit, is_id
 from m3vit.errors import InputError
 from m3vit.processes import run_jobs
-from m3vit.tasks import IGNORE, LABEL_SETS
+from m3vit.tasks import LABEL_SETS
 
 FORMAT, VERSION = "m3vit-data-check", 1
 SPLITS = ("train", "val")
@@ -44,6 +42,9 @@ KINDS = {
     "unreadable": "files that are cut off or damaged",
     "values": "files of a wrong type or with impossible values",
     "size": "labels that do not fit their image",
+    "blank": "labels that are ignored or invalid at every pixel",
+    "constant": "labels with one value everywhere",
+    "unit": "depths that are not in metres, by their size",
     "same_image": "identical images under two ids",
     "image_leak": "identical images in both splits",
     "orphan": "files that no list names",
@@ -270,14 +271,14 @@ def _relative(loader: FileSplit, index: int, kind: str) -> str:
 
 @dataclass
 class Finding:
-    """What reading one sample gave: problems, the hash of its image file, and what the statistics are made from."""
+    """What reading one sample gave: problems, the hash of its image file, and the figures of its labels."""
 
     split: str
     index: int
     problems: list[Problem]
     image_sha256: str = ""
     size: str = ""
-    numbers: dict[str, Any] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict)
 
 
 _splits: dict[str, FileSplit] = {}  # in each process of the pool
@@ -315,6 +316,7 @@ def _read_all(
                 progress(len(findings), total)
     for finding in findings:
         report.problems += [p for p in finding.problems if (p.split, p.file) not in missing]
+    _judge_labels(splits, report.layout, findings, report.problems)
     _compare_images(splits, findings, report.problems)
     report.statistics = _statistics(report.layout, findings)
 
@@ -339,7 +341,7 @@ def _read_sample(loader: FileSplit, index: int) -> Finding:
             finding.size = f"{size[0]}x{size[1]}"
             finding.image_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         elif size:
-            finding.numbers[kind] = _measure(kind, array)
+            finding.looks[kind] = look(kind, array)
     return finding
 
 
@@ -358,17 +360,6 @@ def _classify(path: Path, message: str) -> tuple[str, str]:
     return "unreadable", reason
 
 
-def _measure(kind: str, array: NDArray) -> Any:
-    """Return what a label adds to the statistics."""
-    if kind in ("semseg", "human_parts"):
-        return np.bincount(array.ravel(), minlength=256)
-    if kind == "depth":
-        return float((array == 0).mean()), float(array.max())
-    if kind == "normals":
-        return float((~array.any(axis=-1)).mean())
-    return float((array == 1).mean())
-
-
 def _compare_images(splits: dict[str, FileSplit], findings: list[Finding], problems: list[Problem]) -> None:
     seen: dict[str, Finding] = {}
     for finding in findings:
@@ -384,37 +375,26 @@ def _compare_images(splits: dict[str, FileSplit], findings: list[Finding], probl
         problems.append(Problem("warning", kind, finding.split, name, file, message))
 
 
+def _judge_labels(splits: dict[str, FileSplit], layout: str, findings: list[Finding], problems: list[Problem]) -> None:
+    """Report labels that can be read but are hardly right: one problem for each split, task and kind."""
+    for split, loader in splits.items():
+        for task in loader.tasks:
+            some = [finding for finding in findings if finding.split == split and task in finding.looks]
+            ids = [loader.ids[finding.index] for finding in some]
+            for kind, message in oddities(task, layout, ids, [finding.looks[task] for finding in some]):
+                folder = _folders(layout)[task][0]
+                problems.append(Problem("warning", kind, split, "", f"{folder}/", f"{task}: {message}"))
+
+
 def _statistics(layout: str, findings: list[Finding]) -> dict[str, Any]:
-    """Return figures over both splits; shares are means over images."""
-    numbers: dict[str, list[Any]] = defaultdict(list)
+    """Return figures over both splits."""
+    looks: dict[str, list[Look]] = defaultdict(list)
     for finding in findings:
-        for kind, value in finding.numbers.items():
-            numbers[kind].append(value)
+        for task, found in finding.looks.items():
+            looks[task].append(found)
     sizes = Counter(finding.size for finding in findings if finding.size)
     result: dict[str, Any] = {"sizes": dict(sizes.most_common(10)), "num_sizes": len(sizes)}
-    for kind, values in numbers.items():
-        if kind in ("semseg", "human_parts"):
-            pixels = np.sum(values, axis=0)
-            classes = LABEL_SETS[layout].classes[kind]
-            result[kind] = {
-                "images": len(values),
-                "ids_present": [index for index in range(len(classes)) if pixels[index]],
-                "ids_absent": [index for index in range(len(classes)) if not pixels[index]],
-                "ignored_share": float(pixels[IGNORE] / pixels.sum()),
-                "pixel_shares": {name: float(pixels[i] / pixels.sum()) for i, name in enumerate(classes)},
-            }
-            if kind == "human_parts":
-                result[kind]["images_without_person"] = sum(not value[:IGNORE].any() for value in values)
-        elif kind == "depth":
-            result[kind] = {
-                "images": len(values),
-                "invalid_share": float(np.mean([invalid for invalid, _ in values])),
-                "max_m": max(highest for _, highest in values),
-            }
-        else:
-            name = "invalid_share" if kind == "normals" else "positive_share"
-            result[kind] = {"images": len(values), name: float(np.mean(values))}
-    return result
+    return result | {task: statistics(task, layout, some) for task, some in looks.items()}
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -484,5 +464,6 @@ def _render_statistics(report: Report) -> list[str]:
             words.append(f"{found['images_without_person']} images without a person, ignored")
         if "max_m" in found:
             words.append(f"up to {math.ceil(found['max_m'] * 100) / 100:.2f} m")
+            words.append(f"{REACH_PERCENT} % of an image's within {found['reach_m']:.2f} m (median)")
         lines.append(f"{task}: {', '.join(words)}")
     return lines

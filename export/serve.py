@@ -7,7 +7,6 @@ bounded by them and by the limits on bytes and pixels; one that finds none is re
 
 import asyncio
 import base64
-import ctypes
 import io
 import logging
 import os
@@ -43,7 +42,7 @@ from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
 from m3vit.export.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
-from m3vit.export.runtime import MAX_PATCHES, Package
+from m3vit.export.runtime import MAX_PATCHES, Package, give_memory_back
 from m3vit.export.summary import summarise
 
 BODY_S = 30.0  # for a request's body to arrive
@@ -457,19 +456,6 @@ def serve(
     say(f"serving {', '.join(tasks)} on http://{shown}:{bound[1]}/ (Ctrl-C stops)")
     with listening:
         server.run(sockets=[listening])
-
-
-def give_memory_back() -> None:
-    """Have glibc map every block of 1 MiB or more by itself, so that freeing it returns it to the system.
-
-    By default that threshold grows to 32 MiB with what is freed, and the heaps of the threads keep what lies below it:
-    with images of many sizes the resident memory wandered between 190 and 310 MiB, and now stays at 127.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        return
-    mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def warm_up(package: Package, tasks: list[str]) -> None:

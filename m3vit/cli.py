@@ -17,19 +17,23 @@ from m3vit.errors import InputError
 # What it does, its arguments, and what runs it; that returns an exit code, or None for 0.
 Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], int | None]]
 COMMANDS: dict[str, Command] = {
-    "data synth": ("Render a small data set of indoor scenes with exact labels.", data.add_synth, data.run_synth),
-    "data extract": ("Unpack a data set's archive safely and say which it is.", data.add_extract, data.run_extract),
+    "data synth": ("Render a data set of made-up scenes with exact labels.", data.add_synth, data.run_synth),
+    "data extract": ("Unpack a data set's archive safely and say what came out.", data.add_extract, data.run_extract),
     "data prepare": (
         "Make NYUD_MT's files from the official NYU Depth v2 release.",
         data.add_prepare,
         data.run_prepare,
     ),
-    "data check": ("Open every file of a data set and report what is wrong with it.", data.add_check, data.run_check),
+    "data check": (
+        "Open every file of a data set and report what is wrong with it. Exit code 1 if anything is.",
+        data.add_check,
+        data.run_check,
+    ),
     "train": (training.TITLES["train"], None, training.run_train),
     "init": (training.TITLES["init"], None, training.run_init),
     "profile": (training.TITLES["profile"], None, training.run_profile),
     "eval": (
-        "Score a run, an ONNX package or an HLS project; compare scores.",
+        "Score a run, an ONNX package or an HLS project on the val split (into its eval.json); compare scores.",
         evaluation.add_eval,
         evaluation.run_eval,
     ),
@@ -50,8 +54,16 @@ COMMANDS: dict[str, Command] = {
         hls.run_export_hls,
     ),
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", hls.add_csim, hls.run_csim),
-    "report": ("Draw one self-contained HTML page about a run.", report.add_report, report.run_report),
-    "demo": ("Everything above in a row, on rendered scenes.", report.add_demo, report.run_demo),
+    "report": (
+        "Draw one self-contained HTML page about a run and its exports, and write its figures as JSON.",
+        report.add_report,
+        report.run_report,
+    ),
+    "demo": (
+        "Run the path from data to report on rendered scenes, in minutes on a CPU.",
+        report.add_demo,
+        report.run_demo,
+    ),
 }
 
 # The extra (pyproject.toml) that brings a module; of others it is `train`.
@@ -66,7 +78,7 @@ def usage() -> str:
     """Return the help of `m3vit` alone."""
     lines = "\n".join(f"  {name:<13}{text}" for name, (text, _, _) in COMMANDS.items())
     title = f"m3vit {__version__}: task-gated mixture-of-experts vision transformers"
-    return f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more."
+    return f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version."
 
 
 def run(argv: Sequence[str]) -> int:

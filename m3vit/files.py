@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def require_new(out: Path) -> None:
 def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success it takes its place, on failure `out` stays as it was.
 
+    Missing folders above `out` are made, and removed again on failure.
     A folder cannot be renamed onto a full one: the old one is set aside first, and deleted when the new one is there.
     Check before that nothing in `out` is worth keeping. A SIGKILL between the two renames leaves the old folder beside
     `out` under a hidden name.
@@ -60,6 +61,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     out = out.resolve()
     if Path.cwd().resolve().is_relative_to(out):
         raise InputError(f"{out} is the working directory or holds it, and would be replaced: give a folder in it")
+    made = [above for above in out.parents if not above.exists()]  # from the inside out
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     aside = folder.with_name(folder.name + ".old")
@@ -77,6 +79,10 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not out.exists():
+            for above in made:
+                with suppress(OSError):  # something else may have been put there
+                    above.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -118,3 +118,12 @@ def onnx_package(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFact
     result = cli("export", "onnx", tiny_run, "--out", package)
     assert result.returncode == 0, result.stderr
     return package
+
+
+@pytest.fixture(scope="session")
+def hls_project(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The spatial HLS project of the tiny run, three images stored; its files are not to be changed."""
+    project = tmp_path_factory.mktemp("projects") / "hls"
+    result = cli("export", "hls", tiny_run, "--out", project, "--samples", 3)
+    assert result.returncode == 0, result.stderr
+    return project

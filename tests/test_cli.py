@@ -1,5 +1,6 @@
 """The command line as a user meets it: help at once, one clear line and exit code 2 for a mistake."""
 
+import argparse
 import json
 import re
 import shutil
@@ -37,6 +38,22 @@ def test_help_is_complete_and_needs_no_torch(command: str) -> None:
         assert COMMANDS[command][0].split(".")[0].split()[0] in result.stdout
     else:
         assert all(name in result.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [name for name, (_, add_arguments, _) in COMMANDS.items() if add_arguments])
+def test_help_tells_every_default_and_what_each_value_is(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments = COMMANDS[command][1]
+    assert add_arguments is not None
+    add_arguments(parser)
+    for action in parser._actions:
+        name, words = "/".join(action.option_strings) or action.dest, action.help or ""
+        assert len(words.split()) > 1 or "." in words, name
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert "(default: " in words, name
+        if action.default not in (None, argparse.SUPPRESS, False, []) and not isinstance(action.default, (Path, tuple)):
+            shown = " ".join(action.default) if isinstance(action.default, list) else str(action.default)
+            assert f"(default: {shown}" in words, name
 
 
 def test_training_help_explains_every_key(cli: Cli) -> None:

@@ -56,6 +56,19 @@ def test_folder_is_replaced_or_left(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_folders_above_are_removed_after_a_failure_if_they_were_made(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "new" / "newer" / "out"
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out) as folder:
+        fill(folder, "x")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out):
+        (tmp_path / "there" / "new" / "other").write_text("another program's")
+        raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "there").rglob("*")] == ["new", "other"]
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_interrupted_between_the_renames_the_old_folder_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]

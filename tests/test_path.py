@@ -1,6 +1,5 @@
-"""The whole path with the public commands alone, at the smallest size: from rendered scenes to the report."""
+"""The path with the public commands alone, at the smallest size: from rendered scenes to graphs and projects."""
 
-import json
 import os
 import re
 import shutil
@@ -18,23 +17,6 @@ from tests.test_cli import refused
 
 Cli = Callable[..., subprocess.CompletedProcess]
 TASKS = ("semseg", "depth", "normals", "edge")
-
-
-@pytest.fixture(scope="module")
-def hls_project(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = tmp_path_factory.mktemp("projects") / "hls"
-    result = cli("export", "hls", tiny_run, "--out", project, "--samples", 3)
-    assert result.returncode == 0, result.stderr
-    return project
-
-
-@pytest.fixture(scope="module")
-def simulated(cli: Cli, hls_project: Path) -> Path:
-    result = cli("hw", "csim", hls_project, "--samples", 2)
-    assert result.returncode == 0, result.stderr
-    for task in TASKS:
-        assert re.search(rf"{task}: worst error .* mean error .* top-k flips in \d+ routing decisions", result.stdout)
-    return hls_project
 
 
 def test_export_says_a_parity_line_for_each_task(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
@@ -118,46 +100,6 @@ def test_csim_refusals(cli: Cli, hls_project: Path, tmp_path: Path) -> None:
     refused(cli("hw", "csim", hls_project, "--samples", 4), "holds 3 images")
     env = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
     refused(cli("hw", "csim", hls_project, env=env), r"no g\+\+ found: install it")
-
-
-def test_report_holds_every_column_on_the_same_images(
-    cli: Cli, tiny_run: Path, onnx_package: Path, simulated: Path, tmp_path: Path
-) -> None:
-    page = tmp_path / "report.html"
-    result = cli("report", tiny_run, "--onnx", onnx_package, "--hls", simulated, "--images", 2, "--out", page)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(page.with_suffix(".json").read_text())
-    assert report["images"] == 2, "the images that were simulated"
-    for task in TASKS:
-        row = report["tasks"][task]
-        assert row["onnx"] == pytest.approx(row["torch"], rel=1e-4)
-        # Fixed point: 20-bit maps, 16-bit weights. On two tiny images one pixel more or less moves a score.
-        assert row["csim"] == pytest.approx(row["torch"], rel=0.03)
-        assert row["trivial"] >= 0
-    text = page.read_text()
-    assert not re.search(r"(src|href)=[\"']?(https?:)?//", text), "nothing is fetched"
-    # 2 images x 4 tasks x (input, truth, torch, ONNX, C-sim), and 2 x 1 MoE layer x (input + 4 tasks)
-    assert text.count('<img alt="') == 2 * 4 * 5 + 2 * 5
-    assert text.count("<svg") == 2
-
-
-def test_report_refuses_exports_of_other_weights(
-    cli: Cli, tiny_data: Path, tiny_run: Path, onnx_package: Path, tmp_path: Path
-) -> None:
-    other = tmp_path / "run"
-    assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", other).returncode == 0
-    assert cli("eval", other).returncode == 0
-    refused(cli("report", other, "--onnx", onnx_package, "--hls", tmp_path), "exported from other weights")
-    refused(cli("report", tiny_run, "--out", tmp_path / "page.json"), "give a file name for the page")
-
-
-def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    words = ("report", tiny_run, "--onnx", tmp_path / "a", "--hls", tmp_path / "b", "--out", tmp_path / "r.html")
-    result = cli(*words)
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["tasks"]["depth"].keys() == {"metric", "unit", "higher_is_better", "trivial", "torch"}
-    assert any("No ONNX package" in note for note in report["notes"])
 
 
 def test_synthetic_data_goes_through_the_real_loader(cli: Cli, tmp_path: Path) -> None:

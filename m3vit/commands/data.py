@@ -7,18 +7,24 @@ from m3vit.commands.terminal import image_size, positive, progress_bar, say
 
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; becomes a data root")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty; becomes a data root")
     parser.add_argument(
         "--layout",
         default="nyud",
         choices=["nyud", "pascal"],
-        help="nyud: rooms, as the NYUD_MT release (default); pascal: people and objects, as the PASCAL_MT release",
+        help="nyud: rooms, as in NYUD_MT; pascal: people and objects, as in PASCAL_MT (default: nyud)",
     )
-    parser.add_argument("--train", type=positive, default=400, help="training images (default: 400)")
-    parser.add_argument("--val", type=positive, default=100, help="validation images (default: 100)")
-    parser.add_argument("--size", type=image_size, default=(96, 128), help="HEIGHTxWIDTH in pixels (default: 96x128)")
-    parser.add_argument("--seed", type=int, default=0, help="decides every scene (default: 0)")
-    parser.add_argument("--workers", type=positive, default=None, help="processes (default: one a core)")
+    parser.add_argument("--train", type=positive, default=400, metavar="N", help="training images (default: 400)")
+    parser.add_argument("--val", type=positive, default=100, metavar="N", help="validation images (default: 100)")
+    parser.add_argument(
+        "--size",
+        type=image_size,
+        default=(96, 128),
+        metavar="HEIGHTxWIDTH",
+        help="of the images, in pixels (default: 96x128)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides every scene (default: 0)")
+    parser.add_argument("--workers", type=positive, default=None, metavar="N", help="processes (default: one a core)")
 
 
 def run_synth(args: argparse.Namespace) -> None:
@@ -39,10 +45,14 @@ def run_synth(args: argparse.Namespace) -> None:
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", type=Path, metavar="ROOT", help="the folder that holds gt_sets/ or ImageSets/")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the whole report as JSON")
-    parser.add_argument("--workers", type=positive, default=None, help="processes (default: one a core)")
-    parser.add_argument("--quick", action="store_true", help="only which data set it is, its lists and missing files")
+    parser.add_argument(
+        "root", type=Path, metavar="ROOT", help="the data set's folder, which holds gt_sets/ or ImageSets/"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the whole report as JSON (default: none)"
+    )
+    parser.add_argument("--workers", type=positive, default=None, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--quick", action="store_true", help="compare lists and names alone, open no file")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -61,17 +71,23 @@ def run_check(args: argparse.Namespace) -> int:
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", choices=["nyud"], help="nyud: NYUD_MT's files from the official NYU Depth v2")
     parser.add_argument("--labeled", type=Path, required=True, metavar="FILE", help="nyu_depth_v2_labeled.mat (2.8 GB)")
-    parser.add_argument("--splits", type=Path, required=True, metavar="FILE", help="splits.mat")
-    parser.add_argument("--classes", type=Path, required=True, metavar="FILE", help="classMapping40.mat")
+    parser.add_argument(
+        "--splits", type=Path, required=True, metavar="FILE", help="splits.mat (official train and test images)"
+    )
+    parser.add_argument(
+        "--classes", type=Path, required=True, metavar="FILE", help="classMapping40.mat (894 labels to 40 classes)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty; becomes a data root")
     parser.add_argument(
         "--depth",
         default="measured",
         choices=["measured", "filled"],
-        help="measured: 0 where the Kinect saw nothing; filled: the in-painted depths (default: measured)",
+        help="metres; measured: 0 where the Kinect saw nothing; filled: the in-painted depths (default: measured)",
     )
-    parser.add_argument("--sha256", action="store_true", help="note the sources' hashes in prepared.json")
-    parser.add_argument("--workers", type=positive, default=None, help="processes (default: one a core)")
+    parser.add_argument(
+        "--sha256", action="store_true", help="note the sources' hashes in prepared.json (reads them once more)"
+    )
+    parser.add_argument("--workers", type=positive, default=None, metavar="N", help="processes (default: one a core)")
 
 
 def run_prepare(args: argparse.Namespace) -> None:

@@ -9,21 +9,49 @@ from m3vit.errors import InputError
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
+    from m3vit.evaluation.gain import BASELINES
+
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folder, ONNX package or HLS project")
     parser.add_argument(
         "--protocol",
         choices=["A", "B"],
         default=None,
-        help="A: resized to the label's size (Vandenhende, M3ViT; default); B: padded (ATRC, InvPT)",
+        help="A: resized to the label's size (Vandenhende, M3ViT); B: padded (ATRC, InvPT) (default: A; with --compare "
+        "the one that all folders were evaluated under)",
     )
-    parser.add_argument("--data.root", dest="data_root", help="data root (default: the one a run was trained on)")
-    parser.add_argument("--device", default="auto", help="of a run: cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument("--precision", default=None, help="of an ONNX package: one it holds (default: its first)")
-    parser.add_argument("--batch", type=positive, default=1, help="images a run takes at once (default: 1)")
-    parser.add_argument("--workers", type=positive, default=None, help="processes matching edges (default: one a core)")
-    parser.add_argument("--all-metrics", action="store_true", help="print every metric, not the headline one alone")
-    parser.add_argument("--compare", action="store_true", help="show two or more evaluated folders in one table")
-    parser.add_argument("--baseline", default=None, help="with --compare: delta_m over a folder's or published figures")
+    parser.add_argument(
+        "--data.root",
+        dest="data_root",
+        metavar="DIR",
+        help="data set's folder (default: the one a run was trained on; exports do not know it)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="of a run: cpu, cuda, ... or auto: cuda if there is one (default: auto)"
+    )
+    parser.add_argument(
+        "--precision", default=None, help="of an ONNX package: one it holds, such as int8 (default: its first)"
+    )
+    parser.add_argument(
+        "--batch", type=positive, default=1, metavar="N", help="images a run takes at once (default: 1)"
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=None, metavar="N", help="processes that match edges (default: one a core)"
+    )
+    parser.add_argument(
+        "--all-metrics", action="store_true", help="print every metric, not only the main one of each task"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="show two or more folders that were evaluated in one table; evaluates nothing",
+    )
+    parser.add_argument(
+        "--baseline",
+        default=None,
+        metavar="NAME",
+        help="with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set "
+        f"({', '.join(BASELINES)}) (default: no delta_m)",
+    )
 
 
 def run_eval(args: argparse.Namespace) -> None:

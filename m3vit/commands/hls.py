@@ -8,31 +8,47 @@ from m3vit.commands.terminal import positive, print_scores, progress_bar, say
 
 def add_export_hls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, required=True, help="project folder to write")
-    parser.add_argument("--data.root", dest="data_root", help="data root, if not the one trained on")
     parser.add_argument(
-        "--samples", type=positive, default=None, help="val images to store for csim (default: 100, or all)"
+        "--out", type=Path, required=True, help="project folder to write, new, empty or an earlier project"
+    )
+    parser.add_argument(
+        "--data.root",
+        dest="data_root",
+        metavar="DIR",
+        help="data set's folder (default: the one the run was trained on)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="validation images to store for m3vit hw csim (default: 100, or all if there are fewer)",
     )
     parser.add_argument(
         "--schedule",
         choices=["spatial", "multiplexed"],
         default="spatial",
-        help="spatial: a kernel for each layer, for models that fit on chip (default); multiplexed: one engine of each "
-        "kind and weights in DDR, for models of any depth and any number of experts",
+        help="spatial: a kernel for each layer, for models that fit on chip; multiplexed: one engine of each "
+        "kind and weights in DDR, for models of any depth and any number of experts (default: spatial)",
     )
     parser.add_argument(
-        "--board", default="zcu104", help="of the multiplexed schedule: zcu104 (default), zcu102, kv260"
+        "--board",
+        default="zcu104",
+        metavar="NAME",
+        help="of the multiplexed schedule: zcu104, zcu102 or kv260 (default: zcu104)",
     )
     parser.add_argument(
         "--weight-bits",
         type=positive,
         default=16,
+        metavar="BITS",
         help="width of weights: spatial 6 to 24, multiplexed 8, 12 or 16 (default: 16)",
     )
     parser.add_argument(
         "--act-bits",
         type=positive,
         default=None,
+        metavar="BITS",
         help="width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)",
     )
 
@@ -57,7 +73,9 @@ def run_export_hls(args: argparse.Namespace) -> None:
 
 def add_csim(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("project", type=Path, metavar="DIR", help="HLS project (m3vit export hls)")
-    parser.add_argument("--samples", type=positive, default=None, help="images to simulate (default: all stored)")
+    parser.add_argument(
+        "--samples", type=positive, default=None, metavar="N", help="images to simulate (default: all that are stored)"
+    )
 
 
 def run_csim(args: argparse.Namespace) -> None:

@@ -10,11 +10,17 @@ from m3vit.errors import InputError
 
 def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, required=True, help="package folder to write")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="package folder to write, new, empty or an earlier package"
+    )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="T", help="tasks to export (default: all)")
     parser.add_argument("--opset", type=int, default=20, choices=range(20, 24), help="ONNX opset (default: 20)")
     parser.add_argument(
-        "--size", type=image_size, default=None, help="fix the image size to HEIGHTxWIDTH (default: any)"
+        "--size",
+        type=image_size,
+        default=None,
+        metavar="HEIGHTxWIDTH",
+        help="the only image size of the graphs, in pixels (default: any)",
     )
     parser.add_argument(
         "--static", action="store_true", help="no shape depends on the data: all experts run; needs --size"
@@ -29,15 +35,31 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     )
     experts = parser.add_mutually_exclusive_group()
     experts.add_argument(
-        "--prune", metavar="coverage=X", help="keep the fewest experts a task and layer that hold this share of its use"
+        "--prune",
+        metavar="coverage=X",
+        help="keep, of each task and layer, the fewest experts that hold this share of its use, such as 0.99 "
+        "(default: all experts)",
     )
     experts.add_argument(
-        "--keep", type=positive, metavar="N", help="keep the N most used experts of each task and layer"
+        "--keep",
+        type=positive,
+        metavar="N",
+        help="keep the N most used experts of each task and layer (default: all)",
     )
-    parser.add_argument("--top-k", metavar="K", help="experts per token, for all tasks or by task: depth=1,semseg=2")
-    parser.add_argument("--one-backbone", action="store_true", help="add one graph that serves all tasks, and heads")
     parser.add_argument(
-        "--calibrate", type=positive, default=64, metavar="N", help="training images to measure use on (default: 64)"
+        "--top-k",
+        metavar="K",
+        help="experts per token, for all tasks or by task: depth=1,semseg=2 (default: as trained)",
+    )
+    parser.add_argument(
+        "--one-backbone", action="store_true", help="add one graph of the backbone for all tasks, and one of each head"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="training images that --prune and --keep measure use on (default: 64)",
     )
     parser.add_argument(
         "--measure",
@@ -49,7 +71,8 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep",
         action="store_true",
-        help="write no package, but the trade-off of size, time and metric over precisions, coverages and top-k",
+        help="write no package, but sweep.json and sweep.png: size, time and metric over precisions, coverages and "
+        "top-k",
     )
     parser.add_argument(
         "--check-images",
@@ -59,7 +82,12 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
         help="compare with torch on N images (validation, then training, then noise), each at three sizes with 1 and 2 "
         "threads, hunt for races, reach every expert: minutes to hours (default: a quick check of 2 images a size)",
     )
-    parser.add_argument("--data.root", dest="data_root", help="data root (default: the run's)")
+    parser.add_argument(
+        "--data.root",
+        dest="data_root",
+        metavar="DIR",
+        help="data set's folder (default: the one the run was trained on)",
+    )
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:

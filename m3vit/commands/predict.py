@@ -42,12 +42,16 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help=_PREDICT_INPUTS)
-    parser.add_argument("--task", required=True, help="task to predict, or all")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and videos")
+    parser.add_argument("--task", required=True, help="task to predict, such as depth, or all")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures and videos")
     parser.add_argument(
         "--overlay", action="store_true", help="lay the prediction over the input, with a legend (default: it alone)"
     )
-    parser.add_argument("--raw", action="store_true", help="write the values as .npy too")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="write the values as .npy too (class ids, metres, unit vectors, probabilities)",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite predictions of the same names")
     parser.add_argument(
         "--resize",
@@ -63,24 +67,47 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps",
         type=frame_rate,
-        help="frames per second of videos and streams that carry no or wrong times (default: their own; 25)",
+        metavar="RATE",
+        help="frames per second to assume instead of a video's own times, such as 30 or 30000/1001 (default: its "
+        "times, or 25 where it has none)",
     )
     parser.add_argument(
         "--max-pixels",
         type=positive,
         default=MAX_PIXELS,
-        help=f"larger images and frames are refused unread (default: {MAX_PIXELS})",
+        metavar="N",
+        help=f"images and frames of more pixels are refused unread (default: {MAX_PIXELS})",
     )
-    parser.add_argument("--threads", type=positive, default=None, help="onnxruntime threads (default: by the model)")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="onnxruntime threads (default: one a core, two at most for small models)",
+    )
     add_loading(parser)
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add what decides how a package is loaded."""
-    parser.add_argument("--precision", help="one that the package holds, such as int8 (default: its first)")
-    parser.add_argument("--one-backbone", action="store_true", help="one graph for all tasks, if the package has it")
-    parser.add_argument("--low-memory", action="store_true", help="share the mapped weights between tasks; slower")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep weights laid out for this processor in DIR")
+    parser.add_argument(
+        "--precision", metavar="P", help="one that the package holds, such as int8 (default: its first)"
+    )
+    parser.add_argument(
+        "--one-backbone", action="store_true", help="one graph for all tasks, if the package was exported with it"
+    )
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="read weights from the mapped file, shared by tasks and processes: less memory, slower",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep weights laid out for this processor in DIR, to load sooner the next time; not with --low-memory "
+        "(default: none)",
+    )
 
 
 def loading(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
@@ -100,6 +127,10 @@ def run_predict(args: argparse.Namespace) -> int:
     from m3vit.export.predict import Options, predict_files
 
     leave_sizes_to_us()
+    if args.low_memory:
+        from m3vit.export.runtime import give_memory_back
+
+        give_memory_back()
     options = Options(
         raw=args.raw,
         overlay=args.overlay,
@@ -148,21 +179,45 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         help="address to listen on (default: 127.0.0.1, this machine alone; there is no password or encryption: "
         "leave those to a proxy before it)",
     )
-    parser.add_argument("--port", type=port_number, default=8000, help="port; 0 takes a free one (default: 8000)")
+    parser.add_argument(
+        "--port", type=port_number, default=8000, metavar="N", help="TCP port; 0 takes a free one (default: 8000)"
+    )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to serve (default: all of the package)")
     parser.add_argument(
-        "--concurrency", type=positive, default=2, help="predictions at a time, each with --threads (default: 2)"
+        "--concurrency",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="predictions at a time, each with --threads (default: 2)",
     )
     parser.add_argument(
-        "--queue", type=positive, default=16, help="requests that may wait; more are refused with 503 (default: 16)"
+        "--queue",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="requests that may wait; more are refused with 503 (default: 16)",
     )
     parser.add_argument(
-        "--threads", type=positive, default=None, help="onnxruntime threads (default: cores / concurrency)"
+        "--threads",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="onnxruntime threads of one prediction (default: cores / concurrency)",
     )
     parser.add_argument(
-        "--max-bytes", type=positive, default=WEB_BYTES, help=f"of an image as sent (default: {WEB_BYTES})"
+        "--max-bytes",
+        type=positive,
+        default=WEB_BYTES,
+        metavar="N",
+        help=f"larger images are refused, in bytes as sent (default: {WEB_BYTES})",
     )
-    parser.add_argument("--max-pixels", type=positive, default=WEB_PIXELS, help=f"of an image (default: {WEB_PIXELS})")
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=WEB_PIXELS,
+        metavar="N",
+        help=f"images of more pixels are refused (default: {WEB_PIXELS})",
+    )
     add_loading(parser)
 
 

@@ -35,15 +35,15 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         default_config_files=[str(start)] if start else None,
         description=f"{TITLES[command]} RECIPE: {', '.join(recipe_names())}. "
         "Later sources win: recipe, --config, dotted keys. A mapping in a file replaces the recipe's; a dotted key "
-        "changes one entry of it.",
+        "changes one entry of it. Defaults shown here are those of the RECIPE given before --help, if one is.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     if command == "profile":
-        parser.add_argument("--task", default=None, help="show this task alone (default: all of them)")
-        parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures as JSON")
+        parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
+        parser.add_argument("--json", type=str, default=None, metavar="FILE", help="write the figures as JSON")
     else:
-        parser.add_argument("--out", type=Path, required=True, help="the run folder")
+        parser.add_argument("--out", type=str, required=True, metavar="RUN", help="the run folder to write")
     if command == "train":
         parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     for section in fields(Config):
@@ -59,6 +59,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
+    for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
+        if parsed.get(name) is not None:
+            parsed[name] = Path(parsed[name])
     config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
     return config, parsed
 

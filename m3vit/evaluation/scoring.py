@@ -125,16 +125,23 @@ def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evalu
     write_json(folder / "eval.json", {"format": FORMAT, "protocols": {**results, protocol: result}})
 
 
-def read(folder: Path, protocol: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Return a protocol (default: the last evaluated) and its result from a folder's eval.json, or raise InputError."""
-    hint = f"evaluate it first: m3vit eval {folder}" + (f" --protocol {protocol}" if protocol else "")
+def protocols_of(folder: Path) -> tuple[str, ...]:
+    """Return the protocols that a folder was evaluated under, the last one last, or raise InputError."""
+    hint = f"evaluate it first: m3vit eval {folder}"
     content = read_json(folder / "eval.json", hint)
     if not isinstance(content, dict) or content.get("format") != FORMAT or not content.get("protocols"):
         raise InputError(f"{folder / 'eval.json'} is not of this version: {hint}")
-    name = protocol or list(content["protocols"])[-1]
-    if name not in content["protocols"]:
-        raise InputError(f"{folder} was evaluated under protocol {', '.join(content['protocols'])}, not {name}: {hint}")
-    return name, content["protocols"][name]
+    return tuple(content["protocols"])
+
+
+def read(folder: Path, protocol: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return a protocol (default: the last evaluated) and its result from a folder's eval.json, or raise InputError."""
+    hint = f"evaluate it first: m3vit eval {folder}" + (f" --protocol {protocol}" if protocol else "")
+    known = protocols_of(folder)
+    name = protocol or known[-1]
+    if name not in known:
+        raise InputError(f"{folder} was evaluated under protocol {', '.join(known)}, not {name}: {hint}")
+    return name, read_json(folder / "eval.json", hint)["protocols"][name]
 
 
 def read_evaluation(folder: Path, protocol: str) -> Evaluation:

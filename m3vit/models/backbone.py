@@ -24,7 +24,7 @@ from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
 from m3vit.models.experts import ExpertBank
 from m3vit.models.moe import MoELayer
-from m3vit.models.pretrained import load_weights
+from m3vit.models.pretrained import load_weights, whole_weights
 from m3vit.models.router import Router, Routing
 from m3vit.models.upcycling import upcycle
 
@@ -45,8 +45,10 @@ def make_trunk(config: ModelConfig) -> VisionTransformer | Eva:
         "dynamic_img_size": True,  # positions are resampled, or computed, for each image's grid
     }
     try:
-        with _quiet_hub():
+        with _quiet_hub(), whole_weights(config.trunk, config.trunk_args):
             trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
+    except InputError:
+        raise
     except Exception as error:  # bad arguments raise many kinds; a failed download as many as there are clients
         family = timm.models.model_entrypoint(config.trunk).__module__.rpartition(".")[2]
         if family not in FAMILIES:

@@ -20,7 +20,9 @@ class ModelConfig:
     Attributes:
         trunk: name of a timm VisionTransformer or Eva model, e.g. vit_small_patch16_224 or vit_small_patch16_dinov3.
         trunk_args: keyword arguments for timm, e.g. {embed_dim: 64, depth: 4}.
-        pretrained: load timm's pretrained weights for the trunk (needs network or a local timm cache).
+        pretrained: load timm's pretrained weights for the trunk (needs network or a local timm cache). Patches and
+            positions are resampled to patch_size and image_size; trunk_args under which other weights do not fit,
+            such as another depth, are refused.
         weights: file of weights for the dense trunk instead: .safetensors or torch's .pth, in the layout of timm, of
             a model's authors that timm can convert, or of a run folder (model.safetensors). Empty: none.
         image_size: (height, width) in pixels that the position embedding is made for.

@@ -1,16 +1,20 @@
-"""Weights of a dense trunk from a file: timm's layout, an author's that timm converts, or a run folder's.
+"""Weights of a dense trunk: timm's own, or from a file in timm's layout, an author's that timm converts, or a run's.
+
+All of a trunk is loaded, or nothing.
 
 Shapes: T patch tokens of the file's position embedding, (h, w) the patch grid it was made for.
 """
 
 import json
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import eva, load_state_dict, vision_transformer
+from timm.models import _builder, eva, load_state_dict, vision_transformer
 from torch import Tensor
 
 from m3vit.errors import InputError
@@ -42,21 +46,88 @@ def load_weights(trunk: Any, file: str) -> None:
             # Where DeiT-III has LayerScale as gamma_1, timm's ViTs have it as ls1.gamma.
             options = {} if family is eva else {"adapt_layer_scale": True}
             state = family.checkpoint_filter_fn(state, trunk, **options)
-        state = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError, TypeError) as error:
         words = " ".join(str(error).split())[:300]
         raise InputError(f"model.weights {file} does not fit the trunk {_name(trunk)}: {words}") from None
-    if missing or unexpected:
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-            for what, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
+    if why := misfit(trunk, state):
         raise InputError(
-            f"model.weights {file} does not fit the trunk {_name(trunk)}: {' and '.join(parts)}; give the weights of "
-            "this very trunk, or the model.trunk and trunk_args they are of"
+            f"model.weights {file} does not fit the trunk {_name(trunk)}: {why}; give the weights of this very trunk, "
+            "or the model.trunk and trunk_args they are of"
         )
+    trunk.load_state_dict({name: value for name, value in state.items() if not name.startswith(UNUSED)})
+
+
+@contextmanager
+def whole_weights(name: str, arguments: dict[str, Any]) -> Iterator[None]:
+    """Within it timm raises InputError where it would load its weights into a trunk that they do not fit.
+
+    timm resamples patches and positions to other sizes and leaves out the classifier. Since that is gone, it loads
+    without strictness, and only logs which tensors of a deeper trunk stay random.
+    """
+    load = _builder.load_pretrained
+
+    def load_checked(model: Any, *args: Any, **options: Any) -> None:
+        def check(module: Any, state: dict[str, Any], *_: Any) -> None:
+            if why := misfit(module, state):
+                raise InputError(
+                    f"model.pretrained: the weights of {name} do not fit it with model.trunk_args {arguments}: {why}; "
+                    "leave out what changes its blocks or tokens, or start from random weights with "
+                    "--model.pretrained=false"
+                )
+
+        handle = model.register_load_state_dict_pre_hook(check)
+        try:
+            load(model, *args, **options)
+        finally:
+            handle.remove()
+
+    _builder.load_pretrained = load_checked
+    try:
+        yield
+    finally:
+        _builder.load_pretrained = load
+
+
+def misfit(trunk: Any, state: dict[str, Any]) -> str:
+    """Return, in words, which weights of a trunk `state` lacks, has besides, or has of another shape; "" if none.
+
+    Weights of timm's classifier do not count.
+    """
+    own = {name: tuple(value.shape) for name, value in trunk.state_dict().items() if not name.startswith(UNUSED)}
+    given = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if not name.startswith(UNUSED)}
+    missing = [name for name in own if name not in given]
+    unexpected = [name for name in given if name not in own]
+    reshaped = [name for name in own if name in given and own[name] != given[name]]
+    parts = []
+    if bare := _blocks(own) - _blocks(given):
+        parts.append(f"no weights for {_numbered(bare)} of {len(_blocks(own))}")
+    if surplus := _blocks(given) - _blocks(own):
+        parts.append(f"weights of {_numbered(surplus)}, which the trunk does not have")
+    for names, what in ((missing, f"of {len(own)} tensors missing"), (unexpected, "unexpected")):
+        if names:
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            parts.append(f"{len(names)} {what} ({shown})")
+    if reshaped:
+        first = reshaped[0]
+        parts.append(
+            f"{len(reshaped)} of {len(own)} tensors of another shape ({first} is {given[first]}, expected {own[first]})"
+        )
+    return ", ".join(parts)
+
+
+def _blocks(names: Iterable[str]) -> set[int]:
+    """Return the numbers of the blocks that have a tensor among these."""
+    parts = (name.split(".") for name in names)
+    return {int(part[1]) for part in parts if part[0] == "blocks" and len(part) > 2 and part[1].isdecimal()}
+
+
+def _numbered(blocks: set[int]) -> str:
+    """Name blocks by their numbers, counted from 0."""
+    if len(blocks) == 1:
+        return f"block {min(blocks)}"
+    if len(blocks) == max(blocks) - min(blocks) + 1:
+        return f"blocks {min(blocks)} to {max(blocks)}"
+    return f"blocks {', '.join(str(number) for number in sorted(blocks))}"
 
 
 def _name(trunk: Any) -> str:

@@ -1,7 +1,7 @@
 """`m3vit report`: one self-contained HTML page, and the same numbers as JSON beside it.
 
-Every column of the metric table is scored here, on the same images: those the C-simulation ran on, or the whole
-val split if there is none.
+Every column of the metric table is of the same images: the whole val split, or those the C-simulation ran on if the HLS
+project was not evaluated. All are scored here, but for the project's evaluation, whose statistics it keeps.
 """
 
 import base64
@@ -26,17 +26,17 @@ from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
-from m3vit.export.hls.verify import PROTOCOL as SIMULATED_PROTOCOL
-from m3vit.export.hls.verify import SimulatedOutputs
 from m3vit.export.predictors import onnx_predictor
 from m3vit.export.runtime import Package, paint
 from m3vit.files import atomic_path, write_json
 from m3vit.models.router import expert_load
 from m3vit.report import charts
+from m3vit.report.project import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.tasks import IGNORE, LABEL_SETS, TASKS, palette
 from m3vit.training.checkpoint import Run, read_metrics
 
 Progress = Callable[[int, int, str], None]
+COLUMNS = ("trivial", "torch", "onnx", "csim", "emulator")
 
 
 def write_report(
@@ -67,7 +67,6 @@ def write_report(
         "torch": torch_predictor(run.model),
     }
     notes = [f"The data are not a published release: {evaluated['origin']}."] if evaluated.get("origin") else []
-    indices = list(range(len(split)))
     if (onnx / "manifest.json").exists():
         package = Package.load(onnx)
         check_same_weights(run, onnx, package.manifest)
@@ -75,24 +74,19 @@ def write_report(
         predictors["onnx"] = onnx_predictor(package)
     else:
         notes.append(f"No ONNX package at {onnx}: made with m3vit export onnx.")
-    simulated = None
-    if (hls / "csim.json").exists():
-        simulated = SimulatedOutputs.load(hls)
-        check_same_weights(run, hls, simulated.manifest)
-        if protocol == SIMULATED_PROTOCOL:
-            indices = sample_indices(split, simulated)
-            predictors["csim"] = simulated.predictor
-        else:
-            notes.append(f"Not in this table, for its images were made for protocol {SIMULATED_PROTOCOL}:")
-        notes.append(simulated.summary)
-    else:
-        notes.append(f"No C-simulation at {hls}: made with m3vit export hls and m3vit hw csim.")
+    project = read_project(run, hls, split, protocol)
+    notes += project.notes
+    predictors |= project.scored
+    indices = project.indices
 
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for name, predictor in predictors.items():
         step = (lambda done, total, name=name: progress(done, total, f"scoring {name}")) if progress else None
         found = evaluate(split, predictor, protocol, indices=indices, workers=scoring.default_workers(), progress=step)
+        if any(stored.fingerprints != found.fingerprints for stored in project.stored.values()):
+            raise other_images(hls, split)
         scores[name] = found.scores()
+    scores |= {name: stored.scores() for name, stored in project.stored.items()}
     report = {
         "protocol": PROTOCOLS[protocol],
         "images": len(indices),
@@ -109,18 +103,11 @@ def write_report(
         "all_metrics": scores,
         "notes": notes,
     }
-    shown = [indices[i] for i in np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(int)]
-    page = render(run, split, predictors, protocol, indices, shown, report)
+    page = render(run, split, predictors, project, protocol, spread(project.drawable, num_images), report)
     with atomic_path(out) as path:
         path.write_text(page)
     write_json(out.with_suffix(".json"), report)
     return report
-
-
-def check_same_weights(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise InputError if an export was made from other weights: its column would stand beside another model's."""
-    if manifest.get("run", {}).get("weights_sha256") != run.info["weights_sha256"]:
-        raise InputError(f"{folder} was exported from other weights than those in {run.folder}: export it again")
 
 
 def check_same_tasks(run: Run, package: Package) -> None:
@@ -132,14 +119,14 @@ def check_same_tasks(run: Run, package: Package) -> None:
         )
 
 
-def sample_indices(split: Split, simulated: SimulatedOutputs) -> list[int]:
-    """Return the places in the split of the simulated images, or raise InputError if they are not from it."""
-    missing = [name for name in simulated.ids if name not in split.ids]
-    if missing:
-        raise InputError(
-            f"the HLS project was simulated on images that {split.root} does not have, such as {missing[0]}"
-        )
-    return [split.ids.index(name) for name in simulated.ids]
+def columns_of(report: dict[str, Any]) -> list[str]:
+    """Return the columns of the metric table: those that any run can have, and the emulator's where it was scored."""
+    return [name for name in COLUMNS if name != "emulator" or name in report["all_metrics"]]
+
+
+def spread(indices: list[int], number: int) -> list[int]:
+    """Return up to `number` of the indices, evenly spread."""
+    return [indices[i] for i in np.linspace(0, len(indices) - 1, min(number, len(indices))).round().astype(int)]
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -217,21 +204,21 @@ def render(
     run: Run,
     split: Split,
     predictors: dict[str, Predictor],
+    project: ProjectResults,
     protocol: str,
-    indices: list[int],
     shown: list[int],
     report: dict[str, Any],
 ) -> str:
     """Return the page's HTML."""
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
-    columns = ["input", "ground truth", "torch", "ONNX", "C-sim"]
-    named = {"torch": "torch", "ONNX": "onnx", "C-sim": "csim"}
-    by_column = {column: predictors[name] for column, name in named.items() if name in predictors}
+    columns = ["input", "ground truth", "torch", "ONNX", project.drawn_as]
+    named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
+    by_column = {column: predictor for column, predictor in named.items() if predictor is not None}
     label_set = run.config.model.label_set
     examples: list[dict[str, Any]] = []
     seen: dict[str, set[int]] = {task: set() for task in LABEL_SETS[label_set].classes if task in tasks}
     total_load = None
-    for index in indices if layers else shown:
+    for index in project.indices if layers else shown:
         sample = split.load(index)
         if layers:
             load, firsts = routing_of(run, sample)
@@ -249,7 +236,7 @@ def render(
             examples.append(drawn)
             for task, ids in seen.items():
                 ids |= {int(value) for value in np.unique(sample.labels[task])} - {IGNORE}
-    score_columns = ["trivial", "torch", "onnx", "csim"]
+    score_columns = columns_of(report)
     rows = []
     for task, values in report["tasks"].items():
         arrow = "↑" if values["higher_is_better"] else "↓"

@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import struct
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -83,6 +84,55 @@ def test_several_folders_at_the_top_make_the_target_the_root(tmp_path: Path) -> 
     out.mkdir()
     assert extract(tmp_path / "a.zip", out) == out
     assert (out / "gt_sets").is_dir() and (out / "images" / "1.jpg").read_text() == "x"
+
+
+def pack(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as packed:
+        for name in names:
+            packed.writestr(name, "x")
+    return path
+
+
+def test_the_root_is_found_beside_and_below_other_folders(tmp_path: Path) -> None:
+    beside = pack(tmp_path / "a.zip", "__MACOSX/._x", "NYUD_MT/images/1.jpg", "NYUD_MT/gt_sets/train.txt")
+    assert extract(beside, tmp_path / "a") == tmp_path / "a" / "NYUD_MT"
+    assert (tmp_path / "a" / "__MACOSX" / "._x").is_file()
+    below = pack(tmp_path / "b.zip", "export/home/PASCAL_MT/ImageSets/Context/val.txt", "export/home/readme")
+    assert extract(below, tmp_path / "b") == tmp_path / "b" / "export" / "home" / "PASCAL_MT"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["holiday/1.jpg", "holiday/2.jpg"], "is no data set: it holds 1.jpg, 2.jpg, expected a folder with gt_sets/"),
+        (["1/2/3/4/gt_sets/train.txt"], "is no data set: it holds 4/, expected"),  # too deep
+        (["gt_sets"], "is no data set: it holds gt_sets, expected"),
+        (["A/gt_sets/a", "B/ImageSets/Context/a"], r"more than one data set: A \(nyud\), B \(pascal\)"),
+        (["A/gt_sets/a", "A/ImageSets/Context/a"], r"more than one data set: A \(nyud and pascal\)"),
+    ],
+)
+def test_an_archive_of_something_else_is_refused(tmp_path: Path, names: list[str], words: str) -> None:
+    archive = pack(tmp_path / "a.zip", *names)
+    with pytest.raises(InputError, match=words):
+        extract(archive, tmp_path / "new" / "inner" / "out")
+    assert_nothing_left(tmp_path, "a.zip")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=words):
+        extract(archive, tmp_path / "out")
+    assert_nothing_left(tmp_path, "a.zip", "out")
+    assert_nothing_left(tmp_path / "out")
+
+
+def test_command_refuses_what_is_no_data_set(cli: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
+    archive = pack(tmp_path / "a.zip", "holiday/1.jpg")
+    for given, words in (
+        (archive, "is no data set: it holds 1.jpg"),
+        (tmp_path, "not found or not a file: give an archive"),
+    ):
+        result = cli("data", "extract", given, "--out", tmp_path / "new" / "out")
+        assert result.returncode == 2 and words in result.stderr and result.stdout == ""
+        assert result.stderr.splitlines()[-1].startswith("m3vit: error: ") and "Traceback" not in result.stderr
+        assert_nothing_left(tmp_path, "a.zip")
 
 
 def link(tar: tarfile.TarFile) -> None:

@@ -334,11 +334,15 @@ def test_statistics(copy: Callable[[str], Path]) -> None:
     figures = report.statistics
     assert figures["semseg"]["ids_present"] == [4] and figures["semseg"]["ignored_share"] == 0.25
     assert figures["semseg"]["pixel_shares"]["chair"] == 0.75
-    assert figures["depth"] == {"images": 3, "invalid_share": 0.5, "max_m": 2.5}
-    assert figures["normals"] == {"images": 3, "invalid_share": 0.75}
-    assert figures["edge"] == {"images": 3, "positive_share": pytest.approx(1 / 24)}
+    same = {"images": 3, "blank_images": 0, "constant_images": 3}
+    assert figures["depth"] == {**same, "invalid_share": 0.5, "max_m": 2.5, "reach_m": 2.5}
+    assert figures["normals"] == {**same, "invalid_share": 0.75}
+    assert figures["edge"] == {**same, "constant_images": 0, "positive_share": pytest.approx(1 / 24)}
     text = render(report)
-    assert "depth: 50.0 % invalid, up to 2.50 m" in text and "semseg: 25.0 % ignored, 1 of 40 classes seen" in text
+    assert (
+        "depth: 50.0 % invalid, up to 2.50 m, 95 % of an image's within 2.50 m (median)" in text
+        and "semseg: 25.0 % ignored, 1 of 40 classes seen" in text
+    )
     assert "rendered by m3vit data synth" in text, "never taken for the real one"
 
 

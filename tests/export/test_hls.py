@@ -16,67 +16,12 @@ from timm.models.vision_transformer import ResPostBlock
 
 from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
-from m3vit.export.hls.project import Samples, export_project
+from m3vit.export.hls.project import export_project
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.hw import csim
-from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS as TASK_TABLE
-
-SIZE = (24, 32)  # 3 x 4 patches of 8
-TASKS = ["depth", "semseg", "edge"]  # not in the order of the task table
-SAMPLES = 4
-TRUNK: dict[str, Any] = {
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "mlp_ratio": 2,
-    "class_token": False,
-    "global_pool": "",
-}
-
-
-def make_model(trunk_args: dict[str, Any] | None = None, **config: Any) -> MultiTaskModel:
-    """A tiny model with weights that make routing and every bias matter."""
-    torch.manual_seed(0)
-    settings = {"trunk": "vit_tiny_patch16_224", "image_size": SIZE, "num_experts": 4, "top_k": 2, "tasks": TASKS}
-    model = MultiTaskModel(ModelConfig(trunk_args=TRUNK | (trunk_args or {}), **settings | config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gates" in name or "heads" in name:
-                parameter *= 4
-            if name.endswith(("bias", "b1", "b2")) or "norm" in name or "token" in name:
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def make_images(count: int, seed: int = 0) -> np.ndarray:
-    """Smooth blotches with noise: patches differ, within and between images."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 200, (count, 6, 8, 3)).repeat(4, axis=1).repeat(4, axis=2)
-    return (coarse + rng.integers(0, 56, coarse.shape)).astype(np.uint8)
-
-
-def make_samples() -> Samples:
-    rng = np.random.default_rng(1)
-    labels = []
-    for index in range(SAMPLES):  # labels may be larger than the model's images, and each of another size
-        size = 2 * SIZE[0] + index, 2 * SIZE[1]
-        labels.append(
-            {
-                "depth": rng.uniform(1, 5, size).astype(np.float32),
-                "semseg": rng.integers(0, 40, size).astype(np.uint8),
-                "edge": rng.random(size) < 0.1,
-            }
-        )
-    return Samples([f"image{i}" for i in range(SAMPLES)], make_images(SAMPLES), labels)
-
-
-@pytest.fixture(scope="session")
-def model() -> MultiTaskModel:
-    """With a class token and LayerScale, which take their own paths through export."""
-    return make_model({"class_token": True, "init_values": 0.5})
+from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 
 
 @pytest.fixture(scope="session")
@@ -91,12 +36,6 @@ def project(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def report(project: Path) -> dict[str, Any]:
     """What `m3vit hw csim` returns for the project, which leaves both simulators built."""
     return verify_project(project)
-
-
-@pytest.fixture
-def copy(project: Path, tmp_path: Path) -> Path:
-    """A copy of the project, to spoil."""
-    return Path(shutil.copytree(project, tmp_path / "copy", ignore=shutil.ignore_patterns("*.so", "*.exe")))
 
 
 def all_runs() -> tuple[np.ndarray, np.ndarray]:

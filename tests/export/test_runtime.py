@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import platform
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -282,3 +285,31 @@ def test_colours(folder: Path) -> None:
     brightness = colourise(np.linspace(1, 5, 50, dtype=np.float32)[None], "depth", manifest)[0].astype(int).sum(axis=1)
     assert (np.diff(brightness) <= 0).all() and brightness[0] > 600 and brightness[-1] < 10  # near bright
     assert not colourise(np.full((2, 2), np.nan, np.float32), "depth", manifest).any()
+
+
+FREED = """
+import sys
+import numpy as np
+from m3vit.export.runtime import give_memory_back
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+if sys.argv[1] == "give":
+    give_memory_back()
+big = np.ones(30 << 20, np.uint8)
+del big  # from now on glibc keeps freed blocks of up to 30 MiB
+before = resident_mib()
+blocks = [(np.ones(6 << 20, np.uint8), np.ones(50_000, np.uint8)) for _ in range(20)]
+blocks = [small for _, small in blocks]  # one lies behind each freed block
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_memory_goes_back_to_the_system() -> None:
+    kept, given = (
+        int(subprocess.run([sys.executable, "-c", FREED, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("keep", "give")
+    )
+    assert given < 10 and kept > 60, "of 120 MiB freed"

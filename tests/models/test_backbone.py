@@ -224,9 +224,19 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     refused("cannot be read|does not fit", file="list.pth")
     save_file(state, tmp_path / "w.safetensors")
     make(name, weights=str(tmp_path / "w.safetensors"))
-    refused(r"does not fit the trunk vit_tiny_patch16_224: 12 missing \(blocks.2.norm1.weight", args={"depth": 3})
-    refused(r"does not fit .*: 12 unexpected \(blocks.1.attn.proj.bias, .*, ...\)", args={"depth": 1})
-    refused("does not fit .* size mismatch", args={"embed_dim": 32})
+    refused(
+        r"does not fit the trunk vit_tiny_patch16_224: no weights for block 2 of 3, 12 of 40 tensors missing "
+        r"\(blocks.2.norm1.weight, .*, ...\); give the weights of this very trunk",
+        args={"depth": 3},
+    )
+    refused(r"weights of block 1, which the trunk does not have, 12 unexpected \(blocks.1.*, ...\)", args={"depth": 1})
+    refused(
+        r"28 of 28 tensors of another shape \(cls_token is \(1, 1, 48\), expected \(1, 1, 32\)", args={"embed_dim": 32}
+    )
+    refused(r"1 of 29 tensors missing \(reg_token\)", args={"reg_tokens": 1})
+    first = {key: value for key, value in state.items() if not key.startswith("blocks.0.mlp.fc1")}
+    save_file(first, tmp_path / "part.safetensors")
+    refused(r": 2 of 28 tensors missing \(blocks.0.mlp.fc1.weight, blocks.0.mlp.fc1.bias\)", file="part.safetensors")
     refused("exclude each other", pretrained=True)
 
 
@@ -237,6 +247,54 @@ def test_pretrained_without_network_or_weights(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
     with pytest.raises(InputError, match=r"weights of vit_tiny_patch16_224 .*no route to host.*--model.weights"):
         make("vit_tiny_patch16_224", pretrained=True)
+
+
+# --- timm's own weights, from a file instead of the hub -------------------------------------------------------------
+
+
+def pretrained(name: str, file: Path, grid: tuple[int, int] = NATIVE, **arguments: Any) -> Any:
+    """Return the trunk that model.pretrained gives where timm's weights of `name` are those of a file."""
+    overlay = {"file": str(file), "custom_load": False, "num_classes": 7}
+    arguments = SMALL | arguments | {"pretrained_cfg_overlay": overlay}
+    patch = arguments.get("patch_size", TRUNKS[name][1])
+    config = ModelConfig(
+        trunk=name, trunk_args=arguments, image_size=size(grid, patch), head_stride=patch, pretrained=True
+    )
+    return MultiTaskModel(config).backbone.trunk
+
+
+PRETRAINED = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2")
+PRETRAINED_EVA = ("vit_small_patch16_dinov3", "eva02_tiny_patch14_224")
+
+
+@pytest.mark.parametrize("name", [*PRETRAINED, *PRETRAINED_EVA])
+def test_pretrained_weights_are_adapted_as_timm_does(name: str, tmp_path: Path) -> None:
+    """Another image size and another patch size: resampled; the classifier is left out."""
+    theirs = timm_model(name)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    trunk = pretrained(name, tmp_path / "w.safetensors")
+    torch.testing.assert_close(trunk.blocks[0].state_dict(), theirs.blocks[0].state_dict(), rtol=0, atol=0)
+    assert not trunk._load_state_dict_pre_hooks, "later loads are not checked"
+    coarser = pretrained(name, tmp_path / "w.safetensors", patch_size=32)
+    torch.testing.assert_close(coarser.blocks[0].state_dict(), theirs.blocks[0].state_dict(), rtol=0, atol=0)
+    assert coarser.patch_embed.proj.weight.shape[-1] == 32
+
+
+@pytest.mark.parametrize("name", [*PRETRAINED, *PRETRAINED_EVA])
+def test_pretrained_weights_are_never_loaded_in_part(name: str, tmp_path: Path) -> None:
+    theirs = timm_model(name)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    for arguments, message in (
+        ({"depth": 5}, r"no weights for blocks 2 to 4 of 5, \d+ of \d+ tensors missing \(blocks.2"),
+        ({"depth": 1}, "weights of block 1, which the trunk does not have"),
+        ({"embed_dim": 64}, r"tensors of another shape \(.* expected"),
+        ({"mlp_ratio": 2}, r"tensors of another shape \(blocks.0.mlp"),
+    ):
+        with pytest.raises(
+            InputError, match=f"model.pretrained: the weights of {name} do not fit .*{message}"
+        ) as caught:
+            pretrained(name, tmp_path / "w.safetensors", **arguments)
+        assert "\n" not in str(caught.value) and "--model.pretrained=false" in str(caught.value)
 
 
 @pytest.mark.parametrize(

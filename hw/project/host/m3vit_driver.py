@@ -8,9 +8,9 @@
     accelerator.set_task("depth")
     depth_m = accelerator.predict(image)                        # image: uint8 [H, W, 3], RGB
 
-It has run against a software model of the registers and the memory (tests/export/test_multiplexed.py of m3vit), never
-on a board. Registers are taken by name from the overlay's description: it does not depend on the addresses that Vitis
-HLS gives them.
+It has run against a software model of the registers and the memory (tests/export/multiplexed/test_driver.py of m3vit),
+never on a board. Registers are taken by name from the overlay's description: it does not depend on the addresses that
+Vitis HLS gives them.
 """
 
 import json

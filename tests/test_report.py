@@ -1,0 +1,149 @@
+"""m3vit report: every column it can have, all on the same images, and what it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3vit.data.opening import open_split
+from m3vit.errors import InputError
+from m3vit.report.project import read_project
+from m3vit.tasks import TASKS as TABLE
+from m3vit.training.checkpoint import load_run
+from tests.conftest import TINY
+from tests.test_cli import refused
+
+Cli = Callable[..., subprocess.CompletedProcess]
+TASKS = ("semseg", "depth", "normals", "edge")
+
+
+@pytest.fixture(scope="module")
+def simulated(cli: Cli, hls_project: Path) -> Path:
+    """The spatial project, two of its three images C-simulated."""
+    result = cli("hw", "csim", hls_project, "--samples", 2)
+    assert result.returncode == 0, result.stderr
+    for task in TASKS:
+        assert re.search(rf"{task}: worst error .* mean error .* top-k flips in \d+ routing decisions", result.stdout)
+    return hls_project
+
+
+@pytest.fixture(scope="module")
+def evaluated(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multiplexed project, evaluated on all three images."""
+    project = tmp_path_factory.mktemp("projects") / "hls"
+    words = ("export", "hls", tiny_run, "--schedule", "multiplexed", "--samples", 3, "--out", project)
+    for command in (words, ("eval", project, "--data.root", tiny_data)):
+        result = cli(*command)
+        assert result.returncode == 0, result.stderr
+    return project
+
+
+def test_report_holds_every_column_on_the_same_images(
+    cli: Cli, tiny_run: Path, onnx_package: Path, simulated: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    result = cli("report", tiny_run, "--onnx", onnx_package, "--hls", simulated, "--images", 2, "--out", page)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(page.with_suffix(".json").read_text())
+    assert report["images"] == 2, "the images that were simulated"
+    for task in TASKS:
+        row = report["tasks"][task]
+        assert row["onnx"] == pytest.approx(row["torch"], rel=1e-4)
+        # Fixed point: 20-bit maps, 16-bit weights. On two tiny images one pixel more or less moves a score.
+        assert row["csim"] == pytest.approx(row["torch"], rel=0.03)
+        assert row["trivial"] >= 0
+    text = page.read_text()
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", text), "nothing is fetched"
+    # 2 images x 4 tasks x (input, truth, torch, ONNX, C-sim), and 2 x 1 MoE layer x (input + 4 tasks)
+    assert text.count('<img alt="') == 2 * 4 * 5 + 2 * 5
+    assert text.count("<svg") == 2
+
+
+def test_report_refuses_exports_of_other_weights(
+    cli: Cli, tiny_data: Path, tiny_run: Path, onnx_package: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "run"
+    assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", other).returncode == 0
+    assert cli("eval", other).returncode == 0
+    refused(cli("report", other, "--onnx", onnx_package, "--hls", tmp_path), "exported from other weights")
+    refused(cli("report", tiny_run, "--out", tmp_path / "page.json"), "give a file name for the page")
+
+
+def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    words = ("report", tiny_run, "--onnx", tmp_path / "a", "--hls", tmp_path / "b", "--out", tmp_path / "r.html")
+    result = cli(*words)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["tasks"]["depth"].keys() == {"metric", "unit", "higher_is_better", "trivial", "torch"}
+    assert any("No ONNX package" in note for note in report["notes"])
+
+
+def made(cli: Cli, run: Path, hls: Path, onnx: Path, page: Path, *words: object) -> dict[str, Any]:
+    result = cli("report", run, "--onnx", onnx, "--hls", hls, "--images", 2, "--out", page, *words)
+    assert result.returncode == 0, result.stderr
+    report: dict[str, Any] = json.loads(page.with_suffix(".json").read_text())
+    assert ("emulator" in result.stdout) == ("emulator" in report["all_metrics"])
+    return report
+
+
+@pytest.mark.slow
+def test_report_of_a_multiplexed_project(cli: Cli, tiny_run: Path, evaluated: Path, tmp_path: Path) -> None:
+    page, none = tmp_path / "page.html", tmp_path / "none"
+    report = made(cli, tiny_run, evaluated, none, page)
+    assert report["images"] == 3 and list(report["all_metrics"]) == ["trivial", "torch", "emulator"]
+    scored = json.loads((evaluated / "eval.json").read_text())["protocols"]["A"]["tasks"]
+    for task in TASKS:
+        assert report["tasks"][task]["emulator"] == scored[task]["emulator"][TABLE[task].metric]
+        assert report["tasks"][task]["emulator"] == pytest.approx(report["tasks"][task]["torch"], rel=0.03)
+    assert any("was not C-simulated" in note for note in report["notes"])
+    text = page.read_text()
+    assert "<th>emulator</th>" in text and "integers computed in torch" in text
+    assert text.count('<img alt="') == 2 * 4 * 4 + 2 * 5, "no ONNX, but pictures of the emulator"
+
+    # C-simulated in part: a note. Wholly: a column, and the same figures, for the words are the same.
+    assert cli("hw", "csim", evaluated, "--samples", 2).returncode == 0
+    report = made(cli, tiny_run, evaluated, none, page)
+    assert report["images"] == 3 and "csim" not in report["all_metrics"]
+    assert "Of fewer images than this table, so not in it:" in report["notes"]
+    assert any("of 2 images: every word is the emulator's" in note for note in report["notes"])
+    assert cli("hw", "csim", evaluated).returncode == 0
+    report = made(cli, tiny_run, evaluated, none, page)
+    assert list(report["all_metrics"]) == ["trivial", "torch", "csim", "emulator"]
+    assert report["all_metrics"]["csim"] == report["all_metrics"]["emulator"]
+
+    # C-simulated alone, as a spatial project.
+    copy = tmp_path / "copy"
+    shutil.copytree(evaluated, copy, ignore=shutil.ignore_patterns("eval*", "*.exe"))
+    report = made(cli, tiny_run, copy, none, page)
+    assert list(report["all_metrics"]) == ["trivial", "torch", "csim"] and report["images"] == 3
+    assert "<th>emulator</th>" not in page.read_text()
+
+
+def test_an_evaluation_of_something_else_is_not_shown(
+    cli: Cli, tiny_run: Path, tiny_data: Path, evaluated: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(evaluated, copy, ignore=shutil.ignore_patterns("*.exe", "csim*"))
+    run, split = load_run(tiny_run), open_split("nyud", tiny_data, "val", TASKS)
+    assert list(read_project(run, copy, split, "A").stored) == ["emulator"]
+    with np.load(copy / "eval-A.npz") as stored:
+        arrays = dict(stored)
+    np.savez(copy / "eval-A.npz", **arrays | {"ids": arrays["ids"][::-1]})
+    with pytest.raises(InputError, match=f"was evaluated on other images than the val split of {tiny_data}"):
+        read_project(run, copy, split, "A")
+    (copy / "eval-A.npz").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"eval-A.npz cannot be read"):
+        read_project(run, copy, split, "A")
+    results = read_project(run, copy, split, "B")
+    assert not results.stored and not results.scored and results.indices == [0, 1, 2]
+    assert f"under protocol A: for this table, m3vit eval {copy} --protocol B" in results.notes[0]
+    # The same names, but other pictures.
+    np.savez(copy / "eval-A.npz", **arrays | {"fingerprints": arrays["fingerprints"] + 1})
+    words = ("report", tiny_run, "--onnx", tmp_path / "none", "--out", tmp_path / "page.html", "--hls", copy)
+    refused(cli(*words), "was evaluated on other images than the val split")
