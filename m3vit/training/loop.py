@@ -34,7 +34,7 @@ from m3vit.training.sharding import (
     load_weights,
     shard,
     share_buffers,
-    whole_weights,
+    unsharded,
 )
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
@@ -251,7 +251,7 @@ class Training:
                 self.progress(self.step, self.steps, f"evaluating {done}/{of}")
 
         share_buffers(self.trained)
-        with whole_weights(self.trained):
+        with unsharded(self.trained):
             values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
         if is_best([*lines, values], self.config.model.tasks, self.config.train.best):
             # A run folder too. Before the line in the log: a run killed in between evaluates again.

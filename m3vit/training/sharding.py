@@ -48,7 +48,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Keep a sharded model's weights together while in here, so that a process can run it without the others."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config, read_config
-from m3vit.training.sharding import gathered, load_weights, shard, whole_weights
+from m3vit.training.sharding import gathered, load_weights, shard, unsharded
 from tests.conftest import TINY
 from tests.training.launching import CONTEXT, Run, environments, run
 from tests.training.runs import assert_close, lines, same_bits
@@ -111,7 +111,7 @@ def check_shares(run_folder: Path, variables: dict[str, str]) -> None:
     with torch.no_grad():
         expected = plain.eval()(images).logits
         found = model.eval()(images).logits  # together
-        with whole_weights(model):
+        with unsharded(model):
             if dist.get_rank():  # alone
                 alone = model(images, ["depth"]).logits
                 torch.testing.assert_close(alone["depth"], expected["depth"], rtol=0, atol=0)
