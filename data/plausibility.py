@@ -85,7 +85,7 @@ def statistics(task: str, label_set: str, looks: Sequence[Look]) -> dict[str, An
         "constant_images": sum(one.value is not None for one in looks),
     }
     if task in LABEL_SETS[label_set].classes:
-        pixels = np.sum([one.pixels for one in looks], axis=0)
+        pixels = np.sum([one.pixels for one in looks if one.pixels is not None], axis=0)
         classes = LABEL_SETS[label_set].classes[task]
         result |= {
             "ids_present": [index for index in range(len(classes)) if pixels[index]],
