@@ -51,7 +51,7 @@ def test_sorted_equals_reference_with_gradients(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
-@pytest.mark.parametrize("name", [name for name in ROUTINGS if name != "no token"])
+@pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_equals_reference_with_gradients(name: str, dtype: torch.dtype) -> None:
     expected = outputs_and_gradients(run_reference, name, torch.float64, 16, 24)
@@ -59,8 +59,8 @@ def test_grouped_equals_reference_with_gradients(name: str, dtype: torch.dtype) 
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for reference, fast in zip(expected, outputs_and_gradients(run_grouped, name, dtype, 16, 24), strict=True):
         assert fast.dtype == dtype
-        scale = reference.abs().max()
-        assert (fast.double() - reference).abs().max() <= tolerance * scale
+        scale = float(reference.detach().abs().max()) if reference.numel() else 0.0
+        torch.testing.assert_close(fast.double(), reference, rtol=0, atol=tolerance * scale)
 
 
 def test_execution_is_chosen_by_device_and_type() -> None:
@@ -84,9 +84,9 @@ def test_ties_send_a_token_to_distinct_experts() -> None:
 def test_dispatch_groups_by_expert_in_token_order() -> None:
     # (token, slot) pairs in flat order: 0:e1 1:e0 | 2:e0 3:e2 | 4:e1 5:e0
     groups = dispatch(torch.tensor([[1, 0], [0, 2], [1, 0]]), num_experts=4)
-    assert groups.counts_E.tolist() == [3, 2, 1, 0]
+    assert groups.ends_E.tolist() == [3, 5, 6, 6]  # 3, 2, 1 and 0 rows
     assert groups.order_S.tolist() == [1, 2, 5, 0, 4, 3]
-    assert groups.order_S[groups.inverse_S].tolist() == list(range(6))
+    assert groups.order_S[groups.place_NK.flatten()].tolist() == list(range(6))
 
 
 def test_gradient_of_the_permutation_numerically() -> None:
