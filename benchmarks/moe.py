@@ -181,7 +181,8 @@ def measure_steps(args: argparse.Namespace, size: int) -> dict[str, dict[str, di
             command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), *options]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             workers[precision, way] = process
-            read(process)  # one after the other: they build their models
+    for process in workers.values():
+        read(process)  # it has built its model
     times: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
     for round_ in range(args.repeats + 1):  # the first warms up
         for key in list(workers)[:: -1 if round_ % 2 else 1]:

@@ -91,24 +91,24 @@ class _Sorted(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor,
     ) -> Tensor:
-        ctx.groups, ctx.ends = groups, groups.ends_E.tolist()
         hidden, out_SD = [], x_ND.new_empty(len(groups.token_S), x_ND.shape[1])
-        for expert, rows in _slices(ctx.ends):
+        for expert, rows in _slices(groups):
             hidden.append(torch.addmm(b1[expert], x_ND.index_select(0, groups.token_S[rows]), w1[expert].T))
             torch.mm(F.gelu(hidden[-1]), w2[expert].T, out=out_SD[rows])
-        ctx.save_for_backward(expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden)
+        ctx.save_for_backward(*groups, expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden)
         y_ND = _gathered_sum(out_SD, groups.place_NK, weights_NK)
         return y_ND.addmm_(_combine(expert_ids_NK, weights_NK, len(b2)), b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden = ctx.saved_tensors
-        (grad_ND,), groups = gradients, ctx.groups
+        saved, (grad_ND,) = ctx.saved_tensors, gradients  # once: activation checkpointing allows no more
+        groups = Dispatch(*saved[:4])
+        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden = saved[4:]
         token_S, weights_S1 = groups.token_S, weights_NK.flatten()[groups.order_S, None]
         grad_w1, grad_b1, grad_w2 = torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2)
         grad_SD, dots_S = x_ND.new_empty(len(token_S), x_ND.shape[1]), x_ND.new_empty(len(token_S))
-        for expert, rows in _slices(ctx.ends):
+        for expert, rows in _slices(groups):
             grad_rows, weights = grad_ND.index_select(0, token_S[rows]), weights_S1[rows]
             active, back = F.gelu(hidden[expert]), grad_rows @ w2[expert]
             torch.linalg.vecdot(back, active, out=dots_S[rows])
@@ -123,8 +123,9 @@ class _Sorted(torch.autograd.Function):
         return None, None, grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2
 
 
-def _slices(ends: list[int]) -> Iterator[tuple[int, slice]]:
+def _slices(groups: Dispatch) -> Iterator[tuple[int, slice]]:
     """Yield each expert and its rows."""
+    ends = groups.ends_E.tolist()
     return ((expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
 
 
@@ -147,19 +148,19 @@ class _Grouped(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor,
     ) -> Tensor:
-        ctx.groups = groups
         hidden_SH = F.grouped_mm(x_ND.index_select(0, groups.token_S), w1.transpose(1, 2), offs=groups.ends_E)
         hidden_SH.addmm_(_chosen(groups, expert_ids_NK, b1), b1)
         out_SD = F.grouped_mm(F.gelu(hidden_SH), w2.transpose(1, 2), offs=groups.ends_E)
-        ctx.save_for_backward(expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH)
+        ctx.save_for_backward(*groups, expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH)
         y_ND = _gathered_sum(out_SD, groups.place_NK, weights_NK)
         return y_ND.addmm_(_combine(expert_ids_NK, weights_NK, len(b2)), b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH = ctx.saved_tensors
-        (grad_ND,), groups = gradients, ctx.groups
+        saved, (grad_ND,) = ctx.saved_tensors, gradients  # once: activation checkpointing allows no more
+        groups = Dispatch(*saved[:4])
+        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH = saved[4:]
         token_S, weights_S1 = groups.token_S, weights_NK.flatten()[groups.order_S, None]
 
         def gradient(grad_SO: Tensor, rows_SI: Tensor) -> Tensor:

@@ -1,45 +1,10 @@
 """Sorted and grouped execution against the obvious reference, forward and backward, where routing goes wrong first."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
 from m3vit.models.experts import ExpertBank, choose_execution, dispatch, run_grouped, run_reference, run_sorted
-
-N, D, H, E, K = 37, 6, 5, 4, 2
-
-
-def random_ids(generator: torch.Generator) -> Tensor:
-    return torch.rand(N, E, generator=generator).topk(K).indices
-
-
-ROUTINGS: dict[str, Callable[[torch.Generator], Tensor]] = {
-    "random": random_ids,
-    "all tokens on the same experts": lambda g: torch.tensor([2, 0]).expand(N, K),
-    "an expert without tokens": lambda g: torch.rand(N, E - 1, generator=g).topk(K).indices,
-    "one token": lambda g: random_ids(g)[:1],
-    "every expert for every token": lambda g: torch.rand(N, E, generator=g).topk(E).indices,
-    "one expert a token": lambda g: random_ids(g)[:, :1],
-    "no token": lambda g: random_ids(g)[:0],
-}
-
-
-def outputs_and_gradients(
-    execute: Callable[..., Tensor], name: str, dtype: torch.dtype, width: int = D, hidden: int = H
-) -> list[Tensor]:
-    """Run a bank on a routing; return the output and the gradients of tokens, weights and parameters."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    bank = ExpertBank(E, width, hidden).to(dtype)
-    ids = ROUTINGS[name](generator)
-    x = torch.randn(len(ids), width, generator=generator, dtype=torch.float64).to(dtype)
-    weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64).to(dtype)
-    probe = torch.randn(len(ids), width, generator=generator, dtype=torch.float64).to(dtype)
-    leaves = [x.requires_grad_(), weights.requires_grad_(), *bank.parameters()]
-    y = execute(bank, x, weights, ids)
-    return [y, *torch.autograd.grad((y * probe).sum(), leaves)]
+from tests.models.banks import ROUTINGS, D, E, H, K, N, assert_close, outputs_and_gradients
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -57,10 +22,9 @@ def test_grouped_equals_reference_with_gradients(name: str, dtype: torch.dtype) 
     expected = outputs_and_gradients(run_reference, name, torch.float64, 16, 24)
     # float32: 24 sums of eps 1e-7; bfloat16: eps 0.8 %, over two products and a sum of K.
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    for reference, fast in zip(expected, outputs_and_gradients(run_grouped, name, dtype, 16, 24), strict=True):
-        assert fast.dtype == dtype
-        scale = float(reference.detach().abs().max()) if reference.numel() else 0.0
-        torch.testing.assert_close(fast.double(), reference, rtol=0, atol=tolerance * scale)
+    found = outputs_and_gradients(run_grouped, name, dtype, 16, 24)
+    assert all(value.dtype == dtype for value in found)
+    assert_close(found, expected, tolerance)
 
 
 def test_execution_is_chosen_by_device_and_type() -> None:
