@@ -17,7 +17,6 @@ so that a busy moment hits all alike. Times are medians. Memory is the peak beyo
 
 import argparse
 import json
-import logging
 import os
 import resource
 import statistics
@@ -145,7 +144,6 @@ def run_steps(way: str, device: str, precision: str, size: int, batch: int) -> N
     config, images, labels = pascal(size, batch)
     for key, value in WAYS[way].items():
         setattr(config.train, key, value)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
     model = MultiTaskModel(config.model).train()
     model.backbone.checkpoint_activations = config.train.checkpoint_activations
@@ -260,8 +258,8 @@ def main() -> None:
         print(f"step, M3ViT-S, five tasks, {args.batch} images of {size} x {size}")
         result["step"][str(size)] = found = measure_steps(args, size)
         print_steps(found)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        if args.json:  # after each size: a run that is stopped keeps what it has
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def processor() -> str:
