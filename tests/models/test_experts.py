@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m3vit.models.experts import ExpertBank, choose_execution, dispatch, run_grouped, run_reference, run_sorted
-from tests.models.banks import ROUTINGS, D, E, H, K, N, assert_close, outputs_and_gradients
+from tests.models.banks import ROUTINGS, D, E, H, K, N, assert_close, outputs_and_gradients, random_ids
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -59,3 +59,24 @@ def test_gradient_of_the_permutation_numerically() -> None:
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: run_sorted(bank, x, w, ids), (x, weights))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_sorted_in_bfloat16_and_its_repetition(name: str) -> None:
+    expected = outputs_and_gradients(run_reference, name, torch.float64, 16, 24)
+    once, again = (outputs_and_gradients(run_sorted, name, torch.bfloat16, 16, 24) for _ in range(2))
+    assert_close(once, expected, 0.03)  # as above
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_what_is_kept_for_the_gradient() -> None:
+    # Of S rows only w1 x + b1: neither gathered tokens, nor activations, nor the experts' outputs.
+    bank, x, ids = ExpertBank(E, 16, 24), torch.randn(N, 16, requires_grad=True), random_ids(torch.Generator())
+    weights = torch.rand(N, K, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    for execute in (run_sorted, run_grouped) if hasattr(torch.nn.functional, "grouped_mm") else (run_sorted,):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+            execute(bank, x, weights, ids)
+        outside = [value for value in kept if value.is_floating_point() and value.shape[:1] != (E,)]
+        assert sum(value.numel() for value in outside) == N * K * 24 + x.numel() + weights.numel()
