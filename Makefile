@@ -1,10 +1,11 @@
 # make demo   environment, then the whole path on rendered scenes: train, evaluate, export, C-simulate, report
 # make test   lint, format check, type check on the built wheel, the whole test suite
+# make gpu    tests and benchmarks of one CUDA GPU into runs/gpu; without network or an environment: benchmarks/gpu.sh
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck pytest clean
+.PHONY: demo test lint typecheck pytest gpu clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ typecheck: $(VENV)/.installed
 
 pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+gpu: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu.sh runs/gpu
 
 clean:
 	rm -rf $(VENV) build # not runs/: those are yours

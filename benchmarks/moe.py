@@ -1,19 +1,23 @@
 """What mixtures of experts cost, as ratios in one run.
 
-    python benchmarks/moe.py [--device cuda] [--threads 2] [--repeats 5] [--quick] [--json FILE]
+    python benchmarks/moe.py [--device cuda] [--precision 32-true bf16-mixed] [--size 256 384 512] [--json FILE]
 
 Layer: a MoE layer (16 experts, top-4, ViT-S widths) against the dense MLP of equal FLOPs, forward and backward, 8
 images of 1024 tokens, for each way of executing the experts.
 Step: a whole training step of M3ViT-S on the five tasks of PASCAL-Context, linear heads, all tasks in one pass, against
-the way of M3ViT's code: the backbone once more for each task, and a loop over the experts that gathers and scatters.
-On a GPU in bf16, else in float32. Peak memory is the allocator's on a GPU, the process's on the CPU, each measured in a
-process of its own.
+M3ViT's way: the backbone once more for each task, a loop over the experts that gathers and scatters, and one backward
+pass of the summed losses (its code: models/models.py, train/train_utils.py). That code trains in float32, without
+autocast: "as published" compares with that. Also this project's step with less memory: the batch in two parts
+(`train.accumulate`), or blocks computed again (`train.checkpoint_activations`).
+
+Each way runs in a process of its own; all are started, and then take turns, step by step, there and back (A B C C B A),
+so that a busy moment hits all alike. Times are medians. Memory is the peak beyond what was there before the first step
+(weights, libraries): the process's on the CPU, the allocator's on CUDA.
 """
 
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,17 +30,26 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from m3vit.models.experts import EXECUTIONS, ExpertBank
 from m3vit.models.moe import MoELayer
-from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Router
-from m3vit.training.config import Config, read_config, recipe_path
-from m3vit.training.step import step_losses
+from m3vit.training.config import PRECISIONS, Config, read_config, recipe_path
+from m3vit.training.step import Stepper
+from m3vit.training.weighting import make_weighting
 
 DIM, EXPERTS, TOP_K = 384, 16, 4
+OURS, THEIRS = "all tasks in one pass", "M3ViT's way"
+WAYS: dict[str, dict[str, Any]] = {  # changes to the training configuration
+    OURS: {},
+    THEIRS: {},
+    f"{OURS}, batch in 2 parts": {"accumulate": 2},
+    f"{OURS}, checkpoint_activations": {"checkpoint_activations": True},
+}
 
 
 def loop_and_scatter(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
@@ -50,23 +63,17 @@ def loop_and_scatter(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_
     return y
 
 
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+class TaskByTask(nn.Module):
+    """The same model, run once for each task from the pixels on, as M3ViT's models/models.py does."""
 
+    def __init__(self, model: MultiTaskModel) -> None:
+        super().__init__()
+        self.model = model
 
-def interleaved(functions: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Return the median seconds of each function; they take turns, so that a busy moment hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repeats + 1):  # the first warms up
-        for name, function in functions.items():
-            synchronise(device)
-            start = time.perf_counter()
-            function()
-            synchronise(device)
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    def forward(self, images: Tensor, tasks: list[str], **options: Any) -> Output:
+        outputs = [self.model(images, [task], **options) for task in tasks]
+        logits = {task: value for output in outputs for task, value in output.logits.items()}
+        return Output(logits, [routing for output in outputs for routing in output.routings], {})
 
 
 class Layer(nn.Module):
@@ -80,120 +87,185 @@ class Layer(nn.Module):
         return self.moe(x[None], (0,))[0][0]
 
 
-def measure_layer(device: str, repeats: int, images: int) -> dict[str, float]:
-    """Time the layer's executions and the dense MLP."""
+def timed(function: Callable[[], None], device: str) -> float:
+    """Return the seconds of a call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_layer(device: str, precision: str, repeats: int, images: int) -> dict[str, float]:
+    """Return the median seconds of the dense MLP and of each execution of the experts."""
     torch.manual_seed(0)
     layers: dict[str, nn.Module] = {"dense MLP": Mlp(DIM, 4 * DIM)}
     layers |= {name: Layer(name) for name in EXECUTIONS if name != "reference"}
+    if device == "cpu":
+        layers.pop("grouped")  # torch's is a loop on the CPU, for tests
     x = torch.randn(images, 1024, DIM, device=device, requires_grad=True)
 
     def run(layer: nn.Module) -> Callable[[], None]:
         layer.to(device).train()
 
         def function() -> None:
-            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
                 y = layer(x)
             y.float().square().mean().backward()
 
         return function
 
-    return interleaved({name: run(layer) for name, layer in layers.items()}, repeats, device)
+    functions = {name: run(layer) for name, layer in layers.items()}
+    rounds = [{name: timed(function, device) for name, function in functions.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(found[name] for found in rounds[1:]) for name in functions}  # the first warms up
 
 
-def pascal(device: str, size: int) -> tuple[Config, MultiTaskModel, Tensor, dict[str, Tensor]]:
-    """Return M3ViT-S with linear heads, and noise images with labels."""
+def pascal(size: int, batch: int) -> tuple[Config, Tensor, dict[str, Tensor]]:
+    """Return the configuration of M3ViT-S with linear heads, and noise images with labels."""
     config = read_config(recipe_path("pascal-small"))
     config.model.pretrained, config.model.head, config.model.image_size = False, "linear", (size, size)
-    config.model.trunk_args, config.model.distillation = {"num_heads": 12}, []
+    config.model.distillation = []
     torch.manual_seed(0)
-    model = MultiTaskModel(config.model).to(device).train()
-    batch = 2
-    images = torch.randn(batch, 3, size, size, device=device)
+    shape = (batch, size, size)
     labels = {
-        "semseg": torch.randint(0, 21, (batch, size, size), device=device),
-        "human_parts": torch.randint(0, 7, (batch, size, size), device=device),
-        "saliency": torch.randint(0, 2, (batch, size, size), device=device, dtype=torch.uint8),
-        "normals": F.normalize(torch.randn(batch, 3, size, size, device=device), dim=1),
-        "edge": torch.randint(0, 2, (batch, size, size), device=device, dtype=torch.uint8),
+        "semseg": torch.randint(0, 21, shape),
+        "human_parts": torch.randint(0, 7, shape),
+        "saliency": torch.randint(0, 2, shape, dtype=torch.uint8),
+        "normals": F.normalize(torch.randn(batch, 3, size, size), dim=1),
+        "edge": torch.randint(0, 2, shape, dtype=torch.uint8),
     }
-    return config, model, images, labels
+    return config, torch.randn(batch, 3, size, size), labels
 
 
-class TaskByTask(nn.Module):
-    """The same model, run once for each task from the pixels on, as M3ViT's models/models.py does."""
-
-    def __init__(self, model: MultiTaskModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, tasks: None = None, **options: Any) -> Any:
-        outputs = [self.model(images, [task], **options) for task in self.model.config.tasks]
-        logits = {task: value for output in outputs for task, value in output.logits.items()}
-        return outputs[0]._replace(
-            logits=logits, routings=[routing for output in outputs for routing in output.routings]
-        )
-
-
-def measure_step(way: str, device: str, repeats: int, size: int) -> dict[str, float]:
-    """Time training steps of one way, and report its peak memory; meant for a process of its own."""
-    config, model, images, labels = pascal(device, size)
-    runner: nn.Module = model
-    if way == "M3ViT's way":
-        runner = TaskByTask(model)
+def run_steps(way: str, device: str, precision: str, size: int, batch: int) -> None:
+    """Be the process of one way: a step and its seconds for each line that arrives, then the peak of the memory."""
+    config, images, labels = pascal(size, batch)
+    for key, value in WAYS[way].items():
+        setattr(config.train, key, value)
+    fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+    model = MultiTaskModel(config.model).train()
+    model.backbone.checkpoint_activations = config.train.checkpoint_activations
+    if way == THEIRS:
         EXECUTIONS["sorted"] = EXECUTIONS["grouped"] = loop_and_scatter
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    wrapped, optimizer = fabric.setup(TaskByTask(model) if way == THEIRS else model, optimizer)
+    stepper = Stepper(fabric, config, wrapped, optimizer, make_weighting(config, fabric.device))
+    images, labels = fabric.to_device((images, labels))
+
+    def memory() -> float:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-            loss, _ = step_losses(config, runner, images, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        stepper.gradients(0, images, labels)
+        stepper.optimizer.step()
 
-    seconds = interleaved({way: step}, repeats, device)[way]
-    if device == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        peak = torch.cuda.max_memory_allocated()
-    return {"seconds": seconds, "peak_gib": peak / 2**30}
+    before = memory()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(timed(step, device), flush=True)
+    print(memory() - before, flush=True)
+
+
+def measure_steps(args: argparse.Namespace, size: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the median seconds and the peak GiB of a step, {precision: {way: ...}}."""
+    workers = {}
+    for precision in args.precision:
+        for way in args.ways:
+            options = ["--worker", way, "--precision", precision, "--size", str(size), "--batch", str(args.batch)]
+            command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), *options]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            workers[precision, way] = process
+    for process in workers.values():
+        read(process)  # it has built its model
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
+    for round_ in range(args.repeats + 1):  # the first warms up
+        for key in list(workers)[:: -1 if round_ % 2 else 1]:
+            process = workers[key]
+            assert process.stdin
+            print(file=process.stdin, flush=True)
+            times[key].append(float(read(process)))
+    found: dict[str, dict[str, dict[str, float]]] = {precision: {} for precision in args.precision}
+    for (precision, way), process in workers.items():
+        assert process.stdin
+        process.stdin.close()
+        seconds = statistics.median(times[precision, way][1:])
+        found[precision][way] = {"seconds": seconds, "peak_gib": float(read(process))}
+        process.wait()
+    return found
+
+
+def read(process: subprocess.Popen) -> str:
+    """Return a process's next line."""
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        sys.exit(f"a process ended with {process.wait()}: {' '.join(map(str, process.args))}")  # type: ignore[arg-type]
+    return line
+
+
+def print_steps(found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print the ways, and what this project's step gains over M3ViT's way: at equal precision, and as published."""
+    for precision, ways in found.items():
+        for way, values in ways.items():
+            line = f"  {precision:<10} {way}: {values['seconds']:.3f} s, peak {values['peak_gib']:.2f} GiB"
+            for name, base in (("equal precision", precision), ("as published", "32-true")):
+                theirs = found.get(base, {}).get(THEIRS)
+                if theirs and way != THEIRS and (name == "equal precision" or base != precision):
+                    faster, memory = theirs["seconds"] / values["seconds"], values["peak_gib"] / theirs["peak_gib"]
+                    line += f"; {faster:.2f} x as fast, {memory:.2f} x the memory ({name})"
+            print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"], choices=PRECISIONS[:2])
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: its choice")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6, help="steps of each way, after one that warms up")
     parser.add_argument("--images", type=int, default=8, help="images of 1024 tokens through the layer")
-    parser.add_argument("--size", type=int, default=512, help="image side of the step")
+    parser.add_argument("--size", type=int, nargs="*", default=[512], help="image sides of the step; none: the layer")
+    parser.add_argument("--batch", type=int, default=2, help="images of the step")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="of the step")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--way", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.way:
-        print(json.dumps(measure_step(args.way, args.device, args.repeats, args.size)))
+    if args.worker == "layer":
+        print(json.dumps(measure_layer(args.device, args.precision[0], args.repeats, args.images)))
         return
-    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU"
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    layer = measure_layer(args.device, args.repeats, args.images)
-    dense = layer["dense MLP"]
-    print(f"layer, {args.images} x 1024 tokens, forward and backward; dense MLP {1000 * dense:.1f} ms")
-    for name, seconds in layer.items():
-        if name != "dense MLP":
-            print(f"  {name}: {1000 * seconds:.1f} ms, {seconds / dense:.2f} x the dense MLP of equal FLOPs")
-    steps = {}
-    for way in ("all tasks in one pass", "M3ViT's way"):
-        command = [sys.executable, __file__, "--way", way, "--device", args.device, "--repeats", str(args.repeats)]
-        command += ["--threads", str(args.threads), "--size", str(args.size)]
-        steps[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    ours, theirs = steps.values()
-    print(f"step, M3ViT-S, five tasks, 2 images of {args.size} x {args.size}")
-    for way, found in steps.items():
-        print(f"  {way}: {found['seconds']:.2f} s, peak {found['peak_gib']:.2f} GiB")
-    faster, memory = theirs["seconds"] / ours["seconds"], ours["peak_gib"] / theirs["peak_gib"]
-    print(f"  {faster:.2f} x as fast, {memory:.2f} x its memory")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "layer": layer, "step": steps}, indent=2) + "\n")
+    if args.worker:
+        run_steps(args.worker, args.device, args.precision[0], args.size[0], args.batch)
+        return
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else processor()
+    result: dict[str, Any] = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(f"{machine}, {result['threads']} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    result |= {"batch": args.batch, "images": args.images, "layer": {}, "step": {}}
+    print(f"layer, {args.images} x 1024 tokens, forward and backward")
+    for precision in args.precision:
+        command = [sys.executable, __file__, "--worker", "layer", "--device", args.device, "--precision", precision]
+        command += ["--threads", str(args.threads), "--images", str(args.images), "--repeats", str(3 * args.repeats)]
+        layer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        result["layer"][precision], dense = layer, layer["dense MLP"]
+        for name, seconds in layer.items():
+            print(
+                f"  {precision:<10} {name}: {1000 * seconds:.2f} ms, {seconds / dense:.2f} x the dense MLP", flush=True
+            )
+    for size in args.size:
+        print(f"step, M3ViT-S, five tasks, {args.batch} images of {size} x {size}")
+        result["step"][str(size)] = found = measure_steps(args, size)
+        print_steps(found)
+        if args.json:  # after each size: a run that is stopped keeps what it has
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def processor() -> str:
+    """Return the name of the CPU, where the system says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 if __name__ == "__main__":

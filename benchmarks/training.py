@@ -79,6 +79,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         stepper.gradients(step, images, labels)
         stepper.clip()
         stepper.optimizer.step()
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     if fabric.device.type == "cuda":

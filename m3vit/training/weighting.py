@@ -132,9 +132,9 @@ class GradientMethod(Fixed):
     def combine(self, gramian_TT: Tensor, seed: int) -> Tensor:
         """Return the weight of each task's gradient, from the inner products of the gradients."""
         with torch.random.fork_rng(devices=[]):  # PCGrad draws orders: the same in every process
-            torch.manual_seed(seed)
-            # float64: the products of gradients of very different lengths
-            weights: Tensor = self.weigh(gramian_TT.double().cpu()).to(gramian_TT)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would seed a GPU's too
+            # float64: the products of gradients of very different lengths. On the CPU: MPS has none.
+            weights: Tensor = self.weigh(gramian_TT.cpu().double()).to(gramian_TT)
         return weights * len(weights) if self.shares else weights
 
 
