@@ -45,6 +45,11 @@ def route(logits_RNE: Tensor, top_k: int, kept_E: Tensor | None = None) -> Routi
     return Routing(scores, scores.gather(-1, expert_ids), expert_ids)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast is on for the tensor's device; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 class Router(nn.Module):
     """The gates of one MoE layer, for all tasks.
 
@@ -120,7 +125,14 @@ class Router(nn.Module):
         return weight, bias
 
     def forward(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Routing:
-        """Route the tokens [R, N, D] of the tasks `task_ids` (R of them)."""
+        """Route the tokens [R, N, D] of the tasks `task_ids` (R of them), in the parameters' type even under autocast.
+
+        bfloat16 would send 0.7 % of the tokens to other experts, and up-cycled ones to parts of different copies of an
+        MLP. (Switch, arXiv 2101.03961, section 2.4, keeps its router in float32 for stability.)
+        """
+        if autocasts(x_RND):
+            with torch.autocast(x_RND.device.type, enabled=False):
+                return self.forward(x_RND.to(self.gates[0].dtype), task_ids)
         weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
         logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
         noisy, std = logits, None
