@@ -1,6 +1,7 @@
 """The command line as a user meets it: help at once, one clear line and exit code 2 for a mistake."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,6 +70,14 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     config.write_text("train: {epocs: 3}\n")
     refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")
     assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_one_process_of_a_torchrun_speaks_for_all(cli: Cli, tmp_path: Path) -> None:
+    for rank, lines in ((0, 1), (1, 0)):
+        words = {"WORLD_SIZE": "2", "RANK": str(rank)}
+        found = cli("train", "synthetic-tiny", "--train.lr=-1", "--out", tmp_path / "run", env=os.environ | words)
+        assert found.returncode == 2
+        assert len(found.stderr.splitlines()) == lines
 
 
 def test_missing_or_damaged_data(cli: Cli, make_data: Callable[..., Path], tmp_path: Path) -> None:
