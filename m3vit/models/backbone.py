@@ -7,6 +7,7 @@ without experts; this module composes the parts of the blocks with experts, wher
 Shapes: R tasks, B images, P prefix tokens, T patch tokens, D embedding dimension, (h, w) patch grid.
 """
 
+import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ POST_NORM = (ResPostBlock, EvaBlockPostNorm)  # blocks that normalise what they 
 def make_trunk(config: ModelConfig) -> VisionTransformer | Eva:
     """Build the timm model, without classifier and final norm, or raise InputError if it is not a ViT we can use."""
     if not timm.is_model(config.trunk):
-        near = ", ".join(timm.list_models(f"*{config.trunk[:6]}*")[:3]) or "vit_small_patch16_224"
+        names = [name for family in FAMILIES for name in timm.list_models(module=family)]
+        near = ", ".join(difflib.get_close_matches(config.trunk, names)) or EXAMPLES
         raise InputError(f"model.trunk is {config.trunk!r}, not a timm model: give one such as {near}")
     arguments: dict[str, Any] = {
         "img_size": tuple(config.image_size),
@@ -153,7 +155,13 @@ class Backbone(nn.Module):
                 learned_noise=config.router_noise_kind == "learned",
                 allowed=[config.experts_per_task.get(task) for task in config.tasks],
             )
-            bank = ExpertBank(config.num_experts, self.dim, round(self.dim * config.expert_ratio))
+            hidden = round(self.dim * config.expert_ratio)
+            if hidden < 1:
+                raise InputError(
+                    f"model.expert_ratio is {config.expert_ratio}: that makes experts of no hidden unit for the "
+                    f"embedding dimension {self.dim}; give at least {1 / self.dim:g}"
+                )
+            bank = ExpertBank(config.num_experts, self.dim, hidden)
             layer = MoELayer(router, bank, config.experts)
             if config.init == "upcycle":
                 upcycle(layer, block.mlp, config.upcycle_gates, f"block {index} of {config.trunk}")
