@@ -136,6 +136,7 @@ class Backbone(nn.Module):
         self.trunk: Any = make_trunk(config)  # Any: timm's attributes are not annotated
         self.dim = int(self.trunk.embed_dim)
         self.patch_size = int(self.trunk.patch_embed.patch_size[0])
+        self.one_for_all = config.router == "single"  # the tasks are the same up to the heads
         self.checkpoint_activations = False  # in training, keep only each block's input and compute the rest again
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
         for index in self.moe_indices:
@@ -210,8 +211,10 @@ class Backbone(nn.Module):
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer.
 
         Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
-        stacked. M3ViT's code re-runs the whole backbone for each task.
+        stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
+        each task.
         """
+        routed = task_ids[:1] if self.one_for_all else task_ids
         self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1
@@ -221,11 +224,11 @@ class Backbone(nn.Module):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The random state is kept too: the second time, router noise and dropped paths are the same.
-                x, routing = checkpoint(self.run_block, block, x, task_ids, options, use_reentrant=False)
+                x, routing = checkpoint(self.run_block, block, x, routed, options, use_reentrant=False)
             else:
-                x, routing = self.run_block(block, x, task_ids, options)
+                x, routing = self.run_block(block, x, routed, options)
             if routing is not None:
-                routings.append(routing)
-        if x.shape[0] != len(task_ids):  # no MoE layer at all
+                routings.append(routing.of_tasks(len(task_ids)) if len(routed) < len(task_ids) else routing)
+        if x.shape[0] != len(task_ids):  # no MoE layer at all, or one router for all
             x = x.expand(len(task_ids), -1, -1, -1)
         return x[:, :, self.trunk.num_prefix_tokens :], routings

@@ -8,7 +8,7 @@ softmax over all E experts, then top-k; the K weights are used as they are, not 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ class Routing(NamedTuple):
     noisy_RNE: Tensor | None = None
     noise_std: Tensor | None = None
     allowed_RE: Tensor | None = None  # bool
+
+    def of_tasks(self, count: int) -> "Routing":
+        """Return the routing of one task as that of `count` tasks, of which it is the same."""
+        fields: list[Any] = [field if field is None else field.expand(count, *field.shape[1:]) for field in self]
+        return Routing(*fields)
 
 
 def route(logits_RNE: Tensor, top_k: int, kept_E: Tensor | None = None) -> Routing:
