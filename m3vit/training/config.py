@@ -216,6 +216,13 @@ class Config:
                 "model.router_noise_kind learned scales model.router_noise, which is 0: give --model.router_noise=1 "
                 "(Shazeer et al.), or --model.router_noise_kind=fixed"
             )
+        some = 0 < train.tasks_per_step < len(self.model.tasks)
+        if self.model.distillation and (some or train.weighting in GRADIENT_METHODS):
+            what = f"tasks_per_step {train.tasks_per_step}" if some else f"weighting {train.weighting}"
+            raise InputError(
+                f"model.distillation {self.model.distillation} needs the features of all tasks at once, and "
+                f"train.{what} never has them: give --model.distillation=[], or all tasks in a pass"
+            )
         if train.specialise_weight:
             self._check_specialise()
         if train.weighting in GRADIENT_METHODS and train.precision == "16-mixed":

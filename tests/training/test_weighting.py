@@ -122,6 +122,16 @@ def test_specialising_is_refused_where_it_does_nothing(section: str, key: str, v
         config.check()
 
 
+@pytest.mark.parametrize(("key", "value"), [("tasks_per_step", 2), ("weighting", "pcgrad")])
+def test_distillation_needs_all_tasks_in_a_pass(key: str, value: object) -> None:
+    config = Config()
+    config.model.head, config.model.distillation = "pup", [0]
+    config.check()
+    setattr(config.train, key, value)
+    with pytest.raises(InputError, match=f"train.{key} {value} never has them"):
+        config.check()
+
+
 def test_learned_noise_of_zero_is_refused() -> None:
     config = Config()
     config.model.router_noise_kind = "learned"
