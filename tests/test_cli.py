@@ -65,6 +65,10 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
         cli("train", "synthetic-tiny", root, "--train.precision=half", "--out", out), "train.precision", "bf16-mixed"
     )
     refused(cli("train", "synthetic-tiny", root, "--train.seed=-1", "--out", out), "train.seed is -1")
+    refused(
+        cli(*"train synthetic-tiny --train.precision=16-mixed --train.accelerator=cpu --out".split(), out, root),
+        "16-mixed needs a GPU",
+    )
     refused(cli("train", "synthetic-tiny", root, "--model.tasks=[flow]", "--out", out), "unknown task flow", "semseg")
     config = tmp_path / "c.yaml"
     config.write_text("train: {epocs: 3}\n")
