@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -81,11 +82,23 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
         cli("train", "synthetic-tiny", root, "--train.precision=half", "--out", out), "train.precision", "bf16-mixed"
     )
     refused(cli("train", "synthetic-tiny", root, "--train.seed=-1", "--out", out), "train.seed is -1")
+    refused(
+        cli(*"train synthetic-tiny --train.precision=16-mixed --train.accelerator=cpu --out".split(), out, root),
+        "16-mixed needs a GPU",
+    )
     refused(cli("train", "synthetic-tiny", root, "--model.tasks=[flow]", "--out", out), "unknown task flow", "semseg")
     config = tmp_path / "c.yaml"
     config.write_text("train: {epocs: 3}\n")
     refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")
     assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_one_process_of_a_torchrun_speaks_for_all(cli: Cli, tmp_path: Path) -> None:
+    for rank, lines in ((0, 1), (1, 0)):
+        words = {"WORLD_SIZE": "2", "RANK": str(rank)}
+        found = cli("train", "synthetic-tiny", "--train.lr=-1", "--out", tmp_path / "run", env=os.environ | words)
+        assert found.returncode == 2
+        assert len(found.stderr.splitlines()) == lines
 
 
 def test_missing_or_damaged_data(cli: Cli, make_data: Callable[..., Path], tmp_path: Path) -> None:

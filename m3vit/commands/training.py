@@ -67,8 +67,12 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
 
 
 def run_train(argv: Sequence[str]) -> int:
-    config, args = config_from("train", argv)
-    config.check()
+    try:
+        config, args = config_from("train", argv)
+        config.check()
+    except InputError as error:
+        error.everywhere = True  # the processes of a torchrun read the same words
+        raise
     from m3vit.distributed import rank
     from m3vit.training.loop import train
     from m3vit.training.stopping import Stopped

@@ -7,6 +7,7 @@ without experts; this module composes the parts of the blocks with experts, wher
 Shapes: R tasks, B images, P prefix tokens, T patch tokens, D embedding dimension, (h, w) patch grid.
 """
 
+import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ POST_NORM = (ResPostBlock, EvaBlockPostNorm)  # blocks that normalise what they 
 def make_trunk(config: ModelConfig) -> VisionTransformer | Eva:
     """Build the timm model, without classifier and final norm, or raise InputError if it is not a ViT we can use."""
     if not timm.is_model(config.trunk):
-        near = ", ".join(timm.list_models(f"*{config.trunk[:6]}*")[:3]) or "vit_small_patch16_224"
+        names = [name for family in FAMILIES for name in timm.list_models(module=family)]
+        near = ", ".join(difflib.get_close_matches(config.trunk, names)) or EXAMPLES
         raise InputError(f"model.trunk is {config.trunk!r}, not a timm model: give one such as {near}")
     arguments: dict[str, Any] = {
         "img_size": tuple(config.image_size),
@@ -136,6 +138,7 @@ class Backbone(nn.Module):
         self.trunk: Any = make_trunk(config)  # Any: timm's attributes are not annotated
         self.dim = int(self.trunk.embed_dim)
         self.patch_size = int(self.trunk.patch_embed.patch_size[0])
+        self.one_for_all = config.router == "single"  # the tasks are the same up to the heads
         self.checkpoint_activations = False  # in training, keep only each block's input and compute the rest again
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
         for index in self.moe_indices:
@@ -155,7 +158,13 @@ class Backbone(nn.Module):
                 learned_noise=config.router_noise_kind == "learned",
                 allowed=[config.experts_per_task.get(task) for task in config.tasks],
             )
-            bank = ExpertBank(config.num_experts, self.dim, round(self.dim * config.expert_ratio))
+            hidden = round(self.dim * config.expert_ratio)
+            if hidden < 1:
+                raise InputError(
+                    f"model.expert_ratio is {config.expert_ratio}: that makes experts of no hidden unit for the "
+                    f"embedding dimension {self.dim}; give at least {1 / self.dim:g}"
+                )
+            bank = ExpertBank(config.num_experts, self.dim, hidden)
             layer = MoELayer(router, bank, config.experts)
             if config.init == "upcycle":
                 upcycle(layer, block.mlp, config.upcycle_gates, f"block {index} of {config.trunk}")
@@ -204,8 +213,10 @@ class Backbone(nn.Module):
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer.
 
         Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
-        stacked. M3ViT's code re-runs the whole backbone for each task.
+        stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
+        each task.
         """
+        routed = task_ids[:1] if self.one_for_all else task_ids
         self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1
@@ -215,11 +226,11 @@ class Backbone(nn.Module):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The random state is kept too: the second time, router noise and dropped paths are the same.
-                x, routing = checkpoint(self.run_block, block, x, task_ids, options, use_reentrant=False)
+                x, routing = checkpoint(self.run_block, block, x, routed, options, use_reentrant=False)
             else:
-                x, routing = self.run_block(block, x, task_ids, options)
+                x, routing = self.run_block(block, x, routed, options)
             if routing is not None:
-                routings.append(routing)
-        if x.shape[0] != len(task_ids):  # no MoE layer at all
+                routings.append(routing.of_tasks(len(task_ids)) if len(routed) < len(task_ids) else routing)
+        if x.shape[0] != len(task_ids):  # no MoE layer at all, or one router for all
             x = x.expand(len(task_ids), -1, -1, -1)
         return x[:, :, self.trunk.num_prefix_tokens :], routings

@@ -37,7 +37,8 @@ class ModelConfig:
             multiple G of an expert's, and num_experts and top_k to be multiples of G.
         upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
             starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
-        router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single.
+        router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single (one
+            gate that does not know the task: all tasks share the whole trunk, which runs once).
         router_noise: standard deviation of the noise on router logits, times num_experts; in training only.
         router_noise_kind: fixed (router_noise alone, as M3ViT's released runs), or learned: a second linear map of the
             token, through softplus, scales the noise (Shazeer et al., arXiv 1701.06538; router_noise 1 is theirs).

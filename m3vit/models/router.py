@@ -8,8 +8,7 @@ softmax over all E experts, then top-k; the K weights are used as they are, not 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,11 @@ class Routing(NamedTuple):
     noise_std: Tensor | None = None
     allowed_RE: Tensor | None = None  # bool
 
+    def of_tasks(self, count: int) -> "Routing":
+        """Return the routing of one task as that of `count` tasks, of which it is the same."""
+        fields: list[Any] = [field if field is None else field.expand(count, *field.shape[1:]) for field in self]
+        return Routing(*fields)
+
 
 def route(logits_RNE: Tensor, top_k: int, kept_E: Tensor | None = None) -> Routing:
     """Turn router logits into scores, weights and expert ids. A pure function.
@@ -44,6 +48,11 @@ def route(logits_RNE: Tensor, top_k: int, kept_E: Tensor | None = None) -> Routi
     ranked = logits_RNE if kept_E is None else logits_RNE.masked_fill(~kept_E, -math.inf)
     expert_ids = ranked.topk(top_k, dim=-1).indices
     return Routing(scores, scores.gather(-1, expert_ids), expert_ids)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast is on for the tensor's device; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 class Router(nn.Module):
@@ -121,25 +130,24 @@ class Router(nn.Module):
         return weight, bias
 
     def forward(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Routing:
-        """Route the tokens [R, N, D] of the tasks `task_ids` (R of them).
+        """Route the tokens [R, N, D] of the tasks `task_ids` (R of them), in the parameters' type even under autocast.
 
-        In the gates' float32 whatever autocast says (Switch Transformers, arXiv 2101.03961, section 2.4): in bfloat16
-        logits that differ by less than a part in 256 tie, and ties take the copies of an up-cycled MLP apart.
+        bfloat16 would send 0.7 % of the tokens to other experts, and up-cycled ones to parts of different copies of an
+        MLP. (Switch, arXiv 2101.03961, section 2.4, keeps its router in float32 for stability.)
         """
-        device = x_RND.device.type
-        mixed = device != "meta" and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if mixed else nullcontext():
-            x_RND = x_RND.to(self.gates[0].dtype)
-            weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
-            logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
-            noisy, std = logits, None
-            if self.training and self.noise > 0:
-                std = self.noise_std(x_RND, task_ids)
-                noisy = logits + torch.randn_like(logits) * std
-            allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
-            return route(noisy, *self.choice)._replace(
-                logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed
-            )
+        if autocasts(x_RND):
+            with torch.autocast(x_RND.device.type, enabled=False):
+                return self.forward(x_RND.to(self.gates[0].dtype), task_ids)
+        weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
+        logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
+        noisy, std = logits, None
+        if self.training and self.noise > 0:
+            std = self.noise_std(x_RND, task_ids)
+            noisy = logits + torch.randn_like(logits) * std
+        allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
+        return route(noisy, *self.choice)._replace(
+            logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed
+        )
 
     def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:
         """Return the standard deviation of the noise on the logits: [R, N, E] if learned, else [R, N, 1]."""

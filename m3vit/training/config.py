@@ -193,6 +193,10 @@ class Config:
         for key, number in values.items():
             if not 0 <= number < math.inf:
                 raise InputError(f"{key} is {number}: give zero or a positive number")
+        if train.seed >= 2**32:
+            raise InputError(f"train.seed is {train.seed}: give a whole number below 2^32 ({2**32})")
+        if train.momentum >= 1:
+            raise InputError(f"train.momentum is {train.momentum}: give a number below 1, such as 0.9")
         if not 0 < train.edge_positive_weight < 1:
             raise InputError(
                 f"train.edge_positive_weight is {train.edge_positive_weight}: give a number between 0 and 1"
@@ -207,6 +211,20 @@ class Config:
             raise InputError(
                 f"train.tasks_per_step is {train.tasks_per_step}: the model has {len(self.model.tasks)} tasks; 0 is all"
             )
+        if self.model.router_noise_kind == "learned" and not self.model.router_noise:
+            raise InputError(
+                "model.router_noise_kind learned scales model.router_noise, which is 0: give --model.router_noise=1 "
+                "(Shazeer et al.), or --model.router_noise_kind=fixed"
+            )
+        some = 0 < train.tasks_per_step < len(self.model.tasks)
+        if self.model.distillation and (some or train.weighting in GRADIENT_METHODS):
+            what = f"tasks_per_step {train.tasks_per_step}" if some else f"weighting {train.weighting}"
+            raise InputError(
+                f"model.distillation {self.model.distillation} needs the features of all tasks at once, and "
+                f"train.{what} never has them: give --model.distillation=[], or all tasks in a pass"
+            )
+        if train.specialise_weight:
+            self._check_specialise()
         if train.weighting in GRADIENT_METHODS and train.precision == "16-mixed":
             raise InputError(
                 f"train.weighting {train.weighting} compares gradients, which 16-mixed scales: give "
@@ -227,6 +245,22 @@ class Config:
             raise InputError(
                 f"data.cache needs data.workers 0, got {self.data.workers}: workers have memories of their own"
             )
+
+    def _check_specialise(self) -> None:
+        """Raise InputError where the mutual information of tasks and experts would be 0, whatever is learned."""
+        train = self.train
+        reasons = (
+            ("one task", len(self.model.tasks) == 1),
+            ("the router single, the same for all tasks", self.model.router == "single"),
+            ("train.tasks_per_step 1", train.tasks_per_step == 1),
+            (f"train.weighting {train.weighting}, which runs each task alone", train.weighting in GRADIENT_METHODS),
+        )
+        for reason, found in reasons:
+            if found:
+                raise InputError(
+                    f"train.specialise_weight is {train.specialise_weight}, but the mutual information of tasks and "
+                    f"experts is 0 with {reason}: give --train.specialise_weight=0, or change that"
+                )
 
     def to_yaml(self) -> str:
         """Return the whole configuration, fully resolved, as YAML."""

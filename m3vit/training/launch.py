@@ -19,6 +19,8 @@ def launch(train: TrainConfig) -> Fabric:
     world = world_size()
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # nine lines about the process group
     try:
+        if train.precision == "16-mixed" and not has_gpu(train.accelerator):
+            raise InputError("train.precision 16-mixed needs a GPU: give bf16-mixed or 32-true on the CPU", True)
         if world == 1:
             # One device: left to itself, Fabric starts a process for every GPU it sees.
             return Fabric(accelerator=train.accelerator, devices=1, precision=train.precision)  # type: ignore[arg-type]
@@ -51,6 +53,12 @@ def launch(train: TrainConfig) -> Fabric:
     except (ValueError, RuntimeError) as error:
         raise InputError(f"train.accelerator {train.accelerator} cannot be used here: {error}") from None
     return fabric
+
+
+def has_gpu(accelerator: str) -> bool:
+    """Return whether training will not be on the CPU, where Fabric would take bfloat16 for 16-mixed."""
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return accelerator in ("cuda", "mps") or (accelerator == "auto" and found)
 
 
 def synchronise(model: nn.Module, fabric: Fabric) -> None:

@@ -97,14 +97,16 @@ class Training:
             )
         if world_size() > len(self.val_split):
             raise InputError(f"{world_size()} processes for {len(self.val_split)} val images: start fewer", True)
-        self.batches = EpochBatches(len(train_split), settings.batch_size, settings.seed, rank(), world_size())
+        self.batches = agree(
+            lambda: EpochBatches(len(train_split), settings.batch_size, settings.seed, rank(), world_size())
+        )
         if settings.batch_size // world_size() < settings.accumulate:
             raise InputError(
                 f"train.accumulate {settings.accumulate} is more than the {settings.batch_size // world_size()} images "
                 "of each process in a batch",
                 everywhere=True,
             )
-        self.model = build(config)
+        self.model = agree(lambda: build(config))
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
             torch.set_num_threads(settings.threads)

@@ -70,7 +70,8 @@ def step_losses(
     routing_weights = config.train.routing_weights()
     if output.routings and routing_weights:
         routings = output.routings if tokens_count else [without_tokens(routing) for routing in output.routings]
-        found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights)
+        share = len(output.logits) / len(resolved)
+        found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights, share)
         loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
         losses |= found
     return loss, losses

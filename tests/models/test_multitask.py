@@ -8,6 +8,7 @@ import torch
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.training.losses import routing_losses, sums_for
 
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
 BARE = {**ARGS, "class_token": False, "global_pool": ""}
@@ -114,11 +115,13 @@ def test_other_image_sizes_and_their_limits() -> None:
         ({"experts_per_task": {"depth": [0, 1]}, "router": "single"}, "a router that knows the task"),
         ({"experts_per_task": {"depth": [0, 1]}, "init": "upcycle"}, "every task must be able to reach"),
         ({"router_noise_kind": "none"}, "choose from fixed, learned"),
+        ({"expert_ratio": 0.001}, "no hidden unit"),
         (
             {"trunk": "swin_tiny_patch4_window7_224", "trunk_args": {}, "image_size": (224, 224)},
             "not a plain vision transformer",
         ),
-        ({"trunk": "vit_tny"}, "not a timm model"),
+        ({"trunk": "vit_smal_patch16_224"}, "not a timm model: give one such as vit_small_patch16_224,"),
+        ({"trunk": "gpt"}, "not a timm model: give one such as vit_small_patch16_224,"),
         ({"tasks": ["depth", "flow"]}, "unknown task flow: choose from semseg"),
         ({"tasks": []}, "at least one task"),
         ({"top_k": 5}, "give 1 to model.num_experts"),
@@ -136,3 +139,20 @@ def test_other_image_sizes_and_their_limits() -> None:
 def test_refusals(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         make(**changes)
+
+
+def test_one_router_for_all_tasks_runs_the_trunk_once() -> None:
+    torch.manual_seed(0)
+    model, images = make(router="single").train(), torch.randn(2, 3, 32, 48)
+    seen: list[int] = []
+    for block in model.backbone.trunk.blocks:
+        block.attn.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    output = model(images)
+    assert seen == [2] * 4, "two images in each block, not two for each of four tasks"
+    for routing in output.routings:
+        assert routing.scores_RNE.shape == (4, 48, 4) and routing.expert_ids_RNK.shape == (4, 48, 2)
+    # what is summed over tasks is as if each had been run
+    one = model(images, ["depth"]).routings
+    for loss, times in (("balance", 4), ("switch", 4), ("z", 1)):
+        all_tasks, alone = (routing_losses(sums_for(found, [loss]), [loss])[loss] for found in (output.routings, one))
+        torch.testing.assert_close(all_tasks, times * alone)

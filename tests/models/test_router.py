@@ -104,6 +104,23 @@ def test_noise_is_for_training_only() -> None:
     assert not torch.allclose(router.train()(x, (0,)).scores_RNE, quiet)
 
 
+@pytest.mark.parametrize("kind", ["multi", "task_conditioned"])
+def test_autocast_does_not_reach_the_router(kind: str) -> None:
+    torch.manual_seed(0)
+    router = Router(dim=64, num_experts=16, top_k=4, num_tasks=2, kind=kind, noise=1.0, learned_noise=True).eval()
+    with torch.no_grad():
+        for gate in router.gates:  # four copies of an MLP in four parts, as up-cycling has them
+            gate.copy_(gate[:4].repeat_interleave(4, dim=0) * 1e-6)
+    x = torch.nn.functional.layer_norm(torch.randn(2, 2048, 64), (64,))
+    expected = router(x, (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(x, (0, 1))
+        assert router.train()(x.bfloat16(), (0, 1)).noisy_RNE.dtype == torch.float32
+    assert torch.equal(found.logits_RNE, expected.logits_RNE) and torch.equal(found.weights_RNK, expected.weights_RNK)
+    # In bfloat16 some tokens would have two copies of equal logits, and get parts of both.
+    assert torch.equal((found.expert_ids_RNK % 4).sort(dim=-1).values, torch.arange(4).expand(2, 2048, 4))
+
+
 def test_squared_coefficient_of_variation() -> None:
     # mean 2/3; deviations (1/3, 1/3, -2/3); unbiased variance (1/9 + 1/9 + 4/9) / 2 = 1/3; CV^2 = (1/3) / (4/9) = 3/4
     assert squared_cv(torch.tensor([1.0, 1.0, 0.0])).item() == pytest.approx(0.75)

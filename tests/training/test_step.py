@@ -126,12 +126,12 @@ def test_parts_without_tokens_add_nothing_to_any_routing_loss(batch: tuple[Tenso
 
 
 def test_drawn_tasks_expect_the_full_sum(batch: tuple[Tensor, Labels]) -> None:
-    config = configuration(tasks_per_step=2)
+    config = configuration(tasks_per_step=2, switch_weight=0.1, z_weight=0.1)
     drawn = Counter(tuple(choose_tasks(config.train, TASKS, step)) for step in range(600))
     assert set(drawn) == set(combinations(TASKS, 2))
     assert all(60 < count < 140 for count in drawn.values())  # 100 +- 4 sigma
-    # Over one of each pair, scaled by 4 / 2, the mean is the sum over all tasks, balance losses included.
-    full, _ = gradients(configuration(), batch)
+    # Over one of each pair, scaled by 4 / 2, the mean is the sum over all tasks, routing losses included.
+    full, _ = gradients(configuration(switch_weight=0.1, z_weight=0.1), batch)
     first = {pair: next(s for s in range(600) if tuple(choose_tasks(config.train, TASKS, s)) == pair) for pair in drawn}
     losses = [gradients(config, batch, step)[0]["loss"] for step in first.values()]
     assert sum(losses) / len(losses) == pytest.approx(full["loss"], rel=1e-5)
@@ -143,8 +143,9 @@ def test_gradients_combined_with_ones_are_the_plain_gradient(
     batch: tuple[Tensor, Labels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GradientMethod, "combine", lambda self, gramian, seed: torch.ones(len(gramian)))
-    values, found = gradients(configuration(weighting="mgda", accumulate=2), batch)
-    plain, expected = gradients(configuration(accumulate=2), batch)
+    weights = {"switch_weight": 0.1, "z_weight": 0.1}
+    values, found = gradients(configuration(weighting="mgda", accumulate=2, **weights), batch)
+    plain, expected = gradients(configuration(accumulate=2, **weights), batch)
     assert {name: values[name] for name in plain} == pytest.approx(plain, rel=1e-5)
     assert_same(expected, found, rtol=1e-4, atol=2e-5)
 

@@ -89,6 +89,8 @@ def test_best_evaluation_by_hand() -> None:
         ("best", "saliency", "choose from mean, semseg"),
         ("ema", 1.0, "give a decay below 1"),
         ("ema", -0.1, "give a decay below 1"),
+        ("seed", 2**32, "below 2"),
+        ("momentum", 1.0, "below 1"),
         ("accumulate", 0, "give a positive number"),
         ("accumulate", 9, "no more parts"),
         ("tasks_per_step", 5, "the model has 4 tasks"),
@@ -99,6 +101,41 @@ def test_values_that_cannot_work(key: str, value: object, words: str) -> None:
     config = Config()
     setattr(config.train, key, value)
     with pytest.raises(InputError, match=words):
+        config.check()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("model", "tasks", ["depth"], "one task"),
+        ("model", "router", "single", "router single"),
+        ("train", "tasks_per_step", 1, "tasks_per_step 1"),
+        ("train", "weighting", "pcgrad", "runs each task alone"),
+    ],
+)
+def test_specialising_is_refused_where_it_does_nothing(section: str, key: str, value: object, words: str) -> None:
+    config = Config()
+    config.train.specialise_weight = 0.1
+    config.check()
+    setattr(getattr(config, section), key, value)
+    with pytest.raises(InputError, match=f"is 0 with .*{words}"):
+        config.check()
+
+
+@pytest.mark.parametrize(("key", "value"), [("tasks_per_step", 2), ("weighting", "pcgrad")])
+def test_distillation_needs_all_tasks_in_a_pass(key: str, value: object) -> None:
+    config = Config()
+    config.model.head, config.model.distillation = "pup", [0]
+    config.check()
+    setattr(config.train, key, value)
+    with pytest.raises(InputError, match=f"train.{key} {value} never has them"):
+        config.check()
+
+
+def test_learned_noise_of_zero_is_refused() -> None:
+    config = Config()
+    config.model.router_noise_kind = "learned"
+    with pytest.raises(InputError, match=r"--model\.router_noise=1"):
         config.check()
 
 
