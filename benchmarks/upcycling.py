@@ -31,9 +31,7 @@ ROWS = {"dense": ["--model.moe_blocks=none"], "random experts": []} | {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--epochs", type=int, default=20, help="of fine-tuning; twice that of the dense model"
-    )
+    parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning; twice that of the dense model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="models trained at a time, on one thread each")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))

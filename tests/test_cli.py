@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3vit.cli import COMMANDS
 from tests.conftest import TINY
@@ -159,7 +160,10 @@ def test_trained_run_folder_holds_what_design_says(tiny_run: Path) -> None:
         assert len(statistics["ids"]) == len(statistics["edge"]) == result["images"] == 3
     lines = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
-    assert list((tiny_run / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(tiny_run / "tensorboard")).Reload()
+    for name in ("train/loss", "train/lr", "train/gradient_norm", "val/depth/rmse", "speed/images_per_s"):
+        assert all(event.value > 0 for event in events.Scalars(name)), name
+    assert [event.step for event in events.Scalars("train/gradient_norm")] == [1, 2, 3, 4]
 
 
 def test_config_file_and_dotted_keys_override_the_recipe_in_that_order(

@@ -60,7 +60,11 @@ def prepare_folder(config: Config, out: Path, resume: bool) -> None:
     if resume and (out / "config.yaml").exists():
         changed = differences(read_config(out / "config.yaml"), config, FREE_TO_CHANGE)
         if changed:
-            raise InputError(f"{out} was started with other values of {', '.join(changed)}: resume with the same ones")
+            # The schedule too depends on the number of epochs: more of them would have been other ones from the start.
+            raise InputError(
+                f"{out} was started with other values of {', '.join(changed)}: resume with the same ones, or train "
+                "into another folder"
+            )
         return
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give a folder")

@@ -282,7 +282,10 @@ def recipe_names() -> list[str]:
 def recipe_path(name: str) -> Path:
     """Return the file of a recipe, or raise InputError listing the recipes there are."""
     if name not in recipe_names():
-        raise InputError(f"unknown recipe {name!r}: choose from {', '.join(recipe_names())}")
+        raise InputError(
+            f"unknown recipe {name!r}: choose from {', '.join(recipe_names())}; a file of your own goes on top of one, "
+            "with --config FILE"
+        )
     return Path(str(files("m3vit.recipes") / f"{name}.yaml"))
 
 

@@ -1,6 +1,7 @@
 """The training loop: short enough to read. What one step does is in step.py, what a checkpoint holds below."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -135,6 +136,7 @@ class Training:
         self.steps_per_epoch = len(self.batches)
         self.steps = settings.epochs * self.steps_per_epoch
         self.step = 0
+        self.clock = (time.perf_counter(), 0)  # when the speed was last drawn, and at which step
         self.unreadable: set[str] = set()
         self.stop = StopSignals()
 
@@ -178,6 +180,7 @@ class Training:
         self.wrapped.train()
         self.batches.epoch, self.batches.start = divmod(self.step, self.steps_per_epoch)
         trained = 0
+        self.clock = (time.perf_counter(), self.step)
         for batch in self.loader:
             if self.exchange(batch):
                 self.take_step(batch)
@@ -217,6 +220,7 @@ class Training:
             self.progress(self.step, self.steps, f"loss {values['loss']:.3f}")
         if self.step % settings.log_steps == 0 or self.step == self.steps:
             self.record("train", {"lr": lr, **values})
+            self.chart(norm)
 
     def exchange(self, batch: Batch) -> int:
         """Return how many images all processes have for this step; stop if one of them was asked to, or must."""
@@ -271,6 +275,19 @@ class Training:
         self.log.write({"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words})
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, self.step)
+
+    def chart(self, gradient_norm: float) -> None:
+        """Draw in TensorBoard what differs from machine to machine, and so has no place in metrics.jsonl."""
+        if rank():
+            return
+        (start, step), now = self.clock, time.perf_counter()
+        self.clock = (now, self.step)
+        images = (self.step - step) * self.config.train.batch_size
+        values = {"train/gradient_norm": gradient_norm, "speed/images_per_s": images / (now - start)}
+        if self.fabric.device.type == "cuda":
+            values["speed/peak_gib"] = torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
+        for name, value in values.items():
+            self.board.add_scalar(name, value, self.step)
 
     def save_trained(self, folder: Path, epoch: int) -> None:
         """Write the model that is evaluated; all processes call this, the first one writes."""

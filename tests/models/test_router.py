@@ -50,19 +50,6 @@ def test_logits_decide_where_softmax_rounds_their_differences_away() -> None:
     assert routing.expert_ids_RNK.tolist() == [[[1, 3, 0]]]
 
 
-def test_autocast_leaves_the_router_in_float32() -> None:
-    router = Router(dim=8, num_experts=4, top_k=2, num_tasks=2, kind="task_conditioned", noise=1.0, learned_noise=True)
-    x = torch.randn(2, 16, 8)
-
-    def routed(dtype: torch.dtype) -> Routing:
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return router(x.bfloat16().to(dtype), (0, 1))
-
-    for expected, found in zip(routed(torch.float32), routed(torch.bfloat16), strict=True):
-        assert expected is found is None or torch.equal(found, expected)
-
-
 def test_each_task_has_its_own_gate() -> None:
     router = Router(dim=2, num_experts=2, top_k=1, num_tasks=2, kind="multi")
     with torch.no_grad():
