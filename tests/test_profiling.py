@@ -81,12 +81,17 @@ def small(**changes: Any) -> ModelConfig:
 
 
 def flops(config: ModelConfig, tasks: list[str] | None = None, training: bool = False) -> int:
-    """What torch counts for one image, with real weights and the experts run as in training."""
+    """What torch counts for one image, with real weights and the experts run as in training.
+
+    Of a token's experts it counts the second biases, which come as a product with the weights of all E (E D), and not
+    the weighted sum of K outputs (K D), which is a bag of embeddings.
+    """
     model = MultiTaskModel(config).train(training)
     # The counter has no formula for the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(torch.randn(1, 3, *config.image_size), tasks)
-    return counter.get_total_flops()
+        output = model(torch.randn(1, 3, *config.image_size), tasks)
+    tokens = sum(routing.weights_RNK[..., 0].numel() for routing in output.routings)
+    return counter.get_total_flops() + 2 * tokens * model.backbone.dim * (config.top_k - config.num_experts)
 
 
 @pytest.mark.parametrize("head", ["linear", "pup"])
