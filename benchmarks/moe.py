@@ -10,9 +10,9 @@ pass of the summed losses (its code: models/models.py, train/train_utils.py). Th
 autocast: "as published" compares with that. Also this project's step with less memory: the batch in two parts
 (`train.accumulate`), or blocks computed again (`train.checkpoint_activations`).
 
-Each way runs in a process of its own; all are started, and then take turns, step by step, there and back (A B C C B A),
-so that a busy moment hits all alike. Times are medians. Memory is the peak beyond what was there before the first step
-(weights, libraries): the process's on the CPU, the allocator's on CUDA.
+Each way runs in processes of its own, which take turns, there and back (A B C C B A), so that a busy moment hits all
+alike: step by step on CUDA, some steps at a time on the CPU. Times are medians. Memory is the peak beyond what was
+there before the first step (weights, libraries): the process's on the CPU, the allocator's on CUDA.
 """
 
 import argparse
@@ -164,7 +164,6 @@ def run_steps(way: str, device: str, precision: str, size: int, batch: int) -> N
         stepper.optimizer.step()
 
     before = memory()
-    print("ready", flush=True)
     for _ in sys.stdin:
         print(timed(step, device), flush=True)
     print(memory() - before, flush=True)
@@ -172,30 +171,39 @@ def run_steps(way: str, device: str, precision: str, size: int, batch: int) -> N
 
 def measure_steps(args: argparse.Namespace, size: int) -> dict[str, dict[str, dict[str, float]]]:
     """Return the median seconds and the peak GiB of a step, {precision: {way: ...}}."""
-    workers = {}
-    for precision in args.precision:
-        for way in args.ways:
-            options = ["--worker", way, "--precision", precision, "--size", str(size), "--batch", str(args.batch)]
-            command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), *options]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            workers[precision, way] = process
-    for process in workers.values():
-        read(process)  # it has built its model
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
-    for round_ in range(args.repeats + 1):  # the first warms up
-        for key in list(workers)[:: -1 if round_ % 2 else 1]:
-            process = workers[key]
+    keys = [(precision, way) for precision in args.precision for way in args.ways]
+    # On CUDA all processes stay, a step a visit. On the CPU together they would fill the memory: two visits of some.
+    stay = args.device == "cuda"
+    visits, steps = (args.repeats + 1, 1) if stay else (2, 1 + (args.repeats + 1) // 2)
+    workers = {key: start(args, size, *key) for key in keys} if stay else {}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    peaks = dict.fromkeys(keys, 0.0)
+    for visit in range(visits):
+        for key in keys[:: -1 if visit % 2 else 1]:
+            process = workers.pop(key, None) or start(args, size, *key)
             assert process.stdin
-            print(file=process.stdin, flush=True)
-            times[key].append(float(read(process)))
+            for step in range(steps):
+                print(file=process.stdin, flush=True)
+                seconds = float(read(process))
+                if visit if stay else step:  # the first of a process warms up
+                    times[key].append(seconds)
+            if stay and visit < visits - 1:
+                workers[key] = process
+                continue
+            process.stdin.close()
+            peaks[key] = max(peaks[key], float(read(process)))
+            process.wait()
     found: dict[str, dict[str, dict[str, float]]] = {precision: {} for precision in args.precision}
-    for (precision, way), process in workers.items():
-        assert process.stdin
-        process.stdin.close()
-        seconds = statistics.median(times[precision, way][1:])
-        found[precision][way] = {"seconds": seconds, "peak_gib": float(read(process))}
-        process.wait()
+    for (precision, way), values in times.items():
+        found[precision][way] = {"seconds": statistics.median(values), "peak_gib": peaks[precision, way]}
     return found
+
+
+def start(args: argparse.Namespace, size: int, precision: str, way: str) -> subprocess.Popen:
+    """Start the process of a way."""
+    command = [sys.executable, __file__, "--worker", way, "--device", args.device, "--threads", str(args.threads)]
+    command += ["--precision", precision, "--size", str(size), "--batch", str(args.batch)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def read(process: subprocess.Popen) -> str:
@@ -224,7 +232,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"], choices=PRECISIONS[:2])
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: its choice")
-    parser.add_argument("--repeats", type=int, default=6, help="steps of each way, after one that warms up")
+    parser.add_argument("--repeats", type=int, default=6, help="steps of each way, without those that warm up")
     parser.add_argument("--images", type=int, default=8, help="images of 1024 tokens through the layer")
     parser.add_argument("--size", type=int, nargs="*", default=[512], help="image sides of the step; none: the layer")
     parser.add_argument("--batch", type=int, default=2, help="images of the step")

@@ -81,12 +81,16 @@ def small(**changes: Any) -> ModelConfig:
 
 
 def flops(config: ModelConfig, tasks: list[str] | None = None, training: bool = False) -> int:
-    """What torch counts for one image, with real weights and the experts run as in training."""
+    """What torch counts for one image, with real weights and the experts run as in training.
+
+    It has no formula for a bag of embeddings, which the weighted sum of a token's K outputs is (K D): added here.
+    """
     model = MultiTaskModel(config).train(training)
     # The counter has no formula for the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(torch.randn(1, 3, *config.image_size), tasks)
-    return counter.get_total_flops()
+        output = model(torch.randn(1, 3, *config.image_size), tasks)
+    tokens = sum(routing.weights_RNK[..., 0].numel() for routing in output.routings)
+    return counter.get_total_flops() + 2 * tokens * config.top_k * model.backbone.dim
 
 
 @pytest.mark.parametrize("head", ["linear", "pup"])
