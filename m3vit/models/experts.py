@@ -76,28 +76,32 @@ def _combine(expert_ids_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Ten
     return combine_NE.scatter_add_(1, expert_ids_NK, weights_NK)
 
 
+def _weighted_sum(groups: Dispatch, expert_ids_NK: Tensor, rows_SD: Tensor, weights_NK: Tensor, b2: Tensor) -> Tensor:
+    """Return sum_k weights[n, k] (row + b2) over the rows of each token, [N, D]."""
+    y_ND = _gathered_sum(rows_SD, groups.place_NK, weights_NK)
+    return y_ND.addmm_(_combine(expert_ids_NK, weights_NK, len(b2)), b2)
+
+
+def _weighted_sum_gradients(
+    groups: Dispatch, expert_ids_NK: Tensor, weights_NK: Tensor, b2: Tensor, grad_ND: Tensor, dots_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return its gradients of the weights [N, K] and of b2 [E, D]; `dots` are those of the gradient with the rows."""
+    grad_weights_NK = dots_S[groups.place_NK] + (grad_ND @ b2.T).gather(1, expert_ids_NK)
+    return grad_weights_NK, _combine(expert_ids_NK, weights_NK, len(b2)).T @ grad_ND
+
+
 class _Sorted(torch.autograd.Function):
     """Each expert in turn, on its own rows: a few MB at a time, which stay in the CPU's caches."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        groups: Dispatch,
-        expert_ids_NK: Tensor,
-        x_ND: Tensor,
-        weights_NK: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, groups: Dispatch, expert_ids_NK: Tensor, *operands: Tensor) -> Tensor:
+        x_ND, weights_NK, w1, b1, w2, b2 = operands
         hidden, out_SD = [], x_ND.new_empty(len(groups.token_S), x_ND.shape[1])
         for expert, rows in _slices(groups):
             hidden.append(torch.addmm(b1[expert], x_ND.index_select(0, groups.token_S[rows]), w1[expert].T))
             torch.mm(F.gelu(hidden[-1]), w2[expert].T, out=out_SD[rows])
         ctx.save_for_backward(*groups, expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden)
-        y_ND = _gathered_sum(out_SD, groups.place_NK, weights_NK)
-        return y_ND.addmm_(_combine(expert_ids_NK, weights_NK, len(b2)), b2)
+        return _weighted_sum(groups, expert_ids_NK, out_SD, weights_NK, b2)
 
     @staticmethod
     @once_differentiable
@@ -117,10 +121,8 @@ class _Sorted(torch.autograd.Function):
             torch.mm(back.T, x_ND.index_select(0, token_S[rows]), out=grad_w1[expert])
             torch.sum(back, dim=0, out=grad_b1[expert])
             torch.mm(back, w1[expert], out=grad_SD[rows])
-        grad_weights = dots_S[groups.place_NK] + (grad_ND @ b2.T).gather(1, expert_ids_NK)
-        grad_b2 = _combine(expert_ids_NK, weights_NK, len(b2)).T @ grad_ND
-        grad_x = _gathered_sum(grad_SD, groups.place_NK)
-        return None, None, grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2
+        outer = _weighted_sum_gradients(groups, expert_ids_NK, weights_NK, b2, grad_ND, dots_S)
+        return None, None, _gathered_sum(grad_SD, groups.place_NK), outer[0], grad_w1, grad_b1, grad_w2, outer[1]
 
 
 def _slices(groups: Dispatch) -> Iterator[tuple[int, slice]]:
@@ -137,23 +139,13 @@ class _Grouped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        groups: Dispatch,
-        expert_ids_NK: Tensor,
-        x_ND: Tensor,
-        weights_NK: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, groups: Dispatch, expert_ids_NK: Tensor, *operands: Tensor) -> Tensor:
+        x_ND, weights_NK, w1, b1, w2, b2 = operands
         hidden_SH = F.grouped_mm(x_ND.index_select(0, groups.token_S), w1.transpose(1, 2), offs=groups.ends_E)
         hidden_SH.addmm_(_chosen(groups, expert_ids_NK, b1), b1)
         out_SD = F.grouped_mm(F.gelu(hidden_SH), w2.transpose(1, 2), offs=groups.ends_E)
         ctx.save_for_backward(*groups, expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH)
-        y_ND = _gathered_sum(out_SD, groups.place_NK, weights_NK)
-        return y_ND.addmm_(_combine(expert_ids_NK, weights_NK, len(b2)), b2)
+        return _weighted_sum(groups, expert_ids_NK, out_SD, weights_NK, b2)
 
     @staticmethod
     @once_differentiable
@@ -177,10 +169,9 @@ class _Grouped(torch.autograd.Function):
         back_SH = torch.ops.aten.gelu_backward(back_SH.mul_(weights_S1), hidden_SH)
         grad_w1 = gradient(back_SH, x_ND.index_select(0, token_S))
         grad_b1 = _chosen(groups, expert_ids_NK, b2).T @ back_SH
-        grad_weights = dots_S[groups.place_NK] + (grad_ND @ b2.T).gather(1, expert_ids_NK)
-        grad_b2 = _combine(expert_ids_NK, weights_NK, len(b2)).T @ grad_ND
-        grad_x = _gathered_sum(F.grouped_mm(back_SH, w1, offs=groups.ends_E), groups.place_NK)
-        return None, None, grad_x, grad_weights, grad_w1, grad_b1, grad_w2, grad_b2
+        grad_SD = F.grouped_mm(back_SH, w1, offs=groups.ends_E)
+        outer = _weighted_sum_gradients(groups, expert_ids_NK, weights_NK, b2, grad_ND, dots_S)
+        return None, None, _gathered_sum(grad_SD, groups.place_NK), outer[0], grad_w1, grad_b1, grad_w2, outer[1]
 
 
 def _chosen(groups: Dispatch, expert_ids_NK: Tensor, bias: Tensor) -> Tensor:
