@@ -308,6 +308,7 @@ class Training:
             "model": gathered(self.model.state_dict()),
             "optimizer": gathered(self.optimizer.state_dict()),
             "weighting": self.weighting.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
             "average": None if self.average is None else gathered(self.average.state_dict()),
             "random": random_states,
         }
@@ -321,6 +322,8 @@ class Training:
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])  # after setup: it takes its tensors to the device
         self.weighting.load_state_dict(state["weighting"])
+        if state.get("precision"):
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.average is not None:
             load_weights(self.average, state["average"])
         if rank() < len(state["random"]):
