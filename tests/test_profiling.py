@@ -89,7 +89,8 @@ def flops(config: ModelConfig, tasks: list[str] | None = None, training: bool = 
     # The counter has no formula for the fused attention of CPUs.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         output = model(torch.randn(1, 3, *config.image_size), tasks)
-    tokens = sum(routing.weights_RNK[..., 0].numel() for routing in output.routings)
+    runs = 1 if config.router == "single" else None  # with one router for all tasks they are run once
+    tokens = sum(routing.weights_RNK[:runs, :, 0].numel() for routing in output.routings)
     return counter.get_total_flops() + 2 * tokens * config.top_k * model.backbone.dim
 
 
