@@ -90,6 +90,13 @@ def _weighted_sum_gradients(
     return grad_weights_NK, _combine(expert_ids_NK, weights_NK, len(b2)).T @ grad_ND
 
 
+def _saved(ctx: Any) -> tuple[Dispatch, Tensor, tuple[Tensor, ...]]:
+    """Return what a forward pass saved: the dispatch, the weight of each row [S, 1], and the rest in its order."""
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no more
+    groups, (_, _, weights_NK, *_) = Dispatch(*saved[:4]), saved[4:]
+    return groups, weights_NK.flatten()[groups.order_S, None], saved[4:]
+
+
 class _Sorted(torch.autograd.Function):
     """Each expert in turn, on its own rows: a few MB at a time, which stay in the CPU's caches."""
 
@@ -106,10 +113,9 @@ class _Sorted(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (grad_ND,) = ctx.saved_tensors, gradients  # once: activation checkpointing allows no more
-        groups = Dispatch(*saved[:4])
-        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden = saved[4:]
-        token_S, weights_S1 = groups.token_S, weights_NK.flatten()[groups.order_S, None]
+        (grad_ND,), (groups, weights_S1, saved) = gradients, _saved(ctx)
+        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden = saved
+        token_S = groups.token_S
         grad_w1, grad_b1, grad_w2 = torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2)
         grad_SD, dots_S = x_ND.new_empty(len(token_S), x_ND.shape[1]), x_ND.new_empty(len(token_S))
         for expert, rows in _slices(groups):
@@ -150,10 +156,9 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (grad_ND,) = ctx.saved_tensors, gradients  # once: activation checkpointing allows no more
-        groups = Dispatch(*saved[:4])
-        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH = saved[4:]
-        token_S, weights_S1 = groups.token_S, weights_NK.flatten()[groups.order_S, None]
+        (grad_ND,), (groups, weights_S1, saved) = gradients, _saved(ctx)
+        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH = saved
+        token_S = groups.token_S
 
         def gradient(grad_SO: Tensor, rows_SI: Tensor) -> Tensor:
             """Sum grad[s] rows[s]^T over each expert's rows. On some GPUs those without a row would get what was in

@@ -132,8 +132,8 @@ class Router(nn.Module):
     def forward(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Routing:
         """Route the tokens [R, N, D] of the tasks `task_ids` (R of them), in the parameters' type even under autocast.
 
-        bfloat16 would send 0.7 % of the tokens to other experts, and up-cycled ones to parts of different copies of an
-        MLP. (Switch, arXiv 2101.03961, section 2.4, keeps its router in float32 for stability.)
+        bfloat16 would send some tokens to other experts, and up-cycled ones to parts of different copies of an MLP.
+        (Switch, arXiv 2101.03961, section 2.4, keeps its router in float32 for stability.)
         """
         if autocasts(x_RND):
             with torch.autocast(x_RND.device.type, enabled=False):
