@@ -6,6 +6,7 @@ Parsing needs no torch: a command's modules are imported only when it runs.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,13 @@ def run(argv: Sequence[str]) -> int:
     return execute(parser.parse_args(rest)) or 0
 
 
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format a warning for people: those of this project, which say what to do, without the place in the code."""
+    return f"m3vit: warning: {' '.join(str(message).split())}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake or an unusable file, 130 for Ctrl-C.
 
@@ -119,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # or DDP comments at length on m3vit.training.launch
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.formatwarning = _one_line
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except InputError as error:
