@@ -3,6 +3,7 @@
 # make gpu    tests and benchmarks of one CUDA GPU into runs/gpu; without network or an environment: benchmarks/gpu.sh
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint typecheck pytest gpu clean
@@ -32,7 +33,7 @@ typecheck: $(VENV)/.installed
 	rm -rf build/typecheck
 
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 gpu: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu.sh runs/gpu

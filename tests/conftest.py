@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit.cli does, and before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"m3vit": "m3vit", "m3vit.export": "export", "m3vit.hw": "hw", "m3vit.data": "data"}
 
@@ -34,7 +37,7 @@ Cli = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
-def cli() -> Cli:
+def process() -> Cli:
     """Run the command line as a user does: in a process of its own."""
 
     def run(*words: object, timeout: float = 300, **kwargs: object) -> subprocess.CompletedProcess:
@@ -42,6 +45,28 @@ def cli() -> Cli:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)  # type: ignore[call-overload]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run the command line in this process, with the same result; `process` where the process is the point."""
+    from tests.command_line import call
+
+    return lambda *words: call(words)
+
+
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder `name` that `make` writes: once for all of pytest-xdist's processes. It is read only."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of this run, above each process's own
+    folder, done = base / "shared" / name, base / f"{name}.done"
+    with FileLock(base / f"{name}.lock"):
+        if not done.exists():
+            folder.parent.mkdir(exist_ok=True)
+            make(folder)
+            done.touch()
+    return folder
 
 
 def write_scene(root: Path, name: str, rng: np.random.Generator, size: tuple[int, int]) -> None:
@@ -82,7 +107,7 @@ def make_data() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_data(make_data: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny data set, read only."""
-    return make_data(tmp_path_factory.mktemp("data"))
+    return once(tmp_path_factory, "tiny_data", make_data)
 
 
 # Overrides that turn the recipe synthetic-tiny into a model of seconds.
@@ -101,29 +126,33 @@ TINY = [
 @pytest.fixture(scope="session")
 def tiny_run(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder, trained for two epochs and evaluated; read only."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    for words in (
-        ("train", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=2", "--out", run),
-        ("eval", run),
-    ):
-        result = cli(*words)
-        assert result.returncode == 0, result.stderr
-    return run
+
+    def make(run: Path) -> None:
+        for words in (
+            ("train", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=2", "--out", run),
+            ("eval", run),
+        ):
+            succeed(cli(*words))
+
+    return once(tmp_path_factory, "tiny_run", make)
 
 
 @pytest.fixture(scope="session")
 def onnx_package(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX package of the tiny run; read only."""
-    package = tmp_path_factory.mktemp("packages") / "onnx"
-    result = cli("export", "onnx", tiny_run, "--out", package)
-    assert result.returncode == 0, result.stderr
-    return package
+    return once(tmp_path_factory, "onnx_package", lambda out: succeed(cli("export", "onnx", tiny_run, "--out", out)))
 
 
 @pytest.fixture(scope="session")
 def hls_project(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The spatial HLS project of the tiny run, three images stored; its files are not to be changed."""
-    project = tmp_path_factory.mktemp("projects") / "hls"
-    result = cli("export", "hls", tiny_run, "--out", project, "--samples", 3)
+    return once(
+        tmp_path_factory,
+        "hls_project",
+        lambda out: succeed(cli("export", "hls", tiny_run, "--out", out, "--samples", 3)),
+    )
+
+
+def succeed(result: subprocess.CompletedProcess) -> None:
+    """The command ended with exit code 0."""
     assert result.returncode == 0, result.stderr
-    return project

@@ -94,10 +94,10 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     assert not out.exists(), "a refused command leaves nothing behind"
 
 
-def test_one_process_of_a_torchrun_speaks_for_all(cli: Cli, tmp_path: Path) -> None:
+def test_one_process_of_a_torchrun_speaks_for_all(process: Cli, tmp_path: Path) -> None:
     for rank, lines in ((0, 1), (1, 0)):
         words = {"WORLD_SIZE": "2", "RANK": str(rank)}
-        found = cli("train", "synthetic-tiny", "--train.lr=-1", "--out", tmp_path / "run", env=os.environ | words)
+        found = process("train", "synthetic-tiny", "--train.lr=-1", "--out", tmp_path / "run", env=os.environ | words)
         assert found.returncode == 2
         assert len(found.stderr.splitlines()) == lines
 

@@ -95,11 +95,11 @@ def test_predict_refusals(cli: Cli, onnx_package: Path, tiny_run: Path, tiny_dat
     assert Image.open(out / "large_depth.png").size == (1000, 600)
 
 
-def test_csim_refusals(cli: Cli, hls_project: Path, tmp_path: Path) -> None:
+def test_csim_refusals(cli: Cli, process: Cli, hls_project: Path, tmp_path: Path) -> None:
     refused(cli("hw", "csim", tmp_path), "m3vit.json not found", "m3vit export hls")
     refused(cli("hw", "csim", hls_project, "--samples", 4), "holds 3 images")
     env = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
-    refused(cli("hw", "csim", hls_project, env=env), r"no g\+\+ found: install it")
+    refused(process("hw", "csim", hls_project, env=env), r"no g\+\+ found: install it")
 
 
 def test_synthetic_data_goes_through_the_real_loader(cli: Cli, tmp_path: Path) -> None:

@@ -371,9 +371,9 @@ def test_shutdown_answers_what_is_in_flight(package: Path, kind: signal.Signals)
 
 
 @pytest.mark.slow
-def test_refusals_at_the_start(cli: Cli, package: Path, tmp_path: Path) -> None:
+def test_refusals_at_the_start(process: Cli, package: Path, tmp_path: Path) -> None:
     def refused(*words: object) -> str:
-        result = cli("serve", *words, timeout=60)
+        result = process("serve", *words, timeout=60)
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         return str(result.stderr)
 
@@ -389,12 +389,12 @@ def test_refusals_at_the_start(cli: Cli, package: Path, tmp_path: Path) -> None:
     assert "cannot listen on nowhere.invalid" in refused(package, "--host", "nowhere.invalid")
 
 
-def test_a_graph_of_another_task_is_noticed_at_the_start(cli: Cli, package: Path, tmp_path: Path) -> None:
+def test_a_graph_of_another_task_is_noticed_at_the_start(process: Cli, package: Path, tmp_path: Path) -> None:
     swapped = make_package(tmp_path / "swapped")
     manifest: dict[str, Any] = json.loads((swapped / "manifest.json").read_text())
     manifest["tasks"]["depth"]["graphs"] = manifest["tasks"]["edge"]["graphs"]  # under this one's name
     (swapped / "manifest.json").write_text(json.dumps(manifest))
-    result = cli("serve", swapped, "--port", 0, timeout=60)
+    result = process("serve", swapped, "--port", 0, timeout=60)
     assert result.returncode == 2, result.stderr
     assert "edge.onnx is not the graph that manifest.json describes" in result.stderr
     assert len(result.stderr.splitlines()) == 1
