@@ -73,6 +73,9 @@ def read_sealed_json(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{path} is not a JSON object: {what}")
     digest = value.pop(KEY, None)
     if digest is None:
+        last = next(reversed(value), "")
+        if len(last) == len(KEY) and re.fullmatch("[0-9a-f]{64}", str(value[last])):  # its name is what was damaged
+            raise changed(path, what)
         _warn_unchecked(path)
     elif digest != hashlib.sha256(_canonical(value)).hexdigest():
         raise changed(path, what)

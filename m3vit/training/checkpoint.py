@@ -246,12 +246,17 @@ def _read_log(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Return each line of metrics.jsonl as bytes, without its end, and as a value; see `read_metrics`."""
     path = folder / "metrics.jsonl"
     advice = "mend it from a copy of the file, or delete this one line to go on without what it says"
-    found = read_sealed_lines(path, advice)
+    found, before, done = read_sealed_lines(path, advice), 0, set[tuple[str, int]]()
     for number, (_, line) in enumerate(found, 1):
         numbers = {key: line.get(key) for key in line.keys() - {"kind", "message", "protocol"} | {"step", "epoch"}}
         wrong = [key for key, value in numbers.items() if type(value) not in (int, float)]
         if wrong or not isinstance(line.get("kind"), str):
             raise InputError(f"line {number} of {path} has no {', '.join(sorted(wrong)) or 'kind'}: {advice}")
+        # Steps only go up; of each step there is at most one line of training and one of evaluation.
+        if line["step"] < before or (line["kind"] in ("train", "val") and (line["kind"], line["step"]) in done):
+            raise InputError(f"line {number} of {path} is of step {line['step']} once more: {advice}")
+        before = line["step"]
+        done.add((line["kind"], line["step"]))
     return found
 
 

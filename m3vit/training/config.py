@@ -298,7 +298,7 @@ def read_config(path: Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
     except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+        raise InputError(f"{path} is not a configuration of this version: {' '.join(str(error).split())}") from None
 
 
 def read_run_config(folder: Path) -> Config:
