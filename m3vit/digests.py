@@ -1,11 +1,12 @@
 """Digests of what the project writes and reads back: a file changed since is refused, not computed with. No torch.
 
-Three carriers, one for each kind of file, all sha256:
+Four carriers, one for each kind of file, all sha256:
 
 JSON             its last key, "sha256", is the digest of the rest as `_canonical` writes it, key order included
 listed files     a JSON file of the first kind holds {relative name: digest} of its neighbours: weights, graphs, sources
 sealed files     a last line `# m3vit sha256 <digest>` of all bytes before it: a comment to YAML, and readers of zip
                  archives (npz, torch's) look past it
+logs             JSON lines; the last key of each, "digest", is the start of the digest of the rest of its line
 
 A digest lies in the file itself, or in one written after it: a kill between the two writes looks like damage and is
 refused like it. Files without a digest were written by m3vit 0.1.0 before digests, or by other hands:
@@ -14,6 +15,7 @@ they are read with an `UncheckedWarning`. Digests find accidents and edits, not 
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +27,8 @@ from m3vit.files import read_json, sha256_file, write_json
 KEY = "sha256"  # of a JSON file's digest, at its top level
 _SEAL = b"\n# m3vit sha256 "
 _SEAL_BYTES = len(_SEAL) + 64 + 1
+_NEAR_END = 1 << 16  # where a seal is looked for that is not at its place
+LINE_KEY = "digest"  # of a log's line
 
 
 class UncheckedWarning(UserWarning):
@@ -69,6 +73,9 @@ def read_sealed_json(path: Path, what: str) -> dict[str, Any]:
         raise InputError(f"{path} is not a JSON object: {what}")
     digest = value.pop(KEY, None)
     if digest is None:
+        last = next(reversed(value), "")
+        if len(last) == len(KEY) and re.fullmatch("[0-9a-f]{64}", str(value[last])):  # its name is what was damaged
+            raise changed(path, what)
         _warn_unchecked(path)
     elif digest != hashlib.sha256(_canonical(value)).hexdigest():
         raise changed(path, what)
@@ -113,11 +120,12 @@ def check_sealed(path: Path, what: str) -> int:
     size = path.stat().st_size
     digest, left = hashlib.sha256(), size - _SEAL_BYTES
     with open(path, "rb") as file:
-        file.seek(max(0, left - _SEAL_BYTES))
+        file.seek(max(0, size - _NEAR_END))
         tail = file.read()
         end = tail[-_SEAL_BYTES:]
         if left < 0 or not end.startswith(_SEAL):
-            if _SEAL in tail:  # not at its place: bytes came or went
+            # A seal that is not at its place, where bytes came or went, or that is damaged itself.
+            if _SEAL in tail or re.fullmatch(rb"[0-9a-f]{64}\n", end[len(_SEAL) :]):
                 raise changed(path, what)
             _warn_unchecked(path)
             return size
@@ -128,3 +136,51 @@ def check_sealed(path: Path, what: str) -> int:
     if end != _SEAL + digest.hexdigest().encode() + b"\n":
         raise changed(path, what)
     return size - _SEAL_BYTES
+
+
+# ------------------------------------------------------------------------------------------------------------ logs
+
+
+def _line_digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(value)).hexdigest()[:16]
+
+
+def sealed_line(value: Mapping[str, Any]) -> str:
+    """Return a JSON object as a line of a log, with its digest as last key."""
+    plain = {key: one for key, one in value.items() if key != LINE_KEY}
+    return json.dumps({**plain, LINE_KEY: _line_digest(plain)}) + "\n"
+
+
+def read_sealed_lines(path: Path, what: str) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of a log, each as it lies in the file, without its end, and as the value without its digest.
+
+    No file is an empty log. A last line that a kill cut short is left out. Raises InputError naming the first line that
+    is not as it was written; `what` says what to do. Lines without a digest are taken where none before them has one.
+    """
+    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if _is_object(rest):  # whole, though its end is missing or damaged
+        lines.append(rest)
+    found: list[tuple[bytes, dict[str, Any]]] = []
+    checked = unchecked = False
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            value = None
+        digest = value.pop(LINE_KEY, None) if isinstance(value, dict) else None
+        missing = digest is None and not checked
+        if not isinstance(value, dict) or not (missing or digest == _line_digest(value)):
+            raise InputError(f"line {number} of {path} is not as it was written, it was edited or damaged: {what}")
+        checked, unchecked = checked or not missing, unchecked or missing
+        found.append((line, value))
+    if unchecked:
+        _warn_unchecked(path)
+    return found
+
+
+def _is_object(line: bytes) -> bool:
+    """Return whether a line starts with a whole JSON object."""
+    try:
+        return isinstance(json.JSONDecoder().raw_decode(line.decode(errors="replace"))[0], dict)
+    except (ValueError, RecursionError):
+        return False

@@ -97,7 +97,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} not found: {what}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or an absurd number
         raise InputError(f"{path} is not readable JSON ({error}): {what}") from None
 
 

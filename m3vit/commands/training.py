@@ -20,13 +20,13 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
     import jsonargparse
 
-    from m3vit.training.config import Config, read_config, recipe_names, recipe_path
+    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     start = None
     if recipe and command == "profile" and recipe not in recipe_names() and Path(recipe).is_dir():
         start = Path(recipe) / "config.yaml"
-        read_config(start)  # its messages are clearer than those of the parser below
+        read_run_config(Path(recipe))  # its messages are clearer than those of the parser below
     elif recipe:
         start = recipe_path(recipe)
     parser = jsonargparse.ArgumentParser(

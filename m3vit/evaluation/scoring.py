@@ -1,7 +1,7 @@
 """`m3vit eval`: score a run, an ONNX package or an HLS project, and write eval.json into its folder.
 
 eval.json holds {"format": 2, "protocols": {name: result}}, one result for each protocol evaluated under; the
-per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`.
+per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`. Both carry digests.
 """
 
 import os
@@ -13,11 +13,12 @@ import numpy as np
 
 from m3vit.data.opening import open_split, origin
 from m3vit.data.sample import Split
+from m3vit.digests import check_sealed, read_sealed_json, seal, write_sealed_json
 from m3vit.distributed import agree, gather, process_group, rank, world_size
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
-from m3vit.files import atomic_path, read_json, write_json
+from m3vit.files import atomic_path
 
 FORMAT = 2
 Progress = Callable[[int, int, str], None]
@@ -49,6 +50,7 @@ def score(
     layout, tasks = predictor.label_set, predictor.tasks
     split = open_split(layout, root, "val", tasks)
     with process_group():
+        agree(lambda: None if rank() else stored(folder))  # damaged, it is refused now rather than after the evaluation
         evaluations = {predictor.name: share(split, predictor, protocol, workers, stage(progress, predictor.name))}
         constants = None
         if trivial:
@@ -112,47 +114,78 @@ def share(
 
 
 def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evaluation) -> None:
-    """Write statistics, then add their result to eval.json: it never names statistics that are not there."""
-    with atomic_path(folder / f"eval-{protocol}.npz") as path, open(path, "wb") as file:
-        known = {"ids": np.array(evaluation.ids), "fingerprints": np.array(evaluation.fingerprints, np.int64)}
-        np.savez_compressed(file, **known, **evaluation.statistics)  # type: ignore[arg-type]
-    results: dict[str, Any] = {}
-    if (folder / "eval.json").exists():
-        old = read_json(folder / "eval.json", "delete it and evaluate again")
-        results = old["protocols"] if isinstance(old, dict) and old.get("format") == FORMAT else {}
+    """Write statistics, then add their result to eval.json: it never names statistics that are others, or not there."""
+    results = stored(folder)
+    with atomic_path(folder / f"eval-{protocol}.npz") as path:
+        with open(path, "wb") as file:
+            known = {"ids": np.array(evaluation.ids), "fingerprints": np.array(evaluation.fingerprints, np.int64)}
+            np.savez_compressed(file, **known, **evaluation.statistics)  # type: ignore[arg-type]
+        seal(path)
+        if results.pop(protocol, None):
+            write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": results})
     # The newest last: it is what `m3vit report` shows.
-    results.pop(protocol, None)
-    write_json(folder / "eval.json", {"format": FORMAT, "protocols": {**results, protocol: result}})
+    write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": {**results, protocol: result}})
+
+
+def stored(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return {protocol: result} of a folder's eval.json, {} without one or of another version; InputError if damaged.
+
+    A result has at least what this module and its callers read of it.
+    """
+    path, advice = folder / "eval.json", f"delete it and evaluate again with m3vit eval {folder}"
+    if not path.exists():
+        return {}
+    content = read_sealed_json(path, advice)
+    if content.get("format") != FORMAT:
+        return {}
+    results = content.get("protocols")
+    needed = {"data", "label_set", "predictor", "release", "tasks"}
+    if not isinstance(results, dict) or not all(
+        isinstance(result, dict) and needed <= result.keys() and isinstance(result["tasks"], dict)
+        for result in results.values()
+    ):
+        raise InputError(f"{path} lacks what an evaluation has: {advice}")
+    return results
 
 
 def protocols_of(folder: Path) -> tuple[str, ...]:
     """Return the protocols that a folder was evaluated under, the last one last, or raise InputError."""
+    return tuple(_results(folder))
+
+
+def _results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return {protocol: result} of a folder that was evaluated, or raise InputError."""
     hint = f"evaluate it first: m3vit eval {folder}"
-    content = read_json(folder / "eval.json", hint)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not content.get("protocols"):
-        raise InputError(f"{folder / 'eval.json'} is not of this version: {hint}")
-    return tuple(content["protocols"])
+    if not (folder / "eval.json").exists():
+        raise InputError(f"{folder / 'eval.json'} not found: {hint}")
+    results = stored(folder)
+    if not results:
+        raise InputError(f"{folder / 'eval.json'} has no evaluation of this version: {hint}")
+    return results
 
 
 def read(folder: Path, protocol: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return a protocol (default: the last evaluated) and its result from a folder's eval.json, or raise InputError."""
     hint = f"evaluate it first: m3vit eval {folder}" + (f" --protocol {protocol}" if protocol else "")
-    known = protocols_of(folder)
-    name = protocol or known[-1]
+    known = _results(folder)
+    name = protocol or list(known)[-1]
     if name not in known:
         raise InputError(f"{folder} was evaluated under protocol {', '.join(known)}, not {name}: {hint}")
-    return name, read_json(folder / "eval.json", hint)["protocols"][name]
+    return name, known[name]
 
 
 def read_evaluation(folder: Path, protocol: str) -> Evaluation:
     """Return the per-image statistics of a folder's evaluation, or raise InputError."""
     _, result = read(folder, protocol)
-    path = folder / f"eval-{protocol}.npz"
+    path, advice = folder / f"eval-{protocol}.npz", f"evaluate again with m3vit eval {folder} --protocol {protocol}"
+    check_sealed(path, advice)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            ids = [str(name) for name in stored["ids"]]
-            prints = stored["fingerprints"].tolist()
-            statistics = {task: stored[task] for task in result["tasks"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}): evaluate again with m3vit eval {folder}") from None
+        with np.load(path, allow_pickle=False) as arrays:
+            ids = [str(name) for name in arrays["ids"]]
+            prints = arrays["fingerprints"].tolist()
+            statistics = {task: arrays[task] for task in result["tasks"]}
+    except Exception as error:  # zip, zlib and numpy raise many kinds for damaged files
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {advice}") from None
+    if any(len(values) != len(ids) for values in (prints, *statistics.values())):
+        raise InputError(f"{path} has not one row for each of its {len(ids)} images: {advice}")
     return Evaluation(protocol, result["label_set"], ids, statistics, fingerprints=prints)

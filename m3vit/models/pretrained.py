@@ -5,7 +5,6 @@ All of a trunk is loaded, or nothing.
 Shapes: T patch tokens of the file's position embedding, (h, w) the patch grid it was made for.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from timm.models import _builder, eva, load_state_dict, vision_transformer
 from torch import Tensor
 
 from m3vit.errors import InputError
+from m3vit.models.saved import INFO, WEIGHTS, not_finite, read_info
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RUN_PREFIX = "backbone.trunk."  # of the trunk in a run folder's model.safetensors
@@ -38,9 +38,12 @@ def load_weights(trunk: Any, file: str) -> None:
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
         words = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"model.weights {file} cannot be read: {words}") from None
+    of_run = any(name.startswith(RUN_PREFIX) for name in state)
+    # A run's weights may have been taken out of its folder.
+    info = read_info(path) if of_run and path.name == WEIGHTS and path.with_name(INFO).is_file() else {}
     try:
-        if any(name.startswith(RUN_PREFIX) for name in state):
-            state = _from_run(trunk, state, path)
+        if of_run:
+            state = _from_run(trunk, state, info)
         else:
             family = eva if isinstance(trunk, eva.Eva) else vision_transformer
             # Where DeiT-III has LayerScale as gamma_1, timm's ViTs have it as ls1.gamma.
@@ -54,6 +57,8 @@ def load_weights(trunk: Any, file: str) -> None:
             f"model.weights {file} does not fit the trunk {_name(trunk)}: {why}; give the weights of this very trunk, "
             "or the model.trunk and trunk_args they are of"
         )
+    if broken := not_finite(state):
+        raise InputError(f"model.weights {file} holds {broken}: give weights of a training that did not diverge")
     trunk.load_state_dict({name: value for name, value in state.items() if not name.startswith(UNUSED)})
 
 
@@ -134,18 +139,20 @@ def _name(trunk: Any) -> str:
     return str(getattr(trunk, "pretrained_cfg", {}).get("architecture", type(trunk).__name__))
 
 
-def _from_run(trunk: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the trunk's part of a run folder's weights, positions resampled from the grid model.json tells of."""
+def _from_run(trunk: Any, state: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the trunk's part of a run folder's weights, positions resampled from the grid model.json tells of.
+
+    `info`: model.json, {} if it is not there.
+    """
     state = {name[len(RUN_PREFIX) :]: value for name, value in state.items() if name.startswith(RUN_PREFIX)}
     position = state.get("pos_embed")
     if position is None or trunk.pos_embed is None:
         return state
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     tokens = position.shape[1] - prefix
-    info = path.with_name("model.json")
     patch = trunk.patch_embed.patch_size[0]
-    if info.is_file():
-        height, width = json.loads(info.read_text())["architecture"]["image_size"]
+    if info:
+        height, width = info["architecture"]["image_size"]
         grid = (height // patch, width // patch)
     else:
         grid = (math.isqrt(tokens), math.isqrt(tokens))

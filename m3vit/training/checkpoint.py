@@ -1,35 +1,38 @@
 """The run folder: what training leaves behind and every later step reads (DESIGN.md, section 5).
 
 config.yaml          the resolved configuration
-model.safetensors    weights (their moving average, with train.ema); model.json: architecture, tasks, classes,
-                     normalisation, git commit
+model.safetensors    weights (their moving average, with train.ema); model.json, written after it: architecture, tasks,
+                     classes, normalisation, git commit, digest of the weights
 best/                a run folder with the weights of the best evaluation (train.best)
 last/state.pt        what resuming needs, replaced atomically
 metrics.jsonl        one line per logged step or evaluation
-tensorboard/         the same, as TensorBoard events
+tensorboard/         the same, as TensorBoard events; nothing reads it back
+
+All that is read back carries a digest (m3vit/digests.py), which is checked when it is read.
 """
 
 import fcntl
-import json
 import os
 import subprocess
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from m3vit import __version__
+from m3vit.digests import check_sealed, read_sealed_lines, seal, sealed_line, write_sealed_json
 from m3vit.errors import InputError
-from m3vit.files import atomic_path, is_empty, read_json, sha256_file, write_json
+from m3vit.files import atomic_path, is_empty, sha256_file
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.saved import INFO, WEIGHTS, read_saved
 from m3vit.tasks import IMAGE_MEAN, IMAGE_STD
-from m3vit.training.config import Config, differences, plain, read_config
+from m3vit.training.config import Config, differences, plain, read_run_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = (
@@ -51,14 +54,14 @@ class Run:
     folder: Path
     config: Config
     model: MultiTaskModel
-    info: dict[str, Any]  # model.json, and the sha256 of the weights
+    info: dict[str, Any]  # model.json
 
 
 def prepare_folder(config: Config, out: Path, resume: bool) -> None:
     """Make the run folder and its config.yaml, or raise InputError rather than touch another run."""
     config.check()
     if resume and (out / "config.yaml").exists():
-        changed = differences(read_config(out / "config.yaml"), config, FREE_TO_CHANGE)
+        changed = differences(read_run_config(out), config, FREE_TO_CHANGE)
         if changed:
             # The schedule too depends on the number of epochs: more of them would have been other ones from the start.
             raise InputError(
@@ -100,6 +103,7 @@ def write_config(config: Config, folder: Path) -> None:
     """Write config.yaml, fully resolved."""
     with atomic_path(folder / "config.yaml") as path:
         path.write_text(config.to_yaml())
+        seal(path)
 
 
 def git_commit() -> str | None:
@@ -122,10 +126,12 @@ def git_commit() -> str | None:
 def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
     """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
     state = model.state_dict() if weights is None else weights
-    with atomic_path(folder / "model.safetensors") as path:
+    with atomic_path(folder / WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-    write_json(
-        folder / "model.json",
+        digest = sha256_file(path)
+    # Last, with the digest of the weights: a kill in between leaves what `load_run` refuses, not a mixture.
+    write_sealed_json(
+        folder / INFO,
         {
             # Copied into exported packages: the name of a weights file, not where it lies on this disk.
             "architecture": plain(asdict(replace(model.config, weights=Path(model.config.weights).name))),
@@ -135,33 +141,47 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
             "epochs_trained": epoch,
             "m3vit": __version__,
             "commit": git_commit(),
+            "weights_sha256": digest,
         },
     )
 
 
 def load_run(folder: Path) -> Run:
-    """Open a run folder, or raise InputError if it is not one, has no weights, or they do not fit."""
-    config = read_config(folder / "config.yaml")
-    weights = folder / "model.safetensors"
+    """Open a run folder, or raise InputError if it is not one, or has no weights, damaged, diverged or other ones."""
+    config = read_run_config(folder)
+    weights = folder / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
-    info = read_json(folder / "model.json", "part of a run folder, beside model.safetensors")
     # The weights are here: what they were first made from need not be.
     fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
     config.model = replace(config.model, **fresh)
+    state, info = read_saved(weights)
     try:
-        state = load_file(weights)
-        model = MultiTaskModel(ModelConfig(**info["architecture"] | fresh))
+        architecture = ModelConfig(**info["architecture"] | fresh)
+        check_same(folder, config.model, architecture)
+        model = MultiTaskModel(architecture)
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+    except (RuntimeError, TypeError, KeyError) as error:
         raise InputError(f"{weights} cannot be loaded ({first_line(error)}): the run folder is damaged") from None
-    return Run(folder, config, model.eval(), info | {"weights_sha256": sha256_file(weights)})
+    return Run(folder, config, model.eval(), info)
+
+
+def check_same(folder: Path, configured: ModelConfig, saved: ModelConfig) -> None:
+    """Raise InputError if config.yaml and model.json are of different models; what is "auto" may have been chosen."""
+    found, expected = plain(asdict(saved)), plain(asdict(configured))
+    different = [key for key, value in expected.items() if value not in ("auto", found[key])]
+    if different:
+        raise InputError(
+            f"{folder}: config.yaml and {INFO} differ in model.{', model.'.join(different)}: put back the files of "
+            "one run, or train it again"
+        )
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Replace last/state.pt atomically."""
     with atomic_path(folder / "last" / "state.pt") as path:
         torch.save(state, path)
+        seal(path)
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
@@ -169,41 +189,88 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     path = folder / "last" / "state.pt"
     if not path.exists():
         return None
+    advice = "put it back from a copy, or train again into another folder"
+    check_sealed(path, advice)
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises many kinds for damaged files
-        raise InputError(f"{path} cannot be loaded ({first_line(error)}): delete it to start over") from None
+        raise InputError(f"{path} cannot be loaded ({first_line(error)}): {advice}") from None
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"{path} holds no checkpoint, it was emptied or replaced: {advice}")
+    return state
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an exception's text, or its name if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an exception's text, with the next one after a colon; its name if it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 class MetricsLog:
-    """metrics.jsonl: appended line by line; on resume, lines later than the checkpoint are dropped."""
+    """metrics.jsonl: appended line by line, each with its digest.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    On resume, lines later than the checkpoint are dropped: their steps are done, and written, once more. No other line
+    is, and damaged ones are refused. `lines`: how many there are; a checkpoint keeps it.
+    """
+
+    def __init__(self, folder: Path, step: int, lines: int = 0) -> None:
+        """Open the log for a run that goes on after `step`, whose checkpoint counted so many lines."""
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        found = _read_log(folder)
+        kept = [text for text, line in found if line["step"] <= step]
+        if len(kept) < lines:
+            lost = f"{self.path} has {len(kept)} of the {lines} lines that it had at the checkpoint"
+            warnings.warn(f"{lost}: what they said is gone, best/ is chosen without them", stacklevel=2)
+        self.lines = len(kept)
         with atomic_path(self.path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            path.write_bytes(b"".join(text + b"\n" for text in kept))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and hand it to the system, so that a kill loses at most the line being written."""
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(sealed_line(line))
             file.flush()
             os.fsync(file.fileno())
+        self.lines += 1
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl; a half-written last line is left out."""
+    """Return the lines of metrics.jsonl, [] without one; a half-written last line is left out.
+
+    Raises InputError naming a line that is damaged.
+    """
+    return [line for _, line in _read_log(folder)]
+
+
+def _read_log(folder: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return each line of metrics.jsonl as bytes, without its end, and as a value; see `read_metrics`."""
     path = folder / "metrics.jsonl"
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    advice = "mend it from a copy of the file, or delete this one line to go on without what it says"
+    found, before, done = read_sealed_lines(path, advice), 0, set[tuple[str, int]]()
+    for number, (_, line) in enumerate(found, 1):
+        numbers = {key: line.get(key) for key in line.keys() - {"kind", "message", "protocol"} | {"step", "epoch"}}
+        wrong = [key for key, value in numbers.items() if type(value) not in (int, float)]
+        if wrong or not isinstance(line.get("kind"), str):
+            raise InputError(f"line {number} of {path} has no {', '.join(sorted(wrong)) or 'kind'}: {advice}")
+        # Steps only go up; of each step there is at most one line of training and one of evaluation.
+        if line["step"] < before or (line["kind"] in ("train", "val") and (line["kind"], line["step"]) in done):
+            raise InputError(f"line {number} of {path} is of step {line['step']} once more: {advice}")
+        before = line["step"]
+        done.add((line["kind"], line["step"]))
+    return found
+
+
+def check_lost(folder: Path, steps_per_epoch: int) -> None:
+    """Raise InputError if the log of a run without last/state.pt says that one was written: it is not to start over.
+
+    Warns if the run starts over because it was stopped before its first checkpoint.
+    """
+    lines = read_metrics(folder)
+    path = folder / "last" / "state.pt"
+    if any(line["kind"] == "val" or line["step"] > steps_per_epoch for line in lines):
+        raise InputError(
+            f"{path} is missing, though training went on to step {max(line['step'] for line in lines)}: put it back "
+            "from a copy, or train again into another folder"
+        )
+    if lines:
+        warnings.warn(f"{folder} was stopped before its first checkpoint: training starts over", stacklevel=2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from m3vit.digests import check_sealed
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
 from m3vit.tasks import LABEL_SETS, TASKS
@@ -290,14 +291,22 @@ def recipe_path(name: str) -> Path:
 
 
 def read_config(path: Path) -> Config:
-    """Read a resolved configuration (a run folder's config.yaml)."""
+    """Read a resolved configuration, whoever wrote it."""
     try:
         values = yaml.safe_load(path.read_text())
         return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a configuration of this version: {' '.join(str(error).split())}") from None
+
+
+def read_run_config(folder: Path) -> Config:
+    """Read a run folder's config.yaml, or raise InputError if it is not as training wrote it."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        check_sealed(path, "put it back; or delete its last line, the digest, to have the edit taken as it is")
+    return read_config(path)
 
 
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:

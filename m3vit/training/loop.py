@@ -15,8 +15,11 @@ from m3vit.data.opening import open_split
 from m3vit.distributed import agree, gather, leave_group, rank, total, world_size
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.saved import not_finite
 from m3vit.training.checkpoint import (
     MetricsLog,
+    check_lost,
+    first_line,
     load_state,
     lock_folder,
     prepare_folder,
@@ -143,8 +146,9 @@ class Training:
         state = agree(lambda: load_state(out)) if resume else None
         if state:
             self.restore(state)
+        # Of the first process, which alone writes.
+        self.log = cast(MetricsLog, agree(lambda: None if rank() else self.open_log(state)))
         if rank() == 0:
-            self.log = MetricsLog(out, self.step)
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
@@ -156,6 +160,13 @@ class Training:
             return None
         prepare_folder(self.config, self.out, resume)
         return lock_folder(self.out)
+
+    def open_log(self, state: dict[str, Any] | None) -> MetricsLog:
+        """Return the log to go on with, or raise InputError if it is damaged or knows of a checkpoint that is gone."""
+        if state is None:
+            check_lost(self.out, self.steps_per_epoch)
+            return MetricsLog(self.out, 0)
+        return MetricsLog(self.out, self.step, state.get("log_lines", 0))
 
     @property
     def trained(self) -> MultiTaskModel:
@@ -245,7 +256,7 @@ class Training:
     def evaluate(self, epoch: int) -> None:
         """Evaluate where it is due and not done yet, and keep the weights if they are the best."""
         due = self.config.train.eval_epochs and epoch % self.config.train.eval_epochs == 0
-        lines = [line for line in read_metrics(self.out) if line["kind"] == "val"] if rank() == 0 else []
+        lines = agree(lambda: [] if rank() else [line for line in read_metrics(self.out) if line["kind"] == "val"])
         lines = gather(lines)[0]
         if any(line["step"] == self.step for line in lines) or not (due or self.step == self.steps):
             return
@@ -261,9 +272,9 @@ class Training:
             values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
         if is_best([*lines, values], self.config.model.tasks, self.config.train.best):
             # A run folder too. Before the line in the log: a run killed in between evaluates again.
-            self.save_trained(self.out / "best", epoch)
             if rank() == 0:
                 write_config(self.config, self.out / "best")
+            self.save_trained(self.out / "best", epoch)
         self.record("val", values)
 
     def record(self, kind: str, values: dict[str, float], message: str | None = None) -> None:
@@ -311,14 +322,33 @@ class Training:
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
             "average": None if self.average is None else gathered(self.average.state_dict()),
             "random": random_states,
+            "log_lines": None if rank() else self.log.lines,
         }
         if rank() == 0:
             save_state(self.out, state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `save` wrote. A process that was not there then keeps the random state of its seed."""
+        """Continue from what `save` wrote, or raise InputError if it is of another version or model, or diverged."""
+        path = self.out / "last" / "state.pt"
         if state.get("format") != FORMAT:
-            raise InputError(f"{self.out}/last/state.pt is of another version: train again from the start", True)
+            raise InputError(f"{path} is of another version: train again from the start", True)
+        try:
+            self.load(state)
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(
+                f"{path} does not fit this run ({first_line(error)}): put back its own, or train again into another "
+                "folder",
+                everywhere=True,
+            ) from None
+        if broken := not_finite(state["model"]) or not_finite(state["average"] or {}):
+            raise InputError(
+                f"{path} holds {broken}: put back an earlier one, or train again into another folder with a lower "
+                "--train.lr or with --train.grad_clip",
+                everywhere=True,
+            )
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint. A process that was not there then keeps the random state of its seed."""
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])  # after setup: it takes its tensors to the device
         self.weighting.load_state_dict(state["weighting"])
@@ -332,6 +362,8 @@ class Training:
             if mine["cuda"] is not None and self.fabric.device.type == "cuda":
                 torch.cuda.set_rng_state(mine["cuda"], self.fabric.device)
         self.step = state["step"]
+        if not 0 < self.step <= self.steps or not state["processes"] > 0:
+            raise ValueError(f"step {self.step} of {self.steps}")
 
 
 def check_finite(values: dict[str, float], step: int, out: Path) -> None:

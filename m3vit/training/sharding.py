@@ -103,10 +103,12 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load the whole state of an optimiser, as `gathered` gives it, sharded or not."""
+    """Load the whole state of an optimiser, as `gathered` gives it, sharded or not; ValueError if it does not fit."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def share(value: Any, parameter: Tensor) -> Any:
+        if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:  # torch does not look
+            raise ValueError(f"the optimiser's {list(value.shape)} for weights {list(parameter.shape)}")
         # What has the parameter's shape belongs to its elements (moments); the rest is of all (the number of steps).
         return shared_out(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
 

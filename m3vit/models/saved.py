@@ -1,0 +1,60 @@
+"""Weights as a run folder has them: model.safetensors, and model.json beside it, which holds the digest of both."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from m3vit.digests import changed, read_sealed_json
+from m3vit.errors import InputError
+from m3vit.files import sha256_file
+
+WEIGHTS, INFO = "model.safetensors", "model.json"
+_ADVICE = (
+    "a run killed while it saved is mended by m3vit train with --resume; else put the file back from a copy, take the "
+    "run's best/, or train again"
+)
+
+
+def read_info(weights: Path) -> dict[str, Any]:
+    """Return the model.json beside a run's weights, "weights_sha256" among it; both files are as they were written.
+
+    Raises InputError if not. Of weights saved without a digest "weights_sha256" is that of the file as it is now.
+    """
+    info = read_sealed_json(weights.with_name(INFO), f"part of a run folder, beside {WEIGHTS}; {_ADVICE}")
+    digest = sha256_file(weights)
+    if info.setdefault("weights_sha256", digest) != digest:
+        raise changed(weights, _ADVICE)
+    return info
+
+
+def read_saved(weights: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a run's weights and its model.json; raise InputError if they are damaged, or not finite numbers."""
+    written = _identity(weights)
+    try:
+        state = load_file(weights)
+    except Exception as error:  # safetensors raises many kinds for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{weights} cannot be loaded ({reason}), it is damaged: {_ADVICE}") from None
+    info = read_info(weights)
+    if _identity(weights) != written:
+        raise InputError(f"{weights} was replaced while it was read: try again")
+    if broken := not_finite(state):
+        raise InputError(
+            f"{weights} holds {broken}: training diverged; take the run's best/, or train again with a lower "
+            "--train.lr or with --train.grad_clip"
+        )
+    return state, info
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Return what is another once a file was replaced or written to."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def not_finite(state: dict[str, Tensor]) -> str:
+    """Say, in words, which tensors hold NaN or Inf; "" if none does."""
+    names = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    return f"NaN or Inf in {len(names)} of {len(state)} tensors, such as {names[0]}" if names else ""
