@@ -10,13 +10,11 @@ from PIL import Image
 
 from m3vit.cli import main
 from m3vit.data.transforms import image_tensor, normalise
-from m3vit.models.config import ModelConfig
-from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.checkpoint import load_run
 
-# name: patch size. AugReg's is the trunk of all other tests. Together: fused and separate projections, biases apart from
-# them, class, register and distillation tokens, learned and rotary positions, GELU and SwiGLU, LayerScale, norms before
-# and within the blocks.
+# name: patch size. (AugReg's is the trunk of all other tests.) Together: fused and separate projections, biases apart,
+# class, register and distillation tokens, learned and rotary positions, GELU and SwiGLU, LayerScale, norms before and
+# within the blocks.
 FAMILIES = {
     "deit_tiny_distilled_patch16_224": 16,
     "deit3_small_patch16_224": 16,
@@ -62,6 +60,6 @@ def test_whole_path(name: str, tiny_data: Path, tmp_path: Path) -> None:
     Image.fromarray(image).save(tmp_path / "image.png")
     command("predict", tmp_path / "onnx", tmp_path / "image.png", "--task", "depth", "--raw", "--out", tmp_path / "out")
     with torch.inference_mode():
-        expected = model(normalise(image_tensor(image))[None]).logits["depth"][0, 0].numpy()
+        expected = model(normalise(image_tensor(image), model.normalisation)[None]).logits["depth"][0, 0].numpy()
     found = np.load(tmp_path / "out" / "image_depth.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32, in another order

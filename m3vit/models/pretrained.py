@@ -18,6 +18,7 @@ from timm.models import _builder, eva, load_state_dict, vision_transformer
 from torch import Tensor
 
 from m3vit.errors import InputError
+from m3vit.normalisation import recorded
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RUN_PREFIX = "backbone.trunk."  # of the trunk in a run folder's model.safetensors
@@ -28,6 +29,8 @@ SHOWN = 4  # names of an error's list
 def load_weights(trunk: Any, file: str) -> None:
     """Load the trunk's weights from a file; the position embedding is resampled to the trunk's grid.
 
+    trunk.pretrained_cfg then says of these weights what it says of timm's own: the mean and std of their images. For
+    those of a run it is the run's (None without its model.json), for others timm's for this trunk.
     Raises InputError if the file cannot be read, or lacks weights of the trunk, or has others.
     """
     path = Path(file).expanduser()
@@ -135,17 +138,25 @@ def _name(trunk: Any) -> str:
 
 
 def _from_run(trunk: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the trunk's part of a run folder's weights, positions resampled from the grid model.json tells of."""
+    """Return the trunk's part of a run folder's weights, positions resampled from the grid model.json tells of.
+
+    Its normalisation goes into trunk.pretrained_cfg.
+    """
+    info = path.with_name("model.json")
+    told = json.loads(info.read_text()) if info.is_file() else None
+    normal: dict[str, Any] = {"mean": None, "std": None}
+    if told is not None:
+        normal = recorded(told.get("normalisation"), f"normalisation of {info}").plain()
+    trunk.pretrained_cfg = {**trunk.pretrained_cfg, **normal}
     state = {name[len(RUN_PREFIX) :]: value for name, value in state.items() if name.startswith(RUN_PREFIX)}
     position = state.get("pos_embed")
     if position is None or trunk.pos_embed is None:
         return state
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     tokens = position.shape[1] - prefix
-    info = path.with_name("model.json")
     patch = trunk.patch_embed.patch_size[0]
-    if info.is_file():
-        height, width = json.loads(info.read_text())["architecture"]["image_size"]
+    if told is not None:
+        height, width = told["architecture"]["image_size"]
         grid = (height // patch, width // patch)
     else:
         grid = (math.isqrt(tokens), math.isqrt(tokens))

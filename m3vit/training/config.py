@@ -11,6 +11,7 @@ import yaml
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
+from m3vit.normalisation import recorded
 from m3vit.tasks import LABEL_SETS, TASKS
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -293,6 +294,8 @@ def read_config(path: Path) -> Config:
     """Read a resolved configuration (a run folder's config.yaml)."""
     try:
         values = yaml.safe_load(path.read_text())
+        # Of runs from before there was a choice.
+        values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
         return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
