@@ -26,6 +26,7 @@ from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
 from m3vit.data.synthetic import synthesize
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.normalisation import IMAGENET
 from m3vit.tasks import LABEL_SETS
 from m3vit.training.config import read_config, recipe_path
 from m3vit.training.step import step_losses
@@ -36,7 +37,7 @@ PIPELINES = {"m3vit": "", "invpt": "-invpt"}  # suffix of the recipe
 
 def rate(split: Split, size: tuple[int, int], pipeline: str, workers: int, passes: int) -> float:
     """Return samples per second of a loader, from its second pass on: the first starts the processes."""
-    dataset = TrainingSet(split, size, 0, pipeline)
+    dataset = TrainingSet(split, size, 0, IMAGENET, pipeline)
     order = EpochBatches(len(dataset), 2, 0)
     loader = make_loader(dataset, order, workers)
     count, start = 0, time.perf_counter()
@@ -59,7 +60,7 @@ def waiting(
     torch.manual_seed(0)
     model = MultiTaskModel(config.model).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    dataset = TrainingSet(split, size, 0, pipeline)
+    dataset = TrainingSet(split, size, 0, IMAGENET, pipeline)
     order = EpochBatches(len(dataset), batch, 0)
     loader = make_loader(dataset, order, workers, pin_memory=device != "cpu")
     waited = total = 0.0

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from m3vit.data.sample import Sample, Split
 from m3vit.data.transforms import Pair, training_pair
 from m3vit.errors import InputError
+from m3vit.normalisation import Normalisation
 
 
 class Batch(NamedTuple):
@@ -34,12 +35,14 @@ class TrainingSet(Dataset):
         split: Split,
         size: tuple[int, int],
         seed: int,
+        normalisation: Normalisation,
         pipeline: str = "simple",
         flip: bool = True,
         colour: float = 0.0,
         cache: bool = False,
     ) -> None:
         self.split, self.size, self.seed, self.pipeline = split, size, seed, pipeline
+        self.normalisation = normalisation
         self.options: dict[str, Any] = {"label_set": split.label_set, "flip": flip, "colour": colour}
         self.cache: dict[int, Sample] | None = {} if cache else None
 
@@ -53,7 +56,7 @@ class TrainingSet(Dataset):
         except InputError as error:
             return str(error)
         rng = np.random.default_rng([1, self.seed, epoch, index])
-        return training_pair(self.pipeline, sample, self.size, rng, **self.options)
+        return training_pair(self.pipeline, sample, self.size, rng, self.normalisation, **self.options)
 
     def _sample(self, index: int) -> Sample:
         if self.cache is None:

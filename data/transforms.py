@@ -6,7 +6,7 @@ kernels are registered below, so that one call changes a whole sample consistent
 - depth: nearest; divided by the zoom, as a camera that is that much nearer would see it; 0 (invalid) from outside;
 - normals: nearest; x negated by a mirror, turned in the plane by a rotation; 0 (invalid) from outside.
 
-Pipelines (`data.pipeline`), each a function of (sample, size, rng): the rng decides everything random.
+Pipelines (`data.pipeline`), each a function of (sample, size, rng, normalisation): the rng decides everything random.
 - simple: resize; mirror; a gain and an offset for each colour channel.
 - m3vit: M3ViT's and Vandenhende's (their data/custom_transforms.py): mirror; zoom and rotation about the centre;
   resize to the network's size, aspect ratio not kept.
@@ -27,10 +27,10 @@ from torchvision.transforms.v2 import functional as tv
 from torchvision.transforms.v2.functional import register_kernel
 
 from m3vit.data.sample import Sample
-from m3vit.tasks import IGNORE, IMAGE_MEAN, IMAGE_STD
+from m3vit.normalisation import Normalisation
+from m3vit.tasks import IGNORE
 
 NEAREST = tv.InterpolationMode.NEAREST_EXACT  # pixel centres; "nearest" would shift by up to half a pixel
-PAD_PIXEL = tuple(round(255 * mean) for mean in IMAGE_MEAN)  # about zero after normalisation
 
 
 class DepthMap(tv_tensors.TVTensor):
@@ -96,9 +96,10 @@ def _affine_normals(inpt: Tensor, angle: float, translate: Any, scale: float, sh
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def normalise(image: Tensor) -> Tensor:
-    """Turn RGB uint8 [..., 3, H, W] into normalised float32 (ImageNet mean and standard deviation)."""
-    return tv.normalize(tv.to_dtype(image, torch.float32, scale=True), list(IMAGE_MEAN), list(IMAGE_STD))
+def normalise(image: Tensor, normalisation: Normalisation) -> Tensor:
+    """Turn RGB uint8 [..., 3, H, W] into normalised float32."""
+    scaled = tv.to_dtype(image, torch.float32, scale=True)
+    return tv.normalize(scaled, list(normalisation.mean), list(normalisation.std))
 
 
 def image_tensor(image: NDArray[np.uint8]) -> Tensor:
@@ -115,9 +116,9 @@ def resize_image(image: NDArray[np.uint8], size: tuple[int, int], cubic: bool = 
     return resized.permute(1, 2, 0).contiguous().numpy()
 
 
-def network_input(image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+def network_input(image: NDArray[np.uint8], size: tuple[int, int], normalisation: Normalisation) -> Tensor:
     """Resize (bilinear, antialiased) RGB uint8 [H, W, 3] to `size` and normalise: float32 [3, *size]."""
-    return normalise(image_tensor(resize_image(image, size)))
+    return normalise(image_tensor(resize_image(image, size)), normalisation)
 
 
 def padded_place(image_size: tuple[int, ...], size: tuple[int, int]) -> tuple[slice, slice]:
@@ -267,12 +268,19 @@ M3VIT_ROTATION_DEG = {"nyud": 0.0, "pascal": 20.0}
 Pair = tuple[Tensor, dict[str, Tensor]]  # normalised input [3, *size] and labels at the same size
 
 
-def simple(sample: Sample, size: tuple[int, int], rng: np.random.Generator, flip: bool, colour: float) -> Pair:
+def simple(
+    sample: Sample,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    normalisation: Normalisation,
+    flip: bool,
+    colour: float,
+) -> Pair:
     """See the module. `colour`: strength of the random gain and offset."""
     values = resize(to_tv(sample), size)
     if flip and rng.random() < 0.5:
         values = mirror(values)
-    pixels = normalise(values["image"].as_subclass(Tensor))
+    pixels = normalise(values["image"].as_subclass(Tensor), normalisation)
     if colour > 0:
         gain = 1 + colour * rng.uniform(-1, 1, (3, 1, 1))
         offset = colour * rng.normal(0, 1, (3, 1, 1))
@@ -280,7 +288,14 @@ def simple(sample: Sample, size: tuple[int, int], rng: np.random.Generator, flip
     return pixels, to_labels(values)
 
 
-def m3vit(sample: Sample, size: tuple[int, int], rng: np.random.Generator, flip: bool, label_set: str) -> Pair:
+def m3vit(
+    sample: Sample,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    normalisation: Normalisation,
+    flip: bool,
+    label_set: str,
+) -> Pair:
     """See the module.
 
     Two deliberate differences: what a rotation brings into view is ignored (the published code labels it as class 0
@@ -295,16 +310,18 @@ def m3vit(sample: Sample, size: tuple[int, int], rng: np.random.Generator, flip:
     if zoom != 1 or angle:
         values = zoom_rotate(values, zoom, angle)
     values = resize(values, size, cubic=True)
-    return normalise(values["image"].as_subclass(Tensor)), to_labels(values)
+    return normalise(values["image"].as_subclass(Tensor), normalisation), to_labels(values)
 
 
-def invpt(sample: Sample, size: tuple[int, int], rng: np.random.Generator, flip: bool) -> Pair:
+def invpt(
+    sample: Sample, size: tuple[int, int], rng: np.random.Generator, normalisation: Normalisation, flip: bool
+) -> Pair:
     """See the module."""
     values = random_crop(scale(to_tv(sample), float(rng.uniform(0.5, 2.0))), size, rng)
     if flip and rng.random() < 0.5:
         values = mirror(values)
     image = values["image"].as_subclass(Tensor).permute(1, 2, 0).contiguous().numpy()
-    pixels = normalise(image_tensor(photometric_distortion(image, rng)))
+    pixels = normalise(image_tensor(photometric_distortion(image, rng)), normalisation)
     return pad(pixels, to_labels(values), size)
 
 
@@ -313,6 +330,7 @@ def training_pair(
     sample: Sample,
     size: tuple[int, int],
     rng: np.random.Generator,
+    normalisation: Normalisation,
     *,
     label_set: str,
     flip: bool = True,
@@ -320,7 +338,7 @@ def training_pair(
 ) -> Pair:
     """Return an augmented input [3, *size] and its labels at the same size."""
     if pipeline == "m3vit":
-        return m3vit(sample, size, rng, flip, label_set)
+        return m3vit(sample, size, rng, normalisation, flip, label_set)
     if pipeline == "invpt":
-        return invpt(sample, size, rng, flip)
-    return simple(sample, size, rng, flip, colour)
+        return invpt(sample, size, rng, normalisation, flip)
+    return simple(sample, size, rng, normalisation, flip, colour)

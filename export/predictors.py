@@ -15,15 +15,18 @@ from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.runtime import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime import Package
 from m3vit.hw import csim
+from m3vit.normalisation import Normalisation, recorded
 
 
 def onnx_predictor(package: Package) -> Predictor:
     """Return an ONNX package as a predictor, fed as torch is: the same pixels, at the size trained at."""
     manifest = package.manifest
     height, width = manifest["tasks"][package.tasks[0]]["input_size"] or manifest["image"]["train_size"]
+    image = {name: manifest["image"][name] for name in ("mean", "std")}
+    normalisation = recorded(image, f"image of {package.folder / PACKAGE_MANIFEST}")
 
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
-        batch = normalised(images).numpy()
+        batch = normalised(images, normalisation).numpy()
         return {task: torch.from_numpy(package.logits(batch, task)) for task in package.tasks}
 
     return Predictor("onnx", package.tasks, label_set(manifest, package.folder), (height, width), run)
@@ -43,9 +46,11 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
     csim.build_bridge(project)
     tasks = [task["name"] for task in manifest["tasks"]]
     widths = [task["outputs"] for task in manifest["tasks"]]
+    padding = project_normalisation(project, manifest).pixel
 
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
-        tokens = csim.tokenise(np.stack([image.pixels for image in images]), manifest["patch_size"])
+        pixels = np.stack([image.padded(padding) for image in images])
+        tokens = csim.tokenise(pixels, manifest["patch_size"])
         ids = np.tile(np.arange(len(tasks)), len(images))
         outputs = csim.run_bridge(project, tokens.repeat(len(tasks), axis=0), ids).outputs
         by_task = outputs.reshape(len(images), len(tasks), *outputs.shape[1:])
@@ -70,10 +75,11 @@ def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
 
     emulator = Emulator.open(project / WEIGHTS)
     tasks = [task["name"] for task in manifest["tasks"]]
+    padding = project_normalisation(project, manifest).pixel
 
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
         (image,) = images
-        results = emulator.run_tasks(image.pixels, list(range(len(tasks))))
+        results = emulator.run_tasks(image.padded(padding), list(range(len(tasks))))
         words = np.stack([result.outputs for result in results])
         outputs = real_outputs(words.reshape(1, len(tasks), manifest["tokens"], -1), manifest)
         widths = [task["outputs"] for task in manifest["tasks"]]
@@ -84,6 +90,11 @@ def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
 
     height, width = manifest["image_size"]
     return Predictor("emulator", tasks, label_set(manifest, project), (height, width), run)
+
+
+def project_normalisation(project: Path, manifest: dict[str, Any]) -> Normalisation:
+    """Return the normalisation that is folded into an HLS project's weights."""
+    return recorded(manifest.get("normalisation"), f"normalisation of {project / csim.MANIFEST}")
 
 
 def label_set(manifest: dict[str, Any], folder: Path) -> str:

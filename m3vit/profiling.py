@@ -1,11 +1,13 @@
 """`m3vit profile`: parameters and multiply-accumulates (MACs) of a model, by part and by task, without its weights.
 
 The model is built and run on torch's meta device, which knows shapes and no values: an image costs milliseconds and no
-memory. Each module's MACs follow from the shapes it saw (a FLOP count is twice these):
+memory. What counts are the functions of torch that are called, whichever module calls them: timm's blocks differ in
+their modules (fused and separate projections, weights used without their Linear, parallel branches), not in these. The
+MACs follow from the shapes (a FLOP count is twice these):
 
-- Linear: outputs x inputs, a token; convolution: output elements x inputs of each (k^2 x channels / groups), a
-  transposed one: input elements x outputs of each;
-- attention: 2 N^2 D for N tokens of width D (scores q k^T, and the weighted sum of the values), besides its Linears;
+- linear: outputs x inputs, a token; convolution: output elements x inputs of each (k^2 x channels / groups), a
+  transposed one: input elements x outputs of each; matrix product: output elements x the inner dimension;
+- attention: 2 N^2 D for N tokens of width D (scores q k^T, and the weighted sum of the values), besides its linears;
 - router: E D a token and task; experts: K (2 D H) for the K experts of a token, and K D for their weighted sum.
 
 Not counted: biases, norms, activations, softmax, top-k, residual sums, position embeddings and bilinear resizes (what
@@ -14,16 +16,20 @@ one counts of those differs between tools; they come to well under 1 %).
 Shapes: N tokens, D embedding dimension, E experts, K experts per token, H their hidden width.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
@@ -44,6 +50,17 @@ PARTS = {
     "distillation": "distillation (training only)",
 }
 
+# Of a parameter or module within a block, by a word in its name. The projections that timm's parallel blocks share
+# between attention and MLP, and what they call themselves, count as attention.
+_WORDS = (
+    ((".router",), "routers"),
+    ((".experts",), "experts"),
+    (("norm1", "norm2", "in_norm"), "norms"),
+    ((".mlp", ".ffns"), "dense_mlps"),
+    ((".attn", ".in_proj", ".out_proj"), "attention"),
+)
+_BLOCK = re.compile(r"\.blocks\.\d+$")
+
 Counts = dict[str, int]  # by part, all parts of PARTS
 
 
@@ -54,7 +71,7 @@ def profile(config: ModelConfig, task: str | None = None) -> dict[str, Any]:
     head, K of E experts a layer). Parts are the keys of PARTS; totals are without distillation, which is training's.
     `tasks` has all tasks of the model, or `task` alone.
     """
-    config = replace(config, pretrained=False)
+    config = replace(config, pretrained=False, weights="")
     config.check()
     if task is not None and task not in config.tasks:
         raise InputError(f"--task is {task!r}: this model has {', '.join(config.tasks)}")
@@ -115,10 +132,9 @@ def part_of(name: str) -> str:
         return name.partition(".")[0]  # heads, distillation
     if ".blocks." not in name:
         return "norms" if "norm_pre" in name else "embedding"
-    for word, part in ((".router", "routers"), (".experts", "experts"), (".attn", "attention"), (".mlp", "dense_mlps")):
-        if word in name:
-            return part
-    return "norms"
+    if _BLOCK.search(name):
+        return "attention"
+    return next((part for words, part in _WORDS if any(word in name for word in words)), "norms")
 
 
 def count_parameters(model: MultiTaskModel) -> Counts:
@@ -148,71 +164,97 @@ def _numel(module: nn.Module) -> int:
 
 def count_macs(model: MultiTaskModel, tasks: list[str], training: bool = False) -> Counts:
     """Return the MACs of one image of the trained size, by part, for these tasks in one pass."""
-    counts = dict.fromkeys(PARTS, 0)
-
-    def count(name: str, rule: Callable[..., int]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            counts[part_of(name)] += rule(module, inputs, output)
-
-        return hook
-
-    handles = []
+    counter, handles = _MacCounter(), []
     for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            handles.append(module.register_forward_hook(count(f"{name}.experts", _experts)))
-        elif (rule := _rule(module)) is not None:
-            handles.append(module.register_forward_hook(count(name, rule)))
+        handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
+        handles.append(module.register_forward_hook(partial(counter.leave, name)))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), counter:
             model.train(training)(torch.empty(1, 3, *model.config.image_size, device="meta"), tasks)
     finally:
         model.eval()
         for handle in handles:
             handle.remove()
-    return counts
+    return counter.counts
 
 
-def _rule(module: Any) -> Callable[..., int] | None:
-    """Return the formula of a module, or None if nothing of it counts by itself."""
-    if isinstance(module, Router):
-        return _router
-    if hasattr(module, "qkv") and hasattr(module, "num_heads"):  # timm's attentions
-        return _attention
-    rules: tuple[tuple[type[nn.Module], Callable[..., int]], ...] = (
-        (nn.Linear, _linear),
-        (nn.Conv2d, _convolution),
-        (nn.ConvTranspose2d, _transposed),
-    )
-    return next((rule for kind, rule in rules if isinstance(module, kind)), None)
+class _MacCounter(TorchFunctionMode):
+    """Counts the MACs of the functions called within it, each for the part of the module that calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counts = dict.fromkeys(PARTS, 0)
+        self.modules: list[str] = []  # names of those running, the innermost last
+        self.inside_moe = 0  # how many of them are MoE layers: these count as they are trained, not as run here
+
+    def enter(self, name: str, module: nn.Module, inputs: Any) -> None:
+        """Note that a module begins; a forward pre-hook."""
+        self.modules.append(name)
+        self.inside_moe += isinstance(module, MoELayer)
+
+    def leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Note that a module is done; a forward hook."""
+        self.modules.pop()
+        if isinstance(module, MoELayer):
+            self.inside_moe -= 1
+            self.counts["experts"] += _experts(module, *inputs)
+        elif isinstance(module, Router):
+            self.counts["routers"] += _router(module, *inputs)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if not self.inside_moe and (rule := _RULES.get(function)) is not None:
+            self.counts[part_of(self.modules[-1])] += rule(output, *args, **(kwargs or {}))
+        return output
 
 
-def _linear(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> int:
-    return output.numel() * linear.in_features
+# Arguments have torch's names: they may be given by these.
+def _linear(output: Tensor, input: Tensor, weight: Tensor, bias: Any = None) -> int:
+    return output.numel() * weight.shape[-1]
 
 
-def _convolution(conv: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> int:
-    return output.numel() * conv.weight[0].numel()  # weight [C_out, C_in / groups, k, k]
+def _convolution(output: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return output.numel() * weight[0].numel()  # weight [C_out, C_in / groups, k, k]
 
 
-def _transposed(conv: nn.ConvTranspose2d, inputs: tuple[Tensor], output: Tensor) -> int:
-    return inputs[0].numel() * conv.weight[0].numel()  # weight [C_in, C_out / groups, k, k]
+def _transposed(output: Tensor, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return input.numel() * weight[0].numel()  # weight [C_in, C_out / groups, k, k]
 
 
-def _attention(attention: Any, inputs: tuple[Tensor], output: Tensor) -> int:
-    B, N, _ = inputs[0].shape
-    return 2 * B * N**2 * attention.qkv.out_features // 3
+def _product(output: Tensor, *factors: Tensor, **named: Tensor) -> int:
+    first = factors[0] if factors else named["input"]
+    return output.numel() * first.shape[-1]
 
 
-def _router(router: Router, inputs: tuple[Tensor, tuple[int, ...]], output: Any) -> int:
-    # The task embedding's share of a gate is the same for all tokens: once a task (Router.gate).
-    once = len(inputs[1]) * router.num_experts * EMBEDDING if router.kind == "task_conditioned" else 0
-    return inputs[0].numel() * router.num_experts + once
+def _attention(output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    scores = query[..., 0].numel() * key.shape[-2]
+    return scores * (query.shape[-1] + value.shape[-1])
 
 
-def _experts(layer: MoELayer, inputs: tuple[Tensor, tuple[int, ...]], output: Any) -> int:
-    _, B, T, D = inputs[0].shape  # R = 1 where the tasks are still the same: the ids say how many there are
+_RULES: dict[Any, Callable[..., int]] = {
+    F.linear: _linear,
+    F.conv2d: _convolution,
+    F.conv_transpose2d: _transposed,
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__), _product),
+}
+
+
+def _router(router: Router, x: Tensor, task_ids: tuple[int, ...]) -> int:
+    once = 0
+    if router.kind == "task_conditioned":
+        # The task embedding and its share of a gate are the same for all tokens: once a task (Router.gate).
+        embedding = [layer.weight.numel() for layer in router.task_embedding if isinstance(layer, nn.Linear)]
+        once = len(task_ids) * (sum(embedding) + router.num_experts * EMBEDDING)
+    return x.numel() * router.num_experts + once
+
+
+def _experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...]) -> int:
+    _, B, T, D = x.shape  # R = 1 where the tasks are still the same: the ids say how many there are
     hidden = layer.experts.w1.shape[1]
-    return len(inputs[1]) * B * T * layer.router.top_k * (2 * D * hidden + D)
+    return len(task_ids) * B * T * layer.router.top_k * (2 * D * hidden + D)
 
 
 def paper_parameters(model: MultiTaskModel) -> int:

@@ -13,9 +13,6 @@ from m3vit.errors import InputError
 
 IGNORE = 255  # label value that neither losses nor meters look at (semseg, human_parts, saliency, edge)
 
-# ImageNet statistics: the normalisation of every published M3ViT/InvPT configuration (RGB, of images in 0..1).
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 NYUD_CLASSES = tuple(
     (

@@ -18,6 +18,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import EMBEDDING
 from m3vit.profiling import MIB_FP16, PARTS, profile
 from m3vit.training.config import recipe_path
+from tests.models.test_backbone import SMALL
 from tests.test_cli import refused
 
 Cli = Callable[..., subprocess.CompletedProcess]
@@ -102,6 +103,38 @@ def test_macs_agree_with_torch(head: str, changes: dict[str, Any]) -> None:
     assert 2 * report["all_tasks_in_one_pass"]["macs"]["total"] == flops(config)
     for task in config.tasks:
         assert 2 * report["tasks"][task]["macs"]["total"] == flops(config, [task])
+
+
+KINDS = (
+    *("vit_tiny_patch16_224", "vit_giant_patch14_dinov2", "aimv2_large_patch14_224", "eva02_tiny_patch14_224"),
+    *("eva02_base_patch14_224", "eva_giant_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"),
+    *("vit_small_patch16_rope_mixed_224", "vit_pe_core_tiny_patch16_384"),
+)
+PARALLEL = ("vit_base_patch16_xp_224", "vit_small_patch16_18x2_224", "vit_dpwee_patch16_reg1_gap_256")
+
+
+@pytest.mark.parametrize("name", [*KINDS, *PARALLEL])
+def test_macs_of_every_kind_of_block_agree_with_torch(name: str) -> None:
+    patch = 14 if "patch14" in name else 16
+    config = ModelConfig(
+        trunk=name,
+        trunk_args=SMALL,
+        image_size=(3 * patch, 4 * patch),
+        tasks=["depth", "edge"],
+        num_experts=4,
+        top_k=2,
+        head_stride=patch // 2,
+        moe_blocks="none" if name in PARALLEL else "odd",
+    )
+    macs = profile(config)["all_tasks_in_one_pass"]["macs"]
+    assert 2 * macs["total"] == flops(config)
+    # Projections of q, k, v and the output of two blocks: 4 D^2 a token; none of it is left to another part.
+    assert macs["parts"]["attention"] > 2 * 12 * 4 * 48**2 and macs["parts"]["norms"] == 0
+
+
+def test_profile_needs_no_weights() -> None:
+    given = profile(small(weights="moved/away.safetensors"))
+    assert given == profile(small())
 
 
 def test_macs_of_distillation_agree_with_torch() -> None:

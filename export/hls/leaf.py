@@ -25,7 +25,7 @@ from m3vit.errors import InputError
 from m3vit.hw.csim import PIXEL_SCALE, tokenise
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.tasks import IMAGE_MEAN, IMAGE_STD
+from m3vit.normalisation import Normalisation
 
 LOG2_E = math.log2(math.e)
 MAX_TASK_CONSUMERS = 7  # hls4ml 1.3.0 cannot clone a stream more often (backends/fpga/passes/clone.py)
@@ -233,10 +233,10 @@ def _linear(linear: nn.Linear, scale: Tensor | float = 1.0) -> VitLinear:
     return VitLinear(linear.weight * rows, None if linear.bias is None else linear.bias * scale)
 
 
-def _embedding(projection: nn.Conv2d) -> VitLinear:
+def _embedding(projection: nn.Conv2d, normalisation: Normalisation) -> VitLinear:
     """Fold (x / 255 - mean) / std into the patch embedding, whose input becomes x / 256."""
     weight = projection.weight  # [D, 3, p, p]
-    mean, std = (weight.new_tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (weight.new_tensor(values)[:, None, None] for values in normalisation)
     bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias
     return VitLinear((weight * (PIXEL_SCALE / 255) / std).flatten(1), bias - (weight * (mean / std)).sum(dim=(1, 2, 3)))
 
@@ -330,7 +330,10 @@ def _build(model: MultiTaskModel) -> LoweredModel:
     if not isinstance(trunk.patch_embed.norm, nn.Identity):
         raise _refuse(f"the patch embedding has a {type(trunk.patch_embed.norm).__name__}")
     position = _position(model, grid)
-    layers: dict[str, nn.Module] = {"embed": _embedding(trunk.patch_embed.proj), "position": position}
+    layers: dict[str, nn.Module] = {
+        "embed": _embedding(trunk.patch_embed.proj, model.normalisation),
+        "position": position,
+    }
     if not isinstance(trunk.norm_pre, nn.Identity):
         layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
     layers["blocks"] = nn.ModuleList(
@@ -349,10 +352,10 @@ def reference_outputs(model: MultiTaskModel, images: Tensor, task: str) -> tuple
     return head.linear(head.norm(tokens[0])), routings
 
 
-def normalise(images: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return images uint8 [n, H, W, 3] as the model takes them: [n, 3, H, W], (x / 255 - mean) / std."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(dtype) / 255
-    mean, std = (torch.tensor(values, dtype=dtype)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (torch.tensor(values, dtype=dtype)[:, None, None] for values in normalisation)
     return (x - mean) / std
 
 
@@ -372,7 +375,7 @@ def lower(model: MultiTaskModel, streams: bool = True) -> LoweredModel:
     images = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
     tokens = torch.from_numpy(tokenise(images, lowered.patch)).double()
     for task_id, task in enumerate(lowered.tasks):
-        expected, _ = reference_outputs(exact, normalise(images, torch.float64), task)
+        expected, _ = reference_outputs(exact, normalise(images, model.normalisation, torch.float64), task)
         outputs = lowered(tokens, torch.full((1, 1), float(task_id), dtype=torch.float64))
         error = float((outputs[..., : expected.shape[-1]] - expected).abs().max() / (expected.abs().max() + 1e-12))
         assert error < 1e-5, f"lowering changed the outputs of {task} by {error:.1e}"

@@ -165,6 +165,7 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "torch": version("torch"),
         "label_set": config.label_set,
         "image_size": list(config.image_size),
+        "normalisation": model.normalisation.plain(),  # folded into the weights
         "patch_size": lowered.patch,
         "grid": [rows, columns],
         "tokens": rows * columns,
@@ -193,7 +194,7 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
 def reference(model: MultiTaskModel, images: np.ndarray, task: str) -> tuple[Tensor, list[Routing]]:
     """Return torch's token outputs [n, T, C_r] float32 for images uint8 [n, H, W, 3], and each MoE layer's routing."""
     batches = [
-        leaf.reference_outputs(model, leaf.normalise(images[start : start + BATCH]), task)
+        leaf.reference_outputs(model, leaf.normalise(images[start : start + BATCH], model.normalisation), task)
         for start in range(0, len(images), BATCH)
     ]
     routings = [

@@ -10,6 +10,7 @@ from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
 from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
+from m3vit.normalisation import Normalisation
 from m3vit.training.checkpoint import Run
 
 SPLITS = ("val", "train")
@@ -18,8 +19,10 @@ SPLITS = ("val", "train")
 class ParityImages(Sequence[NDArray[np.float32]]):
     """`count` normalised images [3, H, W]: the first ones of each split in turn, then noise."""
 
-    def __init__(self, splits: dict[str, Split], count: int, size: tuple[int, int]) -> None:
-        self.size = size
+    def __init__(
+        self, splits: dict[str, Split], count: int, size: tuple[int, int], normalisation: Normalisation
+    ) -> None:
+        self.size, self.normalisation = size, normalisation
         self.places: list[tuple[Split | None, int]] = []  # split (None: noise) and index
         self.sources: dict[str, int] = {}  # how many are of which split, or noise
         for name, split in splits.items():
@@ -43,7 +46,7 @@ class ParityImages(Sequence[NDArray[np.float32]]):
         split, number = self.places[index]
         if split is None:
             return np.random.default_rng(number).standard_normal((3, *self.size), dtype=np.float32)
-        return np.asarray(network_input(split.load(number).image, self.size).numpy())
+        return np.asarray(network_input(split.load(number).image, self.size, self.normalisation).numpy())
 
 
 def parity_images(run: Run, data_root: str | None, count: int, *, exactly: bool) -> ParityImages:
@@ -63,4 +66,4 @@ def parity_images(run: Run, data_root: str | None, count: int, *, exactly: bool)
             raise
     if splits and not exactly:
         count = min(count, len(splits[SPLITS[0]]))
-    return ParityImages(splits, count, size)
+    return ParityImages(splits, count, size, run.model.normalisation)

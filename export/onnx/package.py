@@ -23,7 +23,7 @@ from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import profile
-from m3vit.tasks import IMAGE_MEAN, IMAGE_STD, Task, palette, resolve
+from m3vit.tasks import Task, palette, resolve
 
 WEIGHTS = "weights.bin"
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them
@@ -126,7 +126,7 @@ def export_package(
             "precisions": list(content.precisions),
             "weights": {"file": WEIGHTS},
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
-            "image": {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD), "train_size": list(model.config.image_size)},
+            "image": {**model.normalisation.plain(), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
             "tasks": tasks,
             "backbone": backbone,

@@ -157,7 +157,8 @@ def calibration_batches(run: Run, split: Split, count: int) -> Iterator[Tensor]:
     indices = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int))
     for start in range(0, len(indices), CALIBRATION_BATCH):
         some = indices[start : start + CALIBRATION_BATCH]
-        yield torch.stack([network_input(split.load(int(index)).image, size) for index in some])
+        images = [split.load(int(index)).image for index in some]
+        yield torch.stack([network_input(image, size, run.model.normalisation) for image in images])
 
 
 def score(split: Split, predictor: Predictor, count: int) -> dict[str, float]:

@@ -142,7 +142,7 @@ def _session(graph: onnx.ModelProto) -> InferenceSession:
 
 def _predictor(session: InferenceSession, task: str, run: Run, shape: tuple[int, int]) -> Predictor:
     def predict(images: list[NetworkImage]) -> dict[str, torch.Tensor]:
-        (logits,) = session.run([task], {"image": normalised(images).numpy()})
+        (logits,) = session.run([task], {"image": normalised(images, run.model.normalisation).numpy()})
         return {task: torch.from_numpy(np.asarray(logits))}
 
     return Predictor("onnx", [task], run.config.model.label_set, shape, predict)

@@ -80,7 +80,7 @@ def run_train(argv: Sequence[str]) -> int:
     first = rank() == 0  # of several processes: the one that speaks
     try:
         with progress_bar("training", visible=first) as bar:
-            unreadable = train(config, args.out, resume=args.resume, progress=bar)
+            unreadable = train(config, args.out, resume=args.resume, progress=bar, say=say)
     except Stopped as stopped:
         if first:
             print(f"m3vit: {stopped}", file=sys.stderr)

@@ -17,6 +17,7 @@ from m3vit.evaluation.edge_pool import EdgeScorer
 from m3vit.evaluation.meters import Statistics, make_meter
 from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.normalisation import Normalisation
 from m3vit.tasks import LABEL_SETS, TASKS
 
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
@@ -63,11 +64,11 @@ class Evaluation:
         return result
 
 
-def normalised(images: list[NetworkImage]) -> Tensor:
+def normalised(images: list[NetworkImage], normalisation: Normalisation) -> Tensor:
     """Return the network's input float32 [n, 3, H, W]; padding is zero."""
     batch = []
     for image in images:
-        pixels = normalise(image_tensor(image.pixels))
+        pixels = normalise(image_tensor(image.pixels), normalisation)
         inside = torch.zeros_like(pixels)
         inside[:, image.rows, image.columns] = pixels[:, image.rows, image.columns]
         batch.append(inside)
@@ -82,7 +83,8 @@ def torch_predictor(model: MultiTaskModel, batch: int = 1) -> Predictor:
     @torch.inference_mode()
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
         model.eval()
-        logits = model(normalised(images).to(next(model.parameters()).device)).logits
+        inputs = normalised(images, model.normalisation)
+        logits = model(inputs.to(next(model.parameters()).device)).logits
         return {task: value.float().cpu() for task, value in logits.items()}
 
     return Predictor("torch", config.tasks, config.label_set, (height, width), run, batch)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3vit.data.transforms import PAD_PIXEL, padded_place, resize_image
+from m3vit.data.transforms import padded_place, resize_image
 from m3vit.errors import InputError
 from m3vit.tasks import TASKS
 
@@ -35,13 +35,19 @@ EVALUATION_FILES = ("eval.json", *(f"eval-{name}.npz" for name in PROTOCOLS))
 class NetworkImage:
     """An image as the network gets it: `pixels` uint8 [H, W, 3], of which `rows` and `columns` show the image.
 
-    The rest is padding, which is zero after normalisation.
+    The rest is padding, which is zero after normalisation: black here, until whoever knows the network fills it.
     """
 
     id: str
     pixels: NDArray[np.uint8]
     rows: slice
     columns: slice
+
+    def padded(self, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+        """Return the pixels with the padding in a colour, for networks whose input is pixels."""
+        pixels = np.full_like(self.pixels, colour)
+        pixels[self.rows, self.columns] = self.pixels[self.rows, self.columns]
+        return pixels
 
 
 def check_protocol(name: str) -> str:
@@ -66,8 +72,7 @@ def network_image(protocol: str, name: str, image: NDArray[np.uint8], size: tupl
             "protocol B pads images but never resizes them: evaluate with --protocol A, or with the release and image "
             "size that this protocol was published with (NYUDv2 425x560 at 448x576, PASCAL-Context at 512x512)"
         )
-    pixels = np.empty((*size, 3), np.uint8)
-    pixels[:] = PAD_PIXEL
+    pixels = np.zeros((*size, 3), np.uint8)
     pixels[rows, columns] = image
     return NetworkImage(name, pixels, rows, columns)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from m3vit import normalisation
 from m3vit.errors import InputError
 from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
@@ -25,6 +26,10 @@ class ModelConfig:
             such as another depth, are refused.
         weights: file of weights for the dense trunk instead: .safetensors or torch's .pth, in the layout of timm, of
             a model's authors that timm can convert, or of a run folder (model.safetensors). Empty: none.
+        normalisation: how pixels enter the network, (pixel / 255 - mean) / std. auto: as the trunk's weights were
+            trained; of model.pretrained by timm's configuration of them, of model.weights by the run they are of, else
+            by timm's configuration of the trunk; with random weights ImageNet's, as every published M3ViT. imagenet, or
+            {mean: [R, G, B], std: [R, G, B]} of images in 0 to 1. The run keeps the numbers.
         image_size: (height, width) in pixels that the position embedding is made for.
         label_set: whose classes and tasks the outputs have: nyud or pascal; that of data.layout.
         tasks: names of the tasks, in the order of their task ids.
@@ -57,6 +62,7 @@ class ModelConfig:
     trunk_args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     weights: str = ""
+    normalisation: str | dict[str, list[float]] = "auto"
     image_size: tuple[int, int] = (480, 640)
     label_set: str = "nyud"
     tasks: list[str] = field(default_factory=lambda: ["semseg", "depth", "normals", "edge"])
@@ -83,6 +89,7 @@ class ModelConfig:
     def check(self) -> None:
         """Raise InputError for values that no model can be built from."""
         resolve(self.tasks, self.label_set)
+        normalisation.check(self.normalisation)
         for key, value, allowed in (
             ("model.init", self.init, INITS),
             ("model.router", self.router, ROUTERS),

@@ -1,10 +1,12 @@
 """The whole model: backbone and one head per task."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from m3vit import normalisation
 from m3vit.errors import InputError
 from m3vit.models.backbone import Backbone
 from m3vit.models.config import ModelConfig
@@ -25,13 +27,18 @@ class Output(NamedTuple):
 
 
 class MultiTaskModel(nn.Module):
-    """A task-gated mixture-of-experts ViT for dense prediction, after M3ViT (arXiv 2210.14793)."""
+    """A task-gated mixture-of-experts ViT for dense prediction, after M3ViT (arXiv 2210.14793).
+
+    `normalisation` is that of its images, `config` the one given with these numbers.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         config.check()
-        self.config = config
         self.backbone = Backbone(config)
+        trained = self.backbone.trunk.pretrained_cfg if config.pretrained or config.weights else None
+        self.normalisation = normalisation.resolve(config.normalisation, config.trunk, trained)
+        self.config = replace(config, normalisation=self.normalisation.plain())
         patch_size = self.backbone.patch_size
         self.heads = nn.ModuleDict(
             {

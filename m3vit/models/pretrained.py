@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.models.saved import INFO, WEIGHTS, not_finite, read_info
+from m3vit.normalisation import recorded
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RUN_PREFIX = "backbone.trunk."  # of the trunk in a run folder's model.safetensors
@@ -28,6 +29,8 @@ SHOWN = 4  # names of an error's list
 def load_weights(trunk: Any, file: str) -> None:
     """Load the trunk's weights from a file; the position embedding is resampled to the trunk's grid.
 
+    trunk.pretrained_cfg then says of these weights what it says of timm's own: the mean and std of their images. For
+    those of a run it is the run's (None without its model.json), for others timm's for this trunk.
     Raises InputError if the file cannot be read, or lacks weights of the trunk, or has others.
     """
     path = Path(file).expanduser()
@@ -142,8 +145,12 @@ def _name(trunk: Any) -> str:
 def _from_run(trunk: Any, state: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Tensor]:
     """Return the trunk's part of a run folder's weights, positions resampled from the grid model.json tells of.
 
-    `info`: model.json, {} if it is not there.
+    `info`: model.json, {} if it is not there. Its normalisation goes into trunk.pretrained_cfg.
     """
+    normal: dict[str, Any] = {"mean": None, "std": None}
+    if info:
+        normal = recorded(info.get("normalisation"), f"normalisation of its {INFO}").plain()
+    trunk.pretrained_cfg = {**trunk.pretrained_cfg, **normal}
     state = {name[len(RUN_PREFIX) :]: value for name, value in state.items() if name.startswith(RUN_PREFIX)}
     position = state.get("pos_embed")
     if position is None or trunk.pos_embed is None:

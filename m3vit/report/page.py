@@ -177,7 +177,7 @@ def example(
 def routing_of(run: Run, sample: Sample) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return each expert's count of choices [layers, tasks, E] and each patch's first expert [layers, tasks, h, w]."""
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    images = network_input(sample.image, size)[None]
+    images = network_input(sample.image, size, run.model.normalisation)[None]
     grid = run.model.backbone.grid(images)
     loads, firsts = [], []
     for routing in run.model(images).routings:

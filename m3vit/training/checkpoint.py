@@ -31,7 +31,7 @@ from m3vit.files import atomic_path, is_empty, sha256_file
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import INFO, WEIGHTS, read_saved
-from m3vit.tasks import IMAGE_MEAN, IMAGE_STD
+from m3vit.normalisation import recorded
 from m3vit.training.config import Config, differences, plain, read_run_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
@@ -76,6 +76,14 @@ def prepare_folder(config: Config, out: Path, resume: bool) -> None:
         raise InputError(f"{out} exists and is not empty: {hint}")
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out)
+
+
+def as_started(config: Config, out: Path) -> Config:
+    """Return the configuration of a run to resume: for model.normalisation auto, the numbers that it started with."""
+    path = out / "config.yaml"
+    if config.model.normalisation != "auto" or not path.exists():
+        return config
+    return replace(config, model=replace(config.model, normalisation=read_run_config(out).model.normalisation))
 
 
 def lock_folder(out: Path, wait_s: float = 15) -> IO[str]:
@@ -129,15 +137,16 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
     with atomic_path(folder / WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
         digest = sha256_file(path)
+    # Copied into exported packages: the name of a weights file, not where it lies on this disk.
+    architecture = plain(asdict(replace(model.config, weights=Path(model.config.weights).name)))
     # Last, with the digest of the weights: a kill in between leaves what `load_run` refuses, not a mixture.
     write_sealed_json(
         folder / INFO,
         {
-            # Copied into exported packages: the name of a weights file, not where it lies on this disk.
-            "architecture": plain(asdict(replace(model.config, weights=Path(model.config.weights).name))),
+            "architecture": {key: value for key, value in architecture.items() if key != "normalisation"},
             "tasks": model.config.tasks,
             "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
-            "normalisation": {"mean": IMAGE_MEAN, "std": IMAGE_STD},
+            "normalisation": model.normalisation.plain(),
             "epochs_trained": epoch,
             "m3vit": __version__,
             "commit": git_commit(),
@@ -154,8 +163,9 @@ def load_run(folder: Path) -> Run:
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
     # The weights are here: what they were first made from need not be.
     fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
-    config.model = replace(config.model, **fresh)
     state, info = read_saved(weights)
+    fresh |= {"normalisation": recorded(info.get("normalisation"), f"normalisation of {folder / INFO}").plain()}
+    config.model = replace(config.model, **fresh)
     try:
         architecture = ModelConfig(**info["architecture"] | fresh)
         check_same(folder, config.model, architecture)

@@ -12,6 +12,7 @@ import yaml
 from m3vit.digests import check_sealed
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
+from m3vit.normalisation import recorded
 from m3vit.tasks import LABEL_SETS, TASKS
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -294,6 +295,8 @@ def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
         values = yaml.safe_load(path.read_text())
+        # Of runs from before there was a choice.
+        values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
         return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,6 +19,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import not_finite
 from m3vit.training.checkpoint import (
     MetricsLog,
+    as_started,
     check_lost,
     first_line,
     load_state,
@@ -59,21 +61,29 @@ def build(config: Config) -> MultiTaskModel:
 def initialise(config: Config, out: Path) -> None:
     """Write a run folder with untrained weights (`m3vit init`)."""
     model = build(config)
-    prepare_folder(config, out, resume=False)
+    prepare_folder(replace(config, model=model.config), out, resume=False)
     save_model(out, model, epoch=0)
 
 
-def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> int:
+def train(
+    config: Config,
+    out: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> int:
     """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights.
 
     Started by torchrun, the processes train one model together; the first one writes the run folder, which all of them
-    must see. Returns how many training images could not be read and were left out (`data.on_error` skip). Raises
-    `Stopped` if a signal asked for it.
+    must see. `say` gets a line at the start: how images are normalised. Returns how many training images could not be
+    read and were left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
     """
     config.check()
     fabric = launch(config.train)
     try:
         training = Training(fabric, config, out, resume, progress)
+        if say and rank() == 0:
+            say(f"images are normalised with {training.model.normalisation}")
         training.run()
     except (InputError, Stopped):
         leave_group()
@@ -86,7 +96,9 @@ class Training:
     """A run under way."""
 
     def __init__(self, fabric: Fabric, config: Config, out: Path, resume: bool, progress: Progress | None) -> None:
-        self.fabric, self.config, self.out, self.progress = fabric, config, out, progress
+        self.fabric, self.out, self.progress = fabric, out, progress
+        if resume:
+            config = agree(lambda: as_started(config, out))
         settings, options = config.train, config.data
         splits = agree(
             lambda: [open_split(options.layout, options.root, part, config.model.tasks) for part in ("train", "val")]
@@ -111,6 +123,7 @@ class Training:
                 everywhere=True,
             )
         self.model = agree(lambda: build(config))
+        self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -133,7 +146,14 @@ class Training:
 
         size = (config.model.image_size[0], config.model.image_size[1])
         dataset = TrainingSet(
-            train_split, size, settings.seed, options.pipeline, options.flip, options.colour, options.cache
+            train_split,
+            size,
+            settings.seed,
+            self.model.normalisation,
+            options.pipeline,
+            options.flip,
+            options.colour,
+            options.cache,
         )
         self.loader = make_loader(dataset, self.batches, options.workers, pin_memory=fabric.device.type == "cuda")
         self.steps_per_epoch = len(self.batches)

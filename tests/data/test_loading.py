@@ -11,12 +11,13 @@ from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.nyud import NYUD
 from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
+from m3vit.normalisation import IMAGENET, Normalisation
 
 
 @pytest.mark.parametrize("pipeline", ["simple", "m3vit", "invpt"])
 def test_batches_do_not_depend_on_workers_or_on_where_training_resumed(tiny_data: Path, pipeline: str) -> None:
     def batches(workers: int, start: int) -> list[torch.Tensor]:
-        dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), seed=1, pipeline=pipeline, colour=0.2)
+        dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), 1, IMAGENET, pipeline=pipeline, colour=0.2)
         order = EpochBatches(len(dataset), 3, seed=1)
         order.epoch, order.start = 2, start
         return [batch.images for batch in make_loader(dataset, order, workers)]
@@ -50,7 +51,7 @@ def test_processes_share_every_batch() -> None:
 
 def test_cached_samples_give_the_same_batches(tiny_data: Path) -> None:
     split = NYUD(tiny_data, "train")
-    plain, cached = (TrainingSet(split, (32, 48), 0, "m3vit", cache=cache) for cache in (False, True))
+    plain, cached = (TrainingSet(split, (32, 48), 0, IMAGENET, "m3vit", cache=cache) for cache in (False, True))
     for epoch in range(3):
         for index in range(4):
             (image, labels), (again, others) = plain[epoch, index], cached[epoch, index]
@@ -64,7 +65,7 @@ def test_unreadable_files_are_left_out_and_named(make_data: Callable[..., Path],
     (root / "depth" / "0001.npy").write_bytes(b"")
     for name in ("0002", "0003"):
         (root / "images" / f"{name}.jpg").write_bytes(b"\xff\xd8 no picture")
-    dataset = TrainingSet(NYUD(root, "train"), (32, 48), seed=0)
+    dataset = TrainingSet(NYUD(root, "train"), (32, 48), 0, IMAGENET)
     loader = make_loader(dataset, EpochBatches(4, 2, seed=0), workers)
     images, errors = 0, []
     for batch in loader:
@@ -79,4 +80,7 @@ def test_normalisation() -> None:
     white = np.full((32, 48, 3), 255, np.uint8)
     # (1 - mean) / std of ImageNet, channel by channel
     expected = [(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]
-    assert network_input(white, (16, 24)).mean(dim=(1, 2)).tolist() == pytest.approx(expected, rel=1e-5)
+    found = network_input(white, (16, 24), IMAGENET).mean(dim=(1, 2)).tolist()
+    assert found == pytest.approx(expected, rel=1e-5)
+    half = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
+    assert network_input(white, (16, 24), half).mean(dim=(1, 2)).tolist() == pytest.approx([1, 1, 2])

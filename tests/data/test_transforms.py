@@ -27,6 +27,7 @@ from m3vit.data.transforms import (
     training_pair,
     zoom_rotate,
 )
+from m3vit.normalisation import IMAGENET
 from m3vit.tasks import IGNORE
 
 SIZES = st.tuples(st.integers(8, 40), st.integers(8, 40))
@@ -77,7 +78,7 @@ def test_every_pipeline_keeps_labels_labels(
 ) -> None:
     sample = make_sample(seed, size)
     before = {task: label.copy() for task, label in sample.labels.items()}
-    pixels, labels = training_pair(pipeline, sample, target, np.random.default_rng(seed), label_set=label_set)
+    pixels, labels = training_pair(pipeline, sample, target, np.random.default_rng(seed), IMAGENET, label_set=label_set)
     assert pixels.shape == (3, *target) and pixels.dtype == torch.float32 and torch.isfinite(pixels).all()
     check_labels(sample, labels, target)
     zoom = 2.0 if pipeline == "invpt" else 1.5
@@ -228,12 +229,11 @@ def test_photometric_distortion_is_deterministic_and_keeps_the_type() -> None:
 
 def test_pipelines_differ_in_what_they_change() -> None:
     sample = make_sample(1, (30, 40))
-    simple = training_pair("simple", sample, (30, 40), np.random.default_rng(0), label_set="nyud", flip=False)
+    simple = training_pair("simple", sample, (30, 40), np.random.default_rng(0), IMAGENET, label_set="nyud", flip=False)
     np.testing.assert_array_equal(simple[1]["depth"].numpy(), sample.labels["depth"])
-    depths = {
-        float(training_pair("m3vit", sample, (30, 40), np.random.default_rng(s), label_set="nyud")[1]["depth"].max())
-        for s in range(20)
-    }
+    rngs = map(np.random.default_rng, range(20))
+    pairs = [training_pair("m3vit", sample, (30, 40), rng, IMAGENET, label_set="nyud") for rng in rngs]
+    depths = {float(labels["depth"].max()) for _, labels in pairs}
     top = float(sample.labels["depth"].max())
     assert max(depths) == pytest.approx(top) and min(depths) < top / 1.2  # zooms 1, 1.2, 1.5
     assert transforms.M3VIT_ROTATION_DEG == {"nyud": 0, "pascal": 20}

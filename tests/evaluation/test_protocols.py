@@ -7,6 +7,7 @@ import torch
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import normalised
 from m3vit.evaluation.protocols import check_protocol, network_image, prediction
+from m3vit.normalisation import IMAGENET
 
 
 def test_a_resizes() -> None:
@@ -20,7 +21,7 @@ def test_b_pads_in_the_middle_with_zero() -> None:
     image = np.full((5, 6, 3), 200, np.uint8)
     placed = network_image("B", "x", image, (8, 8))
     assert (placed.rows, placed.columns) == (slice(1, 6), slice(1, 7))  # 3 rows over: one above, two below
-    pixels = normalised([placed])[0]
+    pixels = normalised([placed], IMAGENET)[0]
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[1:6, 1:7] = True
     assert (pixels[:, ~inside] == 0).all()

@@ -67,7 +67,7 @@ def test_lowering_keeps_the_function(trunk: dict[str, Any], config: dict[str, An
 def test_lowering_matches_the_model_in_float32(model: MultiTaskModel) -> None:
     lowered, images = leaf.lower(model), make_images(2)
     for task_id, task in enumerate(TASKS):
-        expected, _ = leaf.reference_outputs(model, leaf.normalise(images), task)
+        expected, _ = leaf.reference_outputs(model, leaf.normalise(images, model.normalisation), task)
         with torch.no_grad():
             y = lowered(torch.from_numpy(csim.tokenise(images, 8)), torch.full((2, 1), float(task_id)))
         # 1e-5: float32 sums in another order, since the normalisation is folded into the weights.

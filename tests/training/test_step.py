@@ -13,6 +13,7 @@ from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.nyud import NYUD
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.normalisation import IMAGENET
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.optim import make_average, make_optimizer
 from m3vit.training.step import Labels, Stepper, choose_tasks, step_losses
@@ -31,7 +32,7 @@ def configuration(**train: object) -> Config:
 
 @pytest.fixture
 def batch(tiny_data: Path) -> tuple[Tensor, Labels]:
-    dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), seed=1)
+    dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), 1, IMAGENET)
     images, labels, _ = next(iter(make_loader(dataset, EpochBatches(len(dataset), 6, seed=1), 0)))
     labels["depth"][:4, :, 5:] = 0  # parts of different numbers of valid pixels
     return images, labels
