@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from m3vit.commands.terminal import positive, print_scores, progress_bar
+from m3vit.commands.terminal import positive, print_scores, progress_bar, say_changed
 from m3vit.errors import InputError
 
 
@@ -91,6 +91,7 @@ def run_eval(args: argparse.Namespace) -> None:
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
         print_scores(result["tasks"], columns, caption, args.all_metrics)
+        say_changed(info.get("changed_files", []))
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
