@@ -104,6 +104,11 @@ def choose_device(name: str) -> str:
     return name
 
 
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is an ONNX package or an HLS project."""
+    return any((folder / name).is_file() for name in (PACKAGE_MANIFEST, csim.MANIFEST))
+
+
 def open_predictor(
     folder: Path, device: str, batch: int, precision: str | None = None
 ) -> tuple[Predictor, dict[str, Any], str]:

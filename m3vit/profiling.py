@@ -14,7 +14,7 @@ one counts of those differs between tools; they come to well under 1 %).
 Shapes: N tokens, D embedding dimension, E experts, K experts per token, H their hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
 from typing import Any
@@ -146,8 +146,13 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(model: MultiTaskModel, tasks: list[str], training: bool = False) -> Counts:
-    """Return the MACs of one image of the trained size, by part, for these tasks in one pass."""
+def count_macs(
+    model: MultiTaskModel, tasks: list[str], training: bool = False, experts: Callable[..., int] | None = None
+) -> Counts:
+    """Return the MACs of one image of the trained size, by part, for these tasks in one pass.
+
+    `experts`: the formula of a MoE layer, another one than for experts as trained.
+    """
     counts = dict.fromkeys(PARTS, 0)
 
     def count(name: str, rule: Callable[..., int]) -> Callable[..., None]:
@@ -159,7 +164,7 @@ def count_macs(model: MultiTaskModel, tasks: list[str], training: bool = False) 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
-            handles.append(module.register_forward_hook(count(f"{name}.experts", _experts)))
+            handles.append(module.register_forward_hook(count(f"{name}.experts", experts or _experts)))
         elif (rule := _rule(module)) is not None:
             handles.append(module.register_forward_hook(count(name, rule)))
     try:
@@ -170,6 +175,32 @@ def count_macs(model: MultiTaskModel, tasks: list[str], training: bool = False) 
         for handle in handles:
             handle.remove()
     return counts
+
+
+def graph_macs(
+    config: ModelConfig,
+    task: str,
+    size: tuple[int, int],
+    *,
+    kept: Mapping[int, Sequence[int]],
+    top_k: int | None = None,
+    every_expert: bool = False,
+) -> int:
+    """Return the MACs of one image of `size` (height, width) in the exported graph of a task.
+
+    kept: the experts that the graph holds of each MoE layer, {layer number: ids}, all of a layer not named. top_k: of
+    them, those a token goes to, None as trained; with `every_expert` it goes to all that are held.
+    """
+    model = _build(replace(config, pretrained=False, weights="", image_size=size))
+    numbers = {id(layer): number for number, layer in enumerate(m for m in model.modules() if isinstance(m, MoELayer))}
+
+    def experts(layer: MoELayer, inputs: tuple[Tensor, tuple[int, ...]], output: Any) -> int:
+        _, B, T, D = inputs[0].shape
+        held = len(kept.get(numbers[id(layer)], range(layer.router.num_experts)))
+        used = held if every_expert else layer.router.top_k if top_k is None else top_k
+        return B * T * used * (2 * D * layer.experts.w1.shape[1] + D)
+
+    return _total(count_macs(model, [task], experts=experts))
 
 
 def _rule(module: Any) -> Callable[..., int] | None:
