@@ -4,7 +4,7 @@ Protected files are refused when they were changed since the export. Editable on
 what is there, compares it as ever, and its results name the changed files.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -73,9 +73,16 @@ def open_project(project: Path) -> tuple[dict[str, Any], list[str]]:
     """
     manifest = read_manifest(project)
     files = manifest["files"]
-    editable = set(manifest.get("editable", editable_names(files)))
+    return manifest, check_contents(project, files, set(manifest.get("editable", editable_names(files))))
+
+
+def check_contents(project: Path, digests: Mapping[str, str], editable: Set[str]) -> list[str]:
+    """Return which of a project's files differ from their digests.
+
+    Raises InputError for one that is missing, or differs and is not among the `editable`.
+    """
     changed = []
-    for name, digest in files.items():
+    for name, digest in digests.items():
         path = project / name
         if not path.is_file():
             raise InputError(f"{path} is missing: export the project again")
@@ -86,7 +93,7 @@ def open_project(project: Path) -> tuple[dict[str, Any], list[str]]:
                 f"{path} was changed since export (its sha256 differs), and results rest on it: export it again"
             )
         changed.append(name)
-    return manifest, sorted(changed)
+    return sorted(changed)
 
 
 def edited(names: list[str]) -> str:

@@ -35,6 +35,7 @@ from m3vit.staging import sigterm_as_exit
 Progress = Callable[[int, int, str], None]
 CHUNK_IMAGES = 10  # simulated by one process; it then reads the weights again
 REPORT, OUTPUTS = "csim.json", "tb_data/csim_outputs.npz"
+COMPILED = (".h", ".cpp", ".sh")
 # What reading a damaged npz, or a report that lacks something, may raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 PROTOCOL = "A"  # how the stored images were made
@@ -47,13 +48,14 @@ WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResul
 def verify_project(project: Path, samples: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Simulate the first `samples` stored images (default: all) and return the report, also written to csim.json.
 
-    Report: images, changed_files since the export, s_per_image {way: seconds, all tasks together}, files
-    {csim_outputs.npz: its sha256}; of a spatial project bridge_vs_testbench (largest difference, relative to the larger
-    of 1 and the value; the test bench prints six digits, so up to 5e-6), of a multiplexed one what simulate_multiplexed
-    returns; and for each task: csim and torch {metric: value} on the same images, worst_error and mean_error of the
-    token outputs (absolute; *_relative: over the standard deviation of torch's), flips of `decisions` (token, layer)
-    pairs whose expert set is not torch's, flipped_tokens of `tokens`, worst_error_unflipped, and largest_flip_margin,
-    the largest gap between torch's logits of rank K and K + 1 where a token's first flip happened.
+    Report: images, changed_files since the export, s_per_image {way: seconds, all tasks together}, files {name: sha256}
+    of csim_outputs.npz and of the changed files that were compiled; of a spatial project bridge_vs_testbench (largest
+    difference, relative to the larger of 1 and the value; the test bench prints six digits, so up to 5e-6), of a
+    multiplexed one what simulate_multiplexed returns; and for each task: csim and torch {metric: value} on the same
+    images, worst_error and mean_error of the token outputs (absolute; *_relative: over the standard deviation of
+    torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's, flipped_tokens of `tokens`,
+    worst_error_unflipped, and largest_flip_margin, the largest gap between torch's logits of rank K and K + 1 where a
+    token's first flip happened.
     Raises InputError if `project` is not a project, a protected file was changed since the export, it has fewer
     samples, the compiler or what it built fails, or words differ that must not.
     """
@@ -89,9 +91,14 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
         saved |= {f"experts_{task}_{layer}": ids[:, i].astype(np.int16) for i, task in enumerate(tasks)}
     with atomic_path(project / OUTPUTS) as path:
         np.savez_compressed(path, ids=arrays["ids"][:n], **saved)
-    report["files"] = file_digests(project, [OUTPUTS])
+    report["files"] = file_digests(project, [OUTPUTS, *simulated(changed)])
     write_sealed_json(project / REPORT, report)
     return report
+
+
+def simulated(names: list[str]) -> list[str]:
+    """Return those of a project's files that a simulation compiles, or is built by."""
+    return [name for name in names if name.endswith(COMPILED)]
 
 
 def _simulate_spatial(
@@ -219,16 +226,21 @@ class SimulatedOutputs:
 
     @classmethod
     def load(cls, project: Path) -> "SimulatedOutputs":
-        """Read what verify_project wrote, or raise InputError."""
-        manifest = csim.read_manifest(project)
+        """Read what verify_project wrote, or raise InputError if it is damaged, or of other sources than there now."""
+        manifest, changed = open_project(project)
         hint = f"simulate it: m3vit hw csim {project}"
         report = read_sealed_json(project / REPORT, hint)
         try:
-            check_listed(project, report.get("files", {}), hint)
+            known = report.get("files", {})
+            if other := [name for name in simulated(changed) if name not in known]:
+                raise InputError(f"{project} was edited after it was simulated ({', '.join(other)}): {hint}")
+            check_listed(project, known, hint)
             with np.load(project / OUTPUTS) as stored:
                 outputs = {task["name"]: stored[f"output_{task['name']}"] for task in manifest["tasks"]}
                 result = cls([str(name) for name in stored["ids"]], outputs, manifest, report)
             result.summary  # noqa: B018 (fails for a report that lacks something)
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"{project / OUTPUTS} not found: {hint}") from None
         except READ_ERRORS as error:
