@@ -3,7 +3,6 @@
 import importlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from m3vit.data.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError
 from m3vit.files import read_json, write_json
 from m3vit.processes import run_jobs
+from m3vit.staging import staging_folder
 
 MIN_SIDE_PX = 32
 MANIFEST = "synthetic.json"
@@ -59,16 +59,12 @@ def synthesize(
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
-    try:
-        staging.chmod(0o755)  # mkdtemp gives 0700
+    with staging_folder(out) as staging:
         _render_all(staging, arguments, workers or os.cpu_count() or 1, progress)
         _write_manifest(staging, arguments)
         _move(staging, out, layout)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_arguments(layout: str, train: int, val: int, size: tuple[int, int], seed: int, workers: int | None) -> None:

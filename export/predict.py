@@ -105,6 +105,7 @@ def predict_files(
     for name in tasks:
         package.entry(name)
     sources = find_sources(inputs, out)
+    check_options(package, sources, tasks, options)
     check_outputs(sources, tasks, out, options)
     if any(source.kind != "image" for source in sources):
         from m3vit.export import video  # noqa: F401 (a missing PyAV is noticed before anything is run)
@@ -173,6 +174,14 @@ def _search(folder: Path, out: Path) -> Iterator[Path]:
                 yield from _search(entry, out)
         elif entry.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and entry.is_file():
             yield entry
+
+
+def check_options(package: Package, sources: Sequence[Source], tasks: Sequence[str], options: Options) -> None:
+    """Raise InputError for an option that nothing here could obey."""
+    if options.fps is not None and all(source.kind == "image" for source in sources):
+        raise InputError("--fps is of videos and streams, and the inputs are images alone: leave it out")
+    if options.depth_range is not None and all(package.entry(task)["decode"] != "identity" for task in tasks):
+        raise InputError(f"--depth-range is of depth, and {', '.join(tasks)} has none: leave it out")
 
 
 def output_paths(source: Source, task: str, out: Path, options: Options) -> list[Path]:

@@ -33,14 +33,13 @@ def onnx_predictor(package: Package) -> Predictor:
 
 
 def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
-    """Return an HLS project as a predictor: built with g++, and simulated image by image (hls4ml's predict()).
+    """Return an HLS project (`open_project`) as a predictor: built, and simulated image by image (hls4ml's predict()).
 
     The accelerator's input is pixels, so padding (protocol B) is the mean colour, 0.01 at most from the zero that torch
     gets after normalisation.
     """
-    from m3vit.export.hls.verify import CHUNK_IMAGES, check_files, logits_of
+    from m3vit.export.hls.verify import CHUNK_IMAGES, logits_of
 
-    check_files(project, manifest)
     if manifest.get("schedule") == "multiplexed":
         return emulator_predictor(project, manifest)
     csim.build_bridge(project)
@@ -68,12 +67,11 @@ def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
 
     Tasks share what no task changes. The input is pixels, see hls_predictor.
     """
-    from m3vit.export.hls.multiplexed.convert import WEIGHTS
     from m3vit.export.hls.multiplexed.emulator import Emulator
     from m3vit.export.hls.multiplexed.verify import real_outputs
     from m3vit.export.hls.verify import logits_of
 
-    emulator = Emulator.open(project / WEIGHTS)
+    emulator = Emulator.open(project / csim.WEIGHTS)
     tasks = [task["name"] for task in manifest["tasks"]]
     padding = project_normalisation(project, manifest).pixel
 
@@ -117,6 +115,11 @@ def choose_device(name: str) -> str:
     return name
 
 
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is an ONNX package or an HLS project."""
+    return any((folder / name).is_file() for name in (PACKAGE_MANIFEST, csim.MANIFEST))
+
+
 def open_predictor(
     folder: Path, device: str, batch: int, precision: str | None = None
 ) -> tuple[Predictor, dict[str, Any], str]:
@@ -134,9 +137,13 @@ def open_predictor(
     if (folder / csim.MANIFEST).is_file():
         if world_size() > 1:
             raise InputError("an HLS project is simulated by one process: start m3vit eval without torchrun")
-        manifest = csim.read_manifest(folder)
-        info = {"hls4ml": manifest["hls4ml"], "weights_sha256": manifest.get("run", {}).get("weights_sha256")}
-        return hls_predictor(folder, manifest), info, ""
+        from m3vit.export.hls.contents import naming, open_project
+
+        manifest, changed = open_project(folder)
+        weights = manifest.get("run", {}).get("weights_sha256")
+        info = {"hls4ml": manifest["hls4ml"], "weights_sha256": weights, "changed_files": changed}
+        with naming(changed):
+            return hls_predictor(folder, manifest), info, ""
     if not (folder / "config.yaml").is_file():
         raise InputError(
             f"{folder} is not a run folder, an ONNX package or an HLS project (no config.yaml, {PACKAGE_MANIFEST} or "

@@ -21,9 +21,9 @@ def build() -> None:
 
 def run(folder: Path) -> None:
     """Simulate every row of tokens.npy with hls4ml's predict() and write outputs.npy."""
-    library = max(Path("firmware").resolve().glob("*.so"), key=lambda path: path.stat().st_mtime)
+    library = max(Path("firmware").glob("*.so"), key=lambda path: path.stat().st_mtime)
     model = hls4ml.converters.link_existing_project(".")
-    model.config.backend.compile = lambda _: str(library)  # compile() would build again what build() has built
+    model.config.backend.compile = lambda _: f"./{library}"  # compile() would build again what build() has built
     model.compile()
     inputs = [np.load(folder / "tokens.npy"), np.load(folder / "tasks.npy")]
     start = time.perf_counter()

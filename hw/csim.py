@@ -8,8 +8,7 @@ m3vit.export.hls.multiplexed.emulator.
 
 import json
 import os
-import shutil
-import subprocess
+import shlex
 import sys
 import tempfile
 import time
@@ -21,11 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3vit.errors import InputError
-from m3vit.files import read_json
+from m3vit.hw.compiler import advising, built, compiler, find_compiler, require_writable, run_program
+from m3vit.hw.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
+
+__all__ = ["FORMAT", "MANIFEST", "find_compiler", "read_manifest"]  # used from here by others
 
 NAME = "m3vit"  # of the hls4ml project
-MANIFEST = "m3vit.json"
-FORMAT = 2  # of the manifest
 TESTBENCH = "csim.exe"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
 # Of a multiplexed project: machine integers, so the result does not depend on the flags. Its own Makefile has -O3.
@@ -62,14 +62,6 @@ class FrameResult(NamedTuple):
     seconds: float
 
 
-def read_manifest(project: Path) -> dict[str, Any]:
-    """Return the project's m3vit.json, or raise InputError if `project` is not a project of ours."""
-    manifest = read_json(project / MANIFEST, "give a folder written by `m3vit export hls`")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{project / MANIFEST} is not of this version of m3vit: export the project again")
-    return manifest
-
-
 def tokenise(images: np.ndarray, patch: int) -> np.ndarray:
     """Cut images uint8 [n, H, W, 3] into tokens float32 [n, T, 3 p^2] of pixel / 256, in the order (colour, y, x)."""
     n, height, width, _ = images.shape
@@ -77,43 +69,42 @@ def tokenise(images: np.ndarray, patch: int) -> np.ndarray:
     return np.ascontiguousarray(grid.reshape(n, -1, 3 * patch * patch), dtype=np.float32) / PIXEL_SCALE
 
 
-def find_compiler() -> str:
-    """Return the C++ compiler: the environment's CXX, else g++. Raises InputError if there is none."""
-    wanted = os.environ.get("CXX") or "g++"
-    path = shutil.which(wanted)
-    if path is None:
-        if wanted != "g++":
-            raise InputError(f"CXX is {wanted!r}, which is not a program: set it to a C++ compiler or unset it")
-        raise InputError("no g++ found: install it (apt-get install g++) or set CXX to a C++ compiler")
-    return path
-
-
-def _call(command: list[str], folder: Path, what: str, env: dict[str, str] | None = None) -> str:
-    """Run a command and return what it printed, or raise RuntimeError with the end of it."""
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        errors = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise RuntimeError(f"{what} failed (exit code {done.returncode}): " + " | ".join(errors[-5:]))
-    return done.stdout
-
-
 def build_testbench(project: Path) -> Path:
     """Build the stand-alone test bench with one compiler call and return its path (about 20 s)."""
     sources = [f"firmware/{NAME}.cpp", f"{NAME}_test.cpp"]
     defines = ["-Ifirmware/ap_types", '-DWEIGHTS_DIR="firmware/weights"']
-    _call([find_compiler(), *FLAGS, *defines, *sources, "-o", TESTBENCH], project, "building the test bench")
+    return _build(project, [*FLAGS, *defines, *sources])
+
+
+def _build(project: Path, arguments: list[str]) -> Path:
+    """Build a test bench with the arguments of a compiler, and return its path."""
+    what = "building the test bench"
+    with built(project / TESTBENCH, what) as program:
+        run_program([*compiler(), *arguments, "-o", program.name], project, what)
     return project / TESTBENCH
 
 
 def build_bridge(project: Path) -> Path:
     """Build the bridge library with hls4ml's compile() and return its path (about 10 s)."""
-    compiler = find_compiler()
-    with tempfile.TemporaryDirectory() as folder:
+    what, firmware = "hls4ml's compile()", project / "firmware"
+    require_writable(project, firmware)
+    for old in firmware.glob(f"{NAME}-*.so"):
+        old.unlink()
+    words = compiler()
+    with tempfile.TemporaryDirectory() as name, advising():
         # build_lib.sh says g++: give it our compiler under that name.
-        (Path(folder) / "g++").symlink_to(compiler)
-        env = {**os.environ, "PATH": folder + os.pathsep + os.environ.get("PATH", "")}
-        _call([*BRIDGE, "build"], project, "hls4ml's compile()", env)
-    return max((project / "firmware").glob(f"{NAME}-*.so"), key=lambda path: path.stat().st_mtime)
+        stand_in = Path(name) / "g++"
+        if len(words) == 1:
+            stand_in.symlink_to(words[0])
+        else:
+            stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            stand_in.chmod(0o755)
+        env = {**os.environ, "PATH": name + os.pathsep + os.environ.get("PATH", "")}
+        run_program([*BRIDGE, "build"], project, what, env)
+        libraries = list(firmware.glob(f"{NAME}-*.so"))
+        if not libraries:
+            raise InputError(f"{what} made no library")
+    return libraries[0]
 
 
 @contextmanager
@@ -132,7 +123,7 @@ def _read_routing(folder: Path, manifest: dict[str, Any], runs: int) -> list[np.
         layer, *experts = line.split()
         lines[int(layer)].append(np.array(experts, dtype=np.int64))
     if any(len(layer) != runs for layer in lines):
-        raise RuntimeError(f"the routing log holds {[len(layer) for layer in lines]} runs a layer instead of {runs}")
+        raise InputError(f"the simulation logged the routing of {[len(layer) for layer in lines]} runs, not of {runs}")
     return [
         np.stack(layer).reshape(runs, -1, info["top_k"]) if runs else np.zeros((0, 0, info["top_k"]), np.int64)
         for layer, info in zip(lines, manifest["moe_layers"], strict=True)
@@ -182,10 +173,9 @@ def run_testbench(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> Si
         write_input_lines(data / "tb_input_features.dat", tokens, task_ids)
         (data / "tb_output_predictions.dat").write_text("0\n" * len(tokens))  # it insists on a line a run
         start = time.perf_counter()
-        _call([str((project / TESTBENCH).resolve())], folder, "the test bench", env)
+        run_program([str((project / TESTBENCH).resolve())], folder, "the test bench", env)
         seconds = time.perf_counter() - start
-        text = (data / "csim_results.log").read_text()
-        outputs = np.fromstring(text, dtype=np.float32, sep=" ").reshape(len(tokens), manifest["tokens"], -1)
+        outputs = _outputs(data / "csim_results.log", len(tokens), manifest)
         return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
 
 
@@ -198,16 +188,26 @@ def run_bridge(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> Simul
     with _workplace() as (folder, env):
         np.save(folder / "tokens.npy", np.ascontiguousarray(tokens, dtype=np.float32))
         np.save(folder / "tasks.npy", task_ids[:, None].astype(np.float32))
-        seconds = float(_call([*BRIDGE, "run", str(folder)], project, "hls4ml's predict()", env))
+        seconds = float(run_program([*BRIDGE, "run", str(folder)], project, "hls4ml's predict()", env))
         outputs = np.load(folder / "outputs.npy").reshape(len(tokens), manifest["tokens"], manifest["outputs"])
         return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
 
 
+def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
+    """Read the text log of a spatial project's test bench: outputs [n, T, n_out] float32."""
+    shape = (runs, manifest["tokens"], manifest["outputs"])
+    try:
+        outputs = np.array(log.read_text().split(), dtype=np.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the test bench wrote outputs that cannot be read ({error})") from None
+    if outputs.size != np.prod(shape):
+        raise InputError(f"the test bench wrote {outputs.size} values instead of {np.prod(shape)}")
+    return outputs.reshape(shape)
+
+
 def build_frames(project: Path) -> Path:
     """Build the test bench of a multiplexed project and return its path (about 5 s)."""
-    sources = [f"{NAME}_test.cpp", f"firmware/{NAME}.cpp"]
-    _call([find_compiler(), *MULTIPLEXED_FLAGS, "-I.", *sources, "-o", TESTBENCH], project, "building the test bench")
-    return project / TESTBENCH
+    return _build(project, [*MULTIPLEXED_FLAGS, "-I.", f"{NAME}_test.cpp", f"firmware/{NAME}.cpp"])
 
 
 def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> FrameResult:
@@ -225,24 +225,28 @@ def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> Frame
         folder = Path(name)
         images.tofile(folder / "images.bin")
         task_ids.astype(np.uint8).tofile(folder / "tasks.bin")
-        weights = project.resolve() / "firmware" / "weights" / "weights.bin"
+        weights = project.resolve() / WEIGHTS
         names = ("images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin")
         start = time.perf_counter()
-        _call([str(project.resolve() / TESTBENCH), str(weights), *names], folder, "the test bench")
+        run_program([str(project.resolve() / TESTBENCH), str(weights), *names], folder, "the test bench")
         seconds = time.perf_counter() - start
-        outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)
-        routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64)
-        lines = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
+        try:
+            outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)
+            routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64).reshape(len(images), -1)
+            lines = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"the test bench wrote outputs that cannot be read ({error})") from None
     rows = manifest["tokens"] + manifest["prefix_tokens"]
-    experts, place = [], 0
-    frame_words = routing.size // max(1, len(images))
-    frames = routing.reshape(len(images), frame_words)
-    for layer in manifest["moe_layers"]:
-        words = rows * layer["top_k"]
-        experts.append(frames[:, place : place + words].reshape(len(images), rows, layer["top_k"]))
-        place += words
-    if place != frame_words:
-        raise RuntimeError(f"the routing log holds {frame_words} words a frame instead of {place}")
+    words = [rows * layer["top_k"] for layer in manifest["moe_layers"]]
+    if outputs.shape[-1] != manifest["outputs"] or routing.shape[-1] != sum(words):
+        raise InputError(
+            f"the test bench wrote {outputs.shape[-1]} outputs a token and {routing.shape[-1]} routing words a frame "
+            f"instead of {manifest['outputs']} and {sum(words)}"
+        )
+    experts = [
+        part.reshape(len(images), rows, layer["top_k"])
+        for part, layer in zip(np.split(routing, np.cumsum(words)[:-1], axis=1), manifest["moe_layers"], strict=False)
+    ]
     counters: list[list[dict[str, int]]] = [[] for _ in images]
     for line in lines:
         counters[line.pop("frame")].append(line)

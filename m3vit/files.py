@@ -4,15 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from m3vit.errors import InputError
-
-PARTIAL = ".partial"  # in the names of files that are being written
+from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
 
 
 def is_empty(folder: Path) -> bool:
@@ -29,7 +27,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name for each target: what a kill leaves behind, the next write of the same file replaces.
-    temporary = path.with_name(f".{path.name}{PARTIAL}{path.suffix}")
+    temporary = path.with_name(f"{hidden_stem(path.name)}{PARTIAL}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -55,30 +53,29 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
     Missing folders above `out` are made, and removed again on failure.
     A folder cannot be renamed onto a full one: the old one is set aside first, and deleted when the new one is there.
-    Check before that nothing in `out` is worth keeping. A SIGKILL between the two renames leaves the old folder beside
-    `out` under a hidden name.
+    Check before that nothing in `out` is worth keeping. SIGTERM is a failure like any other; what a SIGKILL leaves, the
+    next `atomic_folder` in the same place removes, and after one between the two renames it brings the old folder back
+    (`m3vit.staging`).
     """
     out = out.resolve()
     if Path.cwd().resolve().is_relative_to(out):
         raise InputError(f"{out} is the working directory or holds it, and would be replaced: give a folder in it")
     made = [above for above in out.parents if not above.exists()]  # from the inside out
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    aside = folder.with_name(folder.name + ".old")
     try:
-        folder.chmod(0o755)  # mkdtemp gives 0700
-        yield folder
-        try:
-            if out.exists():
-                os.replace(out, aside)
-            os.replace(folder, out)
-        except BaseException:  # Ctrl-C too: the old folder comes back
-            if aside.exists() and not out.exists():
-                os.replace(aside, out)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        with staging_folder(out) as folder:
+            yield folder
+            aside = aside_of(folder)
+            try:
+                if out.exists():
+                    os.replace(out, aside)
+                os.replace(folder, out)
+            except BaseException:  # Ctrl-C too: the old folder comes back
+                if aside.exists() and not out.exists():
+                    os.replace(aside, out)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         if not out.exists():
             for above in made:
                 with suppress(OSError):  # something else may have been put there

@@ -17,7 +17,7 @@ Shapes: N tokens, D embedding dimension, E experts, K experts per token, H their
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -162,9 +162,14 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(model: MultiTaskModel, tasks: list[str], training: bool = False) -> Counts:
-    """Return the MACs of one image of the trained size, by part, for these tasks in one pass."""
-    counter, handles = _MacCounter(), []
+def count_macs(
+    model: MultiTaskModel, tasks: list[str], training: bool = False, experts: Callable[..., int] | None = None
+) -> Counts:
+    """Return the MACs of one image of the trained size, by part, for these tasks in one pass.
+
+    `experts`: the formula of a MoE layer, another one than for experts as trained.
+    """
+    counter, handles = _MacCounter(experts or _experts), []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
         handles.append(module.register_forward_hook(partial(counter.leave, name)))
@@ -178,11 +183,38 @@ def count_macs(model: MultiTaskModel, tasks: list[str], training: bool = False) 
     return counter.counts
 
 
+def graph_macs(
+    config: ModelConfig,
+    task: str,
+    size: tuple[int, int],
+    *,
+    kept: Mapping[int, Sequence[int]],
+    top_k: int | None = None,
+    every_expert: bool = False,
+) -> int:
+    """Return the MACs of one image of `size` (height, width) in the exported graph of a task.
+
+    kept: the experts that the graph holds of each MoE layer, {layer number: ids}, all of a layer not named. top_k: of
+    them, those a token goes to, None as trained; with `every_expert` it goes to all that are held.
+    """
+    model = _build(replace(config, pretrained=False, weights="", image_size=size))
+    numbers = {id(layer): number for number, layer in enumerate(m for m in model.modules() if isinstance(m, MoELayer))}
+
+    def experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...]) -> int:
+        _, B, T, D = x.shape
+        held = len(kept.get(numbers[id(layer)], range(layer.router.num_experts)))
+        used = held if every_expert else layer.router.top_k if top_k is None else top_k
+        return B * T * used * (2 * D * layer.experts.w1.shape[1] + D)
+
+    return _total(count_macs(model, [task], experts=experts))
+
+
 class _MacCounter(TorchFunctionMode):
     """Counts the MACs of the functions called within it, each for the part of the module that calls it."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: Callable[..., int]) -> None:
         super().__init__()
+        self.experts = experts
         self.counts: Counts = dict.fromkeys(PARTS, 0)
         self.modules: list[str] = []  # names of those running, the innermost last
         self.inside_moe = 0  # how many of them are MoE layers: these count as they are trained, not as run here
@@ -197,7 +229,7 @@ class _MacCounter(TorchFunctionMode):
         self.modules.pop()
         if isinstance(module, MoELayer):
             self.inside_moe -= 1
-            self.counts["experts"] += _experts(module, *inputs)
+            self.counts["experts"] += self.experts(module, *inputs)
         elif isinstance(module, Router):
             self.counts["routers"] += _router(module, *inputs)
 

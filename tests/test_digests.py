@@ -22,9 +22,9 @@ from m3vit.errors import InputError
 VALUE: dict[str, Any] = {"tasks": ["depth", "semseg"], "mean": [0.485, 1e-7], "top_k": {"depth": 2}, "none": None}
 
 
-def flips(content: bytes, count: int = 300) -> list[bytes]:
+def flips(content: bytes, count: int = 300, seed: int = 0) -> list[bytes]:
     """Return copies of `content`, each with one bit flipped."""
-    rng, copies = random.Random(0), []
+    rng, copies = random.Random(seed), []
     for _ in range(count):
         copy = bytearray(content)
         copy[rng.randrange(len(copy))] ^= 1 << rng.randrange(8)

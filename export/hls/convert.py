@@ -61,12 +61,32 @@ def write_project(model: leaf.LoweredModel, formats: dict[str, dict[str, Fixed]]
         graph.config.config["PytorchModel"] = None  # else the torch module itself goes into hls4ml_config.yml
         graph.write()
     _plug_in_dense(out / "firmware" / "parameters.h", sum(isinstance(m, leaf.VitLinear) for m in model.modules()))
+    quote_weights_folder(out / "build_lib.sh")
     settings = out / "hls4ml_config.yml"
     content = yaml.safe_load(settings.read_text())
     content["OutputDir"] = "."  # no path of this machine; hls4ml's link_existing_project then works from the folder
     # hls4ml sorts its YAML by name, but predict() takes this order for that of the arguments.
     content["InputShapes"] = {name: content["InputShapes"][name] for name in ("tokens", "task")}
     settings.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def quote_weights_folder(script: Path) -> None:
+    """Make hls4ml's build_lib.sh work in a folder of any name: the path becomes a string of C++, quotes and all."""
+    plain = (
+        'BASEDIR="$(cd "$(dirname "$0")" && pwd)"\n',
+        'WEIGHTS_DIR="\\"${BASEDIR}/firmware/weights\\""\n',
+    )
+    quoting = r"""BASEDIR="$(cd "$(dirname "$0")" && pwd && echo x)" # x: newlines at the end of a name are cut off
+BASEDIR="${BASEDIR%?x}"
+ESCAPED="${BASEDIR//\\/\\\\}"
+ESCAPED="${ESCAPED//\"/\\\"}"
+ESCAPED="${ESCAPED//\?/\\?}" # no trigraphs
+ESCAPED="${ESCAPED//$'\n'/\\n}"
+WEIGHTS_DIR="\"${ESCAPED}/firmware/weights\""
+"""
+    text = script.read_text()
+    assert text.count("".join(plain)) == 1, "hls4ml's build_lib.sh is another one"
+    script.write_text(text.replace("".join(plain), quoting))
 
 
 def _plug_in_dense(parameters: Path, expected: int) -> None:

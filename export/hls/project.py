@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from m3vit import __version__
+from m3vit.digests import file_digests, write_sealed_json
 from m3vit.errors import InputError
-from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.hls import convert, leaf, precision
+from m3vit.export.hls.contents import EDITING, check_replaceable, editable_names
 from m3vit.export.hls.multiplexed import convert as multiplexed
 from m3vit.export.hls.multiplexed.readme import readme as multiplexed_readme
-from m3vit.files import atomic_folder, read_json, sha256_file, write_json
+from m3vit.files import atomic_folder
 from m3vit.hw.boards import check_tokens
-from m3vit.hw.csim import FORMAT, MANIFEST, TESTBENCH, tokenise, write_input_lines
+from m3vit.hw.csim import tokenise, write_input_lines
+from m3vit.hw.manifest import FORMAT, MANIFEST
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
@@ -26,6 +28,8 @@ from m3vit.tasks import TASKS
 log = logging.getLogger(__name__)
 BATCH = 16
 ACT_BITS = {"spatial": 20, "multiplexed": 16}  # by schedule: the width of feature maps unless told otherwise
+SPATIAL_BITS = {"weight_bits": (6, 24), "act_bits": (8, 24)}  # least and most
+BOARD = "zcu104"  # of the multiplexed schedule, unless told otherwise
 
 
 @dataclass
@@ -50,33 +54,34 @@ def export_project(
     schedule: str = "spatial",
     weight_bits: int = 16,
     act_bits: int | None = None,
-    board: str = "zcu104",
+    board: str | None = None,
 ) -> dict[str, Any]:
     """Write the project to `out` and return its manifest (m3vit.json).
 
     calibration: uint8 [m, H, W, 3], images that choose the fixed-point formats (not the samples, to be fair).
     `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`. `schedule`: spatial (a kernel for each
-    layer) or multiplexed (one engine of each kind, for a `board`); act_bits: ACT_BITS of it by default.
+    layer) or multiplexed (one engine of each kind, for a `board`: BOARD by default); act_bits: its ACT_BITS by default.
     An existing project of ours at `out` is replaced once the new one is complete. Raises InputError for models that
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     if schedule not in ACT_BITS:
         raise InputError(f"schedule is {schedule!r}: choose from {', '.join(ACT_BITS)}")
-    act_bits = act_bits or ACT_BITS[schedule]
-    _check_arguments(model, calibration, samples, weight_bits, act_bits)
-    _check_replaceable(out)
+    act_bits = ACT_BITS[schedule] if act_bits is None else act_bits
+    if schedule == "spatial":
+        _check_spatial(weight_bits, act_bits, board)
+    _check_images(model, calibration, samples)
+    check_replaceable(out)
     model = model.eval()
     write = _write_spatial if schedule == "spatial" else _write_multiplexed
     with atomic_folder(out) as folder:
-        lowered, facts = write(folder, model, calibration, weight_bits, act_bits, board)
+        lowered, facts = write(folder, model, calibration, weight_bits, act_bits, board or BOARD)
         manifest = {**_manifest(model, lowered), "schedule": schedule, **facts, "run": info or {}}
         _write_samples(folder, model, lowered, samples, manifest)
         readme = _readme if schedule == "spatial" else multiplexed_readme
         (folder / "README.md").write_text(readme(manifest))
-        manifest["files"] = {
-            str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-        }
-        write_json(folder / MANIFEST, manifest)
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        manifest["files"], manifest["editable"] = file_digests(folder, names), editable_names(names)
+        write_sealed_json(folder / MANIFEST, manifest)
     log.info("HLS project written to %s", out)
     return manifest
 
@@ -110,39 +115,20 @@ def _write_multiplexed(
     return lowered, multiplexed.write_project(lowered, calibration, options, folder)
 
 
-def _check_replaceable(out: Path) -> None:
-    """Raise InputError if writing to `out` would delete anything but an earlier project of ours and what it built."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    advice = "give a new or empty folder"
-    if not (out / MANIFEST).is_file():
-        raise InputError(f"{out} exists and is not an HLS project of ours: {advice}")
-    manifest = read_json(out / MANIFEST, advice)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
-    built = {
-        MANIFEST,
-        TESTBENCH,
-        "csim.json",
-        "tb_data/csim_outputs.npz",
-        "tb_data/csim_outputs.bin",
-        "tb_data/csim_results.log",
-        *EVALUATION_FILES,
-    }
-    found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
-    foreign = sorted(name for name in found - built - set(manifest["files"]) if not name.endswith((".so", ".o")))
-    if foreign:
+def _check_spatial(weight_bits: int, act_bits: int, board: str | None) -> None:
+    """Raise InputError for options that the spatial schedule does not have."""
+    if board is not None:
         raise InputError(
-            f"{out} holds files that are not the project's ({', '.join(foreign[:3])}): move them, or {advice}"
+            f"--board {board}: the spatial schedule is for no board (its part is in project.tcl): leave it out or give "
+            "--schedule multiplexed"
         )
-
-
-def _check_arguments(
-    model: MultiTaskModel, calibration: np.ndarray, samples: Samples, weight_bits: int, act_bits: int
-) -> None:
-    for name, value, low, high in (("weight_bits", weight_bits, 6, 24), ("act_bits", act_bits, 8, 24)):
+    for name, value in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+        low, high = SPATIAL_BITS[name]
         if not low <= value <= high:
-            raise InputError(f"{name} is {value}: give {low} to {high}")
+            raise InputError(f"{name} is {value}: the spatial schedule has {low} to {high}")
+
+
+def _check_images(model: MultiTaskModel, calibration: np.ndarray, samples: Samples) -> None:
     expected = (*model.config.image_size, 3)
     for name, images in (("calibration", calibration), ("sample", samples.images)):
         if images.dtype != np.uint8 or images.shape[1:] != expected or not len(images):
@@ -287,4 +273,5 @@ In Python, from this folder: `hls4ml.converters.link_existing_project('.')`, the
 
 hls4ml's layout; ours are `firmware/nnet_utils/m3vit_*.h` (layer norm, attention, mixture of experts, ...), `m3vit.json`
 (sizes, precisions, sha256 of every file) and `tb_data/samples.npz` (images, labels, torch's outputs and routing).
-"""
+
+{EDITING.format(formats="defines.h")}"""

@@ -28,7 +28,7 @@ def export_run(
     schedule: str = "spatial",
     weight_bits: int = 16,
     act_bits: int | None = None,
-    board: str = "zcu104",
+    board: str | None = None,
 ) -> dict[str, Any]:
     """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`.
 

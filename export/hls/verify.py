@@ -6,6 +6,8 @@ Needs the project folder only, not the run: torch's outputs were stored at expor
 """
 
 import threading
+import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,17 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3vit.digests import check_listed, file_digests, read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
+from m3vit.export.hls.contents import edited, naming, open_project
 from m3vit.export.hls.multiplexed.verify import simulate_multiplexed
-from m3vit.files import atomic_path, read_json, sha256_file, write_json
+from m3vit.files import atomic_path
 from m3vit.hw import csim
+from m3vit.hw.compiler import kill_programs, require_writable
+from m3vit.hw.manifest import SAMPLES
 from m3vit.models.heads import assemble_tokens
+from m3vit.staging import sigterm_as_exit
 
 Progress = Callable[[int, int, str], None]
 CHUNK_IMAGES = 10  # simulated by one process; it then reads the weights again
+REPORT, OUTPUTS = "csim.json", "tb_data/csim_outputs.npz"
+COMPILED = (".h", ".cpp", ".sh")
+# What reading a damaged npz, or a report that lacks something, may raise.
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 PROTOCOL = "A"  # how the stored images were made
 WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResult]]] = {
     "bridge": (csim.build_bridge, csim.run_bridge),
@@ -37,30 +48,34 @@ WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResul
 def verify_project(project: Path, samples: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Simulate the first `samples` stored images (default: all) and return the report, also written to csim.json.
 
-    Report: images, s_per_image {way: seconds, all tasks together}; of a spatial project bridge_vs_testbench (largest
+    Report: images, changed_files since the export, s_per_image {way: seconds, all tasks together}, files {name: sha256}
+    of csim_outputs.npz and of the changed files that were compiled; of a spatial project bridge_vs_testbench (largest
     difference, relative to the larger of 1 and the value; the test bench prints six digits, so up to 5e-6), of a
-    multiplexed one what simulate_multiplexed returns; and for each task: csim and
-    torch {metric: value} on the same images, worst_error and mean_error of the token outputs (absolute; *_relative:
-    over the standard deviation of torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's,
-    flipped_tokens of `tokens`, worst_error_unflipped, and
-    largest_flip_margin, the largest gap between torch's logits of rank K and K + 1 where a token's first flip happened.
-    Raises InputError if `project` is not a project, was changed since export, or has fewer samples.
+    multiplexed one what simulate_multiplexed returns; and for each task: csim and torch {metric: value} on the same
+    images, worst_error and mean_error of the token outputs (absolute; *_relative: over the standard deviation of
+    torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's, flipped_tokens of `tokens`,
+    worst_error_unflipped, and largest_flip_margin, the largest gap between torch's logits of rank K and K + 1 where a
+    token's first flip happened.
+    Raises InputError if `project` is not a project, a protected file was changed since the export, it has fewer
+    samples, the compiler or what it built fails, or words differ that must not.
     """
-    manifest = csim.read_manifest(project)
-    check_files(project, manifest)
+    manifest, changed = open_project(project)
     csim.find_compiler()
-    with np.load(project / "tb_data" / "samples.npz") as stored:
+    require_writable(project)
+    with np.load(project / SAMPLES) as stored:
         arrays = dict(stored)
     simulate = simulate_multiplexed if manifest.get("schedule") == "multiplexed" else _simulate_spatial
     available = len(arrays["images"])
     if samples is not None and not 1 <= samples <= available:
         raise InputError(f"samples {samples}: {project} holds {available} images")
     n, tasks = samples or available, [task["name"] for task in manifest["tasks"]]
-    raw, experts, facts = simulate(project, arrays["images"][:n], manifest, progress)
+    with sigterm_as_exit(), naming(changed):
+        raw, experts, facts = simulate(project, arrays["images"][:n], manifest, progress)
     outputs = {task: raw[:, i, :, : manifest["tasks"][i]["outputs"]] for i, task in enumerate(tasks)}
     report = {
         "protocol": PROTOCOLS[PROTOCOL],
         "images": n,
+        "changed_files": changed,
         **facts,
         "tasks": {
             task: {
@@ -74,20 +89,16 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
     saved: dict[str, Any] = {f"output_{task}": values for task, values in outputs.items()}
     for layer, ids in enumerate(experts):
         saved |= {f"experts_{task}_{layer}": ids[:, i].astype(np.int16) for i, task in enumerate(tasks)}
-    with atomic_path(project / "tb_data" / "csim_outputs.npz") as path:
+    with atomic_path(project / OUTPUTS) as path:
         np.savez_compressed(path, ids=arrays["ids"][:n], **saved)
-    write_json(project / "csim.json", report)
+    report["files"] = file_digests(project, [OUTPUTS, *simulated(changed)])
+    write_sealed_json(project / REPORT, report)
     return report
 
 
-def check_files(project: Path, manifest: dict[str, Any]) -> None:
-    """Raise InputError if a file of the project is missing or not as exported (by the sha256 in m3vit.json)."""
-    for name, digest in manifest["files"].items():
-        path = project / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing: export the project again")
-        if sha256_file(path) != digest:
-            raise InputError(f"{path} was changed since export (sha256 differs): export the project again")
+def simulated(names: list[str]) -> list[str]:
+    """Return those of a project's files that a simulation compiles, or is built by."""
+    return [name for name in names if name.endswith(COMPILED)]
 
 
 def _simulate_spatial(
@@ -97,8 +108,11 @@ def _simulate_spatial(
     n, tasks = len(images), len(manifest["tasks"])
     results = _simulate(project, images, manifest, progress)
     bridge, bench = results["bridge"].outputs, results["testbench"].outputs
+    if not np.isfinite(bridge).all() or not np.isfinite(bench).all():
+        raise InputError("the C-simulation has outputs that are not finite")
     for one, other in zip(results["bridge"].expert_ids, results["testbench"].expert_ids, strict=True):
-        assert np.array_equal(one, other), "the bridge and the test bench routed tokens differently"
+        if not np.array_equal(one, other):
+            raise InputError("the bridge and the test bench, built from the same sources, routed tokens differently")
     experts = [ids.reshape(n, tasks, *ids.shape[1:]) for ids in results["bridge"].expert_ids]
     facts = {
         "s_per_image": {way: result.seconds / n for way, result in results.items()},
@@ -111,7 +125,7 @@ def _simulate(
     project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None
 ) -> dict[str, csim.SimulationResult]:
     """Build and run both ways side by side; runs are (image, task), tasks fastest; outputs [n, R, T, n_out]."""
-    tasks, done, lock = len(manifest["tasks"]), 0, threading.Lock()
+    tasks, done, lock, stopped = len(manifest["tasks"]), 0, threading.Lock(), threading.Event()
     total = 2 * len(images)
 
     def report(step: int, text: str) -> None:
@@ -127,6 +141,8 @@ def _simulate(
         build(project)
         parts = []
         for start in range(0, len(images), CHUNK_IMAGES):
+            if stopped.is_set():
+                raise InputError("stopped: the other way failed")
             tokens = csim.tokenise(images[start : start + CHUNK_IMAGES], manifest["patch_size"])
             ids = np.tile(np.arange(tasks), len(tokens))
             parts.append(run(project, tokens.repeat(tasks, axis=0), ids))
@@ -140,7 +156,12 @@ def _simulate(
 
     with ThreadPoolExecutor(len(WAYS)) as pool:
         futures = {way: pool.submit(simulate, way) for way in WAYS}
-        return {way: future.result() for way, future in futures.items()}
+        try:
+            return {way: future.result() for way, future in futures.items()}
+        except BaseException:  # leaving the pool waits for its threads
+            stopped.set()
+            kill_programs()
+            raise
 
 
 def logits_of(outputs: np.ndarray, manifest: dict[str, Any]) -> Tensor:
@@ -205,15 +226,26 @@ class SimulatedOutputs:
 
     @classmethod
     def load(cls, project: Path) -> "SimulatedOutputs":
-        """Read what verify_project wrote, or raise InputError."""
-        manifest = csim.read_manifest(project)
+        """Read what verify_project wrote, or raise InputError if it is damaged, or of other sources than there now."""
+        manifest, changed = open_project(project)
         hint = f"simulate it: m3vit hw csim {project}"
-        report, path = read_json(project / "csim.json", hint), project / "tb_data" / "csim_outputs.npz"
-        if not path.is_file():
-            raise InputError(f"{path} not found: {hint}")
-        with np.load(path) as stored:
-            outputs = {task["name"]: stored[f"output_{task['name']}"] for task in manifest["tasks"]}
-            return cls([str(name) for name in stored["ids"]], outputs, manifest, report)
+        report = read_sealed_json(project / REPORT, hint)
+        try:
+            known = report.get("files", {})
+            if other := [name for name in simulated(changed) if name not in known]:
+                raise InputError(f"{project} was edited after it was simulated ({', '.join(other)}): {hint}")
+            check_listed(project, known, hint)
+            with np.load(project / OUTPUTS) as stored:
+                outputs = {task["name"]: stored[f"output_{task['name']}"] for task in manifest["tasks"]}
+                result = cls([str(name) for name in stored["ids"]], outputs, manifest, report)
+            result.summary  # noqa: B018 (fails for a report that lacks something)
+        except InputError:
+            raise
+        except FileNotFoundError:
+            raise InputError(f"{project / OUTPUTS} not found: {hint}") from None
+        except READ_ERRORS as error:
+            raise InputError(f"{project / OUTPUTS} or {REPORT} is damaged ({error}): {hint}") from None
+        return result
 
     @property
     def predictor(self) -> Predictor:
@@ -235,8 +267,10 @@ class SimulatedOutputs:
         agreement = "every word is the emulator's"
         if "bridge_vs_testbench" in self.report:
             agreement = f"bridge and test bench agree to {self.report['bridge_vs_testbench']:.0e}"
+        changed = edited(self.report.get("changed_files", []))
         return (
             f"C-simulation (hls4ml {self.manifest['hls4ml']}, g++, not synthesised) of {self.report['images']} images: "
             f"{agreement}; against torch, {flips} of "
-            f"{decisions} routing decisions differ and the worst output is off by {worst:.2g} standard deviations."
+            f"{decisions} routing decisions differ and the worst output is off by {worst:.2g} standard deviations"
+            f"{'; ' if changed else ''}{changed}."
         )

@@ -22,7 +22,7 @@ from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.profiling import profile
+from m3vit.profiling import graph_macs
 from m3vit.tasks import Task, palette, resolve
 
 WEIGHTS = "weights.bin"
@@ -102,7 +102,6 @@ def export_package(
     for name in content.tasks:
         model.task_id(name)
     names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
-    macs = {name: entry["macs"]["total"] for name, entry in profile(model.config)["tasks"].items()}
     with atomic_folder(out) as folder:
         with open(folder / WEIGHTS, "wb") as file:
             writer = _Writer(folder, _WeightsFile(file), content)
@@ -110,7 +109,7 @@ def export_package(
             for number, task in enumerate(resolve(names, model.config.label_set), start=1):
                 say(f"exporting {task.name} ({number} of {len(names)})")
                 tasks[task.name] = {"graphs": writer.task(model, task.name), **_task_entry(model, task, content)}
-                tasks[task.name]["macs"] = macs[task.name]
+                tasks[task.name]["macs"] = _macs(model, task.name, content)
             backbone = None
             if content.one_backbone:
                 say("exporting the backbone of all tasks, and the heads")
@@ -130,7 +129,7 @@ def export_package(
             "label_set": model.config.label_set,
             "tasks": tasks,
             "backbone": backbone,
-            "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, at train_size
+            "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size
             "run": info,
         }
         for entry in file_entries(manifest):
@@ -208,6 +207,16 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
         entry["classes"] = list(config.labels.classes[task.name])
         entry["palette"] = [list(colour) for colour in palette(config.labels.classes[task.name])]
     return entry
+
+
+def _macs(model: MultiTaskModel, task: str, content: Content) -> int:
+    """Return the multiply-accumulates of one image in a task's graph: with the experts it holds and uses, at its size.
+
+    Of a graph of any size: at the size trained at.
+    """
+    choice, (height, width) = content.choices.get(task, ALL), content.size or model.config.image_size
+    options = {"kept": choice.kept, "top_k": choice.top_k, "every_expert": content.static}
+    return graph_macs(model.config, task, (height, width), **options)  # type: ignore[arg-type]
 
 
 class _WeightsFile:

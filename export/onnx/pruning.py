@@ -139,5 +139,9 @@ def read_top_k(text: str, tasks: Sequence[str], num_experts: int) -> dict[str, i
         task, _, number = part.rpartition("=")
         if not number.strip().isdigit() or not 1 <= int(number) <= num_experts or (task and task.strip() not in tasks):
             raise InputError(f"--top-k is {text!r}: {advice}")
+        if task.strip() in result or (not task and result):
+            raise InputError(
+                f"--top-k is {text!r}, which says twice how many {task.strip() or 'a task'} gets: {advice}"
+            )
         result |= {task.strip(): int(number)} if task else dict.fromkeys(tasks, int(number))
     return result

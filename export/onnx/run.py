@@ -115,9 +115,19 @@ def chosen_content(run: Run, content: Content, request: Request, say: Callable[[
     top_k = request.top_k or {}
     if not run.model.backbone.moe_indices and (request.prune or top_k):
         raise InputError("this model has no experts: leave out --prune, --keep and --top-k")
+    exported = content.tasks or config.tasks
+    if beside := [task for task in top_k if task not in exported]:
+        raise InputError(f"--top-k names {', '.join(beside)}, not among the tasks exported ({', '.join(exported)})")
     if request.prune is None:
         return replace(content, choices={task: Choice(count) for task, count in top_k.items()})
     request.prune.check(config.num_experts)
+    if request.prune.keep is not None:
+        for task in exported:
+            if request.prune.keep < (used := top_k.get(task, config.top_k)):
+                raise InputError(
+                    f"--keep is {request.prune.keep}, but each token of {task} goes to {used} experts: keep as many, "
+                    "or give a lower --top-k too"
+                )
     split = data_of(run, "train", request.data_root, "no --prune or --keep")
     say(f"measuring gate mass on {min(request.calibration, len(split))} training images")
     mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), top_k)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from m3vit.commands.terminal import image_size, positive, progress_bar, say
+from m3vit.errors import InputError
 
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,8 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 def run_check(args: argparse.Namespace) -> int:
     from m3vit.data.check import check, render
 
+    if args.quick and args.workers:
+        raise InputError("--quick opens no file, and --workers are processes that open them: leave one of them out")
     with progress_bar("checking samples") as bar:
         report = check(args.root, quick=args.quick, workers=args.workers, progress=bar)
     if args.json is not None:

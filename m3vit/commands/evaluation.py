@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from m3vit.commands.terminal import positive, print_scores, progress_bar
+from m3vit.commands.terminal import positive, print_scores, progress_bar, say_changed
 from m3vit.errors import InputError
 
 
@@ -26,13 +26,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         help="data set's folder (default: the one a run was trained on; exports do not know it)",
     )
     parser.add_argument(
-        "--device", default="auto", help="of a run: cpu, cuda, ... or auto: cuda if there is one (default: auto)"
+        "--device", default=None, help="of a run alone: cpu, cuda, ... or auto: cuda if there is one (default: auto)"
     )
     parser.add_argument(
         "--precision", default=None, help="of an ONNX package: one it holds, such as int8 (default: its first)"
     )
     parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="images a run takes at once (default: 1)"
+        "--batch", type=positive, default=None, metavar="N", help="of a run alone: images it takes at once (default: 1)"
     )
     parser.add_argument(
         "--workers", type=positive, default=None, metavar="N", help="processes that match edges (default: one a core)"
@@ -56,9 +56,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     if args.compare:
-        if args.data_root or args.workers or args.all_metrics or args.precision:
+        if any((args.data_root, args.workers, args.all_metrics, args.precision, args.device, args.batch)):
             raise InputError(
-                "--compare shows what was evaluated: leave out --data.root, --workers, --all-metrics and --precision"
+                "--compare shows what was evaluated: leave out --data.root, --workers, --all-metrics, --precision, "
+                "--device and --batch"
             )
         from m3vit.evaluation.compare import compare
 
@@ -69,9 +70,17 @@ def run_eval(args: argparse.Namespace) -> None:
     (folder,) = args.folders
     from m3vit.distributed import rank
     from m3vit.evaluation.scoring import score
-    from m3vit.export.predictors import choose_device, open_predictor
+    from m3vit.export.predictors import choose_device, is_export, open_predictor
 
-    predictor, info, root = open_predictor(folder, choose_device(args.device), args.batch, args.precision)
+    if is_export(folder) and (args.device or args.batch):
+        raise InputError(
+            f"--device and --batch are of a run, and {folder} is an export, which runs on the CPU, an image at a time: "
+            "leave them out"
+        )
+    device = choose_device(args.device or "auto")
+    predictor, info, root = open_predictor(folder, device, args.batch or 1, args.precision)
+    if args.workers and "edge" not in predictor.tasks:
+        raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
     if not (args.data_root or root):
         raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
     is_run = predictor.name == "torch"
@@ -91,6 +100,7 @@ def run_eval(args: argparse.Namespace) -> None:
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
         print_scores(result["tasks"], columns, caption, args.all_metrics)
+        say_changed(info.get("changed_files", []))
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from m3vit.commands.terminal import positive, print_scores, progress_bar, say
+from m3vit.commands.terminal import positive, print_scores, progress_bar, say, say_changed
 
 
 def add_export_hls(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,9 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--board",
-        default="zcu104",
+        default=None,
         metavar="NAME",
-        help="of the multiplexed schedule: zcu104, zcu102 or kv260 (default: zcu104)",
+        help="of the multiplexed schedule alone: zcu104, zcu102 or kv260 (default: zcu104)",
     )
     parser.add_argument(
         "--weight-bits",
@@ -99,3 +99,4 @@ def run_csim(args: argparse.Namespace) -> None:
             f"all {report['words']} output words equal the emulator's; values saturated: {beyond}; "
             f"{seconds['testbench']:.2f} s an image for C-sim, {seconds['emulator']:.2f} s for the emulator"
         )
+    say_changed(report["changed_files"])

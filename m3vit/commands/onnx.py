@@ -28,7 +28,7 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         nargs="+",
-        default=["fp32"],
+        default=[],
         metavar="P",
         help="fp32, int8 (all linear layers but routers), int8-mixed, int8-experts; several may share a package, the "
         "first is its default (default: fp32)",
@@ -57,9 +57,9 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         type=positive,
-        default=64,
+        default=None,
         metavar="N",
-        help="training images that --prune and --keep measure use on (default: 64)",
+        help="training images that --prune, --keep and --sweep measure use on (default: 64)",
     )
     parser.add_argument(
         "--measure",
@@ -93,21 +93,26 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
 def run_export_onnx(args: argparse.Namespace) -> None:
     from m3vit.export.onnx.package import Content
     from m3vit.export.onnx.pruning import Prune, read_coverage, read_top_k
-    from m3vit.export.onnx.run import Request, export_run
+    from m3vit.export.onnx.quantize import FLOAT
+    from m3vit.export.onnx.run import CALIBRATION_IMAGES, Request, export_run
     from m3vit.training.checkpoint import load_run
 
     run = load_run(args.run)
     config = run.config.model
     prune = Prune(read_coverage(args.prune), args.keep) if args.prune or args.keep else None
     top_k = read_top_k(args.top_k, config.tasks, config.num_experts) if args.top_k else {}
-    request = Request(prune, top_k, args.calibrate, args.measure, args.check_images, args.data_root)
+    if args.calibrate and not (prune or args.sweep):
+        raise InputError("--calibrate is of --prune, --keep and --sweep: give one of them, or leave it out")
+    calibration = args.calibrate or CALIBRATION_IMAGES
+    request = Request(prune, top_k, calibration, args.measure, args.check_images, args.data_root)
     if args.sweep:
         from m3vit.export.onnx.sweep import sweep
 
-        if args.tasks or prune or top_k or args.static or args.one_backbone or args.precision != ["fp32"]:
+        given = (args.tasks, prune, top_k, args.static, args.one_backbone, args.precision, args.check_images)
+        if any(given):
             raise InputError(
-                "--sweep tries precisions, coverages and top-k itself: leave out --tasks, --precision, --prune, "
-                "--keep, --top-k, --static and --one-backbone"
+                "--sweep tries precisions, coverages and top-k itself, on all tasks: leave out --tasks, --precision, "
+                "--prune, --keep, --top-k, --static, --one-backbone and --check-images"
             )
         with progress_bar("sweeping") as progress:
             result = sweep(run, args.out, request, opset=args.opset, size=args.size, progress=progress)
@@ -119,7 +124,7 @@ def run_export_onnx(args: argparse.Namespace) -> None:
         opset=args.opset,
         size=args.size,
         static=args.static,
-        precisions=tuple(args.precision),
+        precisions=tuple(args.precision) or (FLOAT,),
         one_backbone=args.one_backbone,
     )
     bar = (lambda: progress_bar("comparing")) if args.check_images else None

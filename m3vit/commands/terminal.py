@@ -66,6 +66,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def say_changed(names: list[str]) -> None:
+    """Say which files of a project were edited since its export, if any."""
+    if names:
+        say(f"changed since the export: {', '.join(names)}")
+
+
 def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, all_metrics: bool = False) -> None:
     """Print the headline metric of each task, or all its metrics, a column for each predictor."""
     from rich.console import Console

@@ -67,9 +67,12 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
 
 
 def run_train(argv: Sequence[str]) -> int:
+    from m3vit.training.effects import check_given
+
     try:
         config, args = config_from("train", argv)
         config.check()
+        check_given(config, argv)
     except InputError as error:
         error.everywhere = True  # the processes of a torchrun read the same words
         raise
@@ -94,6 +97,10 @@ def run_train(argv: Sequence[str]) -> int:
 
 def run_init(argv: Sequence[str]) -> None:
     config, args = config_from("init", argv)
+    from m3vit.training.effects import check_given
+
+    config.check()
+    check_given(config, argv)
     from m3vit.training.loop import initialise
 
     initialise(config, args.out)
@@ -102,7 +109,10 @@ def run_init(argv: Sequence[str]) -> None:
 
 def run_profile(argv: Sequence[str]) -> None:
     config, args = config_from("profile", argv)
+    from m3vit.training.effects import check_given
+
     config.check()
+    check_given(config, argv, "profile")
     from m3vit.profiling import profile, render
 
     report = profile(config.model, args.task)

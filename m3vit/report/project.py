@@ -9,10 +9,10 @@ from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.evaluation.compare import read_current
 from m3vit.evaluation.evaluate import Evaluation, Predictor
+from m3vit.export.hls.contents import open_project
 from m3vit.export.hls.verify import PROTOCOL as SIMULATED_PROTOCOL
 from m3vit.export.hls.verify import SimulatedOutputs
 from m3vit.export.predictors import hls_predictor
-from m3vit.hw import csim
 from m3vit.training.checkpoint import Run
 
 
@@ -50,7 +50,7 @@ def read_project(run: Run, folder: Path, split: Split, protocol: str) -> Project
             "m3vit hw csim or m3vit eval."
         )
         return results
-    manifest = csim.read_manifest(folder)
+    manifest, _ = open_project(folder)
     check_same_weights(run, folder, manifest)
     if protocol in evaluated:
         result, evaluation = read_current(folder, protocol)

@@ -12,7 +12,7 @@ import yaml
 
 from m3vit.errors import InputError
 from m3vit.export.hls import handlers, leaf
-from m3vit.export.hls.convert import PROJECT
+from m3vit.export.hls.convert import PROJECT, quote_weights_folder
 from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.backend import NAME, hardware_of
 from m3vit.export.hls.multiplexed.emulator import Emulator
@@ -20,9 +20,9 @@ from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
 from m3vit.export.hls.precision import calibrate
 from m3vit.hw.boards import Hardware, find_board, fit
 from m3vit.hw.csim import tokenise
+from m3vit.hw.manifest import WEIGHTS
 
 CHECK_FRAMES = 1  # stored images that `make check` runs, each for every task
-WEIGHTS = Path("firmware") / "weights" / "weights.bin"
 
 
 @dataclass
@@ -115,6 +115,7 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         )
         graph.config.config["PytorchModel"] = None  # else the torch module itself goes into hls4ml_config.yml
         graph.write()
+    quote_weights_folder(out / "build_lib.sh")
     settings = out / "hls4ml_config.yml"
     content = yaml.safe_load(settings.read_text())
     content["OutputDir"] = "."

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from m3vit.export.hls.contents import EDITING
+
 
 def readme(manifest: dict[str, Any]) -> str:
     """Return the text."""
@@ -70,4 +72,5 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 
 Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream 32
 ({manifest["precision"]["wide_frac"]} fractional); the largest sum needs {manifest["precision"]["largest_sum_bits"]}.
-"""
+
+{EDITING.format(formats="model.h")}"""

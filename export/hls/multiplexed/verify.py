@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from m3vit.export.hls.multiplexed.convert import WEIGHTS
+from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.hw import csim
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.program import Op
 
 CHUNK_FRAMES = 4  # simulated by one call of the test bench, which then reads the weights again
@@ -30,7 +31,7 @@ def simulate_multiplexed(
 
     Facts: s_per_image {testbench, emulator}, different_words (between the two: 0 unless something is broken), words,
     saturated {engine: values beyond their format, of all frames}, traffic {task: {port: bytes a frame, mean}}. Raises
-    RuntimeError if the two differ.
+    InputError if the two differ.
     """
     emulator = Emulator.open(project / WEIGHTS)
     names = [task["name"] for task in manifest["tasks"]]
@@ -61,7 +62,7 @@ def simulate_multiplexed(
             progress(min(start + CHUNK_FRAMES, total), total, "test bench and emulator")
     outputs = np.concatenate(parts)
     if different:
-        raise RuntimeError(f"{different} of {outputs.size} words of the C-simulation are not the emulator's")
+        raise InputError(f"{different} of {outputs.size} words of the C-simulation are not the emulator's")
     facts = {
         "s_per_image": {way: value / total for way, value in seconds.items()},
         "different_words": different,

@@ -13,6 +13,7 @@ never on a board. Registers are taken by name from the overlay's description: it
 Vitis HLS gives them.
 """
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from m3vit_decoding import assemble, decode
 
 MAGIC = 0x3157544956334D
+WEIGHTS = "firmware/weights/weights.bin"
 START, DONE = 1, 2  # bits of the control register (ap_ctrl_hs); reading clears DONE
 # Pointer arguments of the accelerator: which buffer each gets.
 POINTERS = {
@@ -38,21 +40,37 @@ POINTERS = {
 }
 
 
+def read_manifest(project: Path) -> dict[str, Any]:
+    """Return a project's m3vit.json, or raise ValueError if it is not as it was exported.
+
+    Its last key, sha256, is the digest of the others, written without spaces.
+    """
+    path = project / "m3vit.json"
+    manifest = json.loads(path.read_text())
+    digest = manifest.pop("sha256", None)
+    if digest != hashlib.sha256(json.dumps(manifest, separators=(",", ":")).encode()).hexdigest():
+        raise ValueError(f"{path} was changed since export (its sha256 differs): copy the project again")
+    return dict(manifest)
+
+
 class Accelerator:
     """One accelerator and its buffers in DDR."""
 
     def __init__(self, ip: Any, allocate: Any, project: str | Path, timeout_s: float = 10.0) -> None:
-        """Load the weights of a project's folder.
+        """Load the weights of a project's folder; raises ValueError if they or m3vit.json were changed since export.
 
         ip: PYNQ's handle (read, write, description["registers"]); allocate: pynq.allocate.
         """
         self.ip, self.allocate, self.timeout_s = ip, allocate, timeout_s
         project = Path(project)
-        self.manifest = json.loads((project / "m3vit.json").read_text())
+        self.manifest = read_manifest(project)
         self.tasks = [task["name"] for task in self.manifest["tasks"]]
         self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
         self.buffers: dict[str, Any] = {}
-        self.load_weights(project / "firmware" / "weights" / "weights.bin")
+        weights = project / WEIGHTS
+        if self.manifest["files"].get(WEIGHTS) != hashlib.sha256(weights.read_bytes()).hexdigest():
+            raise ValueError(f"{weights} was changed since export (its sha256 differs): copy the project again")
+        self.load_weights(weights)
         self.set_task(0)
 
     def load_weights(self, path: str | Path) -> None:

@@ -1,0 +1,100 @@
+"""m3vit.json, the manifest of an HLS project: read, checked, and never trusted to be whole. No torch."""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from m3vit.digests import read_sealed_json
+from m3vit.errors import InputError
+from m3vit.tasks import LABEL_SETS, resolve
+
+MANIFEST = "m3vit.json"
+FORMAT = 2  # of the manifest
+SCHEDULES = ("spatial", "multiplexed")
+SAMPLES = "tb_data/samples.npz"
+WEIGHTS = "firmware/weights/weights.bin"  # of a multiplexed project
+FRACTION_LIMIT = 64  # of an output's fractional bits
+
+
+def read_manifest(project: Path) -> dict[str, Any]:
+    """Return the project's m3vit.json without its digest.
+
+    Raises InputError if `project` is not a project of ours, or the manifest was changed, or contradicts itself.
+    """
+    path = project / MANIFEST
+    manifest = read_sealed_json(path, "give a folder written by `m3vit export hls`, or export the project again")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not of this version of m3vit: export the project again")
+    try:
+        wrong = next((name for name, holds in RULES.items() if not holds(manifest)), None)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        wrong = str(error.args[0]) if isinstance(error, KeyError) else "a value of the wrong kind"
+    if wrong:
+        raise InputError(f"{path} is damaged ({wrong}): export the project again")
+    return manifest
+
+
+def _whole(value: Any, low: int = 0, high: int = 1 << 31) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _sizes(manifest: dict[str, Any]) -> bool:
+    (rows, columns), (height, width), patch = manifest["grid"], manifest["image_size"], manifest["patch_size"]
+    return (
+        all(_whole(value, 1, 1 << 16) for value in (rows, columns, height, width, patch))
+        and (height, width) == (rows * patch, columns * patch)
+        and manifest["tokens"] == rows * columns
+        and manifest["token_width"] == 3 * patch**2
+        and _whole(manifest["prefix_tokens"], 0, 1 << 16)
+        and _whole(manifest["upscale"], 1, patch)
+    )
+
+
+def _tasks(manifest: dict[str, Any]) -> bool:
+    tasks, label_set = manifest["tasks"], manifest["label_set"]
+    known = resolve([task["name"] for task in tasks], label_set)
+    channels = [LABEL_SETS[label_set].channels(task.name) for task in known]
+    return (
+        [task["id"] for task in tasks] == list(range(len(tasks)))
+        and [task["decode"] for task in tasks] == [task.decode for task in known]
+        and [task["channels"] for task in tasks] == channels
+        and [task["outputs"] for task in tasks] == [count * manifest["upscale"] ** 2 for count in channels]
+        and manifest["outputs"] == max(task["outputs"] for task in tasks)
+    )
+
+
+def _layers(manifest: dict[str, Any]) -> bool:
+    return all(
+        _whole(layer["experts"], 1) and _whole(layer["top_k"], 1, layer["experts"]) for layer in manifest["moe_layers"]
+    )
+
+
+def _fractions(manifest: dict[str, Any]) -> bool:
+    if manifest.get("schedule") != "multiplexed":
+        return True
+    fracs = manifest["output_fracs"]
+    return len(fracs) == len(manifest["tasks"]) and all(
+        _whole(value, -FRACTION_LIMIT, FRACTION_LIMIT) for value in fracs
+    )
+
+
+def _files(manifest: dict[str, Any]) -> bool:
+    files, needed = manifest["files"], {SAMPLES}
+    if manifest.get("schedule") == "multiplexed":
+        needed.add(WEIGHTS)
+    inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
+    digests = all(isinstance(digest, str) and len(digest) == 64 for digest in files.values())
+    return inside and digests and needed <= set(files) and set(manifest.get("editable", ())) <= set(files)
+
+
+RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "schedule": lambda manifest: manifest.get("schedule", "spatial") in SCHEDULES,
+    "hls4ml": lambda manifest: isinstance(manifest["hls4ml"], str),
+    "label_set": lambda manifest: isinstance(manifest["label_set"], str),
+    "run": lambda manifest: isinstance(manifest.get("run", {}), dict),
+    "sizes": _sizes,
+    "tasks": _tasks,
+    "moe_layers": _layers,
+    "output_fracs": _fractions,
+    "files": _files,
+}

@@ -1,0 +1,71 @@
+"""Settings that cannot act: given on the command line they are refused; a recipe may hold them. No torch.
+
+A recipe's values survive a change beside them (its momentum, --train.optimizer=adamw). What somebody gives for this
+very run is meant to do something.
+"""
+
+from collections.abc import Sequence
+
+from m3vit.errors import InputError
+from m3vit.training.config import GRADIENT_METHODS, Config
+
+OF_EXPERTS = (
+    "model.num_experts",
+    "model.top_k",
+    "model.expert_ratio",
+    "model.init",
+    "model.upcycle_gates",
+    "model.router",
+    "model.router_noise",
+    "model.experts_per_task",
+    "model.experts",
+    "train.balance_weight",
+    "train.switch_weight",
+    "train.z_weight",
+    "train.specialise_weight",
+)
+COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
+WEIGHTS = ("model.pretrained", "model.weights")  # but for these
+
+
+def given_keys(words: Sequence[str]) -> list[str]:
+    """Return the dotted keys that a command line gives: `--train.lr=1`, `--train.lr 1`, `--model.tasks+=edge`."""
+    names = [word[2:].partition("=")[0].rstrip("+") for word in words if word.startswith("--")]
+    return [name for name in names if name.partition(".")[0] in ("model", "data", "train") and "." in name]
+
+
+def without_effect(config: Config) -> dict[str, str]:
+    """Return the keys that cannot act in this configuration, and why; a key stands for all below it."""
+    model, train, found = config.model, config.train, {}
+    if model.head == "pup":
+        found["model.head_stride"] = "pup heads have a stride of their own"
+    if model.init != "upcycle":
+        found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
+    if model.moe_blocks in ("none", []):
+        found |= dict.fromkeys(OF_EXPERTS, "model.moe_blocks leaves no block with experts")
+    if train.optimizer != "sgd":
+        found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
+    if "edge" not in model.tasks:
+        found["train.edge_positive_weight"] = "edge is not among model.tasks"
+    if len(model.tasks) == 1 and train.weighting in ("dwa", *GRADIENT_METHODS):
+        found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
+    if not train.eval_epochs or train.eval_epochs >= train.epochs:
+        found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
+    for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
+        absent = [task for task in tasks if task not in model.tasks]
+        found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}
+        if absent and len(absent) == len(tasks):
+            found[f"train.{key}"] = f"{', '.join(absent)} not among model.tasks"
+    return found
+
+
+def check_given(config: Config, words: Sequence[str], command: str = "train") -> None:
+    """Raise InputError if a key on the command line cannot act; one that is switched off (0, empty) may be given."""
+    dead = without_effect(config)
+    for key in given_keys(words):
+        section, name, *_ = key.split(".")
+        if command == "profile" and (not key.startswith(COUNTED) or key in WEIGHTS):
+            raise InputError(f"--{key} changes nothing that is counted: leave it out")
+        reason = dead.get(key) or dead.get(f"{section}.{name}")
+        if reason and getattr(getattr(config, section), name):
+            raise InputError(f"--{key} would have no effect ({reason}): leave it out, or change that")
