@@ -13,6 +13,7 @@ from torch import Tensor
 from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
+from m3vit.export.finite import require_finite
 from m3vit.export.hls import convert, leaf, precision
 from m3vit.export.hls.multiplexed import convert as multiplexed
 from m3vit.export.hls.multiplexed.readme import readme as multiplexed_readme
@@ -65,6 +66,7 @@ def export_project(
     act_bits = act_bits or ACT_BITS[schedule]
     _check_arguments(model, calibration, samples, weight_bits, act_bits)
     _check_replaceable(out)
+    require_finite(model)
     model = model.eval()
     write = _write_spatial if schedule == "spatial" else _write_multiplexed
     with atomic_folder(out) as folder:
