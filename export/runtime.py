@@ -161,7 +161,7 @@ class Package:
         that are no numbers.
         """
         require_array(images, "images are", "uint8 [B, H, W, 3], or float32 [B, 3, H, W] normalised")
-        if images.ndim != 4 or images.shape[0] == 0:
+        if images.ndim != 4 or images.size == 0:
             raise InputError(f"images have shape {images.shape}: give [B, H, W, 3] uint8 or [B, 3, H, W] float32")
         if images.dtype == np.uint8 and images.shape[3] == 3:
             images = self.normalise(images)

@@ -128,18 +128,22 @@ class Sessions:
         time make it once.
         """
         assert self.cache is not None
-        digests = self.files.digests
-        made_for = f"{digests[entry['file']]} {digests[self.weights]} {self.cache.machine}"
+        made_for = self.made_for(entry)
         key = hashlib.sha256(made_for.encode()).hexdigest()[:16]
         home = self.cache.folder / f"{Path(entry['file']).stem}-{key}"
-        session = self._open_entry(home, entry, made_for)
+        session = self.open_entry(home, entry, made_for)
         if session is None:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.cache.folder) as alone:
-                session = self._open_entry(home, entry, made_for) or self._make_entry(home, entry, made_for, alone)
+                session = self.open_entry(home, entry, made_for) or self._make_entry(home, entry, made_for, alone)
         return session
 
-    def _open_entry(
+    def made_for(self, entry: dict[str, Any]) -> str:
+        """Return what an entry of the cache is for: a graph, its weights and a machine."""
+        assert self.cache is not None
+        return f"{self.files.digests[entry['file']]} {self.files.digests[self.weights]} {self.cache.machine}"
+
+    def open_entry(
         self, home: Path, entry: dict[str, Any], made_for: str, folder: Path | None = None
     ) -> onnxruntime.InferenceSession | None:
         """Return the session of an entry, or None if there is none, or none that is as it was made.
@@ -196,7 +200,7 @@ class Sessions:
                 raise self._no_cache(_reason(error)) from error
             digests = {path.name: sha256_file(path) for path in folder.iterdir()}
             write_json(folder / LISTING, {"made_for": made_for, "files": digests})
-            session = self._open_entry(home, entry, made_for, folder)
+            session = self.open_entry(home, entry, made_for, folder)
             if session is None:
                 raise self._no_cache("what onnxruntime wrote cannot be read")
             _put(folder, home)
