@@ -16,6 +16,8 @@ from typing import Any
 
 from quality import run  # beside this file
 
+from m3vit.export.manifest import read_manifest
+
 MODELS = {"balance": [], "specialise": ["--train.balance_weight=0", "--train.specialise_weight=0.1"]}
 COVERAGES = (1.0, 0.999, 0.99, 0.95)
 
@@ -49,7 +51,7 @@ def main() -> None:
             package = args.out / f"{name}-{coverage:g}"
             pruning = ["--prune", f"coverage={coverage:g}"] if coverage < 1 else []
             run("export", "onnx", folder, "--out", package, "--precision", "fp32", "int8", *pruning)
-            manifest = json.loads((package / "manifest.json").read_text())
+            manifest = read_manifest(package)
             whole = whole or sizes(manifest, "fp32")
             tasks = manifest["tasks"].values()
             kept = [16 if e["experts"]["kept"] == "all" else len(k) for e in tasks for k in _lists(e["experts"])]

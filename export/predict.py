@@ -306,8 +306,11 @@ class _Run:
                     if signals.received and not stream:
                         raise Interrupted
                     writers = writers or [self._writer(source, task, film, files) for task in self.tasks]
-                    for writer in writers:
-                        self._frame(frame, writer)
+                    try:
+                        for writer in writers:
+                            self._frame(frame, writer)
+                    except InputError as error:
+                        raise InputError(f"frame {count + 1}: {error}") from error
                     count += 1
                     progress(f"{source.label} frame {count}{f' of {film.frames}' if film.frames else ''}")
                 if not writers:

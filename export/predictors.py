@@ -13,7 +13,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, normalised, torch_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.runtime import MANIFEST as PACKAGE_MANIFEST
-from m3vit.export.runtime import Package
+from m3vit.export.runtime import NotFinite, Package
 from m3vit.hw import csim
 from m3vit.normalisation import Normalisation, recorded
 
@@ -27,7 +27,11 @@ def onnx_predictor(package: Package) -> Predictor:
 
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
         batch = normalised(images, normalisation).numpy()
-        return {task: torch.from_numpy(package.logits(batch, task)) for task in package.tasks}
+        try:
+            return {task: torch.from_numpy(package.logits(batch, task)) for task in package.tasks}
+        except NotFinite as error:
+            named = ", ".join(images[place].id for place in error.images)
+            raise InputError(f"image {named}: {error}") from error
 
     return Predictor("onnx", package.tasks, label_set(manifest, package.folder), (height, width), run)
 
@@ -147,7 +151,7 @@ def open_predictor(
     if not (folder / "config.yaml").is_file():
         raise InputError(
             f"{folder} is not a run folder, an ONNX package or an HLS project (no config.yaml, {PACKAGE_MANIFEST} or "
-            f"{csim.MANIFEST} in it): make one with m3vit train, m3vit init or m3vit export"
+            f"{csim.MANIFEST} in it): make one with m3vit train, m3vit init, m3vit export onnx or m3vit export hls"
         )
     from m3vit.training.checkpoint import load_run
 

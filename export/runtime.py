@@ -4,15 +4,12 @@ Shapes: B images, C channels, H x W pixels.
 """
 
 import ctypes
-import hashlib
-import math
 import os
 import platform
-import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import onnxruntime
@@ -20,19 +17,40 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.export.decoding import CHANNELS, DECODERS, decode, unit
+from m3vit.export.arrays import refusal, require_array
+from m3vit.export.decoding import DECODERS as DECODERS
+from m3vit.export.decoding import decode, unit
 from m3vit.export.drawing import colourise as colourise
 from m3vit.export.drawing import paint as paint
-from m3vit.files import atomic_folder, read_json, require_new, sha256_file
+from m3vit.export.manifest import FORMAT as FORMAT
+from m3vit.export.manifest import FORMAT_VERSION as FORMAT_VERSION
+from m3vit.export.manifest import MANIFEST as MANIFEST
+from m3vit.export.manifest import PRECISIONS, check_passed, package_digests, read_manifest
+from m3vit.export.manifest import file_entries as file_entries
+from m3vit.export.opened import OpenedFiles
+from m3vit.export.sessions import Cache, Sessions
 
-FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
 SMALL_MACS = 10**9  # multiply-accumulates of an image; below, there is little work to share between threads
 SATURATES = (
     "this processor has no VNNI instructions: 8-bit products may saturate, and predictions of an int8 package lose "
-    "accuracy; score it here (m3vit eval), or use --precision fp32"
+    "accuracy; score it here (m3vit eval), or use fp32 (--precision fp32, of an export that holds it)"
 )
-_NO_PACKAGE = "give the folder that `m3vit export onnx` wrote"
+
+
+class NotFinite(InputError):  # noqa: N818 (what it says, not that it is an error)
+    """A prediction holds NaN or infinity: weights are damaged, or the input is extreme.
+
+    `images`: of which images, by their places among those given, `count` in all (None: as many as come).
+    """
+
+    def __init__(self, task: str, images: Sequence[int], count: int | None = None) -> None:
+        self.images = tuple(images)
+        of = f" of image {', '.join(map(str, self.images))}" if count != 1 else ""
+        super().__init__(
+            f"{task}{of} is not finite (NaN or infinity): the package's weights are damaged, or the input is extreme; "
+            "try another image, or export the package again"
+        )
 
 
 class Package:
@@ -41,7 +59,7 @@ class Package:
     `folder` is where it is, `manifest` the content of its manifest.json, `precision` the one of its graphs in use.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], precision: str, sessions: "_Sessions") -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], precision: str, sessions: Sessions) -> None:
         self.folder, self.manifest, self.precision = folder, manifest, precision
         self._sessions = sessions
         self._one_backbone = False
@@ -71,7 +89,13 @@ class Package:
             cache: a folder for graphs with weights laid out for this processor. Made when a graph is first used, and
                 again if the package, the processor or onnxruntime changed; afterwards, loading is faster and takes
                 less memory of its own.
-            verify: compare every file's sha256 with the manifest.
+            verify: refuse files, of the package and of the cache, that are not as they were written (sha256), and a
+                package that did not pass the comparison with its model. False saves the time of hashing: all is then
+                taken as it is now, at the caller's risk, for a package that was just verified.
+
+        The manifest is checked in any case. A graph that is loaded later is the opened package's: after the folder was
+        replaced by another package it comes from the old one or, where that is gone or was changed in place, InputError
+        says so; graphs in use do not change, but are refused once their weights are overwritten in place.
 
         Raises InputError for a missing or damaged manifest or file, and for what the package does not hold.
         """
@@ -80,31 +104,28 @@ class Package:
             raise InputError(f"threads is {threads}: give 1 or more, 0 for one a core, or none to choose by the model")
         if low_memory and cache is not None:
             raise InputError("low_memory leaves weights as they are, a cache lays them out: choose one of the two")
-        manifest = read_json(folder / MANIFEST, _NO_PACKAGE)
-        entries = _check_manifest(folder / MANIFEST, manifest)
+        manifest = read_manifest(folder)
         precision = precision or manifest["precisions"][0]
         if precision not in manifest["precisions"]:
-            raise InputError(
-                f"{folder} holds {', '.join(manifest['precisions'])}, not {precision}: choose one of these, or export "
-                f"it with --precision {precision}"
-            )
+            there = f"{folder} holds {', '.join(manifest['precisions'])}, not {precision}: choose one of these"
+            if precision not in PRECISIONS:
+                raise InputError(f"{there}; an export can hold {', '.join(PRECISIONS)}")
+            raise InputError(f"{there}, or export it with --precision {precision}")
         if one_backbone and not manifest["backbone"]:
             raise InputError(f"{folder} has no graph of the backbone alone: export it with --one-backbone")
-        for entry in entries if verify else []:
-            path = folder / entry["file"]
-            if not path.is_file():
-                raise InputError(f"{path} not found: the package is incomplete; export it again")
-            actual = sha256_file(path)
-            if actual != entry["sha256"]:
-                raise InputError(
-                    f"{entry['file']} does not match {MANIFEST} (sha256 {actual[:12]}, not {entry['sha256'][:12]}): "
-                    "the package was changed or damaged; export it again"
-                )
+        files = OpenedFiles(folder, package_digests(manifest), "export it again")
+        if verify:
+            check_passed(folder, manifest)
+            for name in files.digests:
+                files.check(name)
+        else:
+            files.trust()
         if precision != "fp32" and integers_saturate():
             warnings.warn(SATURATES, stacklevel=2)
         if threads is None:
             threads = default_threads(manifest)
-        sessions = _Sessions(folder, threads, low_memory, cache, manifest["weights"]["sha256"])
+        kept = None if cache is None else Cache(Path(cache), machine(), verify)
+        sessions = Sessions(files, manifest["weights"]["file"], threads, low_memory, kept)
         package = cls(folder, manifest, precision, sessions)
         package._one_backbone = one_backbone
         return package
@@ -116,7 +137,7 @@ class Package:
 
     def entry(self, task: str) -> dict[str, Any]:
         """Return what the manifest says about a task, or raise InputError."""
-        if task not in self.manifest["tasks"]:
+        if not isinstance(task, str) or task not in self.manifest["tasks"]:
             raise InputError(f"this package has no task {task!r}: it has {', '.join(self.tasks)}")
         return dict(self.manifest["tasks"][task])
 
@@ -136,9 +157,11 @@ class Package:
         """Return the logits float32 [B, C, H, W] of a task, at the images' size.
 
         `images` are RGB uint8 [B, H, W, 3], or already normalised float32 [B, 3, H, W]. Raises InputError for
-        another shape or type, and for a size that the graph does not take (`predict` resizes).
+        another shape or type, and for a size that the graph does not take (`predict` resizes); `NotFinite` for logits
+        that are no numbers.
         """
-        if images.ndim != 4 or images.shape[0] == 0:
+        require_array(images, "images are", "uint8 [B, H, W, 3], or float32 [B, 3, H, W] normalised")
+        if images.ndim != 4 or images.size == 0:
             raise InputError(f"images have shape {images.shape}: give [B, H, W, 3] uint8 or [B, 3, H, W] float32")
         if images.dtype == np.uint8 and images.shape[3] == 3:
             images = self.normalise(images)
@@ -153,8 +176,13 @@ class Package:
                 "or predict one at a time"
             )
         if self.entry(task)["batch"] and len(images) > 1:
-            return np.concatenate([self._run(images[place : place + 1], task) for place in range(len(images))])
-        return self._run(images, task)
+            logits = np.concatenate([self._run(images[place : place + 1], task) for place in range(len(images))])
+        else:
+            logits = self._run(images, task)
+        if not np.isfinite(logits).all():
+            damaged = [place for place, one in enumerate(logits) if not np.isfinite(one).all()]
+            raise NotFinite(task, damaged, len(logits))
+        return logits
 
     def _run(self, images: NDArray[np.float32], task: str) -> NDArray[np.float32]:
         """Run a task's graph, or the backbone and the task's head, on normalised images that it takes."""
@@ -175,18 +203,36 @@ class Package:
         image, the nearest size that it does divide is used, and the result resized back. With `resize` the image is
         taken at the size the graph is fixed to, or, if dynamic, the size the model was trained at: less memory for
         large photographs. Raises InputError for an image of another type or shape, an unknown task, and, without
-        `resize`, for an image that is too small, too large (MAX_PATCHES) or not of the graph's fixed size.
+        `resize`, for an image that is too small, too large (MAX_PATCHES) or not of the graph's fixed size; `NotFinite`
+        for a prediction that is no number.
         """
+        require_array(image, "image is", "uint8 [H, W, 3], RGB")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3], RGB")
         prediction: NDArray[Any] = self.predict_batch(image[None], task, resize=resize)[0]
         return prediction
 
-    def predict_batch(self, images: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]:
-        """As `predict`, for images of one size, uint8 [B, H, W, 3]; returns [B, H, W] or [B, H, W, 3].
+    @overload
+    def predict_batch(
+        self, images: NDArray[np.uint8], task: str, *, resize: bool = False, return_exceptions: Literal[False] = False
+    ) -> NDArray[Any]: ...
+
+    @overload
+    def predict_batch(
+        self, images: NDArray[np.uint8], task: str, *, resize: bool = False, return_exceptions: Literal[True]
+    ) -> list[NDArray[Any] | InputError]: ...
+
+    def predict_batch(
+        self, images: NDArray[np.uint8], task: str, *, resize: bool = False, return_exceptions: bool = False
+    ) -> NDArray[Any] | list[NDArray[Any] | InputError]:
+        """Return the predictions of RGB images uint8 [B, H, W, 3], each as `predict` says: [B, H, W] or [B, H, W, 3].
 
         Batches of which an onnxruntime run would need too much memory (MAX_PATCHES in all) are run in parts.
+
+        An image whose prediction is not finite raises `NotFinite` with its place in the batch. With
+        `return_exceptions` the others are kept: a list of B, each the prediction or the `NotFinite` of its image.
         """
+        require_array(images, "images are", "uint8 [B, H, W, 3], RGB")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.size == 0:
             raise InputError(f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3], RGB")
         height, width = images.shape[1:3]
@@ -196,17 +242,77 @@ class Package:
         at_once = max(1, MAX_PATCHES // ((target[0] // patch) * (target[1] // patch)))
         if target != (height, width):
             images = np.stack([_resized_image(image, target) for image in images])
-        parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
-        decoded = np.concatenate([decode(self.logits(part, task), entry["decode"]) for part in parts])
-        if target == (height, width):
-            return decoded
-        return np.stack([_resized(one, (height, width), entry["decode"]) for one in decoded])
+        results: list[NDArray[Any] | InputError] = []
+        for start in range(0, len(images), at_once):
+            results += self._decoded(images[start : start + at_once], task, start, len(images))
+        for place, one in enumerate(results):
+            if isinstance(one, InputError) and not return_exceptions:
+                raise one
+            if not isinstance(one, InputError) and target != (height, width):
+                results[place] = _resized(one, (height, width), entry["decode"])
+        return results if return_exceptions else np.stack(results)  # type: ignore[arg-type]
+
+    def _decoded(self, images: NDArray[np.uint8], task: str, start: int, count: int) -> list[NDArray[Any] | InputError]:
+        """Return the prediction, or what is wrong with it, of each of some images: those from `start` of `count`."""
+        try:
+            return list(decode(self.logits(images, task), self.entry(task)["decode"]))
+        except NotFinite:
+            if len(images) == 1:
+                return [NotFinite(task, [start], count)]
+            parts = [self._decoded(images[n : n + 1], task, start + n, count) for n in range(len(images))]
+            return [one for part in parts for one in part]
+
+    @overload
+    def predict_iter(
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        task: str,
+        *,
+        resize: bool = False,
+        return_exceptions: Literal[False] = False,
+    ) -> Iterator[NDArray[Any]]: ...
+
+    @overload
+    def predict_iter(
+        self, images: Iterable[NDArray[np.uint8]], task: str, *, resize: bool = False, return_exceptions: Literal[True]
+    ) -> Iterator[NDArray[Any] | InputError]: ...
 
     def predict_iter(
-        self, images: Iterable[NDArray[np.uint8]], task: str, *, resize: bool = False
-    ) -> Iterator[NDArray[Any]]:
-        """Yield the prediction of each image as it comes: for streams, and sets that do not fit in memory."""
-        return (self.predict(image, task, resize=resize) for image in images)
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        task: str,
+        *,
+        resize: bool = False,
+        return_exceptions: bool = False,
+    ) -> Iterator[NDArray[Any] | InputError]:
+        """Yield the prediction of each image as it comes: for streams, and sets that do not fit in memory.
+
+        An image that `predict` refuses ends it with an InputError that names its place. With `return_exceptions` that
+        error is yielded in its place, and the next image follows.
+        """
+        self.entry(task)  # an unknown task is noticed now, not with the first image
+        try:
+            if isinstance(images, str | bytes | os.PathLike):
+                raise TypeError
+            stream = iter(images)
+        except TypeError:
+            raise refusal(images, "images are", "an iterable of uint8 [H, W, 3], RGB") from None
+        return self._predict_iter(stream, task, resize, return_exceptions)
+
+    def _predict_iter(
+        self, images: Iterator[NDArray[np.uint8]], task: str, resize: bool, return_exceptions: bool
+    ) -> Iterator[NDArray[Any] | InputError]:
+        result: NDArray[Any] | InputError
+        for place, image in enumerate(images):
+            try:
+                result = self.predict(image, task, resize=resize)
+            except NotFinite:
+                result = NotFinite(task, [place])
+            except InputError as error:
+                result = InputError(f"image {place}: {error}")
+            if isinstance(result, InputError) and not return_exceptions:
+                raise result
+            yield result
 
     def _target(self, task: str, height: int, width: int, resize: bool) -> tuple[int, int]:
         """Return the size (height, width) to run an image at, or raise InputError as `predict` says."""
@@ -238,108 +344,6 @@ class Package:
             return entry["input_size"][0], entry["input_size"][1]
         patch = entry["patch_multiple"]
         return max(patch, round(height / patch) * patch), max(patch, round(width / patch) * patch)
-
-
-class _Sessions:
-    """The onnxruntime sessions of a package's graphs, made when they are first asked for."""
-
-    def __init__(
-        self, folder: Path, threads: int, low_memory: bool, cache: Path | str | None, weights_sha256: str
-    ) -> None:
-        self.folder, self.threads, self.low_memory = folder, threads, low_memory
-        self.weights_sha256 = weights_sha256
-        self.cache = None if cache is None else Path(cache)
-        self.sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self.shapes: dict[str, list[tuple[int, ...]]] = {}  # of the inputs of each session's last run
-        self.lock = threading.Lock()  # a service's threads ask for the same session at once
-
-    def run(
-        self, entry: dict[str, Any], inputs: dict[str, NDArray[Any]], output: str, channels: int | None = None
-    ) -> NDArray[np.float32]:
-        """Run one graph, by its entry in the manifest; `output` and `channels` as in `get`.
-
-        After a run of another size than the last, onnxruntime gives its memory back: it would keep what every size
-        needed, and images of many sizes take gigabytes in the end. Not after every run: at one size, giving back and
-        taking again costs up to half of the time.
-        """
-        session = self.get(entry, tuple(inputs), output, channels)
-        shapes = [value.shape for value in inputs.values()]
-        last, self.shapes[entry["file"]] = self.shapes.get(entry["file"], shapes), shapes
-        options = None
-        if last != shapes and not self.low_memory:  # which keeps nothing anyway
-            options = onnxruntime.RunOptions()
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        (result,) = session.run([output], inputs, options)
-        return np.asarray(result, dtype=np.float32)
-
-    def get(
-        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None = None
-    ) -> onnxruntime.InferenceSession:
-        """Return the session of one graph, by its entry in the manifest, or raise InputError if it is another's graph.
-
-        `inputs` and `output` are the names it must have, `channels` those of its output.
-        """
-        with self.lock:
-            if entry["file"] not in self.sessions:
-                self.sessions[entry["file"]] = self._make(entry, inputs, output, channels)
-            return self.sessions[entry["file"]]
-
-    def _make(
-        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None
-    ) -> onnxruntime.InferenceSession:
-        path = self.folder / entry["file"]
-        try:
-            session = self._cached(entry) if self.cache is not None else self._create(path)
-        except (InputError, OSError):
-            raise
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            reason = str(error).splitlines()[0]
-            raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
-        found, results = tuple(one.name for one in session.get_inputs()), session.get_outputs()
-        width = results[0].shape[1] if results else None
-        fits = channels is None or not isinstance(width, int) or width == channels
-        if found != inputs or [one.name for one in results] != [output] or not fits:
-            raise InputError(f"{path} is not the graph that {MANIFEST} describes: export the package again")
-        return session
-
-    def _options(self) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False  # it keeps a plan for every size it met
-        # Threads of a session that is not running would go on waiting at full speed, and take the cores from the next
-        # task's (on two cores, a switch took nearly as long again as the run).
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # errors; what it warns about is its own memory planning
-        if self.low_memory:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            # Each session would keep the memory of its largest run for itself.
-            options.enable_cpu_mem_arena = False
-        return options
-
-    def _create(self, path: Path, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-        return onnxruntime.InferenceSession(str(path), options or self._options(), providers=["CPUExecutionProvider"])
-
-    def _cached(self, entry: dict[str, Any]) -> onnxruntime.InferenceSession:
-        """Return a session whose graph was optimised and whose weights were laid out before, on a machine like this."""
-        assert self.cache is not None
-        key = hashlib.sha256(f"{entry['sha256']} {self.weights_sha256} {machine()}".encode())
-        home = self.cache / f"{Path(entry['file']).stem}-{key.hexdigest()[:16]}"
-        if not (home / "graph.onnx").is_file():
-            require_new(home)
-            with atomic_folder(home) as folder:
-                options = self._options()
-                options.optimized_model_filepath = str(folder / "graph.onnx")
-                for name, value in (
-                    ("save_external_prepacked_constant_initializers", "1"),
-                    ("optimized_model_external_initializers_file_name", "weights.bin"),
-                    ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
-                ):
-                    options.add_session_config_entry(f"session.{name}", value)
-                self._create(self.folder / entry["file"], options)
-        options = self._options()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self._create(home / "graph.onnx", options)
 
 
 def machine() -> str:
@@ -386,58 +390,6 @@ def default_threads(manifest: dict[str, Any]) -> int:
     A model of 0.05 billion multiply-accumulates still took 0.8 of the time on two threads; more were not measured.
     """
     return min(2, os.cpu_count() or 1) if manifest["macs"] < SMALL_MACS else 0
-
-
-def file_entries(manifest: Any) -> list[dict[str, Any]]:
-    """Return the entries of a manifest that name a file, wherever they are in it."""
-    if not isinstance(manifest, dict):
-        return []
-    found = [manifest] if isinstance(manifest.get("file"), str) else []
-    return found + [entry for value in manifest.values() for entry in file_entries(value)]
-
-
-def _check_manifest(path: Path, manifest: Any) -> list[dict[str, Any]]:
-    """Return the manifest's entries of files, or raise InputError if it lacks anything that this module reads."""
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is not an m3vit package's: {_NO_PACKAGE}")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version}, this m3vit reads {FORMAT_VERSION}: export it again")
-    try:
-        image, tasks, precisions = manifest["image"], manifest["tasks"], manifest["precisions"]
-        entries = file_entries({**manifest, "run": None})
-        complete = _numbers(image["mean"], 3) and _numbers(image["std"], 3) and min(image["std"]) > 0
-        complete &= _size(image["train_size"]) and bool(tasks)
-        complete &= bool(precisions) and isinstance(manifest["weights"]["file"], str) and manifest["macs"] >= 0
-        for entry in entries:
-            # A plain name: a manifest from a stranger must not make us read files elsewhere.
-            complete &= Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
-        backbone = manifest["backbone"]
-        for entry in tasks.values():
-            kind, channels = entry["decode"], entry["channels"]
-            complete &= kind in DECODERS and isinstance(channels, int) and CHANNELS.get(kind, channels) == channels
-            complete &= _size([entry["patch_multiple"]] * 2)
-            complete &= entry["input_size"] is None or _size(entry["input_size"])
-            complete &= entry["batch"] in (None, 1)
-            complete &= kind != "argmax" or len(entry["palette"]) == channels > 0
-            for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
-                complete &= not backbone or isinstance(entry["number"], int)
-                complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        complete = False
-    if not complete:
-        raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
-    return entries
-
-
-def _numbers(values: Any, count: int) -> bool:
-    """Return whether `values` are so many finite numbers."""
-    return len(values) == count and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-
-
-def _size(values: Any) -> bool:
-    """Return whether `values` are two positive whole numbers."""
-    return len(values) == 2 and all(isinstance(value, int) and value > 0 for value in values)
 
 
 def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

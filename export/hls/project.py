@@ -13,6 +13,7 @@ from torch import Tensor
 from m3vit import __version__
 from m3vit.digests import file_digests, write_sealed_json
 from m3vit.errors import InputError
+from m3vit.export.finite import require_finite
 from m3vit.export.hls import convert, leaf, precision
 from m3vit.export.hls.contents import EDITING, check_replaceable, editable_names
 from m3vit.export.hls.multiplexed import convert as multiplexed
@@ -71,6 +72,7 @@ def export_project(
         _check_spatial(weight_bits, act_bits, board)
     _check_images(model, calibration, samples)
     check_replaceable(out)
+    require_finite(model)
     model = model.eval()
     write = _write_spatial if schedule == "spatial" else _write_multiplexed
     with atomic_folder(out) as folder:

@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 import m3vit
+from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
+from m3vit.export.finite import require_finite
+from m3vit.export.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.export.onnx.graph import trace_backbone, trace_head, trace_task
 from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
-from m3vit.export.runtime import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
-from m3vit.files import atomic_folder, read_json, sha256_file, write_json
+from m3vit.files import atomic_folder, read_json, sha256_file
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
 from m3vit.tasks import Task, palette, resolve
@@ -85,19 +88,23 @@ def export_package(
     *,
     info: dict[str, Any],
     progress: Callable[[str], None] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Export the model, or some of its tasks, into the folder `out`, and return the manifest.
 
     Writes `<task>.onnx` for each task and precision, `weights.bin` and `manifest.json`; `info` (JSON values:
     checkpoint, commit, ...) becomes the manifest's `run`; `progress` gets a line a step. Everything is written to a
     folder beside `out` first, so that a failure leaves `out` as it was. An earlier package at `out` is replaced.
+    `check` gets that folder when the package in it is complete; what it raises is such a failure, and what it writes
+    into the manifest stays there.
 
-    Raises InputError for an `out` that holds anything but an earlier package, and what `Content.check`, `trace_task`,
-    `lower_moe` and `quantize` raise.
+    Raises InputError for an `out` that holds anything but an earlier package, for weights that are not finite, and what
+    `Content.check`, `trace_task`, `lower_moe` and `quantize` raise.
     """
     content = content or Content()
     content.check()
     _check_replaceable(out)
+    require_finite(model)
     say = progress or (lambda line: None)
     for name in content.tasks:
         model.task_id(name)
@@ -138,7 +145,10 @@ def export_package(
             entry.setdefault("bytes", path.stat().st_size)
             if path.suffix == ".onnx":
                 onnx.checker.check_model(str(path), full_check=True)
-        write_json(folder / MANIFEST, manifest)
+        write_sealed_json(folder / MANIFEST, manifest)
+        if check is not None:
+            check(folder)
+            manifest = read_sealed_json(folder / MANIFEST, "export the package again")
     return manifest
 
 
@@ -170,6 +180,7 @@ class _Writer:
         for precision in self.content.precisions:
             copy = quantize(copied(graph), precision, required=required)
             file = f"{name}.onnx" if precision == FLOAT else f"{name}.{precision}.onnx"
+            _require_finite_tensors(copy, file)
             weights = self.weights.take(copy)
             data = copy.SerializeToString(deterministic=True)
             with open(self.folder / file, "wb") as graph_file:
@@ -178,6 +189,17 @@ class _Writer:
             # What this graph needs of the package: itself and its tensors in weights.bin.
             entries[precision] = {"file": file, "bytes": len(data), "weight_bytes": weights}
         return entries
+
+
+def _require_finite_tensors(graph: ModelProto, name: str) -> None:
+    """Raise InputError if folding or quantising finite weights made a tensor that is not."""
+    for tensor in graph.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise InputError(
+                f"{name} would hold weights that are not finite (NaN or infinity in {tensor.name}), though the model's "
+                "are finite: they are extreme, such as a variance below 0; train again or export another run"
+            )
 
 
 def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor
 
+from m3vit.digests import check_listed, read_sealed_json, write_sealed_json
+from m3vit.export.manifest import MANIFEST, package_digests
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.pruning import chosen
 from m3vit.export.onnx.quantize import FLOAT
-from m3vit.export.runtime import MANIFEST, Package
-from m3vit.files import read_json, write_json
+from m3vit.export.runtime import NotFinite, Package
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing, expert_load
 
@@ -47,6 +48,14 @@ RACE_TOKENS = 1024
 RACE_REPEATS = 20
 # Added to a router logit in turn, until the expert is chosen: a larger one costs the other logits' last bits.
 FORCES = (20.0, 100.0, 500.0)
+
+
+class ParityError(RuntimeError):
+    """A package does not compute what its model computes; `findings` says where, on one line."""
+
+    def __init__(self, package_dir: Path, failures: list[str]) -> None:
+        self.findings = f"({len(failures)} findings): " + "; ".join(failures[:5])
+        super().__init__(f"the package {package_dir} does not compute what the model computes {self.findings}")
 
 
 class _Runner(Protocol):
@@ -146,13 +155,14 @@ def check_parity(
     max |torch| of an image) and `worst_at` (size, batch, threads), `median_relative_error`, number of `comparisons`
     of one image, `near_tie_images` and `near_tie_tokens` (see the module), `experts_not_hit` {block index: experts
     that the task may use, and the graph holds, that no token went to: untested}, `experts_forced` (those that forced
-    routers alone reached) and `integer_errors` {precision: worst relative error}. Raises RuntimeError if the error of
+    routers alone reached) and `integer_errors` {precision: worst relative error}. Raises ParityError if the error of
     a graph in floats exceeds 1e-4, a result is not repeatable or not finite, or a size could not be compared because
     of near ties.
     """
     if not len(images) or images[0].ndim != 3 or images[0].shape[0] != 3:
         raise ValueError(f"{len(images)} images: give one or more, each [3, H, W]")
-    package = Package.load(package_dir)  # hashes the files, once
+    package = Package.load(package_dir, verify=False)  # an earlier finding must not keep it from being compared again
+    check_listed(package_dir, package_digests(package.manifest), "export the package again")
     fixed = package.entry(package.tasks[0])["input_size"]
     sizes = [(fixed[0], fixed[1])] if fixed else _sizes(model)
     batches_per_task = len(sizes) + (len(sizes) * -(-len(images) // BATCH) + 1 if full else 0)
@@ -197,10 +207,7 @@ def check_parity(
     }
     _write(package_dir, extent, report, sizes, failures)
     if failures:
-        raise RuntimeError(
-            f"the package {package_dir} does not compute what the model computes ({len(failures)} findings): "
-            + "; ".join(failures[:5])
-        )
+        raise ParityError(package_dir, failures)
     return report
 
 
@@ -440,24 +447,28 @@ def _compare(
             if not repeats:
                 continue
             where = f"{size}, batch {count}, {threads} threads"
-            result = runner.logits(images[:count], task)
-            # Bit for bit, with NaN equal to itself: that is found below.
-            if any(runner.logits(images[:count], task).tobytes() != result.tobytes() for _ in range(repeats - 1)):
-                record.failures.append(f"{where}: repeated runs differ")
+            try:
+                result = runner.logits(images[:count], task)
+                # Bit for bit, with NaN equal to itself: that is found below.
+                if any(runner.logits(images[:count], task).tobytes() != result.tobytes() for _ in range(repeats - 1)):
+                    record.failures.append(f"{where}: repeated runs differ")
+            except NotFinite:
+                result = np.full(1, np.nan, np.float32)
             if not np.isfinite(result).all():  # a NaN compares as neither above nor below the limit
                 record.failures.append(f"{where}: not finite")
                 continue
             for image in range(count):
                 scale = max(float(np.abs(expected[image]).max()), 1e-30)
                 error = float(np.abs(result[image] - expected[image]).max()) / scale
-                if error > limit and ties[image]:
+                wrong = not error <= limit  # NaN, of torch's, too
+                if wrong and ties[image]:
                     record.near_tie_images += 1
                     continue
                 record.sound[size] += 1
                 record.errors.append(error)
                 if error > record.worst:
                     record.worst, record.where = error, where
-                if error > limit:
+                if wrong:
                     record.failures.append(f"{where}: relative error {error:.1e}, limit {limit:.0e}")
 
 
@@ -469,7 +480,7 @@ def _write(
     failures: list[str],
 ) -> None:
     """Record the check in the package's manifest."""
-    manifest = read_json(package_dir / MANIFEST, "export the package first")
+    manifest = read_sealed_json(package_dir / MANIFEST, "export the package first")
     manifest["parity"] = {
         "passed": not failures,
         **extent,
@@ -481,4 +492,4 @@ def _write(
         "repeats": REPEATS,
         "tasks": report,
     }
-    write_json(package_dir / MANIFEST, manifest)
+    write_sealed_json(package_dir / MANIFEST, manifest)

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from m3vit.errors import InputError
+from m3vit.export.manifest import FLOAT as FLOAT
+from m3vit.export.manifest import PRECISIONS as PRECISIONS
 from m3vit.export.onnx.lower import check, reachable
 
-FLOAT = "fp32"
-PRECISIONS = (FLOAT, "int8", "int8-mixed", "int8-experts")
 MIN_WEIGHT = 1024  # elements; below, the integer product costs more than it saves
 
 _EXPERT = re.compile(r"blocks\.(\d+)\.mlp\.experts\.")

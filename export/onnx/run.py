@@ -13,18 +13,20 @@ from torch import Tensor
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
 from m3vit.data.transforms import network_input
+from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.scoring import default_workers
+from m3vit.export.finite import require_finite
+from m3vit.export.manifest import MANIFEST
 from m3vit.export.onnx.images import parity_images
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.package import Content, export_package
-from m3vit.export.onnx.parity import check_parity
+from m3vit.export.onnx.parity import ParityError, check_parity
 from m3vit.export.onnx.pruning import Mass, Prune, choose, gate_mass
 from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.predictors import onnx_predictor
-from m3vit.export.runtime import MANIFEST, Package
-from m3vit.files import read_json, write_json
+from m3vit.export.runtime import Package
 from m3vit.tasks import TASKS
 from m3vit.training.checkpoint import Run
 
@@ -65,8 +67,10 @@ def export_run(
     """Write the package of a run to `out`, compare it with torch, score it, and say a line per finding.
 
     `bar` opens a progress bar for the comparison, a function of (batches done, batches in all). Returns the manifest.
-    Raises InputError for what cannot be done, before anything is written.
+    The package appears at `out` when the comparison has passed and the scores are in its manifest. Raises InputError
+    for what cannot be done, before anything is computed, and for a package that does not compute what the model does.
     """
+    require_finite(run.model)
     content = chosen_content(run, content, request, say)
     content.check()
     changed = bool(content.choices) or any(precision != FLOAT for precision in content.precisions)
@@ -74,21 +78,28 @@ def export_run(
     split = data_of(run, "val", request.data_root, "--measure 0") if count else None
     full = request.check_images is not None
     images = parity_images(run, request.data_root, request.check_images or PARITY_IMAGES, exactly=full)
-    export_package(run.model, out, content, info=run.info, progress=say)
-    for path in sorted(out.iterdir()):
-        say(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    sources = " and ".join(f"{number} {name}" for name, number in images.sources.items())
-    say(f"comparing with torch on {sources} images" + (", each at every size" if full else ""))
-    with bar() if bar else nullcontext() as progress:
-        report = check_parity(run.model, out, images, full=full, sources=images.sources, progress=progress)
-    for task, result in report.items():
-        say(f"{task}: {_summary(result)}")
-    if split is not None:
-        say(f"scoring {min(count, len(split))} validation images")
-        for line in render(measure(run, out, split, count)):
-            say(line)
-    manifest: dict[str, Any] = read_json(out / MANIFEST, "export it again")
-    return manifest
+
+    def check(folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            say(f"{out / path.name}: {path.stat().st_size / 1e6:.2f} MB")
+        sources = " and ".join(f"{number} {name}" for name, number in images.sources.items())
+        say(f"comparing with torch on {sources} images" + (", each at every size" if full else ""))
+        with bar() if bar else nullcontext() as progress:
+            report = check_parity(run.model, folder, images, full=full, sources=images.sources, progress=progress)
+        for task, result in report.items():
+            say(f"{task}: {_summary(result)}")
+        if split is not None:
+            say(f"scoring {min(count, len(split))} validation images")
+            for line in render(measure(run, folder, split, count)):
+                say(line)
+
+    try:
+        return export_package(run.model, out, content, info=run.info, progress=say, check=check)
+    except ParityError as error:
+        raise InputError(
+            f"nothing was written to {out}: the package does not compute what the model computes {error.findings}. If "
+            "the run's weights are extreme, train again or export another run; else m3vit or onnxruntime has a defect"
+        ) from error
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -181,7 +192,7 @@ def score(split: Split, predictor: Predictor, count: int) -> dict[str, float]:
 def measure(run: Run, package_dir: Path, split: Split, count: int) -> dict[str, Any]:
     """Score the model and each precision of its package on validation images; write it into the manifest, return it."""
     columns = {"torch": score(split, torch_predictor(run.model), count)}
-    manifest = read_json(package_dir / MANIFEST, "export it again")
+    manifest = read_sealed_json(package_dir / MANIFEST, "export it again")
     for precision in manifest["precisions"]:
         package = Package.load(package_dir, precision=precision, verify=False)
         columns[precision] = score(split, onnx_predictor(package), count)
@@ -203,7 +214,7 @@ def measure(run: Run, package_dir: Path, split: Split, count: int) -> dict[str, 
             for task in package.tasks
         },
     }
-    write_json(package_dir / MANIFEST, {**manifest, "measured": measured})
+    write_sealed_json(package_dir / MANIFEST, {**manifest, "measured": measured})
     return measured
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, Baseline, delta_m
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.scoring import read, read_evaluation
-from m3vit.files import read_json, sha256_file
+from m3vit.files import sha256_file
 from m3vit.tasks import TASKS
 
 RESAMPLES = 1000
@@ -57,7 +58,7 @@ def weights_sha256(folder: Path) -> str | None:
         return sha256_file(folder / "model.safetensors")
     for name, section, key in (("manifest.json", "weights", "sha256"), ("m3vit.json", "run", "weights_sha256")):
         if (folder / name).is_file():
-            return read_json(folder / name, "a damaged export").get(section, {}).get(key)
+            return read_sealed_json(folder / name, "export it again").get(section, {}).get(key)
     return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.onnx.package import export_package
 from m3vit.export.runtime import Package, file_entries
@@ -28,13 +29,13 @@ def package(onnx_package: Path, tmp_path: Path) -> Path:
 
 
 def edit(package: Path, change: Callable[[dict[str, Any]], object], rehash: bool = False) -> None:
-    """Change the manifest; `rehash` makes its hashes those of the files as they are: no checksum sees the damage."""
+    """Change the manifest under a valid digest; `rehash` makes its hashes those of the files: no checksum sees it."""
     path = package / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
     for entry in file_entries(manifest) if rehash else ():
         entry["sha256"] = hashlib.sha256((package / entry["file"]).read_bytes()).hexdigest()
-    path.write_text(json.dumps(manifest))
+    write_sealed_json(path, manifest)
 
 
 def swap(first: Path, second: Path) -> None:

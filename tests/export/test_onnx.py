@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.onnx import package as package_module
 from m3vit.export.onnx.graph import export_task
@@ -80,7 +81,7 @@ def exported(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("export") / "package"
     lines: list[str] = []
     manifest = export_package(model, out, info={"checkpoint": "abc"}, progress=lines.append)
-    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest == read_sealed_json(out / "manifest.json", "")
     assert any("depth" in line for line in lines)
     return out
 

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.runtime import FORMAT, FORMAT_VERSION, Package, colourise, decode
 from m3vit.tasks import palette
@@ -64,7 +65,7 @@ def make_package(folder: Path, size: tuple[int, int] | None = None, batch: int |
         "backbone": None,
         "macs": 0,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed_json(folder / "manifest.json", manifest)
     return folder
 
 
@@ -172,7 +173,7 @@ def test_processors_without_vnni_are_warned_of(monkeypatch: pytest.MonkeyPatch, 
     manifest["precisions"] = ["int8"]
     for entry in manifest["tasks"].values():
         entry["graphs"] = {"int8": entry["graphs"]["fp32"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed_json(folder / "manifest.json", manifest)
     monkeypatch.setattr("m3vit.export.runtime._cpu_flags", lambda: {"avx2", "fma"})
     with pytest.warns(UserWarning, match="no VNNI instructions"):
         Package.load(folder)
@@ -229,7 +230,7 @@ def test_graphs_that_the_manifest_did_not_mean_are_refused(folder: Path) -> None
     manifest = json.loads(path.read_text())
     manifest["tasks"]["depth"]["graphs"] = manifest["tasks"]["edge"]["graphs"]
     manifest["tasks"]["semseg"].update(channels=4, palette=palette("abcd"))
-    path.write_text(json.dumps(manifest))
+    write_sealed_json(path, manifest)
     package = Package.load(folder)
     with pytest.raises(InputError, match=r"edge.onnx is not the graph that manifest.json describes"):
         package.predict(make_image(8, 8), "depth")
@@ -243,7 +244,7 @@ def test_damaged_manifests_are_refused(folder: Path) -> None:
     good = json.loads(path.read_text())
 
     def refused(match: str, **changes: Any) -> None:
-        path.write_text(json.dumps({**good, **changes}))
+        write_sealed_json(path, {**good, **changes})
         with pytest.raises(InputError, match=match):
             Package.load(folder)
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.digests import write_sealed_json
 from m3vit.export import serve
 from m3vit.export.drawing import colourise, overlay
 from m3vit.export.runtime import Package
@@ -393,7 +394,7 @@ def test_a_graph_of_another_task_is_noticed_at_the_start(process: Cli, package: 
     swapped = make_package(tmp_path / "swapped")
     manifest: dict[str, Any] = json.loads((swapped / "manifest.json").read_text())
     manifest["tasks"]["depth"]["graphs"] = manifest["tasks"]["edge"]["graphs"]  # under this one's name
-    (swapped / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed_json(swapped / "manifest.json", manifest)
     result = process("serve", swapped, "--port", 0, timeout=60)
     assert result.returncode == 2, result.stderr
     assert "edge.onnx is not the graph that manifest.json describes" in result.stderr
