@@ -292,11 +292,12 @@ class _Search:
             return self._unread(path, f"is a picture of a kind that is not read ({suffix}): convert it", foreign)
         return kind
 
-    def _unread(self, path: Path, reason: str, looks_like_one: bool) -> None:
+    def _unread(self, path: Path, reason: str, looks_like_one: bool) -> Kind | None:
         if looks_like_one:
             self._leave_out(path, reason)
         else:
             self.found.others.append(str(path))
+        return None
 
     def _leave_out(self, path: Path, reason: str) -> None:
         self.found.left_out.append((str(path), reason))
