@@ -97,7 +97,8 @@ class Film:
                 packet = next(packets)
             except StopIteration:
                 return
-            except av.error.FFmpegError as error:  # the container is torn here: nothing after it can be found
+            # The container is torn here: nothing after it can be found. OSError: FFmpeg seeks to where no file can.
+            except (av.error.FFmpegError, OSError) as error:
                 self._ended = f"it is damaged ({error.strerror})"
                 return
             try:
@@ -130,7 +131,7 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
     }
     try:
         container: Any = av.open(file, options=options)
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         _close(file)
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{name} cannot be read as a video: {reason}") from error
