@@ -355,7 +355,7 @@ def _classify(path: Path, message: str) -> tuple[str, str]:
     if message.startswith("has shape"):
         return "size", message
     reason = message.removeprefix("cannot be read (").removesuffix(")")
-    if reason.startswith(("expected", "it holds values that are not finite")):
+    if reason.startswith(("expected", "it holds values that are not finite", "it has more than 8", "it has another")):
         return "values", reason
     return "unreadable", reason
 

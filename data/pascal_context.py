@@ -146,28 +146,29 @@ class PASCALContext(FileSplit):
         """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on."""
         return segmentation_boundaries(self._label_map(index, image_size(self.path(index, "image"))))
 
-    def _label_map(self, index: int, size: Size) -> NDArray[np.int64]:
+    def _label_map(self, index: int, size: Size) -> NDArray[np.int16]:
         path = self.path(index, "edge")
         return fitted(path, read_label_map(path), size)
 
 
-def read_label_map(path: Path) -> NDArray[np.int64]:
+def read_label_map(path: Path) -> NDArray[np.int16]:
     """Return the class ids [H, W] of a LabelMap: 1..459, 0 where there is none."""
     with naming(path):
-        stored = read_mat(path, "LabelMap")
+        stored = read_mat(path, "LabelMap", as_stored=True)
         if not isinstance(stored, np.ndarray) or stored.ndim != 2 or stored.size == 0:
             raise ValueError("expected LabelMap to be a matrix of class ids")
         highest = len(context_classes())
-        if not ((stored >= 0) & (stored <= highest)).all() or (stored != stored.astype(np.int64)).any():
-            raise ValueError(f"expected class ids 0..{highest}, found {stored.min()}..{stored.max()}")
-        return stored.astype(np.int64)
+        least, most = stored.min(), stored.max()  # NaN if there is one, which no comparison holds for
+        if not (least >= 0 and most <= highest) or (stored.dtype.kind == "f" and (stored != np.trunc(stored)).any()):
+            raise ValueError(f"expected class ids 0..{highest}, found {least}..{most}")
+        return stored.astype(np.int16)
 
 
 def read_human_parts(path: Path) -> NDArray[np.uint8] | None:
     """Return the parts 0..6 [h, w] of all persons of an image, or None if no part of one is annotated."""
     with naming(path):
         parts: NDArray[np.uint8] | None = None
-        for thing in _structs(read_mat(path, "anno"), "anno", "objects"):
+        for thing in _structs(read_mat(path, "anno", as_stored=True), "anno", "objects"):
             for person in _structs(thing["objects"], "anno.objects", "class_ind", "parts"):
                 if _number(person["class_ind"]) != PERSON:
                     continue

@@ -1,33 +1,38 @@
-"""Readers of one file each: images, label pngs, npy arrays, MATLAB files. No torch.
+"""Readers of one file each: images (by m3vit.images), label pngs, npy arrays, MATLAB files. No torch.
 
 Whatever is wrong with a file becomes one InputError that names it, and no header is believed: a file that claims more
-than it holds, or more than MAX_PIXELS, is refused before anything of that size is allocated.
+than it holds, or more pixels than allowed, is refused before anything of that size is allocated.
 """
 
 import io
 import math
-import stat
+import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import InputError
+from m3vit.files import not_there, open_regular
+from m3vit.images import Unfit, check_png, decode, header_size, orientation, png_bits
 from m3vit.tasks import IGNORE
 
 Size = tuple[int, int]  # height, width
 
-MAX_PIXELS = 1 << 24  # 4096 × 4096; the published images have at most 640 × 480
+# 4096 × 4096, where the published images have at most 640 × 480. Fewer than prediction takes: a loader process holds
+# all labels at the image's size, normals in 12 bytes a pixel.
+MAX_PIXELS = 1 << 24
 MAX_FILE_BYTES = 1 << 28
-MAX_MAT_BYTES = 1 << 29  # decompressed; one mask of 500 × 375 is 0.18 MiB, a crowd with parts has hundreds
+MAX_MAT_BYTES = 1 << 28  # of a structure, decompressed; one mask of 500 × 375 is 0.18 MiB, a crowd has hundreds
+MAX_MAT_ITEMS = 1 << 16  # variables of a file, values in its structures, characters of a text or name
 MAX_DEPTH_M = 100.0  # beyond it the unit is not metres
-COLOUR_MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "CMYK", "YCbCr")  # all of 8 bits or fewer
+BLOCK_PIXELS = 1 << 20  # of normals decoded at a time: intermediate results take 12 bytes a pixel each
 
 
 @contextmanager
@@ -38,7 +43,12 @@ def naming(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} not found: the data set is incomplete, extract its archive again") from None
+        reason = not_there(path)
+        if reason == "not found":
+            reason = f"not found: the data set is incomplete, extract its archive again{_other_case(path)}"
+        raise InputError(f"{path} {reason}") from None
+    except Unfit as error:
+        raise InputError(f"{path} cannot be read (it {error}): replace the file") from None
     # Not a list of types: on damaged files Pillow, NumPy and zlib raise a dozen, which change between versions.
     except Exception as error:
         words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -46,14 +56,36 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read ({reason}): replace the file") from None
 
 
-def _file_bytes(path: Path) -> int:
-    """Return the size of a regular, non-empty file that fits in memory."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would block
-        raise ValueError("it is not a regular file")
-    if not 0 < status.st_size <= MAX_FILE_BYTES:
-        raise ValueError(f"it has {status.st_size} bytes, expected 1 to {MAX_FILE_BYTES}")
-    return status.st_size
+def other_spelling(path: Path) -> str | None:
+    """Return the name beside a missing file that is its own but for the ending: 0001.JPG or 0001.jpeg of 0001.jpg."""
+    with suppress(OSError):
+        names = sorted(name for name in os.listdir(path.parent) if Path(name).stem == path.stem)
+        return next((name for name in names if ending(name) == path.suffix and name != path.name), None)
+    return None
+
+
+def ending(name: str) -> str:
+    """Return a file name's ending as the layouts spell it: in small letters, .jpg for .jpeg."""
+    return {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg"}.get(found := Path(name).suffix.lower(), found)
+
+
+def _other_case(path: Path) -> str:
+    other = other_spelling(path)
+    return f"; {other} is there, rename it (endings are read as the layout spells them)" if other else ""
+
+
+def contents(path: Path) -> bytes:
+    """Return the bytes of a regular, non-empty file that fits in memory."""
+    with open_regular(path) as file:
+        _check_bytes(file)
+        return file.read()
+
+
+def _check_bytes(file: BinaryIO) -> int:
+    size = os.fstat(file.fileno()).st_size
+    if not 0 < size <= MAX_FILE_BYTES:
+        raise ValueError(f"it has {size} bytes, expected 1 to {MAX_FILE_BYTES}")
+    return size
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -64,64 +96,39 @@ def _check_pixels(width: int, height: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- images
 
 
-def _picture(path: Path, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
-    """Return a decoded picture and, if it is a png, the bits per channel in the file (else 8)."""
-    _file_bytes(path)
-    data = path.read_bytes()
-    try:
-        picture = Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        raise ValueError(f"it is not a {' or '.join(formats)} picture") from None
-    _check_pixels(*picture.size)
-    if picture.format == "PNG":
-        _check_png(data)
-    picture.load()
-    # Pillow widens and narrows to 8 bits silently; the true depth is byte 24 of a png (IHDR).
-    return picture, data[24] if picture.format == "PNG" else 8
-
-
-def _check_png(data: bytes) -> None:
-    """Raise ValueError if a chunk of a png is damaged: Pillow decodes flipped bits without a word."""
-    at = 8
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if end > len(data):
-            break
-        if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise ValueError(f"a part of it ({kind.decode('latin-1')!r}) does not match its checksum")
-        if kind == b"IEND":
-            return
-        at = end
-    raise ValueError("it ends before its last part")
-
-
 def image_size(path: Path) -> Size:
-    """Return the height and width of a jpg or png from its header."""
-    with naming(path):
-        _file_bytes(path)
-        with path.open("rb") as file:
-            try:
-                picture = Image.open(file, formats=("JPEG", "PNG"))
-            except UnidentifiedImageError:
-                raise ValueError("it is not a JPEG or PNG picture") from None
-            _check_pixels(*picture.size)
-            return picture.height, picture.width
+    """Return the height and width that `read_image` gives, from the file's header."""
+    with naming(path), open_regular(path) as file:
+        _check_bytes(file)
+        return header_size(file, MAX_PIXELS)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return a jpg or png as RGB [H, W, 3]; grey and CMYK are converted, transparency is dropped."""
+    """Return an image as RGB [H, W, 3], upright; m3vit.images decides about every other kind of pixel."""
     with naming(path):
-        picture, bits = _picture(path, ("JPEG", "PNG"))
-        if bits > 8 or picture.mode not in COLOUR_MODES:
-            raise ValueError(f"expected 8 bits a channel, found {bits} (mode {picture.mode})")
-        return np.array(picture.convert("RGB"))
+        return decode(contents(path), MAX_PIXELS)
+
+
+def _label(path: Path) -> tuple[Image.Image, int]:
+    """Return a decoded label png and the bits per channel in the file."""
+    data = contents(path)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+    except UnidentifiedImageError:
+        raise ValueError("it is not a PNG picture") from None
+    _check_pixels(*picture.size)
+    check_png(data)
+    picture.load()
+    if (turn := orientation(picture)) != 1:
+        # The published loaders would not turn it, viewers would, and the vectors of normals would turn with it.
+        raise ValueError(f"expected a label stored upright, found EXIF orientation {turn}")
+    return picture, png_bits(data)
 
 
 def read_ids(path: Path, highest: int, ignored: bool = False) -> NDArray[np.uint8]:
     """Return the ids [H, W] of a label png: 0..highest, and 255 if `ignored`; of a palette png, the indices."""
     with naming(path):
-        picture, bits = _picture(path, ("PNG",))
+        picture, bits = _label(path)
         # Grey of fewer bits would come out of Pillow stretched to 0..255; palette indices come out as they are.
         if not (picture.mode == "P" or (picture.mode == "L" and bits == 8)):
             raise ValueError(f"expected 8-bit ids in one channel, found {bits} bits a channel (mode {picture.mode})")
@@ -138,7 +145,7 @@ def read_ids(path: Path, highest: int, ignored: bool = False) -> NDArray[np.uint
 def read_grey(path: Path) -> NDArray[np.uint8]:
     """Return the values 0..255 [H, W] of a png of one channel."""
     with naming(path):
-        picture, bits = _picture(path, ("PNG",))
+        picture, bits = _label(path)
         if bits > 8 or picture.mode not in ("L", "P", "1"):
             raise ValueError(f"expected one channel of 8 bits, found {bits} bits a channel (mode {picture.mode})")
         if picture.mode == "1":
@@ -156,12 +163,18 @@ def read_normals_png(path: Path) -> NDArray[np.float32]:
     in every channel, 0.007) and black (1.73).
     """
     with naming(path):
-        picture, bits = _picture(path, ("PNG",))
+        picture, bits = _label(path)
         if bits != 8 or picture.mode != "RGB":
             raise ValueError(f"expected RGB of 8 bits a channel, found {bits} (mode {picture.mode})")
-        normals = np.asarray(picture, np.float32) * np.float32(2 / 255) - np.float32(1)
-        lengths = np.linalg.norm(normals, axis=-1, keepdims=True)
-        return np.where((lengths > 0.5) & (lengths < 1.5), normals / lengths.clip(0.5), np.float32(0))
+        codes = np.asarray(picture)
+        normals = np.empty(codes.shape, np.float32)
+        step = max(1, BLOCK_PIXELS // picture.width)
+        for top in range(0, len(codes), step):
+            rows = codes[top : top + step].astype(np.float32) * np.float32(2 / 255) - np.float32(1)
+            lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+            coded = (lengths > 0.5) & (lengths < 1.5)
+            normals[top : top + step] = np.where(coded, rows / lengths.clip(0.5), np.float32(0))
+        return normals
 
 
 # ------------------------------------------------------------------------------------------------------------- npy
@@ -169,8 +182,8 @@ def read_normals_png(path: Path) -> NDArray[np.float32]:
 
 def _array(path: Path, kinds: str, ndim: int) -> NDArray[np.float32]:
     """Return a npy file as float32, if its dtype is of one of the `kinds` and it has `ndim` dimensions."""
-    size = _file_bytes(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = _check_bytes(file)
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
@@ -243,48 +256,69 @@ MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4",
 MAT_STRUCT, MAT_CHAR = 2, 4
 MAT_COMPLEX = 0x0800
 MAX_NESTING = 8
+MAX_DIMS = 8
+HEAD_BYTES = 1 << 17  # of a variable: more than its name, class and dimensions take
+PIECE_BYTES = 1 << 23
 
 
-def read_mat(path: Path, name: str) -> Any:
+def read_mat(path: Path, name: str, as_stored: bool = False) -> Any:
     """Return one variable of a MATLAB file of version 5 to 7.
 
     A numeric or logical array is an array of its class, text a str, and a struct array a list of dicts (column by
-    column). MATLAB's [] is an empty array.
+    column). MATLAB's [] is an empty array. `as_stored`: arrays have the type they are stored in, the smallest that
+    holds their numbers, and may be read-only views of the file. Arrays of more than MAX_PIXELS numbers, and structures
+    beyond MAX_MAT_BYTES or MAX_MAT_ITEMS, are refused before they are decompressed.
     """
     with naming(path):
-        _file_bytes(path)
-        data = path.read_bytes()
+        data = contents(path)
         if b"\x89HDF\r\n\x1a\n" in (data[:8], data[512:520]) or data.startswith(b"MATLAB 7.3"):
             raise ValueError("it is a MATLAB 7.3 (HDF5) file, expected version 5 to 7: save it with '-v7'")
         order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
         if order is None or struct.unpack_from(f"{order}H", data, 124) != (0x0100,):
             raise ValueError("it is not a MATLAB file of version 5 to 7")
-        found = []
-        for payload in _variables(data, order):
-            variable = _Matrix(payload, order)
+        found, view, at = [], memoryview(data), 128
+        while at < len(view):
+            kind, payload, at = _element(view, at, order)
+            payload = _inflated(payload, order, name) if kind == MAT_COMPRESSED else _contents(kind, payload)
+            variable = _Matrix(payload, order, _Budget(as_stored))
             if variable.name == name:
                 return variable.value(0)
             found.append(variable.name)
+            if len(found) > MAX_MAT_ITEMS:
+                raise ValueError(f"it holds more than {MAX_MAT_ITEMS} variables")
         raise ValueError(f"it holds no {name}, only {', '.join(found) or 'nothing'}")
 
 
-def _variables(data: bytes, order: str) -> Iterator[memoryview]:
-    """Yield the contents of a file's matrices, decompressed."""
-    view, at, budget = memoryview(data), 128, MAX_MAT_BYTES
-    while at < len(view):
-        kind, payload, at = _element(view, at, order)
-        if kind == MAT_COMPRESSED:
-            inflater = zlib.decompressobj()
-            plain = inflater.decompress(payload, budget + 1)
-            budget -= len(plain)
-            if budget < 0:
-                raise ValueError(f"it holds more than {MAX_MAT_BYTES} bytes")
-            if not inflater.eof:
-                raise ValueError("its compressed data are truncated")
-            kind, payload, _ = _element(memoryview(plain), 0, order)
-        if kind != MAT_MATRIX:
-            raise ValueError(f"expected a matrix, found an element of type {kind}")
-        yield payload
+def _contents(kind: int, payload: memoryview) -> memoryview:
+    if kind != MAT_MATRIX:
+        raise ValueError(f"expected a matrix, found an element of type {kind}")
+    return payload
+
+
+def _inflated(packed: memoryview, order: str, name: str) -> memoryview:
+    """Return the contents of a compressed matrix; of one that is not `name`, or is refused by its head, no more."""
+    inflater = zlib.decompressobj()
+    plain = bytearray(inflater.decompress(packed, HEAD_BYTES))
+    if len(plain) < 8:
+        raise ValueError("its compressed data are truncated")
+    kind, length = struct.unpack_from(f"{order}II", plain)
+    _contents(kind, memoryview(plain))
+    if length:
+        head = _Matrix(memoryview(bytes(plain[8:])), order, _Budget())
+        if head.name != name:
+            return memoryview(plain)[8:]
+        limit = head.most_bytes()
+        if length > limit:
+            raise ValueError(f"its {name} holds more than {limit} bytes")
+    while not inflater.eof:
+        piece = inflater.decompress(inflater.unconsumed_tail, PIECE_BYTES)
+        if not piece and not inflater.eof:
+            raise ValueError("its compressed data are truncated")
+        plain += piece
+        if len(plain) > length + 16:  # the tag, and padding
+            raise ValueError(f"its {name} holds more than its head says")
+    kind, payload, _ = _element(memoryview(plain), 0, order)
+    return _contents(kind, payload)
 
 
 def _element(view: memoryview, at: int, order: str) -> tuple[int, memoryview, int]:
@@ -310,24 +344,49 @@ def _numbers(kind: int, payload: memoryview, order: str) -> NDArray:
     return np.frombuffer(payload, order + MAT_NUMBERS[kind])
 
 
+class _Budget:
+    """What reading one variable may still take, shared by all matrices in it."""
+
+    def __init__(self, as_stored: bool = False) -> None:
+        self.as_stored, self.items = as_stored, MAX_MAT_ITEMS
+
+    def take(self, items: int) -> None:
+        self.items -= items
+        if self.items < 0:
+            raise ValueError(f"it holds more than {MAX_MAT_ITEMS} values in its structures, or as long a text")
+
+
 class _Matrix:
     """One matrix: its name, class and dimensions; `value` reads the rest."""
 
-    def __init__(self, view: memoryview, order: str) -> None:
-        self.view, self.order, self.at = view, order, 0
+    def __init__(self, view: memoryview, order: str, budget: _Budget) -> None:
+        self.view, self.order, self.budget, self.at = view, order, budget, 0
         self.kind, self.name = 6, ""
         self.dims: tuple[int, ...] = (0, 0)  # no contents at all is []
         if not len(view):
             return
         flags = self._next_numbers()
         dims = self._next_numbers()
-        self.name = bytes(self._next()[1]).decode("latin-1")
-        if len(flags) != 2 or len(dims) < 2 or dims.dtype.kind not in "iu" or dims.min() < 0:
+        name = self._next()[1]
+        if len(flags) != 2 or not 2 <= len(dims) <= MAX_DIMS or dims.dtype.kind not in "iu" or dims.min() < 0:
             raise ValueError("a matrix has a damaged header")
+        if len(name) > MAX_MAT_ITEMS:
+            raise ValueError("a matrix has a damaged name")
+        self.name = bytes(name).decode("latin-1")
         self.kind = int(flags[0]) & 0xFF
         self.dims = tuple(int(side) for side in dims)
         if int(flags[0]) & MAT_COMPLEX:
             raise ValueError("it holds complex numbers")
+
+    def most_bytes(self) -> int:
+        """Return how many bytes the matrix can have, or raise ValueError if it is larger than allowed."""
+        return min(MAX_MAT_BYTES, self._count() * 8 + HEAD_BYTES) if self.kind in MAT_CLASSES else MAX_MAT_BYTES
+
+    def _count(self) -> int:
+        """Return the number of numbers, which is at most that of the pixels of a label."""
+        if (count := math.prod(self.dims)) > MAX_PIXELS:
+            raise ValueError(f"a matrix of {self.dims} has more than {MAX_PIXELS} numbers")
+        return count
 
     def _next(self) -> tuple[int, memoryview]:
         kind, payload, self.at = _element(self.view, self.at, self.order)
@@ -352,12 +411,16 @@ class _Matrix:
         numbers = self._next_numbers()
         if len(numbers) != count:
             raise ValueError(f"a matrix of {self.dims} holds {len(numbers)} numbers")
-        return numbers.astype(MAT_CLASSES[self.kind], copy=False).reshape(self.dims, order="F")
+        self._count()
+        if not self.budget.as_stored:
+            numbers = numbers.astype(MAT_CLASSES[self.kind], copy=False)
+        return numbers.reshape(self.dims, order="F")
 
     def _text(self, count: int) -> str:
         kind, payload = self._next()
         if kind not in MAT_TEXT:
             raise ValueError(f"expected text, found an element of type {kind}")
+        self.budget.take(len(payload))
         coding = MAT_TEXT[kind]
         if coding in ("utf-16", "utf-32"):
             coding += "-le" if self.order == "<" else "-be"
@@ -368,21 +431,24 @@ class _Matrix:
 
     def _structs(self, count: int, nesting: int) -> list[dict[str, Any]]:
         lengths = self._next_numbers()
-        names = bytes(self._next()[1])
-        if len(lengths) != 1 or not 0 < (length := int(lengths[0])) or len(names) % length:
+        packed = self._next()[1]
+        if len(lengths) != 1 or not 0 < (length := int(lengths[0])) or len(packed) % length:
             raise ValueError("a structure has damaged field names")
+        self.budget.take(len(packed) // length)
+        names = bytes(packed)
         fields = [names[at : at + length].split(b"\0")[0].decode("latin-1") for at in range(0, len(names), length)]
         if not fields:
             return []
         if count * len(fields) * 8 > len(self.view) - self.at:  # each value has a tag of 8 bytes
             raise ValueError("it is truncated")
+        self.budget.take(count * len(fields))
         return [{field: self._field(nesting) for field in fields} for _ in range(count)]
 
     def _field(self, nesting: int) -> Any:
         kind, payload = self._next()
         if kind != MAT_MATRIX:
             raise ValueError(f"expected a matrix, found an element of type {kind}")
-        return _Matrix(payload, self.order).value(nesting + 1)
+        return _Matrix(payload, self.order, self.budget).value(nesting + 1)
 
 
 # --------------------------------------------------------------------------------------------------------- resizing

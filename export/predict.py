@@ -2,15 +2,14 @@
 
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +19,13 @@ from m3vit.errors import InputError
 from m3vit.export.drawing import Range, colourise, depth_limits, overlay
 from m3vit.export.images import MAX_PIXELS, read_image
 from m3vit.export.runtime import Package
-from m3vit.files import PARTIAL, atomic_path
+from m3vit.export.sources import Found, Source, find_sources
+from m3vit.files import atomic_path
 
 if TYPE_CHECKING:  # PyAV is an extra
     from m3vit.export.video import Film, Frame
 
-STREAM = Path("-")  # standard input
 ALL = "all"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mjpeg", ".mjpg", ".y4m")
 _LISTED = 5  # names in a message
 _FILM_ROWS = 3  # of the legend of classes: a film's pictures have one size, whatever they show
 _SMOOTHING = 0.05  # of the depth scale from frame to frame
@@ -50,26 +47,16 @@ class Options:
     max_pixels: int = MAX_PIXELS
 
 
-@dataclass(frozen=True)
-class Source:
-    """One input, and the name of its predictions: a path without suffix, relative to the output folder."""
-
-    path: Path
-    name: Path
-    kind: Literal["image", "video", "stream"]
-
-    @property
-    def label(self) -> str:
-        """Return what messages call it."""
-        return "standard input" if self.kind == "stream" else str(self.path)
-
-
 @dataclass
 class Outcome:
-    """Files written, inputs that failed and why (whole or in part), and the signal that ended it early."""
+    """Files written, inputs that failed and why (whole or in part), and the signal that ended it early.
+
+    `found`: also what was left out of the inputs' folders, and why.
+    """
 
     written: list[Path] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    found: Found = field(default_factory=Found)
     stopped: signal.Signals | None = None
 
 
@@ -86,11 +73,11 @@ def predict_files(
 ) -> Outcome:
     """Predict a task, or "all", for every input into the folder `out` (created if needed).
 
-    `inputs` are image files, video files, folders (searched for both, recursively; names below them are kept) and
-    `STREAM`. An image becomes `<name>_<task>.png`, a video or stream `<name>_<task>.mp4` with the same times of
-    frames, a stream's name being `stdin`: a picture to look at (`drawing.colourise`), or with `overlay` laid over the
-    input with a legend. With `raw`, `<name>_<task>.npy` is the prediction itself (`Package.predict`, which also says
-    what `resize` does), of a video [frames, H, W] or [frames, H, W, 3].
+    `inputs` are image files, video files, folders (searched for both, recursively and by content; names below them are
+    kept) and `sources.STREAM`. An image becomes `<name>_<task>.png`, a video or stream `<name>_<task>.mp4` with the
+    same times of frames, a stream's name being `stdin`: a picture to look at (`drawing.colourise`), or with `overlay`
+    laid over the input with a legend. With `raw`, `<name>_<task>.npy` is the prediction itself (`Package.predict`,
+    which also says what `resize` does), of a video [frames, H, W] or [frames, H, W, 3].
 
     What cannot be read or predicted is noted and passed over. SIGINT and SIGTERM end it: finished files stay, a
     stream's are completed with the frames that came, those of an unfinished video file are dropped. Memory holds one
@@ -104,12 +91,13 @@ def predict_files(
     tasks = package.tasks if task == ALL else [task]
     for name in tasks:
         package.entry(name)
-    sources = find_sources(inputs, out)
+    found = find_sources(inputs, out)
+    sources = found.sources
     check_options(package, sources, tasks, options)
     check_outputs(sources, tasks, out, options)
     if any(source.kind != "image" for source in sources):
         from m3vit.export import video  # noqa: F401 (a missing PyAV is noticed before anything is run)
-    outcome = Outcome()
+    outcome = Outcome(found=found)
     run = _Run(package, tasks, out, options, outcome, say)
     with StopSignals() as signals:
         for done, source in enumerate(sources):
@@ -132,48 +120,6 @@ def predict_files(
 
 
 # ------------------------------------------------------------------------------------------------------ what to do
-
-
-def find_sources(inputs: Sequence[Path], out: Path) -> list[Source]:
-    """Return every image and video that the inputs name, in order; raises InputError for what is not there."""
-    if not inputs:
-        raise InputError("no inputs: name images, folders or videos, or - for standard input")
-    if sum(path == STREAM for path in inputs) > 1:
-        raise InputError("- is given twice: standard input is one stream")
-    sources: list[Source] = []
-    for path in inputs:
-        if path == STREAM:
-            if sys.stdin is None or os.isatty(0):
-                raise InputError("- reads a stream of frames from standard input, but nothing is piped into it")
-            sources.append(Source(path, Path("stdin"), "stream"))
-        elif path.is_dir():
-            if path.resolve() == out.resolve():
-                raise InputError(f"{out} holds the inputs: give another folder for the predictions")
-            found = [_file_source(file, file.relative_to(path)) for file in _search(path, out.resolve())]
-            if not found:
-                raise InputError(f"{path} holds no images or videos ({' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)})")
-            sources += found
-        elif path.is_file():
-            sources.append(_file_source(path, Path(path.name)))
-        else:
-            raise InputError(f"{path} not found: give image files, folders, videos, or - for standard input")
-    return sources
-
-
-def _file_source(path: Path, name: Path) -> Source:
-    return Source(path, name.with_suffix(""), "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image")
-
-
-def _search(folder: Path, out: Path) -> Iterator[Path]:
-    """Yield the images and videos below a folder in the order of their names, without hidden files and `out`."""
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or PARTIAL in entry.name:
-            continue
-        if entry.is_dir():
-            if not entry.is_symlink() and entry.resolve() != out:  # links may lead in circles
-                yield from _search(entry, out)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and entry.is_file():
-            yield entry
 
 
 def check_options(package: Package, sources: Sequence[Source], tasks: Sequence[str], options: Options) -> None:

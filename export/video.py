@@ -20,6 +20,7 @@ from m3vit.errors import InputError
 
 DEFAULT_RATE = Fraction(25)  # frames per second of a stream that says nothing; FFmpeg's own assumption
 _PROBE_BYTES = 1 << 16  # that tell a format; by FFmpeg's default a stream of JPEGs waits for its first megabyte
+_NO_PICTURES = "holds no video: give one with pictures"
 _POLL_S = 0.2  # how soon a stream that sends nothing notices that it is to stop
 
 
@@ -96,7 +97,8 @@ class Film:
                 packet = next(packets)
             except StopIteration:
                 return
-            except av.error.FFmpegError as error:  # the container is torn here: nothing after it can be found
+            # The container is torn here: nothing after it can be found. OSError: FFmpeg seeks to where no file can.
+            except (av.error.FFmpegError, OSError) as error:
                 self._ended = f"it is damaged ({error.strerror})"
                 return
             try:
@@ -129,13 +131,13 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
     }
     try:
         container: Any = av.open(file, options=options)
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         _close(file)
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{name} cannot be read as a video: {reason}") from error
     try:
         if not container.streams.video:
-            raise InputError(f"{name} holds no video: give one with pictures")
+            raise InputError(f"{name} {_NO_PICTURES}")
         codec = container.streams.video[0].codec_context
         if codec.width * codec.height > max_pixels:
             raise InputError(f"{name} has {codec.height}x{codec.width} pixels: at most {max_pixels} are allowed")
@@ -144,6 +146,15 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
     finally:
         container.close()
         _close(file)
+
+
+def has_pictures(path: Path) -> bool:
+    """Return whether a film's file has more than sound; True too if it is damaged, which opening it will say."""
+    try:
+        with open_film(path, 1 << 40):
+            return True
+    except InputError as error:
+        return not str(error).endswith(_NO_PICTURES)
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -1,16 +1,20 @@
-"""Files that are either wholly there or not there at all, and their hashes."""
+"""Files: written wholly or not at all, read with limits, and their hashes."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from m3vit.errors import InputError
 from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
+
+MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file: ours have some hundred KiB at most; parsed they take 20 times that
 
 
 def is_empty(folder: Path) -> bool:
@@ -88,20 +92,91 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+# --------------------------------------------------------------------------------------------------------- reading
+
+_SPECIAL = {
+    stat.S_IFIFO: "it is a pipe",
+    stat.S_IFSOCK: "it is a socket",
+    stat.S_IFCHR: "it is a device",
+    stat.S_IFBLK: "it is a device",
+}
+REGULAR = "not a regular file"
+
+
+def special(mode: int) -> str | None:
+    """Say of a file's mode (`stat`, links followed) what it is, if that is neither a regular file nor a folder."""
+    return _SPECIAL.get(stat.S_IFMT(mode))
+
+
+def not_there(path: Path) -> str:
+    """Say why a path leads to nothing: it is absent, or a link to what is (as git-annex and DVC leave them)."""
+    if not path.is_symlink():
+        return "not found"
+    target = os.readlink(path)
+    return f"not found: it is a link to {target}, which is not there (fetch it: git annex get, dvc pull)"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises OSError, and never waits, if it is a folder, a device, a pipe or a socket.
+
+    Those block, or never end: whatever a user names is opened through here. Links are followed.
+    """
+    _require_regular(path, os.stat(path).st_mode)  # devices can act on being opened
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _require_regular(path, os.fstat(descriptor).st_mode)  # it may have been replaced meanwhile
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, f"{os.strerror(errno.EISDIR)}, {REGULAR}", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"{special(mode) or 'it is something else'}, {REGULAR}", str(path))
+
+
+def read_bounded(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """Return a regular file's bytes; raises OSError if it is something else or has more than `limit`."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size <= limit:
+            data = file.read(limit + 1)  # not by its size: those of /proc say 0
+            if len(data) <= limit:
+                return data
+    raise OSError(errno.EFBIG, f"it has more than {limit} bytes", str(path))
+
+
+def read_text(path: Path, what: str, limit: int = MAX_TEXT_BYTES) -> str:
+    """Return a text file (UTF-8, with or without a mark at its start), or raise InputError.
+
+    The message names `what` the file is and how to get it.
+    """
+    try:
+        return read_bounded(path, limit).decode("utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} {not_there(path)}: {what}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): {what}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not readable as text ({error}): {what}") from None
+
+
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file, or raise InputError naming `what` the file is and how to get it."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} not found: {what}") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or an absurd number
+        return json.loads(read_text(path, what))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python converts
         raise InputError(f"{path} is not readable JSON ({error}): {what}") from None
 
 
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -10,8 +10,9 @@ from typing import Any
 
 from m3vit.commands.terminal import positive, progress_bar, say
 
-_PREDICT_INPUTS = """images, videos, folders (searched recursively; names below them are kept), or - for a stream of
-frames on standard input, in any format that FFmpeg recognises without seeking: mjpeg, y4m, mpegts, matroska, ..."""
+_PREDICT_INPUTS = """images, videos, folders (searched recursively, by content; names below them are kept; what looks
+like a picture and is not read is named, with exit code 1), or - for a stream of frames on standard input, in any format
+that FFmpeg recognises without seeking: mjpeg, y4m, mpegts, matroska, ..."""
 
 
 def depth_range(text: str) -> tuple[float, float]:
@@ -125,6 +126,7 @@ def leave_sizes_to_us() -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     from m3vit.export.predict import Options, predict_files
+    from m3vit.export.sources import summaries
 
     leave_sizes_to_us()
     if args.low_memory:
@@ -156,10 +158,12 @@ def run_predict(args: argparse.Namespace) -> int:
         print(f"m3vit predict: {len(outcome.failures)} of the inputs failed:", file=sys.stderr)
         for name, reason in outcome.failures:
             print(f"  {name}: {reason}", file=sys.stderr)
+    for line in summaries(outcome.found):
+        print(f"m3vit predict: {line}", file=sys.stderr)
     if outcome.stopped:
         print(f"m3vit predict: stopped by {outcome.stopped.name}; what is listed is complete", file=sys.stderr)
         return 128 + outcome.stopped
-    return 1 if outcome.failures else 0
+    return 1 if outcome.failures or outcome.found.left_out else 0
 
 
 def port_number(text: str) -> int:

@@ -1,5 +1,6 @@
 """Damaged files of every kind: cut, empty, flipped, fuzzed; headers that lie; memory."""
 
+import os
 import struct
 import tracemalloc
 import zlib
@@ -196,7 +197,7 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def deny(*args: Any, **kwargs: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", deny)  # chmod does not stop root
+    monkeypatch.setattr(os, "open", deny)  # chmod does not stop root
     refuses(read_depth_array, path, r"cannot be read \(Permission denied\)")
 
 
