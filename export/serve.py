@@ -1,19 +1,18 @@
 """m3vit serve: an exported package behind HTTP (FastAPI and uvicorn, an extra: m3vit[serve]). No torch.
 
-A request holds one of `concurrency + queue` places from before its body is read until it is answered, so memory is
-bounded by them and by the limits on bytes and pixels; one that finds none is refused with 503. Predictions run in
-`concurrency` threads. Every refusal is JSON: {"error": "..."}.
+A request holds one of `concurrency + queue` places from before its body is read until its answer has been taken; one
+that finds none is refused with 503. Predictions run in `concurrency` threads. Memory is bounded by them, by the limits
+on bytes and pixels and by two budgets, of bytes that come and of answers (`admission.py`); connections have limits of
+their own (`connections.py`), and other sites' pages are kept out (`hosts.py`). Every refusal is JSON: {"error": "..."}.
 """
 
 import asyncio
 import base64
 import io
 import logging
-import os
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,15 +31,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
-from python_multipart.exceptions import FormParserError  # starlette reads forms with it, of some versions unguarded
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m3vit import __version__
 from m3vit.errors import InputError
+from m3vit.export.admission import Budget, Place, Places
+from m3vit.export.bodies import expected_bytes, read_image_bytes
+from m3vit.export.connections import Crowd, LimitedServer, listen, most_connections
 from m3vit.export.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
+from m3vit.export.hosts import ANY, Hosts, HostsOnly
 from m3vit.export.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
 from m3vit.export.runtime import MAX_PATCHES, Package, give_memory_back
 from m3vit.export.summary import summarise
@@ -48,7 +49,9 @@ from m3vit.export.summary import summarise
 BODY_S = 30.0  # for a request's body to arrive
 SHUTDOWN_S = 60  # for requests in flight to finish
 RETRY_S = 1
-_FORM_EXTRA = 1 << 16  # bytes of a form around its image
+BODIES_BYTES = 48 << 20  # of images that come or wait for their prediction, together
+ANSWERS_BYTES = 32 << 20  # of answers on their way, together, besides those that keep their prediction's thread
+PIECE_BYTES = 1 << 16  # of an answer, handed on when the last one has been taken
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the latency histogram
 _PNG_LEVEL = 3  # of compression; beyond it, time grows faster than the file shrinks
 
@@ -97,6 +100,13 @@ class Metrics:
         )
         self.in_flight = Gauge("m3vit_requests_in_flight", "Requests being read or answered.", registry=self.registry)
         self.rejected = Counter("m3vit_requests_rejected", "Requests refused as too many.", registry=self.registry)
+        self._cut = Counter(
+            "m3vit_cut", "Clients cut off: too slow, or making way.", ("reason",), registry=self.registry
+        )
+
+    def cut(self, reason: str) -> None:
+        """Count a client that was cut off."""
+        self._cut.labels(reason).inc()
 
 
 class Service:
@@ -106,30 +116,53 @@ class Service:
         self.package, self.tasks, self.limits = package, tasks, limits
         self.metrics = Metrics()
         self.pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="predict")
+        self.places = Places(limits.concurrency + limits.queue, self.metrics.cut)
         self._running = asyncio.Semaphore(limits.concurrency)
-        self._places = limits.concurrency + limits.queue
+        self._bodies, self._answers = Budget(BODIES_BYTES), Budget(ANSWERS_BYTES)
 
     async def predict(self, request: Request, task: str, answer: "Answer") -> Response:
-        """Answer one request, or raise HTTPException."""
+        """Answer one request, or raise HTTPException. The place it takes goes to `request.state.held`."""
         if task not in self.tasks:
             raise HTTPException(404, f"no task {task!r}: this service has {', '.join(self.tasks)}")
-        if not self._places:
-            self.metrics.rejected.inc()
-            message = f"{self.limits.concurrency + self.limits.queue} requests are in hand already: try again later"
-            raise HTTPException(503, message, {"Retry-After": str(RETRY_S)})
-        self._places -= 1
+        expected = expected_bytes(request, self.limits.max_bytes)
+        place = self.places.take()
+        if place is None:
+            raise self._busy(f"{self.limits.concurrency + self.limits.queue} requests are in hand already")
+        request.state.held.take(place)
         try:
+            give_back = await asyncio.wait_for(place.reserve(self._bodies, expected, "body"), BODY_S)
+        except asyncio.TimeoutError:
+            raise self._busy("too many large images are coming") from None
+        data = await self._receive(request, place)
+        async with self._running:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            loop = asyncio.get_running_loop()
+            response = await loop.run_in_executor(self.pool, self._work, data, task, answer)
+            del data
+            give_back()
+            # The next prediction begins when this answer has a place to wait in.
+            await place.reserve(self._answers, len(response.body), "answer")
+            return response
+
+    def _busy(self, why: str) -> HTTPException:
+        self.metrics.rejected.inc()
+        return HTTPException(503, f"{why}: try again later", {"Retry-After": str(RETRY_S)})
+
+    async def _receive(self, request: Request, place: Place) -> bytes:
+        """Return the image, or raise HTTPException if it does not come in time."""
+        reading: asyncio.Task[bytes] | None = None
+        with place.transfer("body", lambda: reading and reading.cancel()) as transfer:
+            reading = asyncio.ensure_future(read_image_bytes(request, self.limits.max_bytes, transfer.move))
             try:
-                data = await asyncio.wait_for(read_image_bytes(request, self.limits.max_bytes), BODY_S)
+                return await asyncio.wait_for(reading, BODY_S)
             except asyncio.TimeoutError:
-                raise HTTPException(408, f"the image did not arrive within {BODY_S:.0f} s: send it again") from None
-            async with self._running:
-                if await request.is_disconnected():
-                    raise ClientDisconnect
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self.pool, self._work, data, task, answer)
-        finally:
-            self._places += 1
+                late = f"the image did not arrive within {BODY_S:.0f} s: send it again"
+            except asyncio.CancelledError:
+                if not transfer.stopped:
+                    raise
+                late = "the image came too slowly: send it again"
+            raise HTTPException(408, late, {"Connection": "close"})
 
     def _work(self, data: bytes, task: str, answer: "Answer") -> Response:
         """Decode, predict and encode: what takes time, in a thread."""
@@ -149,6 +182,8 @@ class Service:
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         elapsed = time.perf_counter() - start
+        if prediction.dtype.kind == "f" and not np.isfinite(prediction).all():
+            raise HTTPException(500, f"the prediction of {task} for this image is not finite: nothing of it can be used")
         manifest = self.package.manifest
         if answer.format is Format.NPY:
             return Response(_npy(prediction), media_type="application/octet-stream")
@@ -192,10 +227,10 @@ def _png(picture: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def _npy(prediction: NDArray[Any]) -> bytes:
+def _npy(prediction: NDArray[Any]) -> memoryview:
     file = io.BytesIO()
     np.save(file, prediction)
-    return file.getvalue()
+    return file.getbuffer()  # not a copy of it
 
 
 def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -213,80 +248,38 @@ def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> d
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- bodies
-
-
-class _TooLarge(Exception):  # noqa: N818 (becomes an HTTPException)
-    pass
-
-
-async def read_image_bytes(request: Request, max_bytes: int) -> bytes:
-    """Return the image of a request: its body, or its form's field `image`.
-
-    Raises HTTPException: 413 as soon as more than `max_bytes` are announced or have come, 415 for another kind of body,
-    400 for a form that is damaged or lacks the field, or an empty image.
-    """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    form = kind == "multipart/form-data"
-    if not form and kind not in ("", "application/octet-stream") and not kind.startswith("image/"):
-        raise HTTPException(
-            415, f"the body is {kind}: send an image with Content-Type image/..., or a form with a field image"
-        )
-    limit = max_bytes + (_FORM_EXTRA if form else 0)
-    too_large = f"the image has more than the {max_bytes} bytes allowed: send a smaller one"
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise HTTPException(413, too_large)
-    limited = Request(request.scope, _limited(request.receive, limit))
-    try:
-        data = await (_form_field(limited) if form else _body(limited))
-    except _TooLarge:
-        raise HTTPException(413, too_large) from None
-    if len(data) > max_bytes:
-        raise HTTPException(413, too_large)
-    if not data:
-        raise HTTPException(400, "the image is empty: send one as the request's body or as the form's field image")
-    return data
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Wrap `receive` to raise _TooLarge once more than `limit` bytes of the body have come."""
-    received = 0
-
-    async def counted() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _TooLarge
-        return message
-
-    return counted
-
-
-async def _body(request: Request) -> bytes:
-    return b"".join([chunk async for chunk in request.stream()])
-
-
-async def _form_field(request: Request) -> bytes:
-    """Return the form's field `image`; starlette keeps a large one in a temporary file until it is read."""
-    try:
-        async with request.form(max_files=1, max_fields=8) as form:
-            field = form.get("image")
-            if not isinstance(field, UploadFile):
-                raise HTTPException(400, "the form has no file in its field image: send one")
-            return await field.read()
-    except StarletteHTTPException as error:
-        raise HTTPException(400, f"the form cannot be read: {error.detail}") from None
-    except FormParserError as error:
-        raise HTTPException(400, f"the form cannot be read: {error}") from None
-
-
 # ------------------------------------------------------------------------------------------------------------- app
 
 
+class _Held:
+    """The place of one request, once it has one, and the connection that the request came on."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.place: Place | None = None
+
+    def take(self, place: Place) -> None:
+        """Hold a place until `release`."""
+        self.place = place
+        if self.connection:
+            self.connection.held = True
+
+    def release(self) -> None:
+        """Release what is held."""
+        if self.place:
+            self.place.release()
+        if self.connection:
+            self.connection.held = False
+
+    def cut(self) -> None:
+        """Drop the client."""
+        if self.connection:
+            self.connection.cut()
+
+
 class _Measured:
-    """ASGI middleware: counts and times the requests to /predict/..., whatever answers them."""
+    """ASGI middleware of the requests to /predict/...: counts and times them, whatever answers them, hands answers on
+    in pieces, as they are taken, and releases the request's place when the last one is."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -298,24 +291,39 @@ class _Measured:
         name = scope["path"].removeprefix("/predict/")
         task = name if name in self.service.tasks else "unknown"  # strangers do not choose the names of series
         status = 500
+        state = scope.setdefault("state", {})
+        held = state["held"] = _Held(state.get("connection"))
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            if message["type"] != "http.response.body" or held.place is None:
+                await send(message)
+                return
+            body, more = memoryview(message.get("body", b"")), message.get("more_body", False)
+            with held.place.transfer("answer", held.cut) as transfer:
+                for start in range(0, max(1, len(body)), PIECE_BYTES):
+                    piece = body[start : start + PIECE_BYTES]
+                    last = start + PIECE_BYTES >= len(body)
+                    await send({"type": "http.response.body", "body": bytes(piece), "more_body": more or not last})
+                    transfer.move(len(piece))
 
         metrics, start = self.service.metrics, time.perf_counter()
         try:
             with metrics.in_flight.track_inprogress():
                 await self.app(scope, receive, noted)
         finally:
+            held.release()
             metrics.requests.labels(task, str(status)).inc()
             metrics.seconds.labels(task).observe(time.perf_counter() - start)
 
 
-def create_app(package: Package, tasks: list[str], limits: Limits) -> FastAPI:
-    """Return the ASGI application. Raises InputError for a task that the package lacks."""
+def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts | None = None) -> FastAPI:
+    """Return the ASGI application. `hosts`: those it answers for (default: any).
+
+    Raises InputError for a task that the package lacks.
+    """
     for task in tasks:
         package.entry(task)
     service = Service(package, tasks, limits)
@@ -327,7 +335,9 @@ def create_app(package: Package, tasks: list[str], limits: Limits) -> FastAPI:
 
     # No docs_url: FastAPI's page loads its scripts from elsewhere. /openapi.json is there.
     app = FastAPI(title="m3vit", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(_Measured, service=service)
+    app.state.metrics = service.metrics
+    app.add_middleware(HostsOnly, hosts=hosts or Hosts([ANY]))
+    app.add_middleware(_Measured, service=service)  # the outermost: it counts refusals too
     app.add_exception_handler(StarletteHTTPException, _refusal)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _defect)
@@ -419,22 +429,26 @@ def serve(
     tasks: list[str] | None = None,
     loading: Mapping[str, Any] | None = None,
     limits: Limits = Limits(),
+    allowed_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve a package until SIGINT or SIGTERM; requests in flight are then answered first.
 
-    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `say` gets a line with the address as soon
-    as requests are taken. Raises InputError for a bad package or task, and an address that cannot be had.
+    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `allowed_hosts`: see `Hosts`. `say` gets a line
+    with the address as soon as requests are taken. Raises InputError for a bad package or task, an address that cannot
+    be had, and fewer files than the limits need.
     """
     give_memory_back()
     package = Package.load(package_dir, **(loading or {}))
     tasks = list(dict.fromkeys(tasks or package.tasks))
-    app = create_app(package, tasks, limits)
     warm_up(package, tasks)
     listening = listen(host, port)
+    bound = listening.getsockname()
+    app = create_app(package, tasks, limits, Hosts.of(host, bound[0], allowed_hosts))
+    crowd = Crowd(most_connections(limits.concurrency + limits.queue), app.state.metrics.cut)
     config = uvicorn.Config(
         app,
-        http="h11",
+        loop="asyncio",
         ws="none",
         log_level="error",  # defects; what strangers send is in the metrics
         access_log=False,
@@ -442,7 +456,7 @@ def serve(
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every damaged form
-    server = uvicorn.Server(config)
+    server = LimitedServer(config, crowd)
 
     def stop(_: int, __: FrameType | None) -> None:
         server.should_exit = True
@@ -451,7 +465,6 @@ def serve(
     # asked to stop is not a failure, and the exit code is 0.
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, stop)
-    bound = listening.getsockname()
     shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
     say(f"serving {', '.join(tasks)} on http://{shown}:{bound[1]}/ (Ctrl-C stops)")
     with listening:
@@ -463,15 +476,3 @@ def warm_up(package: Package, tasks: list[str]) -> None:
     height, width = package.manifest["image"]["train_size"]
     for task in tasks:
         package.predict(np.zeros((height, width, 3), np.uint8), task, resize=True)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, or raise InputError."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        # Of a name that is unknown, the number means something else.
-        known = error.errno and not isinstance(error, socket.gaierror)
-        reason = os.strerror(error.errno).lower() if known else error.strerror or str(error)  # type: ignore[arg-type]
-        raise InputError(f"cannot listen on {host} port {port}: {reason}; give another --port or --host") from error

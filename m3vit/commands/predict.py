@@ -173,6 +173,18 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def host_pattern(text: str) -> str:
+    """Parse a host's name as `Hosts` takes it."""
+    from m3vit.export.hosts import is_host_pattern
+
+    if not is_host_pattern(text.lower()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a host's name without scheme or port, such as vision.example.org, *.example.org for all "
+            "below one, or * for any"
+        )
+    return text
+
+
 def add_serve(parser: argparse.ArgumentParser) -> None:
     from m3vit.export.images import WEB_BYTES, WEB_PIXELS
 
@@ -185,6 +197,15 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--port", type=port_number, default=8000, metavar="N", help="TCP port; 0 takes a free one (default: 8000)"
+    )
+    parser.add_argument(
+        "--allowed-hosts",
+        type=host_pattern,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names that this service has besides localhost, this machine's and --host, such as its proxy's; *.NAME "
+        "for all below one, * for any; requests for others are refused (against DNS rebinding)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to serve (default: all of the package)")
     parser.add_argument(
@@ -236,6 +257,7 @@ def run_serve(args: argparse.Namespace) -> None:
         tasks=args.tasks,
         loading=loading(args, args.threads or max(1, usable_cores() // args.concurrency)),
         limits=Limits(args.max_bytes, args.max_pixels, args.concurrency, args.queue),
+        allowed_hosts=args.allowed_hosts,
         say=say,
     )
 
