@@ -30,7 +30,8 @@ def main() -> None:
             return {"edge": torch.stack([torch.from_numpy(one).float()[None] for one in maps])}
 
         found = evaluate(split, Predictor("labels", ("edge",), layout, size, labels)).scores()["edge"]
-        print(f"{root}: {release}, {len(split)} images: odsF {found['odsF']:.1f}, odsF_nms {found['odsF_nms']:.1f}")
+        figures = ", ".join(f"{name} {value:.1f}" for name, value in found.items() if name.startswith("odsF"))
+        print(f"{root}: {release}, {len(split)} images: {figures}")
 
 
 if __name__ == "__main__":

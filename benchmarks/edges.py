@@ -1,6 +1,6 @@
 """Time the edge scores at NYUD-v2's size, against exact minimum-cost assignment by scipy in the same run.
 
-    python benchmarks/edges.py [--images 8] [--processes 2] [--no-nms] [--json]
+    python benchmarks/edges.py [--images 8] [--processes 2] [--reader read_one_png] [--json]
 
 The predictions are made up: wandering, blurred outlines with gaps, as many false ones, noise, and the high
 probabilities of a network trained with a positive weight of 0.95 (about 19 % of the pixels exceed 0.3).
@@ -12,6 +12,7 @@ import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,14 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
 from m3vit.data.thinning import segmentation_boundaries
-from m3vit.evaluation.edges import THRESHOLDS, edge_counts, nms, ois_counts, summarise, thin
+from m3vit.evaluation.edge_readers import HEADLINE, READERS, Reader
+from m3vit.evaluation.edges import ois_counts, reader_counts, summarise, thin
 
 HEIGHT, WIDTH = 425, 560
 MAX_DIST = 0.011
 NYUD_IMAGES = 654  # of the test split
-COMPARED = THRESHOLDS[4::19]  # 5 of the 99: the alternative is slow
+COMPARED = slice(4, None, 19)  # of the thresholds, 5 or 6: the alternative is slow
+BY_NAME = {reader.name: reader for readers in READERS.values() for reader in readers}
 
 
 def make_image(seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -52,11 +55,11 @@ def make_image(seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     return (1 / (1 + np.exp(-logit))).astype(np.float32), truth
 
 
-def counts_of(seed: int, apply_nms: bool) -> tuple[float, float, NDArray[np.int64]]:
+def counts_of(seed: int, name: str) -> tuple[float, float, NDArray[np.int64]]:
     """Return an image's seconds on the clock, those of the processor, and its counts."""
     probability, truth = make_image(seed)
     clock, cpu = time.perf_counter(), time.process_time()
-    counts = edge_counts(probability, truth, MAX_DIST, apply_nms=apply_nms)
+    counts = reader_counts(BY_NAME[name], probability, truth, MAX_DIST)
     return time.perf_counter() - clock, time.process_time() - cpu, counts
 
 
@@ -73,19 +76,19 @@ def assigned(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], distance_px
     return int((min_weight_full_bipartite_matching(graph)[1] < len(t)).sum())
 
 
-def alternative(seed: int, apply_nms: bool) -> tuple[float, bool]:
-    """Return an image's seconds by assignment, extrapolated to 99 thresholds, and whether the counts agree."""
+def alternative(seed: int, reader: Reader) -> tuple[float, bool]:
+    """Return an image's seconds by assignment, extrapolated to all thresholds, and whether the counts agree."""
     probability, truth = make_image(seed)
-    expected = edge_counts(probability, truth, MAX_DIST, COMPARED, apply_nms)
+    few = replace(reader, thresholds=reader.thresholds[COMPARED])
+    expected = reader_counts(few, probability, truth, MAX_DIST)
     start = time.perf_counter()
-    ridges = nms(probability) if apply_nms else probability
-    grey = np.floor(255 * ridges.astype(float) + 0.5)
+    passed = few.levels(np.floor(255 * probability.astype(float) + 0.5).astype(np.uint8))
     once = time.perf_counter() - start
     distance_px = MAX_DIST * math.hypot(HEIGHT, WIDTH)
     start = time.perf_counter()
-    sizes = [assigned(thin(grey / 255 > threshold), truth, distance_px) for threshold in COMPARED]
-    each = (time.perf_counter() - start) / len(COMPARED)
-    return once + len(THRESHOLDS) * each, sizes == expected[:, 0].tolist()
+    sizes = [assigned(thin(passed > rank), truth, distance_px) for rank in range(len(few.thresholds))]
+    each = (time.perf_counter() - start) / len(few.thresholds)
+    return once + len(reader.thresholds) * each, sizes == expected[:, 0].tolist()
 
 
 def main() -> None:
@@ -94,25 +97,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="images timed by this project (default 8)")
     parser.add_argument("--alternative-images", type=int, default=2, help="of these, by assignment too (default 2)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--no-nms", action="store_true", help="threshold the map as it is")
+    parser.add_argument("--reader", choices=BY_NAME, default=HEADLINE.name, help="of the map (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if min(args.images, args.processes) < 1 or not 1 <= args.alternative_images <= args.images:
         parser.error("--images and --processes: 1 or more; --alternative-images: 1 .. --images")
-    apply_nms = not args.no_nms
+    reader = BY_NAME[args.reader]
 
     # Time inside the processes, which run side by side: making the images is not part of it.
     with ProcessPoolExecutor(args.processes) as pool:
-        timed = list(pool.map(counts_of, range(args.images), [apply_nms] * args.images))
+        timed = list(pool.map(counts_of, range(args.images), [reader.name] * args.images))
     seconds, cpu_seconds = (float(np.mean(values)) for values in list(zip(*timed, strict=True))[:2])
     counts = np.array([count for _, _, count in timed])
-    alone = float(np.mean([counts_of(seed, apply_nms)[0] for seed in range(args.alternative_images)]))
-    slow = [alternative(seed, apply_nms) for seed in range(args.alternative_images)]
+    alone = float(np.mean([counts_of(seed, reader.name)[0] for seed in range(args.alternative_images)]))
+    slow = [alternative(seed, reader) for seed in range(args.alternative_images)]
     assignment_seconds = float(np.mean([second for second, _ in slow]))
     result = {
         "size": [HEIGHT, WIDTH],
-        "nms": apply_nms,
-        "thresholds": len(THRESHOLDS),
+        "reader": reader.name,
+        "thresholds": len(reader.thresholds),
         "images": args.images,
         "processes": args.processes,
         "seconds_per_image": seconds,
@@ -120,18 +123,20 @@ def main() -> None:
         "images_per_second": args.processes / seconds,
         "nyud_images": NYUD_IMAGES,
         "nyud_minutes": NYUD_IMAGES * seconds / args.processes / 60,
-        "alternative": f"scipy min_weight_full_bipartite_matching per threshold ({len(COMPARED)} of 99 timed)",
+        "alternative": "scipy min_weight_full_bipartite_matching per threshold (every 19th timed)",
         "alternative_images": args.alternative_images,
         "alternative_seconds_per_image": assignment_seconds,
         "ratio_one_process": assignment_seconds / alone,
         "counts_agree": all(agree for _, agree in slow),
-        "scores": summarise(counts.sum(axis=0), np.sum([ois_counts(count) for count in counts], axis=0)),
+        "scores": summarise(
+            counts.sum(axis=0), np.sum([ois_counts(count) for count in counts], axis=0), reader.thresholds
+        ),
     }
     if args.json:
         print(json.dumps(result, indent=1))
         return
     print(f"{seconds:.2f} s an image of {HEIGHT} x {WIDTH} ({cpu_seconds:.2f} s of the processor),", end=" ")
-    print(f"99 thresholds, {'with' if apply_nms else 'without'} NMS")
+    print(f"{len(reader.thresholds)} thresholds, {reader.name}")
     print(f"{result['images_per_second']:.1f} images/s on {args.processes} processes:", end=" ")
     print(f"{NYUD_IMAGES} images in {result['nyud_minutes']:.1f} min")
     print(f"{result['alternative']}: {assignment_seconds:.1f} s an image,", end=" ")

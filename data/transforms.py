@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -108,11 +109,20 @@ def image_tensor(image: NDArray[np.uint8]) -> Tensor:
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int], cubic: bool = False) -> NDArray[np.uint8]:
-    """Resize RGB uint8 [H, W, 3]: bilinear and antialiased, or `cubic` without antialiasing (as OpenCV's)."""
+    """Resize RGB uint8 [H, W, 3]: bilinear, antialiased and rounded, or `cubic`.
+
+    `cubic` is what the published code of protocol A feeds: OpenCV's INTER_CUBIC on float32, not antialiased, clipped to
+    0..255, then truncated.
+    """
     if image.shape[:2] == tuple(size):
         return image
-    mode = tv.InterpolationMode.BICUBIC if cubic else tv.InterpolationMode.BILINEAR
-    resized = tv.resize(image_tensor(image), list(size), interpolation=mode, antialias=not cubic)
+    pixels = image_tensor(image)
+    if cubic:
+        exact = F.interpolate(pixels[None].double(), size=tuple(size), mode="bicubic", align_corners=False)[0]
+        # A flat area must not lose a level to the last bit of the weights.
+        resized = (exact + 1e-6).clamp(0, 255).to(torch.uint8)
+    else:
+        resized = tv.resize(pixels, list(size), interpolation=tv.InterpolationMode.BILINEAR, antialias=True)
     return resized.permute(1, 2, 0).contiguous().numpy()
 
 

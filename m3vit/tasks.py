@@ -68,12 +68,14 @@ class LabelSet:
     """What one data set labels: its tasks, the class names of those with classes, and how its edges are scored.
 
     `edge_max_dist` is the largest distance of matching edge pixels, as a share of the image diagonal (odsF).
+    `normals_y_down` says that the files' normals have y down, and are turned up on reading.
     """
 
     name: str
     tasks: tuple[str, ...]
     classes: dict[str, tuple[str, ...]]
     edge_max_dist: float
+    normals_y_down: bool = False
 
     def channels(self, task: str) -> int:
         """Return the number of outputs of a task."""
@@ -88,6 +90,7 @@ LABEL_SETS: dict[str, LabelSet] = {
         ("semseg", "human_parts", "saliency", "normals", "edge"),
         {"semseg": VOC_CLASSES, "human_parts": PART_CLASSES},
         0.0075,
+        normals_y_down=True,
     ),
 }
 

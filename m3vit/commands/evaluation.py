@@ -118,7 +118,9 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     caption += "".join(f"\n{note}" for note in comparison["notes"])
     caption += f"\ndata: {comparison['origin']}" if comparison["origin"] else ""
     if comparison["baseline"]:
-        caption += f"\ndelta_m over {comparison['baseline']['name']} ({comparison['baseline']['source']})"
+        baseline = comparison["baseline"]
+        metrics = ", ".join(f"{task} {metric}" for task, metric in baseline["metrics"].items())
+        caption += f"\ndelta_m over {baseline['name']} ({baseline['source']}), of {metrics}"
     table = Table("task", "metric", caption=caption)
     for row in rows:
         table.add_column(row["name"], justify="right")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation
-from m3vit.evaluation.gain import BASELINES, Baseline, delta_m
+from m3vit.evaluation.gain import BASELINES, Baseline, delta_m, published_metric
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.scoring import read, read_evaluation
 from m3vit.files import sha256_file
@@ -86,9 +86,8 @@ def find_baseline(name: str, protocol: str, label_set: str, first: tuple[Path, d
         result, evaluation = read_current(folder, protocol)
         check_same_images(first, (folder, result, evaluation))
         column = result["predictor"]
-        figures = {
-            task: (TASKS[task].metric, scores[column][TASKS[task].metric]) for task, scores in result["tasks"].items()
-        }
+        metrics = {task: published_metric(task, protocol) for task in result["tasks"]}
+        figures = {task: (metric, result["tasks"][task][column][metric]) for task, metric in metrics.items()}
         baseline = Baseline(name, result["label_set"], protocol, f"m3vit eval {name}", figures)
     if (baseline.protocol, baseline.label_set) != (protocol, label_set):
         raise InputError(
@@ -150,7 +149,12 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
         "resamples": RESAMPLES,
         "origin": results[0].get("origin"),
         "notes": notes,
-        "baseline": reference and {"name": reference.name, "source": reference.source},
+        "baseline": reference
+        and {
+            "name": reference.name,
+            "source": reference.source,
+            "metrics": {task: metric for task, (metric, _) in reference.figures.items()},
+        },
         "rows": rows,
     }
 

@@ -1,14 +1,14 @@
-"""odsF, oisF and AP of edge maps as BSDS500 and seism define them, without MATLAB.
+"""odsF, oisF and AP of edge maps as seism defines them, without MATLAB.
 
-Read from the released tools (seism, Piotr Dollar's edges toolbox and HED's evaluation, the BSDS500 benchmark):
-non-maximum suppression of the probability -> 8-bit -> threshold (strict) -> thinning -> one-to-one matching with
-the truth within a fraction of the image diagonal; counts are summed over images before F is taken. The seism
-wrappers of the multi-task papers do not suppress by themselves: they read whatever map the user stored.
+A map as stored (8 bits) -> a published reader's boundaries at each threshold (m3vit.evaluation.edge_readers) ->
+thinning -> one-to-one matching with the truth within a fraction of the image diagonal; counts are summed over images
+before F is taken. Read from the released tools: seism's src/measures/eval_cont.m, src/piotr_edges/edgesEvalImg.m and
+src/scripts/{gather_measure,general_ods,general_ois,general_ap}.m; all versions of the readers go through these.
 
 Not used: pyEdgeEval 0.2.8 compiles the original C++ matcher on installation (Linux, Cython, OpenCV) and takes about
 a second a threshold at 425 x 560; edgeval 0.1.1 needs CUDA and ships prebuilt binaries.
 
-An image's statistic are its counts (`edge_counts`), pure and picklable: compute them in any process, add them up,
+An image's statistic are its counts (`reader_counts`), pure and picklable: compute them in any process, add them up,
 resample them. H, W rows and columns; T thresholds.
 """
 
@@ -16,61 +16,26 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from m3vit.evaluation.edge_readers import SEISM_THRESHOLDS, THRESHOLDS, Floats, Reader, as_stored, nms, suppressed
 from m3vit.evaluation.matching import MAX_MAPS, Words, matching_sizes
 
+__all__ = [
+    "SEISM_THRESHOLDS",
+    "THRESHOLDS",
+    "edge_counts",
+    "match_count",
+    "nms",
+    "ois_counts",
+    "reader_counts",
+    "summarise",
+    "thin",
+]
+
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.floating]
 Counts = NDArray[np.int64]
 
-THRESHOLDS: tuple[float, ...] = tuple(i / 100 for i in range(1, 100))  # as the papers say
-SEISM_THRESHOLDS: tuple[float, ...] = (0.001, *THRESHOLDS, 0.999)  # seism's parameter list HED.txt: 101
-
-_FADE_PX = 5  # responses this close to the border are scaled down: the tools' s
-_STRONGER = 1.01  # a pixel survives a neighbour up to this much stronger: the tools' m
 _BLOCK = 1 << 14  # pixels thinned in one numpy call: the operands stay in the cache
-
-
-def nms(probability: Floats) -> Floats:
-    """Suppress what is not a ridge of the edge map: float32 [H, W] of float32/64 [H, W] in 0..1.
-
-    Smoothed by a triangle of radius 1, then compared at distance 1 across the edge (HED: convTri(E, 1) and Dollar's
-    edgesNmsMex(E, O, 1, 5, 1.01)). The orientation is the tools' formula with its flaw: on an exactly horizontal
-    ridge the mixed derivative is 0, O is 0 instead of pi/2, and nothing is suppressed.
-    """
-    _check_map("probability", probability)
-    height, width = probability.shape
-    if min(height, width) < 2:
-        raise ValueError(f"probability {probability.shape}: at least 2 x 2 pixels")
-    E = _triangle(np.asarray(probability, np.float32), [1, 2, 1])
-    dy, dx = np.gradient(_triangle(E, [1, 2, 3, 4, 5, 4, 3, 2, 1]))
-    dxx = np.gradient(dx, axis=1)
-    dyy, dxy = np.gradient(dy)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        angle = np.nan_to_num(np.arctan(dyy * np.sign(-dxy) / (dxx + np.float32(1e-5)))) % np.float32(np.pi)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    flat, result = E.ravel(), E.copy()
-    for side in (-1, 1):
-        xs = np.clip(x + side * np.cos(angle), 0, width - 1.001)
-        ys = np.clip(y + side * np.sin(angle), 0, height - 1.001)
-        column, line = xs.astype(np.intp), ys.astype(np.intp)
-        right, below, at = xs - column, ys - line, line * width + column
-        above = flat[at] * (1 - right) + flat[at + 1] * right
-        under = flat[at + width] * (1 - right) + flat[at + width + 1] * right
-        result[E * np.float32(_STRONGER) < above * (1 - below) + under * below] = 0
-    fade = min(_FADE_PX, height // 2, width // 2)
-    for size, shape in ((height, (-1, 1)), (width, (1, -1))):
-        position = np.arange(size)
-        border = np.minimum(position, size - 1 - position)
-        result *= np.minimum(border / fade, 1).astype(np.float32).reshape(shape)
-    return result
-
-
-def _triangle(image: Floats, weights: Sequence[int]) -> Floats:
-    """Smooth along both axes, mirrored at the border (Dollar's convTri)."""
-    kernel = np.divide(weights, sum(weights))
-    return ndimage.correlate1d(ndimage.correlate1d(image, kernel, axis=0, mode="reflect"), kernel, 1, mode="reflect")
 
 
 def thin(mask: Bools) -> Bools:
@@ -135,6 +100,43 @@ def match_count(predicted: Bools, truth: Bools, max_distance_px: float) -> int:
     return int(matching_sizes(words, np.asarray(truth, bool), max_distance_px, 1)[0])
 
 
+def reader_counts(reader: Reader, probability: Floats, truth: Bools, max_dist: float) -> Counts:
+    """Return an image's counts int64 [T, 3] by a published reader: matched, predicted and true edge pixels.
+
+    `probability` and `truth` are [H, W], of the same size; the reader gets the map stored with 8 bits (rounded).
+    `max_dist` is in fractions of the image diagonal (0.0075 for PASCAL-Context, 0.011 for NYUD-v2); `truth` is matched
+    as it is, thin or not.
+    """
+    _check_pair(probability, truth)
+    limits = np.asarray(reader.thresholds, np.float64)
+    if limits.ndim != 1 or not len(limits) or not np.all((limits >= 0) & (limits <= 1)):
+        raise ValueError(f"thresholds {reader.thresholds}: a list of numbers in 0..1")
+    if not max_dist >= 0:
+        raise ValueError(f"max_dist {max_dist}: a fraction of the image diagonal, 0 or more")
+    if not np.all((probability >= 0) & (probability <= 1)):
+        raise ValueError(f"probability in {np.min(probability)}..{np.max(probability)}: must be in 0..1")
+    passed = reader.levels(np.floor(255 * np.asarray(probability, np.float64) + 0.5).astype(np.uint8))
+    true = np.asarray(truth, bool)
+    max_distance_px = max_dist * float(np.hypot(*true.shape))
+
+    # Thresholds between the same two levels that occur give the same map: one map per lowest level in it.
+    present = np.flatnonzero(np.bincount(passed.ravel(), minlength=len(limits) + 1))
+    rank = np.argsort(np.argsort(limits, kind="stable"), kind="stable")  # a pixel passes it at a level above its rank
+    position = np.searchsorted(present, rank, side="right")
+    occurring = np.unique(position[position < len(present)])
+    by_map = np.zeros((len(present) + 1, 2), np.int64)  # matched, predicted; the last one is the empty map
+    for start in range(0, len(occurring), MAX_MAPS):
+        maps = occurring[start : start + MAX_MAPS]
+        in_map = np.arange(len(limits) + 1)[:, None] >= present[maps]
+        table = (in_map.astype(np.uint64) << np.arange(len(maps), dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
+        thinned = _thin_words(table[passed])
+        pixels = thinned[thinned != 0]
+        by_map[maps, 0] = matching_sizes(thinned, true, max_distance_px, len(maps))
+        by_map[maps, 1] = [np.count_nonzero(pixels & np.uint64(1 << k)) for k in range(len(maps))]
+    true_pixels = np.full(len(limits), np.count_nonzero(true))
+    return np.column_stack([by_map[position], true_pixels]).astype(np.int64)
+
+
 def edge_counts(
     probability: Floats,
     truth: Bools,
@@ -142,40 +144,9 @@ def edge_counts(
     thresholds: Sequence[float] = THRESHOLDS,
     apply_nms: bool = True,
 ) -> Counts:
-    """Return an image's counts int64 [T, 3]: matched, predicted and true edge pixels at every threshold.
-
-    `probability` and `truth` are [H, W], of the same size; `max_dist` is in fractions of the image diagonal (0.0075
-    for PASCAL-Context, 0.011 for NYUD-v2); `truth` is matched as it is, thin or not.
-    """
-    _check_pair(probability, truth)
-    limits = np.asarray(thresholds, np.float64)
-    if limits.ndim != 1 or not len(limits) or not np.all((limits >= 0) & (limits <= 1)):
-        raise ValueError(f"thresholds {thresholds}: a list of numbers in 0..1")
-    if not max_dist >= 0:
-        raise ValueError(f"max_dist {max_dist}: a fraction of the image diagonal, 0 or more")
-    if not np.all((probability >= 0) & (probability <= 1)):
-        raise ValueError(f"probability in {np.min(probability)}..{np.max(probability)}: must be in 0..1")
-    ridges = nms(probability) if apply_nms else probability
-    grey = np.floor(255 * np.asarray(ridges, np.float64) + 0.5).astype(np.uint8)  # the tools store a png
-    true = np.asarray(truth, bool)
-    max_distance_px = max_dist * float(np.hypot(*true.shape))
-
-    # Thresholds between the same two grey values that occur give the same map: one map per lowest grey value in it.
-    lowest = (np.arange(256)[:, None] / 255 <= limits).sum(axis=0)  # 256: nothing exceeds the threshold
-    present = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
-    position = np.searchsorted(present, lowest)
-    occurring = np.unique(position[position < len(present)])
-    by_map = np.zeros((len(present) + 1, 2), np.int64)  # matched, predicted; the last one is the empty map
-    for start in range(0, len(occurring), MAX_MAPS):
-        maps = occurring[start : start + MAX_MAPS]
-        in_map = np.arange(256)[:, None] >= present[maps]
-        table = (in_map.astype(np.uint64) << np.arange(len(maps), dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
-        thinned = _thin_words(table[grey])
-        pixels = thinned[thinned != 0]
-        by_map[maps, 0] = matching_sizes(thinned, true, max_distance_px, len(maps))
-        by_map[maps, 1] = [np.count_nonzero(pixels & np.uint64(1 << k)) for k in range(len(maps))]
-    true_pixels = np.full(len(limits), np.count_nonzero(true))
-    return np.column_stack([by_map[position], true_pixels]).astype(np.int64)
+    """Return `reader_counts` at any thresholds, exceeded: of the map suppressed as by seism's reader, or as stored."""
+    reader = Reader("", tuple(thresholds), True, suppressed if apply_nms else as_stored)
+    return reader_counts(reader, probability, truth, max_dist)
 
 
 def ois_counts(counts: Counts) -> Counts:
@@ -187,11 +158,12 @@ def ois_counts(counts: Counts) -> Counts:
 def summarise(total_counts: NDArray, ois_totals: NDArray, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, float]:
     """Return {"odsF", "oisF", "AP" (percent), "threshold"} of counts summed over images.
 
-    `total_counts` [T, 3] are sums of `edge_counts`, `ois_totals` [3] those of `ois_counts`. odsF is the best F over
-    the thresholds and `threshold` where (seism; BSDS500 interpolates between thresholds). AP is BSDS500's: 0.01
-    times the sum of the precision interpolated at recalls 0, 0.01 .. 1, and 0 outside the recalls reached. Of equal
-    recalls the lowest threshold counts (MATLAB's unique since R2013a). Mind that AP thus may reach 101, and that
-    it is 0 with a single recall, for perfect predictions of probability 1 too.
+    `total_counts` [T, 3] are sums of `edge_counts`, `ois_totals` [3] those of `ois_counts`. All as in seism: odsF is
+    the best F over the thresholds, not interpolated between them, and `threshold` the lowest that reaches it. AP is
+    0.01 times the sum of the precision interpolated at recalls 0, 0.01 .. 1, and 0 outside the recalls reached; where
+    nothing is predicted the precision is 1 and the recall 0. Of equal recalls the lowest threshold counts (MATLAB's
+    unique since R2013a). Mind that AP thus may reach 101, and that it is 0 with a single recall, for perfect
+    predictions of probability 1 too.
     """
     _check_counts(total_counts)
     best_per_image = np.asarray(ois_totals)
@@ -205,7 +177,7 @@ def summarise(total_counts: NDArray, ois_totals: NDArray, thresholds: Sequence[f
     f_measure = _f_measure(np.asarray(total_counts)[ascending])
     best = int(f_measure.argmax())
     recall, first = np.unique(matched / np.maximum(true, 1), return_index=True)
-    precision = (matched / np.maximum(predicted, 1))[first]
+    precision = np.where(predicted > 0, matched / np.maximum(predicted, 1), 1.0)[first]
     average = 0.0
     if len(recall) > 1:
         average = 0.01 * float(np.interp(np.linspace(0, 1, 101), recall, precision, left=0, right=0).sum())

@@ -113,6 +113,7 @@ def evaluate(
         )
     tasks = predictor.tasks
     meters = {task: make_meter(task, split.label_set, protocol, quick) for task in tasks}
+    y_down = LABEL_SETS[split.label_set].normals_y_down
     chosen = list(range(len(split)) if indices is None else indices)
     result = Evaluation(protocol, split.label_set, [], {}, quick)
     rows: dict[str, list[Statistics]] = {task: [] for task in tasks}
@@ -139,7 +140,8 @@ def evaluate(
                             f"{predictor.name} predicts {task} of image {sample.id} as numbers that are not finite: "
                             "its weights are damaged or training diverged"
                         )
-                    guess = prediction(protocol, task, logits[task][place], image, sample.image.shape[:2])
+                    size = sample.image.shape[:2]
+                    guess = prediction(protocol, task, logits[task][place], image, size, y_down=y_down)
                     if task == "edge" and not quick:
                         edges.submit(index, guess)
                     else:

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.evaluation.edges import THRESHOLDS, edge_counts, ois_counts, summarise
+from m3vit.evaluation.edge_readers import HEADLINE, READERS, THRESHOLDS, Reader
+from m3vit.evaluation.edges import ois_counts, reader_counts, summarise
 from m3vit.tasks import IGNORE, LABEL_SETS, TASKS
 
 Statistics = NDArray[np.float64]
@@ -88,8 +89,8 @@ class DepthMeter:
 class NormalsMeter:
     """Angles between predicted and true normals, over the valid pixels of all images pooled; both protocols.
 
-    The median is read off a histogram with bins of 0.1 degrees, linearly within a bin: it is within 0.1 degrees of the
-    exact one.
+    The median is read off a histogram with bins of 0.1 degrees: the mean of the two middle angles, each placed in its
+    bin by its rank there. So it is within 0.1 degrees of the exact one, however few the pixels.
     """
 
     LIMITS = (11.25, 22.5, 30.0)
@@ -117,12 +118,14 @@ class NormalsMeter:
 
     def _median(self, histogram: NDArray[np.float64]) -> NDArray[np.float64]:
         cumulative = histogram.cumsum(axis=-1)
-        half = cumulative[..., -1:] / 2
-        place = np.minimum((cumulative < half).sum(axis=-1, keepdims=True), self.BINS - 1)
-        inside = np.take_along_axis(histogram, place, axis=-1)
-        before = np.take_along_axis(cumulative, place, axis=-1) - inside
-        median = (place + ratio(half - before, inside)) * (180 / self.BINS)
-        return np.where(cumulative[..., -1] > 0, median[..., 0], np.nan)
+        count = cumulative[..., -1:]
+        middle = np.zeros_like(count)
+        for rank in (np.floor((count - 1) / 2), np.floor(count / 2)):  # from 0; one and the same of an odd number
+            place = np.minimum((cumulative <= rank).sum(axis=-1, keepdims=True), self.BINS - 1)
+            inside = np.take_along_axis(histogram, place, axis=-1)
+            before = np.take_along_axis(cumulative, place, axis=-1) - inside
+            middle += (place + ratio(rank - before + 0.5, inside)) * (180 / self.BINS) / 2
+        return np.where(count > 0, middle, np.nan)[..., 0]
 
 
 def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -202,33 +205,34 @@ def _threshold_counts(
 
 
 class EdgeMeter:
-    """odsF, oisF and AP in percent (BSDS, seism): edges matched one to one within a distance; both protocols.
+    """odsF, oisF and AP in percent (seism): edges matched one to one within a distance.
 
-    Twice: of the map as stored, which is what the released tools of both families give to seism
-    (eval_edge.py of Multi-Task-Learning-PyTorch, eval_edge_*.py of Boundary-Detection-Evaluation-Tools), and,
-    with `_nms` in the name, after non-maximum suppression, as HED and BSDS evaluations have it.
+    Once for each of the published readers of the stored map (m3vit.evaluation.edge_readers), whose name the metrics end
+    in. Those of read_one_cont_png have no ending: it is behind the published figures of both protocols.
     """
 
-    def __init__(self, max_dist: float) -> None:
-        self.max_dist = max_dist
+    def __init__(self, max_dist: float, readers: Sequence[Reader] = (HEADLINE,)) -> None:
+        self.max_dist, self.readers = max_dist, readers
 
     def image(self, prediction: NDArray[np.float32], label: NDArray[np.bool_]) -> Statistics:
-        """Return matched, predicted and true pixels at each threshold and at the image's best: [2 * (3 * 99 + 3)].
+        """Return matched, predicted and true pixels at each threshold and at the image's best, for each reader.
 
-        `label` is the split's `edge_truth`, not the labels trained on.
+        [sum of 3 T + 3], 306 of the headline's reader. `label` is the split's `edge_truth`, not the labels trained on.
         """
         parts = []
-        for apply_nms in (False, True):
-            counts = edge_counts(prediction, label, self.max_dist, apply_nms=apply_nms)
+        for reader in self.readers:
+            counts = reader_counts(reader, prediction, label, self.max_dist)
             parts += [counts.ravel(), ois_counts(counts)]
         return np.concatenate(parts).astype(np.float64)
 
     def compute(self, totals: Statistics) -> Metrics:
-        """Return odsF, oisF, AP (percent) and the threshold of odsF, and the same with `_nms`."""
+        """Return odsF, oisF, AP (percent) and the threshold of odsF, and the same of each further reader."""
         result: Metrics = {}
-        for suffix, part in zip(("", "_nms"), np.split(totals, 2, axis=-1), strict=True):
+        ends = np.cumsum([3 * len(reader.thresholds) + 3 for reader in self.readers])
+        for reader, part in zip(self.readers, np.split(totals, ends[:-1], axis=-1), strict=True):
             rows = part.reshape(-1, part.shape[-1])
-            scores = [summarise(row[:-3].reshape(-1, 3), row[-3:], THRESHOLDS) for row in rows]
+            scores = [summarise(row[:-3].reshape(-1, 3), row[-3:], reader.thresholds) for row in rows]
+            suffix = "" if reader.name == HEADLINE.name else f"_{reader.name}"
             for name in scores[0]:
                 values = np.array([score[name] for score in scores])
                 result[name + suffix] = values.reshape(part.shape[:-1])
@@ -260,5 +264,5 @@ def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) ->
     if task == "saliency":
         return SaliencyMeterA() if protocol == "A" else SaliencyMeterB()
     if task == "edge":
-        return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist)
+        return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist, READERS[protocol])
     return DepthMeter() if task == "depth" else NormalsMeter()

@@ -63,7 +63,8 @@ def network_image(protocol: str, name: str, image: NDArray[np.uint8], size: tupl
     Protocol B raises InputError for an image larger than that: the published code fails there too.
     """
     if protocol == "A":
-        # Bicubic without antialiasing, as OpenCV's INTER_CUBIC; the published code lets overshoot wrap, we clip.
+        # OpenCV's INTER_CUBIC, truncated: FixedResize works on float32, and ToTensor casts to uint8
+        # (data/custom_transforms.py:295 there). Overshoot wraps around there; it is clipped here.
         return NetworkImage(name, resize_image(image, size, cubic=True), slice(0, size[0]), slice(0, size[1]))
     rows, columns = padded_place(image.shape[:2], size)
     if rows.stop > size[0] or columns.stop > size[1]:
@@ -78,12 +79,14 @@ def network_image(protocol: str, name: str, image: NDArray[np.uint8], size: tupl
 
 
 def prediction(
-    protocol: str, task: str, logits: Tensor, place: NetworkImage, label_size: tuple[int, int]
+    protocol: str, task: str, logits: Tensor, place: NetworkImage, label_size: tuple[int, int], *, y_down: bool = False
 ) -> NDArray[np.generic]:
     """Turn one image's logits [C, H, W] (any resolution: resized to H x W first) into a prediction [h, w].
 
     argmax tasks: class ids uint8. depth: metres float32. normals: float32 [h, w, 3], unit length. sigmoid tasks:
-    probability float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact.
+    probability float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact. `y_down` says
+    that the published code stores this data set's normals with y down (LabelSet.normals_y_down): truncation to 8 bits
+    then pulls y up, not down.
     """
     height, width = place.pixels.shape[:2]
     if logits.shape[-2:] != (height, width):
@@ -93,7 +96,8 @@ def prediction(
     if kind == "argmax":
         values = logits.argmax(dim=0, keepdim=True).float()
     elif kind == "unit_vector":
-        values = (F.normalize(logits, dim=0) + 1) * 127.5
+        axes = torch.tensor([1.0, -1.0 if y_down else 1.0, 1.0])[:, None, None]
+        values = (F.normalize(logits * axes, dim=0) + 1) * 127.5
     elif kind == "sigmoid":
         values = 255 * torch.sigmoid(logits)
     else:
@@ -112,5 +116,5 @@ def prediction(
     if stored:  # .astype(np.uint8) in the published code: truncated, not rounded
         values = values.floor()
     if kind == "unit_vector":
-        return F.normalize(values / 127.5 - 1, dim=0).permute(1, 2, 0).contiguous().numpy()
+        return F.normalize((values / 127.5 - 1) * axes, dim=0).permute(1, 2, 0).contiguous().numpy()
     return (values[0] / 255).numpy()

@@ -1,6 +1,6 @@
 """`m3vit eval`: score a run, an ONNX package or an HLS project, and write eval.json into its folder.
 
-eval.json holds {"format": 2, "protocols": {name: result}}, one result for each protocol evaluated under; the
+eval.json holds {"format": 3, "protocols": {name: result}}, one result for each protocol evaluated under; the
 per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`. Both carry digests.
 """
 
@@ -20,7 +20,7 @@ from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, e
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path
 
-FORMAT = 2
+FORMAT = 3  # 2 had other statistics of edges
 Progress = Callable[[int, int, str], None]
 
 

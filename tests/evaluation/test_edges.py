@@ -253,10 +253,9 @@ def test_nms_keeps_the_crest_of_a_vertical_ridge() -> None:
     assert suppressed.dtype == np.float32
     inner = suppressed[5:-5]  # the border fades
     np.testing.assert_array_equal(np.flatnonzero(inner.any(axis=0)), [20])
-    smoothed = (2 * ridge[0, 20] + ridge[0, 19] + ridge[0, 21]) / 4  # the triangle of radius 1
-    np.testing.assert_allclose(inner[:, 20], smoothed, rtol=1e-6)
+    np.testing.assert_array_equal(inner[:, 20], 1)  # as it was: the map itself is not smoothed
     # 0 in the outermost row, then 1/5, 2/5, 3/5, 4/5 and whole from the sixth.
-    np.testing.assert_allclose(suppressed[:6, 20], smoothed * np.arange(6) / 5, rtol=1e-6)
+    np.testing.assert_allclose(suppressed[:6, 20], np.arange(6) / 5, rtol=1e-6)
 
 
 def test_nms_spares_what_is_at_most_a_hundredth_weaker() -> None:
@@ -299,9 +298,10 @@ def test_edge_counts_is_the_plain_way(apply_nms: bool, thresholds: tuple[float, 
     probability, truth = blurry(rng, (40, 48)), thin(blurry(rng, (40, 48)) > 0.6)
     counts = edge_counts(probability, truth, 0.04, thresholds, apply_nms)
     assert counts.shape == (len(thresholds), 3) and counts.dtype == np.int64
-    grey = np.floor(255 * (nms(probability) if apply_nms else probability).astype(float) + 0.5)
+    grey = np.floor(255 * probability.astype(float) + 0.5)  # stored once, before the suppression
+    values = nms((grey / 255).astype(np.float32)).astype(float) if apply_nms else grey / 255
     for threshold, row in zip(thresholds, counts, strict=True):
-        predicted = thin(grey / 255 > threshold)
+        predicted = thin(values > threshold)
         assert row.tolist() == [
             match_count(predicted, truth, 0.04 * math.hypot(40, 48)),
             predicted.sum(),
@@ -346,11 +346,15 @@ def test_ods_and_ois_of_two_images() -> None:
 
 
 def test_of_equal_recalls_the_lowest_threshold_counts() -> None:
-    # Recall 0.5 at precisions 50/200 and 50/50, recall 0 at precision 0: a line from (0, 0) to (0.5, 1/4), 51 points.
+    # Recall 0.5 at precisions 50/200 and 50/50; nothing predicted is recall 0 at precision 1 (seism's
+    # gather_measure.m:78): a line from (0, 1) to (0.5, 1/4), 51 points.
     counts = np.array([[50, 200, 100], [50, 50, 100], [0, 0, 100]])
     result = summarise(counts, counts[1], [0.1, 0.2, 0.3])
-    assert result["AP"] == pytest.approx(100 * 0.01 * 51 * (0 + 1 / 4) / 2)
+    assert result["AP"] == pytest.approx(100 * 0.01 * 51 * (1 + 1 / 4) / 2)
     assert result["odsF"] == pytest.approx(100 * 2 / 3)  # 2*50/(50+100)
+    # Predicted, but nothing of it right: recall 0 at precision 0.
+    counts[2] = 0, 7, 100
+    assert summarise(counts, counts[1], [0.1, 0.2, 0.3])["AP"] == pytest.approx(100 * 0.01 * 51 * (0 + 1 / 4) / 2)
 
 
 def test_a_perfect_prediction_scores_100() -> None:

@@ -53,6 +53,29 @@ def test_trivial_predictor_is_fitted_on_valid_labels() -> None:
     assert scores["edge"]["pixF1"] == pytest.approx(50.0)  # everything an edge: precision 1/3, recall 1
 
 
+def test_a_stores_normals_of_pascal_with_y_down() -> None:
+    """The same upright normals everywhere: what 8 bits cost depends on the axes the files of the data set have."""
+    up = np.array([0, 0.28, 0.96])  # stored y down 0.72 * 127.5 = 91.8, y up 163.2; z 249.9
+
+    class Upright(TwoImages):
+        tasks = ("normals",)
+
+        def load(self, index: int) -> Sample:
+            return Sample(str(index), np.zeros((1, 4, 3), np.uint8), {"normals": np.tile(np.float32(up), (1, 4, 1))})
+
+    errors = {}
+    for label_set, stored in (("pascal", [127, 91, 249]), ("nyud", [127, 163, 249])):
+        split = Upright()
+        split.label_set = label_set  # type: ignore[misc]
+        constant = TrivialPredictor({"normals": up.tolist()}, label_set).predictor((1, 4))
+        errors[label_set] = evaluate(split, constant).scores()["normals"]["mErr"]  # type: ignore[arg-type]
+        axes = np.array([1, -1, 1]) if label_set == "pascal" else 1
+        guess = (np.array(stored) / 127.5 - 1) * axes
+        expected = np.degrees(np.arccos(guess @ up / np.linalg.norm(guess)))
+        assert errors[label_set] == pytest.approx(expected, abs=1e-4)
+    assert errors["pascal"] > errors["nyud"] + 0.1
+
+
 class Noise:
     """Edges of random squares; picklable, for other processes."""
 

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from m3vit.evaluation.edge_readers import READERS
+from m3vit.evaluation.gain import BASELINES
 from m3vit.evaluation.meters import (
     ClassMeter,
     DepthMeter,
@@ -78,6 +80,21 @@ def test_median_is_that_of_all_angles() -> None:
     assert result["median"] == pytest.approx(np.degrees(np.median(angles)), abs=0.05)  # half a bin
 
 
+def test_median_of_few_pixels_is_within_a_tenth_of_a_degree() -> None:
+    rng = np.random.default_rng(1)
+    worst = 0.0
+    for trial in range(300):
+        angles = np.radians(rng.uniform(0, [180, 20, 0.3][trial % 3], 1 + trial % 7))
+        guess = np.stack([np.sin(angles), 0 * angles, np.cos(angles)], axis=-1)[None]
+        result = score(NormalsMeter(), (guess, np.broadcast_to(np.float32([0, 0, 1]), guess.shape)))
+        worst = max(worst, abs(result["median"] - np.degrees(np.median(angles))))
+    assert worst <= 0.1
+    # Two pixels at 0 and 90 degrees: 45, not the edge of a bin at either.
+    two = np.float32([[[0, 0, 1], [1, 0, 0]]])
+    assert score(NormalsMeter(), (two, np.float32([[[0, 0, 1]] * 2])))["median"] == pytest.approx(45, abs=0.1)
+    assert math.isnan(score(NormalsMeter(), (two, 0 * two))["median"])
+
+
 def test_saliency_a_averages_over_images() -> None:
     # Thresholds 0.2, 0.25, .. 0.9. Image 1: probabilities .8 .8 .3 .1, truth 1 0 1 0.
     #   t < .3: predicted 3, hits 2: IoU 2/3, P 2/3, R 1. .3 <= t < .8: predicted 2, hits 1: IoU 1/3, P 1/2, R 1/2.
@@ -140,6 +157,30 @@ def test_edges_within_a_distance() -> None:
     assert near["threshold"] < 0.75
     # One pixel nearer is asked for: nothing matches.
     assert score(EdgeMeter(1.5 / diagonal), (guess, truth))["odsF"] == 0
+
+
+def test_edges_are_read_by_the_readers_behind_the_protocols_figures() -> None:
+    """Figures end in their reader's name, the headline's in none, and each is that reader's alone."""
+    guess = np.random.default_rng(0).random((30, 40)).astype(np.float32)
+    truth = np.eye(30, 40, 5, dtype=bool)
+    for protocol, other in (("A", "read_one_png"), ("B", "sak")):
+        meter = make_meter("edge", "nyud", protocol)
+        found = meter.compute(meter.image(guess, truth))
+        names = ["odsF", "oisF", "AP", "threshold"]
+        assert list(found) == names + [f"{name}_{other}" for name in names]
+        for reader, suffix in zip(READERS[protocol], ("", f"_{other}"), strict=True):
+            alone = EdgeMeter(LABEL_SETS["nyud"].edge_max_dist, [reader])
+            assert alone.compute(alone.image(guess, truth))[f"odsF{suffix}"] == found[f"odsF{suffix}"]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_named_baselines_are_over_metrics_that_there_are(name: str) -> None:
+    baseline = BASELINES[name]
+    for task, (metric, _) in baseline.figures.items():
+        meter = make_meter(task, baseline.label_set, baseline.protocol)
+        shapes = {"unit_vector": (24, 30, 3)}
+        ones = np.ones(shapes.get(TASKS[task].decode, (24, 30)), np.int64)
+        assert metric in meter.compute(meter.image(ones, ones > 0 if task == "edge" else ones))
 
 
 @pytest.mark.parametrize("protocol", ["A", "B"])

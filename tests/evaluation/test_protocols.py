@@ -78,6 +78,35 @@ def test_a_costs_perfect_normals_a_third_of_a_degree() -> None:
     assert angles["B"] < 0.05
 
 
+def test_a_truncates_normals_in_the_axes_of_the_files() -> None:
+    """(0, 0.8, 0.6) up: stored y down it is (1 - 0.8) * 127.5 = 25.5 -> 25, y up it would be 229.5 -> 229."""
+    logits = torch.tensor([0.0, 0.8, 0.6]).view(3, 1, 1)
+    placed = network_image("A", "x", np.zeros((1, 1, 3), np.uint8), (1, 1))
+    for y_down, stored in ((True, (127, 25, 204)), (False, (127, 229, 204))):
+        expected = np.array(stored) / 127.5 - 1
+        expected[1] *= -1 if y_down else 1
+        guess = prediction("A", "normals", logits, placed, (1, 1), y_down=y_down)
+        np.testing.assert_allclose(guess[0, 0], expected / np.linalg.norm(expected), atol=1e-6)
+        exact = prediction("B", "normals", logits, placed, (1, 1), y_down=y_down)
+        np.testing.assert_allclose(exact[0, 0], [0, 0.8, 0.6], atol=1e-6)  # nothing is stored
+
+
+def test_a_truncates_the_resized_image() -> None:
+    """8 pixels -> 4, weights -3/32, 19/32, 19/32, -3/32: halfway of a step from 0 to 7 is 3.5, which becomes 3."""
+    row = np.array([0, 0, 0, 7, 7, 7, 7, 7], np.uint8)
+    image = np.broadcast_to(row[None, :, None], (8, 8, 3)).copy()
+    assert network_image("A", "x", image, (4, 4)).pixels[0, :, 0].tolist() == [0, 3, 7, 7]
+    steps = np.where(np.arange(40) // 5 % 2, 255, 0).astype(np.uint8)  # overshoots on both sides: clipped
+    image = np.broadcast_to(steps[None, :, None], (7, 40, 3)).copy()
+    pixels = network_image("A", "x", image, (7, 97)).pixels
+    assert pixels.min() == 0 and pixels.max() == 255 and (np.diff(pixels[0, :12, 0].astype(int)) >= 0).all()
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None, None], 3, 3)
+    for value in (0, 1, 77, 128, 200, 254, 255):  # a flat area stays as it is
+        flat = np.broadcast_to(grey[value], (11, 13, 3)).copy()
+        for size in ((7, 9), (23, 31), (16, 16)):
+            assert (network_image("A", "x", flat, size).pixels == value).all()
+
+
 def test_logits_of_a_coarser_head_are_resized_first() -> None:
     logits = torch.rand(1, 2, 2)
     placed = network_image("A", "x", np.zeros((8, 8, 3), np.uint8), (8, 8))

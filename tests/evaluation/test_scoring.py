@@ -11,8 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3vit.evaluation.compare import bootstrap_weights
+from m3vit.errors import InputError
+from m3vit.evaluation import scoring
+from m3vit.evaluation.compare import bootstrap_weights, compare
+from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, delta_m
+from m3vit.evaluation.meters import make_meter
 from tests.conftest import TINY
 from tests.test_cli import refused
 
@@ -103,8 +107,6 @@ def test_comparison(cli: Cli, run: Path, untrained: Path) -> None:
     result = cli("eval", "--compare", run, untrained, "--baseline", untrained)
     assert result.returncode == 0, result.stderr
     assert "delta_m" in result.stdout and "protocol A" in result.stdout
-    from m3vit.evaluation.compare import compare
-
     found = compare([run, untrained, run], baseline=str(untrained))
     trained, fresh, again = found["rows"]
     assert fresh["delta_m"] == pytest.approx(0)
@@ -214,6 +216,50 @@ def test_delta_m_of_the_paper() -> None:
         "edge": {"odsF": 71.7},
     }
     assert delta_m(scores, BASELINES["m3vit-r18"]) == pytest.approx(2.71, abs=0.005)
+
+
+def test_delta_m_over_a_folder_takes_what_the_published_one_takes(tmp_path: Path) -> None:
+    """Saliency's mIoU under protocol A (evaluate_utils.py:51 of Vandenhende's), maxF under B; else the headline."""
+    rng = np.random.default_rng(0)
+    guess, label = rng.random((2, 20, 30)).astype(np.float32), rng.integers(0, 2, (2, 20, 30))
+    for protocol, metric in (("A", "mIoU"), ("B", "maxF")):
+        folders = [tmp_path / f"{protocol}{number}" for number in range(2)]
+        for folder, shift in zip(folders, (0.0, 0.3), strict=True):
+            folder.mkdir()
+            meter = make_meter("saliency", "pascal", protocol)
+            rows = np.stack([meter.image(np.clip(g - shift, 0, 1), one) for g, one in zip(guess, label, strict=True)])
+            evaluation = Evaluation(protocol, "pascal", ["0", "1"], {"saliency": rows}, fingerprints=[0, 0])
+            known = {"protocol": protocol, "label_set": "pascal", "release": "x", "data": "x", "predictor": "torch"}
+            result = known | {"tasks": {"saliency": {"torch": evaluation.scores()["saliency"]}}}
+            scoring.write(folder, protocol, result, evaluation)
+        found = compare(folders, baseline=str(folders[0]))
+        assert found["baseline"]["metrics"] == {"saliency": metric}
+        first, second = (scoring.read(one)[1]["tasks"]["saliency"]["torch"][metric] for one in folders)
+        gains = [row["delta_m"] for row in found["rows"]]
+        assert gains == pytest.approx([0, 100 * (second - first) / first])
+        assert gains[1] != 0
+
+
+def test_delta_m_of_sak_is_over_its_own_reader_of_edges() -> None:
+    """Figures from innovator-zero/SAK's evaluation: saliency without a second sigmoid, edges by its nms_process.m."""
+    pascal = {task: {metric: value} for task, (metric, value) in BASELINES["sak-vitb-pascal"].figures.items()}
+    assert {task: list(metrics) for task, metrics in pascal.items()} == {
+        "semseg": ["mIoU"],
+        "human_parts": ["mIoU"],
+        "saliency": ["maxF"],
+        "normals": ["mErr"],
+        "edge": ["odsF_sak"],
+    }
+    pascal["edge"]["odsF_sak"] *= 1.05
+    assert delta_m(pascal, BASELINES["sak-vitb-pascal"]) == pytest.approx(1)
+    assert BASELINES["sak-vitb-nyud"].figures["edge"] == ("odsF_sak", 77.35)
+
+
+def test_statistics_of_an_earlier_format_are_refused(tmp_path: Path) -> None:
+    """Their edges are of other readers; the figures would be taken for those of today's."""
+    (tmp_path / "eval.json").write_text(json.dumps({"format": 2, "protocols": {"A": {"tasks": {}}}}))
+    with pytest.raises(InputError, match=r"is not of this version: evaluate it first: m3vit eval"):
+        scoring.read(tmp_path)
 
 
 def test_bootstrap_draws_as_many_images_as_there_are() -> None:
