@@ -6,7 +6,6 @@ Shapes: B images, C channels, H x W pixels.
 import ctypes
 import hashlib
 import math
-import os
 import platform
 import threading
 import warnings
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,7 +21,9 @@ from m3vit.errors import InputError
 from m3vit.export.decoding import CHANNELS, DECODERS, decode, unit
 from m3vit.export.drawing import colourise as colourise
 from m3vit.export.drawing import paint as paint
+from m3vit.export.ort import onnxruntime
 from m3vit.files import atomic_folder, read_json, require_new, sha256_file
+from m3vit.processes import usable_cores
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
@@ -63,7 +63,7 @@ class Package:
         Args:
             folder: what `m3vit export onnx` wrote.
             precision: which of the package's precisions to run, such as int8; default: its first.
-            threads: of onnxruntime, for each graph. None chooses by the size of the model, 0 takes one a core.
+            threads: of onnxruntime, for each graph. None chooses by the size of the model, 0 takes one a usable core.
             low_memory: leave weights where they are, mapped from the file and shared by all tasks and processes,
                 instead of laying them out anew for each graph; slower.
             one_backbone: run all tasks through one graph that takes the task as an input, and a small one for each
@@ -102,8 +102,7 @@ class Package:
                 )
         if precision != "fp32" and integers_saturate():
             warnings.warn(SATURATES, stacklevel=2)
-        if threads is None:
-            threads = default_threads(manifest)
+        threads = default_threads(manifest) if threads is None else threads or usable_cores()
         sessions = _Sessions(folder, threads, low_memory, cache, manifest["weights"]["sha256"])
         package = cls(folder, manifest, precision, sessions)
         package._one_backbone = one_backbone
@@ -381,11 +380,11 @@ def give_memory_back() -> None:
 
 
 def default_threads(manifest: dict[str, Any]) -> int:
-    """Return the threads to use for a package: all cores (0), but at most two for small models.
+    """Return the threads to use for a package: one a core that may be used, but at most two for small models.
 
     A model of 0.05 billion multiply-accumulates still took 0.8 of the time on two threads; more were not measured.
     """
-    return min(2, os.cpu_count() or 1) if manifest["macs"] < SMALL_MACS else 0
+    return min(2, usable_cores()) if manifest["macs"] < SMALL_MACS else usable_cores()
 
 
 def file_entries(manifest: Any) -> list[dict[str, Any]]:

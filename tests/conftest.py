@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit.cli does, and before torch is imported
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; of m3vit, see tests/export/test_runtime.py
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"m3vit": "m3vit", "m3vit.export": "export", "m3vit.hw": "hw", "m3vit.data": "data"}
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from torch import Tensor
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.pruning import chosen
 from m3vit.export.onnx.quantize import FLOAT
+from m3vit.export.ort import onnxruntime
 from m3vit.export.runtime import MANIFEST, Package
 from m3vit.files import read_json, write_json
 from m3vit.models.multitask import MultiTaskModel
