@@ -9,7 +9,6 @@ better than photographs). They were just written, so they come from memory: on a
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from m3vit.data.check import check
+from m3vit.processes import usable_cores
 
 SIZE = (480, 640)
 NYUD_SAMPLES = 1449
@@ -59,7 +59,7 @@ def write_tree(root: Path, samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=64, help="size of the tree, at least 5 (default: 64)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one a core)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

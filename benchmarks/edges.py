@@ -9,7 +9,6 @@ probabilities of a network trained with a positive weight of 0.95 (about 19 % of
 import argparse
 import json
 import math
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -24,6 +23,7 @@ from scipy.spatial import cKDTree
 from m3vit.data.thinning import segmentation_boundaries
 from m3vit.evaluation.edge_readers import HEADLINE, READERS, Reader
 from m3vit.evaluation.edges import ois_counts, reader_counts, summarise, thin
+from m3vit.processes import usable_cores
 
 HEIGHT, WIDTH = 425, 560
 MAX_DIST = 0.011
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=int, default=8, help="images timed by this project (default 8)")
     parser.add_argument("--alternative-images", type=int, default=2, help="of these, by assignment too (default 2)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--processes", type=int, default=usable_cores(), help="default: all cores")
     parser.add_argument("--reader", choices=BY_NAME, default=HEADLINE.name, help="of the map (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()

@@ -39,9 +39,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before tor
 # Python looks for modules in this file's folder first, and this file would be the module onnx: look there last.
 sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == Path(__file__).resolve().parent)
 import numpy as np
-import onnxruntime
 
+from m3vit.export.ort import onnxruntime
 from m3vit.export.runtime import Package
+from m3vit.processes import usable_cores
 
 EXPERTS, TOP_K = 16, 4
 TASKS = ("depth", "normals", "edge", "semseg")
@@ -383,7 +384,7 @@ def machine() -> Figures:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": model or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
         "torch": torch.__version__,

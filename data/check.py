@@ -18,7 +18,7 @@ from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
 from m3vit.data.plausibility import REACH_PERCENT, Look, look, oddities, statistics
 from m3vit.data.sample import FileSplit, is_id
 from m3vit.errors import InputError
-from m3vit.processes import run_jobs
+from m3vit.processes import run_jobs, usable_cores
 from m3vit.tasks import LABEL_SETS
 
 FORMAT, VERSION = "m3vit-data-check", 1
@@ -130,7 +130,7 @@ def check(
         problems=problems,
     )
     if splits and not quick:
-        _read_all(splits, report, workers or os.cpu_count() or 1, progress)
+        _read_all(splits, report, workers or usable_cores(), progress)
     for split, published in PUBLISHED[layout].items():
         broken = {p.id for p in problems if p.severity == "error" and p.split == split and p.id}
         whole = len(set(ids[split]) - broken) if "image" in kinds else 0

@@ -26,7 +26,6 @@ What is written, and how it differs from the NYUD_MT archive, which was made by 
 """
 
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from PIL import Image
 import m3vit
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, require_new, sha256_file, write_json
-from m3vit.processes import run_jobs
+from m3vit.processes import run_jobs, usable_cores
 from m3vit.tasks import NYUD_CLASSES
 
 # Dataset of the labelled file -> its number of dimensions and NumPy's kind of its dtype; instances may be missing.
@@ -126,7 +125,7 @@ def prepare_nyud(
         chunks = [wanted[start : start + IMAGES_PER_CHUNK] for start in range(0, len(wanted), IMAGES_PER_CHUNK)]
         jobs = [(labeled.resolve(), staging, class_map, depth, numbers) for numbers in chunks]
         done = 0
-        with closing(run_jobs(_write_images, jobs, workers or os.cpu_count() or 1)) as finished:
+        with closing(run_jobs(_write_images, jobs, workers or usable_cores())) as finished:
             for images in finished:
                 done += images
                 if progress is not None:

@@ -14,7 +14,7 @@ import m3vit
 from m3vit.data.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError
 from m3vit.files import read_json, write_json
-from m3vit.processes import run_jobs
+from m3vit.processes import run_jobs, usable_cores
 from m3vit.staging import staging_folder
 
 MIN_SIDE_PX = 32
@@ -62,7 +62,7 @@ def synthesize(
     except OSError as error:
         raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
     with staging_folder(out) as staging:
-        _render_all(staging, arguments, workers or os.cpu_count() or 1, progress)
+        _render_all(staging, arguments, workers or usable_cores(), progress)
         _write_manifest(staging, arguments)
         _move(staging, out, layout)
 

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 
 PATIENCE_S = 10.0  # that a client may take besides the time its bytes take at SLOWEST
 SLOWEST = 1 << 14  # bytes a second
-GRACE_S = 3.0  # before a transfer may have to make way for others
-FAIR = 1 << 18  # bytes a second; faster ones do not make way
+GRACE_S = {"body": 3.0, "answer": 1.0}  # before a transfer may have to make way for others
+FAIR = 1 << 20  # bytes a second; faster ones do not make way
 _LOOK_S = 0.25  # between two looks
 
 
 class Transfer:
-    """A body that comes or an answer that goes. `moved`: its bytes so far. `stopped`: it was cut off."""
+    """A "body" that comes or an "answer" that goes. `moved`: its bytes so far. `stopped`: it was cut off."""
 
     def __init__(self, kind: str, place: "Place", cut: Callable[[], object]) -> None:
         self.kind, self.place, self.cut = kind, place, cut
@@ -38,7 +38,7 @@ class Transfer:
     def in_the_way(self) -> bool:
         """Whether it has to make way when others wait."""
         seconds = _now() - self.began
-        return seconds > GRACE_S and self.moved < FAIR * seconds
+        return seconds > GRACE_S[self.kind] and self.moved < FAIR * seconds
 
     def stop(self) -> None:
         """Cut it off, and free its place."""
@@ -56,6 +56,14 @@ class Place:
         self._held: list[Callable[[], None]] = []
         self._released = False
 
+    def holds(self, give_back: Callable[[], object]) -> Callable[[], None]:
+        """Have `give_back` called when the place is released, or earlier by what is returned; once in any case."""
+        once = _once(give_back)
+        self._held.append(once)
+        if self._released:
+            once()
+        return once
+
     async def reserve(self, budget: "Budget", count: int, kind: str) -> Callable[[], None]:
         """Wait for bytes of a budget that slow transfers of a kind may hold: they have to make way.
 
@@ -64,10 +72,7 @@ class Place:
 
         async def take() -> Callable[[], None]:
             await budget.take(count)
-            self._held.append(give_back := _once(lambda: budget.give(count)))
-            if self._released:
-                give_back()
-            return give_back
+            return self.holds(lambda: budget.give(count))
 
         task = asyncio.ensure_future(take())
         try:
@@ -169,10 +174,15 @@ class Budget:
             self._queue.popleft()
 
 
-def _once(function: Callable[[], None]) -> Callable[[], None]:
+def _once(function: Callable[[], object]) -> Callable[[], None]:
     """Return a function that calls another the first time."""
     left = [function]
-    return lambda: left.pop()() if left else None
+
+    def call() -> None:
+        if left:
+            left.pop()()
+
+    return call
 
 
 def _now() -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from fastapi import HTTPException, Request
 from python_multipart.exceptions import FormParserError  # starlette reads forms with it, of some versions unguarded
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message, Receive
 
 _FORM_EXTRA = 1 << 16  # bytes of a form around its image
@@ -44,7 +44,7 @@ async def read_image_bytes(request: Request, max_bytes: int, move: Callable[[int
     limit = expected_bytes(request, max_bytes)
     limited = Request(request.scope, _limited(request.receive, limit, move))
     try:
-        data = await (_form_field(limited) if _kind(request) == _FORM else _body(limited))
+        data = await (_form_field(limited, limit) if _kind(request) == _FORM else _body(limited))
     except _TooLarge:
         raise _too_large(max_bytes) from None
     if len(data) > max_bytes:
@@ -82,15 +82,17 @@ async def _body(request: Request) -> bytes:
     return b"".join([chunk async for chunk in request.stream()])
 
 
-async def _form_field(request: Request) -> bytes:
-    """Return the form's field `image`; starlette keeps a large one in a temporary file until it is read."""
+async def _form_field(request: Request, limit: int) -> bytes:
+    """Return the form's field `image`."""
+    parser = MultiPartParser(request.headers, request.stream(), max_files=1, max_fields=8)
+    parser.spool_max_size = limit  # in memory, which is reserved for it, not in a temporary file
     try:
-        async with request.form(max_files=1, max_fields=8) as form:
-            field = form.get("image")
-            if not isinstance(field, UploadFile):
-                raise HTTPException(400, "the form has no file in its field image: send one")
-            return await field.read()
-    except StarletteHTTPException as error:
-        raise HTTPException(400, f"the form cannot be read: {error.detail}") from None
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"the form cannot be read: {error.message}") from None
     except FormParserError as error:
         raise HTTPException(400, f"the form cannot be read: {error}") from None
+    field = form.get("image")
+    if not isinstance(field, UploadFile):
+        raise HTTPException(400, "the form has no file in its field image: send one")
+    return await field.read()

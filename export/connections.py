@@ -18,6 +18,8 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from m3vit.errors import InputError
@@ -25,9 +27,12 @@ from m3vit.errors import InputError
 HEAD_S = 10.0  # for a request's head to arrive, and for what is left of a body that nobody waits for
 STALL_S = 10.0  # without a byte of an answer being taken
 MAX_CONNECTIONS = 256
-SPARE_DESCRIPTORS = 12  # for what the process opens now and then: /proc, a temporary file, a graph
+CLOSING = 8  # connections that may be on their way out beside those
+SPARE_DESCRIPTORS = 12  # for what the process opens now and then: /proc, a graph
 KERNEL_BYTES = 1 << 18  # of a connection, each way; by itself the kernel keeps megabytes for one that does not read
-_WRITE_BYTES = 1 << 16  # of an answer in the hands of asyncio
+DISCARD_BYTES_S = 32 << 20  # of bodies whose requests have been answered, from all clients together
+_BUFFER_BYTES = 1 << 16  # in the hands of asyncio, each way
+_SLICE_BYTES = 1 << 9  # of a chunked body, parsed at first; then as much as has come
 _WATCH_S = 0.25  # between two looks at all connections
 _RETRY_S = 0.1  # after the system refused to accept
 
@@ -38,27 +43,65 @@ class Connection(H11Protocol):
     def __init__(self, crowd: "Crowd", *, app_state: dict[str, Any], **options: Any) -> None:
         super().__init__(app_state={**app_state, "connection": self}, **options)
         self.crowd = crowd
-        self.held = self.dropped = False
+        self.held = self.dropped = self.discarding = False
         self.idle_since = self.moved_at = self.loop.time()
-        self._unread = 0
+        self._unread = self._sent = self._body = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(_WRITE_BYTES)
+        transport.set_write_buffer_limits(_BUFFER_BYTES)
+        transport.max_size = _BUFFER_BYTES  # type: ignore[attr-defined] # of one read; asyncio's own is larger
+        super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
         self.crowd.joined(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.crowd.left(self)
 
+    def data_received(self, data: bytes) -> None:
+        if self.discarding:
+            self.crowd.discard(len(data), self.transport)
+            return
+        while data and not self.dropped:
+            # Until the head has come, it may be the one of a chunked body.
+            chunked = self.idle or any(name == b"transfer-encoding" for name, _ in self.headers)
+            piece = data[: max(_SLICE_BYTES, self._sent)] if chunked else data
+            data = data[len(piece) :]
+            before = None if self.idle else len(self.cycle.body)
+            super().data_received(piece)
+            if chunked and before is not None:
+                self._check_chunks(len(piece), len(self.cycle.body) - before)
+        if not self.idle and self.conn.their_state is h11.DONE and self.conn.trailing_data[0]:
+            # The next request was sent ahead. Nobody but floods does so, and HTTP lets us close after this one.
+            self.cycle.keep_alive = False
+
+    def _check_chunks(self, sent: int, body: int) -> None:
+        """Drop a client whose chunks are tiny: each takes as long to parse as kilobytes of a large one."""
+        self._sent, self._body = self._sent + sent, self._body + body
+        if self._sent >= _SLICE_BYTES and self.unfinished and self._body < 0.8 * self._sent:
+            self.cut("chunks")
+
     def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()  # first: a request that was sent ahead begins in here
+        self.idle_since = self.loop.time()
+        self._sent = self._body = 0
         super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """End what is idle; uvicorn calls this once, when it stops."""
+        self.crowd.stopping = True
+        if self.discarding:
+            self.transport.abort()
+        else:
+            super().shutdown()
 
     @property
     def idle(self) -> bool:
         """Whether no request is in hand: it is still to come, or answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a request's body is still to come."""
+        return self.conn.their_state is h11.SEND_BODY
 
     def check(self, now: float) -> None:
         """Cut the connection if its client has taken too long over a head, or stopped taking an answer."""
@@ -67,9 +110,12 @@ class Connection(H11Protocol):
             self._unread, self.moved_at = unread, now
         elif now - self.moved_at > STALL_S:
             self.cut("stalled")
-        if self.idle and now - self.idle_since > HEAD_S and not self.transport.is_closing():
-            self.crowd.count("head")
-            self.refuse(408, f"the request's head did not arrive within {HEAD_S:.0f} s")
+        if self.idle and now - self.idle_since > HEAD_S:
+            if self.discarding:
+                self.transport.abort()
+            elif not self.transport.is_closing():
+                self.crowd.count("head")
+                self.refuse(408, f"the request's head did not arrive within {HEAD_S:.0f} s")
 
     def cut(self, why: str | None = None) -> None:
         """Drop the connection and what is unsent. `why` is counted."""
@@ -94,33 +140,95 @@ class Connection(H11Protocol):
         self.refuse(400, "this is not a valid HTTP/1.1 request")
 
 
+class _Lingering:
+    """A transport whose `close`, while a body is still coming, lets the client read its answer first.
+
+    Closed at once, the system would answer what comes with a reset, and the answer may be lost with it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport, self._connection = transport, connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._connection.discarding or self._transport.is_closing()
+
+    def close(self) -> None:
+        if not self._connection.unfinished or self._connection.crowd.stopping:
+            self._transport.close()
+        elif not self._connection.discarding:
+            self._connection.discarding = True
+            self._transport.write_eof()
+            self._transport.resume_reading()
+
+
+class CloseUnfinished:
+    """ASGI middleware: an answer that comes before the request's body has is the last on its connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = scope.get("state", {}).get("connection")
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and connection and connection.unfinished:
+                message = {**message, "headers": [*message.get("headers", []), CLOSE_HEADER]}
+            await send(message)
+
+        await self.app(scope, receive, closing)
+
+
 class Crowd:
-    """All open connections of a service, at most `limit`. `count` is told why one was cut: head, stalled, crowded."""
+    """All open connections of a service, at most `limit`.
+
+    `count` is told why one was cut: head, stalled, chunks, crowded.
+    """
 
     def __init__(self, limit: int, count: Callable[[str], None]) -> None:
         self.limit, self.count = limit, count
         self.open: set[Connection] = set()
-        self._left = asyncio.Event()
-
-    def joined(self, connection: Connection) -> None:
-        self.open.add(connection)
+        self.opening = 0  # accepted, but perhaps not in `open` yet
+        self.stopping = False
+        self.on_left: list[Callable[[], None]] = []
+        self._discarded = 0
+        self._discarding: list[asyncio.Transport] = []
 
     def left(self, connection: Connection) -> None:
         self.open.discard(connection)
-        self._left.set()
+        for call in self.on_left:
+            call()
 
-    async def room(self) -> None:
-        """Return when one more connection may be accepted; the idlest is dropped for it."""
-        while len(self.open) >= self.limit:
-            self._left.clear()
-            if victim := self.idlest():
-                victim.cut("crowded")
-            await self._left.wait()
+    def joined(self, connection: Connection) -> None:
+        self.opening -= 1
+        self.open.add(connection)
+        self._drop_idlest(0)
 
-    def idlest(self) -> Connection | None:
-        """Return the connection to drop first: of those without a request in hand, else without a place, the oldest."""
-        droppable = [one for one in self.open if not one.held and not one.dropped]
-        return min(droppable, key=lambda one: (not one.idle, one.idle_since), default=None)
+    def make_room(self) -> bool:
+        """Drop the idlest connection if there are as many as may be; return whether one more may be accepted."""
+        self._drop_idlest(1)
+        return len(self.open) + self.opening < self.limit + CLOSING
+
+    def _drop_idlest(self, more: int) -> None:
+        """Drop what is too much if there are to be so many more.
+
+        The oldest of those without a request in hand go first, then those whose requests have no place.
+        """
+        live = [one for one in self.open if not one.dropped]
+        if (excess := len(live) + self.opening + more - self.limit) <= 0:
+            return
+        droppable = sorted((one for one in live if not one.held), key=lambda one: (not one.idle, one.idle_since))
+        for one in droppable[:excess]:
+            one.cut("crowded")
+
+    def discard(self, count: int, transport: asyncio.Transport) -> None:
+        """Note bytes that nobody wants; more than a share of the time does not go into reading them."""
+        self._discarded += count
+        if self._discarded > DISCARD_BYTES_S * _WATCH_S:
+            transport.pause_reading()
+            self._discarding.append(transport)
 
     async def watch(self) -> None:
         """Hold all connections to their limits, until cancelled."""
@@ -129,6 +237,9 @@ class Crowd:
             now = asyncio.get_running_loop().time()
             for connection in list(self.open):
                 connection.check(now)
+            self._discarded, waiting, self._discarding = 0, self._discarding, []
+            for transport in waiting:
+                transport.resume_reading()
 
 
 class _Acceptor:
@@ -137,32 +248,55 @@ class _Acceptor:
     def __init__(self, listening: socket.socket, make: Callable[[], Connection], crowd: Crowd) -> None:
         listening.setblocking(False)
         self.listening, self.make, self.crowd = listening, make, crowd
-        self.accepting = asyncio.create_task(self._accept())
-        self.watching = asyncio.create_task(crowd.watch())
+        self.loop = asyncio.get_running_loop()
+        self.tasks = {self.loop.create_task(crowd.watch())}  # or they might be collected before they are done
+        self.closed = False
+        crowd.on_left.append(self._resume)
+        self._resume()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self.crowd.room()
+    def _resume(self) -> None:
+        if not self.closed:
+            self.loop.add_reader(self.listening, self._accept)
+
+    def _accept(self) -> None:
+        """Accept what waits, but not more at a time than may be closing meanwhile."""
+        for _ in range(CLOSING):
+            if not self.crowd.make_room():
+                self.loop.remove_reader(self.listening)  # until one has left
+                return
             try:
-                accepted, _ = await loop.sock_accept(self.listening)
+                accepted, _address = self.listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    # Something else took what was spared for it: one of ours goes, and the next attempt may succeed.
-                    if victim := self.crowd.idlest():
-                        victim.cut("crowded")
-                    await asyncio.sleep(_RETRY_S)
-                continue  # or the client had gone
-            with suppress(OSError):  # as well
-                await loop.connect_accepted_socket(self.make, accepted)
+                    # Something else took what was spared for it: it may be free again soon.
+                    self.loop.remove_reader(self.listening)
+                    self.loop.call_later(_RETRY_S, self._resume)
+                    return
+                continue  # the client had gone
+            self.crowd.opening += 1
+            task = self.loop.create_task(self._open(accepted))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def _open(self, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        try:
+            await self.loop.connect_accepted_socket(self.make, accepted)
+        except OSError:  # the client had gone
+            accepted.close()
+            self.crowd.opening -= 1
 
     def close(self) -> None:
         """Accept no more; connections stay, under their limits."""
-        self.accepting.cancel()
+        self.closed = True
+        self.loop.remove_reader(self.listening)
 
     async def wait_closed(self) -> None:
         """Called when all connections are gone."""
-        self.watching.cancel()
+        for task in self.tasks:
+            task.cancel()
 
 
 class LimitedServer(uvicorn.Server):
@@ -199,7 +333,7 @@ def most_connections(places: int) -> int:
         used = len(os.listdir("/proc/self/fd"))
     except OSError:  # not Linux
         used = 32
-    spare = used + SPARE_DESCRIPTORS + places  # a form's large image is in a temporary file while it comes
+    spare = used + SPARE_DESCRIPTORS + CLOSING
     wanted = max(MAX_CONNECTIONS, 2 * places)
     if 0 <= soft < spare + wanted:
         allowed = spare + wanted if hard < 0 else min(spare + wanted, hard)

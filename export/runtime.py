@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -28,7 +27,9 @@ from m3vit.export.manifest import MANIFEST as MANIFEST
 from m3vit.export.manifest import PRECISIONS, check_passed, package_digests, read_manifest
 from m3vit.export.manifest import file_entries as file_entries
 from m3vit.export.opened import OpenedFiles
+from m3vit.export.ort import onnxruntime
 from m3vit.export.sessions import Cache, Sessions
+from m3vit.processes import usable_cores
 
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
 SMALL_MACS = 10**9  # multiply-accumulates of an image; below, there is little work to share between threads
@@ -81,7 +82,7 @@ class Package:
         Args:
             folder: what `m3vit export onnx` wrote.
             precision: which of the package's precisions to run, such as int8; default: its first.
-            threads: of onnxruntime, for each graph. None chooses by the size of the model, 0 takes one a core.
+            threads: of onnxruntime, for each graph. None chooses by the size of the model, 0 takes one a usable core.
             low_memory: leave weights where they are, mapped from the file and shared by all tasks and processes,
                 instead of laying them out anew for each graph; slower.
             one_backbone: run all tasks through one graph that takes the task as an input, and a small one for each
@@ -122,8 +123,7 @@ class Package:
             files.trust()
         if precision != "fp32" and integers_saturate():
             warnings.warn(SATURATES, stacklevel=2)
-        if threads is None:
-            threads = default_threads(manifest)
+        threads = default_threads(manifest) if threads is None else threads or usable_cores()
         kept = None if cache is None else Cache(Path(cache), machine(), verify)
         sessions = Sessions(files, manifest["weights"]["file"], threads, low_memory, kept)
         package = cls(folder, manifest, precision, sessions)
@@ -385,11 +385,11 @@ def give_memory_back() -> None:
 
 
 def default_threads(manifest: dict[str, Any]) -> int:
-    """Return the threads to use for a package: all cores (0), but at most two for small models.
+    """Return the threads to use for a package: one a core that may be used, but at most two for small models.
 
     A model of 0.05 billion multiply-accumulates still took 0.8 of the time on two threads; more were not measured.
     """
-    return min(2, os.cpu_count() or 1) if manifest["macs"] < SMALL_MACS else 0
+    return min(2, usable_cores()) if manifest["macs"] < SMALL_MACS else usable_cores()
 
 
 def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

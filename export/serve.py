@@ -39,7 +39,7 @@ from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.admission import Budget, Place, Places
 from m3vit.export.bodies import expected_bytes, read_image_bytes
-from m3vit.export.connections import Crowd, LimitedServer, listen, most_connections
+from m3vit.export.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
 from m3vit.export.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
 from m3vit.export.hosts import ANY, Hosts, HostsOnly
 from m3vit.export.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
@@ -50,7 +50,7 @@ BODY_S = 30.0  # for a request's body to arrive
 SHUTDOWN_S = 60  # for requests in flight to finish
 RETRY_S = 1
 BODIES_BYTES = 48 << 20  # of images that come or wait for their prediction, together
-ANSWERS_BYTES = 32 << 20  # of answers on their way, together, besides those that keep their prediction's thread
+ANSWERS_BYTES = 16 << 20  # of answers on their way, together, besides those that keep their prediction's thread
 PIECE_BYTES = 1 << 16  # of an answer, handed on when the last one has been taken
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the latency histogram
 _PNG_LEVEL = 3  # of compression; beyond it, time grows faster than the file shrinks
@@ -134,16 +134,19 @@ class Service:
         except asyncio.TimeoutError:
             raise self._busy("too many large images are coming") from None
         data = await self._receive(request, place)
-        async with self._running:
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            loop = asyncio.get_running_loop()
-            response = await loop.run_in_executor(self.pool, self._work, data, task, answer)
-            del data
-            give_back()
-            # The next prediction begins when this answer has a place to wait in.
-            await place.reserve(self._answers, len(response.body), "answer")
-            return response
+        await self._running.acquire()
+        free_thread = place.holds(self._running.release)
+        if await request.is_disconnected():
+            raise ClientDisconnect
+        response = await asyncio.get_running_loop().run_in_executor(self.pool, self._work, data, task, answer)
+        give_back()
+
+        async def let_next_begin() -> None:
+            await place.reserve(self._answers, int(response.headers["content-length"]), "answer")
+            free_thread()
+
+        place.holds(asyncio.ensure_future(let_next_begin()).cancel)
+        return response
 
     def _busy(self, why: str) -> HTTPException:
         self.metrics.rejected.inc()
@@ -162,7 +165,7 @@ class Service:
                 if not transfer.stopped:
                     raise
                 late = "the image came too slowly: send it again"
-            raise HTTPException(408, late, {"Connection": "close"})
+            raise HTTPException(408, late)
 
     def _work(self, data: bytes, task: str, answer: "Answer") -> Response:
         """Decode, predict and encode: what takes time, in a thread."""
@@ -183,10 +186,12 @@ class Service:
             raise HTTPException(422, str(error)) from None
         elapsed = time.perf_counter() - start
         if prediction.dtype.kind == "f" and not np.isfinite(prediction).all():
-            raise HTTPException(500, f"the prediction of {task} for this image is not finite: nothing of it can be used")
+            raise HTTPException(
+                500, f"the prediction of {task} for this image is not finite: nothing of it can be used"
+            )
         manifest = self.package.manifest
         if answer.format is Format.NPY:
-            return Response(_npy(prediction), media_type="application/octet-stream")
+            return _Values(prediction)
         if answer.format is Format.PNG:
             return Response(_png(colourise(prediction, task, manifest)), media_type="image/png")
         if answer.format is Format.OVERLAY:
@@ -227,10 +232,21 @@ def _png(picture: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def _npy(prediction: NDArray[Any]) -> memoryview:
-    file = io.BytesIO()
-    np.save(file, prediction)
-    return file.getbuffer()  # not a copy of it
+class _Values(Response):
+    """An array as .npy, sent from where it is."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        array, head = np.ascontiguousarray(array), io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+        self.parts = (head.getvalue(), memoryview(array).cast("B"))
+        super().__init__(headers={"Content-Length": str(sum(map(len, self.parts)))})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for place, part in enumerate(self.parts):
+            await send({"type": "http.response.body", "body": part, "more_body": place + 1 < len(self.parts)})
 
 
 def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -337,7 +353,8 @@ def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts 
     app = FastAPI(title="m3vit", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.metrics = service.metrics
     app.add_middleware(HostsOnly, hosts=hosts or Hosts([ANY]))
-    app.add_middleware(_Measured, service=service)  # the outermost: it counts refusals too
+    app.add_middleware(_Measured, service=service)  # it counts refusals too
+    app.add_middleware(CloseUnfinished)
     app.add_exception_handler(StarletteHTTPException, _refusal)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _defect)
@@ -434,9 +451,9 @@ def serve(
 ) -> None:
     """Serve a package until SIGINT or SIGTERM; requests in flight are then answered first.
 
-    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `allowed_hosts`: see `Hosts`. `say` gets a line
-    with the address as soon as requests are taken. Raises InputError for a bad package or task, an address that cannot
-    be had, and fewer files than the limits need.
+    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `allowed_hosts`: see `Hosts`. `say` gets a
+    line with the address as soon as requests are taken. Raises InputError for a bad package or task, an address that
+    cannot be had, and fewer files than the limits need.
     """
     give_memory_back()
     package = Package.load(package_dir, **(loading or {}))

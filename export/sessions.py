@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from m3vit.errors import InputError
 from m3vit.export.manifest import MANIFEST
 from m3vit.export.opened import OpenedFiles
+from m3vit.export.ort import onnxruntime
 from m3vit.files import read_json, sha256_file, write_json
 
 try:

@@ -14,6 +14,7 @@ from m3vit import __version__
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
 from m3vit.errors import InputError
+from m3vit.processes import follow_quota
 
 # What it does, its arguments, and what runs it; that returns an exit code, or None for 0.
 Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], int | None]]
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
     # process wants one of the cores; sleeping ones lose little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    follow_quota()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # or DDP comments at length on m3vit.training.launch
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.formatwarning = _one_line

@@ -1,15 +1,75 @@
-"""Jobs in several processes. No torch."""
+"""The cores this process may use, and jobs in several processes. No torch."""
 
+import math
+import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, TypeVar
 
 from m3vit.errors import InputError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: those it may run on (affinity), or fewer if its cgroups' quotas of
+    time are worth fewer (a container's `--cpus`); part of a core counts as one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, cgroup_quota())))
+
+
+def follow_quota() -> None:
+    """Have torch and numpy start no more threads than the quota of time is worth; call it before they are imported.
+
+    By themselves they follow the affinity alone, and threads beyond the quota stop each other. OMP_NUM_THREADS stays
+    as it is if it is set.
+    """
+    cores = usable_cores()
+    if cores >= cgroup_quota():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def cgroup_quota(memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many cores' time this process's control groups allow, infinity without a limit.
+
+    `memberships` is /proc/self/cgroup, a line "hierarchy:controllers:path" each; `mount` is where version 2 is
+    mounted, or the folders of version 1's controllers. The limits of all groups above hold too. In a container the
+    path may be the host's, which is not there: the mount is then the container's own group.
+    """
+    try:
+        lines = memberships.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return math.inf
+    quota = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+        if not controllers:
+            roots = [mount]
+        else:
+            roots = [mount / controllers, mount / "cpu"] if "cpu" in controllers.split(",") else []
+        for root in roots:
+            group = root / path.strip("/")
+            for folder in (group, *group.parents):
+                quota = min(quota, _quota_of(folder))
+                if folder == root:
+                    break
+    return quota
+
+
+def _quota_of(group: Path) -> float:
+    """Return the cores' time that one group allows: `cpu.max` of version 2, `cpu.cfs_*_us` of version 1."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((group / name).read_text() for name in files).split()
+            if float(quota) > 0 and float(period) > 0:
+                return float(quota) / float(period)
+        except (OSError, ValueError):  # not there; "max" and -1 are no limit
+            continue
+    return math.inf
 
 
 def run_jobs(

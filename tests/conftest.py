@@ -15,6 +15,7 @@ from PIL import Image
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit.cli does, and before torch is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"m3vit": "m3vit", "m3vit.export": "export", "m3vit.hw": "hw", "m3vit.data": "data"}
 

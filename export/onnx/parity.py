@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -33,6 +32,7 @@ from m3vit.export.manifest import MANIFEST, package_digests
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.pruning import chosen
 from m3vit.export.onnx.quantize import FLOAT
+from m3vit.export.ort import onnxruntime
 from m3vit.export.runtime import NotFinite, Package
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing, expert_load

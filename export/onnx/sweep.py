@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
-from onnxruntime import InferenceSession
 
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, normalised
@@ -25,6 +23,7 @@ from m3vit.export.onnx.lower import Choice, copied, lower_moe
 from m3vit.export.onnx.pruning import Prune, gate_mass
 from m3vit.export.onnx.quantize import FLOAT, quantize
 from m3vit.export.onnx.run import MEASURED_IMAGES, PROTOCOL, Request, calibration_batches, choices_of, data_of, score
+from m3vit.export.ort import onnxruntime
 from m3vit.files import atomic_path, write_json
 from m3vit.tasks import TASKS
 from m3vit.training.checkpoint import Run
@@ -128,7 +127,7 @@ def _spread(top_k: int) -> list[int]:
     return [int(value) for value in values[::-1]]
 
 
-def _session(graph: onnx.ModelProto) -> InferenceSession:
+def _session(graph: onnx.ModelProto) -> onnxruntime.InferenceSession:
     """Return a session on one thread. Graphs above protobuf's 2 GiB cannot be made from memory."""
     if graph.ByteSize() >= 2**31:
         raise InputError(
@@ -137,10 +136,10 @@ def _session(graph: onnx.ModelProto) -> InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _predictor(session: InferenceSession, task: str, run: Run, shape: tuple[int, int]) -> Predictor:
+def _predictor(session: onnxruntime.InferenceSession, task: str, run: Run, shape: tuple[int, int]) -> Predictor:
     def predict(images: list[NetworkImage]) -> dict[str, torch.Tensor]:
         (logits,) = session.run([task], {"image": normalised(images, run.model.normalisation).numpy()})
         return {task: torch.from_numpy(np.asarray(logits))}
@@ -148,11 +147,13 @@ def _predictor(session: InferenceSession, task: str, run: Run, shape: tuple[int,
     return Predictor("onnx", [task], run.config.model.label_set, shape, predict)
 
 
-def _ratio(session: InferenceSession, reference: InferenceSession, task: str, shape: tuple[int, int]) -> float:
+def _ratio(
+    session: onnxruntime.InferenceSession, reference: onnxruntime.InferenceSession, task: str, shape: tuple[int, int]
+) -> float:
     """Return the time of one image relative to the reference's: the median over rounds that run both, in turn."""
     image = np.random.default_rng(0).standard_normal((1, 3, *shape)).astype(np.float32)
 
-    def timed(one: InferenceSession) -> float:
+    def timed(one: onnxruntime.InferenceSession) -> float:
         start = time.thread_time()  # on one thread, this one: time that others take from it does not count
         one.run([task], {"image": image})
         return time.thread_time() - start

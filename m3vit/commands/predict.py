@@ -1,7 +1,6 @@
 """m3vit predict, serve."""
 
 import argparse
-import os
 import sys
 import warnings
 from fractions import Fraction
@@ -248,6 +247,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(args: argparse.Namespace) -> None:
     from m3vit.export.serve import Limits, serve
+    from m3vit.processes import usable_cores
 
     leave_sizes_to_us()
     serve(
@@ -260,8 +260,3 @@ def run_serve(args: argparse.Namespace) -> None:
         allowed_hosts=args.allowed_hosts,
         say=say,
     )
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

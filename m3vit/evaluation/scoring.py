@@ -4,7 +4,6 @@ eval.json holds {"format": 3, "protocols": {name: result}}, one result for each 
 per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`. Both carry digests.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path
+from m3vit.processes import usable_cores
 
 FORMAT = 3  # 2 had other statistics of edges
 Progress = Callable[[int, int, str], None]
@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 def default_workers() -> int:
     """Return how many processes may match edges beside this one."""
-    return max(1, (os.cpu_count() or 1) // world_size())
+    return max(1, usable_cores() // world_size())
 
 
 def score(

@@ -212,7 +212,11 @@ def test_endless_bodies_are_cut_off(server: Server) -> None:
 
 
 def test_what_is_not_http(server: Server) -> None:
-    for noise in (b"hello\r\n\r\n", bytes(range(256)) * 20, b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n"):
+    for noise in (
+        b"hello\r\n\r\n",
+        bytes(range(256)) * 20,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    ):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall(noise)
             assert connection.recv(100).startswith(b"HTTP/1.1 400")
@@ -223,7 +227,9 @@ def test_clients_that_leave_are_forgotten(package: Path) -> None:
     with serving(package, "--concurrency", 1, "--queue", 1) as server:
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                connection.sendall(b"POST /predict/depth HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc")
+                connection.sendall(
+                    b"POST /predict/depth HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc"
+                )
             time.sleep(0.05)
         assert server.post("/predict/depth", png(8, 12))[0] == 200, "their places are free again"
         assert server.metric("m3vit_requests_in_flight") == 0
@@ -286,7 +292,9 @@ def hold(server: Server, count: int) -> list[socket.socket]:
     connections = []
     for _ in range(count):
         connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-        connection.sendall(b"POST /predict/depth HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(png(8, 12)))
+        connection.sendall(
+            b"POST /predict/depth HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(png(8, 12))
+        )
         connections.append(connection)
     end = time.monotonic() + 10
     while server.metric("m3vit_requests_in_flight") < count:
