@@ -24,6 +24,7 @@ from m3vit.export.predict import predict_files
 from m3vit.export.predictors import onnx_predictor
 from m3vit.export.runtime import NotFinite, Package
 from m3vit.training.checkpoint import load_run
+from tests.export.films import write_film
 from tests.export.models import make_images, make_model, make_samples
 from tests.export.test_runtime import make_package
 
@@ -151,6 +152,13 @@ def test_a_folder_goes_on_and_says_which(bright: Path, tmp_path: Path, capsys: p
     assert {path.name.split("_")[0] for path in (tmp_path / "out").iterdir()} == {"a", "c"}
     outcome = predict_files(bright, "depth", [images / "b.png"], tmp_path / "again")
     assert len(outcome.failures) == 1 and not outcome.written and not (tmp_path / "again").exists()
+
+
+def test_a_film_says_which_frame(bright: Path, tmp_path: Path) -> None:
+    film = write_film(tmp_path / "film.mkv", [BLACK, BLACK, WHITE, BLACK], codec="ffv1")
+    outcome = predict_files(bright, "depth", [film], tmp_path / "out")
+    ((_, reason),) = outcome.failures
+    assert reason.startswith("frame 3: depth is not finite") and not outcome.written
 
 
 def test_an_evaluation_names_the_image(bright: Path) -> None:
