@@ -31,7 +31,8 @@ def _described(value: Any) -> tuple[str, str]:
         advice = f"numpy.asarray(image.convert('RGB')) is one, {_READ} reads a file as one, upright"
         return f"a PIL image ({value.mode}, {value.width} x {value.height})", advice
     if isinstance(value, list | tuple):
-        return f"a {type(value).__name__} of {len(value)}", "numpy.stack makes one of arrays of one size"
+        advice = "numpy.stack makes one of several arrays, numpy.array of nested lists"
+        return f"a {type(value).__name__} of {len(value)}", advice
     if isinstance(value, np.ma.MaskedArray):
         return "a masked array", "its method filled makes one"
     kind = type(value)

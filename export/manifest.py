@@ -21,6 +21,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises InputError if it is missing, not as it was written, or lacks anything that the runtime reads.
     """
     path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: {_NO_PACKAGE}")
     manifest = read_sealed_json(path, _NO_PACKAGE)
     _check_manifest(path, manifest)
     return manifest

@@ -12,6 +12,10 @@ from m3vit.files import sha256_file
 _State = tuple[int, int, int, int, int]  # device, inode, bytes, times of the last change of content and of inode
 
 
+class PackageChanged(InputError):  # noqa: N818 (what it says, not that it is an error)
+    """A file is no longer what it was when its folder was opened: whatever the request, it cannot be met."""
+
+
 class OpenedFiles:
     """Files of a folder that are to have the digests {name: sha256}, however late they are asked for.
 
@@ -64,7 +68,7 @@ class OpenedFiles:
 
     def _refused(self, name: str, reason: str) -> InputError:
         if name in self._checked or name in self._trusted:
-            return InputError(f"{self.folder / name} was replaced or changed since it was opened: load it again")
+            return PackageChanged(f"{self.folder / name} was replaced or changed since it was opened: load it again")
         return InputError(f"{reason}; {self.again}")
 
     def _state(self, name: str) -> _State | None:

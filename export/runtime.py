@@ -27,6 +27,7 @@ from m3vit.export.manifest import MANIFEST as MANIFEST
 from m3vit.export.manifest import PRECISIONS, check_passed, package_digests, read_manifest
 from m3vit.export.manifest import file_entries as file_entries
 from m3vit.export.opened import OpenedFiles
+from m3vit.export.opened import PackageChanged as PackageChanged
 from m3vit.export.ort import onnxruntime
 from m3vit.export.sessions import Cache, Sessions
 from m3vit.processes import usable_cores
@@ -95,8 +96,8 @@ class Package:
                 taken as it is now, at the caller's risk, for a package that was just verified.
 
         The manifest is checked in any case. A graph that is loaded later is the opened package's: after the folder was
-        replaced by another package it comes from the old one or, where that is gone or was changed in place, InputError
-        says so; graphs in use do not change, but are refused once their weights are overwritten in place.
+        replaced by another package it comes from the old one or, where that is gone or was changed in place, is refused
+        with `PackageChanged`; graphs in use do not change, but are refused once their weights are overwritten in place.
 
         Raises InputError for a missing or damaged manifest or file, and for what the package does not hold.
         """
@@ -169,6 +170,9 @@ class Package:
             raise InputError(
                 f"images are {images.dtype} {images.shape}: give uint8 [B, H, W, 3], or float32 [B, 3, H, W] normalised"
             )
+        elif not np.isfinite(images).all():  # a graph in integers would make numbers of it
+            damaged = [place for place, one in enumerate(images) if not np.isfinite(one).all()]
+            raise InputError(f"images hold NaN or infinity (in {', '.join(map(str, damaged))}): give finite values")
         height, width = images.shape[2:]
         if (target := self._graph_size(task, height, width)) != (height, width):
             raise InputError(

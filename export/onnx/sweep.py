@@ -18,6 +18,7 @@ import torch
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, normalised
 from m3vit.evaluation.protocols import NetworkImage
+from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import trace_task
 from m3vit.export.onnx.lower import Choice, copied, lower_moe
 from m3vit.export.onnx.pruning import Prune, gate_mass
@@ -56,6 +57,7 @@ def sweep(
     count = MEASURED_IMAGES if request.measure is None else request.measure
     if not count:
         raise InputError("--measure 0 leaves nothing to compare: give the number of validation images, or leave it out")
+    require_finite(run.model)
     val = data_of(run, "val", request.data_root, "no --sweep")
     train = data_of(run, "train", request.data_root, "no --sweep")
     config = run.config.model

@@ -24,6 +24,7 @@ from m3vit.export.predict import predict_files
 from m3vit.export.predictors import onnx_predictor
 from m3vit.export.runtime import NotFinite, Package
 from m3vit.training.checkpoint import load_run
+from tests.export.films import write_film
 from tests.export.models import make_images, make_model, make_samples
 from tests.export.test_runtime import make_package
 
@@ -97,12 +98,19 @@ def test_predictions_that_are_no_numbers(bright: Path) -> None:
     for task in package.tasks:
         with pytest.raises(NotFinite, match=f"^{task} is not finite .* weights are damaged, or the input is extreme"):
             package.predict(WHITE, task)
-    normalised = np.zeros((3, 3, 8, 12), np.float32)
-    normalised[1, 0, 3, 4] = np.nan
     with pytest.raises(NotFinite, match="depth of image 1 is not finite") as refused:
-        package.logits(normalised, "depth")
+        package.logits(np.stack([BLACK, WHITE, BLACK]), "depth")
     assert refused.value.images == (1,)
-    assert np.isfinite(package.logits(normalised[[0, 2]], "depth")).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_inputs_that_are_no_numbers(bright: Path, value: float) -> None:
+    package = Package.load(bright)
+    normalised = np.zeros((3, 3, 8, 12), np.float32)
+    assert not package.logits(normalised, "depth").any()
+    normalised[1:, 0, 3, 4] = value
+    with pytest.raises(InputError, match=r"images hold NaN or infinity \(in 1, 2\)"):
+        package.logits(normalised, "depth")
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
@@ -153,17 +161,20 @@ def test_a_folder_goes_on_and_says_which(bright: Path, tmp_path: Path, capsys: p
     assert len(outcome.failures) == 1 and not outcome.written and not (tmp_path / "again").exists()
 
 
-def test_an_evaluation_names_the_image(bright: Path) -> None:
+def test_a_film_says_which_frame(bright: Path, tmp_path: Path) -> None:
+    film = write_film(tmp_path / "film.mkv", [BLACK, BLACK, WHITE, BLACK], codec="ffv1")
+    outcome = predict_files(bright, "depth", [film], tmp_path / "out")
+    ((_, reason),) = outcome.failures
+    assert reason.startswith("frame 3: depth is not finite") and not outcome.written
+
+
+def test_an_evaluation_names_the_image(bright: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_sealed_json(bright / MANIFEST, "")
     write_sealed_json(bright / MANIFEST, {**manifest, "label_set": "nyud"})
     predictor = onnx_predictor(Package.load(bright))
     whole = NetworkImage("kitchen", WHITE, slice(0, 8), slice(0, 12))
     predictor.run([replace(whole, pixels=BLACK)])
-    # The evaluation normalises by itself; what an infinite weight would make of it, an infinite pixel does.
-    predictor_run = predictor.run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "m3vit.export.predictors.normalised", lambda images: torch.full((len(images), 3, 8, 12), float("inf"))
-        )
-        with pytest.raises(InputError, match="image kitchen: semseg is not finite"):
-            predictor_run([whole])
+    # The evaluation normalises by itself: no pixel is infinite, as one of this package is.
+    monkeypatch.setattr(Package, "_run", lambda self, images, task: np.full_like(images, np.inf))
+    with pytest.raises(InputError, match="image kitchen: semseg is not finite"):
+        predictor.run([whole])

@@ -18,7 +18,7 @@ import pytest
 from m3vit.digests import UncheckedWarning, read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.manifest import MANIFEST, file_entries
-from m3vit.export.runtime import Package
+from m3vit.export.runtime import Package, PackageChanged
 from m3vit.files import sha256_file
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
@@ -121,7 +121,7 @@ def test_tasks_loaded_after_a_replacement_are_of_the_package_opened(package: Pat
     np.testing.assert_array_equal(Package.load(package, threads=1).predict(IMAGE, "depth"), new)
     shutil.rmtree(aside)
     np.testing.assert_array_equal(opened.predict(IMAGE, "edge"), edges)  # in use: nothing of it is lost
-    with pytest.raises(InputError, match=REPLACED):
+    with pytest.raises(PackageChanged, match=REPLACED):
         opened.predict(IMAGE, "normals")
 
 

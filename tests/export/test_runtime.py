@@ -271,6 +271,8 @@ def test_damaged_manifests_are_refused(folder: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match=r"manifest.json not found: give the folder"):
         Package.load(folder)
+    with pytest.raises(InputError, match=r"depth.onnx is a file: give the folder"):
+        Package.load(folder / "depth.onnx")
 
 
 def test_colours(folder: Path) -> None:
