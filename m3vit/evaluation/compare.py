@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, Baseline, delta_m
@@ -57,7 +58,8 @@ def weights_sha256(folder: Path) -> str | None:
         return sha256_file(folder / "model.safetensors")
     for name, section, key in (("manifest.json", "weights", "sha256"), ("m3vit.json", "run", "weights_sha256")):
         if (folder / name).is_file():
-            return read_json(folder / name, "a damaged export").get(section, {}).get(key)
+            read = read_sealed_json if name == "m3vit.json" else read_json
+            return read(folder / name, "a damaged export: export it again").get(section, {}).get(key)
     return None
 
 
