@@ -50,16 +50,19 @@ def run_program(command: list[str], folder: Path, what: str, env: dict[str, str]
     Raises InputError, with the end of what it said, if it cannot be started, fails or is killed. A program whose caller
     is interrupted is killed, with all it has started.
     """
+    started: list[subprocess.Popen] = []
     with sigterm_as_exit():
-        process = _start(command, folder, what, env)
         try:
+            started.append(_start(command, folder, what, env))
+            (process,) = started
             out, errors = process.communicate()
         except BaseException:
-            _kill(process)
+            for process in started:
+                _kill(process)
             raise
         finally:
             with _lock:
-                _running.discard(process)
+                _running.difference_update(started)
     if process.returncode == 0:
         return str(out)
     raise InputError(f"{what} failed: {_ending(command, process.returncode, errors + out)}")

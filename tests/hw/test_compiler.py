@@ -127,6 +127,7 @@ def test_what_runs_ends_with_all_it_started(tmp_path: Path, script: Script, way:
     def stop() -> None:
         while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
             time.sleep(0.01)
+        time.sleep(0.5)  # the program runs, but who started it may not have come to wait for it
         if way == "from outside":
             kill_programs()
         else:
