@@ -52,12 +52,12 @@ def make(**keys: Any) -> Config:
         (
             {"model_tasks": ["depth"], "train_task_weights": {"semseg": 2.0}},
             "--train.task_weights={semseg: 2}",
-            "semseg not among model.tasks",
+            "semseg is not among model.tasks",
         ),
         (
             {"model_tasks": ["depth"], "train_native_losses": ["edge"]},
             "--train.native_losses=[edge]",
-            "edge not among model.tasks",
+            "edge is not among model.tasks",
         ),
         *(
             (
@@ -68,6 +68,8 @@ def make(**keys: Any) -> Config:
             for none in ("none", [])
             for word in ("--model.num_experts=8", "--model.router_noise 1", "--model.experts_per_task.depth=[1]")
         ),
+        ({"model_trunk_args": {"num_classes": 9}}, "--model.trunk_args.num_classes=9", "m3vit sets it itself"),
+        ({"model_trunk_args": {"num_classes": 9}}, "--model.trunk_args={num_classes: 9}", "m3vit sets it itself"),
         ({"model_moe_blocks": "none"}, "--train.balance_weight=0.1", "no block with experts"),
     ],
 )
