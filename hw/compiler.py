@@ -12,6 +12,7 @@ from pathlib import Path
 
 from m3vit.errors import InputError
 from m3vit.files import atomic_path
+from m3vit.staging import sigterm_as_exit
 
 SHOWN_LINES = 3  # of what a failed program said
 _running: set[subprocess.Popen] = set()
@@ -49,31 +50,43 @@ def run_program(command: list[str], folder: Path, what: str, env: dict[str, str]
     Raises InputError, with the end of what it said, if it cannot be started, fails or is killed. A program whose caller
     is interrupted is killed, with all it has started.
     """
-    options = {
-        "stdin": subprocess.DEVNULL,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "errors": "replace",
-    }
+    started: list[subprocess.Popen] = []
+    with sigterm_as_exit():
+        try:
+            started.append(_start(command, folder, what, env))
+            (process,) = started
+            out, errors = process.communicate()
+        except BaseException:
+            for process in started:
+                _kill(process)
+            raise
+        finally:
+            with _lock:
+                _running.difference_update(started)
+    if process.returncode == 0:
+        return str(out)
+    raise InputError(f"{what} failed: {_ending(command, process.returncode, errors + out)}")
+
+
+def _start(command: list[str], folder: Path, what: str, env: dict[str, str] | None) -> subprocess.Popen:
+    """Start a program in a session of its own: a compiler is several processes, and all are to end."""
     try:
-        # A session of its own: a compiler is several processes, and all are to end.
-        process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **options)  # type: ignore[call-overload]
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     except OSError as error:
         raise InputError(f"{what} failed: {command[0]} cannot be run ({error.strerror})") from None
     with _lock:
         _running.add(process)
-    try:
-        out, errors = process.communicate()
-    except BaseException:
-        _kill(process)
-        raise
-    finally:
-        with _lock:
-            _running.discard(process)
-    if process.returncode == 0:
-        return str(out)
-    raise InputError(f"{what} failed: {_ending(command, process.returncode, errors + out)}")
+    return process
 
 
 def kill_programs() -> None:

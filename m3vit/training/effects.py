@@ -24,6 +24,7 @@ OF_EXPERTS = (
     "train.z_weight",
     "train.specialise_weight",
 )
+OURS = ("num_classes", "dynamic_img_size")  # of timm's arguments
 COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -51,11 +52,10 @@ def without_effect(config: Config) -> dict[str, str]:
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
+    found |= {f"model.trunk_args.{name}": "m3vit sets it itself" for name in OURS if name in model.trunk_args}
     for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
         absent = [task for task in tasks if task not in model.tasks]
         found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}
-        if absent and len(absent) == len(tasks):
-            found[f"train.{key}"] = f"{', '.join(absent)} not among model.tasks"
     return found
 
 
@@ -66,6 +66,9 @@ def check_given(config: Config, words: Sequence[str], command: str = "train") ->
         section, name, *_ = key.split(".")
         if command == "profile" and (not key.startswith(COUNTED) or key in WEIGHTS):
             raise InputError(f"--{key} changes nothing that is counted: leave it out")
-        reason = dead.get(key) or dead.get(f"{section}.{name}")
+        within = next(
+            (reason for other, reason in dead.items() if other.startswith(f"{key}.")), None
+        )  # a whole mapping
+        reason = dead.get(key) or dead.get(f"{section}.{name}") or within
         if reason and getattr(getattr(config, section), name):
             raise InputError(f"--{key} would have no effect ({reason}): leave it out, or change that")
