@@ -16,8 +16,10 @@ from typing import Any
 from m3vit.data import nyud, pascal_context
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
 from m3vit.data.plausibility import REACH_PERCENT, Look, look, oddities, statistics
+from m3vit.data.reading import ending
 from m3vit.data.sample import FileSplit, is_id
 from m3vit.errors import InputError
+from m3vit.files import not_there, read_bounded
 from m3vit.processes import run_jobs, usable_cores
 from m3vit.tasks import LABEL_SETS
 
@@ -150,9 +152,7 @@ def _read_list(root: Path, layout: str, split: str, problems: list[Problem]) -> 
     """Return the usable ids of a split, each once."""
     file = f"{LAYOUTS[layout].listings}/{split}.txt"
     try:
-        if (root / file).exists() and not (root / file).is_file():  # a pipe would block
-            raise OSError(0, "it is not a regular file")
-        lines = (root / file).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bounded(root / file).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         problems.append(Problem("error", "missing_list", split, "", file, f"cannot be read ({reason})"))
@@ -237,6 +237,7 @@ def _compare_names(layout: str, splits: dict[str, FileSplit], problems: list[Pro
         for folder in folders
     }
     found = {f"{folder}/{name}" for folder, names in on_disk.items() for name in names}
+    spelt = {f"{folder}/{Path(name).stem}{ending(name)}": name for folder, names in on_disk.items() for name in names}
     stems = {name for loader in splits.values() for name in loader.ids}
     listed = set()
     for split, loader in splits.items():
@@ -244,7 +245,9 @@ def _compare_names(layout: str, splits: dict[str, FileSplit], problems: list[Pro
             for file in dict.fromkeys(_relative(loader, index, kind) for kind in loader.kinds):
                 listed.add(file)
                 if file not in found:
-                    problems.append(Problem("error", "missing", split, name, file, "not found"))
+                    other = spelt.get(file)
+                    message = f"not found, but {other} is there: rename it" if other else "not found"
+                    problems.append(Problem("error", "missing", split, name, file, message))
     for folder, names in on_disk.items():
         orphans = [name for name in names if f"{folder}/{name}" not in listed]
         if folder.startswith("semseg/"):  # PASCAL's two folders: many ids are in both, and one file is used
@@ -252,7 +255,7 @@ def _compare_names(layout: str, splits: dict[str, FileSplit], problems: list[Pro
         if layout == "nyud":
             kind = next(kind for kind, place in nyud.FOLDERS.items() if place == folder)
             expected = nyud.RELEASES[next(iter(splits.values())).release][kind]
-            foreign = [name for name in orphans if Path(name).suffix in {".jpg", ".png", ".npy"} - {expected}]
+            foreign = [name for name in orphans if ending(name) in {".jpg", ".png", ".npy"} - {expected}]
             if foreign:
                 message = f"{len(foreign)} files that are not {expected}, such as {foreign[0]}"
                 problems.append(Problem("error", "mixed_release", "", "", f"{folder}/", message))
@@ -349,7 +352,7 @@ def _classify(path: Path, message: str) -> tuple[str, str]:
     """Return the kind of problem behind a reader's message, and the message without path and advice."""
     message = message.replace(f"{path} ", "").removesuffix(": replace the file")
     if message.startswith("not found"):
-        return "missing", "not found"
+        return "missing", not_there(path)
     if path.is_file() and path.stat().st_size == 0:
         return "empty", "has 0 bytes"
     if message.startswith("has shape"):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from m3vit.data.reading import (
     Size,
     check_size,
+    ending,
     image_size,
     read_depth_array,
     read_edge_array,
@@ -55,9 +56,9 @@ def detect_release(root: Path, kinds: Sequence[str]) -> str:
             raise InputError(
                 f"{folder} not found: {root} holds {held(root)}; extract the archive again, or leave out the task"
             )
-        found[kind] = Counter(ending for name in names_in(folder) if (ending := Path(name).suffix) in endings)
+        found[kind] = Counter(Path(name).suffix for name in names_in(folder) if ending(name) in endings)
     for release, expected in RELEASES.items():
-        if all(set(found[kind]) == {expected[kind]} for kind in kinds):
+        if all(set(found[kind]) & endings == {expected[kind]} for kind in kinds):
             return release
     here = "; ".join(
         f"{FOLDERS[kind]}/ {', '.join(f'{number} {ending[1:]}' for ending, number in counts.items()) or 'none'}"
@@ -67,7 +68,12 @@ def detect_release(root: Path, kinds: Sequence[str]) -> str:
         f"{release} has {', '.join(f'{FOLDERS[kind]}/*{expected[kind]}' for kind in kinds)}"
         for release, expected in RELEASES.items()
     )
-    raise InputError(f"{root} is neither release of NYUD-v2, it holds {here}. {there}: extract one archive afresh")
+    advice = "extract one archive afresh"
+    for expected in RELEASES.values():
+        if all({ending(f"_{spelt}") for spelt in found[kind]} == {expected[kind]} for kind in kinds):
+            spelt = sorted({spelt for counts in found.values() for spelt in counts} - endings)
+            advice = f"rename *{', *'.join(spelt)}, for endings are read as the layout spells them"
+    raise InputError(f"{root} is neither release of NYUD-v2, it holds {here}. {there}: {advice}")
 
 
 class NYUD(FileSplit):

@@ -27,7 +27,6 @@ What is written, and how it differs from the NYUD_MT archive, which was made by 
 
 import math
 import shutil
-import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -38,8 +37,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import m3vit
+from m3vit.data.reading import mat_names, read_mat
 from m3vit.errors import InputError
-from m3vit.files import atomic_folder, require_new, sha256_file, write_json
+from m3vit.files import atomic_folder, not_there, require_new, sha256_file, write_json
 from m3vit.processes import run_jobs, usable_cores
 from m3vit.tasks import NYUD_CLASSES
 
@@ -180,34 +180,33 @@ def _open_labeled(path: Path) -> Any:
         raise InputError(f"{path} cannot be opened ({error}): it is cut off or damaged, download it again") from None
 
 
-def _load_v5(path: Path, key: str, option: str, what: str) -> dict[str, Any]:
-    """Read a small v5 .mat file that must have `key`."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
+def _read_v5(path: Path, key: str, option: str, what: str, other: str = "") -> list[NDArray]:
+    """Return the array `key` of a small v5 .mat file, which must have it, and the array `other`, empty if it lacks."""
     if not path.is_file():
-        raise InputError(f"{path} not found: give {what} as {option}")
+        raise InputError(f"{path} {not_there(path)}: give {what} as {option}")
     try:
-        found = loadmat(path)
-    except NotImplementedError:
-        raise InputError(f"{path} is MATLAB v7.3 (HDF5), but must be a v5 file: give {what} as {option}") from None
-    except (ValueError, TypeError, KeyError, OSError, MatReadError, MemoryError, zlib.error) as error:
-        raise InputError(f"{path} is not a readable MATLAB v5 file ({error}): give {what} as {option}") from None
-    names = sorted(name for name in found if not name.startswith("__"))
+        names = mat_names(path)
+        arrays = [np.asarray(read_mat(path, name)) if name in names else np.empty(0) for name in (key, other)]
+    except InputError as error:
+        reason = str(error).removeprefix(f"{path} ")
+        if "MATLAB 7.3" in reason:
+            raise InputError(f"{path} is MATLAB v7.3 (HDF5), but must be a v5 file: give {what} as {option}") from None
+        raise InputError(f"{path} is not a readable MATLAB v5 file ({reason}): give {what} as {option}") from None
     if key not in names:
         advice = f"give {what} as {option}"
         if {"trainNdxs", "mapClass"} & set(names):
             advice = "--splits and --classes seem to be swapped"
-        raise InputError(f"{path} holds {', '.join(names) or 'nothing'}, but no {key}: {advice}")
-    return found
+        raise InputError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}, but no {key}: {advice}")
+    return arrays
 
 
 def _read_splits(path: Path, count: int) -> dict[str, list[int]]:
     """Return the image numbers, from 1, of train and val."""
-    found = _load_v5(path, "trainNdxs", "--splits", "splits.mat")
+    keys = ("trainNdxs", "testNdxs")
+    arrays = _read_v5(path, keys[0], "--splits", "splits.mat", other=keys[1])
     ids: dict[str, list[int]] = {}
-    for name, key in (("train", "trainNdxs"), ("val", "testNdxs")):
-        numbers = np.asarray(found.get(key, [])).ravel()
+    for name, key, array in zip(("train", "val"), keys, arrays, strict=True):
+        numbers = array.ravel()
         if not numbers.size:
             raise InputError(f"{path}: {key} is missing or empty: give splits.mat as --splits")
         if numbers.dtype.kind not in "uif" or (numbers != np.floor(numbers)).any():
@@ -229,7 +228,7 @@ def _read_splits(path: Path, count: int) -> dict[str, list[int]]:
 
 def _read_class_map(path: Path, num_names: int) -> NDArray[np.uint8]:
     """Return the table [1 + N_classes] from label ids to 0 (unlabelled), 1..40."""
-    mapping = np.asarray(_load_v5(path, "mapClass", "--classes", "classMapping40.mat")["mapClass"]).ravel()
+    mapping = _read_v5(path, "mapClass", "--classes", "classMapping40.mat")[0].ravel()
     last = len(NYUD_CLASSES)
     if not mapping.size or mapping.dtype.kind not in "uif" or mapping.min() < 0 or mapping.max() > last:
         raise InputError(f"{path}: mapClass must hold classes 0 to {last}: give classMapping40.mat as --classes")

@@ -270,23 +270,35 @@ def read_mat(path: Path, name: str, as_stored: bool = False) -> Any:
     beyond MAX_MAT_BYTES or MAX_MAT_ITEMS, are refused before they are decompressed.
     """
     with naming(path):
-        data = contents(path)
-        if b"\x89HDF\r\n\x1a\n" in (data[:8], data[512:520]) or data.startswith(b"MATLAB 7.3"):
-            raise ValueError("it is a MATLAB 7.3 (HDF5) file, expected version 5 to 7: save it with '-v7'")
-        order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-        if order is None or struct.unpack_from(f"{order}H", data, 124) != (0x0100,):
-            raise ValueError("it is not a MATLAB file of version 5 to 7")
-        found, view, at = [], memoryview(data), 128
-        while at < len(view):
-            kind, payload, at = _element(view, at, order)
-            payload = _inflated(payload, order, name) if kind == MAT_COMPRESSED else _contents(kind, payload)
-            variable = _Matrix(payload, order, _Budget(as_stored))
+        found = []
+        for variable in _variables(contents(path), name, as_stored):
             if variable.name == name:
                 return variable.value(0)
             found.append(variable.name)
-            if len(found) > MAX_MAT_ITEMS:
-                raise ValueError(f"it holds more than {MAX_MAT_ITEMS} variables")
         raise ValueError(f"it holds no {name}, only {', '.join(found) or 'nothing'}")
+
+
+def mat_names(path: Path) -> list[str]:
+    """Return the names of the variables of a MATLAB file of version 5 to 7."""
+    with naming(path):
+        return [variable.name for variable in _variables(contents(path), None, True)]
+
+
+def _variables(data: bytes, name: str | None, as_stored: bool) -> "Iterator[_Matrix]":
+    """Yield a file's variables; of those compressed only `name` can be read."""
+    if b"\x89HDF\r\n\x1a\n" in (data[:8], data[512:520]) or data.startswith(b"MATLAB 7.3"):
+        raise ValueError("it is a MATLAB 7.3 (HDF5) file, expected version 5 to 7: save it with '-v7'")
+    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
+    if order is None or struct.unpack_from(f"{order}H", data, 124) != (0x0100,):
+        raise ValueError("it is not a MATLAB file of version 5 to 7")
+    view, at = memoryview(data), 128
+    for _ in range(MAX_MAT_ITEMS):
+        if at >= len(view):
+            return
+        kind, payload, at = _element(view, at, order)
+        payload = _inflated(payload, order, name) if kind == MAT_COMPRESSED else _contents(kind, payload)
+        yield _Matrix(payload, order, _Budget(as_stored))
+    raise ValueError(f"it holds more than {MAX_MAT_ITEMS} variables")
 
 
 def _contents(kind: int, payload: memoryview) -> memoryview:
@@ -295,7 +307,7 @@ def _contents(kind: int, payload: memoryview) -> memoryview:
     return payload
 
 
-def _inflated(packed: memoryview, order: str, name: str) -> memoryview:
+def _inflated(packed: memoryview, order: str, name: str | None) -> memoryview:
     """Return the contents of a compressed matrix; of one that is not `name`, or is refused by its head, no more."""
     inflater = zlib.decompressobj()
     plain = bytearray(inflater.decompress(packed, HEAD_BYTES))

@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.data.reading import Size, naming
+from m3vit.data.reading import Size, naming, other_spelling
 from m3vit.errors import InputError
+from m3vit.files import not_there, read_bounded, special
 from m3vit.tasks import resolve
 
 
@@ -100,9 +101,10 @@ class FileSplit(ABC):
             raise InputError(f"{folder / self.split}.txt not found: {folder} has {', '.join(splits)}")
         listing = folder / f"{self.split}.txt"
         if not listing.is_file():  # a pipe would block
-            raise InputError(f"{listing} is not a regular file: it holds one image id a line")
+            why = special(listing.stat().st_mode) if listing.exists() else not_there(listing)
+            raise InputError(f"{listing} is not a regular file ({why}): it holds one image id a line")
         with naming(listing):
-            ids = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
+            ids = [line.strip() for line in read_bounded(listing).decode("utf-8-sig").splitlines()]
         ids = [name for name in ids if name]
         if not ids:
             raise InputError(f"{listing} lists no image: extract the archive again")
@@ -121,9 +123,11 @@ class FileSplit(ABC):
         for kind in self.kinds:
             path = self.path(0, kind)
             if not path.is_file():
+                other = other_spelling(path)
+                advice = f"rename {other} and its like" if other else "extract the archive again"
                 raise InputError(
-                    f"{path} not found, though {self.listings}/{self.split}.txt lists {len(self)} images: "
-                    f"{path.parent} holds {held(path.parent)}; extract the archive again"
+                    f"{path} {not_there(path)}, though {self.listings}/{self.split}.txt lists {len(self)} images: "
+                    f"{path.parent} holds {held(path.parent)}; {advice}"
                 )
 
     @property

@@ -139,6 +139,8 @@ def open_film(source: Path | StandardInput, max_pixels: int, fps: Fraction | Non
         if not container.streams.video:
             raise InputError(f"{name} {_NO_PICTURES}")
         codec = container.streams.video[0].codec_context
+        if codec is None:
+            raise InputError(f"{name} cannot be read as a video: its pictures are coded in a way that is not known")
         if codec.width * codec.height > max_pixels:
             raise InputError(f"{name} has {codec.height}x{codec.width} pixels: at most {max_pixels} are allowed")
         codec.options = bound  # and here to decode: streams can change their size

@@ -1,12 +1,13 @@
 """Artefacts are wholly there or not at all, whatever stops the writing."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.files import atomic_folder, atomic_path, is_empty
+from m3vit.files import atomic_folder, atomic_path, is_empty, not_there, read_bounded, read_json, read_text, sha256_file
 
 
 def fill(folder: Path, text: str) -> None:
@@ -97,3 +98,65 @@ def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pyte
     for out in (Path("."), Path("..")):
         with pytest.raises(InputError, match="working directory"), atomic_folder(out):
             pass
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """Nothing waits for a pipe's writer or reads a device without end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name, words in (
+            ("pipe", "it is a pipe"),
+            ("zero", "it is a device"),
+            ("null", "it is a device"),
+            ("socket", "it is a socket"),
+            ("folder", "Is a directory"),
+        ):
+            for reader in (read_json, read_text):
+                with pytest.raises(
+                    InputError, match=rf"{name} cannot be read \({words}, not a regular file\): give it"
+                ):
+                    reader(tmp_path / name, "give it")
+            for read in (read_bounded, sha256_file):
+                with pytest.raises(OSError, match="not a regular file"):
+                    read(tmp_path / name)
+
+
+def test_what_is_read_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    with pytest.raises(OSError, match="it has more than 4 bytes"):
+        read_bounded(path, 4)
+    with open(path, "wb") as file:
+        file.truncate(1 << 33)  # holes take no disk
+    with pytest.raises(InputError, match=r"it has more than 16777216 bytes"):
+        read_json(path, "give it")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"{", "not readable JSON"),
+        (b"[" * 100_000, "not readable JSON"),
+        (b"9" * 5000, "not readable JSON"),  # more digits than Python turns into a number
+        (b"\xff\xfe", "not readable as text"),
+        (b"", "not readable JSON"),
+    ],
+)
+def test_damaged_json_is_one_line(tmp_path: Path, data: bytes, words: str) -> None:
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(InputError, match=words):
+        read_json(tmp_path / "a", "give it")
+
+
+def test_what_is_not_there_says_why(tmp_path: Path) -> None:
+    assert not_there(tmp_path / "a") == "not found"
+    (tmp_path / "a").symlink_to(".git/annex/objects/KEY")
+    with pytest.raises(InputError, match=r"link to \.git/annex/objects/KEY, which is not there \(fetch it: git annex"):
+        read_json(tmp_path / "a", "give it")
+    (tmp_path / "b").write_text("\ufeff{}", encoding="utf-8")
+    assert read_json(tmp_path / "b", "") == {}

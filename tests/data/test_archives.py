@@ -3,13 +3,18 @@
 import gzip
 import io
 import os
+import random
+import resource
+import shutil
+import signal
 import stat
 import struct
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -241,6 +246,190 @@ def test_a_bomb_of_small_members_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError, match="unpacks to more than"):
         extract(archive, tmp_path / "out")
     assert_nothing_left(tmp_path, "a.tgz")
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "gnu sparse": lambda: gzip.compress(sparse_header(500_000_000) + bytes(10240)),
+    "gnu sparse map without end": lambda: gzip.compress(sparse_header(1000) + (bytes(504) + b"\1" + bytes(7)) * 4000),
+    "pax sparse": lambda: pax_archive([(b"GNU.sparse.map", b"0,1"), (b"GNU.sparse.size", b"500000000")], b"x"),
+    "pax sparse, by its name": lambda: pax_archive(
+        [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.realsize", b"500000000")],
+        b"1\n0\n1\n".ljust(512, b"\0") + b"x",
+    ),
+    "zeros": lambda: tar_of(("set/a", bytes(60_000_000))),
+    "claimed in tar": lambda: gzip.compress(claiming("set/a", 500_000_000).tobuf() + bytes(10240)),
+    "empty files in deep folders": lambda: tar_of(*((f"set/{index}/{'d/' * 200}x", b"") for index in range(400))),
+    "zip of zeros": lambda: zip_of(zipfile.ZIP_DEFLATED, bytes(60_000_000)),
+    "bzip2 of zeros": lambda: zip_of(zipfile.ZIP_BZIP2, bytes(60_000_000)),
+}
+
+
+def claiming(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member
+
+
+def sparse_header(size: int) -> bytes:
+    """A GNU sparse member of one byte that unpacks to `size`, its map going on in the next block."""
+    member = tarfile.TarInfo("set/a")
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, 0)
+    header[482], header[483:495] = 1, b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_archive(records: list[tuple[bytes, bytes]], data: bytes = b"") -> bytes:
+    """A tar, packed, of one file with pax records as they are given."""
+    body = b""
+    for key, value in records:
+        text = b" " + key + b"=" + value + b"\n"
+        length = len(text) + 1
+        while length != len(str(length)) + len(text):
+            length = len(str(length)) + len(text)
+        body += str(length).encode() + text
+    header = claiming("P", len(body))
+    header.type = tarfile.XHDTYPE
+    blocks = header.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
+    blocks += claiming("set/x", len(data)).tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+    return gzip.compress(blocks + bytes(10240))
+
+
+def tar_of(*members: tuple[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, data in members:
+            add(tar, name, data)
+    return file.getvalue()
+
+
+def zip_of(method: int, data: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as packed:
+        packed.writestr("set/a", data)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_archive_does_not_unpack_to_a_large_one(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    writing = archives._Writer.file
+
+    def counted(self: archives._Writer, name: str, size: int, source: IO[bytes]) -> Iterator[None]:
+        for piece in writing(self, name, size, source):
+            written.append(size)
+            yield piece
+
+    monkeypatch.setattr(archives._Writer, "file", counted)
+    monkeypatch.setattr(archives, "SLACK_BYTES", 1 << 20)
+    (tmp_path / "a").write_bytes(BOMBS[name]())
+    with pytest.raises(InputError, match=r"a sparse file|than an archive of its size can hold"):
+        extract(tmp_path / "a", tmp_path / "out")
+    assert sum(written) <= archives.SLACK_BYTES
+    assert_nothing_left(tmp_path, "a")
+
+
+def test_archives_that_python_stumbles_over(tmp_path: Path) -> None:
+    def zip_with(at: int, value: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+        data = bytearray(zip_of(method, b"x" * 5000))
+        start = data.find(b"PK\1\2") if at >= 0 else 0
+        data[start + abs(at) : start + abs(at) + len(value)] = value
+        return bytes(data)
+
+    chain = claiming("x", 0)
+    chain.type = tarfile.GNUTYPE_LONGNAME
+    stumbling = {
+        "a NUL in a name": (pax_archive([(b"path", b"a\0b")]), "impossible name"),
+        "a sparse map that is none": (pax_archive([(b"GNU.sparse.map", b"a,b"), (b"GNU.sparse.size", b"9")]), "sparse"),
+        "headers without end": (gzip.compress(chain.tobuf(tarfile.GNU_FORMAT) * 3000 + bytes(1024)), "is damaged"),
+        "a later version": (zip_with(6, b"\x63\0"), "version 9.9.*with another tool"),
+        "an unknown method": (zip_with(10, b"\x63\0"), "compression.*with another tool|is damaged"),
+        "a name that is no text": (zip_with(8, b"\0\x08").replace(b"set/a", b"set/\xff"), "utf-8|is damaged"),
+        "damaged lzma": (zip_with(-56, b"\xff\xff\xff", zipfile.ZIP_LZMA), "is damaged"),
+        "a disk number": (zip_with(34, b"\xff\xff"), "."),
+    }
+    for name, (data, words) in stumbling.items():
+        (tmp_path / "a").write_bytes(data)
+        try:
+            with pytest.raises(InputError, match=words) as caught:
+                extract(tmp_path / "a", tmp_path / "out")
+        except BaseException as error:
+            raise AssertionError(name) from error
+        assert str(caught.value).startswith(f"{tmp_path / 'a'}") and "\n" not in str(caught.value)
+        assert_nothing_left(tmp_path, "a")
+
+
+@pytest.mark.parametrize("kind", ["a.tar", "a.tgz", "stored", "deflated", "lzma", "bzip2", "pax"])
+def test_mutated_archives_end_in_one_line(tmp_path: Path, kind: str) -> None:
+    """Bytes changed, swapped, cut and inserted, most of them in headers: 100 of each kind."""
+    rng = random.Random(kind)
+    methods = {
+        "stored": zipfile.ZIP_STORED,
+        "deflated": zipfile.ZIP_DEFLATED,
+        "lzma": zipfile.ZIP_LZMA,
+        "bzip2": zipfile.ZIP_BZIP2,
+    }
+    if kind in methods:
+        good = zip_of(methods[kind], b"some bytes " * 40)
+    elif kind == "pax":
+        good = gzip.decompress(
+            pax_archive([(b"path", b"gt_sets/train.txt"), (b"mtime", b"1.5"), (b"size", b"4")], b"0001")
+        )
+    else:
+        good = whole(tmp_path / "good.tar").read_bytes() if kind == "a.tar" else b""
+        if kind == "a.tgz":
+            good = gzip.decompress(whole(tmp_path / "good.tgz").read_bytes())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    headers = [at for at, value in enumerate(good) if value] or [0]
+    for _ in range(100):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 8)):
+            at = rng.choice(headers) if rng.random() < 0.8 else rng.randrange(len(good))
+            data[at] = rng.choice([0, 255, rng.randrange(256), data[at] ^ (1 << rng.randrange(8)), ord("9")])
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        if rng.random() < 0.2:
+            at = rng.randrange(len(data) + 1)
+            data[at:at] = rng.randbytes(rng.randrange(600))
+        if kind in ("a.tgz", "pax") and rng.random() < 0.8:  # behind the checksum of the packing
+            data = bytearray(gzip.compress(bytes(data), 1))
+        (tmp_path / "a").write_bytes(data)
+        try:
+            extract(tmp_path / "a", tmp_path / "out")
+        except InputError as error:
+            assert str(error).startswith(str(tmp_path / "a")) and "\n" not in str(error)
+            assert_nothing_left(tmp_path, "a")
+        else:
+            shutil.rmtree(tmp_path / "out")
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole(tmp_path / "a.tgz")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(InputError, match=r"0001.jpg' cannot be written below .* \(File too large\).*make room"):
+            extract(tmp_path / "a.tgz", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert_nothing_left(tmp_path, "a.tgz")
+
+
+def test_an_archive_is_a_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tgz")
+    (tmp_path / "zero.tgz").symlink_to("/dev/zero")
+    (tmp_path / "gone.tgz").symlink_to(".git/annex/objects/KEY")
+    for name, words in (("pipe", "it is a pipe"), ("zero", "it is a device"), ("gone", "git annex get")):
+        with pytest.raises(InputError, match=f"not found or not a file .*{words}"):
+            extract(tmp_path / f"{name}.tgz", tmp_path / "out")
 
 
 def test_an_endless_header_is_refused_before_it_is_read(tmp_path: Path) -> None:

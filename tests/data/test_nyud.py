@@ -1,5 +1,6 @@
 """NYUD-v2: both releases against files in their exact formats, whole, broken and mixed up."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.data.check import check
 from m3vit.data.nyud import FOLDERS, NYUD, RELEASES
 from m3vit.data.opening import open_split, recognise
 from m3vit.errors import InputError
@@ -307,3 +309,53 @@ def test_nothing_is_written(tmp_path: Path, release: str) -> None:
         for folder in folders:
             folder.chmod(0o755)
     assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("spelt", [".JPG", ".jpeg", ".Jpg"])
+def test_another_spelling_of_an_ending_is_named(tmp_path: Path, make_data: Callable[..., Path], spelt: str) -> None:
+    root = make_data(tmp_path / "data", train=2, val=1)
+    for path in (root / "images").iterdir():
+        path.rename(path.with_suffix(spelt))
+    with pytest.raises(InputError, match=rf"images/ 3 {spelt[1:]}; .*rename \*{spelt}, for endings"):
+        NYUD(root, "train")
+    for path in (root / "images").iterdir():
+        path.rename(path.with_suffix(".jpg" if path.stem != "0001" else spelt))
+    with pytest.raises(InputError, match=f"0001.jpg not found: .*; 0001{spelt} is there, rename it"):
+        NYUD(root, "train").load(1)
+    report = check(root, workers=1)
+    (problem,) = [found for found in report.problems if found.severity == "error"]
+    assert problem.kind == "missing" and problem.message == f"not found, but 0001{spelt} is there: rename it"
+
+
+def test_links_of_git_annex_and_dvc(tmp_path: Path, make_data: Callable[..., Path]) -> None:
+    """Files may be links into a store of names without ending; where one was not fetched, that is said."""
+    root, store = make_data(tmp_path / "data", train=2, val=1), tmp_path / "store"
+    store.mkdir()
+    for index, path in enumerate(sorted(path for path in root.rglob("*.*") if path.is_file())):
+        path.rename(store / f"{index:x}")
+        path.symlink_to(store / f"{index:x}")
+    assert (
+        NYUD(root, "train").load(0).image.shape == (32, 48, 3)
+        and check(root, workers=1).to_dict()["counts"]["error"] == 0
+    )
+    (root / "depth" / "0001.npy").resolve().unlink()
+    with pytest.raises(InputError, match=r"0001.npy not found: it is a link to .*git annex get, dvc pull"):
+        NYUD(root, "train").load(1)
+    (problem,) = [found for found in check(root, workers=1).problems if found.severity == "error"]
+    assert problem.kind == "missing" and "dvc pull" in problem.message
+    (root / "gt_sets" / "train.txt").resolve().unlink()
+    with pytest.raises(InputError, match=r"train.txt is not a regular file \(.*dvc pull"):
+        NYUD(root, "train")
+
+
+def test_lists_that_are_no_files(tmp_path: Path, make_data: Callable[..., Path]) -> None:
+    root = make_data(tmp_path / "data", train=2, val=1)
+    (root / "gt_sets" / "train.txt").unlink()
+    os.mkfifo(root / "gt_sets" / "train.txt")
+    with pytest.raises(InputError, match=r"train.txt is not a regular file \(it is a pipe\)"):
+        NYUD(root, "train")
+    report = check(root, quick=True)
+    assert "it is a pipe" in next(found.message for found in report.problems if found.kind == "missing_list")
+    (root / "gt_sets" / "train.txt").unlink()
+    (root / "gt_sets" / "train.txt").symlink_to("/dev/zero")
+    assert "it is a device" in next(found.message for found in check(root, quick=True).problems)

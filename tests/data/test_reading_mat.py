@@ -1,7 +1,9 @@
 """The reader of MATLAB files: against scipy, by hand, and what it refuses."""
 
 import struct
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import scipy.io
 
 from m3vit.data import reading
 from m3vit.data.pascal_context import read_label_map
-from m3vit.data.reading import read_mat
+from m3vit.data.reading import mat_names, read_mat
 from tests.data.damaging import NUMBERS, STRUCT, compressed, mat_element, mat_file, mat_matrix, refuses
 from tests.data.layouts import save_anno, save_label_map
 
@@ -98,6 +100,89 @@ def test_a_mat_that_inflates_without_end(tmp_path: Path, monkeypatch: pytest.Mon
     small = compressed(mat_matrix(9, (60, 60), mat_element(2, bytes(3600)))).replace(b"LabelMap", b"labelmap")
     path.write_bytes(mat_file(*[compressed(mat_element(14, bytes(4000)))] * 4, small))
     refuses(read_label_map, path, "cannot be read")
+
+
+def zeros(kind: int, count: int, dims: tuple[int, ...] | None = None) -> bytes:
+    """A compressed LabelMap of `count` zeros in single bytes."""
+    return compressed(mat_matrix(kind, dims or (count, 1), mat_element(2, bytes(count))))
+
+
+def structure(count: int, field: bytes) -> bytes:
+    """A compressed structure of `count` elements with one field."""
+    return compressed(mat_matrix(2, (count, 1), STRUCT + field * count))
+
+
+EMPTY = mat_element(14, b"")
+MAT_BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "numbers": (lambda: zeros(6, (1 << 24) + 1), "has more than 16777216 numbers"),
+    "claimed numbers": (lambda: zeros(6, 8, (1 << 30, 1 << 30)), "has more than 16777216 numbers"),
+    "more than its dimensions": (lambda: zeros(9, 1 << 23, (10, 10)), "LabelMap holds more than"),
+    "empty structures": (lambda: structure(1 << 20, EMPTY), "holds more than 65536 values"),
+    "a mask in a structure": (
+        lambda: structure(1, mat_matrix(9, ((1 << 24) + 1, 1), mat_element(2, bytes((1 << 24) + 1)))),
+        "has more than 16777216 numbers",
+    ),
+    "many masks in a structure": (
+        lambda: compressed(struct.pack("<II", 14, 1 << 29) + mat_matrix(2, (20, 1), STRUCT)[8:]),
+        "LabelMap holds more than 268435456 bytes",
+    ),
+    "field names": (
+        lambda: compressed(mat_matrix(2, (1, 1), mat_element(5, b"\1\0\0\0") + mat_element(1, b"a" * (1 << 23)))),
+        "holds more than 65536 values",
+    ),
+    "text": (lambda: compressed(mat_matrix(4, (1 << 23, 1), mat_element(16, b"a" * (1 << 23)))), "as long a text"),
+    "dimensions": (lambda: compressed(mat_matrix(9, (1,) * 100_000, NUMBERS)), "cannot be read"),
+    "no matrix": (lambda: compressed(mat_element(2, bytes(1 << 26))), "expected a matrix"),
+}
+
+
+@pytest.mark.parametrize("name", MAT_BOMBS)
+def test_small_files_do_not_take_large_memories(tmp_path: Path, name: str) -> None:
+    make, words = MAT_BOMBS[name]
+    path = tmp_path / "a.mat"
+    path.write_bytes(mat_file(make()))
+    tracemalloc.start()
+    refuses(read_label_map, path, words)
+    peak = tracemalloc.get_traced_memory()[1] - path.stat().st_size
+    tracemalloc.stop()
+    assert peak < 100 << 20, f"{peak >> 20} MiB"
+
+
+def test_a_file_of_countless_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_MAT_ITEMS", 50)
+    (tmp_path / "a.mat").write_bytes(mat_file(mat_matrix(9, (0, 0), b"").replace(b"LabelMap", b"labelmap") * 51))
+    refuses(read_label_map, tmp_path / "a.mat", "it holds more than 50 variables")
+
+
+def test_the_largest_map_takes_little_more_than_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "a.mat"
+    path.write_bytes(mat_file(zeros(6, 1 << 24, (4096, 4096))))  # 16 MiB of bytes, as doubles 128 MiB
+    tracemalloc.start()
+    assert not read_label_map(path).any()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20, f"{peak >> 20} MiB"
+
+
+def test_what_is_not_asked_for_is_not_decompressed(tmp_path: Path) -> None:
+    path = tmp_path / "a.mat"
+    other = compressed(mat_matrix(6, (1 << 26, 1), mat_element(2, bytes(1 << 26))).replace(b"LabelMap", b"Pictures"))
+    path.write_bytes(mat_file(other, compressed(mat_matrix(9, (2, 3), NUMBERS))))
+    tracemalloc.start()
+    assert read_label_map(path).shape == (2, 3) and mat_names(path) == ["Pictures", "LabelMap"]
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "i4", "f4", "f8"])
+def test_as_stored(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.mat"
+    numbers = np.arange(12).reshape(3, 4).astype(kind)
+    scipy.io.savemat(path, {"LabelMap": numbers}, do_compression=True)
+    np.testing.assert_array_equal(read_mat(path, "LabelMap", as_stored=True), numbers)
+    path.write_bytes(mat_file(mat_matrix(6, (2, 3), NUMBERS)))  # doubles in bytes
+    assert read_mat(path, "LabelMap", as_stored=True).dtype == np.uint8
+    assert read_mat(path, "LabelMap").dtype == np.float64
 
 
 def test_deep_nesting(tmp_path: Path) -> None:
