@@ -48,7 +48,7 @@ FOLDERS = {
 }
 SEMSEG_FALLBACK = "semseg/pascal-context"
 PERSON = 15  # class_ind of PASCAL VOC
-Y_UP = np.array([1, -1, 1], np.float32)  # from the axes of normals_distill to those of m3vit.tasks
+Y_UP = np.array([1, -1, 1], np.float32)  # from the axes of normals_distill (LabelSet.normals_y_down) to m3vit.tasks'
 NUM_CLASSES = LABEL_SETS["pascal"].channels("semseg")
 # The 24 parts that PASCAL-Part names on a person, merged to the classes of m3vit.tasks.PART_CLASSES.
 PARTS = {
