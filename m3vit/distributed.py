@@ -42,6 +42,12 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Return whether an exchange failed because another process is gone (gloo and NCCL raise RuntimeErrors of text)."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "TCPStore")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 def gather(value: Any) -> list[Any]:
     """Return every process's value, by rank."""
     if not dist.is_initialized():
@@ -61,15 +67,26 @@ def total(tensor: Tensor, in_place: bool = False) -> Tensor:
 
 
 def agree(function: Callable[[], Result]) -> Result:
-    """Return function(); an InputError of any process is raised in all, so that none waits for one that stopped."""
-    result, message = None, None
+    """Return function(); what any process raises ends all, so that none waits for one that stopped.
+
+    An InputError is raised in all. Another exception is a defect of ours: it goes on where it arose, and the other
+    processes raise an InputError about it.
+    """
+    if not dist.is_initialized():
+        return function()
+    result, failure = None, None
     try:
         result = function()
-    except InputError as error:
-        if not dist.is_initialized():
-            raise
-        message = str(error)
-    for found in gather(message):
-        if found:
-            raise InputError(found, everywhere=True)
+    except Exception as error:
+        failure = error
+    told = failure if failure is None or isinstance(failure, InputError) else type(failure).__name__
+    found = gather(told)
+    if failure and not isinstance(failure, InputError):
+        raise failure
+    for process, what in enumerate(found):
+        if isinstance(what, InputError):
+            what.everywhere = True
+            raise what
+        if what:
+            raise InputError(f"process {process} failed with {what}, see there", everywhere=True)
     return result  # type: ignore[return-value]

@@ -12,3 +12,7 @@ class InputError(ValueError):
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class WriteError(InputError):
+    """A file cannot be written: the disk is full, a limit is reached. See m3vit.files.writing."""

@@ -8,15 +8,17 @@ from typing import IO, Any, cast
 
 import torch
 from lightning.fabric import Fabric
-from torch.utils.tensorboard import SummaryWriter
 
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
 from m3vit.data.opening import open_split
-from m3vit.distributed import agree, gather, leave_group, rank, total, world_size
-from m3vit.errors import InputError
+from m3vit.distributed import agree, gather, is_lost, leave_group, rank, total, world_size
+from m3vit.errors import InputError, WriteError
+from m3vit.files import writing
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.training.board import Board
 from m3vit.training.checkpoint import (
     MetricsLog,
+    first_line,
     load_state,
     lock_folder,
     prepare_folder,
@@ -72,8 +74,17 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
     try:
         training = Training(fabric, config, out, resume, progress)
         training.run()
-    except (InputError, Stopped):
+    except (InputError, Stopped) as error:
         leave_group()
+        if isinstance(error, WriteError):
+            raise WriteError(f"{error}; then go on with --resume", error.everywhere) from None
+        raise
+    except RuntimeError as error:
+        if world_size() > 1 and is_lost(error):
+            raise InputError(
+                f"another process of this training ended ({first_line(error)}): mend what its message says, then go on "
+                "with --resume"
+            ) from None
         raise
     leave_group()
     return len(training.unreadable)
@@ -143,9 +154,7 @@ class Training:
         state = agree(lambda: load_state(out)) if resume else None
         if state:
             self.restore(state)
-        if rank() == 0:
-            self.log = MetricsLog(out, self.step)
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
+        agree(self.open_logs)
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
             self.record("resumed", values, "on another number of processes: the same up to rounding and random draws")
@@ -156,6 +165,12 @@ class Training:
             return None
         prepare_folder(self.config, self.out, resume)
         return lock_folder(self.out)
+
+    def open_logs(self) -> None:
+        """Open what the first process writes line by line."""
+        if rank() == 0:
+            self.log = MetricsLog(self.out, self.step)
+            self.board = Board(self.out / "tensorboard", first_step=self.step + 1)
 
     @property
     def trained(self) -> MultiTaskModel:
@@ -225,12 +240,16 @@ class Training:
     def exchange(self, batch: Batch) -> int:
         """Return how many images all processes have for this step; stop if one of them was asked to, or must."""
         signals = [int(self.stop.received == kind) for kind in SIGNALS]
-        mine = [*signals, len(batch.errors), 0 if batch.images is None else len(batch.images)]
-        *received, errors, images = total(torch.tensor(mine)).tolist()
+        images = 0 if batch.images is None else len(batch.images)
+        mine = [*signals, int(bool(batch.failure)), len(batch.errors), images]
+        *received, failures, errors, images = total(torch.tensor(mine)).tolist()
         for kind, count in zip(SIGNALS, received, strict=True):
             if count:
                 self.save()
                 raise Stopped(kind, self.step)
+        if failures:
+            cause = next(text for text in gather(batch.failure) if text)
+            raise InputError(f"{cause}; {self.kept()}", everywhere=True)
         for message in [text for texts in gather(batch.errors) for text in texts] if errors else []:
             if self.config.data.on_error == "stop":
                 raise InputError(
@@ -241,6 +260,14 @@ class Training:
                 self.unreadable.add(message)
                 self.record("unreadable", {"count": len(self.unreadable)}, message)
         return int(images)
+
+    def kept(self) -> str:
+        """Save what there is, if it can be, and say how to go on."""
+        try:
+            self.save()
+        except InputError as error:
+            return f"and {error}"
+        return f"everything up to step {self.step} is kept: go on with --resume"
 
     def evaluate(self, epoch: int) -> None:
         """Evaluate where it is due and not done yet, and keep the weights if they are the best."""
@@ -261,39 +288,45 @@ class Training:
             values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
         if is_best([*lines, values], self.config.model.tasks, self.config.train.best):
             # A run folder too. Before the line in the log: a run killed in between evaluates again.
-            self.save_trained(self.out / "best", epoch)
-            if rank() == 0:
-                write_config(self.config, self.out / "best")
+            self.save_trained(self.out / "best", epoch, self.config)
         self.record("val", values)
 
     def record(self, kind: str, values: dict[str, float], message: str | None = None) -> None:
         """Write a line of metrics.jsonl, and its values for TensorBoard."""
-        if rank():
-            return
         words = {"message": message} if message else {}
         words |= {"protocol": PROTOCOL} if kind == "val" else {}
-        self.log.write({"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words})
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, self.step)
+        line = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words}
+
+        def write() -> None:
+            if rank():
+                return
+            with writing(self.log.path, "its earlier lines are kept"):
+                self.log.write(line)
+            self.board.write({f"{kind}/{name}": value for name, value in values.items()}, self.step)
+
+        agree(write)
 
     def chart(self, gradient_norm: float) -> None:
         """Draw in TensorBoard what differs from machine to machine, and so has no place in metrics.jsonl."""
-        if rank():
-            return
         (start, step), now = self.clock, time.perf_counter()
         self.clock = (now, self.step)
         images = (self.step - step) * self.config.train.batch_size
         values = {"train/gradient_norm": gradient_norm, "speed/images_per_s": images / (now - start)}
         if self.fabric.device.type == "cuda":
             values["speed/peak_gib"] = torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
-        for name, value in values.items():
-            self.board.add_scalar(name, value, self.step)
+        agree(lambda: None if rank() else self.board.write(values, self.step))
 
-    def save_trained(self, folder: Path, epoch: int) -> None:
-        """Write the model that is evaluated; all processes call this, the first one writes."""
+    def save_trained(self, folder: Path, epoch: int, config: Config | None = None) -> None:
+        """Write the model that is evaluated, as a run folder with `config`; all call this, the first process writes."""
         weights = gathered(self.trained.state_dict())
-        if rank() == 0:
-            save_model(folder, self.trained, epoch, weights)
+
+        def write() -> None:
+            if rank() == 0:
+                save_model(folder, self.trained, epoch, weights)
+            if rank() == 0 and config:
+                write_config(config, folder)
+
+        agree(write)
 
     def save(self) -> None:
         """Write what resuming needs: the raw weights, the moving average, the random state of every process."""
@@ -312,8 +345,7 @@ class Training:
             "average": None if self.average is None else gathered(self.average.state_dict()),
             "random": random_states,
         }
-        if rank() == 0:
-            save_state(self.out, state)
+        agree(lambda: None if rank() else save_state(self.out, state))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote. A process that was not there then keeps the random state of its seed."""
