@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -27,12 +27,14 @@ class Batch(NamedTuple):
     """Augmented images [B, 3, H, W] and labels by task, or None if no sample could be read; and the errors.
 
     Errors are carried as text, one a sample that is left out: raised in a loader process they would arrive as a stack
-    trace. `failure` says why there is no batch, nor one after it: a loader process failed or was killed.
+    trace. `unlabelled` has (task, text) of each label that an image of a partial split lacks. `failure` says why there
+    is no batch, nor one after it: a loader process failed or was killed.
     """
 
     images: Tensor | None
     labels: dict[str, Tensor]
     errors: list[str]
+    unlabelled: Sequence[tuple[str, str]] = ()
     failure: str = ""
 
     def pin_memory(self) -> "Batch":
@@ -61,7 +63,7 @@ class Parcel:
         try:
             return self.open().pin_memory()
         except Exception as error:  # a defect would be lost in that thread as well
-            return Batch(None, {}, [], describe(error))
+            return Batch(None, {}, [], failure=describe(error))
 
 
 class TrainingSet(Dataset):
@@ -85,13 +87,17 @@ class TrainingSet(Dataset):
         return len(self.split)
 
     def __getitem__(self, key: tuple[int, int]) -> Pair | str:
+        return self.example(key)[0]
+
+    def example(self, key: tuple[int, int]) -> tuple[Pair | str, dict[str, str]]:
+        """Return the augmented sample, and why it lacks labels, by task."""
         epoch, index = key
         try:
             sample = self._sample(index)
         except InputError as error:
-            return str(error)
+            return str(error), {}
         rng = np.random.default_rng([1, self.seed, epoch, index])
-        return training_pair(self.pipeline, sample, self.size, rng, **self.options)
+        return training_pair(self.pipeline, sample, self.size, rng, **self.options), sample.unlabelled
 
     def _sample(self, index: int) -> Sample:
         if self.cache is None:
@@ -101,14 +107,14 @@ class TrainingSet(Dataset):
         return self.cache[index]
 
 
-def collate(samples: list[Pair | str]) -> Batch:
+def collate(examples: list[tuple[Pair | str, dict[str, str]]]) -> Batch:
     """Put samples into a batch, without those that could not be read."""
-    errors = [sample for sample in samples if isinstance(sample, str)]
-    pairs = [sample for sample in samples if not isinstance(sample, str)]
+    errors = [sample for sample, _ in examples if isinstance(sample, str)]
+    pairs = [sample for sample, _ in examples if not isinstance(sample, str)]
     if not pairs:
         return Batch(None, {}, errors)
     images, labels = default_collate(pairs)
-    return Batch(images, labels, errors)
+    return Batch(images, labels, errors, [pair for _, unlabelled in examples for pair in unlabelled.items()])
 
 
 class EpochBatches(Sampler):
@@ -149,11 +155,11 @@ class BatchSet(Dataset):
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | Parcel:
         if torch.utils.data.get_worker_info() is None:
-            return collate([self.samples[key] for key in keys])
+            return collate([self.samples.example(key) for key in keys])
         try:
-            return Parcel(bytes(ForkingPickler.dumps(collate([self.samples[key] for key in keys]))))
+            return Parcel(bytes(ForkingPickler.dumps(collate([self.samples.example(key) for key in keys]))))
         except Exception as error:  # of any kind: raised, it would come as a stack trace or not at all
-            return Parcel(pickle.dumps(Batch(None, {}, [], describe(error))))
+            return Parcel(pickle.dumps(Batch(None, {}, [], failure=describe(error))))
 
 
 def begin_worker(_: int) -> None:
@@ -170,8 +176,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-def end_of(workers: Iterable[BaseProcess]) -> str:
+def end_of(workers: list[BaseProcess]) -> str:
     """Return how the first of these processes that died did so, or an empty text."""
+    dying = wait([worker.sentinel for worker in workers], timeout=0.5)  # a lost connection is noticed before its end
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join(1)
     hints = {signal.SIGKILL: ", maybe for want of memory", signal.SIGBUS: ", as when /dev/shm is full"}
     for worker in workers:
         code = worker.exitcode
@@ -210,12 +220,11 @@ class Loader:
             yield from self.loader
             return
         iterator: Any = None
-        before, workers = set(multiprocessing.active_children()), set()
+        before = set(multiprocessing.active_children())
         while True:
             try:
                 if iterator is None:
                     iterator = iter(self.loader)
-                    workers = set(multiprocessing.active_children()) - before
                     # torch has its death notices of workers raised by a signal handler: anywhere within a step, where
                     # the other processes of a torchrun would wait. Without it, `next` finds them within 5 seconds.
                     if threading.current_thread() is threading.main_thread():
@@ -225,8 +234,7 @@ class Loader:
             except StopIteration:
                 return
             except Exception as error:
-                wait([worker.sentinel for worker in workers], timeout=0.5)  # a lost connection is noticed first
-                batch = Batch(None, {}, [], end_of(workers) or describe(error))
+                batch = Batch(None, {}, [], failure=end_of(getattr(iterator, "_workers", [])) or describe(error))
             if batch.failure:
                 for worker in set(multiprocessing.active_children()) - before:
                     worker.kill()

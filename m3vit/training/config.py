@@ -37,7 +37,8 @@ class DataConfig:
             (scaling, crop, photometric distortion, padding), both as published.
         flip: mirror half of the training images.
         colour: strength of the random gain and offset of each colour channel; 0 is off; of the pipeline simple.
-        on_error: what an unreadable file does: stop training, or skip its image, with a line in metrics.jsonl.
+        on_error: what a missing or unreadable file does, with a line in metrics.jsonl: stop training, or skip it: an
+            image is left out, a label makes its image one that is not labelled for that task.
     """
 
     layout: str = "nyud"

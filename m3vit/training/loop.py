@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -49,6 +50,14 @@ FORMAT = 2  # of last/state.pt
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
 
+@dataclass
+class LeftOut:
+    """What was not trained on because it could not be read: messages of images, and of labels by task."""
+
+    images: set[str] = field(default_factory=set)
+    labels: dict[str, set[str]] = field(default_factory=dict)
+
+
 def build(config: Config) -> MultiTaskModel:
     """Return the model with weights drawn from the run's seed."""
     torch.manual_seed(config.train.seed)
@@ -62,11 +71,11 @@ def initialise(config: Config, out: Path) -> None:
     save_model(out, model, epoch=0)
 
 
-def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> int:
+def train(config: Config, out: Path, resume: bool = False, progress: Progress | None = None) -> LeftOut:
     """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights.
 
     Started by torchrun, the processes train one model together; the first one writes the run folder, which all of them
-    must see. Returns how many training images could not be read and were left out (`data.on_error` skip). Raises
+    must see. Returns what of the training data could not be read and was left out (`data.on_error` skip). Raises
     `Stopped` if a signal asked for it.
     """
     config.check()
@@ -87,7 +96,7 @@ def train(config: Config, out: Path, resume: bool = False, progress: Progress | 
             ) from None
         raise
     leave_group()
-    return len(training.unreadable)
+    return training.left_out
 
 
 class Training:
@@ -97,7 +106,10 @@ class Training:
         self.fabric, self.config, self.out, self.progress = fabric, config, out, progress
         settings, options = config.train, config.data
         splits = agree(
-            lambda: [open_split(options.layout, options.root, part, config.model.tasks) for part in ("train", "val")]
+            lambda: [
+                open_split(options.layout, options.root, part, config.model.tasks, partial=options.on_error == "skip")
+                for part in ("train", "val")
+            ]
         )
         train_split, self.val_split = splits
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
@@ -148,7 +160,7 @@ class Training:
         self.steps = settings.epochs * self.steps_per_epoch
         self.step = 0
         self.clock = (time.perf_counter(), 0)  # when the speed was last drawn, and at which step
-        self.unreadable: set[str] = set()
+        self.left_out = LeftOut()
         self.stop = StopSignals()
 
         state = agree(lambda: load_state(out)) if resume else None
@@ -206,7 +218,7 @@ class Training:
                 if self.step % self.steps_per_epoch:
                     self.save()
         if not trained and not self.batches.start:
-            first = sorted(self.unreadable)[0] if self.unreadable else "no batch"
+            first = sorted(self.left_out.images)[0] if self.left_out.images else "no batch"
             raise InputError(f"not one image of the epoch could be read ({first}): mend the data", everywhere=True)
         self.weighting.end_epoch()
         # The resume state last: where it says an epoch is done, its weights are on disk.
@@ -241,7 +253,7 @@ class Training:
         """Return how many images all processes have for this step; stop if one of them was asked to, or must."""
         signals = [int(self.stop.received == kind) for kind in SIGNALS]
         images = 0 if batch.images is None else len(batch.images)
-        mine = [*signals, int(bool(batch.failure)), len(batch.errors), images]
+        mine = [*signals, int(bool(batch.failure)), len(batch.errors) + len(batch.unlabelled), images]
         *received, failures, errors, images = total(torch.tensor(mine)).tolist()
         for kind, count in zip(SIGNALS, received, strict=True):
             if count:
@@ -250,16 +262,26 @@ class Training:
         if failures:
             cause = next(text for text in gather(batch.failure) if text)
             raise InputError(f"{cause}; {self.kept()}", everywhere=True)
-        for message in [text for texts in gather(batch.errors) for text in texts] if errors else []:
+        if errors:
+            self.leave_out(gather((batch.errors, list(batch.unlabelled))))
+        return int(images)
+
+    def leave_out(self, found: list[tuple[list[str], list[tuple[str, str]]]]) -> None:
+        """Note what could not be read, of all processes, or stop."""
+        for message in [text for texts, _ in found for text in texts]:
             if self.config.data.on_error == "stop":
                 raise InputError(
-                    f"{message}, then go on with --resume; or leave such images out with --data.on_error skip",
+                    f"{message}, then go on with --resume; or train on what can be read with --data.on_error skip",
                     everywhere=True,
                 )
-            if message not in self.unreadable:
-                self.unreadable.add(message)
-                self.record("unreadable", {"count": len(self.unreadable)}, message)
-        return int(images)
+            if message not in self.left_out.images:
+                self.left_out.images.add(message)
+                self.record("unreadable", {"count": len(self.left_out.images)}, message)
+        for task, message in [pair for _, pairs in found for pair in pairs]:
+            known = self.left_out.labels.setdefault(task, set())
+            if message not in known:
+                known.add(message)
+                self.record("unlabelled", {task: len(known)}, message)
 
     def kept(self) -> str:
         """Save what there is, if it can be, and say how to go on."""

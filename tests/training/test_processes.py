@@ -136,6 +136,15 @@ def test_an_unreadable_file_of_one_process(make_data: Callable[..., Path], tmp_p
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
 
 
+def children_of(parent: int | None) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(parent):
+                found.append(int(folder.name))
+    return found
+
+
 @pytest.mark.parametrize("what", ["loader", "process"])
 def test_all_end_when_one_is_killed(uneven_data: Path, tmp_path: Path, what: str) -> None:
     words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.epochs=500", "--data.cache=false"]
@@ -149,9 +158,9 @@ def test_all_end_when_one_is_killed(uneven_data: Path, tmp_path: Path, what: str
     else:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:  # a new one comes with each epoch
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(children[0]), signal.SIGKILL) if children else None
+            for child in children_of(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
             if not all(process.is_alive() for process in started.processes):
                 break
             time.sleep(0.02)

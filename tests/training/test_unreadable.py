@@ -59,15 +59,20 @@ def test_val_images_in_the_train_list_are_refused(cli: Cli, make_data: Callable[
 
 
 def test_training_goes_on_without_them_and_counts(cli: Cli, damaged: Path, tmp_path: Path) -> None:
+    (damaged / "images" / "0005.jpg").write_bytes(b"")
+    (damaged / "depth" / "0010.npy").unlink()  # of val
     run = tmp_path / "run"
     words = ["synthetic-tiny", *TINY, f"--data.root={damaged}", "--data.on_error=skip", "--train.epochs=3"]
     result = cli("train", *words, "--out", run)
     assert result.returncode == 0, result.stderr
     assert "1 training images could not be read and were left out" in result.stdout
+    assert "images trained on without them: normals 1:" in result.stdout
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (unreadable,) = [line for line in lines if line["kind"] == "unreadable"]
-    assert unreadable["count"] == 1 and "0004.npy" in unreadable["message"]
+    assert unreadable["count"] == 1 and "0005.jpg" in unreadable["message"]
+    (unlabelled,) = [line for line in lines if line["kind"] == "unlabelled"]
+    assert unlabelled["normals"] == 1 and "0004.npy" in unlabelled["message"]
     (val,) = [line for line in lines if line["kind"] == "val"]
-    assert val["unreadable"] == 1 and val["protocol"] == "A"
+    assert val["unreadable"] == 1 and val["unlabelled/depth"] == 1 and val["protocol"] == "A"
     # A score over fewer images than the split has would mean something else.
-    refused(cli("eval", run), r"0011\.jpg")
+    refused(cli("eval", run), r"depth/0010\.npy not found")
