@@ -1,4 +1,4 @@
-"""Several processes started by torchrun: who am I, and everybody's results in one place."""
+"""Several processes started by torchrun or srun: who am I, and everybody's results in one place."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,31 +9,44 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3vit.errors import InputError
+from m3vit.launched import join, place
 
 Result = TypeVar("Result")
 
 
 def world_size() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes torchrun or srun started; 1 without them."""
+    return place().world
 
 
 def rank() -> int:
     """Return this process's number, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return place().rank
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the other processes, if there are any; gloo: what is exchanged here lies in the CPU's memory."""
-    if world_size() == 1:
+    if join().world == 1:
         yield
         return
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise unreachable(error) from None
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def unreachable(error: Exception) -> InputError:
+    """Return the error of a process that the others cannot be reached from."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return InputError(
+        f"the {world_size()} processes cannot meet at {where} ({' '.join(str(error).split())[:200]}): start all of "
+        "them, and set MASTER_ADDR and MASTER_PORT to a free port of the first node"
+    )
 
 
 def leave_group() -> None:

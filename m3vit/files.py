@@ -150,13 +150,13 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file, or raise InputError naming `what` the file is and how to get it."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} not found: {what}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

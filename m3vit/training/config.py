@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -293,12 +294,43 @@ def recipe_path(name: str) -> Path:
 def read_config(path: Path) -> Config:
     """Read a resolved configuration (a run folder's config.yaml)."""
     try:
-        values = yaml.safe_load(path.read_text())
-        return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+        for name in ("model", "data", "train"):
+            section = getattr(config, name)
+            for key, hint in get_type_hints(type(section)).items():
+                if not fits(value := getattr(section, key), hint):
+                    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+                    raise TypeError(f"{name}.{key} is {str(value)[:80]!r}, expected {expected}")
+        return config
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+    # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} is not a configuration of this version: {words}") from None
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value read from YAML is of an annotated type; lists stand for tuples."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind is list:
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if kind is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(inner)
+            and all(fits(item, one) for item, one in zip(value, inner, strict=True))
+        )
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
 
 
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:
