@@ -88,8 +88,10 @@ class NYUD(FileSplit):
     layout = "NYUD_MT or NYUDv2 (images/, segmentation/, depth/, normals/, edge/, gt_sets/)"
     listings = "gt_sets"
 
-    def __init__(self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["nyud"].tasks) -> None:
-        super().__init__(root, split, tasks)
+    def __init__(
+        self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["nyud"].tasks, partial: bool = False
+    ) -> None:
+        super().__init__(root, split, tasks, partial)
         self.release = detect_release(self.root, self.kinds)
         self._check_first()
 

@@ -47,8 +47,8 @@ def origin(root: str | Path) -> str | None:
     return next((words for name, words in ORIGINS.items() if (Path(root) / name).is_file()), None)
 
 
-def open_split(layout: str, root: str | Path, split: str, tasks: Sequence[str]) -> Split:
-    """Open one split of a data set, or raise InputError."""
+def open_split(layout: str, root: str | Path, split: str, tasks: Sequence[str], partial: bool = False) -> Split:
+    """Open one split of a data set, or raise InputError; `partial`: images may lack labels of some tasks."""
     if layout not in LAYOUTS:
         raise InputError(f"layout {layout!r} is unknown: choose from {', '.join(LAYOUTS)}")
     if not str(root):
@@ -63,4 +63,4 @@ def open_split(layout: str, root: str | Path, split: str, tasks: Sequence[str]) 
         )
     if not others and root.is_dir():
         recognise(root)  # says what is there instead
-    return LAYOUTS[layout](root, split, tasks)
+    return LAYOUTS[layout](root, split, tasks, partial)

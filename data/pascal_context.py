@@ -100,8 +100,10 @@ class PASCALContext(FileSplit):
     layout = "PASCAL_MT or PASCALContext (JPEGImages/, ImageSets/Context/, semseg/, human_parts/, ...)"
     listings = "ImageSets/Context"
 
-    def __init__(self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["pascal"].tasks) -> None:
-        super().__init__(root, split, tasks)
+    def __init__(
+        self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["pascal"].tasks, partial: bool = False
+    ) -> None:
+        super().__init__(root, split, tasks, partial)
         for kind in self.kinds:
             needed = [FOLDERS[kind], LABEL_MAPS] if kind == "normals" else [FOLDERS[kind]]
             for folder in needed:

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,23 +13,29 @@ from numpy.typing import NDArray
 from m3vit.data.reading import Size, naming, other_spelling
 from m3vit.errors import InputError
 from m3vit.files import not_there, read_bounded, special
-from m3vit.tasks import resolve
+from m3vit.tasks import IGNORE, resolve
 
 
 @dataclass
 class Sample:
     """One image [H, W, 3] uint8 and its labels, in the conventions of m3vit.tasks.
 
-    semseg, human_parts, saliency, edge [H, W] uint8; depth [H, W] float32; normals [H, W, 3] float32.
+    semseg, human_parts, saliency, edge [H, W] uint8; depth [H, W] float32; normals [H, W, 3] float32. Where the label
+    of a task is missing or cannot be read (`Split.partial`), it is ignored or invalid everywhere, and `unlabelled` says
+    why.
     """
 
     id: str
     image: NDArray[np.uint8]
     labels: dict[str, NDArray]
+    unlabelled: dict[str, str] = field(default_factory=dict)
 
 
 class Split(Protocol):
-    """One split of a data set: `ids` of its images, the `tasks` whose labels `load` reads."""
+    """One split of a data set: `ids` of its images, the `tasks` whose labels `load` reads.
+
+    `partial`: an image may lack labels of some tasks.
+    """
 
     label_set: str  # key of m3vit.tasks.LABEL_SETS
     release: str  # of the data set, as found on disk
@@ -37,6 +43,7 @@ class Split(Protocol):
     split: str
     ids: Sequence[str]
     tasks: Sequence[str]
+    partial: bool
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -72,8 +79,8 @@ class FileSplit(ABC):
     layout: str  # in words, for messages
     listings: str  # folder of the lists of ids, one file for each split
 
-    def __init__(self, root: str | Path, split: str, tasks: Sequence[str]) -> None:
-        self.root, self.split, self.tasks = Path(root), split, tuple(tasks)
+    def __init__(self, root: str | Path, split: str, tasks: Sequence[str], partial: bool = False) -> None:
+        self.root, self.split, self.tasks, self.partial = Path(root), split, tuple(tasks), partial
         if self.tasks:  # none: images alone
             resolve(self.tasks, self.label_set)
         if not self.root.is_dir():
@@ -87,6 +94,7 @@ class FileSplit(ABC):
         """Return a split of these images without a look at the disk: for the doctor, who says what is wrong there."""
         self = object.__new__(cls)
         self.root, self.split, self.ids, self.release, self.tasks = root, split, tuple(ids), release, tuple(tasks)
+        self.partial = False
         return self
 
     def _read_ids(self) -> tuple[str, ...]:
@@ -120,7 +128,7 @@ class FileSplit(ABC):
 
     def _check_first(self) -> None:
         """Raise InputError if the first image or one of its labels is absent: a folder not extracted, or half."""
-        for kind in self.kinds:
+        for kind in ("image",) if self.partial else self.kinds:
             path = self.path(0, kind)
             if not path.is_file():
                 other = other_spelling(path)
@@ -128,6 +136,7 @@ class FileSplit(ABC):
                 raise InputError(
                     f"{path} {not_there(path)}, though {self.listings}/{self.split}.txt lists {len(self)} images: "
                     f"{path.parent} holds {held(path.parent)}; {advice}"
+                    + ("" if kind == "image" else ", or train on the labels there are with --data.on_error skip")
                 )
 
     @property
@@ -151,10 +160,28 @@ class FileSplit(ABC):
         """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on."""
 
     def load(self, index: int) -> Sample:
-        """Read one sample, or raise InputError naming the file that is missing, damaged or of the wrong size."""
+        """Read one sample, or raise InputError naming the file that is missing, damaged or of the wrong size.
+
+        With `partial`, only for the image: a label that cannot be read is one that the image does not have.
+        """
         image = self.read(index, "image")
         size = image.shape[0], image.shape[1]
-        return Sample(self.ids[index], image, {task: self.read(index, task, size) for task in self.tasks})
+        sample = Sample(self.ids[index], image, {})
+        for task in self.tasks:
+            try:
+                sample.labels[task] = self.read(index, task, size)
+            except InputError as error:
+                if not self.partial:
+                    raise
+                sample.labels[task], sample.unlabelled[task] = no_label(task, size), str(error)
+        return sample
+
+
+def no_label(task: str, size: Size) -> NDArray:
+    """Return the label of an image that has none for a task: every pixel ignored, or invalid."""
+    if task == "normals":
+        return np.zeros((*size, 3), np.float32)
+    return np.zeros(size, np.float32) if task == "depth" else np.full(size, IGNORE, np.uint8)
 
 
 def is_id(name: str) -> bool:

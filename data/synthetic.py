@@ -12,7 +12,7 @@ import numpy as np
 
 import m3vit
 from m3vit.data.scenes.layouts import LAYOUTS
-from m3vit.errors import InputError
+from m3vit.errors import InputError, install
 from m3vit.files import read_json, write_json
 from m3vit.processes import run_jobs, usable_cores
 from m3vit.staging import staging_folder
@@ -86,7 +86,7 @@ def _require_renderer(layout: str) -> None:
             importlib.import_module(package)
         except ImportError:
             raise InputError(
-                f"{package} is not installed, but renders synthetic scenes: run pip install 'm3vit[train]'"
+                f"{package} is not installed, but renders synthetic scenes: run {install('train')}"
             ) from None
 
 

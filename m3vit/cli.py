@@ -10,10 +10,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from m3vit import __version__
+from m3vit import __version__, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
-from m3vit.errors import InputError
+from m3vit.errors import InputError, install
+from m3vit.files import NO_WRITE
+from m3vit.launched import speaks
 from m3vit.processes import follow_quota
 
 # What it does, its arguments, and what runs it; that returns an exit code, or None for 0.
@@ -121,19 +123,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     `m3vit data check` returns 1 if the data set has problems, `m3vit predict` if an input could not be predicted;
     `m3vit predict` and `m3vit train` 128 + the number of the signal that stopped them (SIGTERM
-    143, SIGUSR1 138).
+    143, SIGUSR1 138); every command 141 if the reader of its output has gone.
     """
     # Before torch loads OpenMP: threads that wait by spinning slow training down many times over as soon as another
     # process wants one of the cores; sleeping ones lose little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     follow_quota()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # or DDP comments at length on m3vit.training.launch
+    if {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & set(os.environ):  # or DDP comments at length on m3vit.training.launch
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.formatwarning = _one_line
+    streams.prepare()
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        try:
+            code = tell_errors(sys.argv[1:] if argv is None else argv)
+        except SystemExit:  # of argparse: help, or wrong arguments
+            streams.flush()
+            raise
+        streams.flush()
+        return code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
+            streams.discard()
+            return streams.PIPE_CLOSED
+        streams.discard()
+        print(f"m3vit: error: standard output cannot be written ({error.strerror or error})", file=sys.stderr)
+        return 2
+
+
+def tell_errors(argv: Sequence[str]) -> int:
+    """Run one command, print what stops it on one line, and return the exit code."""
+    try:
+        return run(argv)
     except InputError as error:
-        if not error.everywhere or os.environ.get("RANK", "0") == "0":
+        if not error.everywhere or speaks():
             print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -141,11 +163,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get((error.name or "").split(".")[0], "train")
         if error.name and error.name.startswith("m3vit"):
             raise
-        print(f"m3vit: error: this command needs {error.name}: pip install 'm3vit[{extra}]'", file=sys.stderr)
+        print(f"m3vit: error: this command needs {error.name}: {install(extra)}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.filename is None and streams.are_stuck():  # it was about printing
+            raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"m3vit: error: {where}{error.strerror or error}", file=sys.stderr)
+        advice = f": {NO_WRITE[error.errno]}" if error.errno in NO_WRITE else ""
+        print(f"m3vit: error: {where}{error.strerror or error}{advice}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        words = " ".join(str(error).split()) or "an allocation failed"
+        print(f"m3vit: error: out of memory ({words}): give smaller batches or images, or more memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("m3vit: interrupted; m3vit train goes on with --resume, other commands start over", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""The one exception that means "the user gave us something we cannot use"."""
+"""The one exception that means "the user gave us something we cannot use"; how to get what is not installed."""
+
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -12,3 +14,15 @@ class InputError(ValueError):
     def __init__(self, message: str, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class WriteError(InputError):
+    """A file cannot be written: the disk is full, a limit is reached. See m3vit.files.writing."""
+
+
+def install(extra: str) -> str:
+    """Return the command that brings an extra of pyproject.toml: m3vit is on no package index, but in its checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install -e '{checkout}[{extra}]'"
+    return f"pip install '.[{extra}]' in the checkout of m3vit (it is on no package index)"

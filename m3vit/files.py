@@ -11,10 +11,67 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, WriteError
 from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
 
 MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file: ours have some hundred KiB at most; parsed they take 20 times that
+
+# What a write fails with: errno -> what to do about it.
+NO_WRITE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in the quota",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "name another place",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the mount",
+}
+
+
+@contextmanager
+def writing(path: Path, kept: str = "", draft: Path | None = None) -> Iterator[None]:
+    """Turn what any library raises for a write to `path` that fails into one WriteError naming it and the cause.
+
+    `kept` says what there is all the same; `draft` is the temporary file or folder that is written in its stead.
+    Libraries in C++ and Rust raise kinds of their own, without an errno: some bytes are then appended to the draft, to
+    see whether that fails. Errors that are not about writing pass.
+    """
+    place = draft or path
+    try:
+        yield
+    except WriteError as error:  # of a file in it
+        raise WriteError(str(error).replace(str(place), str(path))) from None
+    except InputError:
+        raise
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else None
+        if cause is not None and isinstance(cause.filename, str | bytes):
+            if not Path(os.fsdecode(cause.filename)).is_relative_to(place):
+                raise
+        elif cause is None or cause.errno not in NO_WRITE:
+            if draft is None or (cause is not None and cause.errno is not None):  # of something else: a pipe, a socket
+                raise
+            cause = _append(draft)
+            if cause is None:
+                raise
+        words = "; ".join(text for text in (kept, NO_WRITE.get(cause.errno or 0, "")) if text)
+        raise WriteError(
+            f"{path} cannot be written ({cause.strerror or cause}){': ' if words else ''}{words}"
+        ) from None
+
+
+def _append(path: Path) -> OSError | None:
+    """Return why no more can be written to a file, or to the largest one in a folder, which is about to be deleted."""
+    try:
+        if path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file()]
+            path = max(files, key=lambda file: file.stat().st_size, default=path / "probe")
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
 
 
 def is_empty(folder: Path) -> bool:
@@ -27,16 +84,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on failure it is deleted.
 
     The rename is atomic and the data are flushed to disk first, so a kill at any moment leaves either the old
-    file or the new one.
+    file or the new one. Raises WriteError if the disk is full or a write fails otherwise.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name for each target: what a kill leaves behind, the next write of the same file replaces.
     temporary = path.with_name(f"{hidden_stem(path.name)}{PARTIAL}{path.suffix}")
+    kept = "the one of before is kept" if path.exists() else "nothing is left of it"
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path, kept, temporary):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,8 +125,9 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise InputError(f"{out} is the working directory or holds it, and would be replaced: give a folder in it")
     made = [above for above in out.parents if not above.exists()]  # from the inside out
     out.parent.mkdir(parents=True, exist_ok=True)
+    kept = "what was there is kept" if out.exists() else "nothing is left of it"
     try:
-        with staging_folder(out) as folder:
+        with staging_folder(out) as folder, writing(out, kept, folder):
             yield folder
             aside = aside_of(folder)
             try:
@@ -89,7 +149,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------- reading

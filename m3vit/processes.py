@@ -92,7 +92,7 @@ def run_jobs(
             initializer(*initargs)
         yield from map(function, jobs)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=initializer, initargs=initargs)
+    pool = start_pool(workers, initializer, initargs)
     try:
         yield from pool.map(function, jobs, chunksize=chunk)
     except BrokenProcessPool:
@@ -101,3 +101,16 @@ def run_jobs(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def start_pool(
+    workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
+) -> ProcessPoolExecutor:
+    """Return a pool of processes started afresh, or raise InputError where the system has no room for it."""
+    try:
+        return ProcessPoolExecutor(workers, get_context("spawn"), initializer=initializer, initargs=initargs)
+    except OSError as error:
+        raise InputError(
+            f"{workers} processes cannot be started ({error.strerror or error}; their semaphores lie in /dev/shm): "
+            "make room there, or run again with --workers 1"
+        ) from None

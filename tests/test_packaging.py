@@ -56,4 +56,4 @@ def test_predict_in_an_environment_without_torch(
     refused = subprocess.run(
         [python, "-m", "m3vit.cli", "eval", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
     )
-    assert refused.returncode == 2 and "pip install 'm3vit[train]'" in refused.stderr
+    assert refused.returncode == 2 and "pip install '.[train]' in the checkout" in refused.stderr

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from m3vit.commands.terminal import positive, print_scores, progress_bar, say_changed
+from m3vit.commands.terminal import console, positive, print_scores, progress_bar, say_changed
 from m3vit.errors import InputError
 
 
@@ -105,7 +105,6 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def print_comparison(comparison: dict[str, Any]) -> None:
     """Print evaluations side by side, a row for each task, with their intervals."""
-    from rich.console import Console
     from rich.table import Table
 
     from m3vit.tasks import TASKS
@@ -138,4 +137,4 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         table.add_row(task, f"{first['metric']} ({TASKS[task].unit}) {arrow}", *cells)
     if comparison["baseline"]:
         table.add_row("all", "delta_m (%) ↑", *(f"{row['delta_m']:+.2f}" for row in rows))
-    Console(width=max(Console().width, 60 + 36 * len(rows))).print(table)
+    console(max(console().width, 60 + 36 * len(rows))).print(table)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from m3vit.commands.terminal import count, image_size, positive, progress_bar, say
+from m3vit.commands.terminal import console, count, image_size, positive, progress_bar, say
 from m3vit.errors import InputError
 
 
@@ -133,12 +133,11 @@ def run_export_onnx(args: argparse.Namespace) -> None:
 
 def print_sweep(result: dict[str, Any]) -> None:
     """Print, for each task, the graph as trained and the ways that no other one beats."""
-    from rich.console import Console
     from rich.table import Table
 
     from m3vit.tasks import TASKS
 
-    console = Console(width=max(Console().width, 100))
+    screen = console(max(console().width, 100))
     for task, points in result["tasks"].items():
         row = TASKS[task]
         arrow = "↑" if row.higher_is_better else "↓"
@@ -149,7 +148,7 @@ def print_sweep(result: dict[str, Any]) -> None:
             coverage = "all" if point["coverage"] is None else f"{point['coverage']:g}"
             cells = (point["precision"], coverage, f"{point['experts']:.1f}", str(point["top_k"]))
             table.add_row(*cells, f"{point['bytes'] / 1e6:.2f}", f"{point['time']:.2f}", f"{point['metric']:.3f}")
-        console.print(table)
+        screen.print(table)
     say(
         f"{result['images']} val images, protocol {result['protocol']}; processor time relative to fp32 as trained, "
         f"one thread, batch 1, {result['size'][0]}x{result['size'][1]}"

@@ -35,10 +35,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def console(width: int | None = None, stderr: bool = False) -> Any:
+    """Return a rich console on standard output or error."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Plain(width=width, stderr=stderr)
+
+
 @contextmanager
 def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., None]]:
     """Show a progress bar; the yielded function takes (done, total, text beside the bar = "")."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -56,7 +66,7 @@ def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+    with Progress(*columns, console=console(stderr=True), disable=not visible) as bar:
         task = bar.add_task(title, total=None, text="")
         yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
 
@@ -74,7 +84,6 @@ def say_changed(names: list[str]) -> None:
 
 def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, all_metrics: bool = False) -> None:
     """Print the headline metric of each task, or all its metrics, a column for each predictor."""
-    from rich.console import Console
     from rich.table import Table
 
     from m3vit.tasks import TASKS
@@ -97,4 +106,4 @@ def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, al
                 for value in found
             ]
             table.add_row("" if place else task, title, *values)
-    Console(width=max(Console().width, 100)).print(table)
+    console(max(console().width, 100)).print(table)

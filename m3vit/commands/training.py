@@ -83,15 +83,18 @@ def run_train(argv: Sequence[str]) -> int:
     first = rank() == 0  # of several processes: the one that speaks
     try:
         with progress_bar("training", visible=first) as bar:
-            unreadable = train(config, args.out, resume=args.resume, progress=bar, say=say)
+            left_out = train(config, args.out, resume=args.resume, progress=bar, say=say)
     except Stopped as stopped:
         if first:
             print(f"m3vit: {stopped}", file=sys.stderr)
         return stopped.exit_code
     if first:
         say(f"trained for {config.train.epochs} epochs: {args.out}")
-        if unreadable:
-            say(f"{unreadable} training images could not be read and were left out: see metrics.jsonl")
+        if left_out.images:
+            say(f"{len(left_out.images)} training images could not be read and were left out: see metrics.jsonl")
+        if left_out.labels:
+            counts = ", ".join(f"{task} {len(messages)}" for task, messages in left_out.labels.items())
+            say(f"labels that could not be read, of images trained on without them: {counts}: see metrics.jsonl")
     return 0
 
 

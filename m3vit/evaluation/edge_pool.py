@@ -2,14 +2,15 @@
 
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from m3vit.data.sample import Split
 from m3vit.errors import InputError
 from m3vit.evaluation.meters import Statistics, make_meter
+from m3vit.processes import start_pool
 
 KILLED = "a process that matches edges was killed, maybe for want of memory: run again with fewer --workers"
 POOL_FROM_PIXELS = 2_000_000  # of all images together: below that, starting processes costs more than it saves
@@ -37,9 +38,7 @@ class EdgeScorer:
         if self.pool is None and self.workers > 1 and len(self.split) * guess.size > POOL_FROM_PIXELS:
             arguments = (self.split, self.protocol)
             # spawn: a fork of a process with torch's threads may hang.
-            self.pool = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=_set_job, initargs=arguments
-            )
+            self.pool = start_pool(self.workers, _set_job, arguments)
         if self.pool is None:
             self.rows.append(edge_statistics(self.split, self.protocol, index, guess))
             return
@@ -51,9 +50,17 @@ class EdgeScorer:
         except BrokenProcessPool:
             raise InputError(KILLED) from None
 
+    def leave_out(self) -> None:
+        """Take the place of an image without a truth to score against: its statistics are zero."""
+        self.rows.append(np.zeros(0))
+
     def results(self) -> list[Statistics]:
         """Return the statistics of all maps, in the order of submission."""
-        return [self._finished(row) for row in self.rows]
+        rows = [self._finished(row) for row in self.rows]
+        length = max((len(row) for row in rows), default=0)
+        if rows and not length:
+            raise InputError("no image has a label of edge: leave out the task, or give data that have it")
+        return [row if len(row) else np.zeros(length) for row in rows]
 
     def _finished(self, row: Statistics | Future[Statistics]) -> Statistics:
         try:

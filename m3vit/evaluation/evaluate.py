@@ -44,7 +44,8 @@ class Predictor:
 class Evaluation:
     """Per-image statistics of each task [n, K], in the order of `ids`, and how they were made.
 
-    `fingerprints` [n] tell images apart: the CRC of an image's pixels.
+    `fingerprints` [n] tell images apart: the CRC of an image's pixels. `errors` are messages of images left out,
+    `unlabelled` by task those of missing labels, whose images' statistics are all zero.
     """
 
     protocol: str
@@ -54,6 +55,7 @@ class Evaluation:
     quick: bool = False
     errors: list[str] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
+    unlabelled: dict[str, list[str]] = field(default_factory=dict)
 
     def scores(self) -> Scores:
         """Return the metrics of each task over all images."""
@@ -104,7 +106,8 @@ def evaluate(
     """Return the statistics of the predictor's tasks over the images `indices` (default: all) of a split.
 
     `quick` scores edges pixel by pixel instead of by odsF. An unreadable file raises InputError naming it, or with
-    `skip_unreadable` its image is left out and the message kept. Edges are matched in `workers` processes.
+    `skip_unreadable` its image is left out and the message kept; the labels that an image of a partial split lacks are
+    left out of their task's statistics. Edges are matched in `workers` processes.
     """
     if predictor.label_set != split.label_set:
         raise InputError(
@@ -115,7 +118,7 @@ def evaluate(
     meters = {task: make_meter(task, split.label_set, protocol, quick) for task in tasks}
     y_down = LABEL_SETS[split.label_set].normals_y_down
     chosen = list(range(len(split)) if indices is None else indices)
-    result = Evaluation(protocol, split.label_set, [], {}, quick)
+    result = Evaluation(protocol, split.label_set, [], {}, quick, unlabelled={task: [] for task in tasks})
     rows: dict[str, list[Statistics]] = {task: [] for task in tasks}
     with EdgeScorer(split, protocol, workers) as edges:
         for start in range(0, len(chosen), predictor.batch):
@@ -140,9 +143,13 @@ def evaluate(
                             f"{predictor.name} predicts {task} of image {sample.id} as numbers that are not finite: "
                             "its weights are damaged or training diverged"
                         )
+                    if task in sample.unlabelled:
+                        result.unlabelled[task].append(sample.unlabelled[task])
                     size = sample.image.shape[:2]
                     guess = prediction(protocol, task, logits[task][place], image, size, y_down=y_down)
-                    if task == "edge" and not quick:
+                    if task == "edge" and not quick and task in sample.unlabelled:
+                        edges.leave_out()
+                    elif task == "edge" and not quick:
                         edges.submit(index, guess)
                     else:
                         rows[task].append(meters[task].image(guess, sample.labels[task]))

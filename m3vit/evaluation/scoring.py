@@ -100,7 +100,7 @@ def share(
     options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress}
     workers = workers or default_workers()
     found = agree(lambda: evaluate(split, predictor, protocol, indices=mine, workers=workers, **options))
-    parts = gather((found.ids, found.statistics, found.errors, found.fingerprints))
+    parts = gather((found.ids, found.statistics, found.errors, found.fingerprints, found.unlabelled))
     ids = [name for names, *_ in parts for name in names]
     place = {name: index for index, name in enumerate(split.ids)}
     order = np.argsort([place[name] for name in ids], kind="stable")
@@ -110,7 +110,8 @@ def share(
     errors = [error for part in parts for error in part[2]]
     prints = [value for part in parts for value in part[3]]
     names, prints = ([values[index] for index in order] for values in (ids, prints))
-    return Evaluation(protocol, split.label_set, names, statistics, quick, errors, prints)
+    unlabelled = {task: [text for part in parts for text in part[4][task]] for task in found.unlabelled}
+    return Evaluation(protocol, split.label_set, names, statistics, quick, errors, prints, unlabelled)
 
 
 def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evaluation) -> None:

@@ -105,7 +105,7 @@ def write_report(
     }
     page = render(run, split, predictors, project, protocol, spread(project.drawable, num_images), report)
     with atomic_path(out) as path:
-        path.write_text(page)
+        path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), report)
     return report
 

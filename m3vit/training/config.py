@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from m3vit.digests import check_sealed
 from m3vit.errors import InputError
+from m3vit.files import read_text
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
 from m3vit.tasks import LABEL_SETS, TASKS
@@ -39,7 +41,8 @@ class DataConfig:
             (scaling, crop, photometric distortion, padding), both as published.
         flip: mirror half of the training images.
         colour: strength of the random gain and offset of each colour channel; 0 is off; of the pipeline simple.
-        on_error: what an unreadable file does: stop training, or skip its image, with a line in metrics.jsonl.
+        on_error: what a missing or unreadable file does, with a line in metrics.jsonl: stop training, or skip it: an
+            image is left out, a label makes its image one that is not labelled for that task.
     """
 
     layout: str = "nyud"
@@ -294,14 +297,23 @@ def recipe_path(name: str) -> Path:
 def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(read_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
-        return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
+        config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+        for name in ("model", "data", "train"):
+            section = getattr(config, name)
+            for key, hint in get_type_hints(type(section)).items():
+                if not fits(value := getattr(section, key), hint):
+                    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+                    raise TypeError(f"{name}.{key} is {str(value)[:80]!r}, expected {expected}")
+        return config
+    except InputError:
+        raise
+    # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
     except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a configuration of this version: {' '.join(str(error).split())}") from None
+        words = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} is not a configuration of this version: {words}") from None
 
 
 def read_run_config(folder: Path) -> Config:
@@ -310,6 +322,28 @@ def read_run_config(folder: Path) -> Config:
     if path.is_file():
         check_sealed(path, "put it back; or delete its last line, the digest, to have the edit taken as it is")
     return read_config(path)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value read from YAML is of an annotated type; lists stand for tuples."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind is list:
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if kind is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(inner)
+            and all(fits(item, one) for item, one in zip(value, inner, strict=True))
+        )
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
 
 
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:

@@ -1,32 +1,37 @@
 """Devices and processes of a training run, by Lightning Fabric."""
 
 import logging
-import os
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from m3vit.distributed import world_size
+from m3vit.distributed import unreachable
 from m3vit.errors import InputError
+from m3vit.launched import join
 from m3vit.training.config import TrainConfig
 from m3vit.training.sharding import shard
 
 
 def launch(train: TrainConfig) -> Fabric:
-    """Return Fabric on one device, or on one for each process of a torchrun, which it joins into a group."""
-    world = world_size()
+    """Return Fabric on one device, or on one for each process of a torchrun or srun, which it joins into a group."""
+    found = join()
+    world, local = found.world, found.local_world
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # nine lines about the process group
     try:
         if train.precision == "16-mixed" and not has_gpu(train.accelerator):
             raise InputError("train.precision 16-mixed needs a GPU: give bf16-mixed or 32-true on the CPU", True)
         if world == 1:
             # One device: left to itself, Fabric starts a process for every GPU it sees.
-            return Fabric(accelerator=train.accelerator, devices=1, precision=train.precision)  # type: ignore[arg-type]
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-        if not local or world % local or "MASTER_ADDR" not in os.environ:
-            raise InputError("WORLD_SIZE is set but not by torchrun, which several processes are started with")
+            # Nor shall it look for Slurm's variables: those of an allocation say nothing about this process.
+            return Fabric(
+                accelerator=train.accelerator,
+                devices=1,
+                precision=train.precision,  # type: ignore[arg-type]
+                plugins=[LightningEnvironment()],
+            )
         cuda = torch.cuda.is_available() and train.accelerator in ("auto", "cuda")
         # What lies in the CPU's memory (flags, statistics, random states) is exchanged there.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -46,12 +51,16 @@ def launch(train: TrainConfig) -> Fabric:
             num_nodes=world // local,
             strategy=strategy,
             precision=train.precision,  # type: ignore[arg-type]
+            plugins=[TorchElasticEnvironment()],  # reads what torchrun set, or `join` in its stead
         )
-        fabric.launch()
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:
         raise InputError(f"train.accelerator {train.accelerator} cannot be used here: {error}") from None
+    try:
+        fabric.launch()
+    except (ValueError, RuntimeError) as error:
+        raise unreachable(error) from None
     return fabric
 
 

@@ -3,20 +3,21 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from lightning.fabric import Fabric
-from torch.utils.tensorboard import SummaryWriter
 
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
 from m3vit.data.opening import open_split
-from m3vit.distributed import agree, gather, leave_group, rank, total, world_size
-from m3vit.errors import InputError
+from m3vit.distributed import agree, gather, is_lost, leave_group, rank, total, world_size
+from m3vit.errors import InputError, WriteError
+from m3vit.files import writing
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import not_finite
+from m3vit.training.board import Board
 from m3vit.training.checkpoint import (
     MetricsLog,
     as_started,
@@ -52,6 +53,14 @@ FORMAT = 2  # of last/state.pt
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to show beside them
 
 
+@dataclass
+class LeftOut:
+    """What was not trained on because it could not be read: messages of images, and of labels by task."""
+
+    images: set[str] = field(default_factory=set)
+    labels: dict[str, set[str]] = field(default_factory=dict)
+
+
 def build(config: Config) -> MultiTaskModel:
     """Return the model with weights drawn from the run's seed."""
     torch.manual_seed(config.train.seed)
@@ -71,12 +80,12 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
-) -> int:
+) -> LeftOut:
     """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights.
 
     Started by torchrun, the processes train one model together; the first one writes the run folder, which all of them
-    must see. `say` gets a line at the start: how images are normalised. Returns how many training images could not be
-    read and were left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
+    must see. `say` gets a line at the start: how images are normalised. Returns what of the training data could not be
+    read and was left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
     """
     config.check()
     fabric = launch(config.train)
@@ -85,11 +94,20 @@ def train(
         if say and rank() == 0:
             say(f"images are normalised with {training.model.normalisation}")
         training.run()
-    except (InputError, Stopped):
+    except (InputError, Stopped) as error:
         leave_group()
+        if isinstance(error, WriteError):
+            raise WriteError(f"{error}; then go on with --resume", error.everywhere) from None
+        raise
+    except RuntimeError as error:
+        if world_size() > 1 and is_lost(error):
+            raise InputError(
+                f"another process of this training ended ({first_line(error)}): mend what its message says, then go on "
+                "with --resume"
+            ) from None
         raise
     leave_group()
-    return len(training.unreadable)
+    return training.left_out
 
 
 class Training:
@@ -101,7 +119,10 @@ class Training:
             config = agree(lambda: as_started(config, out))
         settings, options = config.train, config.data
         splits = agree(
-            lambda: [open_split(options.layout, options.root, part, config.model.tasks) for part in ("train", "val")]
+            lambda: [
+                open_split(options.layout, options.root, part, config.model.tasks, partial=options.on_error == "skip")
+                for part in ("train", "val")
+            ]
         )
         train_split, self.val_split = splits
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
@@ -160,7 +181,7 @@ class Training:
         self.steps = settings.epochs * self.steps_per_epoch
         self.step = 0
         self.clock = (time.perf_counter(), 0)  # when the speed was last drawn, and at which step
-        self.unreadable: set[str] = set()
+        self.left_out = LeftOut()
         self.stop = StopSignals()
 
         state = agree(lambda: load_state(out)) if resume else None
@@ -168,8 +189,7 @@ class Training:
             self.restore(state)
         # Of the first process, which alone writes.
         self.log = cast(MetricsLog, agree(lambda: None if rank() else self.open_log(state)))
-        if rank() == 0:
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
+        self.board = cast(Board, agree(lambda: None if rank() else self.open_board()))
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
             self.record("resumed", values, "on another number of processes: the same up to rounding and random draws")
@@ -187,6 +207,10 @@ class Training:
             check_lost(self.out, self.steps_per_epoch)
             return MetricsLog(self.out, 0)
         return MetricsLog(self.out, self.step, state.get("log_lines", 0))
+
+    def open_board(self) -> Board:
+        """Return TensorBoard's log to go on with."""
+        return Board(self.out / "tensorboard", first_step=self.step + 1)
 
     @property
     def trained(self) -> MultiTaskModel:
@@ -222,7 +246,7 @@ class Training:
                 if self.step % self.steps_per_epoch:
                     self.save()
         if not trained and not self.batches.start:
-            first = sorted(self.unreadable)[0] if self.unreadable else "no batch"
+            first = sorted(self.left_out.images)[0] if self.left_out.images else "no batch"
             raise InputError(f"not one image of the epoch could be read ({first}): mend the data", everywhere=True)
         self.weighting.end_epoch()
         # The resume state last: where it says an epoch is done, its weights are on disk.
@@ -256,22 +280,44 @@ class Training:
     def exchange(self, batch: Batch) -> int:
         """Return how many images all processes have for this step; stop if one of them was asked to, or must."""
         signals = [int(self.stop.received == kind) for kind in SIGNALS]
-        mine = [*signals, len(batch.errors), 0 if batch.images is None else len(batch.images)]
-        *received, errors, images = total(torch.tensor(mine)).tolist()
+        images = 0 if batch.images is None else len(batch.images)
+        mine = [*signals, int(bool(batch.failure)), len(batch.errors) + len(batch.unlabelled), images]
+        *received, failures, errors, images = total(torch.tensor(mine)).tolist()
         for kind, count in zip(SIGNALS, received, strict=True):
             if count:
                 self.save()
                 raise Stopped(kind, self.step)
-        for message in [text for texts in gather(batch.errors) for text in texts] if errors else []:
+        if failures:
+            cause = next(text for text in gather(batch.failure) if text)
+            raise InputError(f"{cause}; {self.kept()}", everywhere=True)
+        if errors:
+            self.leave_out(gather((batch.errors, list(batch.unlabelled))))
+        return int(images)
+
+    def leave_out(self, found: list[tuple[list[str], list[tuple[str, str]]]]) -> None:
+        """Note what could not be read, of all processes, or stop."""
+        for message in [text for texts, _ in found for text in texts]:
             if self.config.data.on_error == "stop":
                 raise InputError(
-                    f"{message}, then go on with --resume; or leave such images out with --data.on_error skip",
+                    f"{message}, then go on with --resume; or train on what can be read with --data.on_error skip",
                     everywhere=True,
                 )
-            if message not in self.unreadable:
-                self.unreadable.add(message)
-                self.record("unreadable", {"count": len(self.unreadable)}, message)
-        return int(images)
+            if message not in self.left_out.images:
+                self.left_out.images.add(message)
+                self.record("unreadable", {"count": len(self.left_out.images)}, message)
+        for task, message in [pair for _, pairs in found for pair in pairs]:
+            known = self.left_out.labels.setdefault(task, set())
+            if message not in known:
+                known.add(message)
+                self.record("unlabelled", {task: len(known)}, message)
+
+    def kept(self) -> str:
+        """Save what there is, if it can be, and say how to go on."""
+        try:
+            self.save()
+        except InputError as error:
+            return f"and {error}"
+        return f"everything up to step {self.step} is kept: go on with --resume"
 
     def evaluate(self, epoch: int) -> None:
         """Evaluate where it is due and not done yet, and keep the weights if they are the best."""
@@ -292,39 +338,45 @@ class Training:
             values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
         if is_best([*lines, values], self.config.model.tasks, self.config.train.best):
             # A run folder too. Before the line in the log: a run killed in between evaluates again.
-            if rank() == 0:
-                write_config(self.config, self.out / "best")
-            self.save_trained(self.out / "best", epoch)
+            self.save_trained(self.out / "best", epoch, self.config)
         self.record("val", values)
 
     def record(self, kind: str, values: dict[str, float], message: str | None = None) -> None:
         """Write a line of metrics.jsonl, and its values for TensorBoard."""
-        if rank():
-            return
         words = {"message": message} if message else {}
         words |= {"protocol": PROTOCOL} if kind == "val" else {}
-        self.log.write({"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words})
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, self.step)
+        line = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words}
+
+        def write() -> None:
+            if rank():
+                return
+            with writing(self.log.path, "its earlier lines are kept"):
+                self.log.write(line)
+            self.board.write({f"{kind}/{name}": value for name, value in values.items()}, self.step)
+
+        agree(write)
 
     def chart(self, gradient_norm: float) -> None:
         """Draw in TensorBoard what differs from machine to machine, and so has no place in metrics.jsonl."""
-        if rank():
-            return
         (start, step), now = self.clock, time.perf_counter()
         self.clock = (now, self.step)
         images = (self.step - step) * self.config.train.batch_size
         values = {"train/gradient_norm": gradient_norm, "speed/images_per_s": images / (now - start)}
         if self.fabric.device.type == "cuda":
             values["speed/peak_gib"] = torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
-        for name, value in values.items():
-            self.board.add_scalar(name, value, self.step)
+        agree(lambda: None if rank() else self.board.write(values, self.step))
 
-    def save_trained(self, folder: Path, epoch: int) -> None:
-        """Write the model that is evaluated; all processes call this, the first one writes."""
+    def save_trained(self, folder: Path, epoch: int, config: Config | None = None) -> None:
+        """Write the model that is evaluated, as a run folder with `config`; all call this, the first process writes."""
         weights = gathered(self.trained.state_dict())
-        if rank() == 0:
-            save_model(folder, self.trained, epoch, weights)
+
+        def write() -> None:
+            if rank() == 0 and config:
+                write_config(config, folder)
+            if rank() == 0:
+                save_model(folder, self.trained, epoch, weights)
+
+        agree(write)
 
     def save(self) -> None:
         """Write what resuming needs: the raw weights, the moving average, the random state of every process."""
@@ -344,8 +396,7 @@ class Training:
             "random": random_states,
             "log_lines": None if rank() else self.log.lines,
         }
-        if rank() == 0:
-            save_state(self.out, state)
+        agree(lambda: None if rank() else save_state(self.out, state))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote, or raise InputError if it is of another version or model, or diverged."""

@@ -75,6 +75,11 @@ class BatchCounts:
             self.found[task, size] = list(total(counts))
         return self.found[task, size]
 
+    def labelled(self) -> set[str]:
+        """Return the tasks that at least one pixel of the batch is labelled for."""
+        counts = torch.stack([valid_pixels(TASKS[task].loss, label).sum() for task, label in self.labels.items()])
+        return {task for task, count in zip(self.labels, total(counts).tolist(), strict=True) if count}
+
 
 def cross_entropy(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean over labelled pixels of the cross-entropy of [B, C, H, W] with ids [B, H, W]."""

@@ -145,17 +145,19 @@ class Stepper:
     def gradients(self, step: int, images: Tensor | None, labels: Labels) -> dict[str, float]:
         """Compute the gradient of step number `step` from this process's share of its batch (None: no image).
 
-        Returns the weighted loss, the unweighted losses of all processes, and the weights where they change.
+        Returns the weighted loss, the unweighted losses of all processes, and the weights where they change; nothing of
+        tasks that no pixel of the batch is labelled for.
         """
         train = self.config.train
         parts = self.split(images, labels)
         counts = BatchCounts(labels if images is not None else self.stand_in.labels)
+        labelled = counts.labelled()
         tasks = choose_tasks(train, self.config.model.tasks, step)
         scale = len(self.config.model.tasks) / len(tasks)
         weights = self.weighting.weights()
         self.optimizer.zero_grad()
         if isinstance(self.weighting, GradientMethod):
-            sums, shares = self.combined(step, parts, counts, tasks, weights, scale)
+            sums, shares = self.combined(step, parts, counts, tasks, labelled, weights, scale)
         else:
             # Gradients are averaged over the processes (by both strategies); their parts of a loss are to be added.
             sums = self.passes(parts, counts, tasks, weights, scale * world_size(), reduce=True)
@@ -163,8 +165,11 @@ class Stepper:
         routing_weights = train.routing_weights()
         routing = {name: float(sums.pop(name)) for name in routing_weights if name in sums}
         values = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        values = {name: value for name, value in values.items() if task_of(name) in labelled}
         loss = sum(weights[task_of(name)] * value for name, value in values.items())
-        self.weighting.observe({task: values[task] for task in tasks}, scale, self.fabric.backward)
+        learned = [task for task in tasks if task in labelled]
+        if learned:
+            self.weighting.observe({task: values[task] for task in learned}, scale, self.fabric.backward)
         loss += sum(routing_weights[name] * value for name, value in routing.items())
         values |= routing
         if train.weighting != "fixed":
@@ -227,10 +232,15 @@ class Stepper:
         parts: list[Part],
         counts: BatchCounts,
         tasks: list[str],
+        labelled: set[str],
         weights: dict[str, float],
         scale: float,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Compute each task's gradient by itself, and combine those of the parameters that several tasks share."""
+        """Compute each task's gradient by itself, and combine those of the parameters that several tasks share.
+
+        A task that is not labelled in this batch has no gradient but of its routing, which is added as it is: weighed
+        like the others', the shortest gradient would count most (mgda).
+        """
         method = self.weighting
         assert isinstance(method, GradientMethod)
         parameters = dict(self.model.named_parameters())
@@ -249,10 +259,14 @@ class Stepper:
                     parameter.grad = None
         jacobian = total(jacobian, in_place=True)
         shared = [jacobian[:, columns[name]] for name, count in reached.items() if count > 1]
+        weighed = [place for place, task in enumerate(tasks) if task in labelled]
         gramian = sum((part @ part.T for part in shared), jacobian.new_zeros(len(tasks), len(tasks)))
-        mixed = method.combine(gramian, step + self.config.train.seed)
+        mixed = jacobian.new_ones(len(tasks))
+        if weighed:
+            mixed[weighed] = method.combine(gramian[weighed][:, weighed], step + self.config.train.seed)
         for name, parameter in parameters.items():
             if reached[name]:
                 mix = mixed if reached[name] > 1 else torch.ones_like(mixed)
                 parameter.grad = (mix @ jacobian[:, columns[name]]).view_as(parameter)
-        return sums, {f"gradient/{task}": value for task, value in zip(tasks, mixed.tolist(), strict=True)}
+        shares = {f"gradient/{task}": value for task, value in zip(tasks, mixed.tolist(), strict=True)}
+        return sums, {name: value for name, value in shares.items() if name.partition("/")[2] in labelled}

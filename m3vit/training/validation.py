@@ -18,10 +18,13 @@ def validate(
 ) -> dict[str, float]:
     """Return the metrics under the protocol that takes any image size, with the quick edge metric instead of odsF.
 
-    Each process scores its share of the images; the result is the same in all.
+    Each process scores its share of the images; the result is the same in all. A task that no image is labelled for has
+    no metrics.
     """
     found = share(split, torch_predictor(model), PROTOCOL, 1, progress, quick=True, skip_unreadable=on_error == "skip")
-    return flat(found.scores()) | ({"unreadable": float(len(found.errors))} if found.errors else {})
+    scores = {task: values for task, values in found.scores().items() if len(found.unlabelled[task]) < len(found.ids)}
+    counts = {f"unlabelled/{task}": float(len(messages)) for task, messages in found.unlabelled.items() if messages}
+    return flat(scores) | counts | ({"unreadable": float(len(found.errors))} if found.errors else {})
 
 
 def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -53,10 +56,11 @@ def figure(values: dict[str, Any], first: dict[str, Any], tasks: Sequence[str], 
         return change if TASKS[task].higher_is_better else -change
 
     if best != "mean":
-        value = values[headline(best)]
+        value = values.get(headline(best), math.nan)
         found = value if TASKS[best].higher_is_better else -value
     else:
-        found = sum(gain(task) for task in tasks) / len(tasks)
+        scored = [task for task in tasks if headline(task) in values and headline(task) in first]
+        found = sum(gain(task) for task in scored) / max(1, len(scored))
     return found if math.isfinite(found) else -math.inf
 
 

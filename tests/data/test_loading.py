@@ -1,5 +1,8 @@
 """Batches: their order, and what becomes of files that cannot be read."""
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import torch
 
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.nyud import NYUD
+from m3vit.data.sample import Sample
 from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
 from m3vit.normalisation import IMAGENET, Normalisation
@@ -74,6 +78,61 @@ def test_unreadable_files_are_left_out_and_named(make_data: Callable[..., Path],
         assert all(len(label) == len(batch.images) for label in batch.labels.values())
     assert images == 1
     assert sorted(Path(error.split()[0]).name for error in errors) == ["0001.npy", "0002.jpg", "0003.jpg"]
+
+
+class Local(Exception):  # noqa: N818
+    """Cannot be pickled."""
+
+    def __init__(self, one: int, other: int) -> None:
+        self.function = lambda: one + other
+
+
+class Failing(NYUD):
+    """Fails at one image, for no fault of its file."""
+
+    way = ""
+
+    def load(self, index: int) -> Sample:
+        if index == 2 and self.way == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 2 and self.way == "bus error":
+            os.kill(os.getpid(), signal.SIGBUS)
+        if index == 2 and self.way == "exit":
+            os._exit(3)
+        if index == 2:
+            raise {"memory": MemoryError(), "disk": OSError(5, "Input/output error"), "local": Local(1, 2)}[self.way]
+        return super().load(index)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("memory", "failed: MemoryError."),
+        ("disk", "failed: OSError: Input/output error."),
+        ("local", "failed: Local: (1, 2)."),
+        ("killed", "was killed by SIGKILL, maybe for want of memory."),
+        ("bus error", "was killed by SIGBUS, as when /dev/shm is full."),
+        ("exit", "ended with exit code 3."),
+    ],
+)
+def test_what_fails_in_a_loader_process_is_the_last_batch(
+    tiny_data: Path, way: str, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    split = Failing(tiny_data, "train")
+    split.way = way
+    begin = time.monotonic()
+    *_, last = make_loader(TrainingSet(split, (32, 48), seed=0), EpochBatches(10, 2, seed=0), workers=2)
+    assert time.monotonic() - begin < 20
+    assert words in last.failure and "or 0 (the training process loads)" in last.failure and "\n" not in last.failure
+    assert last.images is None and not last.errors
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_without_loader_processes_a_defect_keeps_its_traceback(tiny_data: Path) -> None:
+    split = Failing(tiny_data, "train")
+    split.way = "disk"
+    with pytest.raises(OSError, match="Input/output"):
+        list(make_loader(TrainingSet(split, (32, 48), seed=0), EpochBatches(10, 2, seed=0), workers=0))
 
 
 def test_normalisation() -> None:

@@ -264,7 +264,7 @@ def test_incomplete_data_set_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("package", ["trimesh", "embreex"])
 def test_missing_renderer_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"{package} is not installed.*pip install 'm3vit\[train\]'"):
+    with pytest.raises(InputError, match=rf"{package} is not installed.*pip install -e '.*\[train\]'"):
         synthesize(tmp_path / "set")
 
 

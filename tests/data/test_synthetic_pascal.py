@@ -257,5 +257,5 @@ def test_layouts_do_not_mix(data_set: Path) -> None:
 
 def test_missing_scipy_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(InputError, match=r"scipy is not installed.*pip install 'm3vit\[train\]'"):
+    with pytest.raises(InputError, match=r"scipy is not installed.*pip install -e '.*\[train\]'"):
         synthesize(tmp_path / "set", layout="pascal")

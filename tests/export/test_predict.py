@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, install
 from m3vit.export.predict import ALL, ArrayWriter, Options, predict_files
 from m3vit.export.runtime import Package, colourise
 from tests.export.films import RATE, pictures, read_film, write_film, y4m
@@ -199,7 +199,7 @@ def test_without_torch_and_without_pyav(package: Path, tmp_path: Path) -> None:
 
     refused = run("clip.mp4")
     assert refused.returncode == 2 and not (tmp_path / "out").exists()
-    assert refused.stderr == "m3vit: error: this command needs av: pip install 'm3vit[video]'\n"
+    assert refused.stderr == f"m3vit: error: this command needs av: {install('video')}\n"
     save(tmp_path / "b.png")
     done = run("b.png")
     assert done.returncode == 0, done.stderr

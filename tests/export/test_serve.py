@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from m3vit.digests import write_sealed_json
+from m3vit.errors import install
 from m3vit.export import serve
 from m3vit.export.drawing import colourise, overlay
 from m3vit.export.runtime import Package
@@ -416,4 +417,4 @@ def test_without_fastapi(package: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(package)], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "m3vit: error: this command needs fastapi: pip install 'm3vit[serve]'\n"
+    assert done.stderr == f"m3vit: error: this command needs fastapi: {install('serve')}\n"

@@ -1,6 +1,8 @@
 """Several processes train what one does, stop together, and resume to the same bits."""
 
+import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -132,6 +134,41 @@ def test_an_unreadable_file_of_one_process(make_data: Callable[..., Path], tmp_p
     text = run([*words, "--out", tmp_path / "two"], tmp_path, processes=2)
     assert "1 training images could not be read" in text
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
+
+
+def children_of(parent: int | None) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(parent):
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("what", ["loader", "process"])
+def test_all_end_when_one_is_killed(uneven_data: Path, tmp_path: Path, what: str) -> None:
+    words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.epochs=500", "--data.cache=false"]
+    started = Run([*words, "--data.workers=1", "--out", tmp_path / "run"], tmp_path, processes=2)
+    started.wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
+    pid = started.processes[1].pid
+    if what == "process":
+        os.kill(pid, signal.SIGKILL)
+        assert started.wait(60) == [2, -signal.SIGKILL], started.text
+        assert "another process of this training ended" in started.text
+    else:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:  # a new one comes with each epoch
+            for child in children_of(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            if not all(process.is_alive() for process in started.processes):
+                break
+            time.sleep(0.02)
+        assert started.wait(60) == [2, 2], started.text
+        # How it ended is not said here: the parent of these processes is a fork server, and it is what is killed.
+        assert started.text.count("error: a process that loads data failed: ") == 1, started.text
+        assert "go on with --resume" in started.text
+    assert "Traceback" not in started.text
 
 
 def test_another_number_of_processes_goes_on_with_a_note(uneven_data: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def configuration(**train: object) -> Config:
 @pytest.fixture
 def batch(tiny_data: Path) -> tuple[Tensor, Labels]:
     dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), 1, IMAGENET)
-    images, labels, _ = next(iter(make_loader(dataset, EpochBatches(len(dataset), 6, seed=1), 0)))
+    images, labels, *_ = next(iter(make_loader(dataset, EpochBatches(len(dataset), 6, seed=1), 0)))
     labels["depth"][:4, :, 5:] = 0  # parts of different numbers of valid pixels
     return images, labels
 
