@@ -216,8 +216,11 @@ class Crowd:
 
         The oldest of those without a request in hand go first, then those whose requests have no place.
         """
+        over = self.opening + more - self.limit
+        if len(self.open) + over <= 0:
+            return
         live = [one for one in self.open if not one.dropped]
-        if (excess := len(live) + self.opening + more - self.limit) <= 0:
+        if (excess := len(live) + over) <= 0:
             return
         droppable = sorted((one for one in live if not one.held), key=lambda one: (not one.idle, one.idle_since))
         for one in droppable[:excess]:

@@ -93,7 +93,8 @@ class TrainConfig:
         native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
             times cheaper than at the image's.
         seed: of weights, data order, augmentation and noise.
-        threads: CPU threads of torch; 0 leaves torch's choice. Bit-equal repeats need equal threads.
+        threads: CPU threads of torch; 0 leaves torch's choice, within a container's quota. Bit-equal repeats need
+            equal threads.
         accelerator: auto, cpu, cuda or mps; one device, or one for each process of a torchrun.
         strategy: what the processes of a torchrun share. ddp: each holds the whole model. fsdp: each keeps a share of
             weights, gradients and optimiser state, and fetches the rest when it is needed: less memory, more traffic,
