@@ -43,7 +43,7 @@ from m3vit.export.connections import CloseUnfinished, Crowd, LimitedServer, list
 from m3vit.export.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
 from m3vit.export.hosts import ANY, Hosts, HostsOnly
 from m3vit.export.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
-from m3vit.export.runtime import MAX_PATCHES, Package, give_memory_back
+from m3vit.export.runtime import MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
 from m3vit.export.summary import summarise
 
 BODY_S = 30.0  # for a request's body to arrive
@@ -182,13 +182,11 @@ class Service:
         start = time.perf_counter()
         try:
             prediction = self.package.predict(image, task, resize=resize)
+        except (NotFinite, PackageChanged) as error:  # the package's fault, not the image's
+            raise HTTPException(500, str(error)) from None
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         elapsed = time.perf_counter() - start
-        if prediction.dtype.kind == "f" and not np.isfinite(prediction).all():
-            raise HTTPException(
-                500, f"the prediction of {task} for this image is not finite: nothing of it can be used"
-            )
         manifest = self.package.manifest
         if answer.format is Format.NPY:
             return _Values(prediction)
@@ -240,7 +238,7 @@ class _Values(Response):
     def __init__(self, array: NDArray[Any]) -> None:
         array, head = np.ascontiguousarray(array), io.BytesIO()
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
-        self.parts = (head.getvalue(), memoryview(array).cast("B"))
+        self.parts = (head.getvalue(), array.reshape(-1).view(np.uint8).data)
         super().__init__(headers={"Content-Length": str(sum(map(len, self.parts)))})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
