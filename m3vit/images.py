@@ -4,6 +4,7 @@ docs/datasets.md lists what it decides about every odd kind of file. No header i
 """
 
 import io
+import logging
 import os
 import struct
 import zlib
@@ -16,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import InputError
 from m3vit.files import not_there, open_regular
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or it comments on damaged files, on standard error
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a float32 map of that size has 256 MiB
 MAX_FILE_BYTES = 1 << 28
