@@ -82,6 +82,6 @@ def laplacian_boundaries(ids: NDArray) -> NDArray[np.bool_]:
     """
     # "reflect" is OpenCV's BORDER_REFLECT_101, except that an image one pixel high or wide has nothing to mirror.
     rows, columns = ("reflect" if side > 1 else "edge" for side in ids.shape)
-    padded = np.pad(np.pad(ids.astype(np.int64), ((1, 1), (0, 0)), rows), ((0, 0), (1, 1)), columns)  # type: ignore[call-overload]
+    padded = np.pad(np.pad(ids.astype(np.int32), ((1, 1), (0, 0)), rows), ((0, 0), (1, 1)), columns)  # type: ignore[call-overload]
     around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
     return thin(around != 4 * padded[1:-1, 1:-1])

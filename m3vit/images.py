@@ -4,6 +4,7 @@ docs/datasets.md lists what it decides about every odd kind of file. No header i
 """
 
 import io
+import logging
 import os
 import struct
 import zlib
@@ -16,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import InputError
 from m3vit.files import not_there, open_regular
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or it comments on damaged files, on standard error
 
 MAX_PIXELS = 1 << 26  # 67 megapixels; a float32 map of that size has 256 MiB
 MAX_FILE_BYTES = 1 << 28
@@ -289,10 +292,17 @@ _STARTS = {
 }
 
 
-def foreign_kind(head: bytes) -> Foreign | None:
-    """Return which kind of file that is not read begins so (`HEAD_BYTES` suffice), or None: read, or no picture."""
+def git_lfs(head: bytes) -> Foreign | None:
+    """Return what to do about a file that begins so, if it is the text that Git LFS leaves in place of one."""
     if head.startswith(b"version https://git-lfs"):
         return Foreign("Git LFS", "is a pointer of Git LFS, not the file itself: fetch it with git lfs pull")
+    return None
+
+
+def foreign_kind(head: bytes) -> Foreign | None:
+    """Return which kind of file that is not read begins so (`HEAD_BYTES` suffice), or None: read, or no picture."""
+    if pointer := git_lfs(head):
+        return pointer
     kind = next((kind for start, kind in _STARTS.items() if head.startswith(start)), None)
     if head[4:8] == b"ftyp":
         brands = [head[at : at + 4] for at in (8, *range(16, min(len(head), int.from_bytes(head[:4], "big")), 4))]

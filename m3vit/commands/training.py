@@ -1,5 +1,6 @@
 """m3vit train, init, profile: the commands that take a recipe and any key of it."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,7 +21,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
     import jsonargparse
 
-    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path
+    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     start = None
@@ -55,6 +56,10 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if "--config" in words[:-1]:  # to the front: dotted keys win over it wherever they stand
         place = words.index("--config")
         words = words[place : place + 2] + words[:place] + words[place + 2 :]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, _, value = word.partition("=")
+        if option == "--config" and os.path.exists(value or following):  # what is missing the parser says
+            yaml_text(Path(value or following), "give a YAML file as --config")
     try:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:

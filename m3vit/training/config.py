@@ -25,6 +25,7 @@ STRATEGIES = ("ddp", "fsdp")
 PIPELINES = ("simple", "m3vit", "invpt")
 ON_ERROR = ("stop", "skip")
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
+MAX_YAML_BYTES, MAX_YAML_VALUES = 1 << 20, 100_000  # a configuration has 3 KiB and a hundred values
 WEIGHTINGS = ("fixed", "uncertainty", "dwa", *GRADIENT_METHODS)
 
 
@@ -295,10 +296,34 @@ def recipe_path(name: str) -> Path:
     return Path(str(files("m3vit.recipes") / f"{name}.yaml"))
 
 
+def yaml_text(path: Path, what: str) -> str:
+    """Return a configuration's text, or raise InputError naming `what` it is part of and how to get it.
+
+    It is small, and so is what it stands for: aliases of aliases can unfold to more than any memory.
+    """
+    text = read_text(path, what, MAX_YAML_BYTES)
+    sizes: dict[int, int] = {}
+
+    def unfolded(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_YAML_VALUES  # of a node that holds itself
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+            sizes[id(node)] = 1 + sum(map(unfolded, parts))
+        return sizes[id(node)]
+
+    try:
+        if (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None and unfolded(root) > MAX_YAML_VALUES:
+            raise InputError(f"{path} unfolds to more than {MAX_YAML_VALUES} values by its aliases: write them out")
+    except (yaml.YAMLError, RecursionError):
+        pass  # whoever reads it says so, in its own words
+    return text
+
+
 def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
-        values = yaml.safe_load(read_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
+        values = yaml.safe_load(yaml_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
         config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))

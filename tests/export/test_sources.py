@@ -142,6 +142,13 @@ def test_damaged_ones_are_predicted_and_so_reported(package: Path, tmp_path: Pat
     assert [Path(name).name for name, _ in outcome.failures] == ["a.jpg", "b.png", "c.mp4", "d"]
 
 
+def test_a_film_of_an_unknown_coding_is_reported(package: Path, tmp_path: Path) -> None:
+    film = write_film(tmp_path / "a.mp4", pictures(3), codec="libx264")
+    film.write_bytes(film.read_bytes().replace(b"avc1", b"zzz9").replace(b"isomiso2zzz9mp41", b"isomiso2avc1mp41"))
+    ((_, reason),) = predict_files(package, "depth", [film], tmp_path / "out").failures
+    assert reason == "cannot be read as a video: its pictures are coded in a way that is not known"
+
+
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     save(photos / "z" / "a.jpg")

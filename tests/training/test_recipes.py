@@ -1,18 +1,21 @@
 """Every recipe: a model can be built from it, and its header says where it is from."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from m3vit.commands.training import config_from
 from m3vit.data.opening import LAYOUTS
 from m3vit.errors import InputError
 from m3vit.models import backbone
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.training.config import Config, DataConfig, TrainConfig, recipe_names, recipe_path
+from m3vit.training.config import Config, DataConfig, TrainConfig, read_config, recipe_names, recipe_path
 
 PUBLISHED = [name for name in recipe_names() if not name.startswith("synthetic")]
 
@@ -69,3 +72,33 @@ def test_missing_pretrained_weights_are_one_clear_line(monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r"weights of deit_small.*local cache\).*--model\.pretrained=false") as error:
         MultiTaskModel(read("nyud-small").model)
     assert "\n" not in str(error.value)
+
+
+def laughs(levels: int) -> str:
+    """YAML of a few hundred bytes that stands for 10 ** levels words."""
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    rows += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, levels)]
+    return "\n".join(rows)
+
+
+def test_configurations_are_small_regular_files(tmp_path: Path) -> None:
+    files: dict[str, tuple[str, str]] = {
+        "laughs": (laughs(9), "unfolds to more than 100000 values by its aliases"),
+        "itself": ("a: &a [*a, *a]", "unfolds to more than"),
+        "large": ("# " + "x" * (1 << 20), "it has more than 1048576 bytes"),
+    }
+    for name, (text, words) in files.items():
+        path = tmp_path / name / "config.yaml"
+        path.parent.mkdir()
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            read_config(path)
+        with pytest.raises(InputError, match=words):
+            config_from("init", ["synthetic-tiny", f"--config={path}", "--out", str(tmp_path / "run")])
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for option in (["--config", str(tmp_path / "pipe.yaml")], [f"--config={tmp_path / 'pipe.yaml'}"]):
+        with pytest.raises(InputError, match="it is a pipe, not a regular file"):
+            config_from("init", ["synthetic-tiny", *option, "--out", str(tmp_path / "run")])
+    (tmp_path / "good.yaml").write_text("train: {epochs: &n 7, warmup_epochs: *n}\n")
+    config, _ = config_from("init", ["synthetic-tiny", f"--config={tmp_path / 'good.yaml'}", "--out", str(tmp_path)])
+    assert config.train.epochs == 7
