@@ -101,18 +101,17 @@ class Place:
         timer: asyncio.TimerHandle
 
         def look() -> None:
-            nonlocal timer
             if transfer.too_slow():
                 transfer.stop()
             else:
-                timer = loop.call_later(_LOOK_S, look)
+                timers[0] = loop.call_later(_LOOK_S, look)
 
-        timer = loop.call_later(_LOOK_S, look)
+        timers = [loop.call_later(_LOOK_S, look)]
         self.places.transfers.add(transfer)
         try:
             yield transfer
         finally:
-            timer.cancel()
+            timers[0].cancel()
             self.places.transfers.discard(transfer)
 
 

@@ -10,7 +10,6 @@ import json
 import re
 import socket
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -66,7 +65,7 @@ class Hosts:
         if site is not None:
             ours = site in ("same-origin", "none")
         elif origin is not None:
-            theirs = urlsplit(origin).netloc.lower()
+            theirs = origin.partition("://")[2].lower()  # scheme://host[:port] or null
             # Behind a proxy that names us differently, the page has the name that was allowed.
             ours = bool(theirs) and (theirs == (host or "").lower() or _without_port(theirs) in self.allowed)
         else:

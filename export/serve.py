@@ -238,7 +238,7 @@ class _Values(Response):
     def __init__(self, array: NDArray[Any]) -> None:
         array, head = np.ascontiguousarray(array), io.BytesIO()
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
-        self.parts = (head.getvalue(), array.reshape(-1).view(np.uint8).data)
+        self.parts = (head.getvalue(), array.data.cast("B"))
         super().__init__(headers={"Content-Length": str(sum(map(len, self.parts)))})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
