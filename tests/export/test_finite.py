@@ -74,6 +74,7 @@ def test_tensors_that_folding_or_quantising_made() -> None:
             _require_finite_tensors(graph, "depth.onnx")
 
 
+@pytest.mark.slow
 def test_a_failed_comparison_leaves_what_was_there(
     tiny_run: Path, tiny_data: Path, onnx_package: Path, tmp_path: Path
 ) -> None:
