@@ -103,8 +103,10 @@ def _kill(process: subprocess.Popen) -> None:
 
 def _ending(command: list[str], code: int, text: str) -> str:
     """Return how a program ended and what it said of it: lines with the word error, else the last ones."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() and not line.startswith(("Traceback", "File "))]
+    python = "Traceback (most" in text  # hls4ml's, of whose stack only the last line says something
+    shown = [line for line in text.splitlines() if not (python and line.startswith(("  ", "Traceback")))]
+    lines = [line.strip() for line in shown if line.strip()]
+    telling = [line for line in lines if "error" in line.lower()]
     said = " | ".join(telling[:SHOWN_LINES] or lines[-SHOWN_LINES:]) or "it said nothing"
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

@@ -59,6 +59,10 @@ def test_arguments_in_cxx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scrip
             "echo 'x.cpp:1: error: no' >&2; echo compilation terminated. >&2; exit 1",
             r"exit code 1: x\.cpp:1: error: no \(",
         ),
+        (
+            "printf 'Traceback (most recent call last):\\n  raise Error\\nException: no\\n' >&2; exit 1",
+            r"exit code 1: Exception: no \(",
+        ),
         ("printf '\\377error\\n' >&2; exit 1", "error"),
         ("cat; exit 5", "exit code 5"),  # reads its input: there is none, and nothing hangs
     ],

@@ -64,12 +64,12 @@ class Accelerator:
         self.ip, self.allocate, self.timeout_s = ip, allocate, timeout_s
         project = Path(project)
         self.manifest = read_manifest(project)
-        self.tasks = [task["name"] for task in self.manifest["tasks"]]
-        self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
-        self.buffers: dict[str, Any] = {}
         weights = project / WEIGHTS
         if self.manifest["files"].get(WEIGHTS) != hashlib.sha256(weights.read_bytes()).hexdigest():
             raise ValueError(f"{weights} was changed since export (its sha256 differs): copy the project again")
+        self.tasks = [task["name"] for task in self.manifest["tasks"]]
+        self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
+        self.buffers: dict[str, Any] = {}
         self.load_weights(weights)
         self.set_task(0)
 

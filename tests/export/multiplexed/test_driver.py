@@ -1,6 +1,7 @@
 """What an emitted project runs elsewhere: the host driver on a software model of the board, and the vendor's Tcl."""
 
 import ctypes
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.hw import csim
 from m3vit.models.heads import assemble_tokens
 from tests.export.models import TASKS, make_images
+from tests.test_digests import flips
 
 # --- the host driver, against a software model of registers and memory -----------------------------------------------
 
@@ -126,6 +128,24 @@ def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
     assert device.starts == 8
     for name, buffer in before.items():  # nothing is loaded again for another task
         np.testing.assert_array_equal(buffer, accelerator.buffers[name])
+
+
+def test_driver_refuses_what_was_changed_since_export(driver: Any, copy: Path) -> None:
+    """Before it touches a register: no accelerator is given."""
+    manifest = copy / "m3vit.json"
+    for path, pieces in ((manifest, flips(manifest.read_bytes(), 200)), (copy / convert.WEIGHTS, None)):
+        content = path.read_bytes()
+        for spoilt in pieces or flips(content, 200):
+            path.write_bytes(spoilt)
+            try:
+                driver.Accelerator(None, modelled_allocate, copy)
+            except ValueError as error:  # bad UTF-8 and bad JSON are of this kind too
+                assert "was changed since export" in str(error) or isinstance(
+                    error, UnicodeError | json.JSONDecodeError
+                )
+            except AttributeError as error:  # what was changed is white space
+                assert "'NoneType' object has no attribute 'description'" in str(error) and path == manifest
+        path.write_bytes(content)
 
 
 def test_driver_refuses_what_does_not_fit(driver: Any, copy: Path, tmp_path: Path) -> None:
