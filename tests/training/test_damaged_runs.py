@@ -362,6 +362,36 @@ def test_a_damaged_evaluation_is_refused_before_the_next_one(run: Path, capsys: 
     assert (run / "eval.json").read_text() != text
 
 
+def test_statistics_of_another_evaluation_are_refused(run: Path, tmp_path: Path) -> None:
+    _, result = scoring.read(run, "A")
+    evaluation = scoring.read_evaluation(run, "A")
+    other = {task: values + 1 for task, values in evaluation.statistics.items()}
+    scoring.write(tmp_path, "A", result, replace(evaluation, statistics=other))
+    shutil.copy(tmp_path / "eval-A.npz", run)
+    with pytest.raises(InputError, match=r"eval-A\.npz is not as it was written .* evaluate again with m3vit eval"):
+        scoring.read_evaluation(run, "A")
+
+
+def test_an_evaluation_killed_while_written_is_done_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New statistics beside the result of old ones would be a mixture."""
+    _, result = scoring.read(run, "A")
+    evaluation, calls = scoring.read_evaluation(run, "A"), []
+
+    def killed(path: Path, value: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write_sealed_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "write_sealed_json", killed)
+        scoring.write(run, "A", result, evaluation)
+    with pytest.raises(InputError, match=r"eval\.json has no evaluation .* evaluate it first"):
+        scoring.read_evaluation(run, "A")
+    scoring.write(run, "A", result, evaluation)
+    assert flat(scoring.read_evaluation(run, "A")) == flat(evaluation)
+
+
 @pytest.mark.parametrize(
     ("change", "words"), [(1.0, "model.safetensors is not as it was written"), (float("nan"), "holds NaN or Inf in")]
 )
