@@ -5,14 +5,15 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from m3vit.data.opening import open_split
 from m3vit.errors import InputError
+from m3vit.evaluation import scoring
 from m3vit.report.project import read_project
 from m3vit.tasks import TASKS as TABLE
 from m3vit.training.checkpoint import load_run
@@ -132,9 +133,9 @@ def test_an_evaluation_of_something_else_is_not_shown(
     shutil.copytree(evaluated, copy, ignore=shutil.ignore_patterns("*.exe", "csim*"))
     run, split = load_run(tiny_run), open_split("nyud", tiny_data, "val", TASKS)
     assert list(read_project(run, copy, split, "A").stored) == ["emulator"]
-    with np.load(copy / "eval-A.npz") as stored:
-        arrays = dict(stored)
-    np.savez(copy / "eval-A.npz", **arrays | {"ids": arrays["ids"][::-1]})
+    _, result = scoring.read(copy, "A")
+    evaluation = scoring.read_evaluation(copy, "A")
+    scoring.write(copy, "A", result, replace(evaluation, ids=evaluation.ids[::-1]))
     with pytest.raises(InputError, match=f"was evaluated on other images than the val split of {tiny_data}"):
         read_project(run, copy, split, "A")
     (copy / "eval-A.npz").write_bytes(b"broken")
@@ -144,6 +145,7 @@ def test_an_evaluation_of_something_else_is_not_shown(
     assert not results.stored and not results.scored and results.indices == [0, 1, 2]
     assert f"under protocol A: for this table, m3vit eval {copy} --protocol B" in results.notes[0]
     # The same names, but other pictures.
-    np.savez(copy / "eval-A.npz", **arrays | {"fingerprints": arrays["fingerprints"] + 1})
+    others = [value + 1 for value in evaluation.fingerprints]
+    scoring.write(copy, "A", result, replace(evaluation, fingerprints=others))
     words = ("report", tiny_run, "--onnx", tmp_path / "none", "--out", tmp_path / "page.html", "--hls", copy)
     refused(cli(*words), "was evaluated on other images than the val split")

@@ -12,12 +12,12 @@ import numpy as np
 
 from m3vit.data.opening import open_split, origin
 from m3vit.data.sample import Split
-from m3vit.digests import check_sealed, read_sealed_json, seal, write_sealed_json
+from m3vit.digests import changed, check_sealed, read_sealed_json, seal, write_sealed_json
 from m3vit.distributed import agree, gather, process_group, rank, world_size
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
-from m3vit.files import atomic_path
+from m3vit.files import atomic_path, sha256_file
 from m3vit.processes import usable_cores
 
 FORMAT = 3  # 2 had other statistics of edges
@@ -122,6 +122,7 @@ def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evalu
             known = {"ids": np.array(evaluation.ids), "fingerprints": np.array(evaluation.fingerprints, np.int64)}
             np.savez_compressed(file, **known, **evaluation.statistics)  # type: ignore[arg-type]
         seal(path)
+        result = {**result, "statistics_sha256": sha256_file(path)}
         if results.pop(protocol, None):
             write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": results})
     # The newest last: it is what `m3vit report` shows.
@@ -187,6 +188,8 @@ def read_evaluation(folder: Path, protocol: str) -> Evaluation:
             statistics = {task: arrays[task] for task in result["tasks"]}
     except Exception as error:  # zip, zlib and numpy raise many kinds for damaged files
         raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {advice}") from None
+    if result.get("statistics_sha256") not in (None, sha256_file(path)):  # whole, but of another evaluation
+        raise changed(path, advice)
     if any(len(values) != len(ids) for values in (prints, *statistics.values())):
         raise InputError(f"{path} has not one row for each of its {len(ids)} images: {advice}")
     return Evaluation(protocol, result["label_set"], ids, statistics, fingerprints=prints)

@@ -137,6 +137,8 @@ def without_digests(run: Path) -> None:
     for path in (run / "model.json", run / "best" / "model.json", run / "eval.json"):
         content = json.loads(path.read_text())
         content.pop("sha256"), content.pop("weights_sha256", None)
+        for result in content.get("protocols", {}).values():
+            result.pop("statistics_sha256")
         path.write_text(json.dumps(content))
     for name in ("config.yaml", "best/config.yaml", "last/state.pt", "eval-A.npz"):
         content = (run / name).read_bytes()
@@ -151,7 +153,7 @@ def test_runs_without_digests_are_read_and_go_on_with_a_warning(run: Path, tiny_
     for name, read in READERS.items():
         with pytest.warns(UncheckedWarning, match="carries no digest"):
             found = flat(read(run))
-        if name != "model.json" and name != "best/model.json":  # where the digest of the weights is
+        if not name.endswith(".json"):  # which had digests of other files
             assert found == flat(read(tiny_run)), name
     log = (run / "metrics.jsonl").read_bytes()
     with pytest.warns(UncheckedWarning, match=r"state\.pt carries no digest"):
@@ -360,6 +362,36 @@ def test_a_damaged_evaluation_is_refused_before_the_next_one(run: Path, capsys: 
     printed = capsys.readouterr()
     assert "eval.json is not as it was written" in printed.err and "│" not in printed.out
     assert (run / "eval.json").read_text() != text
+
+
+def test_statistics_of_another_evaluation_are_refused(run: Path, tmp_path: Path) -> None:
+    _, result = scoring.read(run, "A")
+    evaluation = scoring.read_evaluation(run, "A")
+    other = {task: values + 1 for task, values in evaluation.statistics.items()}
+    scoring.write(tmp_path, "A", result, replace(evaluation, statistics=other))
+    shutil.copy(tmp_path / "eval-A.npz", run)
+    with pytest.raises(InputError, match=r"eval-A\.npz is not as it was written .* evaluate again with m3vit eval"):
+        scoring.read_evaluation(run, "A")
+
+
+def test_an_evaluation_killed_while_written_is_done_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New statistics beside the result of old ones would be a mixture."""
+    _, result = scoring.read(run, "A")
+    evaluation, calls = scoring.read_evaluation(run, "A"), []
+
+    def killed(path: Path, value: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write_sealed_json(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "write_sealed_json", killed)
+        scoring.write(run, "A", result, evaluation)
+    with pytest.raises(InputError, match=r"eval\.json has no evaluation .* evaluate it first"):
+        scoring.read_evaluation(run, "A")
+    scoring.write(run, "A", result, evaluation)
+    assert flat(scoring.read_evaluation(run, "A")) == flat(evaluation)
 
 
 @pytest.mark.parametrize(
