@@ -29,6 +29,7 @@ from m3vit.files import atomic_path, is_empty, read_json, sha256_file, write_jso
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import recorded
+from m3vit.pointers import check_content
 from m3vit.training.config import Config, differences, plain, read_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
@@ -152,6 +153,7 @@ def load_run(folder: Path) -> Run:
     """Open a run folder, or raise InputError if it is not one, has no weights, or they do not fit."""
     config = read_config(folder / "config.yaml")
     weights = folder / "model.safetensors"
+    check_content(weights, "the run's")
     if not weights.is_file():
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
     info = read_json(folder / "model.json", "part of a run folder, beside model.safetensors")

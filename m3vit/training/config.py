@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 STRATEGIES = ("ddp", "fsdp")
 PIPELINES = ("simple", "m3vit", "invpt")
 ON_ERROR = ("stop", "skip")
+MOST = {"threads": 1024, "workers": 1024}
+LARGEST = 10**9  # of other whole numbers
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
 WEIGHTINGS = ("fixed", "uncertainty", "dwa", *GRADIENT_METHODS)
 
@@ -194,6 +196,11 @@ class Config:
         for key, number in values.items():
             if not 0 <= number < math.inf:
                 raise InputError(f"{key} is {number}: give zero or a positive number")
+        for section, settings in (("train", train), ("data", self.data)):
+            for key, number in vars(settings).items():
+                most = MOST.get(key, LARGEST)
+                if key != "seed" and isinstance(number, int) and number > most:
+                    raise InputError(f"{section}.{key} is {number}: give at most {most:,}")
         if train.seed >= 2**32:
             raise InputError(f"train.seed is {train.seed}: give a whole number below 2^32 ({2**32})")
         if train.momentum >= 1:
@@ -296,11 +303,26 @@ def read_config(path: Path) -> Config:
         values = yaml.safe_load(path.read_text())
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
-        return Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+        config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+        _check_types(config)
+        return config
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} not found: not a run folder (make one with m3vit train or m3vit init)") from None
-    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} is not a configuration of this version: {words}") from None
+
+
+def _check_types(config: Config) -> None:
+    """Raise TypeError for a value of another type than its key's default (or than the key has besides)."""
+    besides: dict[str, tuple[type, ...]] = {"moe_blocks": (list,), "normalisation": (dict,), "image_size": (list,)}
+    for section in fields(Config):
+        settings, defaults = getattr(config, section.name), section.default_factory()  # type: ignore[misc, operator]
+        for key, default in vars(defaults).items():
+            value, kind = getattr(settings, key), type(default)
+            numeric = (int, float) if kind is float else (kind,)
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (*numeric, *besides.get(key, ()))):
+                raise TypeError(f"{section.name}.{key} is a {type(value).__name__}, not a {kind.__name__}")
 
 
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:

@@ -16,6 +16,7 @@ from m3vit.data.opening import open_split
 from m3vit.distributed import agree, gather, leave_group, rank, total, world_size
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.trial import try_out
 from m3vit.training.checkpoint import (
     MetricsLog,
     as_started,
@@ -50,7 +51,9 @@ Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to 
 
 
 def build(config: Config) -> MultiTaskModel:
-    """Return the model with weights drawn from the run's seed."""
+    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none."""
+    config.check()
+    try_out(config.model)
     torch.manual_seed(config.train.seed)
     return MultiTaskModel(config.model)
 
