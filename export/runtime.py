@@ -24,6 +24,7 @@ from m3vit.export.decoding import CHANNELS, DECODERS, decode, unit
 from m3vit.export.drawing import colourise as colourise
 from m3vit.export.drawing import paint as paint
 from m3vit.files import atomic_folder, read_json, require_new, sha256_file
+from m3vit.pointers import check_no_link
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
@@ -82,6 +83,7 @@ class Package:
             raise InputError("low_memory leaves weights as they are, a cache lays them out: choose one of the two")
         manifest = read_json(folder / MANIFEST, _NO_PACKAGE)
         entries = _check_manifest(folder / MANIFEST, manifest)
+        check_no_link(folder / manifest["weights"]["file"], "the package's")
         precision = precision or manifest["precisions"][0]
         if precision not in manifest["precisions"]:
             raise InputError(

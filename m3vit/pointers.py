@@ -21,6 +21,16 @@ def check_content(path: Path, what: str) -> None:
         raise InputError(f"{what} {path} is not here: {why}")
 
 
+def check_no_link(path: Path, what: str) -> None:
+    """Raise InputError for a file that is a link out of its folder: onnxruntime does not follow those to weights."""
+    check_content(path, what)
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        raise InputError(
+            f"{what} {path} is a link out of its folder (to {os.readlink(path)}), which onnxruntime does not follow: "
+            "put the file itself there (git annex unlock, dvc unprotect, or a copy with cp -rL)"
+        )
+
+
 def _stand_in(path: Path) -> str:
     """Return in words what lies in a file's place, "" if it is the file or nothing is."""
     if path.is_symlink() and not path.exists():

@@ -1,5 +1,6 @@
 """Values of configuration keys that no run can have: one line and exit code 2, before anything is built or written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from m3vit.cli import main
 from m3vit.errors import InputError
+from m3vit.export.runtime import Package
 from m3vit.models.config import OURS
 from m3vit.models.pretrained import load_weights
 from m3vit.training.checkpoint import load_run
@@ -121,3 +123,20 @@ def test_pointers_to_weights(content: bytes | str | None, words: str, tmp_path: 
         load_weights(None, str(path))
     with pytest.raises(InputError, match=f"^the run's {path} is not here: .*{words}"):
         load_run(tmp_path)
+
+
+def test_linked_weights_of_a_package(onnx_package: Path, tmp_path: Path) -> None:
+    package, store = shutil.copytree(onnx_package, tmp_path / "onnx"), tmp_path / "store"
+    weights = package / "weights.bin"
+    weights.rename(store)
+    weights.symlink_to(store)
+    with pytest.raises(InputError, match=r"is a link out of its folder .* git annex unlock, dvc unprotect"):
+        Package.load(package)
+    weights.unlink()
+    weights.write_bytes(LFS)
+    with pytest.raises(InputError, match=r"the package's .*weights\.bin is not here: .* fetch it with git lfs pull"):
+        Package.load(package)
+    weights.unlink()
+    store.rename(package / "real.bin")
+    weights.symlink_to("real.bin")
+    assert Package.load(package).session("depth")
