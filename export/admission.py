@@ -98,7 +98,6 @@ class Place:
         """A transfer of bytes that is watched while the context lasts; `cut` ends it if its client is too slow."""
         transfer = Transfer(kind, self, cut)
         loop = asyncio.get_running_loop()
-        timer: asyncio.TimerHandle
 
         def look() -> None:
             if transfer.too_slow():

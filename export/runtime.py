@@ -30,6 +30,7 @@ from m3vit.export.opened import OpenedFiles
 from m3vit.export.opened import PackageChanged as PackageChanged
 from m3vit.export.ort import onnxruntime
 from m3vit.export.sessions import Cache, Sessions
+from m3vit.pointers import check_no_link
 from m3vit.processes import usable_cores
 
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
@@ -107,6 +108,7 @@ class Package:
         if low_memory and cache is not None:
             raise InputError("low_memory leaves weights as they are, a cache lays them out: choose one of the two")
         manifest = read_manifest(folder)
+        check_no_link(folder / manifest["weights"]["file"], "the package's")
         precision = precision or manifest["precisions"][0]
         if precision not in manifest["precisions"]:
             there = f"{folder} holds {', '.join(manifest['precisions'])}, not {precision}: choose one of these"

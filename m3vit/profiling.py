@@ -36,6 +36,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import EMBEDDING, Router
+from m3vit.models.trial import meta_model, refusing
 
 FORMAT, FORMAT_VERSION = "m3vit profile", 1
 MIB_FP16 = 2 / 2**20  # MiB a parameter in half precision
@@ -71,18 +72,21 @@ def profile(config: ModelConfig, task: str | None = None) -> dict[str, Any]:
     head, K of E experts a layer). Parts are the keys of PARTS; totals are without distillation, which is training's.
     `tasks` has all tasks of the model, or `task` alone.
     """
-    config = replace(config, pretrained=False, weights="")
     config.check()
     if task is not None and task not in config.tasks:
         raise InputError(f"--task is {task!r}: this model has {', '.join(config.tasks)}")
-    model = _build(config)
+    with refusing(config):
+        return _report(config, meta_model(config), [task] if task else config.tasks)
+
+
+def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str]) -> dict[str, Any]:
     stored, paper = count_parameters(model), paper_parameters(model)
     tasks = {
         name: {
             "macs": _totals(count_macs(model, [name])),
             "activated": _totals(activated_parameters(model, name)),
         }
-        for name in ([task] if task else config.tasks)
+        for name in chosen
     }
     distilling = count_macs(model, config.tasks, training=True) if config.distillation else stored
     return {
@@ -105,16 +109,6 @@ def profile(config: ModelConfig, task: str | None = None) -> dict[str, Any]:
             "gmacs": sum(entry["macs"]["total"] for entry in tasks.values()) / len(tasks) / 1e9,
         },
     }
-
-
-def _build(config: ModelConfig) -> MultiTaskModel:
-    """Return the model on the meta device, its experts run in a way that needs shapes alone."""
-    with torch.device("meta"):
-        model = MultiTaskModel(config)
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            layer.execution = "reference"
-    return model.eval()
 
 
 def _totals(counts: Counts) -> dict[str, Any]:
@@ -197,7 +191,7 @@ def graph_macs(
     kept: the experts that the graph holds of each MoE layer, {layer number: ids}, all of a layer not named. top_k: of
     them, those a token goes to, None as trained; with `every_expert` it goes to all that are held.
     """
-    model = _build(replace(config, pretrained=False, weights="", image_size=size))
+    model = meta_model(replace(config, image_size=size))
     numbers = {id(layer): number for number, layer in enumerate(m for m in model.modules() if isinstance(m, MoELayer))}
 
     def experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...]) -> int:

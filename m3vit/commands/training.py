@@ -20,6 +20,7 @@ TITLES = {
 def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
     import jsonargparse
+    from yaml import YAMLError
 
     from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
 
@@ -62,7 +63,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
             yaml_text(Path(value or following), "give a YAML file as --config")
     try:
         parsed = parser.instantiate(parser.parse_args(words))
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+    except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:

@@ -1,5 +1,6 @@
 """The model's configuration. No torch: `m3vit train --help` reads it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,30 @@ from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 ROUTERS = ("multi", "task_conditioned", "single")
 INITS = ("random", "upcycle")
 HEADS = ("linear", "pup")
+# Arguments of timm's create_model that are not the user's to give here, and which key says the same.
+OURS = {
+    "img_size": "model.image_size says it",
+    "num_classes": "trunks have no classifier",
+    "dynamic_img_size": "it is always on",
+    "device": "train.accelerator says it",
+    "dtype": "train.precision says it",
+    "pretrained": "model.pretrained says it",
+    "checkpoint_path": "model.weights says it",
+    "features_only": "heads take the last block's tokens",
+    "out_indices": "heads take the last block's tokens",
+    "scriptable": "it changes nothing",
+    "exportable": "it changes nothing",
+    "model_name": "model.trunk says it",
+}
+# (least, most) of numbers: what no real model reaches, so that a slip is refused before anything is built.
+LIMITS: dict[str, tuple[float, float]] = {
+    "num_experts": (1, 2**16),
+    "expert_ratio": (1e-6, 1e3),
+    "head_stride": (1, 1024),
+}
+SIDE_LIMIT = 2**15  # pixels
+TRUNK_LIMITS: dict[str, tuple[float, float]] = {"depth": (1, 1000), "num_heads": (1, 1024), "embed_dim": (1, 2**16)}
+LARGEST = 10**6  # any number in trunk_args
 EXPERT_EXECUTIONS = ("auto", "sorted", "grouped", "reference")
 NOISES = ("fixed", "learned")
 
@@ -99,6 +124,12 @@ class ModelConfig:
         ):
             if value not in allowed:
                 raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        for key, limits in LIMITS.items():
+            _check_number(f"model.{key}", getattr(self, key), limits)
+        for side in self.image_size:
+            _check_number("model.image_size", side, (1, SIDE_LIMIT), f" in {list(self.image_size)}")
+        _check_number("model.router_noise", self.router_noise, (0, 1e6))
+        self._check_trunk_args()
         if self.distillation and (self.head != "pup" or len(self.tasks) < 2):
             raise InputError(
                 f"model.distillation is {self.distillation} with head {self.head} and tasks {', '.join(self.tasks)}: "
@@ -133,6 +164,22 @@ class ModelConfig:
         if isinstance(self.moe_blocks, str) and self.moe_blocks not in ("odd", "none"):
             raise InputError(f"model.moe_blocks is {self.moe_blocks!r}: give odd, none or a list of block indices")
 
+    def _check_trunk_args(self) -> None:
+        """Raise InputError for arguments that are ours to give, and for numbers that no trunk can have."""
+        for name, value in self.trunk_args.items():
+            where = f"model.trunk_args.{name}"
+            if not isinstance(name, str):
+                raise InputError(f"{where}: names of timm's arguments are words")
+            if name in OURS:
+                raise InputError(f"{where} is {_short(value)}: leave it out, {OURS[name]}")
+            if name.endswith("_rate"):
+                _check_number(where, value, (0, 0.999))
+            elif name in TRUNK_LIMITS:
+                _check_number(where, value, TRUNK_LIMITS[name], whole=True)
+            else:
+                for number in _numbers(value):
+                    _check_number(where, number, (-LARGEST, LARGEST))
+
     def moe_indices(self, depth: int) -> list[int]:
         """Return the indices of the blocks with experts, for a trunk of `depth` blocks."""
         if self.moe_blocks == "odd":
@@ -143,3 +190,31 @@ class ModelConfig:
         if wrong:
             raise InputError(f"model.moe_blocks names {wrong}: the trunk has blocks 0 to {depth - 1}")
         return sorted({int(index) for index in self.moe_blocks})
+
+
+def _check_number(key: str, value: Any, limits: tuple[float, float], where: str = "", *, whole: bool = False) -> None:
+    """Raise InputError unless a value is a number within limits, and a whole one if it must be."""
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not limits[0] <= value <= limits[1]:
+        what = "a whole number" if whole else "a number"
+        raise InputError(f"{key} is {_short(value)}{where}: give {what} of {limits[0]:,g} to {limits[1]:,g}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield the numbers in a value of YAML, at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _short(value: Any) -> str:
+    """Return a value in an error's words, not pages of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) < 120 else f"{text[:117]}..."

@@ -19,6 +19,7 @@ from torch import Tensor
 from m3vit.errors import InputError
 from m3vit.models.saved import INFO, WEIGHTS, not_finite, read_info
 from m3vit.normalisation import recorded
+from m3vit.pointers import check_content
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 RUN_PREFIX = "backbone.trunk."  # of the trunk in a run folder's model.safetensors
@@ -34,6 +35,7 @@ def load_weights(trunk: Any, file: str) -> None:
     Raises InputError if the file cannot be read, or lacks weights of the trunk, or has others.
     """
     path = Path(file).expanduser()
+    check_content(path, "model.weights")
     if path.suffix not in SUFFIXES or not path.is_file():
         raise InputError(f"model.weights {file}: give an existing file {', '.join(SUFFIXES)}")
     try:

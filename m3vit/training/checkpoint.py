@@ -32,6 +32,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import INFO, WEIGHTS, read_saved
 from m3vit.normalisation import recorded
+from m3vit.pointers import check_content
 from m3vit.training.config import Config, differences, plain, read_run_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
@@ -159,6 +160,7 @@ def load_run(folder: Path) -> Run:
     """Open a run folder, or raise InputError if it is not one, or has no weights, damaged, diverged or other ones."""
     config = read_run_config(folder)
     weights = folder / WEIGHTS
+    check_content(weights, "the run's")
     if not weights.is_file():
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
     # The weights are here: what they were first made from need not be.

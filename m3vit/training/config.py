@@ -24,6 +24,8 @@ ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 STRATEGIES = ("ddp", "fsdp")
 PIPELINES = ("simple", "m3vit", "invpt")
 ON_ERROR = ("stop", "skip")
+MOST = {"threads": 1024, "workers": 1024}
+LARGEST = 10**9  # of other whole numbers
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
 MAX_YAML_BYTES, MAX_YAML_VALUES = 1 << 20, 100_000  # a configuration has 3 KiB and a hundred values
 WEIGHTINGS = ("fixed", "uncertainty", "dwa", *GRADIENT_METHODS)
@@ -200,6 +202,11 @@ class Config:
         for key, number in values.items():
             if not 0 <= number < math.inf:
                 raise InputError(f"{key} is {number}: give zero or a positive number")
+        for section, settings in (("train", train), ("data", self.data)):
+            for key, number in vars(settings).items():
+                most = MOST.get(key, LARGEST)
+                if key != "seed" and isinstance(number, int) and number > most:
+                    raise InputError(f"{section}.{key} is {number}: give at most {most:,}")
         if train.seed >= 2**32:
             raise InputError(f"train.seed is {train.seed}: give a whole number below 2^32 ({2**32})")
         if train.momentum >= 1:
@@ -337,7 +344,7 @@ def read_config(path: Path) -> Config:
     except InputError:
         raise
     # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
-    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         words = " ".join(str(error).split())[:300]
         raise InputError(f"{path} is not a configuration of this version: {words}") from None
 

@@ -17,6 +17,7 @@ from m3vit.errors import InputError, WriteError
 from m3vit.files import writing
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import not_finite
+from m3vit.models.trial import try_out
 from m3vit.training.board import Board
 from m3vit.training.checkpoint import (
     MetricsLog,
@@ -62,7 +63,9 @@ class LeftOut:
 
 
 def build(config: Config) -> MultiTaskModel:
-    """Return the model with weights drawn from the run's seed."""
+    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none."""
+    config.check()
+    try_out(config.model)
     torch.manual_seed(config.train.seed)
     return MultiTaskModel(config.model)
 

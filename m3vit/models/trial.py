@@ -1,0 +1,58 @@
+"""Whether a configuration makes a model that can be built and run: tried on torch's meta device, without memory."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig
+from m3vit.models.moe import MoELayer
+from m3vit.models.multitask import MultiTaskModel
+
+
+def meta_model(config: ModelConfig) -> MultiTaskModel:
+    """Return the model on the meta device, without weights, its experts run in a way that needs shapes alone."""
+    with torch.device("meta"):
+        model = MultiTaskModel(replace(config, pretrained=False, weights=""))
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.execution = "reference"
+    return model.eval()
+
+
+@contextmanager
+def refusing(config: ModelConfig) -> Iterator[None]:
+    """Raise InputError for whatever torch or timm raise within it: what they check, they check in many ways."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"no model can be run with model.trunk {config.trunk}, trunk_args {_short(config.trunk_args)}, image_size "
+            f"{_short(list(config.image_size))}, num_experts {config.num_experts} and expert_ratio "
+            f"{config.expert_ratio:g} ({words}): give other values of these"
+        ) from error
+
+
+def try_out(config: ModelConfig) -> None:
+    """Raise InputError if a model cannot be built from the configuration, run on an image, or held in memory."""
+    with refusing(config), torch.no_grad():
+        model = meta_model(config)
+        model(torch.empty(1, 3, *config.image_size, device="meta"))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise InputError(
+            f"the model's parameters take {size / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}: give "
+            "smaller model.trunk_args, num_experts or expert_ratio"
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:197]}..."
