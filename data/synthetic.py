@@ -14,7 +14,7 @@ import numpy as np
 import m3vit
 from m3vit.data.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError, install
-from m3vit.files import read_json, write_json
+from m3vit.files import read_json, write_json, writing
 from m3vit.processes import run_jobs
 
 MIN_SIDE_PX = 32
@@ -64,9 +64,10 @@ def synthesize(
         raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
     try:
         staging.chmod(0o755)  # mkdtemp gives 0700
-        _render_all(staging, arguments, workers or os.cpu_count() or 1, progress)
-        _write_manifest(staging, arguments)
-        _move(staging, out, layout)
+        with writing(out, "nothing is left of it", staging):
+            _render_all(staging, arguments, workers or os.cpu_count() or 1, progress)
+            _write_manifest(staging, arguments)
+            _move(staging, out, layout)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
