@@ -13,7 +13,7 @@ import numpy as np
 import m3vit
 from m3vit.data.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError, install
-from m3vit.files import read_json, write_json
+from m3vit.files import read_json, write_json, writing
 from m3vit.processes import run_jobs, usable_cores
 from m3vit.staging import staging_folder
 
@@ -61,7 +61,7 @@ def synthesize(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
-    with staging_folder(out) as staging:
+    with staging_folder(out) as staging, writing(out, "nothing is left of it", staging):
         _render_all(staging, arguments, workers or usable_cores(), progress)
         _write_manifest(staging, arguments)
         _move(staging, out, layout)

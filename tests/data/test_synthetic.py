@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -271,3 +272,14 @@ def test_missing_renderer_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
 def test_torch_is_not_imported() -> None:
     code = "import sys, m3vit.data.synthetic, m3vit.data.scenes.rendering; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_limit_of_file_sizes_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))  # as a full disk; depths of 64 x 64 take 16 KiB
+    try:
+        with pytest.raises(InputError, match=r"data cannot be written \(.*\): nothing is left of it"):
+            synthesize(tmp_path / "data", train=1, val=1, size=(64, 64), workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

@@ -165,7 +165,7 @@ def test_all_end_when_one_is_killed(uneven_data: Path, tmp_path: Path, what: str
                 break
             time.sleep(0.02)
         assert started.wait(60) == [2, 2], started.text
-        # How it ended is not said here: the parent of these processes is a fork server, and it is what is killed.
+        # How it ended is not said here: these processes have a fork server, which is what was killed.
         assert started.text.count("error: a process that loads data failed: ") == 1, started.text
         assert "go on with --resume" in started.text
     assert "Traceback" not in started.text
