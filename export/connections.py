@@ -52,6 +52,8 @@ class Connection(H11Protocol):
         transport.max_size = _BUFFER_BYTES  # type: ignore[attr-defined] # of one read; asyncio's own is larger
         super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
         self.crowd.joined(self)
+        if self.crowd.stopping:  # accepted just before, and not among those that are asked to end
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -87,7 +89,6 @@ class Connection(H11Protocol):
 
     def shutdown(self) -> None:
         """End what is idle; uvicorn calls this once, when it stops."""
-        self.crowd.stopping = True
         if self.discarding:
             self.transport.abort()
         else:
@@ -293,7 +294,7 @@ class _Acceptor:
 
     def close(self) -> None:
         """Accept no more; connections stay, under their limits."""
-        self.closed = True
+        self.closed = self.crowd.stopping = True
         self.loop.remove_reader(self.listening)
 
     async def wait_closed(self) -> None:
