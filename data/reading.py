@@ -4,6 +4,7 @@ Whatever is wrong with a file becomes one InputError that names it, and no heade
 than it holds, or more pixels than allowed, is refused before anything of that size is allocated.
 """
 
+import errno
 import io
 import math
 import os
@@ -32,15 +33,16 @@ MAX_FILE_BYTES = 1 << 28
 MAX_MAT_BYTES = 1 << 28  # of a structure, decompressed; one mask of 500 × 375 is 0.18 MiB, a crowd has hundreds
 MAX_MAT_ITEMS = 1 << 16  # variables of a file, values in its structures, characters of a text or name
 MAX_DEPTH_M = 100.0  # beyond it the unit is not metres
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BLOCK_PIXELS = 1 << 20  # of normals decoded at a time: intermediate results take 12 bytes a pixel each
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn whatever reading `path` raises into one InputError of one line that names the file."""
+    """Turn whatever reading `path` raises into one InputError that names the file; what is not its fault passes."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except (FileNotFoundError, NotADirectoryError):
         reason = not_there(path)
@@ -51,6 +53,8 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be read (it {error}): replace the file") from None
     # Not a list of types: on damaged files Pillow, NumPy and zlib raise a dozen, which change between versions.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:  # it must not be left out for that
+            raise
         words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         reason = " ".join(words.split())[:300] or type(error).__name__
         raise InputError(f"{path} cannot be read ({reason}): replace the file") from None

@@ -1,5 +1,6 @@
 """The readers of images, label pngs and npy arrays: conventions by hand, and what they refuse."""
 
+import errno
 import struct
 import zlib
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.data import reading
 from m3vit.data.reading import (
     fitted,
     image_size,
@@ -261,3 +263,10 @@ def test_labels_of_another_coding_are_refused(tmp_path: Path) -> None:
             read_normals_array(normals)
     np.save(normals, vectors.astype(np.float32))
     np.testing.assert_allclose(read_normals_array(normals), vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_what_is_not_the_files_fault_is_not_blamed_on_it(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, reading.naming(Path("whole.png")):
+        raise error
+    assert caught.value is error, "data.on_error skip would leave a whole file out"
