@@ -79,7 +79,7 @@ def test_values_in_a_run_folder(value: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     text = Config().to_yaml().replace("epochs: 100", f"epochs: {value}", 1)
     path.write_text(text)
-    with pytest.raises(InputError, match="is not a configuration of this version"):
+    with pytest.raises(InputError, match=r"is not a configuration of this version|to more than .* by its aliases"):
         read_config(path)
     for whole in ("", "3", "[1]", "model: 3", "model: {trunk: [}"):
         path.write_text(whole)

@@ -258,7 +258,7 @@ def test_delta_m_of_sak_is_over_its_own_reader_of_edges() -> None:
 def test_statistics_of_an_earlier_format_are_refused(tmp_path: Path) -> None:
     """Their edges are of other readers; the figures would be taken for those of today's."""
     (tmp_path / "eval.json").write_text(json.dumps({"format": 2, "protocols": {"A": {"tasks": {}}}}))
-    with pytest.raises(InputError, match=r"is not of this version: evaluate it first: m3vit eval"):
+    with pytest.raises(InputError, match=r"of this version: evaluate it first: m3vit eval"):
         scoring.read(tmp_path)
 
 

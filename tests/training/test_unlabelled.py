@@ -18,6 +18,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import TrivialPredictor, evaluate
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.normalisation import IMAGENET
 from m3vit.tasks import IGNORE
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.losses import BatchCounts, task_loss
@@ -75,7 +76,7 @@ def test_pascal_keeps_its_own_rules(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_name_the_labels_they_lack(holes: Path, workers: int) -> None:
-    dataset = TrainingSet(NYUD(holes, "train", partial=True), (32, 48), seed=0)
+    dataset = TrainingSet(NYUD(holes, "train", partial=True), (32, 48), 0, IMAGENET)
     (batch,) = make_loader(dataset, EpochBatches(4, 4, seed=0), workers)
     assert len(batch.images) == 4 and not batch.errors and not batch.failure
     assert sorted(task for task, _ in batch.unlabelled) == ["depth", "semseg"]
