@@ -26,6 +26,9 @@ NO_WRITE = {
     errno.ESTALE: "check the mount",
 }
 
+os.umask(_umask := os.umask(0))  # it can only be read by being set
+_MODE = 0o666 & ~_umask  # of the files written here
+
 
 @contextmanager
 def writing(path: Path, kept: str = "", draft: Path | None = None) -> Iterator[None]:
@@ -93,6 +96,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with writing(path, kept, temporary):
             yield temporary
+            temporary.chmod(_MODE)  # safetensors gives 0600, whatever the umask
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
