@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3vit.cli import COMMANDS
+from m3vit.cli import COMMANDS, _one_line_each
 from tests.conftest import TINY
 
 Cli = Callable[..., subprocess.CompletedProcess]
@@ -92,6 +92,15 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     config.write_text("train: {epocs: 3}\n")
     refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")
     assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_a_warning_is_shown_once() -> None:
+    """The same file, opened by two steps of a command at two places of the code."""
+    for _ in range(2):
+        formatted = _one_line_each()
+        assert formatted(UserWarning("a  file\nchanged"), UserWarning, "x.py", 1) == "m3vit: warning: a file changed\n"
+        assert formatted("a file changed", UserWarning, "y.py", 2, None) == ""
+        assert formatted(UserWarning("another"), UserWarning, "x.py", 1) == "m3vit: warning: another\n"
 
 
 def test_one_process_of_a_torchrun_speaks_for_all(process: Cli, tmp_path: Path) -> None:
