@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
-from m3vit.evaluation.compare import bootstrap_weights, compare
+from m3vit.evaluation.compare import bootstrap_weights, compare, common_protocol
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, delta_m
 from m3vit.evaluation.meters import make_meter
@@ -124,6 +125,13 @@ def test_protocols_never_share_a_table(cli: Cli, run: Path, untrained: Path, tmp
     refused(cli("eval", "--compare", run, other), "eval.json not found", "m3vit eval")
     assert cli("eval", other, "--protocol", "B").returncode == 0
     refused(cli("eval", "--compare", run, other), "different protocols", "cannot share a table")
+    both = tmp_path / "both"  # and last under B
+    shutil.copytree(untrained, both)
+    contents = [read_sealed_json(folder / "eval.json", "") for folder in (untrained, other)]
+    write_sealed_json(
+        both / "eval.json", {**contents[0], "protocols": {**contents[0]["protocols"], **contents[1]["protocols"]}}
+    )
+    assert common_protocol([run, both]) == "A", "the only one that all have"
     refused(cli("eval", "--compare", run, other, "--protocol", "A"), "evaluated under protocol B, not A")
     refused(cli("eval", "--compare", run, untrained, "--baseline", "sak-vitb-nyud"), "protocol B", "not comparable")
     refused(cli("eval", "--compare", run, untrained, "--baseline", "m3vit-r50"), "semseg, depth, normals, but this")
