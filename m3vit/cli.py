@@ -13,6 +13,7 @@ from typing import Any
 from m3vit import __version__, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
+from m3vit.digests import UncheckedWarning
 from m3vit.errors import InputError, install
 from m3vit.files import NO_WRITE
 from m3vit.launched import speaks
@@ -114,14 +115,14 @@ def run(argv: Sequence[str]) -> int:
 def _one_line_each() -> Callable[..., str]:
     """Return what formats warnings for people: their words alone, which say what to do, and nothing the second time.
 
-    Several steps of a command open the same file. Python itself shows a warning once for each place in the code, and
-    again after any `catch_warnings`.
+    Several steps of a command open the same file, and so do all processes of a torchrun. Python itself shows a warning
+    once for each place in the code, and again after any `catch_warnings`.
     """
     said: set[str] = set()
 
-    def format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    def format_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
         text = f"m3vit: warning: {' '.join(str(message).split())}\n"
-        new = text not in said
+        new = text not in said and (category is not UncheckedWarning or speaks())
         said.add(text)
         return text if new else ""
 

@@ -14,7 +14,7 @@ import pytest
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
-from m3vit.evaluation.compare import bootstrap_weights, compare, common_protocol
+from m3vit.evaluation.compare import bootstrap_weights, common_protocol, compare
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, delta_m
 from m3vit.evaluation.meters import make_meter
