@@ -76,6 +76,7 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     refused(cli("export"), "m3vit export onnx or m3vit export hls")
     refused(cli("train", "synthetic-huge", "--out", out), "unknown recipe 'synthetic-huge'", "synthetic-tiny")
     refused(cli("train", "--out", out), "give a recipe first", "synthetic-tiny")
+    refused(cli("train", "synthetic-tiny", root), "required: --out")
     refused(cli("train", "synthetic-tiny", root, "--train.epocs=1", "--out", out), "train.epocs")
     refused(cli("train", "synthetic-tiny", root, "--train.epochs=many", "--out", out), "train.epochs", "many")
     refused(cli("train", "synthetic-tiny", root, "--train.epoch=1", "--out", out), "train.epoch")

@@ -127,9 +127,11 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
     weights = bootstrap_weights(len(first.ids))
     rows: list[dict[str, Any]] = []
     samples: dict[str, NDArray[np.float64]] = {}
-    for folder, evaluation in zip(folders, evaluations, strict=True):
+    for folder, result, evaluation in zip(folders, results, evaluations, strict=True):
         scores = evaluation.scores()
-        row: dict[str, Any] = {"name": str(folder), "tasks": {}, "delta_m": None}
+        precision = result.get("precision")  # of an ONNX package, which may hold several
+        name = f"{folder} ({precision})" if precision else str(folder)
+        row: dict[str, Any] = {"name": name, "tasks": {}, "delta_m": None}
         if reference:
             row["delta_m"] = delta_m(scores, reference)
         for task in tasks:
