@@ -157,6 +157,18 @@ def test_a_batch_without_a_label_of_one_task_or_of_any(weighting: str) -> None:
     assert all(math.isfinite(value) for value in values.values()) and not set(values) & set(TASKS)
 
 
+def test_the_trivial_predictor_is_fitted_to_the_labels_there_are(holes: Path) -> None:
+    with pytest.raises(InputError, match=r"0000\.npy not found"):
+        TrivialPredictor.fit(NYUD(holes, "train"))
+    found = TrivialPredictor.fit(NYUD(holes, "train", partial=True))
+    split = NYUD(holes, "train", partial=True)
+    depths = np.concatenate([split.read(index, "depth").ravel() for index in (1, 2, 3)])
+    assert found.left_out == 2
+    assert found.constants["depth"] == pytest.approx(depths[depths > 0].mean(), rel=1e-6)
+    (holes / "images" / "0003.jpg").unlink()
+    assert TrivialPredictor.fit(split).left_out == 2 + len(TASKS)
+
+
 def test_meters_leave_the_image_out(holes: Path) -> None:
     split = NYUD(holes, "val", partial=True)
     constants = {"semseg": 0, "depth": 3.0, "normals": [0.0, 0.0, 1.0], "edge": 0.1}
