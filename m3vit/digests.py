@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from m3vit.errors import InputError
-from m3vit.files import read_json, sha256_file, write_json
+from m3vit.files import open_regular, read_json, sha256_file, write_json
 
 KEY = "sha256"  # of a JSON file's digest, at its top level
 _SEAL = b"\n# m3vit sha256 "
@@ -157,7 +157,14 @@ def read_sealed_lines(path: Path, what: str) -> list[tuple[bytes, dict[str, Any]
     No file is an empty log. A last line that a kill cut short is left out. Raises InputError naming the first line that
     is not as it was written; `what` says what to do. Lines without a digest are taken where none before them has one.
     """
-    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    content = b""
+    if path.exists():
+        try:
+            with open_regular(path) as file:
+                content = file.read()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): {what}") from None
+    *lines, rest = content.split(b"\n")
     if _is_object(rest):  # whole, though its end is missing or damaged
         lines.append(rest)
     found: list[tuple[bytes, dict[str, Any]]] = []
