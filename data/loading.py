@@ -228,11 +228,12 @@ class Loader:
         while True:
             try:
                 if iterator is None:
+                    handler = signal.getsignal(signal.SIGCHLD)
                     iterator = iter(self.loader)
                     # torch has its death notices of workers raised by a signal handler: anywhere within a step, where
                     # the other processes of a torchrun would wait. Without it, `next` finds them within 5 seconds.
                     if threading.current_thread() is threading.main_thread():
-                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
                 batch = next(iterator)
                 batch = batch.open() if isinstance(batch, Parcel) else batch
             except StopIteration:

@@ -21,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import InputError
 from m3vit.files import not_there, open_regular
-from m3vit.images import Unfit, check_png, decode, git_lfs, header_size, orientation, png_bits
+from m3vit.images import Unfit, check_png, decode, header_size, orientation, png_bits, pointer
+from m3vit.pointers import LARGEST
 from m3vit.tasks import IGNORE
 
 Size = tuple[int, int]  # height, width
@@ -89,8 +90,8 @@ def _check_bytes(file: BinaryIO) -> int:
     size = os.fstat(file.fileno()).st_size
     if not 0 < size <= MAX_FILE_BYTES:
         raise ValueError(f"it has {size} bytes, expected 1 to {MAX_FILE_BYTES}")
-    if size < 1024 and (pointer := git_lfs(file.read(64))):  # of a label as of an image
-        raise Unfit(pointer.advice)
+    if size < LARGEST and (found := pointer(file.read(64))):  # of a label as of an image
+        raise Unfit(found.advice)
     file.seek(0)
     return size
 

@@ -83,7 +83,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
                 complete &= not backbone or isinstance(entry["number"], int)
                 complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
         complete = False
     if not complete:
         raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")

@@ -1,6 +1,5 @@
 """Runs, ONNX packages and HLS projects as predictors: scored by the same meters (`m3vit eval`, `m3vit report`)."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.runtime import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime import NotFinite, Package
 from m3vit.hw import csim
+from m3vit.launched import place
 from m3vit.normalisation import Normalisation, recorded
 
 
@@ -108,9 +108,8 @@ def label_set(manifest: dict[str, Any], folder: Path) -> str:
 
 def choose_device(name: str) -> str:
     """Return a torch device's name: "auto" is this process's GPU if there is one. Raises InputError for a bad one."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto":
-        return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        return f"cuda:{place().local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from m3vit.errors import InputError
 from m3vit.files import PARTIAL, not_there, open_regular, special
-from m3vit.images import FORMATS, HEAD_BYTES, Foreign, foreign_kind
+from m3vit.images import FORMATS, HEAD_BYTES, POINTER, Foreign, foreign_kind
 
 STREAM = Path("-")  # standard input
 IMAGE_SUFFIXES = (
@@ -285,7 +285,7 @@ class _Search:
         if suffix in _RAW_SUFFIXES and kind in ("image", None):
             kind = Foreign("camera raw", "is a camera's raw file, which is not read: convert it")
         if isinstance(kind, Foreign):
-            return self._unread(path, kind.advice, kind.kind != "Git LFS" or ours or foreign)
+            return self._unread(path, kind.advice, kind.kind != POINTER or ours or foreign)
         if kind is None and ours:  # damaged: reading it says how
             return "video" if suffix in VIDEO_SUFFIXES else "image"
         if kind is None:

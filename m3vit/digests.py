@@ -21,18 +21,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3vit.errors import InputError
-from m3vit.files import read_json, sha256_file, write_json
+from m3vit.errors import InputError, UncheckedWarning
+from m3vit.files import open_regular, read_json, sha256_file, write_json
 
 KEY = "sha256"  # of a JSON file's digest, at its top level
 _SEAL = b"\n# m3vit sha256 "
 _SEAL_BYTES = len(_SEAL) + 64 + 1
 _NEAR_END = 1 << 16  # where a seal is looked for that is not at its place
 LINE_KEY = "digest"  # of a log's line
-
-
-class UncheckedWarning(UserWarning):
-    """A file carries no digest: whether it is as it was written cannot be told."""
 
 
 def _canonical(value: Any) -> bytes:
@@ -157,7 +153,14 @@ def read_sealed_lines(path: Path, what: str) -> list[tuple[bytes, dict[str, Any]
     No file is an empty log. A last line that a kill cut short is left out. Raises InputError naming the first line that
     is not as it was written; `what` says what to do. Lines without a digest are taken where none before them has one.
     """
-    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    content = b""
+    if path.exists():
+        try:
+            with open_regular(path) as file:
+                content = file.read()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): {what}") from None
+    *lines, rest = content.split(b"\n")
     if _is_object(rest):  # whole, though its end is missing or damaged
         lines.append(rest)
     found: list[tuple[bytes, dict[str, Any]]] = []

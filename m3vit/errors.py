@@ -1,6 +1,18 @@
-"""The one exception that means "the user gave us something we cannot use"; how to get what is not installed."""
+"""The one exception that means "the user gave us something we cannot use", and words that its messages share."""
 
+import errno
 from pathlib import Path
+from typing import Any
+
+# What a write fails with: errno -> what to do about it.
+NO_WRITE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in the quota",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "name another place",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the mount",
+}
 
 
 class InputError(ValueError):
@@ -18,6 +30,19 @@ class InputError(ValueError):
 
 class WriteError(InputError):
     """A file cannot be written: the disk is full, a limit is reached. See m3vit.files.writing."""
+
+
+def short(value: Any, most: int = 120) -> str:
+    """Return a value in an error's words, not pages of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) < most else f"{text[: most - 3]}..."
+
+
+class UncheckedWarning(UserWarning):
+    """A file carries no digest (m3vit.digests): whether it is as it was written cannot be told."""
 
 
 def install(extra: str) -> str:

@@ -11,20 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3vit.errors import InputError, WriteError
+from m3vit.errors import NO_WRITE, InputError, WriteError
+from m3vit.pointers import fetches
 from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
 
 MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file: ours have some hundred KiB at most; parsed they take 20 times that
-
-# What a write fails with: errno -> what to do about it.
-NO_WRITE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room in the quota",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "name another place",
-    errno.EIO: "check the disk",
-    errno.ESTALE: "check the mount",
-}
 
 os.umask(_umask := os.umask(0))  # it can only be read by being set
 _MODE = 0o666 & ~_umask  # of the files written here
@@ -177,7 +168,8 @@ def not_there(path: Path) -> str:
     if not path.is_symlink():
         return "not found"
     target = os.readlink(path)
-    return f"not found: it is a link to {target}, which is not there (fetch it: git annex get, dvc pull)"
+    tools = fetches(target) or "git annex get, dvc pull"
+    return f"not found: it is a link to {target}, which is not there (fetch it: {tools})"
 
 
 def open_regular(path: Path) -> BinaryIO:

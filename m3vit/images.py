@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import InputError
 from m3vit.files import not_there, open_regular
+from m3vit.pointers import stands_for
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or it comments on damaged files, on standard error
 
@@ -248,6 +249,7 @@ def _notes_follow(file: BinaryIO) -> bool:
 # ------------------------------------------------------------------------------------------- kinds that are not read
 
 HEAD_BYTES = 4096  # that tell a kind
+POINTER = "pointer"  # the kind of a file that stands for a picture
 
 
 class Foreign(NamedTuple):
@@ -292,17 +294,16 @@ _STARTS = {
 }
 
 
-def git_lfs(head: bytes) -> Foreign | None:
-    """Return what to do about a file that begins so, if it is the text that Git LFS leaves in place of one."""
-    if head.startswith(b"version https://git-lfs"):
-        return Foreign("Git LFS", "is a pointer of Git LFS, not the file itself: fetch it with git lfs pull")
-    return None
+def pointer(head: bytes) -> Foreign | None:
+    """Return what to do about a file that begins so, if it stands in place of one that is to be fetched."""
+    words = stands_for(head)
+    return Foreign(POINTER, f"is {words}") if words else None
 
 
 def foreign_kind(head: bytes) -> Foreign | None:
     """Return which kind of file that is not read begins so (`HEAD_BYTES` suffice), or None: read, or no picture."""
-    if pointer := git_lfs(head):
-        return pointer
+    if found := pointer(head):
+        return found
     kind = next((kind for start, kind in _STARTS.items() if head.startswith(start)), None)
     if head[4:8] == b"ftyp":
         brands = [head[at : at + 4] for at in (8, *range(16, min(len(head), int.from_bytes(head[:4], "big")), 4))]

@@ -4,11 +4,10 @@ A model's normalisation is resolved when it is built (`resolve`), kept in its ru
 copied from there into exports; every reader of those files goes through `recorded`.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 
 WORDS = ("auto", "imagenet")
 LIMITS = {"mean": (0.0, 1.0), "std": (1e-3, 1.0)}
@@ -45,7 +44,7 @@ def parse(value: Any, where: str) -> Normalisation:
         return Normalisation((r, g, b), (r_std, g_std, b_std))
     limits = " and ".join(f"three numbers of {low:g} to {high:g} for {name}" for name, (low, high) in LIMITS.items())
     raise InputError(
-        f"{where} is {_short(value)}: give {', '.join(WORDS)} or both of mean and std, {limits}, of images in 0 to 1, "
+        f"{where} is {short(value)}: give {', '.join(WORDS)} or both of mean and std, {limits}, of images in 0 to 1, "
         "such as {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}"
     )
 
@@ -84,10 +83,5 @@ def _valid(numbers: Any, limits: tuple[float, float]) -> bool:
     return (
         isinstance(numbers, list | tuple)
         and len(numbers) == 3
-        and all(type(one) in (int, float) and math.isfinite(one) and limits[0] <= one <= limits[1] for one in numbers)
+        and all(type(one) in (int, float) and limits[0] <= one <= limits[1] for one in numbers)
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 120 else f"{text[:117]}..."

@@ -8,11 +8,21 @@ from m3vit.errors import InputError
 LARGEST = 4096  # bytes; a pointer is a few lines of text
 # How such a file begins, and what fetches the content.
 BEGINNINGS = {
-    b"version https://git-lfs.github.com/spec/": "a pointer of git LFS: fetch it with git lfs pull",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch it with git lfs pull",
     b"/annex/objects/": "a pointer of git-annex: fetch it with git annex get",
     b"../": "the text of a symbolic link, which this checkout does not have as links",
     b"outs:": "a file of DVC about the content: fetch it with dvc pull, and give the file itself",
 }
+
+
+def stands_for(head: bytes) -> str:
+    """Return in words what a file that begins so stands in for a file's content as, "" if it is the content itself."""
+    return next((words for beginning, words in BEGINNINGS.items() if head.startswith(beginning)), "")
+
+
+def fetches(target: str) -> str:
+    """Return the command that fetches what a link leads to, as far as the target tells; "" if it does not."""
+    return "git annex get" if "/annex/objects/" in target else "dvc pull" if ".dvc/cache" in target else ""
 
 
 def check_content(path: Path, what: str) -> None:
@@ -35,7 +45,7 @@ def _stand_in(path: Path) -> str:
     """Return in words what lies in a file's place, "" if it is the file or nothing is."""
     if path.is_symlink() and not path.exists():
         target = os.readlink(path)
-        tool = "git annex get" if "/annex/objects/" in target else "dvc pull" if ".dvc/cache" in target else ""
+        tool = fetches(target)
         fetch = f": fetch the content with {tool}" if tool else ": the file it names is missing"
         return f"it is a link to {target}{fetch}"
     if not path.exists():
@@ -45,7 +55,5 @@ def _stand_in(path: Path) -> str:
         return ""
     with open(path, "rb") as file:
         start = file.read(LARGEST)
-    for beginning, words in BEGINNINGS.items():
-        if start.startswith(beginning):
-            return f"its {len(start)} bytes are {words}"
-    return ""
+    words = stands_for(start)
+    return f"its {len(start)} bytes are {words}" if words else ""

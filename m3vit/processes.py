@@ -3,13 +3,13 @@
 import math
 import os
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from m3vit.errors import InputError
+
+if TYPE_CHECKING:  # the command line and the runtime ask for the cores alone, and multiprocessing doubles their start
+    from concurrent.futures import ProcessPoolExecutor
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -92,6 +92,8 @@ def run_jobs(
             initializer(*initargs)
         yield from map(function, jobs)
         return
+    from concurrent.futures.process import BrokenProcessPool
+
     pool = start_pool(workers, initializer, initargs)
     try:
         yield from pool.map(function, jobs, chunksize=chunk)
@@ -105,8 +107,11 @@ def run_jobs(
 
 def start_pool(
     workers: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
-) -> ProcessPoolExecutor:
+) -> "ProcessPoolExecutor":
     """Return a pool of processes started afresh, or raise InputError where the system has no room for it."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     try:
         return ProcessPoolExecutor(workers, get_context("spawn"), initializer=initializer, initargs=initargs)
     except OSError as error:

@@ -7,7 +7,6 @@ whose lock is free, and leaves those alone that somebody still writes. Where fil
 
 import hashlib
 import os
-import secrets
 import shutil
 import signal
 import threading
@@ -111,7 +110,7 @@ def clean_leftovers(parent: Path) -> None:
 def _claim(out: Path) -> tuple[Path, Path, int]:
     """Return a free hidden name beside `out`, its lock file and the descriptor that holds it."""
     while True:
-        folder = out.with_name(f"{hidden_stem(out.name)}.{secrets.token_hex(4)}{PARTIAL}")
+        folder = out.with_name(f"{hidden_stem(out.name)}.{os.urandom(4).hex()}{PARTIAL}")
         lock = folder.with_name(folder.name + LOCK)
         try:
             held = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

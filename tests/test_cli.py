@@ -31,6 +31,12 @@ def refused(result: subprocess.CompletedProcess, *patterns: str) -> None:
         assert re.search(pattern, errors[0]), errors[0]
 
 
+def test_the_start_loads_little() -> None:
+    """Every command pays for what the command line imports: multiprocessing and hashlib together doubled it."""
+    words = "import sys, m3vit.cli; print(*{'torch', 'numpy', 'multiprocessing', 'hashlib', 'random'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout == "\n"
+
+
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_complete_and_needs_no_torch(command: str) -> None:
     program = "import sys; sys.modules['torch'] = None; from m3vit.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -1,6 +1,7 @@
 """One property for each carrier of digests: no flipped bit passes in silence."""
 
 import json
+import os
 import random
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from m3vit.digests import (
     check_sealed,
     file_digests,
     read_sealed_json,
+    read_sealed_lines,
     seal,
     write_sealed_json,
 )
@@ -109,6 +111,9 @@ def test_listed_files(tmp_path: Path) -> None:
 
 
 def test_missing_and_wrong_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    with pytest.raises(InputError, match=r"log cannot be read \(it is a pipe, not a regular file\): a test"):
+        read_sealed_lines(tmp_path / "log", "a test")
     for read in (read_sealed_json, check_sealed):
         with pytest.raises(InputError, match="not found: how to get it"):
             read(tmp_path / "a", "how to get it")  # type: ignore[operator]

@@ -98,7 +98,7 @@ DVC = b"outs:\n- md5: 4d7a\n  size: 86567656\n  path: w.safetensors\n"
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (LFS, "a pointer of git LFS: fetch it with git lfs pull"),
+        (LFS, "a pointer of Git LFS: fetch it with git lfs pull"),
         (ANNEX, "a pointer of git-annex: fetch it with git annex get"),
         (DVC, "a file of DVC about the content: fetch it with dvc pull"),
         (b"../.git/annex/objects/w", "the text of a symbolic link"),

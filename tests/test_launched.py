@@ -3,6 +3,7 @@
 import pytest
 
 from m3vit.errors import InputError
+from m3vit.export.predictors import choose_device
 from m3vit.launched import ALONE, Place, join, place
 
 SRUN = {
@@ -33,6 +34,17 @@ def test_processes_of_srun_and_torchrun() -> None:
     assert join(variables) == Place(3, 4, 1, 2), "once joined, it stays so"
     inside = {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", **TORCHRUN}
     assert join(inside) == Place(1, 2, 1, 2), "torchrun within srun: torchrun's word counts"
+
+
+def test_each_process_of_srun_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before the processes have joined, when torchrun's variables are not set yet."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert choose_device("auto") == "cuda:1"
 
 
 @pytest.mark.parametrize(

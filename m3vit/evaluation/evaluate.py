@@ -16,6 +16,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
 from m3vit.evaluation.meters import Statistics, make_meter
 from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
+from m3vit.models.finite import is_finite
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation
 from m3vit.tasks import LABEL_SETS, TASKS
@@ -138,7 +139,7 @@ def evaluate(
                 result.ids.append(sample.id)
                 result.fingerprints.append(zlib.crc32(sample.image.tobytes()))
                 for task in tasks:
-                    if not torch.isfinite(logits[task][place]).all():
+                    if not is_finite(logits[task][place]):
                         raise InputError(
                             f"{predictor.name} predicts {task} of image {sample.id} as numbers that are not finite: "
                             "its weights are damaged or training diverged"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m3vit import normalisation
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 from m3vit.tasks import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
@@ -171,7 +171,7 @@ class ModelConfig:
             if not isinstance(name, str):
                 raise InputError(f"{where}: names of timm's arguments are words")
             if name in OURS:
-                raise InputError(f"{where} is {_short(value)}: leave it out, {OURS[name]}")
+                raise InputError(f"{where} is {short(value)}: leave it out, {OURS[name]}")
             if name.endswith("_rate"):
                 _check_number(where, value, (0, 0.999))
             elif name in TRUNK_LIMITS:
@@ -197,7 +197,7 @@ def _check_number(key: str, value: Any, limits: tuple[float, float], where: str 
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not limits[0] <= value <= limits[1]:
         what = "a whole number" if whole else "a number"
-        raise InputError(f"{key} is {_short(value)}{where}: give {what} of {limits[0]:,g} to {limits[1]:,g}")
+        raise InputError(f"{key} is {short(value)}{where}: give {what} of {limits[0]:,g} to {limits[1]:,g}")
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -209,12 +209,3 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value
-
-
-def _short(value: Any) -> str:
-    """Return a value in an error's words, not pages of it."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of more digits than Python prints
-        return "a number of thousands of digits"
-    return text if len(text) < 120 else f"{text[:117]}..."

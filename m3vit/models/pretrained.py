@@ -17,7 +17,8 @@ from timm.models import _builder, eva, load_state_dict, vision_transformer
 from torch import Tensor
 
 from m3vit.errors import InputError
-from m3vit.models.saved import INFO, WEIGHTS, not_finite, read_info
+from m3vit.models.finite import not_finite
+from m3vit.models.saved import INFO, WEIGHTS, read_info
 from m3vit.normalisation import recorded
 from m3vit.pointers import check_content
 

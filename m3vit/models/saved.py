@@ -9,6 +9,7 @@ from torch import Tensor
 from m3vit.digests import changed, read_sealed_json
 from m3vit.errors import InputError
 from m3vit.files import sha256_file
+from m3vit.models.finite import not_finite
 
 WEIGHTS, INFO = "model.safetensors", "model.json"
 _ADVICE = (
@@ -52,9 +53,3 @@ def _identity(path: Path) -> tuple[int, int, int]:
     """Return what is another once a file was replaced or written to."""
     found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def not_finite(state: dict[str, Tensor]) -> str:
-    """Say, in words, which tensors hold NaN or Inf; "" if none does."""
-    names = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    return f"NaN or Inf in {len(names)} of {len(state)} tensors, such as {names[0]}" if names else ""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -32,10 +32,11 @@ def refusing(config: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:
         words = " ".join(str(error).split())[:200] or type(error).__name__
+        arguments, size = short(config.trunk_args, 200), short(list(config.image_size), 200)
         raise InputError(
-            f"no model can be run with model.trunk {config.trunk}, trunk_args {_short(config.trunk_args)}, image_size "
-            f"{_short(list(config.image_size))}, num_experts {config.num_experts} and expert_ratio "
-            f"{config.expert_ratio:g} ({words}): give other values of these"
+            f"no model can be run with model.trunk {config.trunk}, trunk_args {arguments}, image_size {size}, "
+            f"num_experts {config.num_experts} and expert_ratio {config.expert_ratio:g} ({words}): give other values "
+            "of these"
         ) from error
 
 
@@ -51,8 +52,3 @@ def try_out(config: ModelConfig) -> None:
             f"the model's parameters take {size / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}: give "
             "smaller model.trunk_args, num_experts or expert_ratio"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else f"{text[:197]}..."

@@ -15,8 +15,8 @@ from m3vit.data.opening import open_split
 from m3vit.distributed import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.errors import InputError, WriteError
 from m3vit.files import writing
+from m3vit.models.finite import not_finite
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.models.saved import not_finite
 from m3vit.models.trial import try_out
 from m3vit.training.board import Board
 from m3vit.training.checkpoint import (

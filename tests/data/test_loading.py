@@ -128,6 +128,21 @@ def test_what_fails_in_a_loader_process_is_the_last_batch(
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+def test_a_handler_of_ended_children_stays_the_caller_s(tiny_data: Path) -> None:
+    """torch puts its own in its place when loader processes start."""
+
+    def handler(*_: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        dataset = TrainingSet(NYUD(tiny_data, "train"), (32, 48), 0, IMAGENET)
+        for batch in make_loader(dataset, EpochBatches(len(dataset), 2, seed=0), workers=1):
+            assert not batch.failure and signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_without_loader_processes_a_defect_keeps_its_traceback(tiny_data: Path) -> None:
     split = Failing(tiny_data, "train")
     split.way = "disk"

@@ -349,10 +349,13 @@ def test_links_of_git_annex_and_dvc(tmp_path: Path, make_data: Callable[..., Pat
 
 
 @pytest.mark.parametrize("file", ["images/0001.jpg", "segmentation/0001.png", "depth/0001.npy"])
-def test_pointers_of_git_lfs(tmp_path: Path, make_data: Callable[..., Path], file: str) -> None:
+def test_pointers_in_place_of_files(tmp_path: Path, make_data: Callable[..., Path], file: str) -> None:
     root = make_data(tmp_path / "data", train=2, val=1)
     (root / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(InputError, match=rf"{file} cannot be read \(it is a pointer of Git LFS.*git lfs pull\)"):
+        NYUD(root, "train").load(1)
+    (root / file).write_text("/annex/objects/SHA256E-s9--4d7a\n")  # an unlocked file of git-annex
+    with pytest.raises(InputError, match=rf"{file} cannot be read \(it is a pointer of git-annex.*git annex get\)"):
         NYUD(root, "train").load(1)
 
 

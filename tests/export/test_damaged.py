@@ -148,6 +148,7 @@ def test_decoding_that_does_not_fit_the_graph(package: Path, changes: dict[str, 
     [
         lambda manifest: manifest["image"].update(mean=["a", "b", "c"]),
         lambda manifest: manifest["image"].update(mean=[0.5, 0.5, None]),
+        lambda manifest: manifest["image"].update(mean=[0.5, 0.5, 10**400]),
         lambda manifest: manifest["image"].update(std=[0, 1, 1]),
         lambda manifest: manifest["image"].update(train_size=["a", "b"]),
         lambda manifest: manifest["image"].update(train_size=[0, 0]),

@@ -101,6 +101,7 @@ UNREAD = {
     "j.HEIC": (b"", r"of a kind that is not read \(.heic\)"),  # by its name alone
     "k.cr3": (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom", "format camera raw"),
     "l.png": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "m.jpg": (b"/annex/objects/SHA256E-s9--4d7a.jpg\n", "git annex get"),
 }
 OTHERS = {
     "notes.txt": b"hello",
@@ -111,6 +112,7 @@ OTHERS = {
     "BMW.txt": b"BM is what this text begins with, and more of it",
     "P3 draft": b"P3 draft, second version",
     "big.bin": b"version https://git-lfs.github.com/spec/v1\n",
+    "photo.jpg.dvc": b"outs:\n- md5: 4d7a\n",
     "GGG": b"G" * 100,
     "song.mp3": b"ID3\3\0" + bytes(50),
     "paper.pdf": b"%PDF-1.7\n",
