@@ -22,7 +22,6 @@ from PIL import Image, UnidentifiedImageError
 from m3vit.errors import InputError
 from m3vit.files import not_there, open_regular
 from m3vit.images import Unfit, check_png, decode, header_size, orientation, png_bits, pointer
-from m3vit.pointers import LARGEST
 from m3vit.tasks import IGNORE
 
 Size = tuple[int, int]  # height, width
@@ -90,7 +89,7 @@ def _check_bytes(file: BinaryIO) -> int:
     size = os.fstat(file.fileno()).st_size
     if not 0 < size <= MAX_FILE_BYTES:
         raise ValueError(f"it has {size} bytes, expected 1 to {MAX_FILE_BYTES}")
-    if size < LARGEST and (found := pointer(file.read(64))):  # of a label as of an image
+    if size < 1024 and (found := pointer(file.read(64))):  # of a label as of an image
         raise Unfit(found.advice)
     file.seek(0)
     return size
