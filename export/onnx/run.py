@@ -143,8 +143,8 @@ def chosen_content(run: Run, content: Content, request: Request, say: Callable[[
     say(f"measuring gate mass on {min(request.calibration, len(split))} training images")
     mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), top_k)
     choices, coverage = choices_of(run, mass, request.prune, top_k)
-    for task, choice in choices.items():
-        counts = ", ".join(str(len(kept)) for kept in choice.kept.values())
+    for task in exported:
+        counts = ", ".join(str(len(kept)) for kept in choices[task].kept.values())
         say(f"{task}: keeps {counts} of {config.num_experts} experts; least coverage {min(coverage[task]):.4f}")
     return replace(content, choices=choices, coverage=coverage)
 
