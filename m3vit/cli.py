@@ -13,8 +13,7 @@ from typing import Any
 from m3vit import __version__, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
-from m3vit.errors import InputError, install
-from m3vit.files import NO_WRITE
+from m3vit.errors import NO_WRITE, InputError, install
 from m3vit.launched import speaks
 from m3vit.processes import follow_quota
 

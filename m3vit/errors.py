@@ -1,6 +1,17 @@
 """The one exception that means "the user gave us something we cannot use"; how to get what is not installed."""
 
+import errno
 from pathlib import Path
+
+# What a write fails with: errno -> what to do about it.
+NO_WRITE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room in the quota",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EROFS: "name another place",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the mount",
+}
 
 
 class InputError(ValueError):

@@ -11,20 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from m3vit.errors import InputError, WriteError
+from m3vit.errors import NO_WRITE, InputError, WriteError
 from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
 
 MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file: ours have some hundred KiB at most; parsed they take 20 times that
-
-# What a write fails with: errno -> what to do about it.
-NO_WRITE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room in the quota",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "name another place",
-    errno.EIO: "check the disk",
-    errno.ESTALE: "check the mount",
-}
 
 
 @contextmanager
