@@ -136,7 +136,11 @@ class FileSplit(ABC):
                 raise InputError(
                     f"{path} {not_there(path)}, though {self.listings}/{self.split}.txt lists {len(self)} images: "
                     f"{path.parent} holds {held(path.parent)}; {advice}"
-                    + ("" if kind == "image" else ", or train on the labels there are with --data.on_error skip")
+                    + (
+                        ""
+                        if kind == "image"
+                        else ", or train on the labels there are: m3vit train --data.on_error skip"
+                    )
                 )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 from m3vit import __version__, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
+from m3vit.digests import UncheckedWarning
 from m3vit.errors import NO_WRITE, InputError, install
 from m3vit.launched import speaks
 from m3vit.processes import follow_quota
@@ -110,11 +111,21 @@ def run(argv: Sequence[str]) -> int:
     return execute(parser.parse_args(rest)) or 0
 
 
-def _one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Format a warning for people: those of this project, which say what to do, without the place in the code."""
-    return f"m3vit: warning: {' '.join(str(message).split())}\n"
+def _one_line_each() -> Callable[..., str]:
+    """Return what formats warnings for people: their words alone, which say what to do, and nothing the second time.
+
+    Several steps of a command open the same file, and so do all processes of a torchrun. Python itself shows a warning
+    once for each place in the code, and again after any `catch_warnings`.
+    """
+    said: set[str] = set()
+
+    def format_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+        text = f"m3vit: warning: {' '.join(str(message).split())}\n"
+        new = text not in said and (category is not UncheckedWarning or speaks())
+        said.add(text)
+        return text if new else ""
+
+    return format_warning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     follow_quota()
     if {"TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"} & set(os.environ):  # or DDP comments at length on m3vit.training.launch
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.formatwarning = _one_line
+    warnings.formatwarning = _one_line_each()
     streams.prepare()
     try:
         try:

@@ -16,6 +16,9 @@ from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
 
 MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file: ours have some hundred KiB at most; parsed they take 20 times that
 
+os.umask(_umask := os.umask(0))  # it can only be read by being set
+_MODE = 0o666 & ~_umask  # of the files written here
+
 
 @contextmanager
 def writing(path: Path, kept: str = "", draft: Path | None = None) -> Iterator[None]:
@@ -83,6 +86,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with writing(path, kept, temporary):
             yield temporary
+            temporary.chmod(_MODE)  # safetensors gives 0600, whatever the umask
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

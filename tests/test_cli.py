@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from m3vit.cli import COMMANDS
+from m3vit.cli import COMMANDS, _one_line_each
+from m3vit.digests import UncheckedWarning
 from tests.conftest import TINY
 
 Cli = Callable[..., subprocess.CompletedProcess]
@@ -75,6 +76,7 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     refused(cli("export"), "m3vit export onnx or m3vit export hls")
     refused(cli("train", "synthetic-huge", "--out", out), "unknown recipe 'synthetic-huge'", "synthetic-tiny")
     refused(cli("train", "--out", out), "give a recipe first", "synthetic-tiny")
+    refused(cli("train", "synthetic-tiny", root), "required: --out")
     refused(cli("train", "synthetic-tiny", root, "--train.epocs=1", "--out", out), "train.epocs")
     refused(cli("train", "synthetic-tiny", root, "--train.epochs=many", "--out", out), "train.epochs", "many")
     refused(cli("train", "synthetic-tiny", root, "--train.epoch=1", "--out", out), "train.epoch")
@@ -93,6 +95,19 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     config.write_text("train: {epocs: 3}\n")
     refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")
     assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_a_warning_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same file, opened by two steps of a command at two places of the code, or by the processes of a torchrun."""
+    for _ in range(2):
+        formatted = _one_line_each()
+        assert formatted(UserWarning("a  file\nchanged"), UserWarning, "x.py", 1) == "m3vit: warning: a file changed\n"
+        assert formatted("a file changed", UserWarning, "y.py", 2, None) == ""
+        assert formatted(UserWarning("another"), UserWarning, "x.py", 1) == "m3vit: warning: another\n"
+    for rank, text in (("0", "m3vit: warning: no digest\n"), ("1", "")):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        assert _one_line_each()(UncheckedWarning("no digest"), UncheckedWarning, "x.py", 1) == text
 
 
 def test_one_process_of_a_torchrun_speaks_for_all(process: Cli, tmp_path: Path) -> None:

@@ -160,3 +160,10 @@ def test_what_is_not_there_says_why(tmp_path: Path) -> None:
         read_json(tmp_path / "a", "give it")
     (tmp_path / "b").write_text("\ufeff{}", encoding="utf-8")
     assert read_json(tmp_path / "b", "") == {}
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    with atomic_path(tmp_path / "private") as path:
+        path.touch(0o600)  # as safetensors leaves it
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -77,7 +77,7 @@ class Content:
         if self.one_backbone and (self.static or any(choice != ALL for choice in self.choices.values())):
             raise InputError(
                 "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep and --top-k, "
-                "or one_backbone"
+                "or --one-backbone"
             )
 
 

@@ -71,6 +71,7 @@ def run_eval(args: argparse.Namespace) -> None:
     from m3vit.distributed import rank
     from m3vit.evaluation.scoring import score
     from m3vit.export.predictors import choose_device, is_export, open_predictor
+    from m3vit.training.config import read_run_config
 
     if is_export(folder) and (args.device or args.batch):
         raise InputError(
@@ -91,6 +92,7 @@ def run_eval(args: argparse.Namespace) -> None:
             args.data_root or root,
             args.protocol or "A",
             trivial=is_run,
+            partial=is_run and read_run_config(folder).data.on_error == "skip",
             info=info,
             workers=args.workers,
             progress=bar,

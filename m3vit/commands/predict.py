@@ -204,7 +204,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="names that this service has besides localhost, this machine's and --host, such as its proxy's; *.NAME "
-        "for all below one, * for any; requests for others are refused (against DNS rebinding)",
+        "for all below one, * for any; requests for others are refused, against DNS rebinding (default: none)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to serve (default: all of the package)")
     parser.add_argument(

@@ -63,7 +63,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     try:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
-        raise InputError(f"m3vit {command}: {' '.join(str(error).split())}") from None
+        text = " ".join(str(error).split()).replace("arguments are required: out", "arguments are required: --out")
+        raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:
             parsed[name] = Path(parsed[name])

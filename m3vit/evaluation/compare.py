@@ -16,7 +16,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, Baseline, delta_m, published_metric
 from m3vit.evaluation.meters import make_meter
-from m3vit.evaluation.scoring import read, read_evaluation
+from m3vit.evaluation.scoring import protocols_of, read, read_evaluation
 from m3vit.files import sha256_file
 from m3vit.tasks import TASKS
 
@@ -92,7 +92,7 @@ def find_baseline(name: str, protocol: str, label_set: str, first: tuple[Path, d
     if (baseline.protocol, baseline.label_set) != (protocol, label_set):
         raise InputError(
             f"the baselines {baseline.name} are of {baseline.label_set}, protocol {baseline.protocol}, the evaluations "
-            f"of {label_set}, protocol {protocol}: figures of different protocols are not comparable"
+            f"of {label_set}, protocol {protocol}: figures of other data sets or protocols are not comparable"
         )
     return baseline
 
@@ -127,9 +127,11 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
     weights = bootstrap_weights(len(first.ids))
     rows: list[dict[str, Any]] = []
     samples: dict[str, NDArray[np.float64]] = {}
-    for folder, evaluation in zip(folders, evaluations, strict=True):
+    for folder, result, evaluation in zip(folders, results, evaluations, strict=True):
         scores = evaluation.scores()
-        row: dict[str, Any] = {"name": str(folder), "tasks": {}, "delta_m": None}
+        precision = result.get("precision")  # of an ONNX package, which may hold several
+        name = f"{folder} ({precision})" if precision else str(folder)
+        row: dict[str, Any] = {"name": name, "tasks": {}, "delta_m": None}
         if reference:
             row["delta_m"] = delta_m(scores, reference)
         for task in tasks:
@@ -160,12 +162,17 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
 
 
 def common_protocol(folders: list[Path]) -> str:
-    """Return the protocol that the folders were last evaluated under, or raise InputError if they differ."""
-    found = {str(folder): read(folder)[0] for folder in folders}
-    if len(set(found.values())) > 1:
-        listed = ", ".join(f"{folder}: {name}" for folder, name in found.items())
+    """Return the protocol that the folders were last evaluated under, else the only one all were evaluated under.
+
+    Raises InputError if there is none, or several.
+    """
+    known = {str(folder): protocols_of(folder) for folder in folders}
+    last = {protocols[-1] for protocols in known.values()}
+    common = last if len(last) == 1 else set.intersection(*(set(protocols) for protocols in known.values()))
+    if len(common) != 1:
+        listed = ", ".join(f"{folder}: {' and '.join(protocols)}" for folder, protocols in known.items())
         raise InputError(
             f"the folders were evaluated under different protocols ({listed}), which cannot share a table: evaluate "
             "them under one (m3vit eval --protocol A), or name one that all have with --protocol"
         )
-    return next(iter(found.values()))
+    return next(iter(common))

@@ -168,17 +168,27 @@ class TrivialPredictor:
 
     Fitted on the training labels: the most frequent class, the mean depth, the mean normal; every pixel an edge and
     salient, the best constant there is for F. `constants` has the share of edges and of salient pixels all the same.
+    `left_out`: labels that could not be read.
     """
 
-    def __init__(self, constants: dict[str, Any], label_set: str) -> None:
-        self.constants, self.label_set = constants, label_set
+    def __init__(self, constants: dict[str, Any], label_set: str, left_out: int = 0) -> None:
+        self.constants, self.label_set, self.left_out = constants, label_set, left_out
 
     @classmethod
     def fit(cls, split: Split, progress: Progress | None = None) -> "TrivialPredictor":
-        """Read every label of a split once."""
+        """Read every label of a split once; of a partial one those that can be read."""
         sums = {task: np.zeros(257 if TASKS[task].decode == "argmax" else 4) for task in split.tasks}
+        left_out = 0
         for index in range(len(split)):
-            for task, label in split.load(index).labels.items():
+            try:
+                sample = split.load(index)
+            except InputError:
+                if not split.partial:
+                    raise
+                left_out += len(split.tasks)
+                continue
+            left_out += len(sample.unlabelled)
+            for task, label in sample.labels.items():
                 kind = TASKS[task].decode
                 if kind == "argmax":
                     sums[task][:256] += np.bincount(label.ravel(), minlength=256)
@@ -200,7 +210,7 @@ class TrivialPredictor:
                 constants[task] = [float(value) for value in total[:3] / max(float(np.linalg.norm(total[:3])), 1e-12)]
             else:
                 constants[task] = float(total[0] / max(total[1], 1))
-        return cls(constants, split.label_set)
+        return cls(constants, split.label_set, left_out)
 
     def predictor(self, size: tuple[int, int]) -> Predictor:
         """Return it as a predictor of constant logits."""

@@ -4,6 +4,7 @@ eval.json holds {"format": 3, "protocols": {name: result}}, one result for each 
 per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`. Both carry digests.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ def score(
     protocol: str = "A",
     *,
     trivial: bool = False,
+    partial: bool = False,
     info: dict[str, Any] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
     """Score a predictor on the val split of `root`, and add the result to the eval.json of `folder`.
 
-    `trivial` scores the trivial predictor too, fitted on the train split. `info` becomes part of the result. Under
+    `trivial` scores the trivial predictor too, fitted on the train split; `partial`: on those of its labels that can be
+    read, as the run was trained (`data.on_error` skip). `info` becomes part of the result. Under
     torchrun each process scores its share of the images; the result, the same to the last bit, is written and returned
     by the first process, the others return None.
     """
@@ -54,7 +57,11 @@ def score(
         evaluations = {predictor.name: share(split, predictor, protocol, workers, stage(progress, predictor.name))}
         constants = None
         if trivial:
-            fitted = TrivialPredictor.fit(open_split(layout, root, "train", tasks), stage(progress, "training labels"))
+            train = open_split(layout, root, "train", tasks, partial)
+            fitted = TrivialPredictor.fit(train, stage(progress, "training labels"))
+            if fitted.left_out and rank() == 0:
+                words = f"the trivial predictor is fitted without {fitted.left_out} training labels"
+                warnings.warn(f"{words} that cannot be read: m3vit data check {root} names them", stacklevel=2)
             constants = fitted.constants
             constant = fitted.predictor(predictor.size)
             evaluations["trivial"] = share(split, constant, protocol, workers, stage(progress, "trivial"))

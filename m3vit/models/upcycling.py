@@ -74,7 +74,7 @@ def _plain_mlp(mlp: nn.Module, where: str) -> Any:
     """Return `mlp` if it is Linear, exact GELU, Linear, as an expert is; raise InputError otherwise."""
     act, norm = getattr(mlp, "act", nn.Identity()), getattr(mlp, "norm", nn.Identity())
     # timm and torch have several classes for GELU, and approximations of it: compare what it computes.
-    probe = torch.linspace(-4, 4, 65, dtype=torch.float64)
+    probe = torch.linspace(-4, 4, 65, dtype=torch.float64, device="cpu")  # also of a model on the meta device
     plain = type(mlp) is Mlp and isinstance(norm, nn.Identity) and torch.equal(act(probe), F.gelu(probe))
     if not plain:
         raise InputError(

@@ -121,7 +121,7 @@ def test_what_fails_in_a_loader_process_is_the_last_batch(
     split = Failing(tiny_data, "train")
     split.way = way
     begin = time.monotonic()
-    *_, last = make_loader(TrainingSet(split, (32, 48), seed=0), EpochBatches(10, 2, seed=0), workers=2)
+    *_, last = make_loader(TrainingSet(split, (32, 48), 0, IMAGENET), EpochBatches(10, 2, seed=0), workers=2)
     assert time.monotonic() - begin < 20
     assert words in last.failure and "or 0 (the training process loads)" in last.failure and "\n" not in last.failure
     assert last.images is None and not last.errors
@@ -132,7 +132,7 @@ def test_without_loader_processes_a_defect_keeps_its_traceback(tiny_data: Path) 
     split = Failing(tiny_data, "train")
     split.way = "disk"
     with pytest.raises(OSError, match="Input/output"):
-        list(make_loader(TrainingSet(split, (32, 48), seed=0), EpochBatches(10, 2, seed=0), workers=0))
+        list(make_loader(TrainingSet(split, (32, 48), 0, IMAGENET), EpochBatches(10, 2, seed=0), workers=0))
 
 
 def test_normalisation() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.evaluation.compare import bootstrap_weights, compare
@@ -124,6 +125,15 @@ def test_protocols_never_share_a_table(cli: Cli, run: Path, untrained: Path, tmp
     refused(cli("eval", "--compare", run, other), "eval.json not found", "m3vit eval")
     assert cli("eval", other, "--protocol", "B").returncode == 0
     refused(cli("eval", "--compare", run, other), "different protocols", "cannot share a table")
+    both = tmp_path / "both"  # and last under B
+    shutil.copytree(untrained, both)
+    stored = {**read_sealed_json(untrained / "eval.json", ""), **read_sealed_json(other / "eval.json", "")}
+    stored["protocols"] |= {"A": {**scoring.read(untrained, "A")[1], "precision": "int8"}}
+    stored["protocols"] = dict(sorted(stored["protocols"].items()))
+    write_sealed_json(both / "eval.json", stored)
+    found = compare([run, both])
+    assert found["protocol"].startswith("A "), "the only one that all have"
+    assert [row["name"] for row in found["rows"]] == [str(run), f"{both} (int8)"], "as packages of several precisions"
     refused(cli("eval", "--compare", run, other, "--protocol", "A"), "evaluated under protocol B, not A")
     refused(cli("eval", "--compare", run, untrained, "--baseline", "sak-vitb-nyud"), "protocol B", "not comparable")
     refused(cli("eval", "--compare", run, untrained, "--baseline", "m3vit-r50"), "semseg, depth, normals, but this")
@@ -258,7 +268,7 @@ def test_delta_m_of_sak_is_over_its_own_reader_of_edges() -> None:
 def test_statistics_of_an_earlier_format_are_refused(tmp_path: Path) -> None:
     """Their edges are of other readers; the figures would be taken for those of today's."""
     (tmp_path / "eval.json").write_text(json.dumps({"format": 2, "protocols": {"A": {"tasks": {}}}}))
-    with pytest.raises(InputError, match=r"is not of this version: evaluate it first: m3vit eval"):
+    with pytest.raises(InputError, match=r"of this version: evaluate it first: m3vit eval"):
         scoring.read(tmp_path)
 
 

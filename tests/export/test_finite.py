@@ -23,6 +23,7 @@ from m3vit.export.onnx.run import Request, export_run
 from m3vit.export.predict import predict_files
 from m3vit.export.predictors import onnx_predictor
 from m3vit.export.runtime import NotFinite, Package
+from m3vit.normalisation import IMAGENET
 from m3vit.training.checkpoint import load_run
 from tests.export.films import write_film
 from tests.export.models import make_images, make_model, make_samples
@@ -171,7 +172,9 @@ def test_a_film_says_which_frame(bright: Path, tmp_path: Path) -> None:
 
 def test_an_evaluation_names_the_image(bright: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_sealed_json(bright / MANIFEST, "")
-    write_sealed_json(bright / MANIFEST, {**manifest, "label_set": "nyud"})
+    write_sealed_json(
+        bright / MANIFEST, {**manifest, "label_set": "nyud", "image": {**manifest["image"], **IMAGENET.plain()}}
+    )
     predictor = onnx_predictor(Package.load(bright))
     whole = NetworkImage("kitchen", WHITE, slice(0, 8), slice(0, 12))
     predictor.run([replace(whole, pixels=BLACK)])

@@ -19,7 +19,7 @@ from m3vit.training.config import Config, read_config
         ("epochs: true", "train.epochs is 'True'"),
         ("epochs: [1]", "train.epochs is '\\[1\\]'"),
         ("epochs: null", "train.epochs is 'None'"),
-        ("epochs: &a [*a]", "train.epochs is"),
+        ("epochs: &a [*a]", "by its aliases"),
         ("epochs: !!python/object:os.system 1", "could not determine a constructor"),
         ("epochs: \x00", "special characters are not allowed"),
         ("epoch: 1", "unexpected keyword argument 'epoch'"),

@@ -18,6 +18,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import TrivialPredictor, evaluate
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.normalisation import IMAGENET
 from m3vit.tasks import IGNORE
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.losses import BatchCounts, task_loss
@@ -75,7 +76,7 @@ def test_pascal_keeps_its_own_rules(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_name_the_labels_they_lack(holes: Path, workers: int) -> None:
-    dataset = TrainingSet(NYUD(holes, "train", partial=True), (32, 48), seed=0)
+    dataset = TrainingSet(NYUD(holes, "train", partial=True), (32, 48), 0, IMAGENET)
     (batch,) = make_loader(dataset, EpochBatches(4, 4, seed=0), workers)
     assert len(batch.images) == 4 and not batch.errors and not batch.failure
     assert sorted(task for task, _ in batch.unlabelled) == ["depth", "semseg"]
@@ -154,6 +155,18 @@ def test_a_batch_without_a_label_of_one_task_or_of_any(weighting: str) -> None:
     values = stepper.gradients(1, images, none)
     assert values == {"loss": 0.0} | {name: value for name, value in values.items() if name != "loss"}
     assert all(math.isfinite(value) for value in values.values()) and not set(values) & set(TASKS)
+
+
+def test_the_trivial_predictor_is_fitted_to_the_labels_there_are(holes: Path) -> None:
+    with pytest.raises(InputError, match=r"0000\.npy not found"):
+        TrivialPredictor.fit(NYUD(holes, "train"))
+    found = TrivialPredictor.fit(NYUD(holes, "train", partial=True))
+    split = NYUD(holes, "train", partial=True)
+    depths = np.concatenate([split.read(index, "depth").ravel() for index in (1, 2, 3)])
+    assert found.left_out == 2
+    assert found.constants["depth"] == pytest.approx(depths[depths > 0].mean(), rel=1e-6)
+    (holes / "images" / "0003.jpg").unlink()
+    assert TrivialPredictor.fit(split).left_out == 2 + len(TASKS)
 
 
 def test_meters_leave_the_image_out(holes: Path) -> None:

@@ -31,13 +31,13 @@ def test_training_stops_with_the_file_named(cli: Cli, damaged: Path, tmp_path: P
 
 
 def test_training_ends_with_a_loader_process_that_cannot_hand_over_what_it_read(
-    cli: Cli, tiny_data: Path, tmp_path: Path
+    process: Cli, tiny_data: Path, tmp_path: Path
 ) -> None:
     def limit() -> None:  # as on a full /dev/shm, and a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 10, 50 << 10))
 
     words = ["synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--data.workers=2", "--data.cache=false"]
-    result = cli("train", *words, "--train.epochs=1", "--out", tmp_path / "run", preexec_fn=limit, timeout=120)
+    result = process("train", *words, "--train.epochs=1", "--out", tmp_path / "run", preexec_fn=limit, timeout=120)
     refused(
         result, "a process that loads data failed: .*File too large", r"state\.pt cannot be written \(File too large\)"
     )
