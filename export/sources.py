@@ -277,7 +277,7 @@ class _Search:
         try:
             kind = _kind(path)
         except (FileNotFoundError, NotADirectoryError):
-            return self._unread(path, not_there(path), ours or foreign)
+            return self._unread(path, not_there(path), ours or foreign or not suffix)
         except OSError as error:
             mode = path.stat().st_mode if path.exists() else 0
             looks = ours or foreign or (stat.S_ISREG(mode) and not suffix)

@@ -87,7 +87,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with writing(path, kept, temporary):
             yield temporary
-            temporary.chmod(_MODE)  # safetensors gives 0600, whatever the umask
+            with suppress(PermissionError):  # a file system that keeps no modes
+                temporary.chmod(_MODE)  # safetensors gives 0600, whatever the umask
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from m3vit.errors import InputError
+from m3vit.errors import NO_WRITE, InputError
 
 try:
     import fcntl
@@ -117,8 +117,7 @@ def _claim(out: Path) -> tuple[Path, Path, int]:
         except FileExistsError:
             continue
         except OSError as error:
-            reason = error.strerror
-            raise InputError(f"cannot write beside {out} ({reason}): name a folder in a writable place") from None
+            raise _unwritable(out, error) from None
         taken = False  # by somebody who takes it for a leftover before it is locked
         try:
             if fcntl is not None:
@@ -128,9 +127,19 @@ def _claim(out: Path) -> tuple[Path, Path, int]:
         except OSError:  # a file system without locks: nobody else gets this one either
             pass
         if not taken and _is_at(held, lock):
-            os.write(held, os.fsencode(out.name))
+            try:
+                os.write(held, os.fsencode(out.name))
+            except OSError as error:  # a full disk, on which empty files can still be made
+                lock.unlink(missing_ok=True)
+                os.close(held)
+                raise _unwritable(out, error) from None
             return folder, lock, held
         os.close(held)
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    advice = NO_WRITE.get(error.errno or 0, "name a folder in a writable place")
+    return InputError(f"cannot write beside {out} ({error.strerror}): {advice}")
 
 
 def _hold(lock: Path) -> int | None:

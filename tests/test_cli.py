@@ -96,6 +96,7 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
         "16-mixed needs a GPU",
     )
     refused(cli("train", "synthetic-tiny", root, "--model.tasks=[flow]", "--out", out), "unknown task flow", "semseg")
+    refused(cli("train", "synthetic-tiny"), "required: out")
     config = tmp_path / "c.yaml"
     config.write_text("train: {epocs: 3}\n")
     refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")
@@ -192,11 +193,12 @@ def test_config_file_and_dotted_keys_override_the_recipe_in_that_order(
 ) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("train: {lr: 0.5, epochs: 7}\n")
-    # Whichever comes first on the command line.
-    words = ["init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=9", "--config", config]
-    assert cli(*words, "--out", tmp_path / "run").returncode == 0
-    text = (tmp_path / "run" / "config.yaml").read_text()
-    assert "lr: 0.5" in text and "epochs: 9" in text and "optimizer: adamw" in text
+    # Whichever comes first on the command line, and however the file is given.
+    for number, given in enumerate((["--config", config], [f"--config={config}"])):
+        words = ["init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.epochs=9", *given]
+        assert cli(*words, "--out", tmp_path / f"run{number}").returncode == 0
+        text = (tmp_path / f"run{number}" / "config.yaml").read_text()
+        assert "lr: 0.5" in text and "epochs: 9" in text and "optimizer: adamw" in text
 
 
 def test_the_demo_is_made_of_commands_on_what_it_trains() -> None:

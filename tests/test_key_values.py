@@ -81,10 +81,13 @@ def test_values_in_a_run_folder(value: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=r"is not a configuration of this version|to more than .* by its aliases"):
         read_config(path)
-    for whole in ("", "3", "[1]", "model: 3", "model: {trunk: [}"):
+    for whole in ("", "3", "[1]", "model: 3", "model: {}"):
         path.write_text(whole)
-        with pytest.raises(InputError, match="is not a configuration of this version"):
+        with pytest.raises(InputError, match="of this version: it is empty or lacks one of the mappings model, data"):
             read_config(path)
+    path.write_text("model: {trunk: [}")
+    with pytest.raises(InputError, match="is not a configuration of this version: while parsing"):
+        read_config(path)
     assert yaml.safe_load(Config().to_yaml())["train"]["epochs"] == 100
 
 

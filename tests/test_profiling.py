@@ -194,6 +194,8 @@ def test_command_prints_and_writes_json(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_command_takes_a_run_folder_and_dotted_keys(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    bare = cli("profile", tiny_run)
+    assert bare.returncode == 0 and "GMAC" in bare.stdout, bare.stderr
     for words, head in (((), "linear"), (("--model.head", "pup"), "pup")):
         file = tmp_path / f"{head}.json"
         result = cli("profile", tiny_run, "--json", file, *words)

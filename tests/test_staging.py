@@ -125,6 +125,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         write(tmp_path / "out", "new")
 
 
+def test_a_full_disk_is_named_and_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:  # empty files can still be made
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InputError, match=r"cannot write beside .*out \(No space left on device\): make room there"):
+        write(tmp_path / "out", "new")
+    assert names(tmp_path) == []
+
+
 def test_sigterm_stays_as_somebody_set_it(tmp_path: Path) -> None:
     got = []
     before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))

@@ -54,13 +54,12 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         rest = " (or a run folder)" if command == "profile" else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
     words = list(argv[1:] if recipe else argv)
-    if "--config" in words[:-1]:  # to the front: dotted keys win over it wherever they stand
-        place = words.index("--config")
-        words = words[place : place + 2] + words[:place] + words[place + 2 :]
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    configs, others = _split_configs(words)
+    for word, following in zip(configs, [*configs, ""][1:], strict=True):
         option, _, value = word.partition("=")
         if option == "--config" and os.path.exists(value or following):  # what is missing the parser says
             yaml_text(Path(value or following), "give a YAML file as --config")
+    words = configs + others  # dotted keys win over files, wherever they stand
     try:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
@@ -71,6 +70,16 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
             parsed[name] = Path(parsed[name])
     config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
     return config, parsed
+
+
+def _split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words that give --config, as two words or as one, and the others."""
+    configs: list[str] = []
+    others: list[str] = []
+    for word, before in zip(words, ["", *words][: len(words)], strict=True):
+        is_config = word == "--config" or word.startswith("--config=") or before == "--config"
+        (configs if is_config else others).append(word)
+    return configs, others
 
 
 def run_train(argv: Sequence[str]) -> int:

@@ -327,14 +327,19 @@ def yaml_text(path: Path, what: str) -> str:
     return text
 
 
+_SECTIONS = ("model", "data", "train")  # of a configuration
+
+
 def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
         values = yaml.safe_load(yaml_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in _SECTIONS):
+            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(_SECTIONS)}")
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
         config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
-        for name in ("model", "data", "train"):
+        for name in _SECTIONS:
             section = getattr(config, name)
             for key, hint in get_type_hints(type(section)).items():
                 if not fits(value := getattr(section, key), hint):
