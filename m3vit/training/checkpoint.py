@@ -73,7 +73,7 @@ def prepare_folder(config: Config, out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give a folder")
     if not is_empty(out):
-        hint = "it is not a run folder" if resume else "continue it with --resume, or choose another folder"
+        hint = "it is not a run folder" if resume else "continue it with m3vit train --resume, or choose another folder"
         raise InputError(f"{out} exists and is not empty: {hint}")
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out)

@@ -70,7 +70,7 @@ def test_resuming_a_finished_run_changes_nothing(unbroken: Path, cli: Cli, tiny_
 def test_refuses_to_overwrite_or_to_resume_something_else(unbroken: Path, cli: Cli, tiny_data: Path) -> None:
     words = ["train", *RECIPE, f"--data.root={tiny_data}", "--out", unbroken]
     again = cli(*words)
-    assert again.returncode == 2 and "continue it with --resume" in again.stderr
+    assert again.returncode == 2 and "continue it with m3vit train --resume" in again.stderr
     other = cli(*words, "--resume", "--train.lr=0.5")
     assert other.returncode == 2 and "train.lr" in other.stderr
 
