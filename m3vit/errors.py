@@ -14,16 +14,6 @@ NO_WRITE = {
     errno.ESTALE: "check the mount",
 }
 
-# What a write fails with: errno -> what to do about it.
-NO_WRITE = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room in the quota",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EROFS: "name another place",
-    errno.EIO: "check the disk",
-    errno.ESTALE: "check the mount",
-}
-
 
 class InputError(ValueError):
     """Bad input: a file, key or value of the user's.
