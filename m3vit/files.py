@@ -18,7 +18,7 @@ from m3vit.staging import PARTIAL, aside_of, hidden_stem, staging_folder
 MAX_TEXT_BYTES = 1 << 24  # of a JSON or YAML file: ours have some hundred KiB at most; parsed they take 20 times that
 
 os.umask(_umask := os.umask(0))  # it can only be read by being set
-_MODE = 0o666 & ~_umask  # of the files written here
+_MODE = 0o666 & ~_umask  # that files written here have at least
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with writing(path, kept, temporary):
             yield temporary
             with suppress(PermissionError):  # a file system that keeps no modes
-                temporary.chmod(_MODE)  # safetensors gives 0600, whatever the umask
+                temporary.chmod(temporary.stat().st_mode | _MODE)  # safetensors gives 0600, whatever the umask
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

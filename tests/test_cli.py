@@ -96,7 +96,7 @@ def test_unknown_things(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
         "16-mixed needs a GPU",
     )
     refused(cli("train", "synthetic-tiny", root, "--model.tasks=[flow]", "--out", out), "unknown task flow", "semseg")
-    refused(cli("train", "synthetic-tiny"), "required: out")
+    refused(cli("train", "synthetic-tiny"), "required: --out")
     config = tmp_path / "c.yaml"
     config.write_text("train: {epocs: 3}\n")
     refused(cli("train", "synthetic-tiny", root, "--config", config, "--out", out), "epocs")

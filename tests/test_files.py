@@ -167,3 +167,6 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "private") as path:
         path.touch(0o600)  # as safetensors leaves it
     assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    with atomic_path(tmp_path / "program") as path:
+        path.touch(0o755)
+    assert os.access(tmp_path / "program", os.X_OK)

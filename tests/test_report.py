@@ -83,6 +83,7 @@ def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, t
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["tasks"]["depth"].keys() == {"metric", "unit", "higher_is_better", "trivial", "torch"}
     assert any("No ONNX package" in note for note in report["notes"])
+    assert result.stderr.count(" not found: the report has no column of it") == 2
 
 
 def made(cli: Cli, run: Path, hls: Path, onnx: Path, page: Path, *words: object) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """m3vit report, demo."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 from m3vit.commands.terminal import positive, print_scores, progress_bar, say
@@ -44,6 +45,9 @@ def run_report(args: argparse.Namespace) -> None:
     from m3vit.training.checkpoint import load_run
 
     run = load_run(args.run)
+    for option, given in (("--onnx", args.onnx), ("--hls", args.hls)):
+        if given is not None and not given.exists():
+            warnings.warn(f"{option} {given} not found: the report has no column of it", stacklevel=1)
     onnx, hls = args.onnx or args.run.parent / "onnx", args.hls or args.run.parent / "hls"
     out = args.out or args.run / "report.html"
     with progress_bar("drawing report") as bar:

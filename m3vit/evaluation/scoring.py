@@ -19,6 +19,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path, sha256_file
+from m3vit.launched import place
 from m3vit.processes import usable_cores
 
 FORMAT = 3  # 2 had other statistics of edges
@@ -26,8 +27,8 @@ Progress = Callable[[int, int, str], None]
 
 
 def default_workers() -> int:
-    """Return how many processes may match edges beside this one."""
-    return max(1, usable_cores() // world_size())
+    """Return how many processes may match edges beside this one, of those of its node."""
+    return max(1, usable_cores() // (place().local_world or world_size()))
 
 
 def score(

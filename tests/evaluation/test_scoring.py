@@ -124,16 +124,18 @@ def test_protocols_never_share_a_table(cli: Cli, run: Path, untrained: Path, tmp
     (other / "eval.json").unlink()
     refused(cli("eval", "--compare", run, other), "eval.json not found", "m3vit eval")
     assert cli("eval", other, "--protocol", "B").returncode == 0
-    refused(cli("eval", "--compare", run, other), "different protocols", "cannot share a table")
+    refused(cli("eval", "--compare", untrained, other), "different protocols", "cannot share a table")
     both = tmp_path / "both"  # and last under B
     shutil.copytree(untrained, both)
     stored = {**read_sealed_json(untrained / "eval.json", ""), **read_sealed_json(other / "eval.json", "")}
     stored["protocols"] |= {"A": {**scoring.read(untrained, "A")[1], "precision": "int8"}}
     stored["protocols"] = dict(sorted(stored["protocols"].items()))
     write_sealed_json(both / "eval.json", stored)
-    found = compare([run, both])
+    found = compare([untrained, both])
     assert found["protocol"].startswith("A "), "the only one that all have"
-    assert [row["name"] for row in found["rows"]] == [str(run), f"{both} (int8)"], "as packages of several precisions"
+    assert [row["name"] for row in found["rows"]] == [str(untrained), f"{both} (int8)"], (
+        "as packages of several precisions"
+    )
     refused(cli("eval", "--compare", run, other, "--protocol", "A"), "evaluated under protocol B, not A")
     refused(cli("eval", "--compare", run, untrained, "--baseline", "sak-vitb-nyud"), "protocol B", "not comparable")
     refused(cli("eval", "--compare", run, untrained, "--baseline", "m3vit-r50"), "semseg, depth, normals, but this")

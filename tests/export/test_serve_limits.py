@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -331,7 +332,7 @@ def test_descriptors() -> None:
     )
 
     def most(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["python", "-c", program, str(soft), str(hard)], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", program, str(soft), str(hard)], capture_output=True, text=True)
 
     found, limit = map(int, most(64, 64).stdout.split())
     assert limit == 64 and 22 <= found <= 44
