@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, first_line
 from m3vit.export.manifest import MANIFEST
 from m3vit.export.opened import OpenedFiles
 from m3vit.export.ort import onnxruntime
@@ -89,7 +89,7 @@ class Sessions:
         except (InputError, OSError):
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            reason = _reason(error).replace(str(self.files.place), str(self.files.folder))
+            reason = first_line(error).replace(str(self.files.place), str(self.files.folder))
             raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
         found, results = tuple(one.name for one in session.get_inputs()), session.get_outputs()
         width = results[0].shape[1] if results else None
@@ -197,7 +197,7 @@ class Sessions:
                 _create(self.files, (entry["file"], self.weights), options)
             except Exception as error:
                 self._plain(entry)  # raises what the package, not the cache, is to blame for
-                raise self._no_cache(_reason(error)) from error
+                raise self._no_cache(first_line(error)) from error
             digests = {path.name: sha256_file(path) for path in folder.iterdir()}
             write_json(folder / LISTING, {"made_for": made_for, "files": digests})
             session = self.open_entry(home, entry, made_for, folder)
@@ -227,10 +227,6 @@ def _create(
     finally:  # it opened them by name: whatever came of others is worth nothing
         for name in names:
             files.check(name)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, one_line
 from m3vit.launched import join, place
 
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def unreachable(error: Exception) -> InputError:
     """Return the error of a process that the others cannot be reached from."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return InputError(
-        f"the {world_size()} processes cannot meet at {where} ({' '.join(str(error).split())[:200]}): start all of "
+        f"the {world_size()} processes cannot meet at {where} ({one_line(error, 200)}): start all of "
         "them, and set MASTER_ADDR and MASTER_PORT to a free port of the first node"
     )
 

@@ -41,6 +41,17 @@ def short(value: Any, most: int = 120) -> str:
     return text if len(text) < most else f"{text[: most - 3]}..."
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text, with the next one after a colon; its name if it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def one_line(error: Exception, most: int | None = None) -> str:
+    """Return an exception's text on one line, so many characters of it; its name if it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class UncheckedWarning(UserWarning):
     """A file carries no digest (m3vit.digests): whether it is as it was written cannot be told."""
 

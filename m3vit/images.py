@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, one_line
 from m3vit.files import not_there, open_regular
 from m3vit.pointers import stands_for
 
@@ -88,7 +88,7 @@ def decode_image(
         raise InputError(f"{name} cannot be read as an image: memory does not suffice") from None
     # Not a list of types: on damaged files pillow and its decoders raise a dozen, which change between versions.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise InputError(f"{name} cannot be read as an image: {reason}") from error
 
 

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, one_line
 from m3vit.models.config import ModelConfig
 from m3vit.models.experts import ExpertBank
 from m3vit.models.moe import MoELayer
@@ -55,7 +55,7 @@ def make_trunk(config: ModelConfig) -> VisionTransformer | Eva:
         family = timm.models.model_entrypoint(config.trunk).__module__.rpartition(".")[2]
         if family not in FAMILIES:
             raise _refuse(config, f"of timm's family {family}") from error
-        words = " ".join(str(error).split()) or type(error).__name__
+        words = one_line(error)
         if config.pretrained and isinstance(error, OSError | RuntimeError):
             reason = words.split(". ")[0]
             raise InputError(

@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import _builder, eva, load_state_dict, vision_transformer
 from torch import Tensor
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, one_line
 from m3vit.models.finite import not_finite
 from m3vit.models.saved import INFO, WEIGHTS, read_info
 from m3vit.normalisation import recorded
@@ -42,7 +42,7 @@ def load_weights(trunk: Any, file: str) -> None:
     try:
         state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
-        words = " ".join(str(error).split())[:300] or type(error).__name__
+        words = one_line(error, 300)
         raise InputError(f"model.weights {file} cannot be read: {words}") from None
     of_run = any(name.startswith(RUN_PREFIX) for name in state)
     # A run's weights may have been taken out of its folder.
@@ -56,7 +56,7 @@ def load_weights(trunk: Any, file: str) -> None:
             options = {} if family is eva else {"adapt_layer_scale": True}
             state = family.checkpoint_filter_fn(state, trunk, **options)
     except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError, TypeError) as error:
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error, 300)
         raise InputError(f"model.weights {file} does not fit the trunk {_name(trunk)}: {words}") from None
     if why := misfit(trunk, state):
         raise InputError(

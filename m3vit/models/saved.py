@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from m3vit.digests import changed, read_sealed_json
-from m3vit.errors import InputError
+from m3vit.errors import InputError, first_line
 from m3vit.files import sha256_file
 from m3vit.models.finite import not_finite
 
@@ -36,8 +36,7 @@ def read_saved(weights: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         state = load_file(weights)
     except Exception as error:  # safetensors raises many kinds for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{weights} cannot be loaded ({reason}), it is damaged: {_ADVICE}") from None
+        raise InputError(f"{weights} cannot be loaded ({first_line(error)}), it is damaged: {_ADVICE}") from None
     info = read_info(weights)
     if _identity(weights) != written:
         raise InputError(f"{weights} was replaced while it was read: try again")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from m3vit.errors import InputError, short
+from m3vit.errors import InputError, one_line, short
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -31,7 +31,7 @@ def refusing(config: ModelConfig) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:200] or type(error).__name__
+        words = one_line(error, 200)
         arguments, size = short(config.trunk_args, 200), short(list(config.image_size), 200)
         raise InputError(
             f"no model can be run with model.trunk {config.trunk}, trunk_args {arguments}, image_size {size}, "

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from m3vit import __version__
 from m3vit.digests import check_sealed, read_sealed_lines, seal, sealed_line, write_sealed_json
-from m3vit.errors import InputError
+from m3vit.errors import InputError, first_line
 from m3vit.files import atomic_path, is_empty, sha256_file
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -210,12 +210,6 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path} holds no checkpoint, it was emptied or replaced: {advice}")
     return state
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's text, with the next one after a colon; its name if it has none."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 class MetricsLog:

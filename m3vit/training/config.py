@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from m3vit.digests import check_sealed
-from m3vit.errors import InputError
+from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
@@ -350,7 +350,7 @@ def read_config(path: Path) -> Config:
         raise
     # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
     except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error, 300)
         raise InputError(f"{path} is not a configuration of this version: {words}") from None
 
 

@@ -66,9 +66,7 @@ def check_given(config: Config, words: Sequence[str], command: str = "train") ->
         section, name, *_ = key.split(".")
         if command == "profile" and (not key.startswith(COUNTED) or key in WEIGHTS):
             raise InputError(f"--{key} changes nothing that is counted: leave it out")
-        within = next(
-            (reason for other, reason in dead.items() if other.startswith(f"{key}.")), None
-        )  # a whole mapping
+        within = next((reason for other, reason in dead.items() if other.startswith(f"{key}.")), None)  # of a mapping
         reason = dead.get(key) or dead.get(f"{section}.{name}") or within
         if reason and getattr(getattr(config, section), name):
             raise InputError(f"--{key} would have no effect ({reason}): leave it out, or change that")

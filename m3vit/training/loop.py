@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
 from m3vit.data.opening import open_split
 from m3vit.distributed import agree, gather, is_lost, leave_group, rank, total, world_size
-from m3vit.errors import InputError, WriteError
+from m3vit.errors import InputError, WriteError, first_line
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
 from m3vit.models.multitask import MultiTaskModel
@@ -23,7 +23,6 @@ from m3vit.training.checkpoint import (
     MetricsLog,
     as_started,
     check_lost,
-    first_line,
     load_state,
     lock_folder,
     prepare_folder,
