@@ -40,8 +40,8 @@ def extract(archive: Path, out: Path, progress: Progress | None = None) -> Path:
     That is `out` or the one folder in it, at most MAX_ROOT_DEPTH deep, that has a layout's lists of images. An archive
     without such a folder is refused, and so are links, devices, sparse files, absolute names, "..", names that occur
     twice, archives larger than the free disk or than their own size explains, damaged and cut-off ones; then `out`
-    stays as it was. The kind of archive is told from
-    its content, not from its name. `progress` is called with the MiB of it that are read and their total.
+    stays as it was. The kind of archive is told from its content, not from its name. `progress` is called with the MiB
+    of it that are read and their total.
     """
     archive, out = Path(archive), Path(out).resolve()
     if not archive.is_file():

@@ -133,14 +133,11 @@ class FileSplit(ABC):
             if not path.is_file():
                 other = other_spelling(path)
                 advice = f"rename {other} and its like" if other else "extract the archive again"
+                if kind != "image":
+                    advice += ", or train on the labels there are: m3vit train --data.on_error skip"
                 raise InputError(
                     f"{path} {not_there(path)}, though {self.listings}/{self.split}.txt lists {len(self)} images: "
                     f"{path.parent} holds {held(path.parent)}; {advice}"
-                    + (
-                        ""
-                        if kind == "image"
-                        else ", or train on the labels there are: m3vit train --data.on_error skip"
-                    )
                 )
 
     @property

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from m3vit.data.sample import Sample, no_label
+from m3vit.data.transforms import to_labels, to_tv
 from m3vit.distributed import total, world_size
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing, RoutingSums
-from m3vit.tasks import IGNORE, TASKS, resolve
+from m3vit.tasks import resolve
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.losses import BatchCounts, routing_losses, sums_for, task_loss
 from m3vit.training.sharding import clip_gradients, is_sharded
@@ -113,16 +115,10 @@ def _in_place_of(mine: Tensor, values: Tensor) -> Tensor:
 def stand_in(config: Config, device: torch.device) -> Part:
     """Return an image without labels: what a process runs that has none, so that the others need not wait."""
     height, width = config.model.image_size
-    labels = {}
-    for task in config.model.tasks:
-        kind = TASKS[task].loss
-        if kind == "l1_unit":
-            labels[task] = torch.zeros(1, 3, height, width, device=device)
-        elif kind == "l1":
-            labels[task] = torch.zeros(1, height, width, device=device)
-        else:
-            labels[task] = torch.full((1, height, width), IGNORE, device=device)
-    return Part(torch.zeros(1, 3, height, width, device=device), labels, counts=False)
+    labels = {task: no_label(task, (height, width)) for task in config.model.tasks}
+    sample = Sample("", np.zeros((height, width, 3), np.uint8), labels)
+    tensors = {task: label[None].to(device) for task, label in to_labels(to_tv(sample)).items()}
+    return Part(torch.zeros(1, 3, height, width, device=device), tensors, counts=False)
 
 
 def choose_tasks(train: TrainConfig, tasks: list[str], step: int) -> list[str]:
