@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m3vit.data.check import check
-from m3vit.processes import usable_cores
+from m3vit.data.tools.check import check
+from m3vit.pool import usable_cores
 
 SIZE = (480, 640)
 NYUD_SAMPLES = 1449

@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from m3vit.data.thinning import segmentation_boundaries
 from m3vit.evaluation.edge_readers import HEADLINE, READERS, Reader
 from m3vit.evaluation.edges import ois_counts, reader_counts, summarise, thin
-from m3vit.processes import usable_cores
+from m3vit.pool import usable_cores
 
 HEIGHT, WIDTH = 425, 560
 MAX_DIST = 0.011

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from m3vit.export.hls.multiplexed.convert import WEIGHTS
-from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.multiplexed.verify import traffic
 from m3vit.export.hls.project import Samples, export_project
-from m3vit.hw import csim
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 

@@ -24,7 +24,7 @@ import torch
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
-from m3vit.data.synthetic import synthesize
+from m3vit.data.synthetic.dataset import synthesize
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.tasks import LABEL_SETS

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3vit.export.runtime import Package, give_memory_back
+from m3vit.export.runtime.package import Package, give_memory_back
 
 WAYS = ("as it is", "give_memory_back")
 

@@ -40,9 +40,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before tor
 sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == Path(__file__).resolve().parent)
 import numpy as np
 
-from m3vit.export.ort import onnxruntime
-from m3vit.export.runtime import Package
-from m3vit.processes import usable_cores
+from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.package import Package
+from m3vit.pool import usable_cores
 
 EXPERTS, TOP_K = 16, 4
 TASKS = ("depth", "normals", "edge", "semseg")

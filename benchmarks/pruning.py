@@ -16,7 +16,7 @@ from typing import Any
 
 from quality import run  # beside this file
 
-from m3vit.export.manifest import read_manifest
+from m3vit.export.runtime.manifest import read_manifest
 
 MODELS = {"balance": [], "specialise": ["--train.balance_weight=0", "--train.specialise_weight=0.1"]}
 COVERAGES = (1.0, 0.999, 0.99, 0.95)

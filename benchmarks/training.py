@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Run steps of one way in this process."""
     import torch
 
-    from m3vit.distributed import leave_group, world_size
+    from m3vit.collectives import leave_group, world_size
     from m3vit.models.multitask import MultiTaskModel
     from m3vit.tasks import LABEL_SETS
     from m3vit.training.config import read_config, recipe_path

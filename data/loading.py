@@ -18,8 +18,8 @@ import torch.multiprocessing  # registers how tensors are pickled: by their plac
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from m3vit.data.augment import Pair, training_pair
 from m3vit.data.sample import Sample, Split
-from m3vit.data.transforms import Pair, training_pair
 from m3vit.errors import InputError
 from m3vit.normalisation import Normalisation
 

@@ -15,7 +15,7 @@ from m3vit.commands import data, evaluation, hls, onnx, predict, report, trainin
 from m3vit.commands.terminal import OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
-from m3vit.processes import follow_quota
+from m3vit.pool import follow_quota
 
 # What it does, its arguments, and what runs it; that returns an exit code, or None for 0.
 Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], int | None]]

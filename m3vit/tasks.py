@@ -45,7 +45,7 @@ class Task:
     unit: str
     higher_is_better: bool
     loss: str
-    decode: str  # what the logits mean: argmax, identity, unit_vector or sigmoid (m3vit.export.runtime.decode)
+    decode: str  # what the logits mean: argmax, identity, unit_vector or sigmoid (m3vit.export.runtime.package.decode)
     weight: float  # in the sum of losses: M3ViT's and InvPT's configurations, the same on both data sets
     output_bias: float = 0.0
 

@@ -214,7 +214,7 @@ def test_macs_are_those_of_the_graph(tiny_run: Path, tmp_path: Path) -> None:
     from m3vit.export.onnx.lower import Choice
     from m3vit.export.onnx.package import Content, export_package
     from m3vit.profiling import graph_macs, profile
-    from m3vit.training.checkpoint import load_run
+    from m3vit.run_folder import load_run
 
     model = load_run(tiny_run).model
     tokens, width, hidden = 4 * 6, 32, 32

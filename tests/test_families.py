@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from m3vit.cli import main
-from m3vit.data.transforms import image_tensor, normalise
-from m3vit.training.checkpoint import load_run
+from m3vit.data.network_input import image_tensor, normalise
+from m3vit.run_folder import load_run
 
 # name: patch size. (AugReg's is the trunk of all other tests.) Together: fused and separate projections, biases apart,
 # class, register and distillation tokens, learned and rotary positions, GELU and SwiGLU, LayerScale, norms before and

@@ -8,10 +8,10 @@ import yaml
 
 from m3vit.cli import main
 from m3vit.errors import InputError
-from m3vit.export.runtime import Package
+from m3vit.export.runtime.package import Package
 from m3vit.models.config import OURS
 from m3vit.models.pretrained import load_weights
-from m3vit.training.checkpoint import load_run
+from m3vit.run_folder import load_run
 from m3vit.training.config import Config, read_config
 from tests.conftest import TINY
 

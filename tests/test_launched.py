@@ -3,7 +3,7 @@
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.export.predictors import choose_device
+from m3vit.evaluation.artefacts import choose_device
 from m3vit.launched import ALONE, Place, join, place
 
 SRUN = {

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from m3vit.cli import main
 from m3vit.data.opening import open_split
 from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import open_predictor
 from m3vit.evaluation.evaluate import torch_predictor
 from m3vit.evaluation.protocols import network_image
-from m3vit.export.predictors import open_predictor
-from m3vit.export.runtime import Package
+from m3vit.export.runtime.package import Package
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET, Normalisation, parse, recorded
-from m3vit.training.checkpoint import load_run
+from m3vit.run_folder import load_run
 from m3vit.training.config import read_config, recipe_names, recipe_path
 from tests.conftest import ROOT, TINY
 

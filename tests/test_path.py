@@ -28,7 +28,7 @@ def test_export_says_a_parity_line_for_each_task(cli: Cli, tiny_run: Path, tmp_p
 
 
 def test_depth_graph_holds_no_router_or_head_of_another_task(onnx_package: Path, tiny_run: Path) -> None:
-    from m3vit.training.checkpoint import load_run
+    from m3vit.run_folder import load_run
 
     graph = onnx.load(onnx_package / "depth.onnx")  # with its share of weights.bin
     held = {

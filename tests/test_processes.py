@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from m3vit import processes
-from m3vit.processes import cgroup_quota, follow_quota, usable_cores
+from m3vit import pool as processes
+from m3vit.pool import cgroup_quota, follow_quota, usable_cores
 from tests.export.test_runtime import make_package
 
 
@@ -72,8 +72,8 @@ def test_one_allowed_core_is_one_thread(tmp_path: Path) -> None:
     manifest = json.loads((package / "manifest.json").read_text())
     program = (
         "import os, sys; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
-        "from m3vit.export.runtime import Package, default_threads\n"
-        "from m3vit.processes import usable_cores\n"
+        "from m3vit.export.runtime.package import Package, default_threads\n"
+        "from m3vit.pool import usable_cores\n"
         "threads = [Package.load(sys.argv[1], threads=n)._sessions.threads for n in (None, 0, 3)]\n"
         "print(threads, default_threads({'macs': 10**12}), usable_cores())"
     )

@@ -14,8 +14,8 @@ from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.files import sha256_file
-from m3vit.hw.csim import TESTBENCH
 from m3vit.hw.manifest import MANIFEST, read_manifest
+from m3vit.hw.sim.csim import TESTBENCH
 from m3vit.staging import PARTIAL
 
 # Pattern of a name below the project's folder (* matches / too), whether it may be edited, what it holds; the first

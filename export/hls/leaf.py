@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
-from m3vit.hw.csim import PIXEL_SCALE, tokenise
+from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation

@@ -20,8 +20,8 @@ from m3vit.export.hls.multiplexed import convert as multiplexed
 from m3vit.export.hls.multiplexed.readme import readme as multiplexed_readme
 from m3vit.files import atomic_folder
 from m3vit.hw.boards import check_tokens
-from m3vit.hw.csim import tokenise, write_input_lines
 from m3vit.hw.manifest import FORMAT, MANIFEST
+from m3vit.hw.sim.csim import tokenise, write_input_lines
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS

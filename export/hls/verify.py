@@ -26,9 +26,9 @@ from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
 from m3vit.export.hls.contents import edited, naming, open_project
 from m3vit.export.hls.multiplexed.verify import simulate_multiplexed
 from m3vit.files import atomic_path
-from m3vit.hw import csim
-from m3vit.hw.compiler import kill_programs, require_writable
 from m3vit.hw.manifest import SAMPLES
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.compiler import kill_programs, require_writable
 from m3vit.models.heads import assemble_tokens
 from m3vit.staging import sigterm_as_exit
 

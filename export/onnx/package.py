@@ -1,6 +1,6 @@
 """The ONNX package: small graphs per task and precision, one weights file for all of them, one manifest.
 
-Every file is listed in the manifest with its sha256; `m3vit.export.runtime` reads and checks it, without torch.
+Every file is listed in the manifest with its sha256; `m3vit.export.runtime.package` reads and checks it, without torch.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
-from m3vit.export.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.export.onnx.graph import trace_backbone, trace_head, trace_task
 from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
+from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs

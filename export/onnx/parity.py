@@ -28,12 +28,12 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from m3vit.digests import check_listed, read_sealed_json, write_sealed_json
-from m3vit.export.manifest import MANIFEST, package_digests
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.pruning import chosen
 from m3vit.export.onnx.quantize import FLOAT
-from m3vit.export.ort import onnxruntime
-from m3vit.export.runtime import NotFinite, Package
+from m3vit.export.runtime.manifest import MANIFEST, package_digests
+from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing, expert_load
 

@@ -8,7 +8,7 @@ Dynamic: the range of an input is measured in each run, so nothing has to be cal
 - int8-experts: the experts alone, most of the bytes of a package.
 
 On x86 processors without VNNI instructions onnxruntime adds pairs of products of 8 bits in 16, which can saturate:
-there, `m3vit.export.runtime` warns.
+there, `m3vit.export.runtime.package` warns.
 """
 
 import re
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from m3vit.errors import InputError
-from m3vit.export.manifest import FLOAT as FLOAT
-from m3vit.export.manifest import PRECISIONS as PRECISIONS
 from m3vit.export.onnx.lower import check, reachable
+from m3vit.export.runtime.manifest import FLOAT as FLOAT
+from m3vit.export.runtime.manifest import PRECISIONS as PRECISIONS
 
 MIN_WEIGHT = 1024  # elements; below, the integer product costs more than it saves
 

@@ -19,15 +19,23 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Predictor, normalised
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.finite import require_finite
+from m3vit.export.onnx.from_run import (
+    MEASURED_IMAGES,
+    PROTOCOL,
+    Request,
+    calibration_batches,
+    choices_of,
+    data_of,
+    score,
+)
 from m3vit.export.onnx.graph import trace_task
 from m3vit.export.onnx.lower import Choice, copied, lower_moe
 from m3vit.export.onnx.pruning import Prune, gate_mass
 from m3vit.export.onnx.quantize import FLOAT, quantize
-from m3vit.export.onnx.run import MEASURED_IMAGES, PROTOCOL, Request, calibration_batches, choices_of, data_of, score
-from m3vit.export.ort import onnxruntime
+from m3vit.export.runtime.ort import onnxruntime
 from m3vit.files import atomic_path, write_json
+from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
-from m3vit.training.checkpoint import Run
 
 COVERAGES = (None, 0.999, 0.99, 0.95)
 SWEPT_PRECISIONS = (FLOAT, "int8", "int8-mixed", "int8-experts")

@@ -29,7 +29,7 @@ def add_synth(parser: argparse.ArgumentParser) -> None:
 
 
 def run_synth(args: argparse.Namespace) -> None:
-    from m3vit.data.synthetic import synthesize
+    from m3vit.data.synthetic.dataset import synthesize
 
     with progress_bar("rendering scenes") as bar:
         synthesize(
@@ -57,7 +57,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from m3vit.data.check import check, render
+    from m3vit.data.tools.check import check, render
 
     if args.quick and args.workers:
         raise InputError("--quick opens no file, and --workers are processes that open them: leave one of them out")
@@ -94,7 +94,7 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> None:
-    from m3vit.data.prepare import prepare_nyud
+    from m3vit.data.tools.prepare import prepare_nyud
 
     with progress_bar("preparing images") as bar:
         notes = prepare_nyud(
@@ -118,8 +118,8 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 
 
 def run_extract(args: argparse.Namespace) -> None:
-    from m3vit.data.archives import extract
-    from m3vit.data.check import describe
+    from m3vit.data.tools.archives import extract
+    from m3vit.data.tools.check import describe
 
     with progress_bar("unpacking (MiB)") as bar:
         root = extract(args.archive, args.out, bar)

@@ -68,9 +68,9 @@ def run_eval(args: argparse.Namespace) -> None:
     if len(args.folders) > 1 or args.baseline:
         raise InputError("give one folder to evaluate; --compare shows several that were evaluated, and delta_m")
     (folder,) = args.folders
-    from m3vit.distributed import rank
+    from m3vit.collectives import rank
+    from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
     from m3vit.evaluation.scoring import score
-    from m3vit.export.predictors import choose_device, is_export, open_predictor
     from m3vit.training.config import read_run_config
 
     if is_export(folder) and (args.device or args.batch):

@@ -54,8 +54,8 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
-    from m3vit.export.hls.run import export_run
-    from m3vit.training.checkpoint import load_run
+    from m3vit.export.hls.from_run import export_run
+    from m3vit.run_folder import load_run
 
     run = load_run(args.run)
     info = export_run(

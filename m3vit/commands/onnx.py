@@ -91,11 +91,11 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:
+    from m3vit.export.onnx.from_run import CALIBRATION_IMAGES, Request, export_run
     from m3vit.export.onnx.package import Content
     from m3vit.export.onnx.pruning import Prune, read_coverage, read_top_k
     from m3vit.export.onnx.quantize import FLOAT
-    from m3vit.export.onnx.run import CALIBRATION_IMAGES, Request, export_run
-    from m3vit.training.checkpoint import load_run
+    from m3vit.run_folder import load_run
 
     run = load_run(args.run)
     config = run.config.model

@@ -38,7 +38,7 @@ def frame_rate(text: str) -> Fraction:
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
-    from m3vit.export.images import MAX_PIXELS
+    from m3vit.images import MAX_PIXELS
 
     parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
     parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help=_PREDICT_INPUTS)
@@ -124,12 +124,12 @@ def leave_sizes_to_us() -> None:
 
 
 def run_predict(args: argparse.Namespace) -> int:
-    from m3vit.export.predict import Options, predict_files
-    from m3vit.export.sources import summaries
+    from m3vit.export.runtime.predict import Options, predict_files
+    from m3vit.export.runtime.sources import summaries
 
     leave_sizes_to_us()
     if args.low_memory:
-        from m3vit.export.runtime import give_memory_back
+        from m3vit.export.runtime.package import give_memory_back
 
         give_memory_back()
     options = Options(
@@ -174,7 +174,7 @@ def port_number(text: str) -> int:
 
 def host_pattern(text: str) -> str:
     """Parse a host's name as `Hosts` takes it."""
-    from m3vit.export.hosts import is_host_pattern
+    from m3vit.export.runtime.hosts import is_host_pattern
 
     if not is_host_pattern(text.lower()):
         raise argparse.ArgumentTypeError(
@@ -185,7 +185,7 @@ def host_pattern(text: str) -> str:
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
-    from m3vit.export.images import WEB_BYTES, WEB_PIXELS
+    from m3vit.images import WEB_BYTES, WEB_PIXELS
 
     parser.add_argument("package", type=Path, metavar="DIR", help="ONNX package (m3vit export onnx)")
     parser.add_argument(
@@ -246,8 +246,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> None:
-    from m3vit.export.serve import Limits, serve
-    from m3vit.processes import usable_cores
+    from m3vit.export.runtime.serve import Limits, serve
+    from m3vit.pool import usable_cores
 
     leave_sizes_to_us()
     serve(

@@ -42,7 +42,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def run_report(args: argparse.Namespace) -> None:
     from m3vit.report.page import columns_of, write_report
-    from m3vit.training.checkpoint import load_run
+    from m3vit.run_folder import load_run
 
     run = load_run(args.run)
     for option, given in (("--onnx", args.onnx), ("--hls", args.hls)):

@@ -92,7 +92,7 @@ def run_train(argv: Sequence[str]) -> int:
     except InputError as error:
         error.everywhere = True  # the processes of a torchrun read the same words
         raise
-    from m3vit.distributed import rank
+    from m3vit.collectives import rank
     from m3vit.training.loop import train
     from m3vit.training.stopping import Stopped
 

@@ -53,7 +53,7 @@ def read_current(folder: Path, protocol: str) -> tuple[dict[str, Any], Evaluatio
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """Return the hash that m3vit.export.predictors.open_predictor notes: of a run's, package's or project's weights."""
+    """Return the hash of a run's, package's or project's weights, as open_predictor (artefacts.py) notes it."""
     if (folder / "model.safetensors").is_file():
         return sha256_file(folder / "model.safetensors")
     for name, section, key in (("manifest.json", "weights", "sha256"), ("m3vit.json", "run", "weights_sha256")):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from m3vit.data.sample import Split
 from m3vit.errors import InputError
 from m3vit.evaluation.meters import Statistics, make_meter
-from m3vit.processes import start_pool
+from m3vit.pool import start_pool
 
 KILLED = "a process that matches edges was killed, maybe for want of memory: run again with fewer --workers"
 POOL_FROM_PIXELS = 2_000_000  # of all images together: below that, starting processes costs more than it saves

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3vit.data.network_input import image_tensor, normalise
 from m3vit.data.sample import Sample, Split
-from m3vit.data.transforms import image_tensor, normalise
 from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
 from m3vit.evaluation.meters import Statistics, make_meter

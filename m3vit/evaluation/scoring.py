@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from m3vit.collectives import agree, gather, process_group, rank, world_size
 from m3vit.data.opening import open_split, origin
 from m3vit.data.sample import Split
 from m3vit.digests import changed, check_sealed, read_sealed_json, seal, write_sealed_json
-from m3vit.distributed import agree, gather, process_group, rank, world_size
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path, sha256_file
 from m3vit.launched import place
-from m3vit.processes import usable_cores
+from m3vit.pool import usable_cores
 
 FORMAT = 3  # 2 had other statistics of edges
 Progress = Callable[[int, int, str], None]

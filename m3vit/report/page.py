@@ -19,21 +19,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit import __version__
+from m3vit.data.network_input import network_input
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Sample, Split
-from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
+from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
-from m3vit.export.predictors import onnx_predictor
-from m3vit.export.runtime import Package, paint
+from m3vit.export.runtime.package import Package, paint
 from m3vit.files import atomic_path, write_json
 from m3vit.models.router import expert_load
 from m3vit.report import charts
 from m3vit.report.project import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, LABEL_SETS, TASKS, palette
-from m3vit.training.checkpoint import Run, read_metrics
+from m3vit.training.checkpoint import read_metrics
 
 Progress = Callable[[int, int, str], None]
 COLUMNS = ("trivial", "torch", "onnx", "csim", "emulator")

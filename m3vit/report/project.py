@@ -7,13 +7,13 @@ from typing import Any
 from m3vit.data.sample import Split
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
+from m3vit.evaluation.artefacts import hls_predictor
 from m3vit.evaluation.compare import read_current
 from m3vit.evaluation.evaluate import Evaluation, Predictor
 from m3vit.export.hls.contents import open_project
 from m3vit.export.hls.verify import PROTOCOL as SIMULATED_PROTOCOL
 from m3vit.export.hls.verify import SimulatedOutputs
-from m3vit.export.predictors import hls_predictor
-from m3vit.training.checkpoint import Run
+from m3vit.run_folder import Run
 
 
 @dataclass

@@ -1,39 +1,22 @@
-"""The run folder: what training leaves behind and every later step reads (DESIGN.md, section 5).
+"""What a training run writes and reads back into its run folder (m3vit.run_folder): lock, resume state, log.
 
-config.yaml          the resolved configuration
-model.safetensors    weights (their moving average, with train.ema); model.json, written after it: architecture, tasks,
-                     classes, normalisation, git commit, digest of the weights
-best/                a run folder with the weights of the best evaluation (train.best)
-last/state.pt        what resuming needs, replaced atomically
-metrics.jsonl        one line per logged step or evaluation
-tensorboard/         the same, as TensorBoard events; nothing reads it back
-
-All that is read back carries a digest (m3vit/digests.py), which is checked when it is read.
+All of it carries a digest (m3vit/digests.py), which is checked when it is read.
 """
 
 import fcntl
 import os
-import subprocess
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from m3vit import __version__
-from m3vit.digests import check_sealed, read_sealed_lines, seal, sealed_line, write_sealed_json
+from m3vit.digests import check_sealed, read_sealed_lines, seal, sealed_line
 from m3vit.errors import InputError, first_line
-from m3vit.files import atomic_path, is_empty, sha256_file
-from m3vit.models.config import ModelConfig
-from m3vit.models.multitask import MultiTaskModel
-from m3vit.models.saved import INFO, WEIGHTS, read_saved
-from m3vit.normalisation import recorded
-from m3vit.pointers import check_content
-from m3vit.training.config import Config, differences, plain, read_run_config
+from m3vit.files import atomic_path, is_empty
+from m3vit.training.config import Config, differences, read_run_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = (
@@ -46,16 +29,6 @@ FREE_TO_CHANGE = (
     "train.checkpoint_steps",
     "train.strategy",
 )
-
-
-@dataclass
-class Run:
-    """A run folder, opened: its configuration and its model in evaluation mode on the CPU."""
-
-    folder: Path
-    config: Config
-    model: MultiTaskModel
-    info: dict[str, Any]  # model.json
 
 
 def prepare_folder(config: Config, out: Path, resume: bool) -> None:
@@ -113,80 +86,6 @@ def write_config(config: Config, folder: Path) -> None:
     with atomic_path(folder / "config.yaml") as path:
         path.write_text(config.to_yaml())
         seal(path)
-
-
-def git_commit() -> str | None:
-    """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout of it."""
-
-    def git(*words: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    # Installed into an environment inside somebody's own repository, this file is not tracked there.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    return git("describe", "--always", "--dirty", "--abbrev=40")
-
-
-def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
-    """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
-    state = model.state_dict() if weights is None else weights
-    with atomic_path(folder / WEIGHTS) as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-        digest = sha256_file(path)
-    # Copied into exported packages: the name of a weights file, not where it lies on this disk.
-    architecture = plain(asdict(replace(model.config, weights=Path(model.config.weights).name)))
-    # Last, with the digest of the weights: a kill in between leaves what `load_run` refuses, not a mixture.
-    write_sealed_json(
-        folder / INFO,
-        {
-            "architecture": {key: value for key, value in architecture.items() if key != "normalisation"},
-            "tasks": model.config.tasks,
-            "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
-            "normalisation": model.normalisation.plain(),
-            "epochs_trained": epoch,
-            "m3vit": __version__,
-            "commit": git_commit(),
-            "weights_sha256": digest,
-        },
-    )
-
-
-def load_run(folder: Path) -> Run:
-    """Open a run folder, or raise InputError if it is not one, or has no weights, damaged, diverged or other ones."""
-    config = read_run_config(folder)
-    weights = folder / WEIGHTS
-    check_content(weights, "the run's")
-    if not weights.is_file():
-        raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
-    # The weights are here: what they were first made from need not be.
-    fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
-    state, info = read_saved(weights)
-    fresh |= {"normalisation": recorded(info.get("normalisation"), f"normalisation of {folder / INFO}").plain()}
-    config.model = replace(config.model, **fresh)
-    try:
-        architecture = ModelConfig(**info["architecture"] | fresh)
-        check_same(folder, config.model, architecture)
-        model = MultiTaskModel(architecture)
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"{weights} cannot be loaded ({first_line(error)}): the run folder is damaged") from None
-    return Run(folder, config, model.eval(), info)
-
-
-def check_same(folder: Path, configured: ModelConfig, saved: ModelConfig) -> None:
-    """Raise InputError if config.yaml and model.json are of different models; what is "auto" may have been chosen."""
-    found, expected = plain(asdict(saved)), plain(asdict(configured))
-    different = [key for key, value in expected.items() if value not in ("auto", found[key])]
-    if different:
-        raise InputError(
-            f"{folder}: config.yaml and {INFO} differ in model.{', model.'.join(different)}: put back the files of "
-            "one run, or train it again"
-        )
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from m3vit.distributed import unreachable
+from m3vit.collectives import unreachable
 from m3vit.errors import InputError
 from m3vit.launched import join
 from m3vit.training.config import TrainConfig

@@ -10,14 +10,15 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric import Fabric
 
+from m3vit.collectives import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
 from m3vit.data.opening import open_split
-from m3vit.distributed import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.errors import InputError, WriteError, first_line
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import try_out
+from m3vit.run_folder import save_model
 from m3vit.training.board import Board
 from m3vit.training.checkpoint import (
     MetricsLog,
@@ -27,7 +28,6 @@ from m3vit.training.checkpoint import (
     lock_folder,
     prepare_folder,
     read_metrics,
-    save_model,
     save_state,
     write_config,
 )

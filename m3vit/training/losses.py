@@ -1,6 +1,6 @@
 """Losses, one per task (M3ViT's code: losses/loss_functions.py). Ignored pixels carry no weight and no gradient.
 
-Shapes: B images, C channels; labels as m3vit.data.transforms.to_labels gives them, batched.
+Shapes: B images, C channels; labels as m3vit.data.augment.to_labels gives them, batched.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3vit.distributed import total
-from m3vit.models.router import (
-    Routing,
+from m3vit.collectives import total
+from m3vit.models.router import Routing
+from m3vit.tasks import IGNORE, TASKS
+from m3vit.training.routing_losses import (
     RoutingSums,
     importance_loss,
     load_loss,
@@ -21,7 +22,6 @@ from m3vit.models.router import (
     switch_loss,
     z_loss,
 )
-from m3vit.tasks import IGNORE, TASKS
 
 
 def subsample(label: Tensor, size: tuple[int, int]) -> list[Tensor]:

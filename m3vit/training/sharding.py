@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from m3vit.distributed import rank, total
+from m3vit.collectives import rank, total
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 

@@ -10,7 +10,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from m3vit.distributed import world_size
+from m3vit.collectives import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

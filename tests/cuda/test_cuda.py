@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from m3vit.distributed import gather, total
+from m3vit.collectives import gather, total
 from m3vit.models.config import ModelConfig
 from m3vit.models.experts import ExpertBank, choose_execution, run_grouped, run_reference, run_sorted
 from m3vit.models.moe import MoELayer

@@ -18,8 +18,8 @@ from typing import IO
 
 import pytest
 
-from m3vit.data import archives
-from m3vit.data.archives import extract
+from m3vit.data.tools import archives
+from m3vit.data.tools.archives import extract
 from m3vit.errors import InputError
 
 CONTENT = {

@@ -12,8 +12,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from m3vit.data import check as check_module
-from m3vit.data.check import KINDS, check, describe, render
+from m3vit.data.tools import check as check_module
+from m3vit.data.tools.check import KINDS, check, describe, render
 from m3vit.errors import InputError
 from tests.data.layouts import save_anno, save_label_map, snapshot, write_nyud, write_pascal
 

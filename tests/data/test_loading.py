@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
+from m3vit.data.network_input import network_input
 from m3vit.data.nyud import NYUD
 from m3vit.data.sample import Sample
-from m3vit.data.transforms import network_input
 from m3vit.errors import InputError
 from m3vit.normalisation import IMAGENET, Normalisation
 

@@ -5,14 +5,14 @@ import pytest
 
 pytest.importorskip("embreex")
 
-from m3vit.data.scenes.furniture import chair
-from m3vit.data.scenes.materials import FloatArray
-from m3vit.data.scenes.meshes import unit_meshes
-from m3vit.data.scenes.people import PART_NAMES, person
-from m3vit.data.scenes.place import Light, Place
-from m3vit.data.scenes.props import occupied, set_table
-from m3vit.data.scenes.rendering import Camera, Geometry, cast
-from m3vit.data.scenes.solids import Furniture, Part, Shape, product, rotate, rotation
+from m3vit.data.synthetic.scenes.furniture import chair
+from m3vit.data.synthetic.scenes.materials import FloatArray
+from m3vit.data.synthetic.scenes.meshes import unit_meshes
+from m3vit.data.synthetic.scenes.people import PART_NAMES, person
+from m3vit.data.synthetic.scenes.place import Light, Place
+from m3vit.data.synthetic.scenes.props import occupied, set_table
+from m3vit.data.synthetic.scenes.rendering import Camera, Geometry, cast
+from m3vit.data.synthetic.scenes.solids import Furniture, Part, Shape, product, rotate, rotation
 
 # Seen from in front in every pose.
 LIMBS = {side + limb for side in "lr" for limb in ("uarm", "larm", "hand", "uleg", "lleg", "foot")}

@@ -9,10 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3vit.data.check import check, render
 from m3vit.data.pascal_context import normals_classes
-from m3vit.data.plausibility import look, oddities, statistics
-from m3vit.data.synthetic import synthesize
+from m3vit.data.synthetic.dataset import synthesize
+from m3vit.data.tools.check import check, render
+from m3vit.data.tools.plausibility import look, oddities, statistics
 from m3vit.tasks import IGNORE
 from tests.data.layouts import save_anno, save_label_map, write_nyud, write_pascal
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3vit.data import prepare
 from m3vit.data.nyud import NYUD
-from m3vit.data.prepare import CENTRE_PX, FOCAL_PX, find_edges, fit_normals, prepare_nyud
+from m3vit.data.tools import prepare
+from m3vit.data.tools.prepare import CENTRE_PX, FOCAL_PX, find_edges, fit_normals, prepare_nyud
 from m3vit.errors import InputError
 from m3vit.tasks import IGNORE
 

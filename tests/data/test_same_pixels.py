@@ -16,9 +16,8 @@ from PIL import Image, PngImagePlugin
 from m3vit.data import reading
 from m3vit.data.nyud import NYUD
 from m3vit.errors import InputError
-from m3vit.export.images import WEB_FORMATS, decode_image
-from m3vit.export.images import read_image as predicting
-from m3vit.images import MAX_PIXELS
+from m3vit.images import MAX_PIXELS, WEB_FORMATS, decode_image
+from m3vit.images import read_image as predicting
 from tests.data.damaging import refuses
 from tests.data.layouts import coded, unit_normals
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 pytest.importorskip("embreex")
 
-from m3vit.data.scenes.nyud import CLASS_IDS, Labels, Scene, render_scene
-from m3vit.data.scenes.rendering import Geometry, focal_px, pixel_rays
-from m3vit.data.scenes.room import SCENE_CLASSES, Room
-from m3vit.data.synthetic import synthesize
+from m3vit.data.synthetic.dataset import synthesize
+from m3vit.data.synthetic.scenes.nyud import CLASS_IDS, Labels, Scene, render_scene
+from m3vit.data.synthetic.scenes.rendering import Geometry, focal_px, pixel_rays
+from m3vit.data.synthetic.scenes.room import SCENE_CLASSES, Room
 from m3vit.errors import InputError
 
 SIZE = (48, 64)
@@ -270,7 +270,8 @@ def test_missing_renderer_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, m3vit.data.synthetic, m3vit.data.scenes.rendering; sys.exit('torch' in sys.modules)"
+    modules = "m3vit.data.synthetic.dataset, m3vit.data.synthetic.scenes.rendering"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

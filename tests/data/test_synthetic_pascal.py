@@ -14,18 +14,18 @@ pytest.importorskip("scipy")
 
 from scipy.io import loadmat
 
-from m3vit.data.scenes.layouts import annotation, save_mat
-from m3vit.data.scenes.pascal import (
+from m3vit.data.synthetic.dataset import synthesize
+from m3vit.data.synthetic.scenes.layouts import annotation, save_mat
+from m3vit.data.synthetic.scenes.pascal import (
     CONTEXT_IDS,
     PascalScene,
     VisibleObject,
     render_pascal_scene,
     saliency,
     with_void_border,
-)  # fmt: skip
-from m3vit.data.scenes.people import PART_NAMES
-from m3vit.data.scenes.rendering import focal_px
-from m3vit.data.synthetic import synthesize
+)
+from m3vit.data.synthetic.scenes.people import PART_NAMES
+from m3vit.data.synthetic.scenes.rendering import focal_px
 from m3vit.errors import InputError
 from m3vit.tasks import VOC_CLASSES
 

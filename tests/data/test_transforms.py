@@ -9,24 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3vit.data import transforms
-from m3vit.data.sample import Sample
-from m3vit.data.scenes import nyud, rendering
-from m3vit.data.scenes.rendering import Camera, Geometry, cast, find_view, render_image
-from m3vit.data.scenes.room import Room
-from m3vit.data.transforms import (
+from m3vit.data import augment as transforms
+from m3vit.data.augment import (
     mirror,
     pad,
-    padded_place,
     photometric_distortion,
     random_crop,
-    resize_image,
     scale,
     to_labels,
     to_tv,
     training_pair,
     zoom_rotate,
 )
+from m3vit.data.network_input import padded_place, resize_image
+from m3vit.data.sample import Sample
+from m3vit.data.synthetic.scenes import nyud, rendering
+from m3vit.data.synthetic.scenes.rendering import Camera, Geometry, cast, find_view, render_image
+from m3vit.data.synthetic.scenes.room import Room
 from m3vit.normalisation import IMAGENET
 from m3vit.tasks import IGNORE
 

@@ -183,7 +183,7 @@ def test_rendered_data_are_named(cli: Cli, run: Path, tiny_data: Path, tmp_path:
 
 
 def test_numbers_that_are_not_finite_are_one_clear_line(cli: Cli, run: Path, tmp_path: Path) -> None:
-    from m3vit.training.checkpoint import load_run, save_model
+    from m3vit.run_folder import load_run, save_model
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.export.images import read_image
-from m3vit.export.runtime import Package
+from m3vit.export.runtime.package import Package
+from m3vit.images import read_image
 from tests.export.test_runtime import make_package
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[[Package, Any], Any]] = {
 }
 THINGS: list[tuple[Any, str]] = [
     (Image.fromarray(ARRAY), r"a PIL image \(RGB, 12 x 8\).*numpy.asarray\(image.convert\('RGB'\)\).*read_image"),
-    ("photo.jpg", r"a path \(photo.jpg\).*m3vit.export.images.read_image"),
+    ("photo.jpg", r"a path \(photo.jpg\).*m3vit.images.read_image"),
     (Path("photo.jpg"), r"a path \(photo.jpg\)"),
     (b"\xff\xd8", "a bytes|image 0"),
     ([[1]], "a list of 1"),

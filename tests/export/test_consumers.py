@@ -15,8 +15,8 @@ from m3vit.export.onnx.graph import trace_task
 from m3vit.export.onnx.lower import ALL, Choice, lower_moe
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.export.onnx.quantize import quantize
-from m3vit.export.runtime import Package
-from m3vit.training.checkpoint import load_run
+from m3vit.export.runtime.package import Package
+from m3vit.run_folder import load_run
 from tests.conftest import Cli
 
 Array = NDArray[np.float32]

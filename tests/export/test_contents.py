@@ -11,11 +11,11 @@ import pytest
 
 from m3vit.digests import UncheckedWarning
 from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import open_predictor
 from m3vit.export.hls.contents import CLASSES, check_contents, may_edit, open_project
 from m3vit.export.hls.project import export_project
-from m3vit.export.predictors import open_predictor
-from m3vit.hw import csim
 from m3vit.hw.manifest import MANIFEST, read_manifest
+from m3vit.hw.sim import csim
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import make_images, make_samples
 from tests.test_digests import flips

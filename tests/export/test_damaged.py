@@ -14,8 +14,8 @@ import torch
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.onnx.package import export_package
-from m3vit.export.runtime import Package, file_entries
-from m3vit.training.checkpoint import load_run
+from m3vit.export.runtime.package import Package, file_entries
+from m3vit.run_folder import load_run
 from tests.conftest import Cli
 from tests.test_cli import refused
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3vit.export.drawing import Scale, Swatches, blend, legend, overlay, paint, ticks
-from m3vit.export.summary import summarise
+from m3vit.export.runtime.drawing import Scale, Swatches, blend, legend, overlay, paint, ticks
+from m3vit.export.runtime.summary import summarise
 from m3vit.tasks import palette
 
 CLASSES = ("wall", "floor_mat", "other_structure")

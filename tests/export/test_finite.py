@@ -15,16 +15,16 @@ from PIL import Image
 from m3vit.cli import main
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.hls.project import export_project
-from m3vit.export.manifest import MANIFEST
+from m3vit.export.onnx.from_run import Request, export_run
 from m3vit.export.onnx.package import Content, _require_finite_tensors, export_package
-from m3vit.export.onnx.run import Request, export_run
-from m3vit.export.predict import predict_files
-from m3vit.export.predictors import onnx_predictor
-from m3vit.export.runtime import NotFinite, Package
+from m3vit.export.runtime.manifest import MANIFEST
+from m3vit.export.runtime.package import NotFinite, Package
+from m3vit.export.runtime.predict import predict_files
 from m3vit.normalisation import IMAGENET
-from m3vit.training.checkpoint import load_run
+from m3vit.run_folder import load_run
 from tests.export.films import write_film
 from tests.export.models import make_images, make_model, make_samples
 from tests.export.test_runtime import make_package
@@ -117,7 +117,7 @@ def test_inputs_that_are_no_numbers(bright: Path, value: float) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_batches_name_the_images(bright: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr("m3vit.export.runtime.MAX_PATCHES", 6 * at_once)
+    monkeypatch.setattr("m3vit.export.runtime.package.MAX_PATCHES", 6 * at_once)
     package = Package.load(bright)
     batch = np.stack([BLACK, BLACK, WHITE, BLACK, WHITE])
     with pytest.raises(NotFinite, match="depth of image 2 is not finite") as refused:

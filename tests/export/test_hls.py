@@ -19,7 +19,7 @@ from m3vit.errors import InputError
 from m3vit.export.hls import convert, leaf, precision
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
-from m3vit.hw import csim
+from m3vit.hw.sim import csim
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS as TASK_TABLE
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
@@ -308,5 +308,5 @@ def test_bad_inputs_of_a_simulation(report: dict[str, Any], project: Path) -> No
 
 
 def test_simulating_needs_neither_torch_nor_hls4ml() -> None:
-    script = "import sys, m3vit.hw.csim; sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml')))"
+    script = "import sys, m3vit.hw.sim.csim; sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml')))"
     subprocess.run([sys.executable, "-c", script], check=True)

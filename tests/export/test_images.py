@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.export.images import WEB_FORMATS, TooManyPixels, decode_image, read_image
+from m3vit.images import WEB_FORMATS, TooManyPixels, decode_image, read_image
 
 
 def noise(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ from m3vit.export.onnx.parity import (
     _Record,
     check_parity,
 )
-from m3vit.export.runtime import DECODERS, Package, file_entries
+from m3vit.export.runtime.package import DECODERS, Package, file_entries
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing

@@ -17,8 +17,8 @@ import pytest
 
 from m3vit.digests import UncheckedWarning, read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.manifest import MANIFEST, file_entries
-from m3vit.export.runtime import Package, PackageChanged
+from m3vit.export.runtime.manifest import MANIFEST, file_entries
+from m3vit.export.runtime.package import Package, PackageChanged
 from m3vit.files import sha256_file
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
@@ -280,7 +280,7 @@ def test_a_cache_is_not_made_of_files_that_nobody_verified(package: Path, tmp_pa
 
 def test_a_cache_that_cannot_be_written_is_what_the_message_blames(package: Path, tmp_path: Path) -> None:
     program = (
-        "import resource, sys; from m3vit.errors import InputError; from m3vit.export.runtime import Package\n"
+        "import resource, sys; from m3vit.errors import InputError; from m3vit.export.runtime.package import Package\n"
         "import numpy as np; image = np.zeros((32, 48, 3), np.uint8)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try: Package.load(sys.argv[1], threads=1, cache=sys.argv[2]).predict(image, 'depth')\n"
@@ -295,7 +295,7 @@ def test_a_cache_that_cannot_be_written_is_what_the_message_blames(package: Path
 
 def test_processes_that_make_the_same_entry_at_once(package: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, time, hashlib; import numpy as np; from m3vit.export.runtime import Package\n"
+        "import sys, time, hashlib; import numpy as np; from m3vit.export.runtime.package import Package\n"
         "image = np.load(sys.argv[3]); print('ready', flush=True); sys.stdin.readline()\n"
         "for _ in range(5): found = Package.load(sys.argv[1], threads=1, cache=sys.argv[2]).predict(image, 'depth')\n"
         "print(hashlib.sha256(found.tobytes()).hexdigest())\n"

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from m3vit.errors import InputError, install
-from m3vit.export.predict import ALL, ArrayWriter, Options, predict_files
-from m3vit.export.runtime import Package, colourise
+from m3vit.export.runtime.package import Package, colourise
+from m3vit.export.runtime.predict import ALL, ArrayWriter, Options, predict_files
 from tests.export.films import RATE, pictures, read_film, write_film, y4m
 from tests.export.test_runtime import CHANNELS, make_image, make_package
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.runtime import FORMAT, FORMAT_VERSION, Package, colourise, decode
+from m3vit.export.runtime.package import FORMAT, FORMAT_VERSION, Package, colourise, decode
 from m3vit.tasks import palette
 
 CHANNELS = {"semseg": 3, "depth": 1, "normals": 3, "edge": 1}
@@ -152,7 +152,7 @@ def test_dynamic_graph_with_resize_runs_at_the_trained_size(folder: Path, monkey
 def test_batches_and_streams_equal_single_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = Package.load(folder, threads=1)
     images = np.random.default_rng(1).integers(0, 256, (5, 9, 14, 3), dtype=np.uint8)
-    monkeypatch.setattr("m3vit.export.runtime.MAX_PATCHES", 14)  # 6 patches an image: runs of 2, 2 and 1
+    monkeypatch.setattr("m3vit.export.runtime.package.MAX_PATCHES", 14)  # 6 patches an image: runs of 2, 2 and 1
     for task in package.tasks:
         single = [package.predict(image, task) for image in images]
         np.testing.assert_array_equal(package.predict_batch(images, task), np.stack(single))
@@ -174,11 +174,11 @@ def test_processors_without_vnni_are_warned_of(monkeypatch: pytest.MonkeyPatch, 
     for entry in manifest["tasks"].values():
         entry["graphs"] = {"int8": entry["graphs"]["fp32"]}
     write_sealed_json(folder / "manifest.json", manifest)
-    monkeypatch.setattr("m3vit.export.runtime._cpu_flags", lambda: {"avx2", "fma"})
+    monkeypatch.setattr("m3vit.export.runtime.package._cpu_flags", lambda: {"avx2", "fma"})
     with pytest.warns(UserWarning, match="no VNNI instructions"):
         Package.load(folder)
     for flags in ({"avx2", "avx_vnni"}, {"avx2", "avx512_vnni"}, {"asimd"}):
-        monkeypatch.setattr("m3vit.export.runtime._cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr("m3vit.export.runtime.package._cpu_flags", lambda flags=flags: flags)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Package.load(folder)

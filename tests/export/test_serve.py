@@ -21,9 +21,9 @@ from PIL import Image
 
 from m3vit.digests import write_sealed_json
 from m3vit.errors import install
-from m3vit.export import serve
-from m3vit.export.drawing import colourise, overlay
-from m3vit.export.runtime import Package
+from m3vit.export.runtime import serve
+from m3vit.export.runtime.drawing import colourise, overlay
+from m3vit.export.runtime.package import Package
 from tests.export.serving import Server, serving
 from tests.export.test_images import png_header
 from tests.export.test_runtime import CHANNELS, make_image, make_package

@@ -20,12 +20,12 @@ from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from m3vit.errors import InputError
-from m3vit.export import admission, connections, serve
-from m3vit.export.admission import Budget, Places
-from m3vit.export.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
-from m3vit.export.hosts import Hosts, is_host_pattern
-from m3vit.export.runtime import Package
-from m3vit.processes import usable_cores
+from m3vit.export.runtime import admission, connections, serve
+from m3vit.export.runtime.admission import Budget, Places
+from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
+from m3vit.export.runtime.hosts import Hosts, is_host_pattern
+from m3vit.export.runtime.package import Package
+from m3vit.pool import usable_cores
 from tests.export.attacks import Watch, attacked, post
 from tests.export.serving import serving
 from tests.export.test_runtime import CHANNELS, make_package
@@ -326,7 +326,7 @@ def test_chunks_of_a_byte(monkeypatch: pytest.MonkeyPatch, package: Path) -> Non
 
 def test_descriptors() -> None:
     program = (
-        "import resource, sys; from m3vit.export.connections import most_connections\n"
+        "import resource, sys; from m3vit.export.runtime.connections import most_connections\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))\n"
         "print(most_connections(18), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )

@@ -11,8 +11,8 @@ from PIL import Image
 
 from m3vit.cli import main
 from m3vit.errors import InputError
-from m3vit.export.predict import predict_files
-from m3vit.export.sources import STREAM, Found, find_sources, summaries
+from m3vit.export.runtime.predict import predict_files
+from m3vit.export.runtime.sources import STREAM, Found, find_sources, summaries
 from tests.export.films import pictures, write_film
 from tests.export.test_runtime import make_image, make_package
 

@@ -43,7 +43,7 @@ def test_exporting_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_the_library_would_leave_some(tmp_path: Path) -> None:
-    """If this fails, onnxruntime has changed: `m3vit.export.ort` may have nothing to do any more."""
+    """If this fails, onnxruntime has changed: `m3vit.export.runtime.ort` may have nothing to do any more."""
     import onnxruntime
 
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32) or sys.platform != "linux":

@@ -10,9 +10,9 @@ import numpy as np
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
 from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, parameters_text, top_text
-from m3vit.hw import csim
 from m3vit.hw.boards import Hardware
 from m3vit.hw.program import Image
+from m3vit.hw.sim import csim
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "hw" / "include"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.hw import compiler
-from m3vit.hw.compiler import built, kill_programs, run_program
+from m3vit.hw.sim import compiler
+from m3vit.hw.sim.compiler import built, kill_programs, run_program
 
 Script = Callable[[str], Path]
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
-from m3vit.hw import arithmetic, csim
+from m3vit.hw import arithmetic
 from m3vit.hw.boards import Hardware
 from m3vit.hw.program import WORDS, Image, Instruction, Mode, Op
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
 from tests.hw.programs import INCLUDE, PORTS, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
 from tests.hw.test_kernels import AP_TYPES
 
@@ -69,7 +70,7 @@ def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tu
 
 
 def test_hardware_modules_need_neither_torch_nor_hls4ml() -> None:
-    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.export.decoding;"
+    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.export.runtime.decoding;"
     script += "sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml', 'onnxruntime')))"
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from m3vit.hw import csim, tables
+from m3vit.hw import tables
+from m3vit.hw.sim import csim
 
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "hw" / "include"

@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3vit.models.router import (
+from m3vit.models.router import Router, Routing, expert_load, route
+from m3vit.training.routing_losses import (
     SUMS,
-    Router,
-    Routing,
     RoutingSums,
     chosen_probability,
     entropy,
-    expert_load,
     importance_loss,
     load_loss,
     mutual_information,
-    route,
     routing_sums,
     squared_cv,
     switch_loss,

@@ -18,7 +18,7 @@ from m3vit.export.onnx.graph import export_task
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.training.checkpoint import load_run
+from m3vit.run_folder import load_run
 from m3vit.training.config import Config
 from m3vit.training.loop import initialise
 from m3vit.training.losses import routing_losses, sums_for

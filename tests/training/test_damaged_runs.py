@@ -22,7 +22,8 @@ from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import read_saved
-from m3vit.training.checkpoint import MetricsLog, load_run, load_state, read_metrics, save_model, save_state
+from m3vit.run_folder import load_run, save_model
+from m3vit.training.checkpoint import MetricsLog, load_state, read_metrics, save_state
 from m3vit.training.config import read_run_config
 from tests.conftest import TINY
 

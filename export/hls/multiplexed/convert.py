@@ -15,12 +15,12 @@ from m3vit.export.hls import handlers, leaf
 from m3vit.export.hls.convert import PROJECT, quote_weights_folder
 from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.backend import NAME, hardware_of
-from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
 from m3vit.export.hls.precision import calibrate
 from m3vit.hw.boards import Hardware, find_board, fit
-from m3vit.hw.csim import tokenise
 from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.sim.csim import tokenise
+from m3vit.hw.sim.emulator import Emulator
 
 CHECK_FRAMES = 1  # stored images that `make check` runs, each for every task
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.emulator import Emulator
-from m3vit.hw import csim
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.program import Op
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
 
 CHUNK_FRAMES = 4  # simulated by one call of the test bench, which then reads the weights again
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")

@@ -134,7 +134,7 @@ class Accelerator:
         return np.ldexp(used.astype(np.float64), -self.manifest["output_fracs"][self.task]).astype(np.float32)
 
     def predict(self, image: np.ndarray) -> np.ndarray:
-        """Run one frame and return the task's prediction at the image's size, as m3vit.export.runtime does.
+        """Run one frame and return the task's prediction at the image's size, as m3vit.export.runtime.package does.
 
         semseg: class ids uint8 [H, W]; depth: metres [H, W]; normals: unit vectors [H, W, 3]; edge: probability [H, W].
         """

@@ -10,9 +10,9 @@ import pytest
 
 from m3vit.digests import UncheckedWarning, read_sealed_json
 from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import open_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.hls.verify import OUTPUTS, REPORT, SimulatedOutputs, verify_project
-from m3vit.export.predictors import open_predictor
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
 
@@ -20,7 +20,7 @@ from tests.test_digests import flips
 @pytest.fixture(autouse=True)
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers are the same whatever the compiler optimises."""
-    monkeypatch.setattr("m3vit.hw.csim.MULTIPLEXED_FLAGS", ("-O1", "-std=c++11", "-Wno-unknown-pragmas"))
+    monkeypatch.setattr("m3vit.hw.sim.csim.MULTIPLEXED_FLAGS", ("-O1", "-std=c++11", "-Wno-unknown-pragmas"))
 
 
 def edit(project: Path, name: str, old: str, new: str) -> None:

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from m3vit.evaluation.artefacts import open_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import convert
-from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.verify import SimulatedOutputs
-from m3vit.export.predictors import open_predictor
-from m3vit.hw import csim
 from m3vit.hw.program import Image, Op
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 from tests.export.multiplexed.exporting import export

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import open_predictor
 from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import convert
-from m3vit.export.hls.multiplexed.emulator import Emulator
 from m3vit.export.hls.project import Samples
 from m3vit.export.hls.verify import verify_project
-from m3vit.export.predictors import open_predictor
-from m3vit.hw import csim
 from m3vit.hw.boards import BOARDS, BUDGETS, Hardware, find_board, fit
 from m3vit.hw.program import Image
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import TASKS, make_images, make_model
 from tests.export.multiplexed.exporting import export

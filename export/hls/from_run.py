@@ -1,0 +1,70 @@
+"""`m3vit export hls`: from a run folder to an hls4ml project with validation samples inside."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3vit.data.opening import open_split
+from m3vit.data.sample import Sample
+from m3vit.errors import InputError
+from m3vit.evaluation.protocols import network_image
+from m3vit.export.hls.project import Samples, export_project
+from m3vit.run_folder import Run
+
+SAMPLES = 100  # validation images stored, unless told otherwise
+CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
+CALIBRATION_TOKENS = 8192  # of all of them together, beyond CALIBRATION_MIN images: a large image says more
+CALIBRATION_MIN = 4
+
+
+def export_run(
+    run: Run,
+    out: Path,
+    *,
+    data_root: str | None = None,
+    samples: int | None = None,
+    schedule: str = "spatial",
+    weight_bits: int = 16,
+    act_bits: int | None = None,
+    board: str | None = None,
+) -> dict[str, Any]:
+    """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`.
+
+    The other options are those of `export_project`.
+    """
+    tasks, root = run.config.model.tasks, data_root or run.config.data.root
+    train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
+    if samples is None:
+        samples = min(SAMPLES, len(val))
+    if samples > len(val):
+        raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
+    size = (run.config.model.image_size[0], run.config.model.image_size[1])
+    tokens = size[0] * size[1] // run.model.backbone.patch_size**2
+    images = min(CALIBRATION_IMAGES, len(train), max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
+    calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
+    chosen = [val.load(index) for index in range(samples)]
+    for index, sample in enumerate(chosen):
+        if "edge" in tasks:
+            sample.labels["edge"] = val.edge_truth(index)
+    return export_project(
+        run.model,
+        out,
+        calibration=calibration,
+        samples=Samples(
+            ids=[sample.id for sample in chosen],
+            images=np.stack([pixels(sample, size) for sample in chosen]),
+            labels=[sample.labels for sample in chosen],
+        ),
+        info=run.info,
+        schedule=schedule,
+        weight_bits=weight_bits,
+        act_bits=act_bits,
+        board=board,
+    )
+
+
+def pixels(sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return an image as the model sees it before normalisation (protocol A): uint8 [*size, 3]."""
+    return network_image("A", sample.id, sample.image, size).pixels

@@ -1,0 +1,231 @@
+"""`m3vit export onnx`: from a run folder to a package, calibrated, checked and measured."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3vit.data.network_input import network_input
+from m3vit.data.opening import open_split
+from m3vit.data.sample import Split
+from m3vit.digests import read_sealed_json, write_sealed_json
+from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import onnx_predictor
+from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
+from m3vit.evaluation.scoring import default_workers
+from m3vit.export.finite import require_finite
+from m3vit.export.onnx.lower import Choice
+from m3vit.export.onnx.package import Content, export_package
+from m3vit.export.onnx.parity import ParityError, check_parity
+from m3vit.export.onnx.parity_images import parity_images
+from m3vit.export.onnx.pruning import Mass, Prune, choose, gate_mass
+from m3vit.export.onnx.quantize import FLOAT
+from m3vit.export.runtime.manifest import MANIFEST
+from m3vit.export.runtime.package import Package
+from m3vit.run_folder import Run
+from m3vit.tasks import TASKS
+
+PARITY_IMAGES = 8  # validation images that the quick check picks from, beside noise
+CALIBRATION_IMAGES = 64  # training images that gate mass is measured on, by default
+MEASURED_IMAGES = 100  # validation images that a changed package is scored on, by default
+CALIBRATION_BATCH = 4
+PROTOCOL = "A"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for beside the package's content.
+
+    prune: which experts to leave out, or None. top_k: experts per token by task, where not as trained.
+    calibration: training images for `prune`. measure: validation images to score the package on, 0 for none, None for
+    MEASURED_IMAGES if the package is not simply the model. check_images: compare with torch on so many, in full.
+    data_root: where the data are, if not where the run says.
+    """
+
+    prune: Prune | None = None
+    top_k: dict[str, int] | None = None
+    calibration: int = CALIBRATION_IMAGES
+    measure: int | None = None
+    check_images: int | None = None
+    data_root: str | None = None
+
+
+def export_run(
+    run: Run,
+    out: Path,
+    content: Content,
+    request: Request,
+    *,
+    say: Callable[[str], None] = print,
+    bar: Callable[[], AbstractContextManager[Callable[[int, int], None]]] | None = None,
+) -> dict[str, Any]:
+    """Write the package of a run to `out`, compare it with torch, score it, and say a line per finding.
+
+    `bar` opens a progress bar for the comparison, a function of (batches done, batches in all). Returns the manifest.
+    The package appears at `out` when the comparison has passed and the scores are in its manifest. Raises InputError
+    for what cannot be done, before anything is computed, and for a package that does not compute what the model does.
+    """
+    require_finite(run.model)
+    content = chosen_content(run, content, request, say)
+    content.check()
+    changed = bool(content.choices) or any(precision != FLOAT for precision in content.precisions)
+    count = request.measure if request.measure is not None else MEASURED_IMAGES if changed else 0
+    split = data_of(run, "val", request.data_root, "--measure 0") if count else None
+    full = request.check_images is not None
+    images = parity_images(run, request.data_root, request.check_images or PARITY_IMAGES, exactly=full)
+
+    def check(folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            say(f"{out / path.name}: {path.stat().st_size / 1e6:.2f} MB")
+        sources = " and ".join(f"{number} {name}" for name, number in images.sources.items())
+        say(f"comparing with torch on {sources} images" + (", each at every size" if full else ""))
+        with bar() if bar else nullcontext() as progress:
+            report = check_parity(run.model, folder, images, full=full, sources=images.sources, progress=progress)
+        for task, result in report.items():
+            say(f"{task}: {_summary(result)}")
+        if split is not None:
+            say(f"scoring {min(count, len(split))} validation images")
+            for line in render(measure(run, folder, split, count)):
+                say(line)
+
+    try:
+        return export_package(run.model, out, content, info=run.info, progress=say, check=check)
+    except ParityError as error:
+        raise InputError(
+            f"nothing was written to {out}: the package does not compute what the model computes {error.findings}. If "
+            "the run's weights are extreme, train again or export another run; else m3vit or onnxruntime has a defect"
+        ) from error
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """Return what the comparison of one task found, in words."""
+    unseen, forced = (
+        sum(len(experts) for experts in result[key].values()) for key in ("experts_not_hit", "experts_forced")
+    )
+    compared = (
+        f"worst relative error {result['worst_relative_error']:.1e} ({result['worst_at']}) in "
+        f"{result['comparisons']} comparisons"
+    )
+    return (
+        (compared if result["comparisons"] else "nothing in floats to compare")
+        + (f"; {unseen} experts got no token and were not compared" if unseen else "")
+        + (f"; {forced} experts got tokens from a forced router only" if forced else "")
+        + (f"; {result['near_tie_images']} images with near ties" if result["near_tie_images"] else "")
+        + "".join(f"; {name} {error:.1e}" for name, error in result["integer_errors"].items())
+    )
+
+
+def chosen_content(run: Run, content: Content, request: Request, say: Callable[[str], None]) -> Content:
+    """Return the content with the experts that calibration chose for each task, if any are to be left out."""
+    config = run.config.model
+    top_k = request.top_k or {}
+    if not run.model.backbone.moe_indices and (request.prune or top_k):
+        raise InputError("this model has no experts: leave out --prune, --keep and --top-k")
+    exported = content.tasks or config.tasks
+    if beside := [task for task in top_k if task not in exported]:
+        raise InputError(f"--top-k names {', '.join(beside)}, not among the tasks exported ({', '.join(exported)})")
+    if request.prune is None:
+        return replace(content, choices={task: Choice(count) for task, count in top_k.items()})
+    request.prune.check(config.num_experts)
+    if request.prune.keep is not None:
+        for task in exported:
+            if request.prune.keep < (used := top_k.get(task, config.top_k)):
+                raise InputError(
+                    f"--keep is {request.prune.keep}, but each token of {task} goes to {used} experts: keep as many, "
+                    "or give a lower --top-k too"
+                )
+    split = data_of(run, "train", request.data_root, "no --prune or --keep")
+    say(f"measuring gate mass on {min(request.calibration, len(split))} training images")
+    mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), top_k)
+    choices, coverage = choices_of(run, mass, request.prune, top_k)
+    for task in exported:
+        counts = ", ".join(str(len(kept)) for kept in choices[task].kept.values())
+        say(f"{task}: keeps {counts} of {config.num_experts} experts; least coverage {min(coverage[task]):.4f}")
+    return replace(content, choices=choices, coverage=coverage)
+
+
+def choices_of(
+    run: Run, mass: dict[str, Mass], prune: Prune, top_k: dict[str, int]
+) -> tuple[dict[str, Choice], dict[str, Sequence[float]]]:
+    """Return the experts each task keeps, and the share of the gate mass these hold in each layer."""
+    choices: dict[str, Choice] = {}
+    coverage: dict[str, Sequence[float]] = {}
+    for task, mass_LE in mass.items():
+        kept, coverage[task] = choose(mass_LE, prune, top_k.get(task, run.config.model.top_k))
+        choices[task] = Choice(top_k.get(task), kept)
+    return choices, coverage
+
+
+def data_of(run: Run, part: str, data_root: str | None, otherwise: str) -> Split:
+    """Open the train or val split of a run's data, or raise InputError that says what to do."""
+    root = data_root or run.config.data.root
+    try:
+        return open_split(run.config.data.layout, root, part, run.config.model.tasks)
+    except InputError as error:
+        raise InputError(
+            f"this needs the run's {part} images ({error}): give --data.root DIR, or {otherwise}"
+        ) from None
+
+
+def calibration_batches(run: Run, split: Split, count: int) -> Iterator[Tensor]:
+    """Yield `count` images, spread evenly over a split, as normalised batches of the trained size."""
+    size = (run.config.model.image_size[0], run.config.model.image_size[1])
+    indices = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int))
+    for start in range(0, len(indices), CALIBRATION_BATCH):
+        some = indices[start : start + CALIBRATION_BATCH]
+        images = [split.load(int(index)).image for index in some]
+        yield torch.stack([network_input(image, size, run.model.normalisation) for image in images])
+
+
+def score(split: Split, predictor: Predictor, count: int) -> dict[str, float]:
+    """Return the headline metric of each task over the first `count` images, protocol A."""
+    indices = range(min(count, len(split)))
+    scores = evaluate(split, predictor, PROTOCOL, indices=indices, workers=default_workers()).scores()
+    return {task: values[TASKS[task].metric] for task, values in scores.items()}
+
+
+def measure(run: Run, package_dir: Path, split: Split, count: int) -> dict[str, Any]:
+    """Score the model and each precision of its package on validation images; write it into the manifest, return it."""
+    columns = {"torch": score(split, torch_predictor(run.model), count)}
+    manifest = read_sealed_json(package_dir / MANIFEST, "export it again")
+    for precision in manifest["precisions"]:
+        package = Package.load(package_dir, precision=precision, verify=False)
+        columns[precision] = score(split, onnx_predictor(package), count)
+    measured: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "split": "val",
+        "images": min(count, len(split)),
+        "tasks": {
+            task: {
+                "metric": TASKS[task].metric,
+                **{name: scores[task] for name, scores in columns.items()},
+                # In percent of the model's; above 0 is worse, whichever way the metric goes.
+                "loss_percent": {
+                    name: loss_percent(task, scores[task], columns["torch"][task])
+                    for name, scores in columns.items()
+                    if name != "torch"
+                },
+            }
+            for task in package.tasks
+        },
+    }
+    write_sealed_json(package_dir / MANIFEST, {**manifest, "measured": measured})
+    return measured
+
+
+def loss_percent(task: str, value: float, reference: float) -> float:
+    """Return how much worse a task's metric is than its reference, in percent of that; negative is better."""
+    change = (reference - value) if TASKS[task].higher_is_better else (value - reference)
+    return 100 * change / abs(reference) if reference else 0.0 if value == reference else float("nan")
+
+
+def render(measured: dict[str, Any]) -> Iterator[str]:
+    """Yield a line a task of what `measure` returned."""
+    for task, row in measured["tasks"].items():
+        changes = [f"{name} {row[name]:.4g} ({loss:+.2f} % loss)" for name, loss in row["loss_percent"].items()]
+        yield f"{task}: {row['metric']} ({TASKS[task].unit}) torch {row['torch']:.4g}, {', '.join(changes)}"

@@ -1,0 +1,99 @@
+"""The manifest of an ONNX package: read, and checked for all that the runtime reads in it. No torch, no onnxruntime."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from m3vit.digests import read_sealed_json
+from m3vit.errors import InputError
+from m3vit.export.runtime.decoding import CHANNELS, DECODERS
+
+FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
+FLOAT = "fp32"
+PRECISIONS = (FLOAT, "int8", "int8-mixed", "int8-experts")  # that a package may hold
+
+_NO_PACKAGE = "give the folder that `m3vit export onnx` wrote, or export it again"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a package's manifest, without its digest.
+
+    Raises InputError if it is missing, not as it was written, or lacks anything that the runtime reads.
+    """
+    path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: {_NO_PACKAGE}")
+    manifest = read_sealed_json(path, _NO_PACKAGE)
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def check_passed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError for a package that was compared with its model and found to compute something else.
+
+    `m3vit export onnx` compares every package. One that a program made with `export_package` alone has no such record;
+    whether to compare it (`check_parity`) is its maker's decision.
+    """
+    parity = manifest.get("parity")
+    if parity is not None and not (isinstance(parity, dict) and parity.get("passed") is True):
+        raise InputError(
+            f"{folder} did not pass the comparison with the model it was exported from, what it predicts is wrong: "
+            "export it again"
+        )
+
+
+def file_entries(manifest: Any) -> list[dict[str, Any]]:
+    """Return the entries of a manifest that name a file, wherever they are in it."""
+    if not isinstance(manifest, dict):
+        return []
+    found = [manifest] if isinstance(manifest.get("file"), str) else []
+    return found + [entry for value in manifest.values() for entry in file_entries(value)]
+
+
+def package_digests(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return {name: sha256} of the files of a package."""
+    return {entry["file"]: entry["sha256"] for entry in file_entries({**manifest, "run": None})}
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError if a manifest lacks anything that the runtime reads."""
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not an m3vit package's: {_NO_PACKAGE}")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {version}, this m3vit reads {FORMAT_VERSION}: export it again")
+    try:
+        image, tasks, precisions = manifest["image"], manifest["tasks"], manifest["precisions"]
+        digests: dict[str, str] = {}
+        complete = _numbers(image["mean"], 3) and _numbers(image["std"], 3) and min(image["std"]) > 0
+        complete &= _size(image["train_size"]) and bool(tasks)
+        complete &= bool(precisions) and isinstance(manifest["weights"]["file"], str) and manifest["macs"] >= 0
+        for entry in file_entries({**manifest, "run": None}):
+            # A plain name: a manifest from a stranger must not make us read files elsewhere.
+            complete &= Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
+            complete &= digests.setdefault(entry["file"], entry["sha256"]) == entry["sha256"]
+        backbone = manifest["backbone"]
+        for entry in tasks.values():
+            kind, channels = entry["decode"], entry["channels"]
+            complete &= kind in DECODERS and isinstance(channels, int) and CHANNELS.get(kind, channels) == channels
+            complete &= _size([entry["patch_multiple"]] * 2)
+            complete &= entry["input_size"] is None or _size(entry["input_size"])
+            complete &= entry["batch"] in (None, 1)
+            complete &= kind != "argmax" or len(entry["palette"]) == channels > 0
+            for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
+                complete &= not backbone or isinstance(entry["number"], int)
+                complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
+        complete = False
+    if not complete:
+        raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
+
+
+def _numbers(values: Any, count: int) -> bool:
+    """Return whether `values` are so many finite numbers."""
+    return len(values) == count and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+
+
+def _size(values: Any) -> bool:
+    """Return whether `values` are two positive whole numbers."""
+    return len(values) == 2 and all(isinstance(value, int) and value > 0 for value in values)

@@ -1,0 +1,372 @@
+"""Predict images, folders, videos and streams with an exported package: m3vit predict. No torch."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from m3vit.errors import InputError
+from m3vit.export.runtime.drawing import Range, colourise, depth_limits, overlay
+from m3vit.export.runtime.package import Package
+from m3vit.export.runtime.sources import Found, Source, find_sources
+from m3vit.files import atomic_path
+from m3vit.images import MAX_PIXELS, read_image
+
+if TYPE_CHECKING:  # PyAV is an extra
+    from m3vit.export.runtime.video import Film, Frame
+
+ALL = "all"
+_LISTED = 5  # names in a message
+_FILM_ROWS = 3  # of the legend of classes: a film's pictures have one size, whatever they show
+_SMOOTHING = 0.05  # of the depth scale from frame to frame
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to write, and how to run; the command line's help explains them.
+
+    `fps`: frames per second of films that do not say, `depth_range`: metres shown in the brightest and darkest colour.
+    """
+
+    raw: bool = False
+    overlay: bool = False
+    resize: bool = False
+    force: bool = False
+    depth_range: Range | None = None
+    fps: Fraction | None = None
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass
+class Outcome:
+    """Files written, inputs that failed and why (whole or in part), and the signal that ended it early.
+
+    `found`: also what was left out of the inputs' folders, and why.
+    """
+
+    written: list[Path] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    found: Found = field(default_factory=Found)
+    stopped: signal.Signals | None = None
+
+
+def predict_files(
+    package_dir: Path,
+    task: str,
+    inputs: Sequence[Path],
+    out: Path,
+    options: Options = Options(),
+    *,
+    loading: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[..., None] = lambda done, total, text="": None,
+) -> Outcome:
+    """Predict a task, or "all", for every input into the folder `out` (created if needed).
+
+    `inputs` are image files, video files, folders (searched for both, recursively and by content; names below them are
+    kept) and `sources.STREAM`. An image becomes `<name>_<task>.png`, a video or stream `<name>_<task>.mp4` with the
+    same times of frames, a stream's name being `stdin`: a picture to look at (`drawing.colourise`), or with `overlay`
+    laid over the input with a legend. With `raw`, `<name>_<task>.npy` is the prediction itself (`Package.predict`,
+    which also says what `resize` does), of a video [frames, H, W] or [frames, H, W, 3].
+
+    What cannot be read or predicted is noted and passed over. SIGINT and SIGTERM end it: finished files stay, a
+    stream's are completed with the frames that came, those of an unfinished video file are dropped. Memory holds one
+    image or frame. `loading` are arguments of `Package.load`. `say` gets each file as it is written, `progress`
+    (inputs done, of how many, what now).
+
+    Raises InputError before anything is run for a bad package or task, missing inputs, predictions that would have
+    one name, overwrite an input, or, without `force`, overwrite anything.
+    """
+    package = Package.load(package_dir, **(loading or {}))
+    tasks = package.tasks if task == ALL else [task]
+    for name in tasks:
+        package.entry(name)
+    found = find_sources(inputs, out)
+    sources = found.sources
+    check_options(package, sources, tasks, options)
+    check_outputs(sources, tasks, out, options)
+    if any(source.kind != "image" for source in sources):
+        pass
+    outcome = Outcome(found=found)
+    run = _Run(package, tasks, out, options, outcome, say)
+    with StopSignals() as signals:
+        for done, source in enumerate(sources):
+            if signals.received:
+                break
+            progress(done, len(sources), source.label)
+            try:
+                if source.kind == "image":
+                    run.image(source)
+                else:
+                    run.film(source, signals, lambda text, done=done: progress(done, len(sources), text))  # type: ignore[misc]
+            except InputError as error:
+                outcome.failures.append((source.label, _reason(error, source.label)))
+            except Interrupted:
+                break
+        else:
+            progress(len(sources), len(sources))
+        outcome.stopped = signals.received
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------------------ what to do
+
+
+def check_options(package: Package, sources: Sequence[Source], tasks: Sequence[str], options: Options) -> None:
+    """Raise InputError for an option that nothing here could obey."""
+    if options.fps is not None and all(source.kind == "image" for source in sources):
+        raise InputError("--fps is of videos and streams, and the inputs are images alone: leave it out")
+    if options.depth_range is not None and all(package.entry(task)["decode"] != "identity" for task in tasks):
+        raise InputError(f"--depth-range is of depth, and {', '.join(tasks)} has none: leave it out")
+
+
+def output_paths(source: Source, task: str, out: Path, options: Options) -> list[Path]:
+    """Return the picture's path and, with `raw`, the values'."""
+    base = out / source.name
+    suffixes = [".png" if source.kind == "image" else ".mp4", *([".npy"] if options.raw else [])]
+    return [base.with_name(f"{base.name}_{task}{suffix}") for suffix in suffixes]
+
+
+def check_outputs(sources: Sequence[Source], tasks: Sequence[str], out: Path, options: Options) -> None:
+    """Raise InputError if any prediction's file is taken, by an input, another prediction or something else."""
+    inputs = {source.path.resolve(): source for source in sources if source.kind != "stream"}
+    origin: dict[Path, Source] = {}
+    taken = []
+    for source in sources:
+        for path in (path for task in tasks for path in output_paths(source, task, out, options)):
+            if path in origin:
+                raise InputError(
+                    f"{origin[path].label} and {source.label} would both become {path.relative_to(out)}: "
+                    "predict them separately"
+                )
+            origin[path] = source
+            if path.resolve() in inputs:
+                raise InputError(f"{path} would overwrite an input of that name: choose another folder")
+            if path.is_dir():
+                raise InputError(f"{path} is a folder and would be a prediction: choose another folder")
+            if os.path.lexists(path):
+                taken.append(str(path))
+    for folder in {parent for path in origin for parent in path.parents}:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file: give a folder for the predictions")
+    if taken and not options.force:
+        more = f" and {len(taken) - _LISTED} more" if len(taken) > _LISTED else ""
+        raise InputError(f"{', '.join(taken[:_LISTED])}{more} would be overwritten: choose another folder or --force")
+
+
+# ----------------------------------------------------------------------------------------------------------- doing
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """A signal came in the middle of a video file."""
+
+
+class StopSignals:
+    """Within `with`, notes SIGINT and SIGTERM instead of obeying: `received` is the first. A second one interrupts."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        # Only the main thread may take signals; elsewhere (a notebook's thread) they stay as they are.
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+class _DepthScale:
+    """The range of depth that a film's colours show: given, or following that of its frames slowly."""
+
+    def __init__(self, given: Range | None) -> None:
+        self.given, self.current = given, given
+
+    def follow(self, depth: NDArray[np.float32]) -> Range | None:
+        limits = None if self.given else depth_limits(depth)
+        if limits and self.current:
+            near, far = (old + _SMOOTHING * (new - old) for old, new in zip(self.current, limits, strict=True))
+            self.current = (near, far)
+        else:
+            self.current = self.current or limits
+        return self.current
+
+
+@dataclass
+class _Run:
+    """Predicts one input after the other."""
+
+    package: Package
+    tasks: list[str]
+    out: Path
+    options: Options
+    outcome: Outcome
+    say: Callable[[str], None]
+
+    def image(self, source: Source) -> None:
+        """Predict an image; its tasks' files appear as each is done."""
+        pixels = read_image(source.path, self.options.max_pixels)
+        for task in self.tasks:
+            prediction = self.package.predict(pixels, task, resize=self.options.resize)
+            picture, *values = output_paths(source, task, self.out, self.options)
+            with atomic_path(picture) as temporary:
+                drawn = self._draw(pixels, prediction, task, self.options.depth_range)
+                Image.fromarray(drawn).save(temporary, format="PNG")
+            self._written(picture)
+            for path in values:
+                with atomic_path(path) as temporary:
+                    np.save(temporary, prediction)
+                self._written(path)
+
+    def film(self, source: Source, signals: StopSignals, progress: Callable[[str], None]) -> None:
+        """Predict a video or stream; the files of all tasks appear together, when it ends."""
+        from m3vit.export.runtime.video import StandardInput, open_film
+
+        stream = source.kind == "stream"
+        origin: Path | StandardInput = source.path
+        if stream:
+            origin = StandardInput(lambda: signals.received is not None)
+        with open_film(origin, self.options.max_pixels, self.options.fps) as film:
+            with ExitStack() as files:
+                writers: list[_TaskWriter] = []
+                count = 0
+                for frame in film:
+                    if signals.received and not stream:
+                        raise Interrupted
+                    writers = writers or [self._writer(source, task, film, files) for task in self.tasks]
+                    try:
+                        for writer in writers:
+                            self._frame(frame, writer)
+                    except InputError as error:
+                        raise InputError(f"frame {count + 1}: {error}") from error
+                    count += 1
+                    progress(f"{source.label} frame {count}{f' of {film.frames}' if film.frames else ''}")
+                if not writers:
+                    raise InputError("it holds no frame that can be decoded: give another video")
+            for writer in writers:
+                for path in writer.paths:
+                    self._written(path)
+            if film.problems:
+                kept = f"the predictions hold the {count} frames that could be read"
+                raise InputError(f"{'; '.join(film.problems)}: {kept}")
+
+    def _writer(self, source: Source, task: str, film: "Film", files: ExitStack) -> "_TaskWriter":
+        """Open the files of a task; leaving `files` completes them, or drops them if an exception comes through."""
+        paths = output_paths(source, task, self.out, self.options)
+        temporary = [files.enter_context(atomic_path(path)) for path in paths]
+        return files.enter_context(_TaskWriter(task, film, paths, temporary, self.options.depth_range))
+
+    def _frame(self, frame: "Frame", writer: "_TaskWriter") -> None:
+        prediction = self.package.predict(frame.picture, writer.task, resize=self.options.resize)
+        scale = None
+        if self.package.entry(writer.task)["decode"] == "identity":
+            scale = writer.scale.follow(prediction)
+        writer.write(self._draw(frame.picture, prediction, writer.task, scale, _FILM_ROWS), prediction, frame.time)
+
+    def _draw(
+        self,
+        image: NDArray[np.uint8],
+        prediction: NDArray[Any],
+        task: str,
+        scale: Range | None,
+        rows: int | None = None,
+    ) -> NDArray[np.uint8]:
+        if self.options.overlay:
+            return overlay(image, prediction, task, self.package.manifest, scale, rows)
+        return colourise(prediction, task, self.package.manifest, scale)
+
+    def _written(self, path: Path) -> None:
+        self.outcome.written.append(path)
+        self.say(str(path))
+
+
+class _TaskWriter:
+    """The files of one task of a film: pictures, and values if asked for. Opened with the first picture."""
+
+    def __init__(
+        self, task: str, film: "Film", paths: list[Path], temporary: list[Path], depth_range: Range | None
+    ) -> None:
+        self.task, self.film, self.paths, self._temporary = task, film, paths, temporary
+        self.scale = _DepthScale(depth_range)
+        self._files = ExitStack()
+        self._pictures: Any = None
+        self._values: ArrayWriter | None = None
+
+    def __enter__(self) -> "_TaskWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+
+    def write(self, picture: NDArray[np.uint8], prediction: NDArray[Any], time: int) -> None:
+        """Append a picture and the values it shows."""
+        if self._pictures is None:
+            from m3vit.export.runtime.video import FilmWriter
+
+            height, width = picture.shape[:2]
+            film = self.film
+            writer = FilmWriter(self._temporary[0], film.rate, film.time_base, (height, width))
+            self._pictures = self._files.enter_context(writer)
+            if len(self._temporary) > 1:
+                values = ArrayWriter(self._temporary[1], prediction.dtype, prediction.shape)
+                self._values = self._files.enter_context(values)
+        self._pictures.write(picture, time)
+        if self._values:
+            self._values.append(prediction)
+
+
+class ArrayWriter:
+    """Writes a .npy file [N, *shape] of which N is known only at the end, one item at a time."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self._file = open(path, "wb")
+        self.dtype, self.shape, self.count = dtype, shape, 0
+        self._header()
+
+    def _header(self) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.count, *self.shape),
+        }
+        # numpy leaves room for N to grow in place.
+        np.lib.format.write_array_header_1_0(self._file, header)  # type: ignore[arg-type]
+
+    def append(self, item: NDArray[Any]) -> None:
+        """Append an item of the dtype and shape given."""
+        assert item.dtype == self.dtype and item.shape == self.shape
+        self._file.write(np.ascontiguousarray(item).data)
+        self.count += 1
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.seek(0)
+        self._header()
+        self._file.close()
+
+
+def _reason(error: InputError, label: str) -> str:
+    """Return an error's text on one line, without the input's name at its start."""
+    return " ".join(str(error).split()).removeprefix(f"{label}: ").removeprefix(f"{label} ")

@@ -1,0 +1,493 @@
+"""m3vit serve: an exported package behind HTTP (FastAPI and uvicorn, an extra: m3vit[serve]). No torch.
+
+A request holds one of `concurrency + queue` places from before its body is read until its answer has been taken; one
+that finds none is refused with 503. Predictions run in `concurrency` threads. Memory is bounded by them, by the limits
+on bytes and pixels and by two budgets, of bytes that come and of answers (`admission.py`); connections have limits of
+their own (`connections.py`), and other sites' pages are kept out (`hosts.py`). Every refusal is JSON: {"error": "..."}.
+"""
+
+import asyncio
+import base64
+import io
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from numpy.typing import NDArray
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from m3vit import __version__
+from m3vit.errors import InputError
+from m3vit.export.runtime.admission import Budget, Place, Places
+from m3vit.export.runtime.bodies import expected_bytes, read_image_bytes
+from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
+from m3vit.export.runtime.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
+from m3vit.export.runtime.hosts import ANY, Hosts, HostsOnly
+from m3vit.export.runtime.package import MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
+from m3vit.export.runtime.summary import summarise
+from m3vit.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
+
+BODY_S = 30.0  # for a request's body to arrive
+SHUTDOWN_S = 60  # for requests in flight to finish
+RETRY_S = 1
+BODIES_BYTES = 48 << 20  # of images that come or wait for their prediction, together
+ANSWERS_BYTES = 16 << 20  # of answers on their way, together, besides those that keep their prediction's thread
+PIECE_BYTES = 1 << 16  # of an answer, handed on when the last one has been taken
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the latency histogram
+_PNG_LEVEL = 3  # of compression; beyond it, time grows faster than the file shrinks
+
+
+class Format(str, Enum):
+    """What `POST /predict/{task}` answers with."""
+
+    PNG = "png"
+    OVERLAY = "overlay"
+    NPY = "npy"
+    JSON = "json"
+
+
+class Resize(str, Enum):
+    """Whether images run at the size trained at instead of their own; `auto`: only those that cannot otherwise."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one service: bytes and pixels of an image, predictions at a time, requests waiting for one."""
+
+    max_bytes: int = WEB_BYTES
+    max_pixels: int = WEB_PIXELS
+    concurrency: int = 2
+    queue: int = 16
+
+
+class Metrics:
+    """What `GET /metrics` shows, besides the process's own memory, time and files."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        labels = ("task", "status")
+        self.requests = Counter("m3vit_requests", "Answered requests.", labels, registry=self.registry)
+        self.seconds = Histogram(
+            "m3vit_request_seconds",
+            "From a request's head to its answer's end.",
+            ("task",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("m3vit_requests_in_flight", "Requests being read or answered.", registry=self.registry)
+        self.rejected = Counter("m3vit_requests_rejected", "Requests refused as too many.", registry=self.registry)
+        self._cut = Counter(
+            "m3vit_cut", "Clients cut off: too slow, or making way.", ("reason",), registry=self.registry
+        )
+
+    def cut(self, reason: str) -> None:
+        """Count a client that was cut off."""
+        self._cut.labels(reason).inc()
+
+
+class Service:
+    """Answers prediction requests for some of a package's tasks."""
+
+    def __init__(self, package: Package, tasks: list[str], limits: Limits) -> None:
+        self.package, self.tasks, self.limits = package, tasks, limits
+        self.metrics = Metrics()
+        self.pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="predict")
+        self.places = Places(limits.concurrency + limits.queue, self.metrics.cut)
+        self._running = asyncio.Semaphore(limits.concurrency)
+        self._bodies, self._answers = Budget(BODIES_BYTES), Budget(ANSWERS_BYTES)
+
+    async def predict(self, request: Request, task: str, answer: "Answer") -> Response:
+        """Answer one request, or raise HTTPException. The place it takes goes to `request.state.held`."""
+        if task not in self.tasks:
+            raise HTTPException(404, f"no task {task!r}: this service has {', '.join(self.tasks)}")
+        expected = expected_bytes(request, self.limits.max_bytes)
+        place = self.places.take()
+        if place is None:
+            raise self._busy(f"{self.limits.concurrency + self.limits.queue} requests are in hand already")
+        request.state.held.take(place)
+        try:
+            give_back = await asyncio.wait_for(place.reserve(self._bodies, expected, "body"), BODY_S)
+        except asyncio.TimeoutError:
+            raise self._busy("too many large images are coming") from None
+        data = await self._receive(request, place)
+        await self._running.acquire()
+        free_thread = place.holds(self._running.release)
+        if await request.is_disconnected():
+            raise ClientDisconnect
+        response = await asyncio.get_running_loop().run_in_executor(self.pool, self._work, data, task, answer)
+        give_back()
+
+        async def let_next_begin() -> None:
+            await place.reserve(self._answers, int(response.headers["content-length"]), "answer")
+            free_thread()
+
+        place.holds(asyncio.ensure_future(let_next_begin()).cancel)
+        return response
+
+    def _busy(self, why: str) -> HTTPException:
+        self.metrics.rejected.inc()
+        return HTTPException(503, f"{why}: try again later", {"Retry-After": str(RETRY_S)})
+
+    async def _receive(self, request: Request, place: Place) -> bytes:
+        """Return the image, or raise HTTPException if it does not come in time."""
+        reading: asyncio.Task[bytes] | None = None
+        with place.transfer("body", lambda: reading and reading.cancel()) as transfer:
+            reading = asyncio.ensure_future(read_image_bytes(request, self.limits.max_bytes, transfer.move))
+            try:
+                return await asyncio.wait_for(reading, BODY_S)
+            except asyncio.TimeoutError:
+                late = f"the image did not arrive within {BODY_S:.0f} s: send it again"
+            except asyncio.CancelledError:
+                if not transfer.stopped:
+                    raise
+                late = "the image came too slowly: send it again"
+            raise HTTPException(408, late)
+
+    def _work(self, data: bytes, task: str, answer: "Answer") -> Response:
+        """Decode, predict and encode: what takes time, in a thread."""
+        try:
+            image = decode_image(data, "the image", self.limits.max_pixels, WEB_FORMATS)
+        except TooManyPixels as error:
+            raise HTTPException(413, str(error)) from None
+        except InputError as error:
+            raise HTTPException(400, str(error)) from None
+        entry = self.package.entry(task)
+        resize = answer.resize is Resize.ALWAYS or (
+            answer.resize is Resize.AUTO and must_resize(entry, image.shape[0], image.shape[1])
+        )
+        start = time.perf_counter()
+        try:
+            prediction = self.package.predict(image, task, resize=resize)
+        except (NotFinite, PackageChanged) as error:  # the package's fault, not the image's
+            raise HTTPException(500, str(error)) from None
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
+        elapsed = time.perf_counter() - start
+        manifest = self.package.manifest
+        if answer.format is Format.NPY:
+            return _Values(prediction)
+        if answer.format is Format.PNG:
+            return Response(_png(colourise(prediction, task, manifest)), media_type="image/png")
+        if answer.format is Format.OVERLAY:
+            return Response(_png(overlay(image, prediction, task, manifest)), media_type="image/png")
+        figures = {
+            "task": task,
+            "height": image.shape[0],
+            "width": image.shape[1],
+            "resized": resize,
+            "milliseconds": round(1000 * elapsed, 3),
+            **summarise(prediction, entry),
+        }
+        if answer.picture:
+            figures |= _picture(prediction, task, manifest)
+        return JSONResponse(figures)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request asks for."""
+
+    format: Format
+    resize: Resize
+    picture: bool
+
+
+def must_resize(entry: dict[str, Any], height: int, width: int) -> bool:
+    """Return whether a task's graph cannot run an image at its own size; see `Package.predict`."""
+    if entry["input_size"]:
+        return tuple(entry["input_size"]) != (height, width)
+    patch = entry["patch_multiple"]
+    return min(height, width) < patch or round(height / patch) * round(width / patch) > MAX_PATCHES
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG", compress_level=_PNG_LEVEL)
+    return file.getvalue()
+
+
+class _Values(Response):
+    """An array as .npy, sent from where it is."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        array, head = np.ascontiguousarray(array), io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+        self.parts = (head.getvalue(), array.data.cast("B"))
+        super().__init__(headers={"Content-Length": str(sum(map(len, self.parts)))})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for place, part in enumerate(self.parts):
+            await send({"type": "http.response.body", "body": part, "more_body": place + 1 < len(self.parts)})
+
+
+def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a prediction's picture as a data URL, and what its colours mean."""
+    entry = manifest["tasks"][task]
+    scale = depth_limits(prediction) if entry["decode"] == "identity" else None
+    url = "data:image/png;base64," + base64.b64encode(_png(colourise(prediction, task, manifest, scale))).decode()
+    meaning = legend(prediction, task, entry, scale, plain=True)
+    if isinstance(meaning, Swatches):
+        return {"picture": url, "legend": {"items": [{"name": name, "colour": c} for name, c in meaning.items]}}
+    colours = meaning.colours[:: len(meaning.colours) // 15].tolist()
+    return {
+        "picture": url,
+        "legend": {"title": meaning.title, "low": meaning.low, "high": meaning.high, "colours": colours},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- app
+
+
+class _Held:
+    """The place of one request, once it has one, and the connection that the request came on."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.place: Place | None = None
+
+    def take(self, place: Place) -> None:
+        """Hold a place until `release`."""
+        self.place = place
+        if self.connection:
+            self.connection.held = True
+
+    def release(self) -> None:
+        """Release what is held."""
+        if self.place:
+            self.place.release()
+        if self.connection:
+            self.connection.held = False
+
+    def cut(self) -> None:
+        """Drop the client."""
+        if self.connection:
+            self.connection.cut()
+
+
+class _Measured:
+    """ASGI middleware of the requests to /predict/...: counts and times them, whatever answers them, hands answers on
+    in pieces, as they are taken, and releases the request's place when the last one is."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/predict/"):
+            await self.app(scope, receive, send)
+            return
+        name = scope["path"].removeprefix("/predict/")
+        task = name if name in self.service.tasks else "unknown"  # strangers do not choose the names of series
+        status = 500
+        state = scope.setdefault("state", {})
+        held = state["held"] = _Held(state.get("connection"))
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            if message["type"] != "http.response.body" or held.place is None:
+                await send(message)
+                return
+            body, more = memoryview(message.get("body", b"")), message.get("more_body", False)
+            with held.place.transfer("answer", held.cut) as transfer:
+                for start in range(0, max(1, len(body)), PIECE_BYTES):
+                    piece = body[start : start + PIECE_BYTES]
+                    last = start + PIECE_BYTES >= len(body)
+                    await send({"type": "http.response.body", "body": bytes(piece), "more_body": more or not last})
+                    transfer.move(len(piece))
+
+        metrics, start = self.service.metrics, time.perf_counter()
+        try:
+            with metrics.in_flight.track_inprogress():
+                await self.app(scope, receive, noted)
+        finally:
+            held.release()
+            metrics.requests.labels(task, str(status)).inc()
+            metrics.seconds.labels(task).observe(time.perf_counter() - start)
+
+
+def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts | None = None) -> FastAPI:
+    """Return the ASGI application. `hosts`: those it answers for (default: any).
+
+    Raises InputError for a task that the package lacks.
+    """
+    for task in tasks:
+        package.entry(task)
+    service = Service(package, tasks, limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.pool.shutdown()
+
+    # No docs_url: FastAPI's page loads its scripts from elsewhere. /openapi.json is there.
+    app = FastAPI(title="m3vit", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.metrics = service.metrics
+    app.add_middleware(HostsOnly, hosts=hosts or Hosts([ANY]))
+    app.add_middleware(_Measured, service=service)  # it counts refusals too
+    app.add_middleware(CloseUnfinished)
+    app.add_exception_handler(StarletteHTTPException, _refusal)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _defect)
+    page = (files("m3vit.export.runtime") / "page.html").read_text()
+
+    @app.get("/", response_class=HTMLResponse, summary="A page to drop an image on.")
+    async def index() -> HTMLResponse:
+        policy = "default-src 'none'; img-src blob: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+        return HTMLResponse(page, headers={"Content-Security-Policy": f"{policy}; connect-src 'self'"})
+
+    @app.get("/health", summary="Whether the service is up.")
+    async def health() -> dict[str, str]:
+        return {"status": "ok", "version": __version__}
+
+    @app.get("/tasks", summary="The tasks, and what their predictions are.")
+    async def list_tasks() -> dict[str, Any]:
+        return {
+            "tasks": [describe(package, task) for task in tasks],
+            "train_size": package.manifest["image"]["train_size"],
+            "max_bytes": limits.max_bytes,
+            "max_pixels": limits.max_pixels,
+        }
+
+    @app.get("/metrics", summary="Prometheus metrics.")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.post(
+        "/predict/{task}",
+        summary="Predict a task for an image: the body, or a form's field `image`.",
+        response_class=Response,
+    )
+    async def predict(
+        request: Request,
+        task: str,
+        format: Format = Query(Format.PNG, description="picture, picture over the image, values, figures"),  # noqa: B008
+        resize: Resize = Query(Resize.AUTO, description="run at the size trained at"),  # noqa: B008
+        picture: bool = Query(False, description="json only: add the picture and its legend"),
+    ) -> Response:
+        try:
+            return await service.predict(request, task, Answer(format, resize, picture))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nginx's number; nobody reads it but the metrics
+
+    return app
+
+
+def describe(package: Package, task: str) -> dict[str, Any]:
+    """Return what `GET /tasks` says about a task."""
+    entry = package.entry(task)
+    described = {"name": task, "decode": entry["decode"], "unit": entry.get("unit"), "input_size": entry["input_size"]}
+    if entry["decode"] == "argmax":
+        palette = [list(colour) for colour in entry["palette"]]
+        described["classes"] = [
+            {"id": index, "name": name, "colour": colour}
+            for index, (name, colour) in enumerate(zip(class_names(entry), palette, strict=False))
+        ]
+    return described
+
+
+async def _refusal(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StarletteHTTPException)
+    message = str(error.detail)
+    if error.status_code == 405:
+        message = f"{request.url.path} does not take {request.method}: see the header Allow"
+    elif error.status_code == 404 and message == "Not Found":
+        message = f"{request.url.path} is not here: /, /health, /tasks, /metrics and /predict/{{task}} are"
+    return JSONResponse({"error": message}, error.status_code, error.headers)
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return JSONResponse({"error": f"{first['loc'][-1]} is {first.get('input')!r}: {first['msg']}"}, 422)
+
+
+async def _defect(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": "internal error; the service's log has the details"}, 500)
+
+
+# ---------------------------------------------------------------------------------------------------------- server
+
+
+def serve(
+    package_dir: Path,
+    *,
+    host: str,
+    port: int,
+    tasks: list[str] | None = None,
+    loading: Mapping[str, Any] | None = None,
+    limits: Limits = Limits(),
+    allowed_hosts: Iterable[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a package until SIGINT or SIGTERM; requests in flight are then answered first.
+
+    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `allowed_hosts`: see `Hosts`. `say` gets a
+    line with the address as soon as requests are taken. Raises InputError for a bad package or task, an address that
+    cannot be had, and fewer files than the limits need.
+    """
+    give_memory_back()
+    package = Package.load(package_dir, **(loading or {}))
+    tasks = list(dict.fromkeys(tasks or package.tasks))
+    warm_up(package, tasks)
+    listening = listen(host, port)
+    bound = listening.getsockname()
+    app = create_app(package, tasks, limits, Hosts.of(host, bound[0], allowed_hosts))
+    crowd = Crowd(most_connections(limits.concurrency + limits.queue), app.state.metrics.cut)
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        ws="none",
+        log_level="error",  # defects; what strangers send is in the metrics
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every damaged form
+    server = LimitedServer(config, crowd)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        server.should_exit = True
+
+    # uvicorn catches the signals while it serves and raises them again at the end, when these handlers are back: being
+    # asked to stop is not a failure, and the exit code is 0.
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, stop)
+    shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+    say(f"serving {', '.join(tasks)} on http://{shown}:{bound[1]}/ (Ctrl-C stops)")
+    with listening:
+        server.run(sockets=[listening])
+
+
+def warm_up(package: Package, tasks: list[str]) -> None:
+    """Run every task once: graphs that cannot be loaded or run are noticed now, and no request waits for loading."""
+    height, width = package.manifest["image"]["train_size"]
+    for task in tasks:
+        package.predict(np.zeros((height, width, 3), np.uint8), task, resize=True)

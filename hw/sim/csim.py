@@ -1,0 +1,253 @@
+"""C-simulation of an emitted HLS project with a plain C++ compiler: no torch, no hls4ml, no vendor tool.
+
+Of a spatial project in two ways, which must agree: the stand-alone test bench `m3vit_test.cpp`, built as a user
+without Python would, and hls4ml's own compile() and predict() on the folder (hls4ml.converters.link_existing_project;
+see m3vit.hw.sim.bridge). Of a multiplexed project by its test bench alone, which must agree with
+m3vit.hw.sim.emulator.
+"""
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3vit.errors import InputError
+from m3vit.hw.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
+from m3vit.hw.sim.compiler import advising, built, compiler, find_compiler, require_writable, run_program
+
+__all__ = ["FORMAT", "MANIFEST", "find_compiler", "read_manifest"]  # used from here by others
+
+NAME = "m3vit"  # of the hls4ml project
+TESTBENCH = "csim.exe"
+FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
+# Of a multiplexed project: machine integers, so the result does not depend on the flags. Its own Makefile has -O3.
+MULTIPLEXED_FLAGS = ("-O3", "-march=native", "-std=c++11", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-label")
+# -W ignore: hls4ml warns of optional packages it does not find
+BRIDGE = (sys.executable, "-W", "ignore", "-m", "m3vit.hw.sim.bridge")
+PIXEL_SCALE = 256  # the accelerator's input is pixel / 256, exact in ap_ufixed<8, 0>
+PIXELS = np.array([repr(value / PIXEL_SCALE) for value in range(256)])  # as text, exactly
+
+
+class SimulationResult(NamedTuple):
+    """What a C-simulation of n runs returned.
+
+    outputs: [n, T, n_out] float32, zero beyond the width of the run's task.
+    expert_ids: for each MoE layer [n, N, K] int64, best first; N counts prefix tokens too.
+    seconds: wall-clock time of the simulation, without building and file conversion.
+    """
+
+    outputs: np.ndarray
+    expert_ids: list[np.ndarray]
+    seconds: float
+
+
+class FrameResult(NamedTuple):
+    """What the C-simulation of n frames of a multiplexed project returned.
+
+    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K]. counters: for each frame,
+    by instruction, bytes by port and `saturated` values. seconds: as SimulationResult's.
+    """
+
+    outputs: np.ndarray
+    expert_ids: list[np.ndarray]
+    counters: list[list[dict[str, int]]]
+    seconds: float
+
+
+def tokenise(images: np.ndarray, patch: int) -> np.ndarray:
+    """Cut images uint8 [n, H, W, 3] into tokens float32 [n, T, 3 p^2] of pixel / 256, in the order (colour, y, x)."""
+    n, height, width, _ = images.shape
+    grid = images.reshape(n, height // patch, patch, width // patch, patch, 3).transpose(0, 1, 3, 5, 2, 4)
+    return np.ascontiguousarray(grid.reshape(n, -1, 3 * patch * patch), dtype=np.float32) / PIXEL_SCALE
+
+
+def build_testbench(project: Path) -> Path:
+    """Build the stand-alone test bench with one compiler call and return its path (about 20 s)."""
+    sources = [f"firmware/{NAME}.cpp", f"{NAME}_test.cpp"]
+    defines = ["-Ifirmware/ap_types", '-DWEIGHTS_DIR="firmware/weights"']
+    return _build(project, [*FLAGS, *defines, *sources])
+
+
+def _build(project: Path, arguments: list[str]) -> Path:
+    """Build a test bench with the arguments of a compiler, and return its path."""
+    what = "building the test bench"
+    with built(project / TESTBENCH, what) as program:
+        run_program([*compiler(), *arguments, "-o", program.name], project, what)
+    return project / TESTBENCH
+
+
+def build_bridge(project: Path) -> Path:
+    """Build the bridge library with hls4ml's compile() and return its path (about 10 s)."""
+    what, firmware = "hls4ml's compile()", project / "firmware"
+    require_writable(project, firmware)
+    for old in firmware.glob(f"{NAME}-*.so"):
+        old.unlink()
+    words = compiler()
+    with tempfile.TemporaryDirectory() as name, advising():
+        # build_lib.sh says g++: give it our compiler under that name.
+        stand_in = Path(name) / "g++"
+        if len(words) == 1:
+            stand_in.symlink_to(words[0])
+        else:
+            stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            stand_in.chmod(0o755)
+        env = {**os.environ, "PATH": name + os.pathsep + os.environ.get("PATH", "")}
+        run_program([*BRIDGE, "build"], project, what, env)
+        libraries = list(firmware.glob(f"{NAME}-*.so"))
+        if not libraries:
+            raise InputError(f"{what} made no library")
+    return libraries[0]
+
+
+@contextmanager
+def _workplace() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield a scratch folder and an environment that makes the kernels log their routing into it."""
+    with tempfile.TemporaryDirectory(prefix="m3vit-csim-") as name:
+        folder = Path(name)
+        yield folder, {**os.environ, "M3VIT_ROUTING_LOG": str(folder / "routing.log")}
+
+
+def _read_routing(folder: Path, manifest: dict[str, Any], runs: int) -> list[np.ndarray]:
+    """Return the expert ids [runs, N, K] of each MoE layer from a routing log (lines `layer expert expert ...`)."""
+    lines: list[list[np.ndarray]] = [[] for _ in manifest["moe_layers"]]
+    path = folder / "routing.log"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        layer, *experts = line.split()
+        lines[int(layer)].append(np.array(experts, dtype=np.int64))
+    if any(len(layer) != runs for layer in lines):
+        raise InputError(f"the simulation logged the routing of {[len(layer) for layer in lines]} runs, not of {runs}")
+    return [
+        np.stack(layer).reshape(runs, -1, info["top_k"]) if runs else np.zeros((0, 0, info["top_k"]), np.int64)
+        for layer, info in zip(lines, manifest["moe_layers"], strict=True)
+    ]
+
+
+def _check(tokens: np.ndarray, task_ids: np.ndarray, manifest: dict[str, Any]) -> None:
+    expected = (manifest["tokens"], manifest["token_width"])
+    if tokens.ndim != 3 or tokens.shape[1:] != expected or task_ids.shape != tokens.shape[:1]:
+        raise InputError(
+            f"tokens {tokens.shape} and task ids {task_ids.shape}: give [n, {expected[0]}, {expected[1]}] and [n]"
+        )
+    if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < len(manifest["tasks"]):
+        raise InputError(
+            f"task ids {sorted(set(task_ids.tolist()))}: this project has 0 to {len(manifest['tasks']) - 1}"
+        )
+
+
+def _pixels(tokens: np.ndarray) -> np.ndarray:
+    pixels = np.rint(tokens * PIXEL_SCALE).astype(np.int64)
+    if not np.array_equal(pixels.astype(np.float32) / PIXEL_SCALE, tokens) or pixels.min() < 0 or pixels.max() > 255:
+        raise InputError(
+            "tokens hold values other than pixel / 256 with pixel 0 to 255: that is the accelerator's input"
+        )
+    return pixels
+
+
+def write_input_lines(path: Path, tokens: np.ndarray, task_ids: np.ndarray) -> None:
+    """Write the test bench's input: a line a run, the tokens [T, P] flattened (pixel / 256), then the task id."""
+    with open(path, "w") as file:
+        for pixels, task_id in zip(_pixels(tokens), task_ids, strict=True):
+            file.write(" ".join(PIXELS[pixels.ravel()]) + f" {int(task_id)}\n")
+
+
+def run_testbench(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> SimulationResult:
+    """Simulate tokens [n, T, P] float32 (pixel / 256) with task ids [n] through the test bench built before.
+
+    Outputs come from its text log, so they carry six significant digits.
+    """
+    manifest = read_manifest(project)
+    task_ids = np.asarray(task_ids)
+    _check(tokens, task_ids, manifest)
+    with _workplace() as (folder, env):
+        (folder / "firmware").symlink_to((project / "firmware").resolve())
+        data = folder / "tb_data"
+        data.mkdir()
+        write_input_lines(data / "tb_input_features.dat", tokens, task_ids)
+        (data / "tb_output_predictions.dat").write_text("0\n" * len(tokens))  # it insists on a line a run
+        start = time.perf_counter()
+        run_program([str((project / TESTBENCH).resolve())], folder, "the test bench", env)
+        seconds = time.perf_counter() - start
+        outputs = _outputs(data / "csim_results.log", len(tokens), manifest)
+        return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
+
+
+def run_bridge(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> SimulationResult:
+    """Simulate tokens [n, T, P] float32 (pixel / 256) with task ids [n] by hls4ml's predict(); built before."""
+    manifest = read_manifest(project)
+    task_ids = np.asarray(task_ids)
+    _check(tokens, task_ids, manifest)
+    _pixels(tokens)
+    with _workplace() as (folder, env):
+        np.save(folder / "tokens.npy", np.ascontiguousarray(tokens, dtype=np.float32))
+        np.save(folder / "tasks.npy", task_ids[:, None].astype(np.float32))
+        seconds = float(run_program([*BRIDGE, "run", str(folder)], project, "hls4ml's predict()", env))
+        outputs = np.load(folder / "outputs.npy").reshape(len(tokens), manifest["tokens"], manifest["outputs"])
+        return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
+
+
+def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
+    """Read the text log of a spatial project's test bench: outputs [n, T, n_out] float32."""
+    shape = (runs, manifest["tokens"], manifest["outputs"])
+    try:
+        outputs = np.array(log.read_text().split(), dtype=np.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the test bench wrote outputs that cannot be read ({error})") from None
+    if outputs.size != np.prod(shape):
+        raise InputError(f"the test bench wrote {outputs.size} values instead of {np.prod(shape)}")
+    return outputs.reshape(shape)
+
+
+def build_frames(project: Path) -> Path:
+    """Build the test bench of a multiplexed project and return its path (about 5 s)."""
+    return _build(project, [*MULTIPLEXED_FLAGS, "-I.", f"{NAME}_test.cpp", f"firmware/{NAME}.cpp"])
+
+
+def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> FrameResult:
+    """Simulate frames uint8 [n, H, W, 3], each for a task id of [n], with the test bench built before."""
+    manifest = read_manifest(project)
+    task_ids, size = np.asarray(task_ids), (*manifest["image_size"], 3)
+    if images.dtype != np.uint8 or images.shape[1:] != size or task_ids.shape != images.shape[:1]:
+        raise InputError(
+            f"frames {images.dtype} {images.shape} and task ids {task_ids.shape}: give uint8 [n, {size[0]}, {size[1]}, "
+            "3] and [n]"
+        )
+    if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < 256:
+        raise InputError(f"task ids {sorted(set(task_ids.tolist()))}: give 0 to 255")
+    with tempfile.TemporaryDirectory(prefix="m3vit-csim-") as name:
+        folder = Path(name)
+        images.tofile(folder / "images.bin")
+        task_ids.astype(np.uint8).tofile(folder / "tasks.bin")
+        weights = project.resolve() / WEIGHTS
+        names = ("images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin")
+        start = time.perf_counter()
+        run_program([str(project.resolve() / TESTBENCH), str(weights), *names], folder, "the test bench")
+        seconds = time.perf_counter() - start
+        try:
+            outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)
+            routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64).reshape(len(images), -1)
+            lines = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"the test bench wrote outputs that cannot be read ({error})") from None
+    rows = manifest["tokens"] + manifest["prefix_tokens"]
+    words = [rows * layer["top_k"] for layer in manifest["moe_layers"]]
+    if outputs.shape[-1] != manifest["outputs"] or routing.shape[-1] != sum(words):
+        raise InputError(
+            f"the test bench wrote {outputs.shape[-1]} outputs a token and {routing.shape[-1]} routing words a frame "
+            f"instead of {manifest['outputs']} and {sum(words)}"
+        )
+    experts = [
+        part.reshape(len(images), rows, layer["top_k"])
+        for part, layer in zip(np.split(routing, np.cumsum(words)[:-1], axis=1), manifest["moe_layers"], strict=False)
+    ]
+    counters: list[list[dict[str, int]]] = [[] for _ in images]
+    for line in lines:
+        counters[line.pop("frame")].append(line)
+    return FrameResult(outputs, experts, counters, seconds)

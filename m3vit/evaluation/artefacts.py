@@ -1,0 +1,159 @@
+"""Runs, ONNX packages and HLS projects as predictors: scored by the same meters (`m3vit eval`, `m3vit report`)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3vit.collectives import world_size
+from m3vit.errors import InputError
+from m3vit.evaluation.evaluate import Predictor, normalised, torch_predictor
+from m3vit.evaluation.protocols import NetworkImage
+from m3vit.export.runtime.package import MANIFEST as PACKAGE_MANIFEST
+from m3vit.export.runtime.package import NotFinite, Package
+from m3vit.hw.sim import csim
+from m3vit.launched import place
+from m3vit.normalisation import Normalisation, recorded
+
+
+def onnx_predictor(package: Package) -> Predictor:
+    """Return an ONNX package as a predictor, fed as torch is: the same pixels, at the size trained at."""
+    manifest = package.manifest
+    height, width = manifest["tasks"][package.tasks[0]]["input_size"] or manifest["image"]["train_size"]
+    image = {name: manifest["image"][name] for name in ("mean", "std")}
+    normalisation = recorded(image, f"image of {package.folder / PACKAGE_MANIFEST}")
+
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        batch = normalised(images, normalisation).numpy()
+        try:
+            return {task: torch.from_numpy(package.logits(batch, task)) for task in package.tasks}
+        except NotFinite as error:
+            named = ", ".join(images[place].id for place in error.images)
+            raise InputError(f"image {named}: {error}") from error
+
+    return Predictor("onnx", package.tasks, label_set(manifest, package.folder), (height, width), run)
+
+
+def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
+    """Return an HLS project (`open_project`) as a predictor: built, and simulated image by image (hls4ml's predict()).
+
+    The accelerator's input is pixels, so padding (protocol B) is the mean colour, 0.01 at most from the zero that torch
+    gets after normalisation.
+    """
+    from m3vit.export.hls.verify import CHUNK_IMAGES, logits_of
+
+    if manifest.get("schedule") == "multiplexed":
+        return emulator_predictor(project, manifest)
+    csim.build_bridge(project)
+    tasks = [task["name"] for task in manifest["tasks"]]
+    widths = [task["outputs"] for task in manifest["tasks"]]
+    padding = project_normalisation(project, manifest).pixel
+
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        pixels = np.stack([image.padded(padding) for image in images])
+        tokens = csim.tokenise(pixels, manifest["patch_size"])
+        ids = np.tile(np.arange(len(tasks)), len(images))
+        outputs = csim.run_bridge(project, tokens.repeat(len(tasks), axis=0), ids).outputs
+        by_task = outputs.reshape(len(images), len(tasks), *outputs.shape[1:])
+        return {
+            task: logits_of(np.ascontiguousarray(by_task[:, place, :, :width]), manifest)
+            for place, (task, width) in enumerate(zip(tasks, widths, strict=True))
+        }
+
+    height, width = manifest["image_size"]
+    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run, CHUNK_IMAGES)
+
+
+def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
+    """Return a multiplexed project as a predictor: its emulator, which gives the words of the C-simulation.
+
+    Tasks share what no task changes. The input is pixels, see hls_predictor.
+    """
+    from m3vit.export.hls.multiplexed.verify import real_outputs
+    from m3vit.export.hls.verify import logits_of
+    from m3vit.hw.sim.emulator import Emulator
+
+    emulator = Emulator.open(project / csim.WEIGHTS)
+    tasks = [task["name"] for task in manifest["tasks"]]
+    padding = project_normalisation(project, manifest).pixel
+
+    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
+        (image,) = images
+        results = emulator.run_tasks(image.padded(padding), list(range(len(tasks))))
+        words = np.stack([result.outputs for result in results])
+        outputs = real_outputs(words.reshape(1, len(tasks), manifest["tokens"], -1), manifest)
+        widths = [task["outputs"] for task in manifest["tasks"]]
+        return {
+            task: logits_of(np.ascontiguousarray(outputs[:, place, :, :width]), manifest)
+            for place, (task, width) in enumerate(zip(tasks, widths, strict=True))
+        }
+
+    height, width = manifest["image_size"]
+    return Predictor("emulator", tasks, label_set(manifest, project), (height, width), run)
+
+
+def project_normalisation(project: Path, manifest: dict[str, Any]) -> Normalisation:
+    """Return the normalisation that is folded into an HLS project's weights."""
+    return recorded(manifest.get("normalisation"), f"normalisation of {project / csim.MANIFEST}")
+
+
+def label_set(manifest: dict[str, Any], folder: Path) -> str:
+    """Return the label set that an export was trained on."""
+    if "label_set" not in manifest:
+        raise InputError(f"{folder} was exported by an earlier version, without its label set: export it again")
+    return str(manifest["label_set"])
+
+
+def choose_device(name: str) -> str:
+    """Return a torch device's name: "auto" is this process's GPU if there is one. Raises InputError for a bad one."""
+    if name == "auto":
+        return f"cuda:{place().local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}): give auto, cpu or cuda") from None
+    return name
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is an ONNX package or an HLS project."""
+    return any((folder / name).is_file() for name in (PACKAGE_MANIFEST, csim.MANIFEST))
+
+
+def open_predictor(
+    folder: Path, device: str, batch: int, precision: str | None = None
+) -> tuple[Predictor, dict[str, Any], str]:
+    """Open a run, an ONNX package or an HLS project; return it, what eval.json says of it, and a run's data root.
+
+    `device` (a torch device) and `batch` are those of a run; packages and projects run on the CPU. `precision`: of a
+    package that holds several.
+    """
+    if (folder / PACKAGE_MANIFEST).is_file():
+        package = Package.load(folder, precision=precision)
+        info = {"weights_sha256": package.manifest["weights"]["sha256"], "precision": package.precision}
+        return onnx_predictor(package), info, ""
+    if precision is not None:
+        raise InputError(f"--precision is of an ONNX package, and {folder} is none: leave it out")
+    if (folder / csim.MANIFEST).is_file():
+        if world_size() > 1:
+            raise InputError("an HLS project is simulated by one process: start m3vit eval without torchrun")
+        from m3vit.export.hls.contents import naming, open_project
+
+        manifest, changed = open_project(folder)
+        weights = manifest.get("run", {}).get("weights_sha256")
+        info = {"hls4ml": manifest["hls4ml"], "weights_sha256": weights, "changed_files": changed}
+        with naming(changed):
+            return hls_predictor(folder, manifest), info, ""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(
+            f"{folder} is not a run folder, an ONNX package or an HLS project (no config.yaml, {PACKAGE_MANIFEST} or "
+            f"{csim.MANIFEST} in it): make one with m3vit train, m3vit init, m3vit export onnx or m3vit export hls"
+        )
+    from m3vit.run_folder import load_run
+
+    run = load_run(folder)
+    info = {"weights_sha256": run.info["weights_sha256"], "epochs_trained": run.info["epochs_trained"]}
+    return torch_predictor(run.model.to(device), batch), info, run.config.data.root
