@@ -1,5 +1,5 @@
 # make demo   environment, then the whole path on rendered scenes: train, evaluate, export, C-simulate, report
-# make test   lint, format check, type check on the built wheel, the whole test suite
+# make test   lint, format check, type check, the whole test suite
 # make gpu    tests and benchmarks of one CUDA GPU into runs/gpu; without network or an environment: benchmarks/gpu.sh
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,15 +22,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On the wheel: mypy cannot resolve the package-dir mapping of an editable install.
 typecheck: $(VENV)/.installed
-	rm -rf build/typecheck && mkdir -p build/typecheck/source
-	git ls-files -z | xargs -0 cp --parents -t build/typecheck/source
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/typecheck build/typecheck/source
-	$(BIN)/python -m zipfile -e build/typecheck/*.whl build/typecheck/wheel
-	cp pyproject.toml build/typecheck/wheel
-	cd build/typecheck/wheel && $(abspath $(BIN))/mypy -p m3vit
-	rm -rf build/typecheck
+	$(BIN)/mypy -p m3vit
 
 pytest: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -29,7 +29,7 @@ python="${PYTHON:-python3}"
 device="${M3VIT_TEST_DEVICE:-cuda}"
 site="$(mktemp -d)"
 trap 'rm -rf "$site"' EXIT
-cp -r m3vit tests benchmarks pyproject.toml "$site" && cp -r export hw data "$site/m3vit" || exit 2
+cp -rL m3vit tests benchmarks pyproject.toml "$site" || exit 2
 export PYTHONPATH="$site:$site/packages${PYTHONPATH:+:$PYTHONPATH}" M3VIT_TEST_INSTALLED=1 M3VIT_TEST_DEVICE="$device"
 if [ -n "$wheels" ]; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site/packages" "$wheels"/*.whl || exit 2

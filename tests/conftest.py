@@ -17,21 +17,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"m3vit": "m3vit", "m3vit.export": "export", "m3vit.hw": "hw", "m3vit.data": "data"}
 
 
 def pytest_sessionstart() -> None:
     """Stop if another checkout's packages would be tested, as happens when an old environment is activated."""
     if os.environ.get("M3VIT_TEST_INSTALLED"):  # a built wheel, on purpose
         return
-    for package, folder in FOLDERS.items():
-        try:
-            spec = find_spec(package)
-        except ModuleNotFoundError:
-            spec = None
-        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if found != ROOT / folder:
-            pytest.exit(f"{package} is {found}, not {ROOT / folder}. Run: pip install -e '.[test]'", returncode=4)
+    spec = find_spec("m3vit")
+    found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+    if found != ROOT / "m3vit":
+        pytest.exit(f"m3vit is {found}, not {ROOT / 'm3vit'}. Run: pip install -e '.[test]'", returncode=4)
 
 
 Cli = Callable[..., subprocess.CompletedProcess]
