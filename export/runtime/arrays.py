@@ -8,7 +8,7 @@ from PIL import Image
 
 from m3vit.errors import InputError
 
-_READ = "m3vit.images.read_image"  # turns photographs upright, which PIL's own arrays are not
+_READ = "m3vit.export.images.read_image"  # turns photographs upright, which PIL's own arrays are not
 
 
 def require_array(value: Any, name: str, wanted: str) -> None:

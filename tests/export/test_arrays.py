@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[[Package, Any], Any]] = {
 }
 THINGS: list[tuple[Any, str]] = [
     (Image.fromarray(ARRAY), r"a PIL image \(RGB, 12 x 8\).*numpy.asarray\(image.convert\('RGB'\)\).*read_image"),
-    ("photo.jpg", r"a path \(photo.jpg\).*m3vit.images.read_image"),
+    ("photo.jpg", r"a path \(photo.jpg\).*m3vit.export.images.read_image"),
     (Path("photo.jpg"), r"a path \(photo.jpg\)"),
     (b"\xff\xd8", "a bytes|image 0"),
     ([[1]], "a list of 1"),
