@@ -1,4 +1,4 @@
-"""The label sets: what each data set labels, and the names of its classes. A leaf module but for the tasks: no torch."""
+"""The label sets: what each data set labels, and the names of its classes. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
