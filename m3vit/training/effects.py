@@ -24,7 +24,6 @@ OF_EXPERTS = (
     "train.z_weight",
     "train.specialise_weight",
 )
-OURS = ("num_classes", "dynamic_img_size")  # of timm's arguments
 COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -52,7 +51,6 @@ def without_effect(config: Config) -> dict[str, str]:
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
-    found |= {f"model.trunk_args.{name}": "m3vit sets it itself" for name in OURS if name in model.trunk_args}
     for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
         absent = [task for task in tasks if task not in model.tasks]
         found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}
