@@ -35,7 +35,8 @@ from m3vit.data.reading import (
 from m3vit.data.sample import FileSplit, held, names_in
 from m3vit.data.thinning import segmentation_boundaries
 from m3vit.errors import InputError
-from m3vit.tasks import IGNORE, LABEL_SETS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import IGNORE
 
 FOLDERS = {"image": "images", "semseg": "segmentation", "depth": "depth", "normals": "normals", "edge": "edge"}
 SAME = {"semseg": ".png", "depth": ".npy"}

@@ -35,7 +35,8 @@ from m3vit.data.reading import (
 from m3vit.data.sample import FileSplit, held
 from m3vit.data.thinning import laplacian_boundaries, segmentation_boundaries
 from m3vit.errors import InputError
-from m3vit.tasks import IGNORE, LABEL_SETS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import IGNORE
 
 LABEL_MAPS = "pascal-context/trainval"
 FOLDERS = {
@@ -50,7 +51,7 @@ SEMSEG_FALLBACK = "semseg/pascal-context"
 PERSON = 15  # class_ind of PASCAL VOC
 Y_UP = np.array([1, -1, 1], np.float32)  # from the axes of normals_distill (LabelSet.normals_y_down) to m3vit.tasks'
 NUM_CLASSES = LABEL_SETS["pascal"].channels("semseg")
-# The 24 parts that PASCAL-Part names on a person, merged to the classes of m3vit.tasks.PART_CLASSES.
+# The 24 parts that PASCAL-Part names on a person, merged to the classes of m3vit.label_sets.PART_CLASSES.
 PARTS = {
     name: part
     for part, names in (

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from m3vit.data.reading import Size, naming, other_spelling
 from m3vit.errors import InputError
 from m3vit.files import not_there, read_bounded, special
-from m3vit.tasks import IGNORE, resolve
+from m3vit.label_sets import resolve
+from m3vit.tasks import IGNORE
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Split(Protocol):
     `partial`: an image may lack labels of some tasks.
     """
 
-    label_set: str  # key of m3vit.tasks.LABEL_SETS
+    label_set: str  # key of m3vit.label_sets.LABEL_SETS
     release: str  # of the data set, as found on disk
     root: Path
     split: str

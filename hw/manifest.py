@@ -6,7 +6,7 @@ from typing import Any
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.tasks import LABEL_SETS, resolve
+from m3vit.label_sets import LABEL_SETS, resolve
 
 MANIFEST = "m3vit.json"
 FORMAT = 2  # of the manifest

@@ -20,8 +20,8 @@ from m3vit.data.sample import FileSplit, is_id
 from m3vit.data.tools.plausibility import REACH_PERCENT, Look, look, oddities, statistics
 from m3vit.errors import InputError
 from m3vit.files import not_there, read_bounded
+from m3vit.label_sets import LABEL_SETS
 from m3vit.pool import run_jobs, usable_cores
-from m3vit.tasks import LABEL_SETS
 
 FORMAT, VERSION = "m3vit-data-check", 1
 SPLITS = ("train", "val")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.tasks import IGNORE, LABEL_SETS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import IGNORE
 
 SAME_DEPTH_M, SAME_NORMAL = 1e-3, 1e-3  # closer than that is one value; sensors and 8-bit codes spread more
 # 95 % of an indoor image's depths are below some value between these. NYU's Kinect measures 0.7 to 10 m; tenths of

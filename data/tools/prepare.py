@@ -40,8 +40,8 @@ import m3vit
 from m3vit.data.reading import mat_names, read_mat
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, not_there, require_new, sha256_file, write_json
+from m3vit.label_sets import NYUD_CLASSES
 from m3vit.pool import run_jobs, usable_cores
-from m3vit.tasks import NYUD_CLASSES
 
 # Dataset of the labelled file -> its number of dimensions and NumPy's kind of its dtype; instances may be missing.
 ARRAYS = {"images": (4, "u"), "depths": (3, "f"), "rawDepths": (3, "f"), "labels": (3, "u"), "instances": (3, "u")}

@@ -24,9 +24,10 @@ from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file
+from m3vit.label_sets import resolve
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
-from m3vit.tasks import Task, palette, resolve
+from m3vit.tasks import Task, palette
 
 WEIGHTS = "weights.bin"
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them

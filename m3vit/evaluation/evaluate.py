@@ -16,10 +16,11 @@ from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
 from m3vit.evaluation.meters import Statistics, make_meter
 from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
+from m3vit.label_sets import LABEL_SETS
 from m3vit.models.finite import is_finite
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation
-from m3vit.tasks import LABEL_SETS, TASKS
+from m3vit.tasks import TASKS
 
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
 Progress = Callable[[int, int], None]

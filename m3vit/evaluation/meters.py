@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from m3vit.evaluation.edge_readers import HEADLINE, READERS, THRESHOLDS, Reader
 from m3vit.evaluation.edges import ois_counts, reader_counts, summarise
-from m3vit.tasks import IGNORE, LABEL_SETS, TASKS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import IGNORE, TASKS
 
 Statistics = NDArray[np.float64]
 Metrics = dict[str, NDArray[np.float64]]

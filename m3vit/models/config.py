@@ -6,7 +6,7 @@ from typing import Any
 
 from m3vit import normalisation
 from m3vit.errors import InputError, short
-from m3vit.tasks import LABEL_SETS, LabelSet, resolve
+from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
 
 ROUTERS = ("multi", "task_conditioned", "single")
 INITS = ("random", "upcycle")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
-from m3vit.tasks import Task, resolve
+from m3vit.tasks import Task
 
 PUP_WIDTH = 256  # channels of a PUP head and of distillation, whatever the trunk's width
 

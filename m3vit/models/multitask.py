@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from m3vit import normalisation
 from m3vit.errors import InputError
+from m3vit.label_sets import resolve
 from m3vit.models.backbone import Backbone
 from m3vit.models.config import ModelConfig
 from m3vit.models.heads import make_distillation, make_head, resize
 from m3vit.models.router import Routing
-from m3vit.tasks import resolve
 
 
 class Output(NamedTuple):

@@ -13,9 +13,10 @@ import yaml
 from m3vit.digests import check_sealed
 from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
+from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
-from m3vit.tasks import LABEL_SETS, TASKS
+from m3vit.tasks import TASKS
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "poly")

@@ -18,7 +18,8 @@ from m3vit.evaluation.meters import (
     SaliencyMeterB,
     make_meter,
 )
-from m3vit.tasks import IGNORE, LABEL_SETS, TASKS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import IGNORE, TASKS
 
 
 def score(meter: Meter, *pairs: tuple[object, object]) -> dict[str, float]:

@@ -31,10 +31,11 @@ from m3vit.export.onnx.parity import (
     check_parity,
 )
 from m3vit.export.runtime.package import DECODERS, Package, file_entries
+from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
-from m3vit.tasks import LABEL_SETS, TASKS
+from m3vit.tasks import TASKS
 
 Array = NDArray[np.float32]
 NAMES = LABEL_SETS["nyud"].tasks
