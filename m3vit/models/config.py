@@ -7,9 +7,9 @@ from typing import Any, Literal
 from m3vit import normalisation
 from m3vit.errors import InputError, short
 from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
+from m3vit.models.decoders import DECODERS, check_args
 from m3vit.values import check_values, not_among
 
-HEADS = ("linear", "pup")
 # Arguments of timm's create_model that are not the user's to give here, and which key says the same.
 OURS = {
     "img_size": "model.image_size says it",
@@ -19,8 +19,8 @@ OURS = {
     "dtype": "train.precision says it",
     "pretrained": "model.pretrained says it",
     "checkpoint_path": "model.weights says it",
-    "features_only": "heads take the last block's tokens",
-    "out_indices": "heads take the last block's tokens",
+    "features_only": "the decoder says which blocks it reads",
+    "out_indices": "the decoder says which blocks it reads",
     "scriptable": "it changes nothing",
     "exportable": "it changes nothing",
     "model_name": "model.trunk says it",
@@ -70,7 +70,9 @@ class ModelConfig:
         router_noise_kind: fixed (router_noise alone, as M3ViT's released runs), or learned: a second linear map of the
             token, through softplus, scales the noise (Shazeer et al., arXiv 1701.06538; router_noise 1 is theirs).
         experts_per_task: the experts that a task may use, such as {depth: [0, 1, 2, 3]}; tasks not named use all.
-        head: kind of the task heads: linear (the one that also goes on the FPGA) or pup (SETR-PUP, as in M3ViT).
+        head: the decoder, kind of the task heads: linear (the one that also goes on the FPGA) or pup (SETR-PUP, as in
+            M3ViT), or the name of one that was added.
+        head_args: keyword arguments for a decoder that was added; linear and pup take none.
         head_stride: pixels of the image per output of a linear head, before the final bilinear resize; pup heads have
             half their patch size, halved down to 2 or less.
         distillation: stages of the pup heads whose features also train further outputs for each task, made from the
@@ -99,6 +101,7 @@ class ModelConfig:
     router_noise_kind: Literal["fixed", "learned"] = "fixed"
     experts_per_task: dict[str, list[int]] = field(default_factory=dict)
     head: str = "linear"
+    head_args: dict[str, Any] = field(default_factory=dict)
     head_stride: int = 4
     distillation: list[int] = field(default_factory=list)
     experts: Literal["auto", "sorted", "grouped", "reference"] = "auto"
@@ -113,15 +116,16 @@ class ModelConfig:
         normalisation.check(self.normalisation)
         check_values("model", self)
         resolve(self.tasks, self.label_set)
-        if self.head not in HEADS:
-            raise InputError(not_among("model.head", self.head, HEADS))
+        if self.head not in DECODERS:
+            raise InputError(not_among("model.head", self.head, tuple(DECODERS)))
         for key, limits in LIMITS.items():
             _check_number(f"model.{key}", getattr(self, key), limits)
         for side in self.image_size:
             _check_number("model.image_size", side, (1, SIDE_LIMIT), f" in {list(self.image_size)}")
         _check_number("model.router_noise", self.router_noise, (0, 1e6))
         self._check_trunk_args()
-        if self.distillation and (self.head != "pup" or len(self.tasks) < 2):
+        check_args(self.head, self.head_args)
+        if self.distillation and ("distillation" not in DECODERS[self.head].reads or len(self.tasks) < 2):
             raise InputError(
                 f"model.distillation is {self.distillation} with head {self.head} and tasks {', '.join(self.tasks)}: "
                 "it needs pup heads and two tasks or more; give --model.distillation=[] without"

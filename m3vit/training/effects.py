@@ -7,6 +7,7 @@ very run is meant to do something.
 from collections.abc import Sequence
 
 from m3vit.errors import InputError
+from m3vit.models.decoders import DECODERS
 from m3vit.training.config import GRADIENT_METHODS, Config
 
 OF_EXPERTS = (
@@ -37,8 +38,8 @@ def given_keys(words: Sequence[str]) -> list[str]:
 def without_effect(config: Config) -> dict[str, str]:
     """Return the keys that cannot act in this configuration, and why; a key stands for all below it."""
     model, train, found = config.model, config.train, {}
-    if model.head == "pup":
-        found["model.head_stride"] = "pup heads have a stride of their own"
+    if "head_stride" not in DECODERS[model.head].reads:
+        found["model.head_stride"] = f"{model.head} heads have a stride of their own"
     if model.init != "upcycle":
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if model.moe_blocks in ("none", []):

@@ -51,7 +51,7 @@ def step_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the losses of `tasks` (default: all), and each unweighted one by name.
 
-    Outputs of distillation (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
+    Auxiliary outputs (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
     With `counts`, the contribution of these images to the losses of the batch counted there; routing losses are those
     of all processes' tokens of this pass, without this process's unless `tokens_count`.
     """
@@ -63,10 +63,8 @@ def step_losses(
         for task, logits in output.logits.items()
     }
     losses |= {
-        f"{task}/distilled{level}": task_loss(
-            task, logits.float(), labels[task], config.train.edge_positive_weight, counts
-        )
-        for level, outputs in output.distilled.items()
+        f"{task}/{name}": task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight, counts)
+        for name, outputs in output.auxiliary.items()
         for task, logits in outputs.items()
     }
     loss = torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum()
