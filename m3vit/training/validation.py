@@ -39,7 +39,7 @@ def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def headline(task: str) -> str:
     """Return the name of a task's headline metric in `validate`'s result."""
-    return f"{task}/{'pixF1' if task == 'edge' else TASKS[task].metric}"
+    return f"{task}/{TASKS[task].quick}"
 
 
 def figure(values: dict[str, Any], first: dict[str, Any], tasks: Sequence[str], best: str) -> float:

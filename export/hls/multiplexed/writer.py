@@ -193,7 +193,7 @@ class VitisMoEWriter(VitisWriter):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
                 target.chmod(target.stat().st_mode | stat.S_IWUSR)
-        decoding = Path(str(files("m3vit.export.runtime") / "decoding.py"))
+        decoding = Path(str(files("m3vit.kinds") / "decoding.py"))
         shutil.copyfile(decoding, out / "host" / "m3vit_decoding.py")
         with open(out / "project.tcl", "a") as file:
             file.write(f'variable board_part\nset board_part "{BOARDS[settings["board"]].board_part}"\n')
