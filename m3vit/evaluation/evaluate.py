@@ -15,7 +15,7 @@ from m3vit.data.network_input import image_tensor, normalise
 from m3vit.data.sample import Sample, Split
 from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
-from m3vit.evaluation.meters import Statistics, make_meter
+from m3vit.evaluation.meters import Statistics, check_meter, make_meter
 from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.finite import is_finite
@@ -118,7 +118,7 @@ def evaluate(
             "the label set it was trained on"
         )
     tasks = predictor.tasks
-    meters = {task: make_meter(task, split.label_set, protocol, quick) for task in tasks}
+    meters = {task: check_meter(task, split.label_set, protocol, quick) for task in tasks}
     y_down = LABEL_SETS[split.label_set].normals_y_down
     chosen = list(range(len(split)) if indices is None else indices)
     result = Evaluation(protocol, split.label_set, [], {}, quick, unlabelled={task: [] for task in tasks})

@@ -295,3 +295,21 @@ def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) ->
 def matched_tasks(tasks: Sequence[str], label_set: str, protocol: str) -> list[str]:
     """Return those of the tasks that are scored against the split's `edge_truth`."""
     return [task for task in tasks if make_meter(task, label_set, protocol).on_edge_truth]
+
+
+def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
+    """Return the meter of a task, or raise InputError if it does not give the task's headline metric.
+
+    It is tried on an image of nothing, so that a task cannot be trained for hours and then not be scored.
+    """
+    meter, kind, size = make_meter(task, label_set, protocol, quick), kind_of(task), (8, 8)
+    channels = LABEL_SETS[label_set].channels(task)
+    guess = kind.decode(np.zeros((1, channels, *size), np.float32))[0]
+    label = np.zeros(size, bool) if meter.on_edge_truth else kind.no_label(size)
+    found, wanted = meter.compute(meter.image(guess, label)), TASKS[task].quick if quick else TASKS[task].metric
+    if wanted not in found:
+        raise InputError(
+            f"the meter of {task} gives {', '.join(list(found)[:5])}, not {wanted}, which the task names as its "
+            "headline metric: mend the task's row or its meter"
+        )
+    return meter

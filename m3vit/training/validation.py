@@ -6,11 +6,19 @@ from typing import Any
 
 from m3vit.data.sample import Split
 from m3vit.evaluation.evaluate import torch_predictor
+from m3vit.evaluation.meters import check_meter
 from m3vit.evaluation.scoring import share
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS
 
 PROTOCOL = "A"  # of the evaluations between epochs
+
+
+def check_scored(tasks: Sequence[str], label_set: str) -> None:
+    """Raise InputError if a task could not be scored, while training or after."""
+    for task in tasks:
+        for quick in (True, False):
+            check_meter(task, label_set, PROTOCOL, quick)
 
 
 def validate(
