@@ -30,7 +30,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -39,6 +38,7 @@ from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Router
 from m3vit.training.config import PRECISIONS, Config, read_config, recipe_path
+from m3vit.training.launch import Fabric
 from m3vit.training.step import Stepper
 from m3vit.training.weighting import make_weighting
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.tasks import TASKS, Task, add_task, kind_of
 from m3vit.training.config import Config, TrainConfig
+from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, task_loss
 from m3vit.training.optim import make_optimizer
 from m3vit.training.step import Stepper

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.fabric import Fabric
 
 from m3vit.collectives import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
@@ -32,7 +31,7 @@ from m3vit.training.checkpoint import (
     write_config,
 )
 from m3vit.training.config import Config
-from m3vit.training.launch import launch, synchronise
+from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.sharding import (
     gathered,

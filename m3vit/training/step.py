@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from m3vit.collectives import total, world_size
@@ -23,6 +22,7 @@ from m3vit.label_sets import resolve
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.training.config import Config, TrainConfig
+from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, loss_options, routing_losses, sums_for, task_loss
 from m3vit.training.routing_losses import RoutingSums
 from m3vit.training.sharding import clip_gradients, is_sharded

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
 
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.nyud import NYUD
@@ -21,6 +20,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.tasks import IGNORE
 from m3vit.training.config import Config, TrainConfig
+from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, task_loss
 from m3vit.training.optim import make_optimizer
 from m3vit.training.step import Stepper, step_losses
