@@ -1,7 +1,7 @@
 """The label sets: what each data set labels, and the names of its classes. No torch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from m3vit.errors import InputError
 from m3vit.tasks import TASKS, Task
@@ -28,6 +28,7 @@ class LabelSet:
 
     `edge_max_dist` is the largest distance of matching edge pixels, as a share of the image diagonal (odsF).
     `normals_y_down` says that the files' normals have y down, and are turned up on reading.
+    `tolerated`: as a task's (m3vit.tasks), by task, where this data set differs.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LabelSet:
     classes: dict[str, tuple[str, ...]]
     edge_max_dist: float
     normals_y_down: bool = False
+    tolerated: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def channels(self, task: str) -> int:
         """Return the number of outputs of a task."""
@@ -50,6 +52,7 @@ LABEL_SETS: dict[str, LabelSet] = {
         {"semseg": VOC_CLASSES, "human_parts": PART_CLASSES},
         0.0075,
         normals_y_down=True,
+        tolerated={"normals": {"blank": 0.5}},  # only some classes have them: none in a sky with an aeroplane
     ),
 }
 

@@ -167,7 +167,7 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
                 "id": index,
                 "outputs": widths[index],
                 "channels": config.labels.channels(task),
-                "decode": TASKS[task].decode,
+                "decode": TASKS[task].kind,
             }
             for index, task in enumerate(config.tasks)
         ],

@@ -27,21 +27,13 @@ from m3vit.files import atomic_folder, read_json, sha256_file
 from m3vit.label_sets import resolve
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
-from m3vit.tasks import Task, palette
+from m3vit.tasks import Task, kind_of
 
 WEIGHTS = "weights.bin"
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them
 PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
 SMALL_ALIGN = 64
-
-# The unit of a decoded prediction, by kind of decoding.
-UNITS = {
-    "argmax": "class id",
-    "identity": "m",
-    "unit_vector": "unit vector: x right, y up, z towards the camera",
-    "sigmoid": "probability",
-}
 
 
 @dataclass(frozen=True)
@@ -208,12 +200,13 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
     """Return what the manifest says about a task, without its files."""
     config = model.config
     choice, blocks = content.choices.get(task.name, ALL), model.backbone.moe_indices
+    kind = kind_of(task.name)
     shares = content.coverage.get(task.name)
     entry: dict[str, Any] = {
         "number": model.task_id(task.name),  # which a backbone of all tasks takes
         "channels": config.labels.channels(task.name),
-        "decode": task.decode,
-        "unit": UNITS[task.decode],
+        "decode": task.kind,
+        "unit": kind.described_as or task.value_unit,
         "input_size": list(content.size) if content.size else None,
         "batch": 1 if content.static else None,
         "patch_multiple": model.backbone.patch_size,
@@ -227,10 +220,7 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
             "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
-    if task.decode == "argmax":
-        entry["classes"] = list(config.labels.classes[task.name])
-        entry["palette"] = [list(colour) for colour in palette(config.labels.classes[task.name])]
-    return entry
+    return entry | kind.entry(config.labels.classes.get(task.name, ()))
 
 
 def _macs(model: MultiTaskModel, task: str, content: Content) -> int:

@@ -45,7 +45,7 @@ from m3vit.training.sharding import (
 )
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
-from m3vit.training.validation import PROTOCOL, is_best, validate
+from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
 from m3vit.training.weighting import make_weighting
 
 FORMAT = 2  # of last/state.pt
@@ -127,6 +127,7 @@ class Training:
             ]
         )
         train_split, self.val_split = splits
+        agree(lambda: check_scored(config.model.tasks, config.model.label_set))
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
         if both:
             raise InputError(
