@@ -97,7 +97,7 @@ def predict_files(
     check_options(package, sources, tasks, options)
     check_outputs(sources, tasks, out, options)
     if any(source.kind != "image" for source in sources):
-        pass
+        from m3vit.export.runtime import video  # noqa: F401 (a missing PyAV is noticed before anything is run)
     outcome = Outcome(found=found)
     run = _Run(package, tasks, out, options, outcome, say)
     with StopSignals() as signals:

@@ -294,7 +294,7 @@ def test_colours(folder: Path) -> None:
 FREED = """
 import sys
 import numpy as np
-from m3vit.export.runtime import give_memory_back
+from m3vit.export.runtime.package import give_memory_back
 
 def resident_mib():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
