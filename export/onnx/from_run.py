@@ -167,7 +167,8 @@ def data_of(run: Run, part: str, data_root: str | None, otherwise: str) -> Split
     """Open the train or val split of a run's data, or raise InputError that says what to do."""
     root = data_root or run.config.data.root
     try:
-        return open_split(run.config.data.layout, root, part, run.config.model.tasks)
+        model = run.config.model
+        return open_split(run.config.data.layout, root, part, model.tasks, label_set=model.label_set)
     except InputError as error:
         raise InputError(
             f"this needs the run's {part} images ({error}): give --data.root DIR, or {otherwise}"

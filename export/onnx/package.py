@@ -24,7 +24,7 @@ from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file
-from m3vit.label_sets import resolve
+from m3vit.label_sets import describe, resolve
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
 from m3vit.tasks import Task, kind_of
@@ -128,6 +128,7 @@ def export_package(
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
             "image": {**model.normalisation.plain(), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
+            "labels": describe(model.config.label_set),
             "tasks": tasks,
             "backbone": backbone,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size

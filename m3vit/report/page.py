@@ -64,7 +64,8 @@ def write_report(
     protocol, evaluated = scoring.read(run.folder, protocol)
     tasks = run.config.model.tasks
     model_size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)
+    root, label_set = data_root or evaluated["data"], run.config.model.label_set
+    split = open_split(run.config.data.layout, root, "val", tasks, label_set=label_set)
     predictors: dict[str, Predictor] = {
         "trivial": TrivialPredictor(evaluated["trivial"], evaluated["label_set"]).predictor(model_size),
         "torch": torch_predictor(run.model),

@@ -122,7 +122,14 @@ class Training:
         settings, options = config.train, config.data
         splits = agree(
             lambda: [
-                open_split(options.layout, options.root, part, config.model.tasks, partial=options.on_error == "skip")
+                open_split(
+                    options.layout,
+                    options.root,
+                    part,
+                    config.model.tasks,
+                    partial=options.on_error == "skip",
+                    label_set=config.model.label_set,
+                )
                 for part in ("train", "val")
             ]
         )
