@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from m3vit import normalisation
 from m3vit.errors import InputError
 from m3vit.models.backbone import Backbone
+from m3vit.models.budget import Budget, LayerBudget
 from m3vit.models.config import ModelConfig
 from m3vit.models.heads import make_distillation, make_head, resize
 from m3vit.models.router import Routing
@@ -54,13 +55,28 @@ class MultiTaskModel(nn.Module):
             raise InputError(f"this model has no task {task!r}: it has {', '.join(self.config.tasks)}")
         return self.config.tasks.index(task)
 
-    def forward(self, images: Tensor, tasks: Sequence[str] | None = None, native: Sequence[str] = ()) -> Output:
+    def budgets(self, budget: Budget | None, tasks: Sequence[str]) -> list[list[LayerBudget]] | None:
+        """Return a budget as the backbone takes it, for these tasks, or raise InputError if it is another model's."""
+        if budget is None or budget.full:
+            return None
+        budget.check(self.config.tasks, self.backbone.moe_indices)
+        return [[budget.layer(task, block) for task in tasks] for block in self.backbone.moe_indices]
+
+    def forward(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | None = None,
+        native: Sequence[str] = (),
+        budget: Budget | None = None,
+    ) -> Output:
         """Predict `tasks` (default: all) for normalised images [B, 3, H, W] float32.
 
-        Logits come at the image's size, those of the tasks in `native` at their head's own resolution.
+        Logits come at the image's size, those of the tasks in `native` at their head's own resolution. `budget`: what
+        is used of the experts; None: all, as trained. Raises InputError for one that the model cannot keep to.
         """
         names = list(self.config.tasks if tasks is None else tasks)
-        tokens_RBTD, routings = self.backbone(images, tuple(self.task_id(name) for name in names))
+        task_ids = tuple(self.task_id(name) for name in names)
+        tokens_RBTD, routings = self.backbone(images, task_ids, self.budgets(budget, names))
         grid, size = self.backbone.grid(images), (images.shape[-2], images.shape[-1])
         tokens = dict(zip(names, tokens_RBTD.unbind(), strict=True))
         sizes = {name: None if name in native else size for name in names}
