@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from m3vit.errors import InputError
-from m3vit.models.budget import FULL, Budget, LayerBudget
+from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -265,14 +265,10 @@ def _router(router: Router, x: Tensor, task_ids: tuple[int, ...], *_: Any) -> in
     return x.numel() * router.num_experts + once
 
 
-def _experts(
-    layer: MoELayer, x: Tensor, task_ids: tuple[int, ...], budgets: Sequence[LayerBudget] | None, *, every: bool
-) -> int:
+def _experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...], uses: Sequence[Use] | None, *, every: bool) -> int:
     _, B, T, D = x.shape  # R = 1 where the tasks are still the same: the ids say how many there are
     experts, hidden, _ = layer.experts.w1.shape
-    uses = [
-        budget.resolve(experts, layer.router.top_k, hidden) for budget in budgets or [LayerBudget()] * len(task_ids)
-    ]
+    uses = uses or [(layer.router.top_k, tuple(range(experts)))] * len(task_ids)
     return sum(len(kept) if every else top_k for top_k, kept in uses) * B * T * (2 * D * hidden + D)
 
 

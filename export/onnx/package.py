@@ -109,8 +109,8 @@ def export_package(
     say = progress or (lambda line: None)
     for name in content.tasks:
         model.task_id(name)
-    content.budget.check(model.config.tasks, model.backbone.moe_indices)
     names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
+    model.uses(content.budget, names)  # refuses what the model does not have before the long work
     with atomic_folder(out) as folder:
         with open(folder / WEIGHTS, "wb") as file:
             writer = _Writer(folder, _WeightsFile(file), content)

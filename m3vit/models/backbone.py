@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3vit.errors import InputError, one_line
-from m3vit.models.budget import LayerBudget
+from m3vit.models.budget import Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.experts import ExpertBank
 from m3vit.models.moe import MoELayer, TaskIds
@@ -123,12 +123,10 @@ def _attend(block: Any, x: Tensor, options: dict[str, Tensor]) -> Tensor:
     return x + block.drop_path1(_layer_scale(block, 1, block.attn(block.norm1(x), **options)))
 
 
-def _mix(
-    block: Any, x: Tensor, task_ids: TaskIds, budgets: Sequence[LayerBudget] | None
-) -> tuple[Tensor, Routing | None]:
+def _mix(block: Any, x: Tensor, task_ids: TaskIds, uses: Sequence[Use] | None) -> tuple[Tensor, Routing | None]:
     """Return x [R or 1, B, P + T, D] after the half with experts of a block, [R, B, P + T, D], and its routing."""
     post_norm = isinstance(block, POST_NORM)
-    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids, budgets)
+    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids, uses)
     y = block.norm2(y) if post_norm else _layer_scale(block, 2, y)
     return x + block.drop_path2(y.flatten(0, 1)).view_as(y), routing
 
@@ -210,27 +208,27 @@ class Backbone(nn.Module):
         x: Tensor,
         task_ids: TaskIds,
         options: dict[str, Tensor],
-        budgets: Sequence[LayerBudget] | None = None,
+        uses: Sequence[Use] | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run one block of the trunk on [R, B, P + T, D]; return also its routing, if it has experts."""
         if isinstance(getattr(block, "mlp", None), MoELayer):
-            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids, budgets)
+            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids, uses)
         return block(x.flatten(0, 1), **options).view_as(x), None
 
     def forward(
-        self, images: Tensor, task_ids: TaskIds, budgets: Sequence[Sequence[LayerBudget]] | None = None
+        self, images: Tensor, task_ids: TaskIds, uses: Sequence[Sequence[Use]] | None = None
     ) -> tuple[Tensor, list[Routing]]:
         """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer, if not exporting.
 
-        `budgets`: of each block with experts, one for each task; None: as trained.
+        `uses`: of each block with experts, what each task uses of them; None: as trained.
 
         Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
         stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
         each task.
         """
-        alike = budgets is None or all(budget == layer[0] for layer in budgets for budget in layer)
+        alike = uses is None or all(use == layer[0] for layer in uses for use in layer)
         routed = task_ids[:1] if self.one_for_all and alike else task_ids
-        given = {} if budgets is None else dict(zip(self.moe_indices, budgets, strict=True))
+        given = {} if uses is None else dict(zip(self.moe_indices, uses, strict=True))
         self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1

@@ -10,6 +10,7 @@ from typing import Any
 from m3vit.errors import InputError, short
 
 KEYS = ("top_k", "kept", "width")
+Use = tuple[int, tuple[int, ...]]  # what a task uses of one layer: how many experts a token goes to, of which
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LayerBudget:
                     f"budget of {self.where}: kept are {short(self.kept)}, name one or more experts, ascending"
                 )
 
-    def resolve(self, experts: int, top_k: int, width: int) -> tuple[int, tuple[int, ...]]:
+    def resolve(self, experts: int, top_k: int, width: int) -> Use:
         """Return the experts per token and the experts kept, of a layer of `experts` trained with `top_k`.
 
         Raises InputError for more than the layer has, and for a `width` other than its own: nothing uses part of an

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3vit.models.budget import LayerBudget
+from m3vit.models.budget import LayerBudget, Use
 from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution
 from m3vit.models.router import Router, Routing, route
 
@@ -24,23 +24,19 @@ class MoELayer(nn.Module):
         self.router, self.experts, self.execution = router, experts, execution
 
     def forward(
-        self, x_RBTD: Tensor, task_ids: TaskIds, budgets: Sequence[LayerBudget] | None = None
+        self, x_RBTD: Tensor, task_ids: TaskIds, uses: Sequence[Use] | None = None
     ) -> tuple[Tensor, Routing | None]:
         """Return the layer's output [R, B, T, D] and its routing (R tasks of N = B * T tokens), None while exporting.
 
-        `x` may have R = 1 for several tasks, when it is still the same for all of them. `budgets`: one for each task;
-        None: as trained. Raises InputError for one that this layer cannot keep to.
+        `x` may have R = 1 for several tasks, when it is still the same for all of them. `uses`: what each task
+        uses of the experts, None: as trained.
         """
         R, (_, B, T, D) = len(task_ids), x_RBTD.shape
         x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
         if torch.compiler.is_exporting():
-            assert budgets is None, "a graph is traced as trained; lower_moe takes the budget"
+            assert uses is None, "a graph is traced as trained; lower_moe takes the budget"
             return self._exported(x_RND[0], task_ids).view(1, B, T, D), None
         assert not isinstance(task_ids, Tensor), "a task that is picked at run time is for exported graphs"
-        uses = None
-        if budgets is not None:
-            experts, hidden, _ = self.experts.w1.shape
-            uses = [budget.resolve(experts, self.router.top_k, hidden) for budget in budgets]
         routing = self.router(x_RND, task_ids, uses)
         # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
         weights_NK, ids_NK = routing.weights_RNK.flatten(0, 1), routing.expert_ids_RNK.flatten(0, 1)
@@ -48,6 +44,11 @@ class MoELayer(nn.Module):
         execution = choose_execution(self.execution, self.experts, x_ND)
         y = EXECUTIONS[execution](self.experts, x_ND, weights_NK, ids_NK)
         return y.view(R, B, T, D), routing
+
+    def use(self, budget: LayerBudget) -> Use:
+        """Return what a budget uses of this layer, or raise InputError if it has not as much."""
+        experts, hidden, _ = self.experts.w1.shape
+        return budget.resolve(experts, self.router.top_k, hidden)
 
     def _exported(self, x_ND: Tensor, task_ids: TaskIds) -> Tensor:
         """One node in the exported graph; m3vit.export.onnx expands it to standard operators."""

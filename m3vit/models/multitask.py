@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from m3vit import normalisation
 from m3vit.errors import InputError
 from m3vit.models.backbone import Backbone
-from m3vit.models.budget import Budget, LayerBudget
+from m3vit.models.budget import Budget, Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.heads import make_distillation, make_head, resize
 from m3vit.models.router import Routing
@@ -55,12 +55,14 @@ class MultiTaskModel(nn.Module):
             raise InputError(f"this model has no task {task!r}: it has {', '.join(self.config.tasks)}")
         return self.config.tasks.index(task)
 
-    def budgets(self, budget: Budget | None, tasks: Sequence[str]) -> list[list[LayerBudget]] | None:
+    def uses(self, budget: Budget | None, tasks: Sequence[str]) -> list[list[Use]] | None:
         """Return a budget as the backbone takes it, for these tasks, or raise InputError if it is another model's."""
         if budget is None or budget.full:
             return None
-        budget.check(self.config.tasks, self.backbone.moe_indices)
-        return [[budget.layer(task, block) for task in tasks] for block in self.backbone.moe_indices]
+        blocks = self.backbone.moe_indices
+        budget.check(self.config.tasks, blocks)
+        layers: dict[int, Any] = {block: self.backbone.trunk.blocks[block].mlp for block in blocks}
+        return [[layer.use(budget.layer(task, block)) for task in tasks] for block, layer in layers.items()]
 
     def forward(
         self,
@@ -76,7 +78,7 @@ class MultiTaskModel(nn.Module):
         """
         names = list(self.config.tasks if tasks is None else tasks)
         task_ids = tuple(self.task_id(name) for name in names)
-        tokens_RBTD, routings = self.backbone(images, task_ids, self.budgets(budget, names))
+        tokens_RBTD, routings = self.backbone(images, task_ids, self.uses(budget, names))
         grid, size = self.backbone.grid(images), (images.shape[-2], images.shape[-1])
         tokens = dict(zip(names, tokens_RBTD.unbind(), strict=True))
         sizes = {name: None if name in native else size for name in names}

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Use = tuple[int, tuple[int, ...]]  # experts per token, experts kept: what a budget says of one task in one layer
+from m3vit.models.budget import Use
+
 EMBEDDING = 64  # width of the task embedding of `task_conditioned` (M3ViT, section 3.2)
 
 
@@ -139,7 +140,7 @@ class Router(nn.Module):
     def forward(self, x_RND: Tensor, task_ids: tuple[int, ...], uses: Sequence[Use] | None = None) -> Routing:
         """Route the tokens [R, N, D] of the tasks `task_ids` (R of them), in the parameters' type even under autocast.
 
-        `uses`: of each task, the experts per token and those kept; None: as trained.
+        `uses`: what each task uses of the experts; None: as trained.
 
         bfloat16 would send some tokens to other experts, and up-cycled ones to parts of different copies of an MLP.
         (Switch, arXiv 2101.03961, section 2.4, keeps its router in float32 for stability.)
