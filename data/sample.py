@@ -15,7 +15,7 @@ from m3vit.data.reading import Size, ending, naming, other_spelling
 from m3vit.errors import InputError
 from m3vit.files import not_there, read_bounded, special
 from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
-from m3vit.tasks import IGNORE
+from m3vit.tasks import kind_of
 
 
 @dataclass
@@ -307,9 +307,7 @@ class FileSplit(ABC):
 
 def no_label(task: str, size: Size) -> NDArray:
     """Return the label of an image that has none for a task: every pixel ignored, or invalid."""
-    if task == "normals":
-        return np.zeros((*size, 3), np.float32)
-    return np.zeros(size, np.float32) if task == "depth" else np.full(size, IGNORE, np.uint8)
+    return kind_of(task).no_label(size)
 
 
 def is_id(name: str) -> bool:

@@ -58,7 +58,7 @@ def _tasks(manifest: dict[str, Any]) -> bool:
     channels = [LABEL_SETS[label_set].channels(task.name) for task in known]
     return (
         [task["id"] for task in tasks] == list(range(len(tasks)))
-        and [task["decode"] for task in tasks] == [task.decode for task in known]
+        and [task["decode"] for task in tasks] == [task.kind for task in known]
         and [task["channels"] for task in tasks] == channels
         and [task["outputs"] for task in tasks] == [count * manifest["upscale"] ** 2 for count in channels]
         and manifest["outputs"] == max(task["outputs"] for task in tasks)

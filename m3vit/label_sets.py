@@ -2,12 +2,12 @@
 
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from m3vit.errors import InputError, first_line
-from m3vit.tasks import IGNORE, TASKS, Task
+from m3vit.tasks import IGNORE, TASKS, Task, add_task
 
 VERSION = 1  # of `describe`
 
@@ -33,6 +33,7 @@ class LabelSet:
 
     `edge_max_dist` is the largest distance of matching edge pixels, as a share of the image diagonal (odsF).
     `normals_y_down` says that the files' normals have y down, and are turned up on reading.
+    `tolerated`: as a task's (m3vit.tasks), by task, where this data set differs.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LabelSet:
     classes: dict[str, tuple[str, ...]]
     edge_max_dist: float = 0.0
     normals_y_down: bool = False
+    tolerated: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def channels(self, task: str) -> int:
         """Return the number of outputs of a task."""
@@ -81,6 +83,7 @@ for _labels in (
         {"semseg": VOC_CLASSES, "human_parts": PART_CLASSES},
         0.0075,
         normals_y_down=True,
+        tolerated={"normals": {"blank": 0.5}},  # only some classes have them: none in a sky with an aeroplane
     ),
 ):
     add_label_set(_labels)
@@ -146,9 +149,9 @@ def declare(description: dict[str, Any], where: str) -> str:
 def _declare_task(name: str, row: dict[str, Any], where: str) -> None:
     code, known = row.pop("code"), TASKS.get(name)
     if known is not None:
-        if known.decode != row["decode"]:
-            raise InputError(f"{where} has a task {name} of the kind {row['decode']}, here it is of {known.decode}")
+        if known.kind != row["kind"]:
+            raise InputError(f"{where} has a task {name} of the kind {row['kind']}, here it is of {known.kind}")
         return
     if code:
         raise InputError(f"{where} has the unknown task {name}, whose {' and '.join(code)} it cannot hold")
-    TASKS[name] = Task(**row)
+    add_task(Task(**row))

@@ -162,14 +162,14 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "prefix_tokens": lowered.head.prefix,
         "token_width": 3 * lowered.patch**2,
         "outputs": max(widths),
-        "upscale": model.heads[config.tasks[0]].upscale,
+        "upscale": leaf.token_heads(model)[config.tasks[0]].upscale,
         "tasks": [
             {
                 "name": task,
                 "id": index,
                 "outputs": widths[index],
                 "channels": config.labels.channels(task),
-                "decode": TASKS[task].decode,
+                "decode": TASKS[task].kind,
             }
             for index, task in enumerate(config.tasks)
         ],

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -24,7 +25,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     import jsonargparse
     from yaml import YAMLError
 
-    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.training.config import SECTIONS, Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.values import not_among
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     start = None
@@ -52,7 +54,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if command == "train":
         parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     for section in fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+        if section.name in SECTIONS:
+            parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
     if recipe is None and not {"-h", "--help"} & set(argv):
         rest = " (or a run folder)" if command == "profile" else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
@@ -67,6 +70,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         text = " ".join(str(error).split()).replace("arguments are required: out", "arguments are required: --out")
+        if choice := re.search(r'Parser key "(\S+)": Expected a typing.Literal\[(.*?)\]. Got value: (.*)', text):
+            key, choices, value = choice.groups()
+            raise InputError(not_among(key, value, tuple(re.findall(r"'(.*?)'", choices)))) from None
         raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:

@@ -16,7 +16,7 @@ from m3vit.data.augment import (
     random_crop,
     scale,
     to_labels,
-    to_tv,
+    to_values,
     training_pair,
     zoom_rotate,
 )
@@ -93,7 +93,7 @@ def test_every_pipeline_keeps_labels_labels(
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, size=SIZES)
 def test_mirroring_twice_is_nothing(seed: int, size: tuple[int, int]) -> None:
-    values = to_tv(make_sample(seed, size))
+    values = to_values(make_sample(seed, size))
     for name, value in mirror(mirror(values)).items():
         assert type(value) is type(values[name])
         assert torch.equal(value.as_subclass(Tensor), values[name].as_subclass(Tensor)), name
@@ -101,7 +101,7 @@ def test_mirroring_twice_is_nothing(seed: int, size: tuple[int, int]) -> None:
 
 def test_mirror_turns_normals() -> None:
     sample = make_sample(0, (8, 9))
-    once = to_labels(mirror(to_tv(sample)))["normals"]
+    once = to_labels(mirror(to_values(sample)))["normals"]
     expected = sample.labels["normals"][:, ::-1] * (-1, 1, 1)
     np.testing.assert_array_equal(once.permute(1, 2, 0).numpy(), expected.astype(np.float32))
 
@@ -110,7 +110,7 @@ def test_mirror_turns_normals() -> None:
 def test_quarter_turns_are_exact(turns: int) -> None:
     """Turning counter-clockwise by 90 degrees is numpy's rot90, and turns the vectors alike."""
     sample = make_sample(0, (12, 12))
-    labels = to_labels(zoom_rotate(to_tv(sample), 1.0, 90.0 * turns))
+    labels = to_labels(zoom_rotate(to_values(sample), 1.0, 90.0 * turns))
     for task in ("semseg", "saliency", "edge", "depth"):
         np.testing.assert_array_equal(labels[task].numpy(), np.rot90(sample.labels[task], turns), err_msg=task)
     x, y, z = np.moveaxis(np.rot90(sample.labels["normals"], turns), -1, 0)
@@ -125,7 +125,7 @@ def test_rotation_brings_in_only_what_is_ignored(seed: int, angle: float, zoom: 
     sample = make_sample(seed, (20, 24))
     for task in ("semseg", "saliency", "edge"):
         sample.labels[task][:] = 1
-    labels = to_labels(zoom_rotate(to_tv(sample), zoom, angle))
+    labels = to_labels(zoom_rotate(to_values(sample), zoom, angle))
     for task in ("semseg", "saliency", "edge"):
         assert set(labels[task].unique().tolist()) <= {1, IGNORE}
 
@@ -146,7 +146,7 @@ def test_depth_scales_as_the_rendered_zoom(monkeypatch: pytest.MonkeyPatch) -> N
     focal = rendering.focal_px
     monkeypatch.setattr(rendering, "focal_px", lambda width: 2 * focal(width))
     near = nyud.labels_of(geometry, cast(geometry, camera, size))
-    zoomed = to_labels(zoom_rotate(to_tv(sample), 2.0, 0.0))
+    zoomed = to_labels(zoom_rotate(to_values(sample), 2.0, 0.0))
     # Nearest neighbour: a pixel of the zoomed map lies half a source pixel off at most; edges are left to differ.
     ratio = near.depth / (2 * zoomed["depth"].numpy())
     assert np.median(np.abs(ratio - 1)) < 0.01
@@ -154,7 +154,7 @@ def test_depth_scales_as_the_rendered_zoom(monkeypatch: pytest.MonkeyPatch) -> N
     cosine = (near.normals * zoomed["normals"].permute(1, 2, 0).numpy()).sum(axis=-1)
     assert (cosine > 0.999).mean() > 0.85
     # Scaling the image (invpt) does the same.
-    scaled = scale(to_tv(sample), 2.0)["depth"][0, 24:72, 32:96]
+    scaled = scale(to_values(sample), 2.0)["depth"][0, 24:72, 32:96]
     assert np.median(np.abs(near.depth / (2 * scaled.numpy()) - 1)) < 0.01
 
 
@@ -166,7 +166,7 @@ def test_rotating_a_rendered_scene_turns_its_normals() -> None:
     right, down, forward = camera.axes
     axes = np.stack([right * cos + down * sin, down * cos - right * sin, forward])  # right moves towards down
     rolled = nyud.labels_of(geometry, cast(geometry, Camera(camera.position, axes), size))
-    turned = to_labels(zoom_rotate(to_tv(sample), 1.0, 20.0))
+    turned = to_labels(zoom_rotate(to_values(sample), 1.0, 20.0))
     inside = turned["semseg"].numpy() != IGNORE
     same = turned["semseg"].numpy()[inside] == rolled.segmentation[inside]
     assert same.mean() > 0.85
@@ -177,9 +177,9 @@ def test_rotating_a_rendered_scene_turns_its_normals() -> None:
 def test_a_crop_without_a_part_has_nothing_to_learn() -> None:
     sample = make_sample(0, (8, 8))
     sample.labels["human_parts"][:] = 0
-    assert (to_labels(to_tv(sample))["human_parts"] == IGNORE).all()
+    assert (to_labels(to_values(sample))["human_parts"] == IGNORE).all()
     sample.labels["human_parts"][3, 3] = 1
-    assert (to_labels(to_tv(sample))["human_parts"] == 0).sum() == 63
+    assert (to_labels(to_values(sample))["human_parts"] == 0).sum() == 63
 
 
 def test_crop_avoids_a_single_class() -> None:
@@ -189,7 +189,7 @@ def test_crop_avoids_a_single_class() -> None:
     sample.labels["semseg"][:, 32:] = 1
     shares = []
     for seed in range(200):
-        crop = random_crop(to_tv(sample), (16, 16), np.random.default_rng(seed))["semseg"]
+        crop = random_crop(to_values(sample), (16, 16), np.random.default_rng(seed))["semseg"]
         assert crop.shape == (1, 16, 16)
         share = float((crop == 1).float().mean())
         shares.append(max(share, 1 - share))
