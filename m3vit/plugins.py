@@ -18,6 +18,7 @@ GROUP = "m3vit.plugins"
 
 _loaded: dict[str, str] = {}  # name of the module -> as it was given, a file as its absolute path
 _missing: dict[str, str] = {}  # as a run has it -> the run
+STATE = (_loaded, _missing)  # for tests, which put it back
 
 
 def load(given: str) -> None:
@@ -90,7 +91,7 @@ def loaded() -> list[str]:
 
 
 def recall(recorded: Sequence[str], where: str) -> None:
-    """Import the modules among the plug-ins that a run records; what is then missing, `advice` says.
+    """Import the modules among the plug-ins that a run records; what is then missing, `advice` says, if told `where`.
 
     Not an error: a run whose model needs nothing of them opens without.
     """
@@ -100,7 +101,7 @@ def recall(recorded: Sequence[str], where: str) -> None:
             continue
         if not _is_file(given) and _found(name):
             load(given)
-        else:
+        elif where:
             _missing[given] = where
 
 

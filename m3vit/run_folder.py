@@ -73,9 +73,7 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
         {
             "architecture": {key: value for key, value in architecture.items() if key != "normalisation"},
             "tasks": tasks,
-            "classes": {
-                task: names for task, names in model.config.labels.classes.items() if task in model.config.tasks
-            },
+            "classes": {task: names for task, names in model.config.labels.classes.items() if task in tasks},
             "labels": describe(model.config.label_set),
             "normalisation": model.normalisation.plain(),
             "epochs_trained": epoch,

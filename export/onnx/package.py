@@ -15,6 +15,7 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 import m3vit
+from m3vit import plugins
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
@@ -131,6 +132,7 @@ def export_package(
             "image": {**model.normalisation.plain(), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
             "labels": describe(model.config.label_set),
+            "plugins": [Path(given).name for given in plugins.loaded()],  # which a kind of a task may be of
             "tasks": tasks,
             "backbone": backbone,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size

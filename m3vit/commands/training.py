@@ -25,7 +25,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     import jsonargparse
     from yaml import YAMLError
 
-    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.training.config import SECTIONS, Config, read_run_config, recipe_names, recipe_path, yaml_text
     from m3vit.values import not_among
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
@@ -54,7 +54,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if command == "train":
         parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     for section in fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+        if section.name in SECTIONS:
+            parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
     if recipe is None and not {"-h", "--help"} & set(argv):
         rest = " (or a run folder)" if command == "profile" else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")

@@ -223,7 +223,7 @@ class Backbone(nn.Module):
         blocks: tuple[int, ...] = (),
         uses: Sequence[Sequence[Use]] | None = None,
     ) -> tuple[Features, list[Routing]]:
-        """Return the patch tokens (without prefix tokens) after `blocks`, and each MoE layer's routing (exporting: none).
+        """Return patch tokens (without prefix tokens) after `blocks`, and each MoE layer's routing (none exporting).
 
         blocks: indices of the trunk's; (): the last. uses: of each block with experts, what each task uses of them;
         None: as trained. Up to the first router the tasks are the same, so that prefix runs
