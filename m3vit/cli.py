@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
     "demo": (
         "Run the path from data to report on rendered scenes, in minutes on a CPU.",
         report.add_demo,
-        report.run_demo,
+        lambda args: report.run_demo(args, run),
     ),
 }
 

@@ -60,7 +60,7 @@ def git_commit() -> str | None:
 
 def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
     """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
-    state = model.state_dict() if weights is None else weights
+    state, tasks = model.state_dict() if weights is None else weights, model.config.tasks
     with atomic_path(folder / WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
         digest = sha256_file(path)
@@ -71,8 +71,10 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
         folder / INFO,
         {
             "architecture": {key: value for key, value in architecture.items() if key != "normalisation"},
-            "tasks": model.config.tasks,
-            "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
+            "tasks": tasks,
+            "classes": {
+                task: names for task, names in model.config.labels.classes.items() if task in model.config.tasks
+            },
             "normalisation": model.normalisation.plain(),
             "epochs_trained": epoch,
             "m3vit": __version__,

@@ -99,7 +99,7 @@ def prepare_nyud(
 
     sources = {"labeled": labeled, "splits": splits, "classes": classes}
     notes = {
-        "generator": "m3vit.data.prepare",
+        "generator": "m3vit.data.tools.prepare",
         "version": m3vit.__version__,
         "layout": "nyud",
         "release": "NYUD_MT",

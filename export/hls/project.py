@@ -160,7 +160,7 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "prefix_tokens": lowered.head.prefix,
         "token_width": 3 * lowered.patch**2,
         "outputs": max(widths),
-        "upscale": model.heads[config.tasks[0]].upscale,
+        "upscale": leaf.token_heads(model)[config.tasks[0]].upscale,
         "tasks": [
             {
                 "name": task,

@@ -19,6 +19,7 @@ from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.scoring import default_workers
 from m3vit.export.finite import require_finite
+from m3vit.export.onnx.graph import require_onnx
 from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.package import Content, export_package
 from m3vit.export.onnx.parity import ParityError, check_parity
@@ -70,6 +71,7 @@ def export_run(
     The package appears at `out` when the comparison has passed and the scores are in its manifest. Raises InputError
     for what cannot be done, before anything is computed, and for a package that does not compute what the model does.
     """
+    require_onnx(run.model)
     require_finite(run.model)
     content = chosen_content(run, content, request, say)
     content.check()

@@ -19,7 +19,7 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
-from m3vit.export.onnx.graph import trace_backbone, trace_head, trace_task
+from m3vit.export.onnx.graph import require_onnx, trace_backbone, trace_head, trace_task
 from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
@@ -97,6 +97,7 @@ def export_package(
     content = content or Content()
     content.check()
     _check_replaceable(out)
+    require_onnx(model)
     require_finite(model)
     say = progress or (lambda line: None)
     for name in content.tasks:

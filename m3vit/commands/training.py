@@ -1,6 +1,7 @@
 """m3vit train, init, profile: the commands that take a recipe and any key of it."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -23,6 +24,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     from yaml import YAMLError
 
     from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.values import not_among
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     start = None
@@ -64,6 +66,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         text = " ".join(str(error).split()).replace("arguments are required: out", "arguments are required: --out")
+        if choice := re.search(r'Parser key "(\S+)": Expected a typing.Literal\[(.*?)\]. Got value: (.*)', text):
+            key, choices, value = choice.groups()
+            raise InputError(not_among(key, value, tuple(re.findall(r"'(.*?)'", choices)))) from None
         raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:

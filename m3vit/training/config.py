@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
@@ -17,19 +16,12 @@ from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
 from m3vit.tasks import TASKS
+from m3vit.values import check_values, not_among
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "poly")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-ACCELERATORS = ("auto", "cpu", "cuda", "mps")
-STRATEGIES = ("ddp", "fsdp")
-PIPELINES = ("simple", "m3vit", "invpt")
-ON_ERROR = ("stop", "skip")
 MOST = {"threads": 1024, "workers": 1024}
 LARGEST = 10**9  # of other whole numbers
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
 MAX_YAML_BYTES, MAX_YAML_VALUES = 1 << 20, 100_000  # a configuration has 3 KiB and a hundred values
-WEIGHTINGS = ("fixed", "uncertainty", "dwa", *GRADIENT_METHODS)
 
 
 @dataclass
@@ -53,10 +45,10 @@ class DataConfig:
     root: str = ""
     workers: int = 2
     cache: bool = False
-    pipeline: str = "simple"
+    pipeline: Literal["simple", "m3vit", "invpt"] = "simple"
     flip: bool = True
     colour: float = 0.0
-    on_error: str = "stop"
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclass
@@ -116,28 +108,28 @@ class TrainConfig:
     epochs: int = 100
     batch_size: int = 8
     accumulate: int = 1
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
     momentum: float = 0.9
     warmup_epochs: float = 0.0
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "poly"] = "cosine"
     grad_clip: float = 0.0
     ema: float = 0.0
     balance_weight: float = 0.01
     switch_weight: float = 0.0
     z_weight: float = 0.0
     specialise_weight: float = 0.0
-    weighting: str = "fixed"
+    weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
     edge_positive_weight: float = 0.95
     native_losses: list[str] = field(default_factory=list)
     seed: int = 0
     threads: int = 0
-    accelerator: str = "auto"
-    strategy: str = "ddp"
-    precision: str = "32-true"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     checkpoint_activations: bool = False
     checkpoint_steps: int = 0
     eval_epochs: int = 0
@@ -167,20 +159,14 @@ class Config:
         """Raise InputError for values that cannot work, before anything slow starts."""
         self.model.check()
         train = self.train
+        check_values("data", self.data)
+        check_values("train", train)
         for key, value, allowed in (
             ("data.layout", self.data.layout, tuple(LABEL_SETS)),
-            ("data.pipeline", self.data.pipeline, PIPELINES),
-            ("data.on_error", self.data.on_error, ON_ERROR),
-            ("train.optimizer", train.optimizer, OPTIMIZERS),
-            ("train.schedule", train.schedule, SCHEDULES),
-            ("train.precision", train.precision, PRECISIONS),
-            ("train.accelerator", train.accelerator, ACCELERATORS),
-            ("train.strategy", train.strategy, STRATEGIES),
-            ("train.weighting", train.weighting, WEIGHTINGS),
             ("train.best", train.best, ("mean", *self.model.tasks)),
         ):
             if value not in allowed:
-                raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+                raise InputError(not_among(key, value, allowed))
         if self.model.label_set != self.data.layout:
             raise InputError(
                 f"model.label_set is {self.model.label_set} and data.layout {self.data.layout}: the model predicts the "
@@ -340,19 +326,18 @@ def read_config(path: Path) -> Config:
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
         config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
-        for name in _SECTIONS:
-            section = getattr(config, name)
-            for key, hint in get_type_hints(type(section)).items():
-                if not fits(value := getattr(section, key), hint):
-                    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
-                    raise TypeError(f"{name}.{key} is {str(value)[:80]!r}, expected {expected}")
-        return config
     except InputError:
         raise
     # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
     except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         words = one_line(error, 300)
         raise InputError(f"{path} is not a configuration of this version: {words}") from None
+    try:
+        for name in _SECTIONS:
+            check_values(name, getattr(config, name))
+    except InputError as error:
+        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+    return config
 
 
 def read_run_config(folder: Path) -> Config:
@@ -361,28 +346,6 @@ def read_run_config(folder: Path) -> Config:
     if path.is_file():
         check_sealed(path, "put it back; or delete its last line, the digest, to have the edit taken as it is")
     return read_config(path)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value read from YAML is of an annotated type; lists stand for tuples."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if kind is list:
-        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
-    if kind is tuple:
-        return (
-            isinstance(value, list | tuple)
-            and len(value) == len(inner)
-            and all(fits(item, one) for item, one in zip(value, inner, strict=True))
-        )
-    if kind is dict:
-        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return kind is Any or isinstance(value, kind)
 
 
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:

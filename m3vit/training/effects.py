@@ -7,6 +7,7 @@ very run is meant to do something.
 from collections.abc import Sequence
 
 from m3vit.errors import InputError
+from m3vit.models.decoders import DECODERS
 from m3vit.tasks import TASKS
 from m3vit.training.config import GRADIENT_METHODS, Config
 
@@ -25,7 +26,6 @@ OF_EXPERTS = (
     "train.z_weight",
     "train.specialise_weight",
 )
-OURS = ("num_classes", "dynamic_img_size")  # of timm's arguments
 COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -39,8 +39,8 @@ def given_keys(words: Sequence[str]) -> list[str]:
 def without_effect(config: Config) -> dict[str, str]:
     """Return the keys that cannot act in this configuration, and why; a key stands for all below it."""
     model, train, found = config.model, config.train, {}
-    if model.head == "pup":
-        found["model.head_stride"] = "pup heads have a stride of their own"
+    if "head_stride" not in DECODERS[model.head].reads:
+        found["model.head_stride"] = f"{model.head} heads have a stride of their own"
     if model.init != "upcycle":
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if model.moe_blocks in ("none", []):
@@ -55,7 +55,6 @@ def without_effect(config: Config) -> dict[str, str]:
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
-    found |= {f"model.trunk_args.{name}": "m3vit sets it itself" for name in OURS if name in model.trunk_args}
     for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
         absent = [task for task in tasks if task not in model.tasks]
         found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}

@@ -52,7 +52,7 @@ def step_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the losses of `tasks` (default: all), and each unweighted one by name.
 
-    Outputs of distillation (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
+    Auxiliary outputs (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
     With `counts`, the contribution of these images to the losses of the batch counted there; routing losses are those
     of all processes' tokens of this pass, without this process's unless `tokens_count`, and means over the `passes` of
     the step, to which this one contributes its share.
@@ -61,9 +61,7 @@ def step_losses(
     weights = weights or {task.name: task.weight for task in resolved} | config.train.task_weights
     output = model(images, tasks=tasks, native=config.train.native_losses)
     outputs = dict(output.logits) | {
-        f"{task}/distilled{level}": logits
-        for level, distilled in output.distilled.items()
-        for task, logits in distilled.items()
+        f"{task}/{name}": logits for name, auxiliary in output.auxiliary.items() for task, logits in auxiliary.items()
     }
     losses = {}
     for name, logits in outputs.items():
