@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from m3vit.export.runtime.decoding import assemble, decode
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
-from m3vit.models.heads import assemble_tokens
+from m3vit.kinds.decoding import assemble, decode
+from m3vit.models.decoders.linear import assemble_tokens
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
 
