@@ -29,7 +29,6 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation
 
 LOG2_E = math.log2(math.e)
-MAX_TASK_CONSUMERS = 7  # hls4ml 1.3.0 cannot clone a stream more often (backends/fpga/passes/clone.py)
 
 
 class Leaf(HLS4MLModule):
@@ -317,16 +316,6 @@ def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
     return VitTaskHead(torch.cat(weights), torch.cat(biases), widths, prefix, heads[0].norm.eps)
 
 
-def _check_task_consumers(model: MultiTaskModel) -> None:
-    layers = len(model.backbone.moe_indices)
-    if layers + 1 > MAX_TASK_CONSUMERS:
-        raise InputError(
-            f"cannot export to HLS: the model has {layers} MoE layers, and hls4ml can send the task id to "
-            f"{MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most {MAX_TASK_CONSUMERS - 1} "
-            "blocks, or give --schedule multiplexed, which has no such limit"
-        )
-
-
 def _build(model: MultiTaskModel) -> LoweredModel:
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
@@ -368,14 +357,11 @@ def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dty
 
 
 @torch.no_grad()
-def lower(model: MultiTaskModel, streams: bool = True) -> LoweredModel:
+def lower(model: MultiTaskModel) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    `streams`: for the spatial schedule, where the task id goes to each layer as a stream. Raises InputError for a
-    trunk, heads or a number of MoE layers that cannot be exported.
+    Raises InputError for a trunk or heads that cannot be exported.
     """
-    if streams:
-        _check_task_consumers(model)
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()
     lowered = _build(exact).eval()

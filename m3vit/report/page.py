@@ -33,7 +33,7 @@ from m3vit.kinds.pictures import Range
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts
-from m3vit.report.project import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
 from m3vit.training.checkpoint import read_metrics
