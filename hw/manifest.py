@@ -6,7 +6,7 @@ from typing import Any
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.tasks import LABEL_SETS, resolve
+from m3vit.label_sets import LABEL_SETS, declare, resolve
 
 MANIFEST = "m3vit.json"
 FORMAT = 2  # of the manifest
@@ -25,6 +25,8 @@ def read_manifest(project: Path) -> dict[str, Any]:
     manifest = read_sealed_json(path, "give a folder written by `m3vit export hls`, or export the project again")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not of this version of m3vit: export the project again")
+    if "labels" in manifest:
+        manifest["label_set"] = declare(manifest["labels"], str(path))
     try:
         wrong = next((name for name, holds in RULES.items() if not holds(manifest)), None)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -56,7 +58,7 @@ def _tasks(manifest: dict[str, Any]) -> bool:
     channels = [LABEL_SETS[label_set].channels(task.name) for task in known]
     return (
         [task["id"] for task in tasks] == list(range(len(tasks)))
-        and [task["decode"] for task in tasks] == [task.decode for task in known]
+        and [task["decode"] for task in tasks] == [task.kind for task in known]
         and [task["channels"] for task in tasks] == channels
         and [task["outputs"] for task in tasks] == [count * manifest["upscale"] ** 2 for count in channels]
         and manifest["outputs"] == max(task["outputs"] for task in tasks)

@@ -124,7 +124,7 @@ def _total(counts: Counts) -> int:
 def part_of(name: str) -> str:
     """Return the part that a parameter or module of this dotted name belongs to."""
     if not name.startswith("backbone."):
-        return name.partition(".")[0]  # heads, distillation
+        return "distillation" if name.startswith("heads.training_only") else "heads"
     if ".blocks." not in name:
         return "norms" if "norm_pre" in name else "embedding"
     if _BLOCK.search(name):
@@ -144,7 +144,7 @@ def activated_parameters(model: MultiTaskModel, task: str) -> Counts:
     """Return the parameters that a token of this task meets, by part."""
     counts = count_parameters(model)
     counts["distillation"] = 0
-    counts["heads"] = _numel(model.heads[task])
+    counts["heads"] = sum(parameter.numel() for parameter in model.heads.used_by(task))
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             router, bank = layer.router, layer.experts

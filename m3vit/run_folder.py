@@ -2,7 +2,7 @@
 
 config.yaml          the resolved configuration
 model.safetensors    weights (their moving average, with train.ema); model.json, written after it: architecture, tasks,
-                     classes, normalisation, git commit, digest of the weights
+                     classes, label set, normalisation, git commit, digest of the weights
 best/                a run folder with the weights of the best evaluation (train.best)
 last/state.pt        what resuming needs, replaced atomically (m3vit.training.checkpoint)
 metrics.jsonl        one line per logged step or evaluation (m3vit.training.checkpoint)
@@ -19,10 +19,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3vit import __version__
+from m3vit import __version__, plugins
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError, first_line
 from m3vit.files import atomic_path, sha256_file
+from m3vit.label_sets import declare, describe
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import INFO, WEIGHTS, read_saved
@@ -60,7 +61,7 @@ def git_commit() -> str | None:
 
 def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
     """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
-    state = model.state_dict() if weights is None else weights
+    state, tasks = model.state_dict() if weights is None else weights, model.config.tasks
     with atomic_path(folder / WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
         digest = sha256_file(path)
@@ -71,8 +72,11 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
         folder / INFO,
         {
             "architecture": {key: value for key, value in architecture.items() if key != "normalisation"},
-            "tasks": model.config.tasks,
-            "classes": {task: names for task, names in model.config.labels.classes.items() if task in model.heads},
+            "tasks": tasks,
+            "classes": {
+                task: names for task, names in model.config.labels.classes.items() if task in model.config.tasks
+            },
+            "labels": describe(model.config.label_set),
             "normalisation": model.normalisation.plain(),
             "epochs_trained": epoch,
             "m3vit": __version__,
@@ -85,6 +89,7 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
 def load_run(folder: Path) -> Run:
     """Open a run folder, or raise InputError if it is not one, or has no weights, damaged, diverged or other ones."""
     config = read_run_config(folder)
+    plugins.recall(config.plugins, str(folder))
     weights = folder / WEIGHTS
     check_content(weights, "the run's")
     if not weights.is_file():
@@ -93,6 +98,8 @@ def load_run(folder: Path) -> Run:
     fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
     state, info = read_saved(weights)
     fresh |= {"normalisation": recorded(info.get("normalisation"), f"normalisation of {folder / INFO}").plain()}
+    if "labels" in info:  # not of runs from before they described themselves: they have the names of a table's
+        fresh["label_set"] = declare(info["labels"], str(folder / INFO))
     config.model = replace(config.model, **fresh)
     try:
         architecture = ModelConfig(**info["architecture"] | fresh)

@@ -68,8 +68,6 @@ def make(**keys: Any) -> Config:
             for none in ("none", [])
             for word in ("--model.num_experts=8", "--model.router_noise 1", "--model.experts_per_task.depth=[1]")
         ),
-        ({"model_trunk_args": {"num_classes": 9}}, "--model.trunk_args.num_classes=9", "m3vit sets it itself"),
-        ({"model_trunk_args": {"num_classes": 9}}, "--model.trunk_args={num_classes: 9}", "m3vit sets it itself"),
         ({"model_moe_blocks": "none"}, "--train.balance_weight=0.1", "no block with experts"),
     ],
 )

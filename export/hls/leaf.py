@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
+from m3vit.models.decoders.base import TokenHead
 from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -299,8 +300,19 @@ def _position(model: MultiTaskModel, grid: tuple[int, int]) -> VitPosition:
     return VitPosition(model.backbone.constants(grid)[0], model.backbone.trunk.num_prefix_tokens)
 
 
+def token_heads(model: MultiTaskModel) -> dict[str, TokenHead]:
+    """Return the heads as the accelerator has them, by task, or raise InputError with the decoder's reason why not."""
+    heads = model.heads.token_heads()
+    if heads is None:
+        raise InputError(
+            f"cannot export to HLS: the model has {model.config.head} heads, and {model.heads.no_hls}: train with "
+            "model.head linear"
+        )
+    return heads
+
+
 def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
-    heads: list[Any] = [model.heads[task] for task in model.config.tasks]
+    heads = [token_heads(model)[task] for task in model.config.tasks]
     weights = [head.linear.weight * head.norm.weight for head in heads]
     biases = [head.linear.bias + head.linear.weight @ head.norm.bias for head in heads]
     widths = [head.linear.out_features for head in heads]
@@ -319,11 +331,7 @@ def _check_task_consumers(model: MultiTaskModel) -> None:
 
 def _build(model: MultiTaskModel) -> LoweredModel:
     backbone, trunk = model.backbone, model.backbone.trunk
-    if model.config.head != "linear":
-        raise InputError(
-            f"cannot export to HLS: the model has {model.config.head} heads, and the FPGA flow has linear ones: train "
-            "with model.head linear"
-        )
+    token_heads(model)  # refuses decoders that work in another way
     num_tasks = len(model.config.tasks)
     if backbone.rotary:
         raise _refuse(f"{model.config.trunk} has rotary positions")
@@ -349,9 +357,9 @@ def _build(model: MultiTaskModel) -> LoweredModel:
 @torch.no_grad()
 def reference_outputs(model: MultiTaskModel, images: Tensor, task: str) -> tuple[Tensor, list[Any]]:
     """Return the per-token outputs [B, T, C_r] of a task for normalised images, and its routings, from the model."""
-    tokens, routings = model.backbone(images, (model.task_id(task),))
-    head: Any = model.heads[task]
-    return head.linear(head.norm(tokens[0])), routings
+    features, routings = model.backbone(images, (model.task_id(task),))
+    head = token_heads(model)[task]
+    return head.linear(head.norm(features.last[0])), routings
 
 
 def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dtype = torch.float32) -> Tensor:

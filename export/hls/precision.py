@@ -16,13 +16,12 @@ from torch import Tensor, fx
 
 from m3vit.errors import InputError
 from m3vit.export.hls import leaf
+from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 
 INPUT = "ap_ufixed<8,0>"
 TASK = "ap_uint<8>"
 HEADROOM_BITS = 1
 ACCUMULATOR_LIMIT_BITS = 62
-NORM_FRAC_BITS = 18  # nnet::vit::norm_frac
-PROB_FRAC_BITS = 17  # nnet::vit::prob_frac
 BATCH = 8
 
 
@@ -166,9 +165,7 @@ class Chooser:
         source = self.results[first_input(node)]
         position: Any = self.calibration.graph.get_submodule("position")
         # Bits of: the fraction of a score; a context sum times a reciprocal (m3vit_attention.h).
-        needed = max(
-            2 * source.frac, source.width + PROB_FRAC_BITS + math.ceil(math.log2(position.table.shape[0])) + 20 - 8
-        )
+        needed = max(2 * source.frac, source.width + PROB_FRAC + math.ceil(math.log2(position.table.shape[0])) + 20 - 8)
         if needed > ACCUMULATOR_LIMIT_BITS:
             raise InputError(f"cannot export to HLS: {node.name} needs {needed}-bit sums; give smaller act_bits")
         return {}
@@ -189,7 +186,7 @@ class Chooser:
         dim = module.weight.shape[1]
         self._check_norm(node, dim)
         weight = _weights(module.weight, self.weight_bits)
-        sum_format((math.sqrt(dim), NORM_FRAC_BITS), module.weight, weight, module.bias, "the task head")
+        sum_format((math.sqrt(dim), NORM_FRAC), module.weight, weight, module.bias, "the task head")
         return {"weight": weight, "bias": _weights(module.bias, self.act_bits)}
 
     def _check_norm(self, node: fx.Node, dim: int) -> None:

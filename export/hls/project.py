@@ -22,6 +22,7 @@ from m3vit.files import atomic_folder
 from m3vit.hw.boards import check_tokens
 from m3vit.hw.manifest import FORMAT, MANIFEST
 from m3vit.hw.sim.csim import tokenise, write_input_lines
+from m3vit.label_sets import describe
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
@@ -152,6 +153,7 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "hls4ml": version("hls4ml"),
         "torch": version("torch"),
         "label_set": config.label_set,
+        "labels": describe(config.label_set),
         "image_size": list(config.image_size),
         "normalisation": model.normalisation.plain(),  # folded into the weights
         "patch_size": lowered.patch,
@@ -160,14 +162,14 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "prefix_tokens": lowered.head.prefix,
         "token_width": 3 * lowered.patch**2,
         "outputs": max(widths),
-        "upscale": model.heads[config.tasks[0]].upscale,
+        "upscale": leaf.token_heads(model)[config.tasks[0]].upscale,
         "tasks": [
             {
                 "name": task,
                 "id": index,
                 "outputs": widths[index],
                 "channels": config.labels.channels(task),
-                "decode": TASKS[task].decode,
+                "decode": TASKS[task].kind,
             }
             for index, task in enumerate(config.tasks)
         ],

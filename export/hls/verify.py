@@ -29,7 +29,7 @@ from m3vit.files import atomic_path
 from m3vit.hw.manifest import SAMPLES
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.compiler import kill_programs, require_writable
-from m3vit.models.heads import assemble_tokens
+from m3vit.models.decoders.linear import assemble_tokens
 from m3vit.staging import sigterm_as_exit
 
 Progress = Callable[[int, int, str], None]

@@ -19,6 +19,7 @@ from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.scoring import default_workers
 from m3vit.export.finite import require_finite
+from m3vit.export.onnx.graph import require_onnx
 from m3vit.export.onnx.package import Content, export_package
 from m3vit.export.onnx.parity import ParityError, check_parity
 from m3vit.export.onnx.parity_images import parity_images
@@ -71,6 +72,7 @@ def export_run(
     The package appears at `out` when the comparison has passed and the scores are in its manifest. Raises InputError
     for what cannot be done, before anything is computed, and for a package that does not compute what the model does.
     """
+    require_onnx(run.model)
     require_finite(run.model)
     content = budgeted(run, content, request, say)
     content.check()
@@ -155,7 +157,8 @@ def data_of(run: Run, part: str, data_root: str | None, otherwise: str) -> Split
     """Open the train or val split of a run's data, or raise InputError that says what to do."""
     root = data_root or run.config.data.root
     try:
-        return open_split(run.config.data.layout, root, part, run.config.model.tasks)
+        model = run.config.model
+        return open_split(run.config.data.layout, root, part, model.tasks, label_set=model.label_set)
     except InputError as error:
         raise InputError(
             f"this needs the run's {part} images ({error}): give --data.root DIR, or {otherwise}"

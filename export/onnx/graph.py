@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.export.onnx.lower import DOMAIN, INPUTS, MIN_OPSET, OPERATOR, lower_moe
 from m3vit.models.budget import FULL, Budget
+from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
 
 MAX_OPSET = 23  # the last that the exporter and onnxruntime were tested with
@@ -35,29 +36,42 @@ class _OneTask(nn.Module):
 
 
 class _Features(nn.Module):
-    """The backbone as a function of the image and the number of the task; its tokens as a map [B, D, h, w]."""
+    """The backbone as a function of the image and the number of the task; its tokens as a map [B, L * D, h, w]."""
 
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor, task: Tensor) -> Tensor:
-        backbone = self.model.backbone
-        tokens_RBTD, _ = backbone(image, task)
-        return tokens_RBTD[0].transpose(1, 2).unflatten(2, backbone.grid(image))
+        features, _ = self.model.backbone(image, task, self.model.heads.blocks)
+        return features.as_map()
 
 
 class _Head(nn.Module):
-    """One head as a function of that map."""
+    """The decoder of one task as a function of that map."""
 
     def __init__(self, model: MultiTaskModel, task: str) -> None:
         super().__init__()
         self.model, self.task = model, task
 
     def forward(self, features: Tensor) -> Tensor:
-        rows, columns = features.shape[-2:]
+        grid = (features.shape[-2], features.shape[-1])
         patch = self.model.backbone.patch_size
-        return self.model.heads[self.task](features.flatten(2).mT, (rows, columns), (rows * patch, columns * patch))
+        blocks = tapped(self.model)
+        parts = [part.flatten(2).mT[None] for part in features.chunk(len(blocks), dim=1)]
+        tokens = Features(dict(zip(blocks, parts, strict=True)), 1, grid, patch)
+        return self.model.heads(tokens, {self.task: (grid[0] * patch, grid[1] * patch)}).logits[self.task]
+
+
+def tapped(model: MultiTaskModel) -> list[int]:
+    """Return the indices of the blocks whose tokens the decoder reads."""
+    return sorted(set(model.heads.blocks)) or [len(model.backbone.trunk.blocks) - 1]
+
+
+def require_onnx(model: MultiTaskModel) -> None:
+    """Raise InputError if the model's decoder cannot be exported to ONNX."""
+    if reason := model.heads.no_onnx:
+        raise InputError(f"cannot export to ONNX: the model has {model.config.head} heads, and {reason}")
 
 
 def trace_task(
@@ -76,6 +90,7 @@ def trace_task(
 
     Raises InputError for an unknown task, a `size` that the patch size does not divide, and an unsupported opset.
     """
+    require_onnx(model)
     model.task_id(task)
     shape = _example_shape(model, opset, size)
     axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
@@ -99,7 +114,8 @@ def export_task(
 def trace_backbone(
     model: MultiTaskModel, *, opset: int = MIN_OPSET, size: tuple[int, int] | None = None
 ) -> onnx.ModelProto:
-    """Return the backbone of all tasks as traced: `image`, `task` (int64 [1], its number) -> `features` [B, D, h, w].
+    """Return the backbone of all tasks as traced: `image`, `task` (int64 [1], its number) -> `features`
+    [B, L * D, h, w], the L blocks that the decoder reads one after the other.
 
     What differs between tasks, the gates, is picked at run time. Sizes, opset and errors as in `trace_task`.
     """
@@ -112,9 +128,9 @@ def trace_backbone(
 def trace_head(
     model: MultiTaskModel, task: str, *, opset: int = MIN_OPSET, size: tuple[int, int] | None = None
 ) -> onnx.ModelProto:
-    """Return the head of one task: `features` [B, D, h, w] -> logits [B, C, H, W], named like the task."""
+    """Return the head of one task: `features` [B, L * D, h, w] -> logits [B, C, H, W], named like the task."""
     model.task_id(task)
-    patch, dim = model.backbone.patch_size, model.backbone.dim
+    patch, dim = model.backbone.patch_size, model.backbone.dim * len(tapped(model))
     grid = [side // patch for side in _example_shape(model, opset, size)]
     axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
     return _trace(model, _Head(model, task), {"features": _zeros(model, 2, dim, *grid)}, axes, task, opset)

@@ -19,29 +19,22 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
-from m3vit.export.onnx.graph import trace_backbone, trace_head, trace_task
+from m3vit.export.onnx.graph import require_onnx, trace_backbone, trace_head, trace_task
 from m3vit.export.onnx.lower import MIN_OPSET, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, sha256_file
+from m3vit.label_sets import describe, resolve
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
-from m3vit.tasks import Task, palette, resolve
+from m3vit.tasks import Task, kind_of
 
 WEIGHTS = "weights.bin"
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them
 PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
 SMALL_ALIGN = 64
-
-# The unit of a decoded prediction, by kind of decoding.
-UNITS = {
-    "argmax": "class id",
-    "identity": "m",
-    "unit_vector": "unit vector: x right, y up, z towards the camera",
-    "sigmoid": "probability",
-}
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,7 @@ def export_package(
     content = content or Content()
     content.check()
     _check_replaceable(out)
+    require_onnx(model)
     require_finite(model)
     say = progress or (lambda line: None)
     for name in content.tasks:
@@ -136,6 +130,7 @@ def export_package(
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
             "image": {**model.normalisation.plain(), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
+            "labels": describe(model.config.label_set),
             "tasks": tasks,
             "backbone": backbone,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size
@@ -208,12 +203,13 @@ def _require_finite_tensors(graph: ModelProto, name: str) -> None:
 def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str, Any]:
     """Return what the manifest says about a task, without its files."""
     config = model.config
+    kind = kind_of(task.name)
     blocks, shares = model.backbone.moe_indices, content.coverage.get(task.name)
     entry: dict[str, Any] = {
         "number": model.task_id(task.name),  # which a backbone of all tasks takes
         "channels": config.labels.channels(task.name),
-        "decode": task.decode,
-        "unit": UNITS[task.decode],
+        "decode": task.kind,
+        "unit": kind.described_as or task.value_unit,
         "input_size": list(content.size) if content.size else None,
         "batch": 1 if content.static else None,
         "patch_multiple": model.backbone.patch_size,
@@ -226,10 +222,7 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
             "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
-    if task.decode == "argmax":
-        entry["classes"] = list(config.labels.classes[task.name])
-        entry["palette"] = [list(colour) for colour in palette(config.labels.classes[task.name])]
-    return entry
+    return entry | kind.entry(config.labels.classes.get(task.name, ()))
 
 
 def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> dict[str, Any]:

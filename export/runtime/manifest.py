@@ -6,7 +6,7 @@ from typing import Any
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.runtime.decoding import CHANNELS, DECODERS
+from m3vit.kinds import KINDS
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 FLOAT = "fp32"
@@ -74,12 +74,11 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             complete &= digests.setdefault(entry["file"], entry["sha256"]) == entry["sha256"]
         backbone = manifest["backbone"]
         for entry in tasks.values():
-            kind, channels = entry["decode"], entry["channels"]
-            complete &= kind in DECODERS and isinstance(channels, int) and CHANNELS.get(kind, channels) == channels
+            kind = KINDS.get(entry["decode"])
+            complete &= kind is not None and isinstance(entry["channels"], int) and kind.entry_fits(entry)
             complete &= _size([entry["patch_multiple"]] * 2)
             complete &= entry["input_size"] is None or _size(entry["input_size"])
             complete &= entry["batch"] in (None, 1)
-            complete &= kind != "argmax" or len(entry["palette"]) == channels > 0
             for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
                 complete &= not backbone or isinstance(entry["number"], int)
                 complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)

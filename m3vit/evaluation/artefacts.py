@@ -14,6 +14,7 @@ from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.runtime.package import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.hw.sim import csim
+from m3vit.label_sets import LABEL_SETS, declare
 from m3vit.launched import place
 from m3vit.normalisation import Normalisation, recorded
 
@@ -103,6 +104,10 @@ def label_set(manifest: dict[str, Any], folder: Path) -> str:
     """Return the label set that an export was trained on."""
     if "label_set" not in manifest:
         raise InputError(f"{folder} was exported by an earlier version, without its label set: export it again")
+    if "labels" in manifest:
+        return declare(manifest["labels"], f"the manifest of {folder}")
+    if manifest["label_set"] not in LABEL_SETS:
+        raise InputError(f"{folder} is of the label set {manifest['label_set']}, unknown here: export it again")
     return str(manifest["label_set"])
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from m3vit.errors import InputError, one_line
 from m3vit.models.budget import Use
 from m3vit.models.config import ModelConfig
+from m3vit.models.decoders.base import Features
 from m3vit.models.experts import ExpertBank
 from m3vit.models.moe import MoELayer, TaskIds
 from m3vit.models.pretrained import load_weights, whole_weights
@@ -216,24 +217,28 @@ class Backbone(nn.Module):
         return block(x.flatten(0, 1), **options).view_as(x), None
 
     def forward(
-        self, images: Tensor, task_ids: TaskIds, uses: Sequence[Sequence[Use]] | None = None
-    ) -> tuple[Tensor, list[Routing]]:
-        """Return patch tokens [R, B, T, D] (without prefix tokens) and the routing of each MoE layer, if not exporting.
+        self,
+        images: Tensor,
+        task_ids: TaskIds,
+        blocks: tuple[int, ...] = (),
+        uses: Sequence[Sequence[Use]] | None = None,
+    ) -> tuple[Features, list[Routing]]:
+        """Return the patch tokens (without prefix tokens) after `blocks`, and, unless exporting, each MoE layer's routing.
 
-        `uses`: of each block with experts, what each task uses of them; None: as trained.
-
-        Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
-        stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
-        each task.
+        blocks: indices of the trunk's; (): the last. uses: of each block with experts, what each task uses of them;
+        None: as trained. Up to the first router the tasks are the same, so that prefix runs
+        once (R = 1); from there on the tasks are stacked, unless all share one router: then everything runs once.
+        M3ViT's code re-runs the whole backbone for each task.
         """
         alike = uses is None or all(use == layer[0] for layer in uses for use in layer)
         routed = task_ids[:1] if self.one_for_all and alike else task_ids
         given = {} if uses is None else dict(zip(self.moe_indices, uses, strict=True))
-        self.grid(images)  # refuses sizes that the patches do not divide
+        grid = self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1
         mixed = getattr(self.trunk, "rope_mixed", False)  # a rotary embedding for each block
-        routings = []
+        tapped = blocks or (len(self.trunk.blocks) - 1,)
+        kept, routings = {}, []
         for index, block in enumerate(self.trunk.blocks):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
             arguments = (block, x, routed, options, given[index][: len(routed)] if index in given else None)
@@ -244,6 +249,6 @@ class Backbone(nn.Module):
                 x, routing = self.run_block(*arguments)
             if routing is not None:
                 routings.append(routing.of_tasks(len(task_ids)) if len(routed) < len(task_ids) else routing)
-        if x.shape[0] != len(task_ids):  # no MoE layer at all, or one router for all
-            x = x.expand(len(task_ids), -1, -1, -1)
-        return x[:, :, self.trunk.num_prefix_tokens :], routings
+            if index in tapped:
+                kept[index] = x[:, :, self.trunk.num_prefix_tokens :]
+        return Features(kept, len(task_ids), grid, self.patch_size), routings

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from m3vit import normalisation
 from m3vit.errors import InputError, short
-from m3vit.tasks import LABEL_SETS, LabelSet, resolve
+from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
+from m3vit.models.decoders import DECODERS, check_args
+from m3vit.values import check_values, not_among
 
-ROUTERS = ("multi", "task_conditioned", "single")
-INITS = ("random", "upcycle")
-HEADS = ("linear", "pup")
 # Arguments of timm's create_model that are not the user's to give here, and which key says the same.
 OURS = {
     "img_size": "model.image_size says it",
@@ -20,8 +19,8 @@ OURS = {
     "dtype": "train.precision says it",
     "pretrained": "model.pretrained says it",
     "checkpoint_path": "model.weights says it",
-    "features_only": "heads take the last block's tokens",
-    "out_indices": "heads take the last block's tokens",
+    "features_only": "the decoder says which blocks it reads",
+    "out_indices": "the decoder says which blocks it reads",
     "scriptable": "it changes nothing",
     "exportable": "it changes nothing",
     "model_name": "model.trunk says it",
@@ -35,8 +34,6 @@ LIMITS: dict[str, tuple[float, float]] = {
 SIDE_LIMIT = 2**15  # pixels
 TRUNK_LIMITS: dict[str, tuple[float, float]] = {"depth": (1, 1000), "num_heads": (1, 1024), "embed_dim": (1, 2**16)}
 LARGEST = 10**6  # any number in trunk_args
-EXPERT_EXECUTIONS = ("auto", "sorted", "grouped", "reference")
-NOISES = ("fixed", "learned")
 
 
 @dataclass
@@ -56,7 +53,8 @@ class ModelConfig:
             by timm's configuration of the trunk; with random weights ImageNet's, as every published M3ViT. imagenet, or
             {mean: [R, G, B], std: [R, G, B]} of images in 0 to 1. The run keeps the numbers.
         image_size: (height, width) in pixels that the position embedding is made for.
-        label_set: whose classes and tasks the outputs have: nyud or pascal; that of data.layout.
+        label_set: whose classes and tasks the outputs have: nyud or pascal (or one of a plug-in); auto is that of
+            data.layout.
         tasks: names of the tasks, in the order of their task ids.
         moe_blocks: which blocks get experts instead of their MLP: "odd" (M3ViT), "none" or a list of indices.
         num_experts: experts in each bank (E).
@@ -73,7 +71,9 @@ class ModelConfig:
         router_noise_kind: fixed (router_noise alone, as M3ViT's released runs), or learned: a second linear map of the
             token, through softplus, scales the noise (Shazeer et al., arXiv 1701.06538; router_noise 1 is theirs).
         experts_per_task: the experts that a task may use, such as {depth: [0, 1, 2, 3]}; tasks not named use all.
-        head: kind of the task heads: linear (the one that also goes on the FPGA) or pup (SETR-PUP, as in M3ViT).
+        head: the decoder, kind of the task heads: linear (the one that also goes on the FPGA) or pup (SETR-PUP, as in
+            M3ViT), or the name of one that was added.
+        head_args: keyword arguments for a decoder that was added; linear and pup take none.
         head_stride: pixels of the image per output of a linear head, before the final bilinear resize; pup heads have
             half their patch size, halved down to 2 or less.
         distillation: stages of the pup heads whose features also train further outputs for each task, made from the
@@ -95,16 +95,17 @@ class ModelConfig:
     num_experts: int = 16
     top_k: int = 4
     expert_ratio: float = 1.0
-    init: str = "random"
+    init: Literal["random", "upcycle"] = "random"
     upcycle_gates: float = 1e-6
-    router: str = "multi"
+    router: Literal["multi", "task_conditioned", "single"] = "multi"
     router_noise: float = 0.0
-    router_noise_kind: str = "fixed"
+    router_noise_kind: Literal["fixed", "learned"] = "fixed"
     experts_per_task: dict[str, list[int]] = field(default_factory=dict)
     head: str = "linear"
+    head_args: dict[str, Any] = field(default_factory=dict)
     head_stride: int = 4
     distillation: list[int] = field(default_factory=list)
-    experts: str = "auto"
+    experts: Literal["auto", "sorted", "grouped", "reference"] = "auto"
 
     @property
     def labels(self) -> LabelSet:
@@ -113,24 +114,19 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise InputError for values that no model can be built from."""
-        resolve(self.tasks, self.label_set)
         normalisation.check(self.normalisation)
-        for key, value, allowed in (
-            ("model.init", self.init, INITS),
-            ("model.router", self.router, ROUTERS),
-            ("model.router_noise_kind", self.router_noise_kind, NOISES),
-            ("model.head", self.head, HEADS),
-            ("model.experts", self.experts, EXPERT_EXECUTIONS),
-        ):
-            if value not in allowed:
-                raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        check_values("model", self)
+        resolve(self.tasks, self.label_set)
+        if self.head not in DECODERS:
+            raise InputError(not_among("model.head", self.head, tuple(DECODERS)))
         for key, limits in LIMITS.items():
             _check_number(f"model.{key}", getattr(self, key), limits)
         for side in self.image_size:
             _check_number("model.image_size", side, (1, SIDE_LIMIT), f" in {list(self.image_size)}")
         _check_number("model.router_noise", self.router_noise, (0, 1e6))
         self._check_trunk_args()
-        if self.distillation and (self.head != "pup" or len(self.tasks) < 2):
+        check_args(self.head, self.head_args)
+        if self.distillation and ("distillation" not in DECODERS[self.head].reads or len(self.tasks) < 2):
             raise InputError(
                 f"model.distillation is {self.distillation} with head {self.head} and tasks {', '.join(self.tasks)}: "
                 "it needs pup heads and two tasks or more; give --model.distillation=[] without"

@@ -1,5 +1,6 @@
 """Weights as a run folder has them: model.safetensors, and model.json beside it, which holds the digest of both."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ def read_info(weights: Path) -> dict[str, Any]:
     return info
 
 
+def current_names(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's weights, or their average's, under the names of now; some of older runs have others."""
+    return {re.sub(r"^(module\.)?distillation\.", r"\1heads.training_only.", name): state[name] for name in state}
+
+
 def read_saved(weights: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a run's weights and its model.json; raise InputError if they are damaged, or not finite numbers."""
     written = _identity(weights)
     try:
-        state = load_file(weights)
+        state = current_names(load_file(weights))
     except Exception as error:  # safetensors raises many kinds for damaged files
         raise InputError(f"{weights} cannot be loaded ({first_line(error)}), it is damaged: {_ADVICE}") from None
     info = read_info(weights)

@@ -35,8 +35,8 @@ def refusing(config: ModelConfig) -> Iterator[None]:
         arguments, size = short(config.trunk_args, 200), short(list(config.image_size), 200)
         raise InputError(
             f"no model can be run with model.trunk {config.trunk}, trunk_args {arguments}, image_size {size}, "
-            f"num_experts {config.num_experts} and expert_ratio {config.expert_ratio:g} ({words}): give other values "
-            "of these"
+            f"num_experts {config.num_experts}, expert_ratio {config.expert_ratio:g} and head {config.head} ({words}): "
+            "give other values of these"
         ) from error
 
 
@@ -44,7 +44,12 @@ def try_out(config: ModelConfig) -> None:
     """Raise InputError if a model cannot be built from the configuration, run on an image, or held in memory."""
     with refusing(config), torch.no_grad():
         model = meta_model(config)
-        model(torch.empty(1, 3, *config.image_size, device="meta"))
+        for tasks in (config.tasks, config.tasks[:1]):
+            logits = model(torch.empty(1, 3, *config.image_size, device="meta"), tasks).logits
+            found = {task: tuple(value.shape) for task, value in logits.items()}
+            expected = {task: (1, config.labels.channels(task), *config.image_size) for task in tasks}
+            if found != expected:
+                raise InputError(f"model.head {config.head} gives logits of the shapes {found}, expected {expected}")
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:

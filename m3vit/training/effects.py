@@ -7,6 +7,8 @@ very run is meant to do something.
 from collections.abc import Sequence
 
 from m3vit.errors import InputError
+from m3vit.models.decoders import DECODERS
+from m3vit.tasks import TASKS
 from m3vit.training.config import GRADIENT_METHODS, Config
 
 OF_EXPERTS = (
@@ -24,7 +26,6 @@ OF_EXPERTS = (
     "train.z_weight",
     "train.specialise_weight",
 )
-OURS = ("num_classes", "dynamic_img_size")  # of timm's arguments
 COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -38,21 +39,22 @@ def given_keys(words: Sequence[str]) -> list[str]:
 def without_effect(config: Config) -> dict[str, str]:
     """Return the keys that cannot act in this configuration, and why; a key stands for all below it."""
     model, train, found = config.model, config.train, {}
-    if model.head == "pup":
-        found["model.head_stride"] = "pup heads have a stride of their own"
+    if "head_stride" not in DECODERS[model.head].reads:
+        found["model.head_stride"] = f"{model.head} heads have a stride of their own"
     if model.init != "upcycle":
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if model.moe_blocks in ("none", []):
         found |= dict.fromkeys(OF_EXPERTS, "model.moe_blocks leaves no block with experts")
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
-    if "edge" not in model.tasks:
-        found["train.edge_positive_weight"] = "edge is not among model.tasks"
+    for task in TASKS.values():
+        if task.name not in model.tasks:
+            settings = [value for value in task.loss_options.values() if isinstance(value, str)]
+            found |= {f"train.{name}": f"{task.name} is not among model.tasks" for name in settings}
     if len(model.tasks) == 1 and train.weighting in ("dwa", *GRADIENT_METHODS):
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
-    found |= {f"model.trunk_args.{name}": "m3vit sets it itself" for name in OURS if name in model.trunk_args}
     for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
         absent = [task for task in tasks if task not in model.tasks]
         found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.fabric import Fabric
 
 from m3vit.collectives import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
@@ -17,6 +16,7 @@ from m3vit.errors import InputError, WriteError, first_line
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.saved import current_names
 from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
 from m3vit.training.board import Board
@@ -32,7 +32,7 @@ from m3vit.training.checkpoint import (
     write_config,
 )
 from m3vit.training.config import Config
-from m3vit.training.launch import launch, synchronise
+from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.sharding import (
     gathered,
@@ -45,7 +45,7 @@ from m3vit.training.sharding import (
 )
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
-from m3vit.training.validation import PROTOCOL, is_best, validate
+from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
 from m3vit.training.weighting import make_weighting
 
 FORMAT = 2  # of last/state.pt
@@ -122,11 +122,19 @@ class Training:
         settings, options = config.train, config.data
         splits = agree(
             lambda: [
-                open_split(options.layout, options.root, part, config.model.tasks, partial=options.on_error == "skip")
+                open_split(
+                    options.layout,
+                    options.root,
+                    part,
+                    config.model.tasks,
+                    partial=options.on_error == "skip",
+                    label_set=config.model.label_set,
+                )
                 for part in ("train", "val")
             ]
         )
         train_split, self.val_split = splits
+        agree(lambda: check_scored(config.model.tasks, config.model.label_set))
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
         if both:
             raise InputError(
@@ -422,13 +430,13 @@ class Training:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint. A process that was not there then keeps the random state of its seed."""
-        load_weights(self.model, state["model"])
+        load_weights(self.model, current_names(state["model"]))
         load_optimizer(self.optimizer, state["optimizer"])  # after setup: it takes its tensors to the device
         self.weighting.load_state_dict(state["weighting"])
         if state.get("precision"):
             self.fabric.strategy.precision.load_state_dict(state["precision"])
         if self.average is not None:
-            load_weights(self.average, state["average"])
+            load_weights(self.average, current_names(state["average"]))
         if rank() < len(state["random"]):
             mine = state["random"][rank()]
             torch.set_rng_state(mine["cpu"])

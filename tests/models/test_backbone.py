@@ -89,7 +89,8 @@ def test_dense_trunk_equals_timm(name: str) -> None:
         images = torch.randn(2, 3, *size(grid, patch))
         with torch.no_grad():
             expected = theirs.forward_features(images)[:, trunk.num_prefix_tokens :]
-            tokens, routings = model.backbone(images, (0, 1))
+            features, routings = model.backbone(images, (0, 1))
+        tokens = features.last
         assert routings == [] and tokens.shape == (2, 2, grid[0] * grid[1], 48)
         for task_tokens in tokens:
             # 1e-5 of the largest value: float32, and a position table added in another order.
@@ -122,7 +123,7 @@ def test_post_norm_blocks() -> None:
         x = first(x)
         x = x + second.norm1(second.attn(x))
         expected = x + second.norm2(second.mlp(x[None], (1,))[0][0])
-        torch.testing.assert_close(model.backbone(images, (1,))[0][0], expected[:, 1:])
+        torch.testing.assert_close(model.backbone(images, (1,))[0].last[0], expected[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.export.hls.leaf import lower
 from m3vit.models.config import ModelConfig
-from m3vit.models.heads import Distillation, PupHead, stage_count
+from m3vit.models.decoders.pup import Distillation, PupHead, stage_count
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config
 from m3vit.training.step import step_losses
@@ -135,21 +135,21 @@ def test_distillation_equals_the_published_steps(tasks: int, size: tuple[int, in
 def test_distilled_outputs_exist_in_training_of_all_tasks_only() -> None:
     model, images = make(distillation=[1, 0]), torch.randn(2, 3, 24, 40)
     output = model(images, native=["depth"])
-    assert list(output.distilled) == [1, 0]
+    assert list(output.auxiliary) == ["distilled1", "distilled0"]
     for level, stride in ((0, 4), (1, 2)):
-        assert output.distilled[level]["semseg"].shape == (2, 40, 24, 40)
-        assert output.distilled[level]["depth"].shape == (2, 1, 24 // stride, 40 // stride)
-    assert model(images, ["depth"]).distilled == {}
-    assert model.eval()(images).distilled == {}
+        assert output.auxiliary[f"distilled{level}"]["semseg"].shape == (2, 40, 24, 40)
+        assert output.auxiliary[f"distilled{level}"]["depth"].shape == (2, 1, 24 // stride, 40 // stride)
+    assert model(images, ["depth"]).auxiliary == {}
+    assert model.eval()(images).auxiliary == {}
 
 
 def test_heads_do_not_change_with_distillation() -> None:
     plain, distilled, images = make(), make(distillation=[0]), torch.randn(2, 3, 32, 48)
-    assert not any("distillation" in name for name in plain.state_dict())
+    assert not any("training_only" in name for name in plain.state_dict())
     distilled.load_state_dict(plain.state_dict(), strict=False)
     order = ["edge", "semseg", "normals", "depth"]
     expected, found = plain(images, order).logits, distilled(images, order)
-    assert list(found.logits) == order and list(found.distilled[0]) == plain.config.tasks
+    assert list(found.logits) == order and list(found.auxiliary["distilled0"]) == plain.config.tasks
     for task, value in found.logits.items():
         torch.testing.assert_close(value, expected[task])
 

@@ -94,8 +94,8 @@ def test_trunk_equals_timm_when_dense(trunk_args: dict[str, Any]) -> None:
     images = torch.randn(2, 3, 32, 48)
     trunk = model.backbone.trunk
     expected = trunk.forward_features(images)[:, trunk.num_prefix_tokens :]
-    tokens, _ = model.backbone(images, (0,))
-    torch.testing.assert_close(tokens[0], expected, rtol=1e-5, atol=1e-6)  # float32 sum order
+    features, _ = model.backbone(images, (0,))
+    torch.testing.assert_close(features.last[0], expected, rtol=1e-5, atol=1e-6)  # float32 sum order
 
 
 def test_other_image_sizes_and_their_limits() -> None:

@@ -32,7 +32,7 @@ def test_model_can_be_built(name: str) -> None:
     assert config.data.layout in LAYOUTS
     with torch.device("meta"):
         model = MultiTaskModel(replace(config.model, pretrained=False))
-    assert list(model.heads) == config.model.tasks
+    assert list(model.heads.tasks) == config.model.tasks
     wanted = 0 if config.model.moe_blocks == "none" else len(model.backbone.trunk.blocks) // 2
     assert len(model.backbone.moe_indices) == wanted
 
@@ -51,7 +51,7 @@ def test_single_task_baselines_can_be_built(name: str) -> None:
         config.model = replace(config.model, pretrained=False, tasks=[task], distillation=[])
         config.check()
         with torch.device("meta"):
-            assert list(MultiTaskModel(config.model).heads) == [task]
+            assert MultiTaskModel(config.model).heads.tasks == (task,)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

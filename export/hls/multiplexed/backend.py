@@ -15,7 +15,8 @@ from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.scheduler import Scheduler, Tensor
-from m3vit.hw.boards import TILE_IN, TILES_OUT, Hardware, find_board, fit
+from m3vit.hw.boards import TILES_OUT, find_board, fit
+from m3vit.hw.hardware import TILE_IN, Hardware
 from m3vit.hw.program import Image
 
 NAME = "VitisMoE"

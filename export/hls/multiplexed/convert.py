@@ -17,7 +17,8 @@ from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.backend import NAME, hardware_of
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
 from m3vit.export.hls.precision import calibrate
-from m3vit.hw.boards import Hardware, find_board, fit
+from m3vit.hw.boards import find_board, fit
+from m3vit.hw.hardware import Hardware
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim.csim import tokenise
 from m3vit.hw.sim.emulator import Emulator

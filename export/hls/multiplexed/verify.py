@@ -10,12 +10,11 @@ import numpy as np
 
 from m3vit.errors import InputError
 from m3vit.hw.manifest import WEIGHTS
-from m3vit.hw.program import Op
+from m3vit.hw.ops import PORTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 
 CHUNK_FRAMES = 4  # simulated by one call of the test bench, which then reads the weights again
-PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
 
 
 def real_outputs(words: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
@@ -80,7 +79,7 @@ def saturations(counters: list[list[dict[str, int]]], emulator: Emulator) -> dic
     for frame in counters:
         for line in frame:
             if line["saturated"]:
-                found[Op(emulator.program[line["pc"]].op).name.lower()] += line["saturated"]
+                found[emulator.program[line["pc"]].op.name.lower()] += line["saturated"]
     return dict(found)
 
 

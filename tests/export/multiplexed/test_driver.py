@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from m3vit.export.hls.multiplexed import convert
-from m3vit.export.runtime.decoding import assemble, decode
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
-from m3vit.models.heads import assemble_tokens
+from m3vit.kinds.decoding import assemble, decode
+from m3vit.models.decoders.linear import assemble_tokens
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
 
@@ -97,12 +97,12 @@ def modelled_allocate(shape: tuple[int, ...], dtype: Any) -> ModelledBuffer:
 def driver(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The emitted driver's module, as it would be imported on the board."""
     monkeypatch.syspath_prepend(str(copy / "host"))
-    for name in ("m3vit_driver", "m3vit_decoding"):
+    for name in ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import m3vit_driver  # type: ignore[import-not-found]
 
     yield m3vit_driver
-    for name in ("m3vit_driver", "m3vit_decoding"):
+    for name in ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file"):
         sys.modules.pop(name, None)
 
 
@@ -128,6 +128,11 @@ def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
     assert device.starts == 8
     for name, buffer in before.items():  # nothing is loaded again for another task
         np.testing.assert_array_equal(buffer, accelerator.buffers[name])
+
+
+def test_driver_stands_alone(project: Path) -> None:
+    for path in (project / "host").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) m3vit[.\s]", path.read_text(), re.MULTILINE), path.name
 
 
 def test_driver_refuses_what_was_changed_since_export(driver: Any, copy: Path) -> None:

@@ -18,7 +18,8 @@ from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import convert
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.verify import SimulatedOutputs
-from m3vit.hw.program import Image, Op
+from m3vit.hw.isa import Norm
+from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
@@ -120,7 +121,7 @@ def test_weights_map_is_of_the_weights(project: Path, model: MultiTaskModel) -> 
     np.testing.assert_allclose(fracs, np.round(fracs), atol=1e-3)  # powers of two
     assert np.abs(words - expected * 2.0 ** np.round(fracs)[:, None]).max() <= 0.5
     (params,) = (e for name, e in entries.items() if name == "blocks_0_norm1.scale_bias")
-    place = next(i for i in image.program if i.op == Op.NORM).params
+    place = next(i for i in image.program if isinstance(i, Norm)).params
     assert params["offset"] == place
 
 

@@ -13,7 +13,8 @@ from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import convert
 from m3vit.export.hls.project import Samples
 from m3vit.export.hls.verify import verify_project
-from m3vit.hw.boards import BOARDS, BUDGETS, Hardware, find_board, fit
+from m3vit.hw.boards import BOARDS, BUDGETS, find_board, fit, resources
+from m3vit.hw.hardware import Hardware
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
@@ -67,7 +68,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
         fit(small, find_board("kv260"))
     for board in (BOARDS["zcu104"], BOARDS["zcu102"]):  # ViT-S
         chosen = fit(small, board)
-        for name, value in chosen.resources().items():
+        for name, value in resources(chosen).items():
             assert value <= BUDGETS[name] * getattr(board, name)
     called = []
     monkeypatch.setattr(convert, "write_project", lambda *arguments: called.append(1))

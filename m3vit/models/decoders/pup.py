@@ -1,55 +1,22 @@
-"""Task heads. Shapes: B images, T = h * w tokens, D embedding dimension, C channels, s outputs per token and side."""
+"""The decoder `pup`: progressive upsampling for each task, and distillation between tasks in training.
+
+Shapes: as in base.py; S stages of a head.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
-from m3vit.tasks import Task, resolve
+from m3vit.models.decoders.base import Decoded, Decoder, Features, PerTask, Size, resize
 
-PUP_WIDTH = 256  # channels of a PUP head and of distillation, whatever the trunk's width
-
-
-def make_head(config: ModelConfig, task: Task, dim: int, patch_size: int) -> nn.Module:
-    """Build the head of a task: forward(tokens [B, T, D], grid (h, w), size or None) -> logits [B, C, *size]."""
-    channels = config.labels.channels(task.name)
-    if config.head == "pup":
-        return PupHead(dim, channels, patch_size, task.output_bias)
-    return LinearHead(dim, channels, patch_size, config.head_stride, task.output_bias)
-
-
-class LinearHead(nn.Module):
-    """LayerNorm -> Linear(D, C * s^2) for each token -> pixel shuffle -> bilinear resize to the image.
-
-    The part up to the Linear runs token by token; it is what also goes on the FPGA (`m3vit.export.hls`).
-    """
-
-    def __init__(self, dim: int, channels: int, patch_size: int, stride: int, bias: float) -> None:
-        super().__init__()
-        if patch_size % stride:
-            raise InputError(f"model.head_stride is {stride}: give a divisor of the trunk's patch size {patch_size}")
-        self.upscale = patch_size // stride
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.linear = nn.Linear(dim, channels * self.upscale**2)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.constant_(self.linear.bias, bias)
-
-    def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: tuple[int, int] | None) -> Tensor:
-        """Return logits [B, C, *size], or at the head's own resolution if `size` is None."""
-        return self.assemble(self.linear(self.norm(tokens_BTD)), grid, size)
-
-    def assemble(self, outputs_BTC: Tensor, grid: tuple[int, int], size: tuple[int, int] | None) -> Tensor:
-        """Lay the per-token outputs [B, T, C * s^2] out as an image, and resize it to `size` unless None."""
-        return assemble_tokens(outputs_BTC, grid, self.upscale, size)
-
-
-def assemble_tokens(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int, size: tuple[int, int] | None) -> Tensor:
-    """Lay per-token outputs [B, T, C * s^2], s = `upscale`, out as an image [B, C, *size] (unresized if None)."""
-    return resize(F.pixel_shuffle(outputs_BTC.transpose(1, 2).unflatten(2, grid), upscale), size)
+WIDTH = 256  # channels of a head and of distillation, whatever the trunk's width
 
 
 class PupHead(nn.Module):
@@ -70,10 +37,10 @@ class PupHead(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         # As torch initialises convolutions, and with biases that BatchNorm makes redundant: both as published.
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, PUP_WIDTH, 3, padding=1), nn.BatchNorm2d(PUP_WIDTH), nn.ReLU(inplace=True))
-            for width in [dim] + [PUP_WIDTH] * (count - 1)
+            nn.Sequential(nn.Conv2d(width, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True))
+            for width in [dim] + [WIDTH] * (count - 1)
         )
-        self.output = nn.Conv2d(PUP_WIDTH, channels, 1)
+        self.output = nn.Conv2d(WIDTH, channels, 1)
         nn.init.constant_(self.output.bias, bias)  # type: ignore[arg-type]
 
     def features(self, tokens_BTD: Tensor, grid: tuple[int, int]) -> list[Tensor]:
@@ -87,13 +54,13 @@ class PupHead(nn.Module):
             found.append(x)
         return found
 
-    def predict(self, feature: Tensor, size: tuple[int, int] | None) -> Tensor:
+    def predict(self, feature: Tensor, size: Size) -> Tensor:
         """Return logits [B, C, *size] from the last stage's feature, or at its own resolution if `size` is None."""
         if size is None:
             check_native(self.patch_size)
         return resize(self.output(feature), size)
 
-    def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: tuple[int, int] | None) -> Tensor:
+    def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: Size) -> Tensor:
         """Return logits [B, C, *size], or before the last resize (at stride 2 for powers of two) if `size` is None."""
         return self.predict(self.features(tokens_BTD, grid)[-1], size)
 
@@ -117,7 +84,7 @@ class Distillation(nn.Module):
 
     def __init__(self, channels: Sequence[int], biases: Sequence[float]) -> None:
         super().__init__()
-        width, every = PUP_WIDTH, PUP_WIDTH * len(channels)
+        width, every = WIDTH, WIDTH * len(channels)
         self.balance = nn.Sequential(*_conv(every, width), nn.ReLU(inplace=True), *_conv(width, width))
         self.mix = nn.Sequential(*_conv(every, width), nn.ReLU(inplace=True))
         self.down = nn.ModuleList(nn.Sequential(*_conv(width, width, stride=2), nn.ReLU(inplace=True)) for _ in (0, 1))
@@ -144,10 +111,40 @@ class Distillation(nn.Module):
         return [output(attended) for output in self.outputs]
 
 
-def make_distillation(config: ModelConfig, patch_size: int) -> nn.ModuleDict:
-    """Build the distillation of each level asked for, {str(level): Distillation}; none by default."""
-    levels = stage_count(patch_size) - 1
-    asked = config.distillation
+class Pup(PerTask):
+    """A PupHead for each task."""
+
+    no_hls = "the FPGA flow has linear ones"
+
+
+class Distilled(Pup):
+    """The same, and in training the distilled outputs of each level of `model.distillation`, by `distilled{level}`.
+
+    Distillation needs every task's features: a training step on some of the tasks goes without.
+    """
+
+    def __init__(self, heads: Mapping[str, PupHead], levels: Mapping[int, Distillation]) -> None:
+        super().__init__(heads)
+        self.training_only = nn.ModuleDict({str(level): module for level, module in levels.items()})
+
+    def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
+        """Return the logits of the heads, and the distilled ones of each level."""
+        if not self.training or set(sizes) != set(self.tasks):
+            return super().forward(features, sizes)
+        tokens = dict(zip(sizes, features.last.unbind(), strict=True))
+        stages = {task: self[task].features(tokens[task], features.grid) for task in self.tasks}
+        logits = {task: self[task].predict(stages[task][-1], size) for task, size in sizes.items()}
+        auxiliary: dict[str, dict[str, Tensor]] = {}
+        for level, module in self.training_only.items():
+            outputs = zip(self.tasks, module([found[int(level) + 1] for found in stages.values()]), strict=True)
+            auxiliary[f"distilled{level}"] = {task: resize(output, sizes[task]) for task, output in outputs}
+        return Decoded(logits, auxiliary)
+
+
+def pup(config: ModelConfig, backbone: Any) -> Decoder:
+    """Build the decoder, with the levels of distillation asked for."""
+    patch_size = backbone.patch_size
+    levels, asked = stage_count(patch_size) - 1, config.distillation
     if len(set(asked)) != len(asked) or any(not 0 <= level < levels for level in asked):
         raise InputError(
             f"model.distillation is {asked}: give each level once, out of those that pup heads of patch size "
@@ -155,7 +152,11 @@ def make_distillation(config: ModelConfig, patch_size: int) -> nn.ModuleDict:
         )
     tasks = resolve(config.tasks, config.label_set)
     channels, biases = [config.labels.channels(task.name) for task in tasks], [task.output_bias for task in tasks]
-    return nn.ModuleDict({str(level): Distillation(channels, biases) for level in asked})
+    heads = {
+        task.name: PupHead(backbone.dim, count, patch_size, task.output_bias)
+        for task, count in zip(tasks, channels, strict=True)
+    }
+    return Distilled(heads, {level: Distillation(channels, biases) for level in asked}) if asked else Pup(heads)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -174,8 +175,3 @@ def check_native(patch_size: int) -> None:
             f"train.native_losses: the pup heads of patch size {patch_size} have no resolution that divides the "
             "image's; give []"
         )
-
-
-def resize(logits: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Return logits [B, C, h, w] bilinearly resized to [B, C, *size], or as they are if `size` is None."""
-    return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

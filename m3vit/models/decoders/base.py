@@ -1,0 +1,131 @@
+"""What a decoder is: from the tokens of tapped blocks to logits, and how it is exported.
+
+Shapes: R tasks, B images, T = h * w patch tokens of an (h, w) grid, D embedding dimension, C channels of a task.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig
+from m3vit.models.decoders import builder
+
+Size = tuple[int, int] | None  # (height, width) that logits are resized to; None: the decoder's own resolution
+
+
+class Features(NamedTuple):
+    """What the backbone gives a decoder: the patch tokens after each tapped block, for the tasks asked for."""
+
+    tokens: dict[int, Tensor]  # by block index, [R, B, T, D]; [1, B, T, D] where the tasks are still the same
+    num_tasks: int  # R
+    grid: tuple[int, int]
+    patch_size: int
+
+    def of(self, block: int) -> Tensor:
+        """Return the tokens [R, B, T, D] after a tapped block."""
+        tokens = self.tokens[block]
+        return tokens if len(tokens) == self.num_tasks else tokens.expand(self.num_tasks, -1, -1, -1)
+
+    @property
+    def last(self) -> Tensor:
+        """The tokens [R, B, T, D] of the last tapped block."""
+        return self.of(max(self.tokens))
+
+    def as_map(self) -> Tensor:
+        """Return the tokens of one task as one map [B, L * D, h, w] of its L tapped blocks: between ONNX graphs."""
+        return torch.cat([self.of(block)[0].mT.unflatten(2, self.grid) for block in sorted(self.tokens)], dim=1)
+
+
+class Decoded(NamedTuple):
+    """Logits {task: [B, C, H, W]}, and outputs that only train: {name: {task: logits}}.
+
+    The loss of an auxiliary output is logged as `task/name`, and weighs what its task weighs.
+    """
+
+    logits: dict[str, Tensor]
+    auxiliary: dict[str, dict[str, Tensor]]
+
+
+class TokenHead(NamedTuple):
+    """A head that works token by token: LayerNorm -> Linear(D, C * upscale^2), then a pixel shuffle by `upscale`."""
+
+    norm: nn.LayerNorm
+    linear: nn.Linear
+    upscale: int
+
+
+class Decoder(nn.Module):
+    """Base of all decoders.
+
+    blocks: indices of the trunk's blocks whose tokens it reads; (): the last one's. What only training needs are the
+    submodules of `training_only`. `no_onnx` and `no_hls` say why it cannot be exported; a decoder has either
+    `token_heads`, from which the accelerator is made, or `no_hls`.
+    """
+
+    blocks: tuple[int, ...] = ()
+    training_only: nn.ModuleDict
+    no_onnx = ""
+    no_hls = ""
+
+    def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
+        """Return the logits of the tasks that `sizes` names: any of the model's, in the order of the features' R.
+
+        What is made of a task's tokens must not depend on which others are asked for, auxiliary outputs apart.
+        """
+        raise NotImplementedError
+
+    def token_heads(self) -> dict[str, TokenHead] | None:
+        """Return each task's head in the form that the accelerator has, or None if it has another."""
+        return None
+
+    def used_by(self, task: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that a prediction of this task needs."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("training_only."):
+                yield parameter
+
+
+class PerTask(Decoder):
+    """A head for each task, as a submodule of its name: head(tokens [B, T, D], grid, size) -> logits [B, C, *size]."""
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.tasks = tuple(heads)
+        for task, head in heads.items():
+            self.add_module(task, head)
+
+    def __getitem__(self, task: str) -> Any:
+        return self.get_submodule(task)
+
+    def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
+        """Return each task's logits, of its own head."""
+        tokens = zip(sizes.items(), features.last.unbind(), strict=True)
+        return Decoded({task: self[task](own, features.grid, size) for (task, size), own in tokens}, {})
+
+    def used_by(self, task: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the task's head."""
+        yield from self[task].parameters()
+
+
+def make_decoder(config: ModelConfig, backbone: Any) -> Decoder:
+    """Build the decoder of a model, or raise InputError if what was built is none, or lacks a part."""
+    decoder = builder(config.head)(config, backbone, **config.head_args)
+    depth = len(backbone.trunk.blocks)
+    if not isinstance(decoder, Decoder) or type(decoder).forward is Decoder.forward:
+        why = f"its builder returns a {type(decoder).__name__}, no Decoder with a forward"
+    elif decoder.token_heads() is None and not decoder.no_hls:
+        why = "it has neither token_heads, from which the accelerator is made, nor no_hls, which says why not"
+    elif any(type(block) is not int or not 0 <= block < depth for block in decoder.blocks):
+        why = f"it reads the blocks {', '.join(map(str, decoder.blocks))}, and the trunk has blocks 0 to {depth - 1}"
+    else:
+        return decoder
+    raise InputError(f"model.head {config.head} is no decoder: {why}")
+
+
+def resize(logits: Tensor, size: Size) -> Tensor:
+    """Return logits [B, C, h, w] bilinearly resized to [B, C, *size], or as they are if `size` is None."""
+    return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
