@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
 from m3vit.models.decoders.base import TokenHead
+from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.router import route
 from m3vit.normalisation import Normalisation
 
 LOG2_E = math.log2(math.e)
@@ -123,15 +125,15 @@ class VitMoE(Leaf):
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         logits = self.observe("logit", self._logits(x, task))
-        weights, experts = torch.softmax(logits * math.log(2), dim=-1).topk(self.top_k, dim=-1)
-        out = torch.zeros_like(x)
-        for expert in range(self.w1.shape[0]):
-            image, token, slot = (experts == expert).nonzero(as_tuple=True)
-            hidden = self.observe("hidden", F.linear(x[image, token], self.w1[expert], self.b1[expert]))
-            active = self.observe("active", F.gelu(hidden))
-            y = self.observe("expert", F.linear(active, self.w2[expert], self.b2[expert]))
-            out[image, token] += y * weights[image, token, slot, None]
-        return out
+        routing = route(logits * math.log(2), self.top_k)
+        x_ND, groups = x.flatten(0, 1), dispatch(routing.expert_ids_RNK.flatten(0, 1), len(self.w1))
+        outputs = []
+        for expert, rows in groups.slices():
+            y, hidden = mlp_rows(OneExpert(groups, expert, rows), x_ND, self.w1, self.b1, self.w2)
+            self.observe("active", F.gelu(self.observe("hidden", hidden)))
+            self.observe("expert", y + self.b2[expert])
+            outputs.append(y)
+        return groups.combine(torch.cat(outputs), routing.weights_RNK.flatten(0, 1), self.b2).view_as(x)
 
     def _logits(self, x: Tensor, task: Tensor) -> Tensor:
         rows = task[:, 0].long()
