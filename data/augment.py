@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from m3vit.data.network_input import image_tensor, normalise, padded_place
-from m3vit.data.sample import Sample
+from m3vit.data.sample import Ranges, Sample
 from m3vit.normalisation import Normalisation
 from m3vit.tasks import IGNORE, TASKS, kind_of
 
@@ -157,10 +157,6 @@ def pad(pixels: Tensor, labels: dict[str, Tensor], size: tuple[int, int]) -> tup
 
 # --- pipelines ------------------------------------------------------------------------------------------------------
 
-# M3ViT's ranges by label set: zoom (a range, or the values to choose from) and the largest rotation.
-M3VIT_ZOOM: dict[str, tuple[float, ...]] = {"nyud": (1.0, 1.2, 1.5), "pascal": (0.75, 1.25)}
-M3VIT_ROTATION_DEG = {"nyud": 0.0, "pascal": 20.0}
-
 Pair = tuple[Tensor, dict[str, Tensor]]  # normalised input [3, *size] and labels at the same size
 
 
@@ -190,9 +186,9 @@ def m3vit(
     rng: np.random.Generator,
     normalisation: Normalisation,
     flip: bool,
-    label_set: str,
+    ranges: Ranges,
 ) -> Pair:
-    """See the module.
+    """See the module. `ranges`: those of the data set (m3vit.data.sample.FileSplit.m3vit_ranges).
 
     Two deliberate differences: what a rotation brings into view is ignored (the published code labels it as class 0
     and as no edge), and the image is turned with bilinear, not bicubic, interpolation.
@@ -200,7 +196,7 @@ def m3vit(
     values = to_values(sample)
     if flip and rng.random() < 0.5:
         values = mirror(values)
-    zooms, limit = M3VIT_ZOOM[label_set], M3VIT_ROTATION_DEG[label_set]
+    zooms, limit = ranges
     zoom = float(rng.uniform(zooms[0], zooms[-1]) if limit else rng.choice(zooms))
     angle = float(rng.uniform(-limit, limit))
     if zoom != 1 or angle:
@@ -228,13 +224,14 @@ def training_pair(
     rng: np.random.Generator,
     normalisation: Normalisation,
     *,
-    label_set: str,
+    ranges: Ranges | None = None,
     flip: bool = True,
     colour: float = 0.0,
 ) -> Pair:
-    """Return an augmented input [3, *size] and its labels at the same size."""
+    """Return an augmented input [3, *size] and its labels at the same size; m3vit takes the data set's `ranges`."""
     if pipeline == "m3vit":
-        return m3vit(sample, size, rng, normalisation, flip, label_set)
+        assert ranges is not None  # Config.check
+        return m3vit(sample, size, rng, normalisation, flip, ranges)
     if pipeline == "invpt":
         return invpt(sample, size, rng, normalisation, flip)
     return simple(sample, size, rng, normalisation, flip, colour)

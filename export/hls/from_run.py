@@ -35,8 +35,11 @@ def export_run(
 
     The other options are those of `export_project`.
     """
-    tasks, root = run.config.model.tasks, data_root or run.config.data.root
-    train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
+    tasks, labels = run.config.model.tasks, run.config.model.label_set
+    root = data_root or run.config.data.root
+    train, val = (
+        open_split(run.config.data.layout, root, split, tasks, label_set=labels) for split in ("train", "val")
+    )
     if samples is None:
         samples = min(SAMPLES, len(val))
     if samples > len(val):

@@ -33,7 +33,7 @@ from m3vit.kinds.pictures import Range
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts
-from m3vit.report.project import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
 from m3vit.training.checkpoint import read_metrics
@@ -64,7 +64,8 @@ def write_report(
     protocol, evaluated = scoring.read(run.folder, protocol)
     tasks = run.config.model.tasks
     model_size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)
+    root, label_set = data_root or evaluated["data"], run.config.model.label_set
+    split = open_split(run.config.data.layout, root, "val", tasks, label_set=label_set)
     predictors: dict[str, Predictor] = {
         "trivial": TrivialPredictor(evaluated["trivial"], evaluated["label_set"]).predictor(model_size),
         "torch": torch_predictor(run.model),

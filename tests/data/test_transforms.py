@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3vit.data import augment as transforms
 from m3vit.data.augment import (
     mirror,
     pad,
@@ -22,6 +21,8 @@ from m3vit.data.augment import (
     zoom_rotate,
 )
 from m3vit.data.network_input import padded_place, resize_image
+from m3vit.data.nyud import NYUD
+from m3vit.data.opening import LAYOUTS
 from m3vit.data.sample import Sample
 from m3vit.data.synthetic.scenes import nyud, rendering
 from m3vit.data.synthetic.scenes.rendering import Camera, Geometry, cast, find_view, render_image
@@ -70,14 +71,15 @@ def check_labels(sample: Sample, labels: dict[str, Tensor], size: tuple[int, int
     size=SIZES,
     target=SIZES,
     pipeline=st.sampled_from(PIPELINES),
-    label_set=st.sampled_from(["nyud", "pascal"]),
+    layout=st.sampled_from(["nyud", "pascal"]),
 )
 def test_every_pipeline_keeps_labels_labels(
-    seed: int, size: tuple[int, int], target: tuple[int, int], pipeline: str, label_set: str
+    seed: int, size: tuple[int, int], target: tuple[int, int], pipeline: str, layout: str
 ) -> None:
     sample = make_sample(seed, size)
     before = {task: label.copy() for task, label in sample.labels.items()}
-    pixels, labels = training_pair(pipeline, sample, target, np.random.default_rng(seed), IMAGENET, label_set=label_set)
+    ranges = LAYOUTS[layout].m3vit_ranges
+    pixels, labels = training_pair(pipeline, sample, target, np.random.default_rng(seed), IMAGENET, ranges=ranges)
     assert pixels.shape == (3, *target) and pixels.dtype == torch.float32 and torch.isfinite(pixels).all()
     check_labels(sample, labels, target)
     zoom = 2.0 if pipeline == "invpt" else 1.5
@@ -228,11 +230,11 @@ def test_photometric_distortion_is_deterministic_and_keeps_the_type() -> None:
 
 def test_pipelines_differ_in_what_they_change() -> None:
     sample = make_sample(1, (30, 40))
-    simple = training_pair("simple", sample, (30, 40), np.random.default_rng(0), IMAGENET, label_set="nyud", flip=False)
+    simple = training_pair("simple", sample, (30, 40), np.random.default_rng(0), IMAGENET, flip=False)
     np.testing.assert_array_equal(simple[1]["depth"].numpy(), sample.labels["depth"])
     rngs = map(np.random.default_rng, range(20))
-    pairs = [training_pair("m3vit", sample, (30, 40), rng, IMAGENET, label_set="nyud") for rng in rngs]
+    pairs = [training_pair("m3vit", sample, (30, 40), rng, IMAGENET, ranges=NYUD.m3vit_ranges) for rng in rngs]
     depths = {float(labels["depth"].max()) for _, labels in pairs}
     top = float(sample.labels["depth"].max())
     assert max(depths) == pytest.approx(top) and min(depths) < top / 1.2  # zooms 1, 1.2, 1.5
-    assert transforms.M3VIT_ROTATION_DEG == {"nyud": 0, "pascal": 20}
+    assert [layout.m3vit_ranges.rotation_deg for layout in LAYOUTS.values()] == [0, 20]
