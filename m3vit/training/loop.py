@@ -88,8 +88,8 @@ def train(
     """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights.
 
     Started by torchrun, the processes train one model together; the first one writes the run folder, which all of them
-    must see. `say` gets lines at the start: how images are normalised, what the weights begin as. Returns what of the training data could not be
-    read and was left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
+    must see. `say` gets lines at the start: how images are normalised, what the weights begin as. Returns what of the
+    training data could not be read and was left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
     """
     config.check()
     fabric = launch(config.train)
