@@ -7,7 +7,7 @@
 # OUT gets moe.json, training.json and a log of each part. Exit code 1 if a part failed; the others run all the same.
 #
 # Needs no network and no installation: the packages are laid out as a wheel has them in a temporary folder, which goes
-# before whatever is installed. Needs torch, torchvision, timm, lightning, safetensors, scipy, h5py, pyyaml, rich,
+# before whatever is installed. Needs torch, torchvision, timm, lightning-fabric (or lightning), safetensors, scipy, h5py, pyyaml, rich,
 # tensorboard and pytest. Where others are missing, take them there as wheels in a folder WHEELS, made where pip works
 # (PY is the GPU machine's Python, such as 3.12):
 #
@@ -60,8 +60,11 @@ part() { # NAME SECONDS COMMAND...: run it for so long at most, and keep what it
     fi
 }
 part machine 30 "$python" -c "
-import torch, timm, lightning
-print('torch', torch.__version__, 'timm', timm.__version__, 'lightning', lightning.__version__)
+import torch, timm
+from importlib.metadata import version
+from m3vit.training.launch import Fabric
+lightning = Fabric.__module__.split('.')[0]
+print('torch', torch.__version__, 'timm', timm.__version__, lightning, version(lightning))
 print(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else 'no CUDA GPU')"
 part moe 170 "$python" benchmarks/moe.py --device "$device" "${sizes[@]}" --json "$out/moe.json"
 part training 110 "$python" benchmarks/training.py --device "$device" "${training[@]}" --ways "${ways[@]}" \

@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before tor
 import numpy as np
 import torch
 
-from m3vit.export.hls.multiplexed.convert import WEIGHTS
-from m3vit.export.hls.multiplexed.verify import traffic
+from m3vit.export.hls.multiplexed.simulation import traffic
 from m3vit.export.hls.project import Samples, export_project
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.config import ModelConfig

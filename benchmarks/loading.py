@@ -25,9 +25,9 @@ from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
 from m3vit.data.synthetic.dataset import synthesize
+from m3vit.label_sets import LABEL_SETS
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
-from m3vit.tasks import LABEL_SETS
 from m3vit.training.config import read_config, recipe_path
 from m3vit.training.step import step_losses
 

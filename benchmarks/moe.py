@@ -30,7 +30,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
 import torch
 import torch.nn.functional as F
-from lightning.fabric import Fabric
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -38,7 +37,8 @@ from m3vit.models.experts import EXECUTIONS, ExpertBank
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Router
-from m3vit.training.config import PRECISIONS, Config, read_config, recipe_path
+from m3vit.training.config import Config, read_config, recipe_path
+from m3vit.training.launch import Fabric
 from m3vit.training.step import Stepper
 from m3vit.training.weighting import make_weighting
 
@@ -230,7 +230,7 @@ def print_steps(found: dict[str, dict[str, dict[str, float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"], choices=PRECISIONS[:2])
+    parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"], choices=["32-true", "bf16-mixed"])
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: its choice")
     parser.add_argument("--repeats", type=int, default=6, help="steps of each way, without those that warm up")
     parser.add_argument("--images", type=int, default=8, help="images of 1024 tokens through the layer")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from m3vit.evaluation.gain import Baseline, delta_m
 from m3vit.evaluation.scoring import read
-from m3vit.tasks import LABEL_SETS, TASKS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import TASKS
 
 NAMES = LABEL_SETS["nyud"].tasks
 ROWS: dict[str, list[list[str]]] = {  # row of the table -> the keys of its models, one or one a task

@@ -38,8 +38,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from m3vit.collectives import leave_group, world_size
+    from m3vit.label_sets import LABEL_SETS
     from m3vit.models.multitask import MultiTaskModel
-    from m3vit.tasks import LABEL_SETS
     from m3vit.training.config import read_config, recipe_path
     from m3vit.training.launch import launch
     from m3vit.training.optim import make_optimizer

@@ -19,7 +19,8 @@ from quality import run  # beside this file
 
 from m3vit.evaluation.gain import Baseline, delta_m
 from m3vit.evaluation.scoring import read
-from m3vit.tasks import LABEL_SETS, TASKS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import TASKS
 
 NAMES = LABEL_SETS["nyud"].tasks
 GATES = ("1e-6", "1e-3", "1e-2", "1e-1", "1")

@@ -9,9 +9,6 @@ from m3vit.hw.tables import TABLES
 
 Ints = NDArray[np.int64]
 
-PROB_FRAC = 17
-NORM_FRAC = 18
-
 
 @cache
 def table(name: str) -> Ints:

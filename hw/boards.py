@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from m3vit.errors import InputError
-from m3vit.hw.program import KEY_BLOCK, MAX_TOKENS
+from m3vit.hw.hardware import LUT_RAM_DEPTH, TILE_IN, TOKEN_BLOCKS, Hardware
+from m3vit.hw.ops import ENGINES, memories
+from m3vit.hw.program import MAX_TOKENS
 
 BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8, "uram": 0.8}
-TILE_IN = 16
 TILES_OUT = (64, 32, 16, 8)  # largest first
-TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first
-GATE_OUT = 8
-QUERY_BLOCK = 64
 FIXED_DSP = 60  # LayerNorm, softmax, rounding, addresses
 # LUTs: 50,000 and 40 a multiplier are near what UbiMoE (arXiv 2502.05602) reports on a ZCU102: 123,400 with 1,850 DSPs.
 FIXED_LUT = 50_000
 LUT_PER_MULTIPLIER = 40
-# Memories up to 64 words go into LUTs: 8 of them hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
-LUT_RAM_DEPTH = 64
+ARRAYS = ("linear", "gate")  # engines of which LUT_PER_MULTIPLIER was seen
+# Memories up to LUT_RAM_DEPTH words go into LUTs: 8 hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
 
 
 @dataclass(frozen=True)
@@ -50,78 +48,27 @@ BOARDS = {
 }
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """The configuration of the engines, C in hw/include/engine/m3vit_engine.h."""
-
-    weight_bits: int
-    act_bits: int
-    tile_out: int
-    max_in: int
-    max_dim: int
-    max_rows: int
-    max_experts: int
-    max_top: int
-    max_head: int
-    token_block: int = TOKEN_BLOCKS[-1]
-    uram: bool = False  # the inputs of a block of tokens lie in URAM
-    tile_in: int = TILE_IN
-    gate_out: int = GATE_OUT
-    query_block: int = QUERY_BLOCK
-    key_block: int = KEY_BLOCK
-
-    @property
-    def weight_word(self) -> int:
-        """Bits that a weight is stored in."""
-        return 8 if self.weight_bits <= 8 else 16
-
-    @property
-    def act_word(self) -> int:
-        """Bits that a narrow value is stored in."""
-        return 8 if self.act_bits <= 8 else 16
-
-    @property
-    def tiles_in_lut(self) -> bool:
-        """Whether weight tiles are so few words deep that they lie in LUTs."""
-        return self.max_in // self.tile_in <= LUT_RAM_DEPTH
-
-    def memories(self) -> Iterator[tuple[int, int, int]]:
-        """Yield the on-chip memories as (copies, bits a word, words), but for the inputs of a block of tokens."""
-        steps = self.max_in // self.tile_in
-        yield 2, self.tile_out * self.tile_in * self.weight_word, steps  # weight tiles, ping and pong
-        yield 2, self.gate_out * self.tile_in * 16, steps
-        yield 4, self.tile_in * self.act_word, steps  # a token's inputs, of both linear engines, double for dataflow
-        yield 4, self.max_head * self.act_word, self.key_block  # keys and values, ping and pong
-        yield 1, self.max_head * self.act_word, self.query_block
-        yield 1, self.max_head * 48 + 2 * 48, self.query_block  # context, total and maximum
-        yield 2, 32, self.max_dim  # a LayerNorm's row, double for dataflow
-        yield 3, 48, self.max_dim
-        yield 2, 32, self.max_dim  # scales, biases
-        yield 2, 16 + 18, self.max_rows * self.max_top  # choices, queues
-        yield 3, 16, self.max_experts
-        yield 7, 23, 1025  # look-up tables
-
-    def resources(self) -> dict[str, int]:
-        """Return the modelled LUTs, BRAM36, DSPs and URAMs."""
-        bram, lut, uram = 0, FIXED_LUT, 0
-        width, depth = self.tile_in * self.act_word, self.token_block * self.max_in // self.tile_in
-        if self.uram:
-            uram = math.ceil(width / 72) * math.ceil(depth / 4096)
+def resources(hardware: Hardware) -> dict[str, int]:
+    """Return the modelled LUTs, BRAM36, DSPs and URAMs."""
+    used = {"lut": FIXED_LUT, "bram36": 0, "dsp": FIXED_DSP, "uram": 0}
+    for memory in memories(hardware):
+        columns = math.ceil(memory.bits / 72)
+        if memory.kind == "uram":
+            used["uram"] += memory.copies * columns * math.ceil(memory.words / 4096)
+        elif memory.kind == "bram" or memory.words > LUT_RAM_DEPTH:
+            used["bram36"] += memory.copies * columns * math.ceil(memory.words / 512)
         else:
-            bram = math.ceil(width / 72) * math.ceil(depth / 512)
-        for copies, width, depth in self.memories():
-            if depth <= LUT_RAM_DEPTH:
-                lut += copies * 8 * math.ceil(width / (14 if depth <= LUT_RAM_DEPTH // 2 else 7))
-            else:
-                bram += copies * math.ceil(width / 72) * math.ceil(depth / 512)
-        multipliers = self.tile_in * (self.tile_out + self.gate_out)
-        lut += multipliers * LUT_PER_MULTIPLIER
-        dsp = multipliers + 2 * self.max_head + FIXED_DSP
-        return {"lut": lut, "bram36": bram, "dsp": dsp, "uram": uram}
+            bits_a_lut = 14 if memory.words <= LUT_RAM_DEPTH // 2 else 7
+            used["lut"] += memory.copies * 8 * math.ceil(memory.bits / bits_a_lut)
+    for name, engine in ENGINES.items():
+        used["dsp"] += engine.multipliers(hardware)
+        used["lut"] += engine.multipliers(hardware) * (LUT_PER_MULTIPLIER if name in ARRAYS else 0)
+    return used
 
-    def fits(self, board: Board) -> bool:
-        """Return whether the modelled resources are within the board's budgets."""
-        return all(value <= BUDGETS[name] * getattr(board, name) for name, value in self.resources().items())
+
+def fits(hardware: Hardware, board: Board) -> bool:
+    """Return whether the modelled resources are within the board's budgets."""
+    return all(value <= BUDGETS[name] * getattr(board, name) for name, value in resources(hardware).items())
 
 
 def find_board(name: str) -> Board:
@@ -153,21 +100,21 @@ def fit(hardware: Hardware, board: Board) -> Hardware:
     Raises InputError, with the figures and what would fit, if none does, or if there are too many tokens.
     """
     check_tokens(hardware.max_rows)
-    found = next((size for size in _sizes(hardware, board) if size.fits(board)), None)
+    found = next((size for size in _sizes(hardware, board) if fits(size, board)), None)
     if found:
         return found
     *_, smallest = _sizes(hardware, board)
     over = ", ".join(
         f"{value} {name} of {int(BUDGETS[name] * getattr(board, name))}"
-        for name, value in smallest.resources().items()
+        for name, value in resources(smallest).items()
         if value > BUDGETS[name] * getattr(board, name)
     )
     options = [
         f"--board {other.name}"
         for other in BOARDS.values()
-        if any(size.fits(other) for size in _sizes(hardware, other))
+        if any(fits(size, other) for size in _sizes(hardware, other))
     ]
-    if hardware.weight_bits > 8 and replace(smallest, weight_bits=8).fits(board):
+    if hardware.weight_bits > 8 and fits(replace(smallest, weight_bits=8), board):
         options.append("--weight-bits 8")
     advice = f"give {' or '.join(options)}" if options else "no board here holds it: give a narrower model"
     raise InputError(

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from m3vit import __version__, streams
+from m3vit import __version__, plugins, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
 from m3vit.commands.terminal import OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
@@ -65,9 +65,13 @@ COMMANDS: dict[str, Command] = {
     "demo": (
         "Run the path from data to report on rendered scenes, in minutes on a CPU.",
         report.add_demo,
-        report.run_demo,
+        lambda args: report.run_demo(args, run),
     ),
 }
+
+# Commands that take --plugin and look for installed plug-ins. Packages are predicted without, unless one is asked for.
+PLUGGABLE = ("train", "init", "profile", "eval", "export onnx", "export hls", "hw csim", "report", "data check")
+ASKED = ("predict", "serve")
 
 # The extra (pyproject.toml) that brings a module; of others it is `train`.
 EXTRAS = {
@@ -81,7 +85,11 @@ def usage() -> str:
     """Return the help of `m3vit` alone."""
     lines = "\n".join(f"  {name:<13}{text}" for name, (text, _, _) in COMMANDS.items())
     title = f"m3vit {__version__}: task-gated mixture-of-experts vision transformers"
-    return f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version."
+    return (
+        f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version.\n"
+        "--plugin MODULE, a module's name or a .py file, adds tasks, kinds, label sets, layouts and decoders; with\n"
+        f"{', '.join(PLUGGABLE + ASKED)}; it may be given several times."
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -103,6 +111,10 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"unknown command {' '.join(argv[:2])!r}: choose from {', '.join(COMMANDS)}")
     text, add_arguments, execute = COMMANDS[name]
     rest = list(argv[len(name.split()) :])
+    if name in PLUGGABLE:
+        plugins.load_installed()
+    if name in PLUGGABLE + ASKED:
+        rest = plugins.take(rest)
     if add_arguments is None:
         return execute(rest) or 0
     parser = OneLineParser(prog=f"m3vit {name}", description=text, allow_abbrev=False)
@@ -165,7 +177,7 @@ def tell_errors(argv: Sequence[str]) -> int:
         return run(argv)
     except InputError as error:
         if not error.everywhere or speaks():
-            print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"m3vit: error: {' '.join(str(error).split())}{plugins.advice()}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         # All but `predict` of images needs an extra; which one depends on the module.

@@ -1,9 +1,9 @@
 """`m3vit demo`: the public commands in a row, on rendered scenes."""
 
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from m3vit.cli import run
 from m3vit.commands.terminal import say
 
 
@@ -28,8 +28,8 @@ def commands(out: Path, seed: int) -> list[list[str]]:
     ]
 
 
-def demo(out: Path, seed: int) -> None:
-    """Run every command of the demo; the last prints the table and the path of the report."""
+def demo(out: Path, seed: int, run: Callable[[Sequence[str]], int]) -> None:
+    """Run every command of the demo with `run` (m3vit.cli's); the last prints the table and the path of the report."""
     for words in commands(out, seed):
         say(f"\n$ m3vit {shlex.join(words)}")
         run(words)

@@ -19,6 +19,10 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3v
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write stored results anew; look at the difference")
+
+
 def pytest_sessionstart() -> None:
     """Stop if another checkout's packages would be tested, as happens when an old environment is activated."""
     if os.environ.get("M3VIT_TEST_INSTALLED"):  # a built wheel, on purpose

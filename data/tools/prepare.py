@@ -37,11 +37,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import m3vit
-from m3vit.data.reading import mat_names, read_mat
+from m3vit.data.matlab import mat_names, read_mat
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, not_there, require_new, sha256_file, write_json
+from m3vit.label_sets import NYUD_CLASSES
 from m3vit.pool import run_jobs, usable_cores
-from m3vit.tasks import NYUD_CLASSES
 
 # Dataset of the labelled file -> its number of dimensions and NumPy's kind of its dtype; instances may be missing.
 ARRAYS = {"images": (4, "u"), "depths": (3, "f"), "rawDepths": (3, "f"), "labels": (3, "u"), "instances": (3, "u")}
@@ -99,7 +99,7 @@ def prepare_nyud(
 
     sources = {"labeled": labeled, "splits": splits, "classes": classes}
     notes = {
-        "generator": "m3vit.data.prepare",
+        "generator": "m3vit.data.tools.prepare",
         "version": m3vit.__version__,
         "layout": "nyud",
         "release": "NYUD_MT",

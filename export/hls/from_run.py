@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Sample
 from m3vit.errors import InputError
+from m3vit.evaluation.meters import matched_tasks
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.run_folder import Run
@@ -34,8 +35,11 @@ def export_run(
 
     The other options are those of `export_project`.
     """
-    tasks, root = run.config.model.tasks, data_root or run.config.data.root
-    train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
+    tasks, labels = run.config.model.tasks, run.config.model.label_set
+    root = data_root or run.config.data.root
+    train, val = (
+        open_split(run.config.data.layout, root, split, tasks, label_set=labels) for split in ("train", "val")
+    )
     if samples is None:
         samples = min(SAMPLES, len(val))
     if samples > len(val):
@@ -46,8 +50,8 @@ def export_run(
     calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
     chosen = [val.load(index) for index in range(samples)]
     for index, sample in enumerate(chosen):
-        if "edge" in tasks:
-            sample.labels["edge"] = val.edge_truth(index)
+        for task in matched_tasks(tasks, val.label_set, "A"):
+            sample.labels[task] = val.edge_truth(index)
     return export_project(
         run.model,
         out,

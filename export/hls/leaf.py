@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
 from m3vit.models.decoders.base import TokenHead
+from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.router import route
 from m3vit.normalisation import Normalisation
 
 LOG2_E = math.log2(math.e)
-MAX_TASK_CONSUMERS = 7  # hls4ml 1.3.0 cannot clone a stream more often (backends/fpga/passes/clone.py)
 
 
 class Leaf(HLS4MLModule):
@@ -124,15 +125,15 @@ class VitMoE(Leaf):
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         logits = self.observe("logit", self._logits(x, task))
-        weights, experts = torch.softmax(logits * math.log(2), dim=-1).topk(self.top_k, dim=-1)
-        out = torch.zeros_like(x)
-        for expert in range(self.w1.shape[0]):
-            image, token, slot = (experts == expert).nonzero(as_tuple=True)
-            hidden = self.observe("hidden", F.linear(x[image, token], self.w1[expert], self.b1[expert]))
-            active = self.observe("active", F.gelu(hidden))
-            y = self.observe("expert", F.linear(active, self.w2[expert], self.b2[expert]))
-            out[image, token] += y * weights[image, token, slot, None]
-        return out
+        routing = route(logits * math.log(2), self.top_k)
+        x_ND, groups = x.flatten(0, 1), dispatch(routing.expert_ids_RNK.flatten(0, 1), len(self.w1))
+        outputs = []
+        for expert, rows in groups.slices():
+            y, hidden = mlp_rows(OneExpert(groups, expert, rows), x_ND, self.w1, self.b1, self.w2)
+            self.observe("active", F.gelu(self.observe("hidden", hidden)))
+            self.observe("expert", y + self.b2[expert])
+            outputs.append(y)
+        return groups.combine(torch.cat(outputs), routing.weights_RNK.flatten(0, 1), self.b2).view_as(x)
 
     def _logits(self, x: Tensor, task: Tensor) -> Tensor:
         rows = task[:, 0].long()
@@ -317,16 +318,6 @@ def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
     return VitTaskHead(torch.cat(weights), torch.cat(biases), widths, prefix, heads[0].norm.eps)
 
 
-def _check_task_consumers(model: MultiTaskModel) -> None:
-    layers = len(model.backbone.moe_indices)
-    if layers + 1 > MAX_TASK_CONSUMERS:
-        raise InputError(
-            f"cannot export to HLS: the model has {layers} MoE layers, and hls4ml can send the task id to "
-            f"{MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most {MAX_TASK_CONSUMERS - 1} "
-            "blocks, or give --schedule multiplexed, which has no such limit"
-        )
-
-
 def _build(model: MultiTaskModel) -> LoweredModel:
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
@@ -368,14 +359,11 @@ def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dty
 
 
 @torch.no_grad()
-def lower(model: MultiTaskModel, streams: bool = True) -> LoweredModel:
+def lower(model: MultiTaskModel) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    `streams`: for the spatial schedule, where the task id goes to each layer as a stream. Raises InputError for a
-    trunk, heads or a number of MoE layers that cannot be exported.
+    Raises InputError for a trunk or heads that cannot be exported.
     """
-    if streams:
-        _check_task_consumers(model)
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()
     lowered = _build(exact).eval()

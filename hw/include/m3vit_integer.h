@@ -90,11 +90,6 @@ inline long long gelu_raw(long long x, int frac) {
 }
 inline int gelu_frac(int frac) { return frac >= 20 ? frac : 20; }
 
-// Weights of exp2(logit - max logit): 17 fractional bits, so that they fit the signed 18-bit port of a DSP48.
-static const int prob_frac = 17;
-
-static const int norm_frac = 18; // fractional bits of a channel after LayerNorm; it is within +-sqrt(n_dim)
-
 } // namespace vit
 } // namespace nnet
 #endif

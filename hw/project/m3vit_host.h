@@ -10,11 +10,6 @@
 
 #include "firmware/m3vit.h"
 
-struct file_header { // m3vit/hw/program.py
-    int64_t magic, params_at, params_words, weights_at, weights_words, gates_at, gates_words, weight_bits, act_bits;
-    int64_t narrow, wide, output, image, tasks, instructions, unused[5];
-};
-
 inline bool read_file(const char *path, std::vector<char> &data) {
     FILE *file = fopen(path, "rb");
     if (!file) {
@@ -31,7 +26,7 @@ inline bool read_file(const char *path, std::vector<char> &data) {
 
 // DDR as the accelerator sees it.
 struct device_memory {
-    file_header head;
+    nnet::vit::file_header head;
     std::vector<int32_t> params, wide, output;
     std::vector<vit_cfg::wt_t> weights;
     std::vector<int16_t> gates;

@@ -1,6 +1,6 @@
 """The accelerator in torch: runs the program of a weights file with the same integers, word for word, as the C++.
 
-Integers are held in float64, whose matrix products are exact here: every sum is below 2^48 (quantise.ACCUMULATOR_BITS),
+Integers are held in float64, whose matrix products are exact here: every sum is below 2^ACCUMULATOR_BITS,
 checked when a file is opened. Products that stay below 2^24 use float32.
 
 Shapes: N tokens, D channels, E experts, K experts a token.
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from m3vit.errors import InputError
-from m3vit.hw import arithmetic
-from m3vit.hw.arithmetic import NORM_FRAC, PROB_FRAC
-from m3vit.hw.program import CONTEXT_DROP, KEY_BLOCK, ROW_WORDS, SCORE_FRAC, SHIFT_OFFSET, Image, Instruction, Mode, Op
+from m3vit.hw import arithmetic, isa
+from m3vit.hw.isa import BIAS_SHIFT_LIMIT, CONTEXT_DROP, KEY_BLOCK, MAX_RISE, ROW_WORDS, SCORE_BITS, SCORE_FRAC, Mode
+from m3vit.hw.program import Image
+from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 
 EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}  # integers below are exact, and so are their sums
-SCORE_BITS = 30
-MAX_RISE = 60
 _WHOLE_STEPS = (PROB_FRAC + 2) << SCORE_FRAC  # beyond, 2^-x rounds to 0
 
 
@@ -106,8 +105,8 @@ class Emulator:
     def _linear(self, weights: np.ndarray, at: int, params: int, n_in: int, n_out: int) -> _Linear:
         matrix = weights[at : at + n_in * n_out].reshape(n_out, n_in).astype(np.int64)
         words = self.image.params[params : params + ROW_WORDS * n_out].reshape(n_out, ROW_WORDS).astype(np.int64)
-        bias = words[:, 0] << (words[:, 1] >> 8 & 63)
-        shift = (words[:, 1] & 255) - SHIFT_OFFSET
+        bias = words[:, 0] << (words[:, 1] >> 8 & BIAS_SHIFT_LIMIT - 1)
+        shift = (words[:, 1] & 255) - isa.SHIFT_OFFSET
         products = np.abs(matrix).sum(axis=1) << (self.bits - 1)
         if int((products + np.abs(bias)).max(initial=0)) >= EXACT[torch.float64]:
             raise InputError("the weights file has sums over 53 bits, which no project of ours has: export it again")
@@ -115,29 +114,29 @@ class Emulator:
         factor = torch.from_numpy(np.ldexp(1.0, -shift))
         return _Linear(torch.from_numpy(matrix).to(kind).T, torch.from_numpy(bias).double(), factor)
 
-    def _prepare(self, i: Instruction) -> Any:
+    def _prepare(self, i: isa.Instruction) -> Any:
         image = self.image
-        if i.op in (Op.LINEAR, Op.GATE):
-            weights = image.gates if i.op == Op.GATE else image.weights
-            return self._linear(weights, i.weights, i.params, i.n_in, i.n_out)
-        if i.op == Op.EXPERTS:
-            pairs = []
-            for e in range(i.a0):
-                at, params = i.weights + e * i.a1, i.params + e * i.a2
-                first = self._linear(image.weights, at, params, i.n_in, i.n_out)
-                second = self._linear(
-                    image.weights, at + i.n_in * i.n_out, params + ROW_WORDS * i.n_out, i.n_out, i.n_in
-                )
-                pairs.append((first, second))
-            return pairs
-        if i.op == Op.POSITION:
-            table = image.params[i.params : i.params + i.rows * i.n_out].reshape(i.rows, i.n_out)
-            return torch.from_numpy(table).double()
-        if i.op == Op.NORM:
-            values = image.params[i.params : i.params + 2 * i.n_in].reshape(2, i.n_in)
-            scale, bias = torch.from_numpy(values).double()
-            return scale, bias * 2.0**i.a1
+        match i:
+            case isa.Linear() | isa.Gate():
+                weights = image.gates if isinstance(i, isa.Gate) else image.weights
+                return self._linear(weights, i.weights, i.params, i.n_in, i.n_out)
+            case isa.Experts():
+                return [self._expert(i, e) for e in range(i.experts)]
+            case isa.Position():
+                table = image.params[i.params : i.params + i.rows * i.n_out].reshape(i.rows, i.n_out)
+                return torch.from_numpy(table).double()
+            case isa.Norm():
+                values = image.params[i.params : i.params + 2 * i.n_in].reshape(2, i.n_in)
+                scale, bias = torch.from_numpy(values).double()
+                return scale, bias * 2.0**i.bias_shift
         return None
+
+    def _expert(self, i: isa.Experts, e: int) -> tuple[_Linear, _Linear]:
+        """Return both maps of an expert."""
+        at, params = i.weights + e * i.weights_step, i.params + e * i.params_step
+        first = self._linear(self.image.weights, at, params, i.n_in, i.n_out)
+        at, params = at + i.n_in * i.n_out, params + ROW_WORDS * i.n_out
+        return first, self._linear(self.image.weights, at, params, i.n_out, i.n_in)
 
     # --- frames -----------------------------------------------------------------------------------------------------
 
@@ -180,27 +179,33 @@ class Emulator:
             if i.task < 0 or i.task == task:
                 self._step(state, pc, i, pixels)
 
-    def _step(self, state: _State, pc: int, i: Instruction, pixels: np.ndarray) -> None:
-        if i.op == Op.IMAGE:
-            p, columns = i.a0, i.a1
-            grid = pixels.reshape(i.rows // columns, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
-            patches = torch.from_numpy(np.ascontiguousarray(grid).reshape(i.rows, i.n_in))
-            _rows(state.narrow, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(patches).sub_(128)
-        elif i.op in (Op.LINEAR, Op.GATE):
-            x = _rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in)
-            self._store(state, pc, i, self._multiply(x, self.prepared[pc]))
-        elif i.op == Op.POSITION:
-            rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_out)
-            rows[: i.a0] = 0
-            rows.copy_(self._hold(state, pc, rows + self.prepared[pc], 32))
-        elif i.op == Op.NORM:
-            self._norm(state, pc, i)
-        elif i.op == Op.ATTENTION:
-            self._attention(state, pc, i)
-        elif i.op == Op.ROUTE:
-            self._route(state, i)
-        else:
-            self._experts(state, pc, i)
+    def _step(self, state: _State, pc: int, i: isa.Instruction, pixels: np.ndarray) -> None:
+        match i:
+            case isa.Patches():
+                p, columns = i.patch, i.columns
+                grid = pixels.reshape(i.rows // columns, p, columns, p, 3).transpose(0, 2, 1, 3, 4)
+                patches = torch.from_numpy(np.ascontiguousarray(grid).reshape(i.rows, i.n_in))
+                _rows(state.narrow, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(patches).sub_(isa.PIXEL_ZERO)
+            case isa.Linear():
+                y = self._multiply(_rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in), self.prepared[pc])
+                self._store(state, pc, i, y)
+            case isa.Gate():
+                y = self._multiply(_rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in), self.prepared[pc])
+                _rows(state.wide, i.dst, i.dst_pitch, *y.shape).copy_(self._hold(state, pc, y, 32))
+            case isa.Position():
+                rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_out)
+                rows[: i.prefix] = 0
+                rows.copy_(self._hold(state, pc, rows + self.prepared[pc], 32))
+            case isa.Norm():
+                self._norm(state, pc, i)
+            case isa.Attention():
+                self._attention(state, pc, i)
+            case isa.Route():
+                self._route(state, i)
+            case isa.Experts():
+                self._experts(state, pc, i)
+            case _:
+                raise AssertionError(f"no emulation of {i}")
 
     def _hold(self, state: _State, pc: int, x: Tensor, bits: int) -> Tensor:
         """Return x held to `bits` signed bits, in place; count what was beyond."""
@@ -229,7 +234,7 @@ class Emulator:
             state.saturated[pc] = state.saturated.get(pc, 0) + count
         return table.index_select(0, places).view(x.shape)
 
-    def _store(self, state: _State, pc: int, i: Instruction, y: Tensor) -> None:
+    def _store(self, state: _State, pc: int, i: isa.Linear, y: Tensor) -> None:
         if i.mode == Mode.NARROW:
             y = self._narrow(state, pc, y, i.gelu_in, i.gelu_out)
             _rows(state.narrow, i.dst, i.dst_pitch, *y.shape).copy_(y)
@@ -238,29 +243,29 @@ class Emulator:
         rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
         rows.copy_(self._hold(state, pc, y.add_(rows) if i.mode == Mode.RESIDUAL else y, 32))
 
-    def _norm(self, state: _State, pc: int, i: Instruction) -> None:
+    def _norm(self, state: _State, pc: int, i: isa.Norm) -> None:
         scale, bias = self.prepared[pc]
         x = _rows(state.wide, i.src, i.src_pitch, i.rows, i.n_in)
         d = x * i.n_in - x.sum(dim=1, keepdim=True)
         largest = d.abs().amax(dim=1).clamp_(min=1).long().numpy()
         drop = np.maximum(arithmetic.exponent_of(largest) - 23, 0)
         d = _round(d, torch.from_numpy(np.ldexp(1.0, -drop))[:, None])
-        eps = np.where(drop < 32, np.right_shift(np.int64(i.constant), np.minimum(2 * drop, 63)), 0)
+        eps = np.where(drop < 32, np.right_shift(np.int64(i.eps), np.minimum(2 * drop, 63)), 0)
         whole = d.long()
         mantissa, shift = arithmetic.rsqrt((whole * whole).sum(dim=1).numpy() + eps)
-        factor = arithmetic.shift_round(mantissa * i.a2, 16).astype(np.float64)
+        factor = arithmetic.shift_round(mantissa * i.sqrt_dim, 16).astype(np.float64)
         y = d.mul_(torch.from_numpy(factor)[:, None])
         y = _round(y, torch.from_numpy(np.ldexp(1.0, NORM_FRAC - 20 - shift))[:, None])
-        z = _round(y.mul_(scale).add_(bias), 2.0**-i.a0)
+        z = _round(y.mul_(scale).add_(bias), 2.0**-i.shift)
         narrow = i.mode == Mode.NARROW
         z = self._hold(state, pc, z, self.bits if narrow else 32)
         _rows(state.narrow if narrow else state.wide, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(z)
 
-    def _attention(self, state: _State, pc: int, i: Instruction) -> None:
-        rows, heads, dim = i.rows, i.a0, i.n_out
+    def _attention(self, state: _State, pc: int, i: isa.Attention) -> None:
+        rows, heads, dim = i.rows, i.heads, i.n_out
         qkv = _rows(state.narrow, i.src, i.src_pitch, rows, 3 * dim).reshape(rows, 3, heads, dim // heads)
         q, k, v = qkv.permute(1, 2, 3, 0)  # [heads, width, rows]
-        q = (q * 2.0**-i.a1).contiguous()
+        q = (q * 2.0**-i.score_shift).contiguous()
         k = k.transpose(1, 2).contiguous()
         # Beyond this bound no score can be, so none need be looked at.
         bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads)
@@ -271,7 +276,7 @@ class Emulator:
         )  # [heads, 1, rows], [heads, width, rows]
         mantissa, shift = arithmetic.reciprocal(total.long().numpy())
         product = _round(context, 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
-        y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.a2))
+        y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.value_shift))
         y = self._hold(state, pc, y.double(), self.bits)
         _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(2, 0, 1).reshape(rows, dim))
 
@@ -302,18 +307,18 @@ class Emulator:
         return total, context
 
     @staticmethod
-    def _route(state: _State, i: Instruction) -> None:
+    def _route(state: _State, i: isa.Route) -> None:
         logits = _rows(state.wide, i.src, i.src_pitch, i.rows, i.n_in).long().numpy()
-        order = np.argsort(-logits, axis=1, kind="stable")[:, : i.a0]  # ties: the lowest id
+        order = np.argsort(-logits, axis=1, kind="stable")[:, : i.top_k]  # ties: the lowest id
         best = logits.max(axis=1, keepdims=True)
-        weights = arithmetic.exp2_neg(best - logits, i.a1, PROB_FRAC)
+        weights = arithmetic.exp2_neg(best - logits, i.logit_frac, PROB_FRAC)
         mantissa, shift = arithmetic.reciprocal(weights.sum(axis=1, keepdims=True))
         chosen = np.take_along_axis(weights, order, axis=1)
         state.experts = order
         state.scores = arithmetic.shift_round(chosen * mantissa, 20 + shift - PROB_FRAC)
         state.expert_ids.append(order)
 
-    def _experts(self, state: _State, pc: int, i: Instruction) -> None:
+    def _experts(self, state: _State, pc: int, i: isa.Experts) -> None:
         x = _rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in)
         rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_in)
         for e, (first, second) in enumerate(self.prepared[pc]):

@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from m3vit.commands.terminal import positive, print_scores, progress_bar, say
@@ -67,7 +68,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides scenes and training (default: 0)")
 
 
-def run_demo(args: argparse.Namespace) -> None:
+def run_demo(args: argparse.Namespace, run: Callable[[Sequence[str]], int]) -> None:
+    """`run` runs a command, as m3vit.cli does."""
     from m3vit.demo import demo
 
-    demo(args.out, args.seed)
+    demo(args.out, args.seed, run)

@@ -1,6 +1,8 @@
 """m3vit train, init, profile: the commands that take a recipe and any key of it."""
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,6 +11,7 @@ from typing import Any
 
 from m3vit.commands.terminal import progress_bar, say
 from m3vit.errors import InputError
+from m3vit.plugins import loaded, recall
 
 TITLES = {
     "train": "Train a recipe into a run folder.",
@@ -22,7 +25,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     import jsonargparse
     from yaml import YAMLError
 
-    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.training.config import SECTIONS, Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.values import not_among
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     start = None
@@ -40,6 +44,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         "changes one entry of it. Defaults shown here are those of the RECIPE given before --help, if one is.",
         allow_abbrev=False,
     )
+    parser.add_argument("--plugins", type=list[str], default=[], help=argparse.SUPPRESS)  # of a run's config.yaml
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
@@ -49,7 +54,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if command == "train":
         parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     for section in fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+        if section.name in SECTIONS:
+            parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
     if recipe is None and not {"-h", "--help"} & set(argv):
         rest = " (or a run folder)" if command == "profile" else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
@@ -64,12 +70,15 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         parsed = parser.instantiate(parser.parse_args(words))
     except (jsonargparse.ArgumentError, TypeError, ValueError, OverflowError, RecursionError, YAMLError) as error:
         text = " ".join(str(error).split()).replace("arguments are required: out", "arguments are required: --out")
+        if choice := re.search(r'Parser key "(\S+)": Expected a typing.Literal\[(.*?)\]. Got value: (.*)', text):
+            key, choices, value = choice.groups()
+            raise InputError(not_among(key, value, tuple(re.findall(r"'(.*?)'", choices)))) from None
         raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:
             parsed[name] = Path(parsed[name])
-    config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
-    return config, parsed
+    recall(parsed.plugins, str(start))
+    return Config(parsed.model, parsed.data, parsed.train, loaded()), parsed
 
 
 def _split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:

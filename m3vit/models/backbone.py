@@ -6,6 +6,7 @@ where it stacks the tasks.
 Shapes: R tasks, B images, P prefix tokens, T patch tokens, D embedding dimension, (h, w) patch grid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3vit.errors import InputError
+from m3vit.models.budget import Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Features
 from m3vit.models.experts import ExpertBank
-from m3vit.models.moe import MoELayer
+from m3vit.models.moe import MoELayer, TaskIds
 from m3vit.models.router import Router, Routing
 from m3vit.models.trunk import make_trunk
 
@@ -41,10 +43,10 @@ def _attend(block: Any, x: Tensor, options: dict[str, Tensor]) -> Tensor:
     return x + block.drop_path1(_layer_scale(block, 1, block.attn(block.norm1(x), **options)))
 
 
-def _mix(block: Any, x: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, Routing]:
+def _mix(block: Any, x: Tensor, task_ids: TaskIds, uses: Sequence[Use] | None) -> tuple[Tensor, Routing | None]:
     """Return x [R or 1, B, P + T, D] after the half with experts of a block, [R, B, P + T, D], and its routing."""
     post_norm = isinstance(block, POST_NORM)
-    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids)
+    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids, uses)
     y = block.norm2(y) if post_norm else _layer_scale(block, 2, y)
     return x + block.drop_path2(y.flatten(0, 1)).view_as(y), routing
 
@@ -125,23 +127,35 @@ class Backbone(nn.Module):
         return table
 
     def run_block(
-        self, block: Any, x: Tensor, task_ids: tuple[int, ...], options: dict[str, Tensor]
+        self,
+        block: Any,
+        x: Tensor,
+        task_ids: TaskIds,
+        options: dict[str, Tensor],
+        uses: Sequence[Use] | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run one block of the trunk on [R, B, P + T, D]; return also its routing, if it has experts."""
         if isinstance(getattr(block, "mlp", None), MoELayer):
-            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids)
+            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids, uses)
         return block(x.flatten(0, 1), **options).view_as(x), None
 
     def forward(
-        self, images: Tensor, task_ids: tuple[int, ...], blocks: tuple[int, ...] = ()
+        self,
+        images: Tensor,
+        task_ids: TaskIds,
+        blocks: tuple[int, ...] = (),
+        uses: Sequence[Sequence[Use]] | None = None,
     ) -> tuple[Features, list[Routing]]:
-        """Return the patch tokens (without prefix tokens) after `blocks`, and the routing of each MoE layer.
+        """Return patch tokens (without prefix tokens) after `blocks`, and each MoE layer's routing (none exporting).
 
-        blocks: indices of the trunk's; (): the last. Up to the first router the tasks are the same, so that prefix runs
+        blocks: indices of the trunk's; (): the last. uses: of each block with experts, what each task uses of them;
+        None: as trained. Up to the first router the tasks are the same, so that prefix runs
         once (R = 1); from there on the tasks are stacked, unless all share one router: then everything runs once.
         M3ViT's code re-runs the whole backbone for each task.
         """
-        routed = task_ids[:1] if self.one_for_all else task_ids
+        alike = uses is None or all(use == layer[0] for layer in uses for use in layer)
+        routed = task_ids[:1] if self.one_for_all and alike else task_ids
+        given = {} if uses is None else dict(zip(self.moe_indices, uses, strict=True))
         grid = self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1
@@ -150,11 +164,12 @@ class Backbone(nn.Module):
         kept, routings = {}, []
         for index, block in enumerate(self.trunk.blocks):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
+            arguments = (block, x, routed, options, given[index][: len(routed)] if index in given else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The random state is kept too: the second time, router noise and dropped paths are the same.
-                x, routing = checkpoint(self.run_block, block, x, routed, options, use_reentrant=False)
+                x, routing = checkpoint(self.run_block, *arguments, use_reentrant=False)
             else:
-                x, routing = self.run_block(block, x, routed, options)
+                x, routing = self.run_block(*arguments)
             if routing is not None:
                 routings.append(routing.of_tasks(len(task_ids)) if len(routed) < len(task_ids) else routing)
             if index in tapped:

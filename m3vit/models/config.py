@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from m3vit import normalisation
 from m3vit.errors import InputError, short
+from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
 from m3vit.models.decoders import DECODERS, check_args
-from m3vit.tasks import LABEL_SETS, LabelSet, resolve
+from m3vit.values import check_values, not_among
 
-ROUTERS = ("multi", "task_conditioned", "single")
-INITS = ("random", "upcycle")
 # Arguments of timm's create_model that are not the user's to give here, and which key says the same.
 OURS = {
     "img_size": "model.image_size says it",
@@ -35,8 +34,6 @@ LIMITS: dict[str, tuple[float, float]] = {
 SIDE_LIMIT = 2**15  # pixels
 TRUNK_LIMITS: dict[str, tuple[float, float]] = {"depth": (1, 1000), "num_heads": (1, 1024), "embed_dim": (1, 2**16)}
 LARGEST = 10**6  # any number in trunk_args
-EXPERT_EXECUTIONS = ("auto", "sorted", "grouped", "reference")
-NOISES = ("fixed", "learned")
 
 
 @dataclass
@@ -56,7 +53,8 @@ class ModelConfig:
             by timm's configuration of the trunk; with random weights ImageNet's, as every published M3ViT. imagenet, or
             {mean: [R, G, B], std: [R, G, B]} of images in 0 to 1. The run keeps the numbers.
         image_size: (height, width) in pixels that the position embedding is made for.
-        label_set: whose classes and tasks the outputs have: nyud or pascal; that of data.layout.
+        label_set: whose classes and tasks the outputs have: nyud or pascal (or one of a plug-in); auto is that of
+            data.layout.
         tasks: names of the tasks, in the order of their task ids.
         moe_blocks: which blocks get experts instead of their MLP: "odd" (M3ViT), "none" or a list of indices.
         num_experts: experts in each bank (E).
@@ -97,17 +95,17 @@ class ModelConfig:
     num_experts: int = 16
     top_k: int = 4
     expert_ratio: float = 1.0
-    init: str = "random"
+    init: Literal["random", "upcycle"] = "random"
     upcycle_gates: float = 1e-6
-    router: str = "multi"
+    router: Literal["multi", "task_conditioned", "single"] = "multi"
     router_noise: float = 0.0
-    router_noise_kind: str = "fixed"
+    router_noise_kind: Literal["fixed", "learned"] = "fixed"
     experts_per_task: dict[str, list[int]] = field(default_factory=dict)
     head: str = "linear"
     head_args: dict[str, Any] = field(default_factory=dict)
     head_stride: int = 4
     distillation: list[int] = field(default_factory=list)
-    experts: str = "auto"
+    experts: Literal["auto", "sorted", "grouped", "reference"] = "auto"
 
     @property
     def labels(self) -> LabelSet:
@@ -116,17 +114,11 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise InputError for values that no model can be built from."""
-        resolve(self.tasks, self.label_set)
         normalisation.check(self.normalisation)
-        for key, value, allowed in (
-            ("model.init", self.init, INITS),
-            ("model.router", self.router, ROUTERS),
-            ("model.router_noise_kind", self.router_noise_kind, NOISES),
-            ("model.head", self.head, tuple(DECODERS)),
-            ("model.experts", self.experts, EXPERT_EXECUTIONS),
-        ):
-            if value not in allowed:
-                raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
+        check_values("model", self)
+        resolve(self.tasks, self.label_set)
+        if self.head not in DECODERS:
+            raise InputError(not_among("model.head", self.head, tuple(DECODERS)))
         for key, limits in LIMITS.items():
             _check_number(f"model.{key}", getattr(self, key), limits)
         for side in self.image_size:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from m3vit import normalisation
 from m3vit.errors import InputError
 from m3vit.models.backbone import Backbone
+from m3vit.models.budget import Budget, Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import make_decoder
 from m3vit.models.router import Routing
@@ -51,14 +52,30 @@ class MultiTaskModel(nn.Module):
             raise InputError(f"this model has no task {task!r}: it has {', '.join(self.config.tasks)}")
         return self.config.tasks.index(task)
 
-    def forward(self, images: Tensor, tasks: Sequence[str] | None = None, native: Sequence[str] = ()) -> Output:
+    def uses(self, budget: Budget | None, tasks: Sequence[str]) -> list[list[Use]] | None:
+        """Return a budget as the backbone takes it, for these tasks, or raise InputError if it is another model's."""
+        if budget is None or budget.full:
+            return None
+        blocks = self.backbone.moe_indices
+        budget.check(self.config.tasks, blocks)
+        layers: dict[int, Any] = {block: self.backbone.trunk.blocks[block].mlp for block in blocks}
+        return [[layer.use(budget.layer(task, block)) for task in tasks] for block, layer in layers.items()]
+
+    def forward(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | None = None,
+        native: Sequence[str] = (),
+        budget: Budget | None = None,
+    ) -> Output:
         """Predict `tasks` (default: all) for normalised images [B, 3, H, W] float32.
 
-        Logits come at the image's size, those of the tasks in `native` at their decoder's own resolution.
+        Logits come at the image's size, those of the tasks in `native` at their decoder's own resolution. `budget`:
+        what is used of the experts; None: all, as trained. Raises InputError for one that the model cannot keep to.
         """
         names = list(self.config.tasks if tasks is None else tasks)
         ids = tuple(self.task_id(name) for name in names)
-        features, routings = self.backbone(images, ids, self.heads.blocks)
+        features, routings = self.backbone(images, ids, self.heads.blocks, self.uses(budget, names))
         size = (images.shape[-2], images.shape[-1])
         logits, auxiliary = self.heads(features, {name: None if name in native else size for name in names})
         return Output(logits, routings, auxiliary)

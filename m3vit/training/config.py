@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -15,20 +14,16 @@ from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
-from m3vit.tasks import LABEL_SETS, TASKS
+from m3vit.tasks import TASKS
+from m3vit.values import check_values, fits, not_among
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "poly")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-ACCELERATORS = ("auto", "cpu", "cuda", "mps")
-STRATEGIES = ("ddp", "fsdp")
-PIPELINES = ("simple", "m3vit", "invpt")
-ON_ERROR = ("stop", "skip")
+if TYPE_CHECKING:
+    from m3vit.data.sample import FileSplit
+
 MOST = {"threads": 1024, "workers": 1024}
 LARGEST = 10**9  # of other whole numbers
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
 MAX_YAML_BYTES, MAX_YAML_VALUES = 1 << 20, 100_000  # a configuration has 3 KiB and a hundred values
-WEIGHTINGS = ("fixed", "uncertainty", "dwa", *GRADIENT_METHODS)
 
 
 @dataclass
@@ -36,7 +31,8 @@ class DataConfig:
     """Where the data are and how they are loaded.
 
     Attributes:
-        layout: the data set: nyud or pascal. Which of its releases lies in root is found out from the files.
+        layout: how the data set lies in files: nyud or pascal (or one of a plug-in). Which of its releases lies in root
+            is found out from the files.
         root: the data set's folder, the one that holds gt_sets/ (nyud) or ImageSets/ (pascal).
         workers: loader processes; 0 loads in the training process.
         cache: keep decoded samples in memory after the first epoch (small data sets only; workers 0).
@@ -52,10 +48,10 @@ class DataConfig:
     root: str = ""
     workers: int = 2
     cache: bool = False
-    pipeline: str = "simple"
+    pipeline: Literal["simple", "m3vit", "invpt"] = "simple"
     flip: bool = True
     colour: float = 0.0
-    on_error: str = "stop"
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 @dataclass
@@ -115,28 +111,28 @@ class TrainConfig:
     epochs: int = 100
     batch_size: int = 8
     accumulate: int = 1
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
     momentum: float = 0.9
     warmup_epochs: float = 0.0
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "poly"] = "cosine"
     grad_clip: float = 0.0
     ema: float = 0.0
     balance_weight: float = 0.01
     switch_weight: float = 0.0
     z_weight: float = 0.0
     specialise_weight: float = 0.0
-    weighting: str = "fixed"
+    weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
     edge_positive_weight: float = 0.95
     native_losses: list[str] = field(default_factory=list)
     seed: int = 0
     threads: int = 0
-    accelerator: str = "auto"
-    strategy: str = "ddp"
-    precision: str = "32-true"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     checkpoint_activations: bool = False
     checkpoint_steps: int = 0
     eval_epochs: int = 0
@@ -161,29 +157,31 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    plugins: list[str] = field(default_factory=list)  # as given to --plugin
+
+    def __post_init__(self) -> None:
+        if self.model.label_set == "auto":
+            self.model = replace(self.model, label_set=self._layout().label_set)
+
+    def _layout(self) -> "type[FileSplit]":
+        from m3vit.data.opening import layout_named  # with numpy and Pillow, which --help needs not
+
+        return layout_named(self.data.layout)
 
     def check(self) -> None:
         """Raise InputError for values that cannot work, before anything slow starts."""
         self.model.check()
         train = self.train
-        for key, value, allowed in (
-            ("data.layout", self.data.layout, tuple(LABEL_SETS)),
-            ("data.pipeline", self.data.pipeline, PIPELINES),
-            ("data.on_error", self.data.on_error, ON_ERROR),
-            ("train.optimizer", train.optimizer, OPTIMIZERS),
-            ("train.schedule", train.schedule, SCHEDULES),
-            ("train.precision", train.precision, PRECISIONS),
-            ("train.accelerator", train.accelerator, ACCELERATORS),
-            ("train.strategy", train.strategy, STRATEGIES),
-            ("train.weighting", train.weighting, WEIGHTINGS),
-            ("train.best", train.best, ("mean", *self.model.tasks)),
-        ):
-            if value not in allowed:
-                raise InputError(f"{key} is {value!r}: choose from {', '.join(allowed)}")
-        if self.model.label_set != self.data.layout:
+        check_values("data", self.data)
+        check_values("train", train)
+        if train.best not in (choices := ("mean", *self.model.tasks)):
+            raise InputError(not_among("train.best", train.best, choices))
+        layout = self._layout()
+        layout.check_fits(self.model.labels, self.model.tasks)
+        if self.data.pipeline == "m3vit" and layout.m3vit_ranges is None:
             raise InputError(
-                f"model.label_set is {self.model.label_set} and data.layout {self.data.layout}: the model predicts the "
-                "data set's classes, so give both the same"
+                f"data.pipeline m3vit zooms and turns as published for a data set, and data.layout {layout.name} has "
+                "no m3vit_ranges: give simple or invpt"
             )
         if self.data.colour and self.data.pipeline != "simple":
             raise InputError(
@@ -327,31 +325,33 @@ def yaml_text(path: Path, what: str) -> str:
     return text
 
 
-_SECTIONS = ("model", "data", "train")  # of a configuration
+SECTIONS = ("model", "data", "train")  # of a configuration
 
 
 def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
         values = yaml.safe_load(yaml_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
-        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in _SECTIONS):
-            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(_SECTIONS)}")
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in SECTIONS):
+            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(SECTIONS)}")
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
-        config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
-        for name in _SECTIONS:
-            section = getattr(config, name)
-            for key, hint in get_type_hints(type(section)).items():
-                if not fits(value := getattr(section, key), hint):
-                    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
-                    raise TypeError(f"{name}.{key} is {str(value)[:80]!r}, expected {expected}")
-        return config
+        sections = ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"])
+        config = Config(*sections, values.get("plugins", []))
+        if not fits(config.plugins, list[str]):
+            raise TypeError(f"plugins is {str(config.plugins)[:80]!r}, expected list[str]")
     except InputError:
         raise
     # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
     except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         words = one_line(error, 300)
         raise InputError(f"{path} is not a configuration of this version: {words}") from None
+    try:
+        for name in SECTIONS:
+            check_values(name, getattr(config, name))
+    except InputError as error:
+        raise InputError(f"{path} is not a configuration of this version: {error}") from None
+    return config
 
 
 def read_run_config(folder: Path) -> Config:
@@ -362,32 +362,10 @@ def read_run_config(folder: Path) -> Config:
     return read_config(path)
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value read from YAML is of an annotated type; lists stand for tuples."""
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if kind is list:
-        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
-    if kind is tuple:
-        return (
-            isinstance(value, list | tuple)
-            and len(value) == len(inner)
-            and all(fits(item, one) for item, one in zip(value, inner, strict=True))
-        )
-    if kind is dict:
-        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return kind is Any or isinstance(value, kind)
-
-
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:
     """Return the dotted keys in which two configurations differ."""
     left, right = plain(asdict(a)), plain(asdict(b))
-    keys = [f"{section}.{key}" for section, values in left.items() for key in values]
+    keys = [f"{section}.{key}" for section in SECTIONS for key in left[section]]
     return [key for key in keys if key not in ignore and _get(left, key) != _get(right, key)]
 
 

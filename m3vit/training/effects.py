@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from m3vit.errors import InputError
 from m3vit.models.decoders import DECODERS
+from m3vit.tasks import TASKS
 from m3vit.training.config import GRADIENT_METHODS, Config
 
 OF_EXPERTS = (
@@ -25,7 +26,6 @@ OF_EXPERTS = (
     "train.z_weight",
     "train.specialise_weight",
 )
-OURS = ("num_classes", "dynamic_img_size")  # of timm's arguments
 COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -47,13 +47,14 @@ def without_effect(config: Config) -> dict[str, str]:
         found |= dict.fromkeys(OF_EXPERTS, "model.moe_blocks leaves no block with experts")
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
-    if "edge" not in model.tasks:
-        found["train.edge_positive_weight"] = "edge is not among model.tasks"
+    for task in TASKS.values():
+        if task.name not in model.tasks:
+            settings = [value for value in task.loss_options.values() if isinstance(value, str)]
+            found |= {f"train.{name}": f"{task.name} is not among model.tasks" for name in settings}
     if len(model.tasks) == 1 and train.weighting in ("dwa", *GRADIENT_METHODS):
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
-    found |= {f"model.trunk_args.{name}": "m3vit sets it itself" for name in OURS if name in model.trunk_args}
     for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
         absent = [task for task in tasks if task not in model.tasks]
         found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}

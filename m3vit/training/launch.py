@@ -3,9 +3,15 @@
 import logging
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+try:
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+except ModuleNotFoundError:  # the whole of Lightning has it too
+    from lightning.fabric import Fabric  # type: ignore
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment  # type: ignore
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy  # type: ignore
 from torch import nn
 
 from m3vit.collectives import unreachable
@@ -19,7 +25,9 @@ def launch(train: TrainConfig) -> Fabric:
     """Return Fabric on one device, or on one for each process of a torchrun or srun, which it joins into a group."""
     found = join()
     world, local = found.world, found.local_world
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # nine lines about the process group
+    logging.getLogger(Fabric.__module__.rpartition(".")[0]).setLevel(
+        logging.WARNING
+    )  # nine lines about the process group
     try:
         if train.precision == "16-mixed" and not has_gpu(train.accelerator):
             raise InputError("train.precision 16-mixed needs a GPU: give bf16-mixed or 32-true on the CPU", True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.fabric import Fabric
 
 from m3vit.collectives import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
@@ -34,7 +33,7 @@ from m3vit.training.checkpoint import (
     write_config,
 )
 from m3vit.training.config import Config
-from m3vit.training.launch import launch, synchronise
+from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.sharding import (
     gathered,
@@ -47,7 +46,7 @@ from m3vit.training.sharding import (
 )
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
-from m3vit.training.validation import PROTOCOL, is_best, validate
+from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
 from m3vit.training.weighting import make_weighting
 
 FORMAT = 2  # of last/state.pt
@@ -126,11 +125,19 @@ class Training:
         settings, options = config.train, config.data
         splits = agree(
             lambda: [
-                open_split(options.layout, options.root, part, config.model.tasks, partial=options.on_error == "skip")
+                open_split(
+                    options.layout,
+                    options.root,
+                    part,
+                    config.model.tasks,
+                    partial=options.on_error == "skip",
+                    label_set=config.model.label_set,
+                )
                 for part in ("train", "val")
             ]
         )
         train_split, self.val_split = splits
+        agree(lambda: check_scored(config.model.tasks, config.model.label_set))
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
         if both:
             raise InputError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3vit.tasks import resolve
+from m3vit.label_sets import resolve
 from m3vit.training.config import GRADIENT_METHODS, Config
 
 TEMPERATURE = 2.0  # of dwa

@@ -12,7 +12,8 @@ from m3vit.data.nyud import FOLDERS, NYUD, RELEASES
 from m3vit.data.opening import open_split, recognise
 from m3vit.data.tools.check import check
 from m3vit.errors import InputError
-from m3vit.tasks import IGNORE, LABEL_SETS
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import IGNORE
 from tests.data.layouts import NYUD_RELEASES, SIZE, coded, snapshot, unit_normals, write_nyud
 
 TASKS = LABEL_SETS["nyud"].tasks

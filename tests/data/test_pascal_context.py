@@ -17,7 +17,8 @@ from m3vit.data.opening import open_split, recognise
 from m3vit.data.pascal_context import PARTS, PASCALContext, context_classes, normals_classes
 from m3vit.data.thinning import segmentation_boundaries, thin
 from m3vit.errors import InputError
-from m3vit.tasks import IGNORE, LABEL_SETS, PART_CLASSES
+from m3vit.label_sets import LABEL_SETS, PART_CLASSES
+from m3vit.tasks import IGNORE
 from tests.data.layouts import (
     SIZE,
     Person,

@@ -27,7 +27,7 @@ from m3vit.data.synthetic.scenes.pascal import (
 from m3vit.data.synthetic.scenes.people import PART_NAMES
 from m3vit.data.synthetic.scenes.rendering import focal_px
 from m3vit.errors import InputError
-from m3vit.tasks import VOC_CLASSES
+from m3vit.label_sets import VOC_CLASSES
 
 SIZE = (48, 64)
 TRAIN, VAL = 7, 3

@@ -16,8 +16,9 @@ from timm.models.vision_transformer import ResPostBlock
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.hls import convert, leaf, precision
+from m3vit.export.hls import leaf
 from m3vit.export.hls.project import export_project
+from m3vit.export.hls.spatial import fixed_point, schedule
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.hw.sim import csim
 from m3vit.models.multitask import MultiTaskModel
@@ -89,7 +90,7 @@ def test_lowering_matches_the_model_in_float32(model: MultiTaskModel) -> None:
 )
 def test_lowering_refuses_what_it_cannot_export(trunk: dict[str, Any], config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        leaf.lower(make_model(trunk, **config))
+        schedule.lower(make_model(trunk, **config))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_lowering_refuses_what_it_cannot_export(trunk: dict[str, Any], config: d
     [(0.99, 16, 0, 1), (1.0, 16, 0, 2), (0.4, 16, 0, 0), (0.2, 16, 0, -1), (5.0, 20, 1, 5)],
 )
 def test_integer_bits(largest: float, width: int, headroom: int, integer: int) -> None:
-    chosen = precision.fixed_for(largest, width, headroom)
+    chosen = fixed_point.fixed_for(largest, width, headroom)
     assert (chosen.width, chosen.integer) == (width, integer)
     assert largest <= chosen.limit - 2.0**-chosen.frac
 
@@ -106,12 +107,12 @@ def test_integer_bits(largest: float, width: int, headroom: int, integer: int) -
 def test_accumulator_too_wide_is_refused() -> None:
     weight = torch.ones(1, 64)
     with pytest.raises(InputError, match="accumulator"):
-        precision.sum_format((2.0**20, 30), weight, precision.Fixed(16, -8), torch.zeros(1), "test")
+        fixed_point.sum_format((2.0**20, 30), weight, fixed_point.Fixed(16, -8), torch.zeros(1), "test")
 
 
 def test_not_finite_weights_are_refused() -> None:
     with pytest.raises(InputError, match="not finite"):
-        precision.fixed_for(float("nan"), 16)
+        fixed_point.fixed_for(float("nan"), 16)
 
 
 # --- the emitted project --------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_existing_project_is_replaced_and_survives_a_failure(
         export_project(model, copy, calibration=make_images(1), samples=make_samples())
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_project", lambda *arguments: 1 / 0)
+        patch.setattr(schedule, "write_project", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export()
     assert (copy / "csim.json").exists() and os.listdir(copy.parent) == ["copy"]

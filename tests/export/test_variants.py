@@ -13,7 +13,7 @@ import pytest
 from m3vit.cli import main
 from m3vit.errors import InputError
 from m3vit.export.runtime.package import Package
-from m3vit.tasks import LABEL_SETS
+from m3vit.label_sets import LABEL_SETS
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 NAMES = LABEL_SETS["nyud"].tasks

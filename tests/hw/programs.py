@@ -10,7 +10,7 @@ import numpy as np
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
 from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, parameters_text, top_text
-from m3vit.hw.boards import Hardware
+from m3vit.hw.hardware import Hardware
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 
@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "hw" / "include"
 STRICT = ["-std=c++11", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-label"]
 SANITIZERS = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
 
 
 @dataclass

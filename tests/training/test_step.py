@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
@@ -15,6 +14,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.training.config import Config, TrainConfig
+from m3vit.training.launch import Fabric
 from m3vit.training.optim import make_average, make_optimizer
 from m3vit.training.step import Labels, Stepper, choose_tasks, step_losses
 from m3vit.training.weighting import GradientMethod, make_weighting

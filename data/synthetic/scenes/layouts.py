@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from m3vit.tasks import VOC_CLASSES, palette
+from m3vit.label_sets import VOC_CLASSES
+from m3vit.tasks import palette
 
 if TYPE_CHECKING:
     from m3vit.data.synthetic.scenes.pascal import VisibleObject

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from m3vit.data.synthetic.scenes.materials import FloatArray
 from m3vit.data.synthetic.scenes.rendering import Camera, Geometry, Hits, cast, find_view, render_image
 from m3vit.data.synthetic.scenes.room import Room
-from m3vit.tasks import NYUD_CLASSES
+from m3vit.label_sets import NYUD_CLASSES
 
 CLASS_IDS = {name: index + 1 for index, name in enumerate(NYUD_CLASSES)}  # as written on disk; 0 = unlabelled
 

@@ -9,7 +9,8 @@ from m3vit.data.synthetic.scenes.lived_room import LivedRoom
 from m3vit.data.synthetic.scenes.outdoors import Outdoors
 from m3vit.data.synthetic.scenes.place import Place
 from m3vit.data.synthetic.scenes.rendering import Geometry, Hits, cast, find_view, render_image
-from m3vit.tasks import IGNORE, VOC_CLASSES
+from m3vit.label_sets import VOC_CLASSES
+from m3vit.tasks import IGNORE
 
 # What a part's label is called in PASCAL-Context, where that is another word.
 CONTEXT_NAMES = {"television": "tvmonitor", "books": "book", "lamp": "light", "bookshelf": "shelves"}

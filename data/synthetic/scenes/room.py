@@ -19,7 +19,7 @@ from m3vit.data.synthetic.scenes.solids import Builder, Furniture, Part, Shape
 SCENE_CLASSES = (
     "wall floor cabinet bed chair sofa table door window bookshelf picture ceiling books television lamp".split()
 )
-"""The NYUD class names that occur; names as in `m3vit.tasks.NYUD_CLASSES`."""
+"""The NYUD class names that occur; names as in `m3vit.label_sets.NYUD_CLASSES`."""
 
 # What stands along the walls: the first piece always, two to four of the others.
 THEMES: tuple[tuple[Builder, ...], ...] = (

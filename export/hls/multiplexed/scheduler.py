@@ -10,22 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.export.hls.multiplexed.quantise import GATE_BITS, Floats, LinearWords, linear_words, norm_words, rounded
-from m3vit.hw.arithmetic import NORM_FRAC
-from m3vit.hw.program import (
-    ALIGNMENT,
-    SCORE_FRAC,
-    Builder,
-    Image,
-    Instruction,
-    Memory,
-    Mode,
-    Op,
-    allocate,
-    program_words,
-)
+from m3vit.export.hls.multiplexed.words import Floats, LinearWords, linear_words, norm_words, rounded
+from m3vit.hw import isa
+from m3vit.hw.isa import PIXEL_ZERO, ROW_WORDS, SCORE_FRAC, Instruction, Mode
+from m3vit.hw.ops import GATE_BITS
+from m3vit.hw.program import Builder, Image, Memory, allocate, program_words
+from m3vit.hw.tables import NORM_FRAC
+from m3vit.hw.weights_file import ALIGNMENT
 
-PIXEL_ZERO = 128  # subtracted from a pixel, so that it fits 8 signed bits
 PIXEL_FRAC = 8
 WIDE_BITS = 32
 Fracs = NDArray[np.int64] | int
@@ -109,12 +101,12 @@ class Scheduler:
         self._limit(max_in=weight.shape[1])
         return words
 
-    def _store(self, name: str, words: LinearWords, section: str = "weights") -> dict[str, int]:
+    def _store(self, name: str, words: LinearWords, section: str = "weights") -> dict[str, Any]:
         """Put a linear map into the image; return the instruction's fields."""
         weights, params = self.builder.put(section, words.weights), self.builder.put("params", words.params)
         shape = words.weights.shape
         self._note(f"{name}.weight", section, weights, shape, frac_min=int(words.fracs.min()), rows_have_fracs=True)
-        self._note(f"{name}.rows", "params", params, (shape[0], 2))
+        self._note(f"{name}.rows", "params", params, (shape[0], ROW_WORDS))
         return {"weights": weights, "params": params}
 
     # --- layers -----------------------------------------------------------------------------------------------------
@@ -125,7 +117,7 @@ class Scheduler:
         patches, width = rows * columns, 3 * patch * patch
         self.image_size = patches * width
         dst = self._tensor(False, patches, width, PIXEL_FRAC)
-        self._add(Instruction(Op.IMAGE, rows=patches, n_in=width, a0=patch, a1=columns), None, dst)
+        self._add(isa.Patches(rows=patches, n_in=width, patch=patch, columns=columns), None, dst)
         return dst
 
     def embed(self, name: str, x: Tensor, weight: Floats, bias: Floats, prefix: int) -> Tensor:
@@ -134,7 +126,7 @@ class Scheduler:
         words = self._words(name, weight, bias, x, self.wide_frac, missing=PIXEL_ZERO)
         fields = self._store(name, words)
         shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
-        self._add(Instruction(Op.LINEAR, mode=Mode.WIDE, **shape, **fields), x, dst)
+        self._add(isa.Linear(mode=Mode.WIDE, **shape, **fields), x, dst)
         return Tensor(dst.buffer, x.rows + prefix, len(weight), self.wide_frac)
 
     def position(self, name: str, x: Tensor, table: Floats, prefix: int) -> Tensor:
@@ -143,7 +135,7 @@ class Scheduler:
         params = self.builder.put("params", words)
         self._note(f"{name}.table", "params", params, table.shape, frac=self.wide_frac)
         self._limit(max_rows=x.rows)
-        self._add(Instruction(Op.POSITION, rows=x.rows, n_out=x.columns, params=params, a0=prefix), None, x)
+        self._add(isa.Position(rows=x.rows, n_out=x.columns, params=params, prefix=prefix), None, x)
         return x
 
     def norm(
@@ -167,9 +159,10 @@ class Scheduler:
         self._limit(max_dim=n, max_rows=rows)
         source = Tensor(x.buffer, rows, n, x.frac, x.start + skip)
         dst = self._tensor(wide, rows, n, out_frac)
-        fields = {"a0": words.shift, "a1": words.bias_shift, "a2": words.sqrt_dim, "constant": words.eps}
+        names = ("shift", "bias_shift", "sqrt_dim", "eps")
+        fields = {name: getattr(words, name) for name in names}
         mode = Mode.WIDE if wide else Mode.NARROW
-        self._add(Instruction(Op.NORM, rows=rows, n_in=n, n_out=n, mode=mode, params=params, **fields), source, dst)
+        self._add(isa.Norm(rows=rows, n_in=n, n_out=n, mode=mode, params=params, **fields), source, dst)
         return dst
 
     def linear(
@@ -182,7 +175,7 @@ class Scheduler:
         fields |= {"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {}
         shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
         self._limit(max_rows=x.rows)
-        self._add(Instruction(Op.LINEAR, mode=Mode.NARROW, **shape, **fields), x, dst)
+        self._add(isa.Linear(mode=Mode.NARROW, **shape, **fields), x, dst)
         return dst
 
     @staticmethod
@@ -194,7 +187,7 @@ class Scheduler:
         """Linear, added to the residual stream in place."""
         fields = self._store(name, self._words(name, weight, bias, x, self.wide_frac))
         shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
-        self._add(Instruction(Op.LINEAR, mode=Mode.RESIDUAL, **shape, **fields), x, residual)
+        self._add(isa.Linear(mode=Mode.RESIDUAL, **shape, **fields), x, residual)
         return residual
 
     def attention(self, name: str, qkv: Tensor, heads: int, frac: int) -> Tensor:
@@ -204,8 +197,8 @@ class Scheduler:
         dim = qkv.columns // 3
         dst = self._tensor(False, qkv.rows, dim, frac)
         self._limit(max_head=dim // heads)
-        fields = {"a0": heads, "a1": q_frac + k_frac - SCORE_FRAC, "a2": v_frac - frac}
-        self._add(Instruction(Op.ATTENTION, rows=qkv.rows, n_in=3 * dim, n_out=dim, **fields), qkv, dst)
+        fields = {"heads": heads, "score_shift": q_frac + k_frac - SCORE_FRAC, "value_shift": v_frac - frac}
+        self._add(isa.Attention(rows=qkv.rows, n_in=3 * dim, n_out=dim, **fields), qkv, dst)
         return dst
 
     def moe_added(
@@ -230,11 +223,11 @@ class Scheduler:
         for task in range(1 if same or tasks == 1 else tasks):
             words = self._words(f"{name}.gate{task}", gates[task], biases[task], x, logit_frac, bits=GATE_BITS)
             fields = self._store(f"{name}.gate{task}", words, "gates")
-            shape = {"rows": x.rows, "n_in": dim, "n_out": experts, "mode": Mode.WIDE}
+            shape = {"rows": x.rows, "n_in": dim, "n_out": experts}
             only = -1 if same or tasks == 1 else task
-            self._add(Instruction(Op.GATE, task=only, **shape, **fields), x, logits)
+            self._add(isa.Gate(task=only, **shape, **fields), x, logits)
         self._limit(max_experts=experts, max_top=top_k, max_rows=x.rows)
-        route = Instruction(Op.ROUTE, rows=x.rows, n_in=experts, a0=top_k, a1=logit_frac)
+        route = isa.Route(rows=x.rows, n_in=experts, top_k=top_k, logit_frac=logit_frac)
         self._add(route, logits, None)
         self._experts(name, x, weights, hidden, residual)
         return residual
@@ -251,15 +244,15 @@ class Scheduler:
             second = self._words(f"{name}.expert{e}.w2", w2[e], b2[e], inner, self.wide_frac)
             packed["weights"].append(np.concatenate([first.weights.ravel(), second.weights.ravel()]))
             packed["params"].append(np.concatenate([first.params, second.params]))
-        fields: dict[str, int] = {}
-        for (section, parts), stride in zip(packed.items(), ("a1", "a2"), strict=True):
+        fields: dict[str, Any] = {}
+        for section, parts in packed.items():
             size = -(-len(parts[0]) // ALIGNMENT) * ALIGNMENT
             fields[section] = self.builder.put(section, np.concatenate([np.pad(p, (0, size - len(p))) for p in parts]))
-            fields[stride] = size
+            fields[f"{section}_step"] = size
             self._note(f"{name}.experts", section, fields[section], (experts, size))
-        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "a0": experts, "a4": width}
-        shape = {"rows": x.rows, "n_in": dim, "n_out": width, "mode": Mode.QUEUE}
-        self._add(Instruction(Op.EXPERTS, **shape, **fields), x, residual, a3=inner.buffer)
+        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": width}
+        shape = {"rows": x.rows, "n_in": dim, "n_out": width}
+        self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
 
     def head(self, name: str, x: Tensor, weight: Floats, bias: Floats, widths: list[int], fracs: list[int]) -> None:
         """The Linear of each task, weight [sum of widths, D], to the output memory; task r's outputs have fracs[r]."""
@@ -267,9 +260,10 @@ class Scheduler:
         for task, (width, frac) in enumerate(zip(widths, fracs, strict=True)):
             rows = slice(first, first + width)
             words = self._words(f"{name}.{task}", weight[rows], bias[rows], x, frac)
-            shape = {"rows": x.rows, "n_in": x.columns, "n_out": width, "mode": Mode.OUTPUT, "dst_pitch": pitch}
+            shape: dict[str, Any] = {"rows": x.rows, "n_in": x.columns, "n_out": width}
+            shape |= {"mode": Mode.OUTPUT, "dst_pitch": pitch}
             only = task if len(widths) > 1 else -1
-            self._add(Instruction(Op.LINEAR, task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
+            self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
             first += width
         self.output_size = x.rows * pitch
 

@@ -14,11 +14,17 @@ from typing import Any
 from hls4ml.writer.vitis_writer import VitisWriter
 
 from m3vit.files import write_json
-from m3vit.hw.boards import BOARDS, BUDGETS, Hardware
-from m3vit.hw.program import HEADER, Image, Mode, Op
+from m3vit.hw import boards
+from m3vit.hw.boards import BOARDS, BUDGETS
+from m3vit.hw.hardware import Hardware
+from m3vit.hw.isa import BLANK, Mode
+from m3vit.hw.program import Image
+from m3vit.hw.weights_file import HEADER_WORDS
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
 HEAD = ("weight_bits", "act_bits", "uram")  # of Hardware: written in other words than as constants
+# Modules that the host driver has a copy of: they import numpy alone.
+DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
@@ -137,18 +143,14 @@ def depths_of(image: Image) -> dict[str, int]:
 
 
 def program_lines(image: Image) -> list[dict[str, Any]]:
-    """Return the program for people: one entry an instruction, zeros left out."""
+    """Return the program for people: one entry an instruction, zeros and what is not set left out."""
     lines = []
     for pc, instruction in enumerate(image.program):
-        fields = {name: value for name, value in asdict(instruction).items() if value or name in ("src", "dst")}
-        fields |= {"op": Op(instruction.op).name.lower(), "mode": Mode(instruction.mode).name.lower()}
-        if instruction.op not in (Op.LINEAR, Op.NORM, Op.GATE, Op.EXPERTS):
-            fields.pop("mode")
-        if instruction.gelu_in < 0:
-            fields.pop("gelu_in")
-        if instruction.task < 0:
-            fields.pop("task")
-        lines.append({"pc": pc, **fields})
+        values = asdict(instruction).items()
+        fields = {name: value for name, value in values if value != BLANK.get(name, 0) or name in ("src", "dst")}
+        if "mode" in fields:
+            fields["mode"] = Mode(fields["mode"]).name.lower()
+        lines.append({"pc": pc, "op": instruction.op.name.lower(), **fields})
     return lines
 
 
@@ -156,7 +158,7 @@ def weights_map(schedule: Any) -> dict[str, Any]:
     """Return weights_map.json: where everything lies in weights.bin, the program, and the memories to allocate."""
     image = schedule.image
     return {
-        "header_words": HEADER,
+        "header_words": HEADER_WORDS,
         "memory_elements": image.memory._asdict(),
         "tensors": schedule.tensors,
         "program": program_lines(image),
@@ -193,8 +195,8 @@ class VitisMoEWriter(VitisWriter):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
                 target.chmod(target.stat().st_mode | stat.S_IWUSR)
-        decoding = Path(str(files("m3vit.export.runtime") / "decoding.py"))
-        shutil.copyfile(decoding, out / "host" / "m3vit_decoding.py")
+        for package, module in DRIVER_PARTS:
+            shutil.copyfile(Path(str(files(package) / f"{module}.py")), out / "host" / f"m3vit_{module}.py")
         with open(out / "project.tcl", "a") as file:
             file.write(f'variable board_part\nset board_part "{BOARDS[settings["board"]].board_part}"\n')
 
@@ -207,6 +209,6 @@ def resources(hardware: Hardware, board: str) -> dict[str, Any]:
         "board": board,
         "part": chosen.part,
         "hardware": asdict(hardware),
-        "modelled": hardware.resources(),
+        "modelled": boards.resources(hardware),
         "budget": {name: int(share * getattr(chosen, name)) for name, share in BUDGETS.items()},
     }

@@ -34,39 +34,42 @@ void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const 
 Program:
     for (unsigned pc = 0;; pc++) {
         #pragma HLS PIPELINE off
-        const instruction I = read_instruction(params, pc);
-        if (I.op == op_end)
+        int32_t w[instruction_words];
+        #pragma HLS ARRAY_PARTITION variable=w complete
+        read_instruction(params, pc, w);
+        if (w[opcode_word] == op_end)
             break;
 #ifndef __SYNTHESIS__
         if (program_counters())
             current_counters() = program_counters() + pc;
 #endif
         M3VIT_COUNT(params, instruction_words * 4);
-        if (I.task >= 0 && I.task != wanted)
+        if (w[task_word] >= 0 && w[task_word] != wanted)
             continue;
-        switch (I.op) {
+        switch (w[opcode_word]) {
         case op_image:
-            read_image<C>(I, image, narrow_out);
+            read_image<C>(image_of(w), image, narrow_out);
             break;
         case op_linear:
         case op_experts:
-            linear<C, typename C::wt_t, C::tile_out, C::token_block>(I, queue, weights, params, narrow_in, narrow_out,
-                                                                     wide_in, wide, output);
+            linear<C, typename C::wt_t, C::tile_out, C::token_block>(linear_of(w), queue, weights, params, narrow_in,
+                                                                     narrow_out, wide_in, wide, output);
             break;
         case op_gate:
-            linear<C, int16_t, C::gate_out, 0>(I, queue, gates, params, narrow_in, narrow_out, wide_in, wide, output);
+            linear<C, int16_t, C::gate_out, 0>(linear_of(w), queue, gates, params, narrow_in, narrow_out, wide_in, wide,
+                                               output);
             break;
         case op_position:
-            position<C>(I, params, wide_in, wide);
+            position<C>(position_of(w), params, wide_in, wide);
             break;
         case op_norm:
-            layernorm<C>(I, params, wide_in, narrow_out, wide);
+            layernorm<C>(norm_of(w), params, wide_in, narrow_out, wide);
             break;
         case op_attention:
-            attention<C>(I, keys, narrow_in, narrow_out);
+            attention<C>(attention_of(w), keys, narrow_in, narrow_out);
             break;
         default: // op_route
-            route<C>(I, wide_in, queue);
+            route<C>(route_of(w), wide_in, queue);
         }
     }
 }

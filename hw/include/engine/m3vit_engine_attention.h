@@ -16,7 +16,7 @@ namespace nnet {
 namespace vit {
 
 template <class C> struct key_block_buffer {
-    typename C::act_t k[C::key_block][C::max_head], v[C::key_block][C::max_head];
+    typename C::act_t k[key_block][C::max_head], v[key_block][C::max_head];
 };
 
 template <class C> struct query_block_buffer {
@@ -33,7 +33,7 @@ struct attention_step {
 
 template <class C> attention_step next_step(const attention_step &now, unsigned rows, unsigned heads) {
     attention_step next = now;
-    next.key += C::key_block;
+    next.key += key_block;
     if (next.key >= rows) {
         next.key = 0;
         next.query += C::query_block;
@@ -44,17 +44,17 @@ template <class C> attention_step next_step(const attention_step &now, unsigned 
     }
     next.valid = next.head < heads;
     next.first = next.key == 0;
-    next.last = next.key + C::key_block >= rows;
+    next.last = next.key + key_block >= rows;
     return next;
 }
 
 template <class C>
-void load_keys(const attention_step &step, const instruction &I, unsigned width, const typename C::act_t *narrow,
+void load_keys(const attention_step &step, const attention_fields &I, unsigned width, const typename C::act_t *narrow,
                key_block_buffer<C> &block) {
     #pragma HLS INLINE off
     if (!step.valid)
         return;
-    const unsigned count = I.rows - step.key < C::key_block ? I.rows - step.key : C::key_block;
+    const unsigned count = I.rows - step.key < key_block ? I.rows - step.key : key_block;
 Key:
     for (unsigned j = 0; j < count; j++) {
         const unsigned place = I.src + (step.key + j) * I.src_pitch + step.head * width;
@@ -78,7 +78,7 @@ Key:
 template <class C>
 void attend(const typename C::act_t q[C::max_head], const key_block_buffer<C> &block, unsigned count, bool first,
             int score_shift, long long &top, sum_t &total, sum_t context[C::max_head]) {
-    int score[C::key_block];
+    int score[key_block];
     int best = 0;
 Score:
     for (unsigned j = 0; j < count; j++) {
@@ -88,7 +88,7 @@ Score:
             #pragma HLS UNROLL
             sum += (int)q[c] * (int)block.k[j][c];
         }
-        score[j] = (int)saturate<30>(shift_round(sum, score_shift));
+        score[j] = (int)saturate<score_bits>(shift_round(sum, score_shift));
         if (j == 0 || score[j] > best)
             best = score[j];
     }
@@ -101,7 +101,7 @@ Score:
             context[c] = 0;
         }
     } else if (ceiling > top) {
-        const int rise = ceiling - top > 60 ? 60 : (int)(ceiling - top); // 60: nothing is left
+        const int rise = ceiling - top > max_rise ? max_rise : (int)(ceiling - top);
         top = ceiling;
         total = shift_round((long long)total, rise);
         for (unsigned c = 0; c < C::max_head; c++) {
@@ -122,10 +122,10 @@ Weight:
 }
 
 template <class C>
-void compute_step(const attention_step &step, const instruction &I, unsigned width, const key_block_buffer<C> &block,
+void compute_step(const attention_step &step, const attention_fields &I, unsigned width, const key_block_buffer<C> &block,
                   query_block_buffer<C> &state, const typename C::act_t *narrow_in, typename C::act_t *narrow_out) {
     #pragma HLS INLINE off
-    const unsigned keys = I.rows - step.key < C::key_block ? I.rows - step.key : C::key_block;
+    const unsigned keys = I.rows - step.key < key_block ? I.rows - step.key : key_block;
     const unsigned queries = I.rows - step.query < C::query_block ? I.rows - step.query : C::query_block;
 Query:
     for (unsigned i = 0; i < queries; i++) {
@@ -140,7 +140,7 @@ Query:
                 state.q[i][c] = 0;
             }
         }
-        attend<C>(state.q[i], block, keys, step.first, I.a1, state.top[i], state.total[i], state.context[i]);
+        attend<C>(state.q[i], block, keys, step.first, I.score_shift, state.top[i], state.total[i], state.context[i]);
         if (step.last) {
             const scaled inverse = reciprocal((unsigned long long)state.total[i]); // not 0: a weight of the last maximum is 1/2 or more
             const unsigned place = I.dst + (step.query + i) * I.dst_pitch + step.head * width;
@@ -148,7 +148,7 @@ Query:
             for (unsigned c = 0; c < width; c++) {
                 #pragma HLS PIPELINE II=1
                 const long long product = shift_round((long long)state.context[i][c], context_drop) * inverse.mantissa;
-                const long long y = shift_round(product, 20 + inverse.shift - context_drop + I.a2);
+                const long long y = shift_round(product, 20 + inverse.shift - context_drop + I.value_shift);
                 narrow_out[place + c] = (typename C::act_t)saturate<C::act_bits>(y);
             }
         }
@@ -162,7 +162,7 @@ Query:
 // The two run at the same time: they share no buffer.
 template <class C>
 void load_and_attend(const attention_step &next, key_block_buffer<C> &filled, const attention_step &now,
-                     const key_block_buffer<C> &used, const instruction &I, unsigned width, query_block_buffer<C> &state,
+                     const key_block_buffer<C> &used, const attention_fields &I, unsigned width, query_block_buffer<C> &state,
                      const typename C::act_t *keys, const typename C::act_t *narrow_in, typename C::act_t *narrow_out) {
     #pragma HLS INLINE off
     #pragma HLS DATAFLOW
@@ -170,9 +170,8 @@ void load_and_attend(const attention_step &next, key_block_buffer<C> &filled, co
     compute_step<C>(now, I, width, used, state, narrow_in, narrow_out);
 }
 
-// I: a0 heads; a1 shift of a product sum to score_frac; a2 fractional bits of the values minus those of the output.
 template <class C>
-void attention(const instruction &I, const typename C::act_t *keys, const typename C::act_t *narrow_in,
+void attention(const attention_fields &I, const typename C::act_t *keys, const typename C::act_t *narrow_in,
                typename C::act_t *narrow_out) {
     #pragma HLS INLINE off
     // One engine for both calls below: it is the buffers that take turns.
@@ -191,8 +190,8 @@ void attention(const instruction &I, const typename C::act_t *keys, const typena
     #pragma HLS BIND_STORAGE variable=pong.v type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=state.q type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=state.context type=ram_s2p impl=lutram
-    const unsigned heads = I.a0, width = I.n_out / heads;
-    attention_step now = {true, true, I.rows <= C::key_block, 0, 0, 0};
+    const unsigned heads = I.heads, width = I.n_out / heads;
+    attention_step now = {true, true, I.rows <= key_block, 0, 0, 0};
     load_keys<C>(now, I, width, keys, ping);
     bool in_ping = true;
 Step:

@@ -35,7 +35,7 @@ struct tile_place {
 
 // TB: tokens in a block; 0: all in one, and none kept on chip.
 template <class C, unsigned TO, unsigned TB>
-tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &queue) {
+tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &queue) {
     tile_job job;
     const bool experts = I.op == op_experts;
     const bool second = experts && (place.map & 1);
@@ -47,7 +47,7 @@ tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &que
     job.n_in = second ? I.n_out : I.n_in;
     job.outputs = n_out - place.row < TO ? n_out - place.row : TO;
     job.weights = I.weights + place.row * job.n_in;
-    job.params = I.params + 2 * place.row;
+    job.params = I.params + row_words * place.row;
     job.gather = experts && !second;
     const unsigned tokens = experts ? queue.start[e + 1] - queue.start[e] : I.rows;
     job.base = place.base;
@@ -61,15 +61,15 @@ tile_job next_tile(tile_place &place, const instruction &I, const queues<C> &que
     job.mode = I.mode;
     job.gelu_in = second ? -1 : I.gelu_in;
     job.gelu_out = I.gelu_out;
-    if (experts) { // a1, a2: words from one expert to the next in weights and params; a3, a4: offset, pitch of hidden
-        job.weights += e * I.a1 + (second ? I.n_in * I.n_out : 0);
-        job.params += e * I.a2 + (second ? 2 * I.n_out : 0);
+    if (experts) {
+        job.weights += e * I.weights_step + (second ? I.n_in * I.n_out : 0);
+        job.params += e * I.params_step + (second ? row_words * I.n_out : 0);
         if (second) {
-            job.src = I.a3;
-            job.src_pitch = I.a4;
+            job.src = I.hidden;
+            job.src_pitch = I.hidden_pitch;
         } else {
-            job.dst = I.a3 + place.row;
-            job.dst_pitch = I.a4;
+            job.dst = I.hidden + place.row;
+            job.dst_pitch = I.hidden_pitch;
             job.mode = to_narrow;
         }
     }
@@ -117,10 +117,10 @@ Pad:
 Parameter:
     for (unsigned o = 0; o < job.outputs; o++) {
         #pragma HLS PIPELINE II=2
-        const int32_t shifts = params[job.params + 2 * o + 1];
-        tile.bias[o] = params[job.params + 2 * o];
-        tile.bias_shift[o] = (shifts >> 8) & 63;
-        tile.shift[o] = (shifts & 255) - 64;
+        const int32_t shifts = params[job.params + row_words * o + 1];
+        tile.bias[o] = params[job.params + row_words * o];
+        tile.bias_shift[o] = (shifts >> 8) & (bias_shift_limit - 1);
+        tile.shift[o] = (shifts & 255) - shift_offset;
     }
     M3VIT_COUNT(params, job.outputs * 8);
 }
@@ -285,7 +285,7 @@ void load_and_compute(const tile_job &next, weight_tile<C, w_t, TO> &filled, con
 }
 
 template <class C, class w_t, unsigned TO, unsigned TB>
-void linear(const instruction &I, const queues<C> &queue, const w_t *weights, const int32_t *params,
+void linear(const linear_fields &I, const queues<C> &queue, const w_t *weights, const int32_t *params,
             const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
             int32_t *output) {
     #pragma HLS INLINE off

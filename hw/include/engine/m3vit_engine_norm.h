@@ -8,11 +8,10 @@ namespace nnet {
 namespace vit {
 
 // Cut the image uint8 [rows p, columns p, 3] into patches in the order (y, x, colour); pixel - 128 fits 8 signed bits.
-// I: rows (patches), n_in = 3 p^2, dst; a0 = p, a1 = patches a row of the image.
 // Cycles: rows * n_in / (pixels a beat).
-template <class C> void read_image(const instruction &I, const uint8_t *image, typename C::act_t *narrow) {
+template <class C> void read_image(const image_fields &I, const uint8_t *image, typename C::act_t *narrow) {
     #pragma HLS INLINE off
-    const unsigned p = I.a0, columns = I.a1, line = 3 * p * columns;
+    const unsigned p = I.patch, columns = I.columns, line = 3 * p * columns;
 Patch:
     for (unsigned t = 0; t < I.rows; t++) {
         const unsigned corner = t / columns * p * line + t % columns * 3 * p;
@@ -20,7 +19,7 @@ Patch:
             for (unsigned x = 0; x < 3 * p; x++) {
                 #pragma HLS PIPELINE II=1
                 narrow[I.dst + t * I.dst_pitch + y * 3 * p + x] =
-                    (typename C::act_t)((int)image[corner + y * line + x] - 128);
+                    (typename C::act_t)((int)image[corner + y * line + x] - pixel_zero);
             }
         }
     }
@@ -28,21 +27,21 @@ Patch:
     M3VIT_COUNT(narrow_write, I.rows * I.n_in * sizeof(typename C::act_t));
 }
 
-// I: rows (all tokens), n_out channels, dst: the first a0 tokens become those of the table, the others get it added.
+// The first `prefix` tokens become those of the table, the others get it added.
 // Cycles: rows * n_out.
-template <class C> void position(const instruction &I, const int32_t *params, const int32_t *wide_in, int32_t *wide) {
+template <class C> void position(const position_fields &I, const int32_t *params, const int32_t *wide_in, int32_t *wide) {
     #pragma HLS INLINE off
 Token:
     for (unsigned t = 0; t < I.rows; t++) {
         for (unsigned d = 0; d < I.n_out; d++) {
             #pragma HLS PIPELINE II=1
             const unsigned place = I.dst + t * I.dst_pitch + d;
-            const long long before = t < (unsigned)I.a0 ? 0 : wide_in[place];
+            const long long before = t < I.prefix ? 0 : wide_in[place];
             wide[place] = (int32_t)saturate<32>(before + params[I.params + t * I.n_out + d]);
         }
     }
     M3VIT_COUNT(params, I.rows * I.n_out * 4);
-    M3VIT_COUNT(wide_read, (I.rows - I.a0) * I.n_out * 4);
+    M3VIT_COUNT(wide_read, (I.rows - I.prefix) * I.n_out * 4);
     M3VIT_COUNT(wide_write, I.rows * I.n_out * 4);
 }
 
@@ -98,14 +97,14 @@ Scale:
 
 // Affine part, rounding, and to memory. scale and bias: of each channel (a bias counts 2^bias_shift).
 template <class C>
-void write_norm(const instruction &I, unsigned row, const int y[C::max_dim], const int scale[C::max_dim],
+void write_norm(const norm_fields &I, unsigned row, const int y[C::max_dim], const int scale[C::max_dim],
                 const int bias[C::max_dim], typename C::act_t *narrow, int32_t *wide) {
     #pragma HLS INLINE off
 Write:
     for (unsigned i = 0; i < I.n_in; i++) {
         #pragma HLS PIPELINE II=1
         const unsigned place = I.dst + row * I.dst_pitch + i;
-        const long long z = shift_round(y[i] * (long long)scale[i] + bias[i] * (1LL << I.a1), I.a0);
+        const long long z = shift_round(y[i] * (long long)scale[i] + bias[i] * (1LL << I.bias_shift), I.shift);
         if (I.mode == to_narrow)
             narrow[place] = (typename C::act_t)saturate<C::act_bits>(z);
         else
@@ -119,11 +118,10 @@ Write:
 #endif
 }
 
-// I: rows, n_in channels, src (wide), dst, mode; a0 shift of the result, a1 bias_shift, a2 sqrt_dim, constant eps;
 // params: scales, then biases.
 // Cycles: 4 * n_in a token, rows overlapped.
 template <class C>
-void layernorm(const instruction &I, const int32_t *params, const int32_t *wide_in, typename C::act_t *narrow,
+void layernorm(const norm_fields &I, const int32_t *params, const int32_t *wide_in, typename C::act_t *narrow,
                int32_t *wide_out) {
     #pragma HLS INLINE off
     int scale[C::max_dim], bias[C::max_dim];
@@ -139,7 +137,7 @@ Token:
         #pragma HLS DATAFLOW
         int x[C::max_dim], y[C::max_dim];
         read_wide<C>(wide_in, I.src + t * I.src_pitch, I.n_in, x);
-        normalise_row<C>(x, I.n_in, I.a2, I.constant, y);
+        normalise_row<C>(x, I.n_in, I.sqrt_dim, I.eps, y);
         write_norm<C>(I, t, y, scale, bias, narrow, wide_out);
     }
 }

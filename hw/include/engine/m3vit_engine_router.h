@@ -45,12 +45,11 @@ void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsign
     }
 }
 
-// I: rows, n_in experts, src (wide); a0 = k, a1 = fractional bits of the logits.
-template <class C> void route(const instruction &I, const int32_t *wide, queues<C> &queue) {
+template <class C> void route(const route_fields &I, const int32_t *wide, queues<C> &queue) {
     #pragma HLS INLINE off
     static uint16_t choice[C::max_rows * C::max_top];
     static int score[C::max_rows * C::max_top];
-    const unsigned E = I.n_in, K = I.a0;
+    const unsigned E = I.n_in, K = I.top_k;
     unsigned fill[C::max_experts];
 Reset:
     for (unsigned e = 0; e < E; e++) {
@@ -79,13 +78,13 @@ Token:
     Softmax:
         for (unsigned e = 0; e < E; e++) {
             #pragma HLS PIPELINE II=1
-            total += exp2_neg(best[0] - logit[e], I.a1, prob_frac);
+            total += exp2_neg(best[0] - logit[e], I.logit_frac, prob_frac);
         }
         const scaled inverse = reciprocal(total);
     Choose:
         for (unsigned i = 0; i < K; i++) {
             #pragma HLS PIPELINE II=1
-            const long long weight = exp2_neg(best[0] - best[i], I.a1, prob_frac);
+            const long long weight = exp2_neg(best[0] - best[i], I.logit_frac, prob_frac);
             choice[t * K + i] = (uint16_t)expert[i];
             score[t * K + i] = (int)shift_round(weight * inverse.mantissa, 20 + inverse.shift - prob_frac);
             fill[expert[i]]++;

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from m3vit_decoding import assemble, decode
+from m3vit_weights_file import Header
 
-MAGIC = 0x3157544956334D
 WEIGHTS = "firmware/weights/weights.bin"
 START, DONE = 1, 2  # bits of the control register (ap_ctrl_hs); reading clears DONE
 # Pointer arguments of the accelerator: which buffer each gets.
@@ -78,36 +78,33 @@ class Accelerator:
 
         The file may be another one than the accelerator was built with, if its sizes fit the hardware.
         """
-        header = np.fromfile(path, np.int64, 20)
-        if len(header) < 20 or header[0] != MAGIC:
+        header = Header.read(path)
+        if header is None:
             raise ValueError(f"{path} is not a weights file of m3vit: give firmware/weights/weights.bin")
         hardware = self.manifest["hardware"]
         stored = 8 if hardware["weight_bits"] <= 8 else 16
-        if header[7] != stored or header[8] != hardware["act_bits"]:
+        if header.weight_bits != stored or header.act_bits != hardware["act_bits"]:
             raise ValueError(
-                f"{path} is for {header[7]}-bit words and {header[8]}-bit activations, the accelerator for {stored} "
-                f"and {hardware['act_bits']}: export with the same --weight-bits and --act-bits"
+                f"{path} is for {header.weight_bits}-bit words and {header.act_bits}-bit activations, the accelerator "
+                f"for {stored} and {hardware['act_bits']}: export with the same --weight-bits and --act-bits"
             )
-        act = np.int8 if header[8] <= 8 else np.int16
-        weight = np.int8 if stored == 8 else np.int16
-        sections = (("params", np.int32), ("weights", weight), ("gates", np.int16))
-        for place, (name, kind) in enumerate(sections):
-            offset, count = int(header[1 + 2 * place]), int(header[2 + 2 * place])
+        for name, (offset, count, kind) in header.sections().items():
             buffer = self._buffer(name, max(count, 1), kind)
             buffer[:count] = np.fromfile(path, kind, count, offset=offset)
             buffer.flush()
+        act = np.int8 if header.act_bits <= 8 else np.int16
         for name, size, element in (
-            ("narrow", header[9], act),
-            ("wide", header[10], np.int32),
-            ("output", header[11], np.int32),
-            ("image", header[12], np.uint8),
+            ("narrow", header.narrow, act),
+            ("wide", header.wide, np.int32),
+            ("output", header.output, np.int32),
+            ("image", header.image, np.uint8),
         ):
-            self._buffer(name, int(size), element)
+            self._buffer(name, size, element)
         for argument, buffer_name in POINTERS.items():
             address = int(self.buffers[buffer_name].device_address)
             self.ip.write(self._register(argument, 1), address & 0xFFFFFFFF)
             self.ip.write(self._register(argument, 2), address >> 32)
-        self.ip.write(self._register("num_tasks"), int(header[13]))
+        self.ip.write(self._register("num_tasks"), header.tasks)
 
     def set_task(self, task: str | int) -> None:
         """Choose what the next run computes; nothing is loaded again."""

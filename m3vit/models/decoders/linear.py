@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Decoder, PerTask, Size, TokenHead, resize
-from m3vit.tasks import resolve
 
 
 class LinearHead(nn.Module):

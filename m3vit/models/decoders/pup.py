@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Decoded, Decoder, Features, PerTask, Size, resize
-from m3vit.tasks import resolve
 
 WIDTH = 256  # channels of a head and of distillation, whatever the trunk's width
 

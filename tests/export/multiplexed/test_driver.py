@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from m3vit.export.hls.multiplexed import convert
-from m3vit.export.runtime.decoding import assemble, decode
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
+from m3vit.kinds.decoding import assemble, decode
 from m3vit.models.decoders.linear import assemble_tokens
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
@@ -97,19 +97,19 @@ def modelled_allocate(shape: tuple[int, ...], dtype: Any) -> ModelledBuffer:
 def driver(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The emitted driver's module, as it would be imported on the board."""
     monkeypatch.syspath_prepend(str(copy / "host"))
-    for name in ("m3vit_driver", "m3vit_decoding"):
+    for name in ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import m3vit_driver  # type: ignore[import-not-found]
 
     yield m3vit_driver
-    for name in ("m3vit_driver", "m3vit_decoding"):
+    for name in ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file"):
         sys.modules.pop(name, None)
 
 
 def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
     device = ModelledDevice(copy)
     accelerator = driver.Accelerator(device, modelled_allocate, copy)
-    emulator, manifest = Emulator.open(copy / convert.WEIGHTS), csim.read_manifest(copy)
+    emulator, manifest = Emulator.open(copy / WEIGHTS), csim.read_manifest(copy)
     images = make_images(2, seed=4)
     before = {name: buffer.copy() for name, buffer in accelerator.buffers.items() if name in ("weights", "params")}
     for image, task in ((images[0], "semseg"), (images[1], "depth"), (images[0], "edge"), (images[1], "semseg")):
@@ -130,10 +130,15 @@ def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
         np.testing.assert_array_equal(buffer, accelerator.buffers[name])
 
 
+def test_driver_stands_alone(project: Path) -> None:
+    for path in (project / "host").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) m3vit[.\s]", path.read_text(), re.MULTILINE), path.name
+
+
 def test_driver_refuses_what_was_changed_since_export(driver: Any, copy: Path) -> None:
     """Before it touches a register: no accelerator is given."""
     manifest = copy / "m3vit.json"
-    for path, pieces in ((manifest, flips(manifest.read_bytes(), 200)), (copy / convert.WEIGHTS, None)):
+    for path, pieces in ((manifest, flips(manifest.read_bytes(), 200)), (copy / WEIGHTS, None)):
         content = path.read_bytes()
         for spoilt in pieces or flips(content, 200):
             path.write_bytes(spoilt)

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.quantise import linear_words, norm_words, row_fracs
-from m3vit.hw.program import Image, Instruction, Memory, Op, allocate
+from m3vit.export.hls.multiplexed.words import linear_words, norm_words, row_fracs
+from m3vit.hw.isa import End, Mode, Norm, decode
+from m3vit.hw.program import Image, Memory, allocate
 
 
 def test_instructions_and_images_survive_their_file(tmp_path: Path) -> None:
-    instruction = Instruction(Op.NORM, -1, 5, 6, 7, 1 << 30, 9, 3, 2, 1, 4, 1, -1, 0, -5, 6, 7, 8, 9, (1 << 59) + 12345)
-    assert Instruction.decode(instruction.encode()) == instruction
-    params = np.concatenate([instruction.encode(), Instruction(Op.END).encode(), np.arange(5, dtype=np.int32)])
+    places = {"src": 1 << 30, "src_pitch": 9, "dst": 3, "dst_pitch": 2, "params": 4}
+    scaling = {"shift": -5, "bias_shift": 6, "sqrt_dim": 7, "eps": (1 << 59) + 12345}
+    instruction = Norm(rows=5, n_in=6, n_out=7, mode=Mode.WIDE, **places, **scaling)
+    assert decode(instruction.encode()) == instruction
+    params = np.concatenate([instruction.encode(), End().encode(), np.arange(5, dtype=np.int32)])
     image = Image(params, np.arange(-7, 70, dtype=np.int8), np.zeros(0, np.int16), Memory(1, 2, 3, 4, 5), 8)
     image.write(tmp_path / "weights.bin")
     back = Image.read(tmp_path / "weights.bin")

@@ -15,10 +15,13 @@ import torch
 from m3vit.evaluation.artefacts import open_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.hls import leaf
-from m3vit.export.hls.multiplexed import convert
+from m3vit.export.hls.multiplexed import schedule
 from m3vit.export.hls.project import export_project
+from m3vit.export.hls.schedules import choose_options
 from m3vit.export.hls.verify import SimulatedOutputs
-from m3vit.hw.program import Image, Op
+from m3vit.hw.isa import Norm
+from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
@@ -108,7 +111,7 @@ def test_no_path_of_this_machine(project: Path) -> None:
 
 def test_weights_map_is_of_the_weights(project: Path, model: MultiTaskModel) -> None:
     """The named tensors, read back from the file, are the model's weights within half of their last bit."""
-    image = Image.read(project / convert.WEIGHTS)
+    image = Image.read(project / WEIGHTS)
     entries = {tensor["name"]: tensor for tensor in json.loads((project / "weights_map.json").read_text())["tensors"]}
     entry = entries["blocks_0_fc1.weight"]
     rows, columns = entry["shape"]
@@ -120,7 +123,7 @@ def test_weights_map_is_of_the_weights(project: Path, model: MultiTaskModel) -> 
     np.testing.assert_allclose(fracs, np.round(fracs), atol=1e-3)  # powers of two
     assert np.abs(words - expected * 2.0 ** np.round(fracs)[:, None]).max() <= 0.5
     (params,) = (e for name, e in entries.items() if name == "blocks_0_norm1.scale_bias")
-    place = next(i for i in image.program if i.op == Op.NORM).params
+    place = next(i for i in image.program if isinstance(i, Norm)).params
     assert params["offset"] == place
 
 
@@ -135,7 +138,7 @@ def test_hls4ml_compiles_and_predicts_from_the_folder(copy: Path) -> None:
     np.savez(copy / "in.npz", tokens=csim.tokenise(images, 8), task=ids[:, None].astype(np.float32))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    emulator, fracs = Emulator.open(copy / convert.WEIGHTS), csim.read_manifest(copy)["output_fracs"]
+    emulator, fracs = Emulator.open(copy / WEIGHTS), csim.read_manifest(copy)["output_fracs"]
     expected = [
         emulator.run(image, task).outputs * 2.0 ** -fracs[task] for image, task in zip(images, ids, strict=True)
     ]
@@ -167,7 +170,7 @@ def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config:
     """The emulator against torch: class and register tokens, a norm before all blocks, other routers, no experts."""
     other = make_model(trunk, **config)
     manifest = export(other, tmp_path / "out", samples=make_samples())
-    emulator = Emulator.open(tmp_path / "out" / convert.WEIGHTS)
+    emulator = Emulator.open(tmp_path / "out" / WEIGHTS)
     with np.load(tmp_path / "out" / "tb_data" / "samples.npz") as stored:
         for number, task in enumerate(other.config.tasks):
             expected = stored[f"output_{task}"]
@@ -178,7 +181,7 @@ def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config:
 
 
 def test_hardware_known_before_is_that_of_the_schedule(model: MultiTaskModel, project: Path) -> None:
-    needed = convert.needed_hardware(leaf.lower(model, streams=False), convert.Options())
+    needed = schedule.needed_hardware(leaf.lower(model), choose_options("multiplexed", 16, None, None))
     assert asdict(needed) == csim.read_manifest(project)["hardware"]
 
 

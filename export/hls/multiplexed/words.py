@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3vit.errors import InputError
+from m3vit.hw.isa import ACCUMULATOR_BITS
 from m3vit.hw.program import row_words
 
-ACCUMULATOR_BITS = 48  # of a DSP48; also below 2^53, so that float64 sums are exact
 BIAS_BITS = 31
-GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits at any --weight-bits
 SCALE_BITS = 18
 MAX_WEIGHT_FRAC = 30
 MIN_SHIFT = -14  # of a sum to its result: sums of 48 bits then stay within 62

@@ -1,0 +1,58 @@
+"""The header of a weights file (weights.bin). A project's host driver has a copy: this module imports numpy alone.
+
+A file is a header of HEADER_WORDS int64, then three sections, each at a multiple of ALIGNMENT bytes (docs/hls.md).
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+MAGIC = 0x3157544956334D  # "M3VITW1"
+HEADER_WORDS = 20
+ALIGNMENT = 64  # bytes: one beat of the widest AXI port
+
+
+class Header(NamedTuple):
+    """The header's words in their order, zeros after them; file_header in m3vit_isa.h.
+
+    For each section its place in bytes and its elements; bits of a stored weight and of a narrow value; what the host
+    has to allocate: elements of the narrow, wide and output memories, bytes of an image; tasks and instructions.
+    """
+
+    magic: int
+    params_at: int
+    params_words: int
+    weights_at: int
+    weights_words: int
+    gates_at: int
+    gates_words: int
+    weight_bits: int
+    act_bits: int
+    narrow: int
+    wide: int
+    output: int
+    image: int
+    tasks: int
+    instructions: int
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Header | None":
+        """Return the header of a file, or None if it is not a weights file. Raises OSError if it cannot be read."""
+        words = np.fromfile(path, np.int64, HEADER_WORDS).tolist()
+        if len(words) < HEADER_WORDS or words[0] != MAGIC:
+            return None
+        header = cls(*words[: len(cls._fields)])
+        return header if header.weight_bits in (8, 16) and min(header) >= 0 else None
+
+    def words(self) -> np.ndarray:
+        """Return int64 [HEADER_WORDS]."""
+        return np.array([*self, *[0] * (HEADER_WORDS - len(self))], np.int64)
+
+    def sections(self) -> dict[str, tuple[int, int, np.dtype]]:
+        """Return of each section its place in bytes, its elements and their type."""
+        return {
+            "params": (self.params_at, self.params_words, np.dtype(np.int32)),
+            "weights": (self.weights_at, self.weights_words, np.dtype(f"int{self.weight_bits}")),
+            "gates": (self.gates_at, self.gates_words, np.dtype(np.int16)),
+        }

@@ -1,0 +1,47 @@
+"""Whether the values of a configuration are of its fields' types. No torch."""
+
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from m3vit.errors import InputError
+
+
+def check_values(section: str, settings: Any) -> None:
+    """Raise InputError, naming `section.key`, for the first value of a dataclass that is not of its field's type."""
+    for key, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, key)
+        if fits(value, hint):
+            continue
+        if get_origin(hint) is Literal:
+            raise InputError(not_among(f"{section}.{key}", value, get_args(hint)))
+        expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+        raise InputError(f"{section}.{key} is {str(value)[:80]!r}, expected {expected}")
+
+
+def not_among(key: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return what is said of a value that is none of several words."""
+    return f"{key} is {str(value)[:80]!r}: choose from {', '.join(choices)}"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value, perhaps read from YAML, is of an annotated type; lists stand for tuples."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind is Literal:
+        return isinstance(value, str) and value in inner
+    if kind is list:
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if kind is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(inner)
+            and all(fits(item, one) for item, one in zip(value, inner, strict=True))
+        )
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
