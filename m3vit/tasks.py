@@ -36,6 +36,7 @@ class Task:
     tolerated: shares of a split's images up to which a finding of `m3vit data check` is no warning, by finding.
     reach: (least, most) of what 95 % of an image's values do not exceed, if they are in the unit that they should be.
     blanks_named: what `m3vit data check` also calls the number of images without a label.
+    label_numbers: fields of the label set (m3vit.label_sets.LabelSet) that its labels or scores depend on.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     tolerated: Mapping[str, float] = field(default_factory=dict)
     reach: tuple[float, float] | None = None
     blanks_named: str = ""
+    label_numbers: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int | None:
@@ -156,7 +158,16 @@ for _task in (
         # inverse depths are outside.
         reach=(1.0, 15.0),
     ),
-    Task("normals", "unit_vector", "mErr", "deg", False, 10.0, tolerated={"constant": 0.05}),  # one wall
+    Task(
+        "normals",
+        "unit_vector",
+        "mErr",
+        "deg",
+        False,
+        10.0,
+        tolerated={"constant": 0.05},  # one wall
+        label_numbers=("normals_y_down",),
+    ),
     Task(
         "edge",
         "sigmoid",
@@ -170,6 +181,7 @@ for _task in (
         loss_options={"positive_weight": "edge_positive_weight"},
         stored_in_8_bits=True,  # maps are png files under both protocols
         tolerated={"constant": 0.05},
+        label_numbers=("edge_max_dist",),
     ),
 ):
     add_task(_task)

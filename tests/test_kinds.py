@@ -242,19 +242,16 @@ def test_a_setting_that_there_is_not_is_no_loss_option(monkeypatch: pytest.Monke
 
 def test_augmentation_moves_its_labels_and_asks_it_for_their_values(flow: Task) -> None:
     one = sample(0)
-    _, labels = training_pair("simple", one, (24, 32), np.random.default_rng(0), IMAGENET, label_set="driving")
-    _, plain = training_pair(
-        "simple", one, (24, 32), np.random.default_rng(0), IMAGENET, label_set="driving", flip=False
-    )
+    _, labels = training_pair("simple", one, (24, 32), np.random.default_rng(0), IMAGENET)
+    _, plain = training_pair("simple", one, (24, 32), np.random.default_rng(0), IMAGENET, flip=False)
     np.testing.assert_array_equal(plain["flow"].permute(1, 2, 0).numpy(), one.labels["flow"])
     mirrored = one.labels["flow"][:, ::-1] * np.where(one.labels["flow"][:, ::-1] == UNKNOWN, 1, [-1, 1])
     flipped = [
-        training_pair("simple", one, (24, 32), np.random.default_rng(seed), IMAGENET, label_set="driving")[1]["flow"]
-        for seed in range(8)
+        training_pair("simple", one, (24, 32), np.random.default_rng(seed), IMAGENET)[1]["flow"] for seed in range(8)
     ]
     assert labels["flow"].shape == (2, 24, 32)
     assert any(np.array_equal(values.permute(1, 2, 0).numpy(), mirrored.astype(np.float32)) for values in flipped)
-    _, padded = training_pair("invpt", one, (80, 90), np.random.default_rng(1), IMAGENET, label_set="driving")
+    _, padded = training_pair("invpt", one, (80, 90), np.random.default_rng(1), IMAGENET)
     assert (padded["flow"][:, 0, 0] == UNKNOWN).all() and (padded["depth"][0, 0] == 0).all()
     assert (no_label("flow", (2, 3)) == UNKNOWN).all() and no_label("flow", (2, 3)).shape == (2, 3, 2)
 
@@ -280,10 +277,7 @@ def test_a_model_learns_it_beside_another_task(flow: Task) -> None:
     weighting = make_weighting(config, fabric.device)
     optimizer = make_optimizer(config.train, model, weighting.parameters())
     stepper = Stepper(fabric, config, fabric.setup(model), fabric.setup_optimizers(optimizer), weighting)
-    pairs = [
-        training_pair("simple", sample(seed), (24, 32), np.random.default_rng(0), IMAGENET, label_set="driving")
-        for seed in range(2)
-    ]
+    pairs = [training_pair("simple", sample(seed), (24, 32), np.random.default_rng(0), IMAGENET) for seed in range(2)]
     labels = {task: torch.stack([found[task] for _, found in pairs]) for task in ("depth", "flow")}
     values = stepper.gradients(0, torch.stack([image for image, _ in pairs]), labels)
     assert values["flow"] > 0 and values["loss"] >= 3.0 * values["flow"]
