@@ -22,6 +22,7 @@ from m3vit.evaluation.protocols import network_image, prediction
 from m3vit.export.runtime.drawing import overlay
 from m3vit.export.runtime.summary import summarise
 from m3vit.kinds import KINDS, add_kind
+from m3vit.kinds.decoding import decode
 from m3vit.kinds.kind import REQUIRED, Kind
 from m3vit.kinds.pictures import Range, Scale, ramp
 from m3vit.label_sets import LABEL_SETS, LabelSet
@@ -235,6 +236,19 @@ def test_a_setting_that_there_is_not_is_no_loss_option(monkeypatch: pytest.Monke
         InputError, match=r"its loss option positive_weight is to be train.edge_weight, and there is no"
     ):
         loss_options("edge", TrainConfig())
+
+
+def test_a_kind_that_decodes_into_something_else_is_refused_at_the_start(
+    flow: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flow, "decode", lambda self, logits: logits.astype(np.float64))
+    with pytest.raises(InputError, match=r"kind flow decodes logits \[1, 2, 8, 8\] into float64 \[1, 2, 8, 8\]: give"):
+        check_scored(["flow"], "driving")
+
+
+def test_a_board_says_what_it_cannot_decode() -> None:
+    with pytest.raises(ValueError, match=r"flow is decoded by what added it to m3vit, not here: take what run\(\)"):
+        decode(np.zeros((1, 2, 4, 4), np.float32), "flow")
 
 
 # --- a kind from outside ---

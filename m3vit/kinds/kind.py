@@ -111,7 +111,7 @@ class Kind:
     # --- predictions ---
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[Any]:
-        """Turn logits [B, C, H, W] into predictions [B, H, W] or [B, H, W, D]."""
+        """Turn logits [B, C, H, W] into predictions [B, H, W] or [B, H, W, D], uint8 or float32."""
         raise NotImplementedError
 
     def resized(self, prediction: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
