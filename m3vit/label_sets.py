@@ -117,7 +117,8 @@ def describe(label_set: str) -> dict[str, Any]:
         row = vars(TASKS[name])
         code = sorted(key for key, value in row.items() if callable(value))
         tasks[name] = {key: value for key, value in row.items() if key not in code} | {"code": code}
-    return {"version": VERSION, "label_set": asdict(labels), "tasks": tasks}
+    description = {"version": VERSION, "label_set": asdict(labels), "tasks": tasks}
+    return json.loads(json.dumps(description, default=dict))  # type: ignore[no-any-return]
 
 
 def declare(description: dict[str, Any], where: str) -> str:

@@ -79,15 +79,21 @@ def add_task(task: Task) -> None:
         raise InputError(f"task {task.name} is there already: choose another name")
     if task.kind not in KINDS:
         raise InputError(f"task {task.name} is of the unknown kind {task.kind!r}: choose from {', '.join(KINDS)}")
-    own_meter = type(KINDS[task.kind]).meter is not Kind.meter
+    kind = KINDS[task.kind]
+    own_meter = type(kind).meter is not Kind.meter
     missing = {
         "metric": not task.metric,
         f"meter (tasks of the kind {task.kind} bring their own)": task.meter is None and not own_meter,
-        "value_unit (what a predicted value is in)": not (task.value_unit or KINDS[task.kind].described_as),
+        "value_unit (what a predicted value is in)": not (task.value_unit or kind.described_as),
     }
     if any(missing.values()):
         lacks = ", ".join(part for part, absent in missing.items() if absent)
         raise InputError(f"task {task.name} lacks {lacks}: give it")
+    if without := [name for name in task.loss_options if name not in kind.loss_options]:
+        there = ", ".join(kind.loss_options) or "none"
+        raise InputError(
+            f"task {task.name} has the loss options {', '.join(without)}: those of {task.kind} are {there}"
+        )
     TASKS[task.name] = task
 
 

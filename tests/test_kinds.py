@@ -16,8 +16,8 @@ from m3vit.data.augment import training_pair
 from m3vit.data.sample import Sample, no_label
 from m3vit.data.tools.plausibility import look, oddities, statistics
 from m3vit.errors import InputError
-from m3vit.evaluation.evaluate import TrivialPredictor, evaluate
-from m3vit.evaluation.meters import Meter, Scoring, check_meter
+from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate
+from m3vit.evaluation.meters import Meter, Scoring, check_meter, matched_tasks
 from m3vit.evaluation.protocols import network_image, prediction
 from m3vit.export.runtime.drawing import overlay
 from m3vit.export.runtime.summary import summarise
@@ -31,7 +31,7 @@ from m3vit.normalisation import IMAGENET
 from m3vit.tasks import TASKS, Task, add_task, kind_of
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
-from m3vit.training.losses import BatchCounts, task_loss
+from m3vit.training.losses import BatchCounts, loss_options, task_loss
 from m3vit.training.optim import make_optimizer
 from m3vit.training.step import Stepper
 from m3vit.training.validation import check_scored, headline
@@ -183,6 +183,10 @@ def test_a_kind_needs_a_name_of_its_own() -> None:
         ({}, r"task shadow lacks meter \(tasks of the kind sigmoid bring their own\): give it"),
         ({"kind": "identity"}, r"task shadow lacks value_unit \(what a predicted value is in\): give it"),
         ({"kind": "argmax", "metric": ""}, "task shadow lacks metric: give it"),
+        (
+            {"kind": "argmax", "loss_options": {"tau": 2}},
+            "task shadow has the loss options tau: those of argmax are none",
+        ),
         ({"name": "no name"}, "is no task: give an m3vit.tasks.Task with a name of letters, digits and _"),
     ],
 )
@@ -200,6 +204,37 @@ def test_a_headline_that_the_meter_does_not_give_is_refused_at_the_start(
         check_scored(["depth", "flow"], "driving")
     with pytest.raises(InputError, match="the meter of flow gives epe, not rmse"):
         evaluate(Drives(), TrivialPredictor({"depth": 1.0, "flow": [0, 0]}, "driving").predictor((24, 32)))  # type: ignore[arg-type]
+
+
+class NoCompute(Meter):
+    """Half a meter."""
+
+    def image(self, prediction: NDArray[Any], label: NDArray[Any]) -> NDArray[np.float64]:
+        return np.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("meter", "message"),
+    [
+        (lambda scoring: None, "the meter of flow under protocol A is None: give an m3vit.evaluation.meters.Meter"),
+        (lambda scoring: NoCompute(), "the meter of flow cannot be made (.*compute.*): mend it"),
+    ],
+)
+def test_half_a_meter_is_refused_at_the_start(
+    flow: Task, monkeypatch: pytest.MonkeyPatch, meter: Any, message: str
+) -> None:
+    monkeypatch.setitem(TASKS, "flow", dataclasses.replace(flow, meter=meter))
+    with pytest.raises(InputError, match=message):
+        check_scored(["flow"], "driving")
+
+
+def test_a_setting_that_there_is_not_is_no_loss_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(TASKS["edge"], loss_options={"positive_weight": "edge_weight"})
+    monkeypatch.setitem(TASKS, "edge", row)
+    with pytest.raises(
+        InputError, match=r"its loss option positive_weight is to be train.edge_weight, and there is no"
+    ):
+        loss_options("edge", TrainConfig())
 
 
 # --- a kind from outside ---
@@ -291,6 +326,35 @@ def test_the_doctor_looks_at_its_labels(flow: Task) -> None:
     assert 0.7 < looks[0].valid_share < 0.9 and looks[1].valid_share == 0
     assert statistics("flow", "driving", looks)["blank_images"] == 1
     assert oddities("flow", "driving", ["a", "b"], looks) == [("blank", "1 of 2 images (50.0 %), such as b")]
+
+
+def test_a_meter_can_ask_for_the_truth_of_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second task that is scored by matching is scored as edge is, on the same maps."""
+    contour = dataclasses.replace(TASKS["edge"], name="contour")
+    add_task(contour)
+    monkeypatch.setitem(LABEL_SETS, "both", LabelSet("both", ("edge", "contour"), {}, 0.011))
+
+    class Both(Drives):
+        label_set, tasks = "both", ("edge", "contour")
+
+        def load(self, index: int) -> Sample:
+            wrong = np.zeros((24, 32), np.uint8)
+            return Sample(str(index), sample(index).image, {"edge": wrong, "contour": wrong})
+
+        def edge_truth(self, index: int) -> NDArray[np.bool_]:
+            return np.eye(24, 32, index, dtype=bool)
+
+    def run(images: list[Any]) -> dict[str, Tensor]:
+        maps = torch.randn(len(images), 1, 24, 32, generator=torch.Generator().manual_seed(0))
+        return {"edge": maps, "contour": maps}
+
+    try:
+        found = evaluate(Both(), Predictor("noise", ("edge", "contour"), "both", (24, 32), run))  # type: ignore[arg-type]
+        assert matched_tasks(("edge", "contour"), "both", "A") == ["edge", "contour"]
+        assert found.scores()["contour"] == found.scores()["edge"] and found.scores()["edge"]["odsF"] > 0
+        assert not check_meter("contour", "both", "A", quick=True).on_edge_truth
+    finally:
+        del TASKS["contour"]
 
 
 def test_a_task_of_a_kind_that_there_is_takes_all_from_it() -> None:

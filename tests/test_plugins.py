@@ -15,6 +15,7 @@ from m3vit.data.sample import FileSplit
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES, LabelSet, add_label_set, declare, describe
+from m3vit.pool import run_jobs
 from m3vit.run_folder import load_run
 from tests.command_line import kept_state
 from tests.conftest import TINY
@@ -73,6 +74,35 @@ def test_a_layout_and_a_label_set_from_outside(cli: Callable, plugin: Path, data
     found = json.loads((run / "eval.json").read_text())["protocols"]["A"]
     assert found["label_set"] == "rooms" and "IoU_thing0" in found["tasks"]["semseg"]["torch"]
     assert (result := cli("eval", "--compare", run, package)).returncode == 0, result.stderr
+
+
+def test_an_installed_package_brings_its_plugin(
+    cli: Callable, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "rooms-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rooms\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[m3vit.plugins]\nrooms = rooms_plugin\n")
+    plugin.rename(tmp_path / "site" / plugin.name)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    words = ["synthetic-tiny", *TINY, "--model.tasks=[depth]", "--data.layout=rooms"]
+    assert (result := cli("init", *words, "--out", tmp_path / "run")).returncode == 0, result.stderr
+    assert "label_set: rooms" in (text := (tmp_path / "run" / "config.yaml").read_text())
+    assert "plugins:\n- rooms_plugin\n" in text
+    (tmp_path / "site" / plugin.name).write_text("1 / 0")
+    refused(
+        cli("profile", *words), r"division by zero\): mend it; rooms brings it \(entry point rooms of m3vit.plugins\)"
+    )
+
+
+def test_processes_of_a_pool_know_what_this_one_was_told(plugin: Path) -> None:
+    with kept_state():
+        plugins.load(str(plugin))
+        described = describe("nyud")
+        described["label_set"] = {**described["label_set"], "name": "told"}
+        declare(described, "x")
+        found = list(run_jobs(describe, ["rooms", "told"], 2))
+        assert [one["label_set"]["name"] for one in found] == ["rooms", "told"]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ class _Head(nn.Module):
         grid = (features.shape[-2], features.shape[-1])
         patch = self.model.backbone.patch_size
         blocks = tapped(self.model)
-        parts = [part.flatten(2).mT[None] for part in features.chunk(len(blocks), dim=1)]
+        maps = features.chunk(len(blocks), dim=1) if len(blocks) > 1 else [features]
+        parts = (one.flatten(2).mT[None] for one in maps)
         tokens = Features(dict(zip(blocks, parts, strict=True)), 1, grid, patch)
         return self.model.heads(tokens, {self.task: (grid[0] * patch, grid[1] * patch)}).logits[self.task]
 

@@ -15,6 +15,7 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 import m3vit
+from m3vit import plugins
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
@@ -131,6 +132,7 @@ def export_package(
             "image": {**model.normalisation.plain(), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
             "labels": describe(model.config.label_set),
+            "plugins": [Path(given).name for given in plugins.loaded()],  # which a kind of a task may be of
             "tasks": tasks,
             "backbone": backbone,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size
@@ -176,7 +178,8 @@ class _Writer:
         """Write a lowered graph in every precision; with `required`, each must have something to quantise."""
         entries: dict[str, Any] = {}
         for precision in self.content.precisions:
-            copy = quantize(copied(graph), precision, required=required)
+            last = precision == self.content.precisions[-1]  # it may have the graph itself
+            copy = quantize(graph if last else copied(graph), precision, required=required)
             file = f"{name}.onnx" if precision == FLOAT else f"{name}.{precision}.onnx"
             _require_finite_tensors(copy, file)
             weights = self.weights.take(copy)
@@ -231,25 +234,19 @@ def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> d
     top_k: experts per token, one number, or by block where they differ. kept: the experts in the graph by block, of
     those that leave some out, or "all".
     """
-    layers = budget.layers(task, blocks)
-    counts = {str(block): layer.top_k or top_k for block, layer in zip(blocks, layers, strict=True)}
-    kept = {str(block): list(layer.kept) for block, layer in zip(blocks, layers, strict=True) if layer.kept}
+    counts = {str(block): budget.layer(task, block).top_k or top_k for block in blocks}
     one = set(counts.values()) or {top_k}
-    return {"top_k": counts if len(one) > 1 else one.pop(), "kept": kept or "all"}
+    return {"top_k": counts if len(one) > 1 else one.pop(), "kept": budget.to_json()["kept"].get(task, "all")}
 
 
 def budget_of(manifest: Mapping[str, Any]) -> Budget:
     """Return the budget of a package's graphs, by its manifest."""
-    top_k: dict[str, dict[int, int]] = {}
-    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    top_k, kept = {}, {}
     for task, entry in manifest["tasks"].items():
-        experts = entry["experts"]
-        counts = experts["top_k"]
-        by_block = counts if isinstance(counts, dict) else dict.fromkeys(experts["layers"], counts)
-        top_k[task] = {int(block): count for block, count in by_block.items()}
-        named = {} if experts["kept"] == "all" else experts["kept"]
-        kept[task] = {int(block): tuple(ids) for block, ids in named.items()}
-    return Budget(top_k, kept)
+        experts, count = entry["experts"], entry["experts"]["top_k"]
+        top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
+        kept[task] = {} if experts["kept"] == "all" else experts["kept"]
+    return Budget.from_json({"top_k": top_k, "kept": kept})
 
 
 def _macs(model: MultiTaskModel, task: str, content: Content) -> int:

@@ -283,12 +283,17 @@ class PixelEdgeMeter(Meter):
 
 
 def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
-    """Return the meter of a task: its own, or its kind's."""
+    """Return the meter of a task, its own or its kind's, or raise InputError if that is none."""
     scoring = Scoring(task, LABEL_SETS[label_set], protocol, quick)
-    own = TASKS[task].meter
-    meter = own(scoring) if own else kind_of(task).meter(scoring)
-    if meter is None:
-        raise InputError(f"task {task} has no meter under protocol {protocol}: give it one (m3vit.tasks.Task.meter)")
+    make = TASKS[task].meter or kind_of(task).meter
+    try:
+        meter = make(scoring)
+    except TypeError as error:  # of a class that lacks a method
+        raise InputError(f"the meter of {task} cannot be made ({error}): mend it") from error
+    if not isinstance(meter, Meter):
+        raise InputError(
+            f"the meter of {task} under protocol {protocol} is {meter!r}: give an m3vit.evaluation.meters.Meter"
+        )
     return meter
 
 

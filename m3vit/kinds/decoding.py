@@ -42,7 +42,12 @@ DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
 
 
 def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    """Turn logits [B, C, H, W] into predictions [B, H, W] or, for unit_vector, [B, H, W, 3]."""
+    """Turn logits [B, C, H, W] into predictions [B, H, W] or, for unit_vector, [B, H, W, 3].
+
+    Raises ValueError for a kind that was added to m3vit from outside.
+    """
+    if kind not in DECODERS:
+        raise ValueError(f"{kind} is decoded by what added it to m3vit, not here: take what run() returns")
     return DECODERS[kind](logits)
 
 

@@ -4,13 +4,14 @@ Shapes: R tasks, B images, T tokens per image, N = B * T tokens of one task, D e
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.models.budget import LayerBudget, Use
-from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution
+from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution, run_reference
 from m3vit.models.router import Router, Routing, route
 
 TaskIds = tuple[int, ...] | Tensor  # a tensor, int64 [1], picks the one task when an exported graph runs
@@ -59,18 +60,22 @@ class MoELayer(nn.Module):
         return moe_op(x_ND, weight, bias, bank.w1, bank.b1, bank.w2, bank.b2, self.router.top_k)
 
 
+class _Weights(NamedTuple):
+    """A bank whose parameters an operator was given."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+
 @torch.library.custom_op("m3vit::moe", mutates_args=())
 def moe_op(
     x_ND: Tensor, gate_ED: Tensor, gate_bias_E: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, top_k: int
 ) -> Tensor:
     """A whole MoE layer for one task as one operator: opaque to torch.export, whose tracer cannot follow routing."""
     routing = route(F.linear(x_ND, gate_ED, gate_bias_E)[None], top_k)
-    y = torch.zeros_like(x_ND)
-    for expert in range(w1.shape[0]):
-        token, slot = (routing.expert_ids_RNK[0] == expert).nonzero(as_tuple=True)
-        rows = F.linear(F.gelu(F.linear(x_ND[token], w1[expert], b1[expert])), w2[expert], b2[expert])
-        y[token] += rows * routing.weights_RNK[0, token, slot, None]
-    return y
+    return run_reference(_Weights(w1, b1, w2, b2), x_ND, routing.weights_RNK[0], routing.expert_ids_RNK[0])
 
 
 @moe_op.register_fake

@@ -1,6 +1,6 @@
 """The whole model: a backbone and a decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,17 +29,22 @@ class Output(NamedTuple):
 class MultiTaskModel(nn.Module):
     """A task-gated mixture-of-experts ViT for dense prediction, after M3ViT (arXiv 2210.14793).
 
-    `normalisation` is that of its images, `config` the one given with these numbers. `heads` is the decoder.
+    Of random weights: initialise.py has the others. `normalisation` is that of its images, `heads` is the decoder.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         config.check()
+        self.config = config
+        self.origins: dict[str, Any] = {}  # what `initialise` returned, of models that began here
         self.backbone = Backbone(config)
-        trained = self.backbone.trunk.pretrained_cfg if config.pretrained or config.weights else None
-        self.normalisation = normalisation.resolve(config.normalisation, config.trunk, trained)
-        self.config = replace(config, normalisation=self.normalisation.plain())
+        self.normalisation = normalisation.resolve(config.normalisation, config.trunk, None)
         self.heads = make_decoder(config, self.backbone)
+
+    def normalise_as(self, images: Mapping[str, Any] | None) -> None:
+        """Fix how images are normalised, for weights trained on such `images` ("mean", "std"), None for random ones."""
+        self.normalisation = normalisation.resolve(self.config.normalisation, self.config.trunk, images)
+        self.config = replace(self.config, normalisation=self.normalisation.plain())
 
     def task_id(self, task: str) -> int:
         """Return the position of a task in the model's task table, or raise InputError."""

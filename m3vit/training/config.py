@@ -174,9 +174,8 @@ class Config:
         train = self.train
         check_values("data", self.data)
         check_values("train", train)
-        for key, value, allowed in (("train.best", train.best, ("mean", *self.model.tasks)),):
-            if value not in allowed:
-                raise InputError(not_among(key, value, allowed))
+        if train.best not in (choices := ("mean", *self.model.tasks)):
+            raise InputError(not_among("train.best", train.best, choices))
         layout = self._layout()
         layout.check_fits(self.model.labels, self.model.tasks)
         if self.data.pipeline == "m3vit" and layout.m3vit_ranges is None:
@@ -326,15 +325,15 @@ def yaml_text(path: Path, what: str) -> str:
     return text
 
 
-_SECTIONS = ("model", "data", "train")  # of a configuration
+SECTIONS = ("model", "data", "train")  # of a configuration
 
 
 def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
         values = yaml.safe_load(yaml_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
-        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in _SECTIONS):
-            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(_SECTIONS)}")
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in SECTIONS):
+            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(SECTIONS)}")
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
         sections = ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"])
@@ -348,7 +347,7 @@ def read_config(path: Path) -> Config:
         words = one_line(error, 300)
         raise InputError(f"{path} is not a configuration of this version: {words}") from None
     try:
-        for name in _SECTIONS:
+        for name in SECTIONS:
             check_values(name, getattr(config, name))
     except InputError as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from None
@@ -366,7 +365,7 @@ def read_run_config(folder: Path) -> Config:
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:
     """Return the dotted keys in which two configurations differ."""
     left, right = plain(asdict(a)), plain(asdict(b))
-    keys = [f"{section}.{key}" for section in _SECTIONS for key in left[section]]
+    keys = [f"{section}.{key}" for section in SECTIONS for key in left[section]]
     return [key for key in keys if key not in ignore and _get(left, key) != _get(right, key)]
 
 

@@ -48,12 +48,14 @@ def step_losses(
     weights: dict[str, float] | None = None,
     counts: BatchCounts | None = None,
     tokens_count: bool = True,
+    passes: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the losses of `tasks` (default: all), and each unweighted one by name.
 
     Auxiliary outputs (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
     With `counts`, the contribution of these images to the losses of the batch counted there; routing losses are those
-    of all processes' tokens of this pass, without this process's unless `tokens_count`.
+    of all processes' tokens of this pass, without this process's unless `tokens_count`, and means over the `passes` of
+    the step, to which this one contributes its share.
     """
     resolved = resolve(config.model.tasks, config.model.label_set)
     weights = weights or {task.name: task.weight for task in resolved} | config.train.task_weights
@@ -71,6 +73,7 @@ def step_losses(
         routings = output.routings if tokens_count else [without_tokens(routing) for routing in output.routings]
         share = len(output.logits) / len(resolved)
         found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights, share)
+        found = {name: value / passes for name, value in found.items()}
         loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
         losses |= found
     return loss, losses
@@ -207,13 +210,8 @@ class Stepper:
             keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
             with keep or nullcontext():
                 loss, losses = step_losses(
-                    self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts
+                    self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts, len(parts)
                 )
-                for name, weight in self.config.train.routing_weights().items():
-                    if name in losses:  # the mean over the parts; the other losses are sums already
-                        share = losses[name] / len(parts)
-                        loss = loss + weight * (share - losses[name])
-                        losses[name] = share
                 self.fabric.backward(loss * factor)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
