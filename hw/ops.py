@@ -1,7 +1,7 @@
 """Each opcode with its engine, and what both cost: memories, multipliers, cycles and bytes. No torch.
 
 Cycles are those of the loops of hw/include/engine as they are written: trips times II, which a test counts in the C++,
-and stages of a dataflow region side by side (`side_by_side`, `ping_pong`). They leave out the depth of pipelines and the
+and stages of a dataflow region side by side (side_by_side, ping_pong). They leave out the depth of pipelines and the
 latency of memory, which no one has measured: a lower bound of what the C++ asks for. Bytes are those that C-simulation
 counts (M3VIT_COUNT); a test compares them, instruction by instruction. Fetching the instruction itself is FETCH_CYCLES
 and FETCH_BYTES, also for one that is skipped.
