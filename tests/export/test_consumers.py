@@ -19,6 +19,8 @@ from m3vit.export.runtime.package import Package
 from m3vit.run_folder import load_run
 from tests.conftest import Cli
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[np.float32]
 TASKS = ("semseg", "depth", "normals", "edge")
 

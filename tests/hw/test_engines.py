@@ -25,6 +25,8 @@ from m3vit.hw.sim.emulator import Emulator
 from tests.hw.programs import INCLUDE, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
 from tests.hw.test_kernels import AP_TYPES
 
+pytestmark = pytest.mark.slow
+
 # One configuration serves every random model: sizes are run-time values up to these.
 HARDWARE = Hardware(
     16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32, token_block=32

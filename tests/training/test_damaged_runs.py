@@ -219,7 +219,7 @@ def test_killed_between_weights_and_what_they_are(
         write_sealed_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr("m3vit.training.checkpoint.write_sealed_json", killed)
+        patch.setattr("m3vit.run_folder.write_sealed_json", killed)
         assert resume(tmp_path / "killed", tiny_data) == 130
     run = Path(shutil.copytree(tmp_path / "killed", tmp_path / "run"))
     with pytest.raises(InputError, match="a run killed while it saved is mended by m3vit train with --resume"):
