@@ -36,6 +36,8 @@ from tests.hw.programs import (
 )
 from tests.hw.test_kernels import AP_TYPES
 
+pytestmark = pytest.mark.slow
+
 
 def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tuple[np.ndarray, list[dict[str, int]]]:
     """Run a random model for every task in C++ and in the emulator; return the outputs and counters."""

@@ -23,6 +23,8 @@ from m3vit.models.decoders.linear import assemble_tokens
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
 
+pytestmark = pytest.mark.slow
+
 # --- the host driver, against a software model of registers and memory -----------------------------------------------
 
 
