@@ -39,9 +39,8 @@ def add_layout(layout: type[FileSplit]) -> None:
             raise InputError(f"layout {layout.name} lacks folders of {kind}: give a tuple of them")
         if unnamed := [release for release, endings in layout.releases.items() if kind not in endings]:
             raise InputError(f"layout {layout.name} lacks the ending of {kind} in {', '.join(unnamed)}: give it")
-    scored = [task for task in tasks if "edge_max_dist" in TASKS[task].label_numbers]
-    if scored and layout.edge_truth is FileSplit.edge_truth:
-        raise InputError(f"layout {layout.name} lacks edge_truth, which {scored[0]} is scored against: define it")
+    if any(TASKS[task].matches_edges for task in tasks) and layout.edge_truth is FileSplit.edge_truth:
+        raise InputError(f"layout {layout.name} lacks edge_truth, which edges are scored against: define it")
     LAYOUTS[layout.name] = layout
 
 

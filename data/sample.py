@@ -154,9 +154,10 @@ class FileSplit(ABC):
         for task in tasks:
             if (ours := own.channels(task)) != (theirs := labels.channels(task)):
                 return f"{theirs} classes of {task}, but {ours} in the files: {advice}"
-            for number in TASKS[task].label_numbers:
-                if (ours := getattr(own, number)) != (theirs := getattr(labels, number)):
-                    return f"{number} is {theirs}, but {ours} for the files: {advice}"
+        if any(kind_of(task).has_axes for task in tasks) and labels.normals_y_down != own.normals_y_down:
+            return f"normals_y_down is {labels.normals_y_down}, but {own.normals_y_down} in the files: {advice}"
+        if any(TASKS[task].matches_edges for task in tasks) and labels.edge_max_dist != own.edge_max_dist:
+            return f"edge_max_dist is {labels.edge_max_dist}, but {own.edge_max_dist} for the data set: {advice}"
         return ""
 
     @classmethod

@@ -69,9 +69,8 @@ def add_label_set(labels: LabelSet) -> None:
         names = labels.classes.get(task, ())
         if TASKS[task].channels is None and not (1 < len(names) < IGNORE and len(set(names)) == len(names)):
             raise InputError(f"label set {labels.name} has the classes {names!r} of {task}: give 2 to 254 names")
-        for number in TASKS[task].label_numbers:
-            if not isinstance(value := getattr(labels, number), bool) and not value > 0:
-                raise InputError(f"label set {labels.name} lacks {number}, which {task} depends on: give it")
+        if TASKS[task].matches_edges and not labels.edge_max_dist > 0:
+            raise InputError(f"label set {labels.name} lacks edge_max_dist, which edges are scored by: give it")
     LABEL_SETS[labels.name] = labels
 
 

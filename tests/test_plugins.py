@@ -204,7 +204,7 @@ def test_descriptions_are_json_and_come_back() -> None:
         ({"folders": {"image": ("a",)}}, "lacks folders of semseg"),
         ({"folders": dict.fromkeys(NYUD.folders, "a")}, "lacks folders of image: give a tuple"),
         ({"releases": {"one": {"image": ".png"}}}, "lacks the ending of semseg in one"),
-        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth, which edge is scored against"),
+        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth, which edges are scored against"),
     ],
 )
 def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
@@ -223,7 +223,7 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
         (LabelSet("x", (), {}), r"has the tasks \(\)"),
         (LabelSet("x", ("semseg",), {}), "the classes .* of semseg: give 2 to 254"),
         (LabelSet("x", ("semseg",), {"semseg": ("a", "a")}), "the classes .* of semseg: give 2 to 254"),
-        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edge depends on"),
+        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edges are scored by"),
         ("x", "is no label set"),
     ],
 )

@@ -27,6 +27,8 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS as TASK_TABLE
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def project(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,7 +98,7 @@ def test_lowering_refuses_what_it_cannot_export(trunk: dict[str, Any], config: d
 
 
 def test_lowering_keeps_to_a_budget() -> None:
-    budget = Budget(dict.fromkeys(TASKS, {0: 1, 1: 4}))
+    budget = Budget({task: {0: 1, 1: 4} for task in TASKS})
     lowered = leaf.lower(make_model(moe_blocks=[0, 1]), budget)  # asserts equality itself, with the same budget
     assert [layer.top_k for layer in lowered.moe_layers()] == [1, 4]
 
@@ -105,9 +107,9 @@ def test_lowering_keeps_to_a_budget() -> None:
     ("budget", "message"),
     [
         (Budget({"depth": {1: 1}}), r"another top_k for each task in block 1 \(depth 1, semseg 2, edge 2\)"),
-        (Budget(kept=dict.fromkeys(TASKS, {1: (0, 1, 3)})), "leaves experts of block 1 out"),
+        (Budget(kept={task: {1: (0, 1, 3)} for task in TASKS}), "leaves experts of block 1 out"),
         (Budget({"depth": {0: 1}}), "the blocks with experts are 1"),
-        (Budget(dict.fromkeys(TASKS, {1: 5})), "depth, block 1: top_k is 5 with 4 experts kept"),
+        (Budget({task: {1: 5} for task in TASKS}), "depth, block 1: top_k is 5 with 4 experts kept"),
     ],
 )
 def test_lowering_refuses_a_budget_that_the_engines_cannot_keep_to(
