@@ -118,7 +118,7 @@ def take(words: Sequence[str]) -> list[str]:
         elif word.startswith("--plugin="):
             value = word.partition("=")[2]
         elif word.partition("=")[0] == "--plugins":
-            raise InputError("--plugins is what a run notes in its config.yaml: give --plugin MODULE")
+            raise InputError("plugins is a key of files, which a run notes in its config.yaml: give --plugin MODULE")
         else:
             others.append(word)
             continue
