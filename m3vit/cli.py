@@ -12,7 +12,7 @@ from typing import Any
 
 from m3vit import __version__, plugins, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
-from m3vit.commands.terminal import OneLineParser
+from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
 from m3vit.pool import follow_quota
@@ -86,9 +86,8 @@ def usage() -> str:
     lines = "\n".join(f"  {name:<13}{text}" for name, (text, _, _) in COMMANDS.items())
     title = f"m3vit {__version__}: task-gated mixture-of-experts vision transformers"
     return (
-        f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version.\n"
-        "--plugin MODULE, a module's name or a .py file, adds tasks, kinds, label sets, layouts and decoders; with\n"
-        f"{', '.join(PLUGGABLE + ASKED)}; it may be given several times."
+        f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version; "
+        "docs/plugins.md tells of --plugin."
     )
 
 
@@ -111,13 +110,18 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"unknown command {' '.join(argv[:2])!r}: choose from {', '.join(COMMANDS)}")
     text, add_arguments, execute = COMMANDS[name]
     rest = list(argv[len(name.split()) :])
-    if name in PLUGGABLE:
-        plugins.load_installed()
-    if name in PLUGGABLE + ASKED:
-        rest = plugins.take(rest)
+    try:
+        if name in PLUGGABLE:
+            plugins.load_installed()
+        if name in PLUGGABLE + ASKED:
+            rest = plugins.take(rest)
+    except InputError as error:
+        error.everywhere = True  # the processes of a torchrun are given the same words
+        raise
     if add_arguments is None:
         return execute(rest) or 0
-    parser = OneLineParser(prog=f"m3vit {name}", description=text, allow_abbrev=False)
+    epilog = PLUGIN_HELP if name in PLUGGABLE + ASKED else None
+    parser = OneLineParser(prog=f"m3vit {name}", description=text, epilog=epilog, allow_abbrev=False)
     add_arguments(parser)
     return execute(parser.parse_args(rest)) or 0
 

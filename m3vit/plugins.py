@@ -30,17 +30,10 @@ def load(given: str) -> None:
         raise InputError(f"plug-in {given}: {_loaded[name]} has the same name: rename one of them")
     if not name.rpartition(".")[2].isidentifier():
         raise InputError(f"plug-in {given!r}: give the name of a module, or a .py file whose name is one")
-    if _is_file(given):
-        if not Path(given).is_file():
-            raise InputError(f"plug-in {given} not found: give the name of an installed module, or a .py file")
-        if getattr(sys.modules.get(name), "__file__", None) == _recorded(
-            given
-        ):  # by a class of it, in a pool's process
-            _loaded[name] = _recorded(given)
-            return
-        if name in sys.modules or _found(name):
-            raise InputError(f"plug-in {given}: there is a module {name} already, call the file otherwise")
-    elif not _found(name):
+    origin = _origin(name)
+    if _is_file(given) and origin not in (None, _recorded(given)):
+        raise InputError(f"plug-in {given}: there is a module {name} already, call the file otherwise")
+    if not (Path(given).is_file() if _is_file(given) else origin):
         raise InputError(f"plug-in {given} not found: give the name of an installed module, or a .py file")
     try:
         if _is_file(given):
@@ -60,6 +53,8 @@ def load(given: str) -> None:
 
 
 def _import_file(name: str, path: Path) -> None:
+    if name in sys.modules:  # in a process of a pool, which imports the classes of what it is sent
+        return
     spec = spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -99,7 +94,7 @@ def recall(recorded: Sequence[str], where: str) -> None:
         name = _name(given)
         if name in _loaded:
             continue
-        if not _is_file(given) and _found(name):
+        if not _is_file(given) and _origin(name):
             load(given)
         elif where:
             _missing[given] = where
@@ -147,8 +142,10 @@ def _recorded(given: str) -> str:
     return str(Path(given).resolve()) if _is_file(given) else given
 
 
-def _found(name: str) -> bool:
+def _origin(name: str) -> str | None:
+    """Return the file that a module of this name comes from, or None if there is none."""
     try:
-        return find_spec(name) is not None
+        spec = find_spec(name)
     except (ImportError, ValueError):  # of the package that a dotted name is in
-        return False
+        return None
+    return (spec.origin or name) if spec else None

@@ -16,12 +16,13 @@ from m3vit.data.augment import training_pair
 from m3vit.data.sample import Sample, no_label
 from m3vit.data.tools.plausibility import look, oddities, statistics
 from m3vit.errors import InputError
-from m3vit.evaluation.evaluate import TrivialPredictor, evaluate
+from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.meters import Meter, Scoring, check_meter
 from m3vit.evaluation.protocols import network_image, prediction
 from m3vit.export.runtime.drawing import overlay
 from m3vit.export.runtime.summary import summarise
 from m3vit.kinds import KINDS, add_kind
+from m3vit.kinds.decoding import decode
 from m3vit.kinds.kind import REQUIRED, Kind
 from m3vit.kinds.pictures import Range, Scale, ramp
 from m3vit.label_sets import LABEL_SETS, LabelSet
@@ -31,7 +32,7 @@ from m3vit.normalisation import IMAGENET
 from m3vit.tasks import TASKS, Task, add_task, kind_of
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
-from m3vit.training.losses import BatchCounts, task_loss
+from m3vit.training.losses import BatchCounts, loss_options, task_loss
 from m3vit.training.optim import make_optimizer
 from m3vit.training.step import Stepper
 from m3vit.training.validation import check_scored, headline
@@ -183,6 +184,10 @@ def test_a_kind_needs_a_name_of_its_own() -> None:
         ({}, r"task shadow lacks meter \(tasks of the kind sigmoid bring their own\): give it"),
         ({"kind": "identity"}, r"task shadow lacks value_unit \(what a predicted value is in\): give it"),
         ({"kind": "argmax", "metric": ""}, "task shadow lacks metric: give it"),
+        (
+            {"kind": "argmax", "loss_options": {"tau": 2}},
+            "task shadow has the loss options tau: those of argmax are none",
+        ),
         ({"name": "no name"}, "is no task: give an m3vit.tasks.Task with a name of letters, digits and _"),
     ],
 )
@@ -202,24 +207,65 @@ def test_a_headline_that_the_meter_does_not_give_is_refused_at_the_start(
         evaluate(Drives(), TrivialPredictor({"depth": 1.0, "flow": [0, 0]}, "driving").predictor((24, 32)))  # type: ignore[arg-type]
 
 
+class NoCompute(Meter):
+    """Half a meter."""
+
+    def image(self, prediction: NDArray[Any], label: NDArray[Any]) -> NDArray[np.float64]:
+        return np.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("meter", "message"),
+    [
+        (lambda scoring: None, "the meter of flow under protocol A is None: give an m3vit.evaluation.meters.Meter"),
+        (lambda scoring: NoCompute(), "the meter of flow cannot be made (.*compute.*): mend it"),
+    ],
+)
+def test_half_a_meter_is_refused_at_the_start(
+    flow: Task, monkeypatch: pytest.MonkeyPatch, meter: Any, message: str
+) -> None:
+    monkeypatch.setitem(TASKS, "flow", dataclasses.replace(flow, meter=meter))
+    with pytest.raises(InputError, match=message):
+        check_scored(["flow"], "driving")
+
+
+def test_a_setting_that_there_is_not_is_no_loss_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(TASKS["edge"], loss_options={"positive_weight": "edge_weight"})
+    monkeypatch.setitem(TASKS, "edge", row)
+    with pytest.raises(
+        InputError, match=r"its loss option positive_weight is to be train.edge_weight, and there is no"
+    ):
+        loss_options("edge", TrainConfig())
+
+
+def test_a_kind_that_decodes_into_something_else_is_refused_at_the_start(
+    flow: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Flow, "decode", lambda self, logits: logits.astype(np.float64))
+    with pytest.raises(InputError, match=r"kind flow decodes logits \[1, 2, 8, 8\] into float64 \[1, 2, 8, 8\]: give"):
+        check_scored(["flow"], "driving")
+
+
+def test_a_board_says_what_it_cannot_decode() -> None:
+    with pytest.raises(ValueError, match=r"flow is decoded by what added it to m3vit, not here: take what run\(\)"):
+        decode(np.zeros((1, 2, 4, 4), np.float32), "flow")
+
+
 # --- a kind from outside ---
 
 
 def test_augmentation_moves_its_labels_and_asks_it_for_their_values(flow: Task) -> None:
     one = sample(0)
-    _, labels = training_pair("simple", one, (24, 32), np.random.default_rng(0), IMAGENET, label_set="driving")
-    _, plain = training_pair(
-        "simple", one, (24, 32), np.random.default_rng(0), IMAGENET, label_set="driving", flip=False
-    )
+    _, labels = training_pair("simple", one, (24, 32), np.random.default_rng(0), IMAGENET)
+    _, plain = training_pair("simple", one, (24, 32), np.random.default_rng(0), IMAGENET, flip=False)
     np.testing.assert_array_equal(plain["flow"].permute(1, 2, 0).numpy(), one.labels["flow"])
     mirrored = one.labels["flow"][:, ::-1] * np.where(one.labels["flow"][:, ::-1] == UNKNOWN, 1, [-1, 1])
     flipped = [
-        training_pair("simple", one, (24, 32), np.random.default_rng(seed), IMAGENET, label_set="driving")[1]["flow"]
-        for seed in range(8)
+        training_pair("simple", one, (24, 32), np.random.default_rng(seed), IMAGENET)[1]["flow"] for seed in range(8)
     ]
     assert labels["flow"].shape == (2, 24, 32)
     assert any(np.array_equal(values.permute(1, 2, 0).numpy(), mirrored.astype(np.float32)) for values in flipped)
-    _, padded = training_pair("invpt", one, (80, 90), np.random.default_rng(1), IMAGENET, label_set="driving")
+    _, padded = training_pair("invpt", one, (80, 90), np.random.default_rng(1), IMAGENET)
     assert (padded["flow"][:, 0, 0] == UNKNOWN).all() and (padded["depth"][0, 0] == 0).all()
     assert (no_label("flow", (2, 3)) == UNKNOWN).all() and no_label("flow", (2, 3)).shape == (2, 3, 2)
 
@@ -245,10 +291,7 @@ def test_a_model_learns_it_beside_another_task(flow: Task) -> None:
     weighting = make_weighting(config, fabric.device)
     optimizer = make_optimizer(config.train, model, weighting.parameters())
     stepper = Stepper(fabric, config, fabric.setup(model), fabric.setup_optimizers(optimizer), weighting)
-    pairs = [
-        training_pair("simple", sample(seed), (24, 32), np.random.default_rng(0), IMAGENET, label_set="driving")
-        for seed in range(2)
-    ]
+    pairs = [training_pair("simple", sample(seed), (24, 32), np.random.default_rng(0), IMAGENET) for seed in range(2)]
     labels = {task: torch.stack([found[task] for _, found in pairs]) for task in ("depth", "flow")}
     values = stepper.gradients(0, torch.stack([image for image, _ in pairs]), labels)
     assert values["flow"] > 0 and values["loss"] >= 3.0 * values["flow"]
@@ -291,6 +334,34 @@ def test_the_doctor_looks_at_its_labels(flow: Task) -> None:
     assert 0.7 < looks[0].valid_share < 0.9 and looks[1].valid_share == 0
     assert statistics("flow", "driving", looks)["blank_images"] == 1
     assert oddities("flow", "driving", ["a", "b"], looks) == [("blank", "1 of 2 images (50.0 %), such as b")]
+
+
+def test_a_meter_can_ask_for_the_truth_of_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second task that is scored by matching is scored as edge is, on the same maps."""
+    contour = dataclasses.replace(TASKS["edge"], name="contour")
+    add_task(contour)
+    monkeypatch.setitem(LABEL_SETS, "both", LabelSet("both", ("edge", "contour"), {}, 0.011))
+
+    class Both(Drives):
+        label_set, tasks = "both", ("edge", "contour")
+
+        def load(self, index: int) -> Sample:
+            wrong = np.zeros((24, 32), np.uint8)
+            return Sample(str(index), sample(index).image, {"edge": wrong, "contour": wrong})
+
+        def edge_truth(self, index: int) -> NDArray[np.bool_]:
+            return np.eye(24, 32, index, dtype=bool)
+
+    def run(images: list[Any]) -> dict[str, Tensor]:
+        maps = torch.randn(len(images), 1, 24, 32, generator=torch.Generator().manual_seed(0))
+        return {"edge": maps, "contour": maps}
+
+    try:
+        found = evaluate(Both(), Predictor("noise", ("edge", "contour"), "both", (24, 32), run))  # type: ignore[arg-type]
+        assert TASKS["contour"].on_edge_truth(quick=False) and not TASKS["contour"].on_edge_truth(quick=True)
+        assert found.scores()["contour"] == found.scores()["edge"] and found.scores()["edge"]["odsF"] > 0
+    finally:
+        del TASKS["contour"]
 
 
 def test_a_task_of_a_kind_that_there_is_takes_all_from_it() -> None:

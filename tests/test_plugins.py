@@ -15,6 +15,7 @@ from m3vit.data.sample import FileSplit
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES, LabelSet, add_label_set, declare, describe
+from m3vit.pool import run_jobs
 from m3vit.run_folder import load_run
 from tests.command_line import kept_state
 from tests.conftest import TINY
@@ -75,6 +76,35 @@ def test_a_layout_and_a_label_set_from_outside(cli: Callable, plugin: Path, data
     assert (result := cli("eval", "--compare", run, package)).returncode == 0, result.stderr
 
 
+def test_an_installed_package_brings_its_plugin(
+    cli: Callable, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "rooms-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rooms\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[m3vit.plugins]\nrooms = rooms_plugin\n")
+    plugin.rename(tmp_path / "site" / plugin.name)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    words = ["synthetic-tiny", *TINY, "--model.tasks=[depth]", "--data.layout=rooms"]
+    assert (result := cli("init", *words, "--out", tmp_path / "run")).returncode == 0, result.stderr
+    assert "label_set: rooms" in (text := (tmp_path / "run" / "config.yaml").read_text())
+    assert "plugins:\n- rooms_plugin\n" in text
+    (tmp_path / "site" / plugin.name).write_text("1 / 0")
+    refused(
+        cli("profile", *words), r"division by zero\): mend it; rooms brings it \(entry point rooms of m3vit.plugins\)"
+    )
+
+
+def test_processes_of_a_pool_know_what_this_one_was_told(plugin: Path) -> None:
+    with kept_state():
+        plugins.load(str(plugin))
+        described = describe("nyud")
+        described["label_set"] = {**described["label_set"], "name": "told"}
+        declare(described, "x")
+        found = list(run_jobs(describe, ["rooms", "told"], 2))
+        assert [one["label_set"]["name"] for one in found] == ["rooms", "told"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -126,7 +156,14 @@ def test_a_run_of_other_classes_than_the_table_has(tiny_run: Path, tmp_path: Pat
         config = load_run(run).config.model
         assert config.labels.classes["semseg"][:2] == ("rampart", "floor") and config.label_set.startswith("nyud-")
         assert LABEL_SETS["nyud"].classes["semseg"] == NYUD_CLASSES
-    info["labels"]["version"] = 9
+    labels = info.pop("labels")
+    write_sealed_json(run / "model.json", info)  # as runs were before they described themselves
+    with kept_state():
+        assert load_run(run).config.model.label_set == "nyud"
+        del LABEL_SETS["nyud"]
+        with pytest.raises(InputError, match=r"model.label_set is 'nyud': choose from pascal"):
+            load_run(run)
+    info["labels"] = {**labels, "version": 9}
     write_sealed_json(run / "model.json", info)
     with pytest.raises(InputError, match="describes its labels in a version that this m3vit does not read"):
         load_run(run)
@@ -154,7 +191,7 @@ def test_descriptions_are_json_and_come_back() -> None:
         ({"folders": {"image": ("a",)}}, "lacks folders of semseg"),
         ({"folders": dict.fromkeys(NYUD.folders, "a")}, "lacks folders of image: give a tuple"),
         ({"releases": {"one": {"image": ".png"}}}, "lacks the ending of semseg in one"),
-        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth"),
+        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth, which edges are scored against"),
     ],
 )
 def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
@@ -173,7 +210,7 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
         (LabelSet("x", (), {}), r"has the tasks \(\)"),
         (LabelSet("x", ("semseg",), {}), "the classes .* of semseg: give 2 to 254"),
         (LabelSet("x", ("semseg",), {"semseg": ("a", "a")}), "the classes .* of semseg: give 2 to 254"),
-        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist"),
+        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edges are scored by"),
         ("x", "is no label set"),
     ],
 )

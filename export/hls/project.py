@@ -1,7 +1,7 @@
 """Write a trained model as an hls4ml project that can be C-simulated and judged from its folder alone."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from m3vit.export.hls.schedules import choose_options, find_schedule
 from m3vit.files import atomic_folder
 from m3vit.hw.manifest import FORMAT, MANIFEST, SAMPLES
 from m3vit.label_sets import describe
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
@@ -51,16 +52,18 @@ def export_project(
     weight_bits: int = 16,
     act_bits: int | None = None,
     board: str | None = None,
+    budget: Budget = FULL,
 ) -> dict[str, Any]:
     """Write the project to `out` and return its manifest (m3vit.json).
 
     calibration: uint8 [m, H, W, 3], images that choose the fixed-point formats (not the samples, to be fair).
     `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`. `schedule`: of SCHEDULES,
-    which has defaults and limits for the other options.
+    which has defaults and limits for the other options. `budget`: one top_k for all tasks, by block.
     An existing project of ours at `out` is replaced once the new one is complete. Raises InputError for models that
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
-    chosen, options = find_schedule(schedule), choose_options(schedule, weight_bits, act_bits, board)
+    chosen = find_schedule(schedule)
+    options = replace(choose_options(schedule, weight_bits, act_bits, board), budget=budget)
     _check_images(model, calibration, samples)
     check_replaceable(out)
     require_finite(model)
@@ -68,7 +71,7 @@ def export_project(
     with atomic_folder(out) as folder:
         lowered, facts = chosen.write(folder, model, calibration, options)
         manifest = {**_manifest(model, lowered), "schedule": schedule, **facts, "run": info or {}}
-        outputs = _write_samples(folder / SAMPLES, model, lowered, samples)
+        outputs = _write_samples(folder / SAMPLES, model, lowered, samples, budget)
         chosen.write_bench(folder, samples.images, outputs, manifest)
         (folder / "README.md").write_text(chosen.readme(manifest))
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -121,17 +124,19 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
             for index, task in enumerate(config.tasks)
         ],
         "moe_layers": [
-            {"block": block, "experts": config.num_experts, "top_k": config.top_k}
-            for block in model.backbone.moe_indices
+            {"block": block, "experts": len(layer.w1), "top_k": layer.top_k}
+            for block, layer in zip(model.backbone.moe_indices, lowered.moe_layers(), strict=True)
         ],
     }
 
 
 @torch.no_grad()
-def reference(model: MultiTaskModel, images: np.ndarray, task: str) -> tuple[Tensor, list[Routing]]:
+def reference(
+    model: MultiTaskModel, images: np.ndarray, task: str, budget: Budget = FULL
+) -> tuple[Tensor, list[Routing]]:
     """Return torch's token outputs [n, T, C_r] float32 for images uint8 [n, H, W, 3], and each MoE layer's routing."""
     batches = [
-        leaf.reference_outputs(model, leaf.normalise(images[start : start + BATCH], model.normalisation), task)
+        leaf.reference_outputs(model, leaf.normalise(images[start : start + BATCH], model.normalisation), task, budget)
         for start in range(0, len(images), BATCH)
     ]
     routings = [
@@ -142,7 +147,7 @@ def reference(model: MultiTaskModel, images: np.ndarray, task: str) -> tuple[Ten
 
 
 def _write_samples(
-    path: Path, model: MultiTaskModel, lowered: leaf.LoweredModel, samples: Samples
+    path: Path, model: MultiTaskModel, lowered: leaf.LoweredModel, samples: Samples, budget: Budget
 ) -> dict[str, np.ndarray]:
     """Write samples.npz for `m3vit hw csim`; return torch's outputs [n, T, C_r] by task.
 
@@ -150,13 +155,13 @@ def _write_samples(
     at its own size; for each MoE layer l `experts_<task>_<l>` [n, N, K] and `margin_<task>_<l>` [n, N] float32, the gap
     between logits of rank K and K + 1.
     """
-    n, top_k = len(samples.images), model.config.top_k
+    n, top_ks = len(samples.images), [layer.top_k for layer in lowered.moe_layers()]
     arrays: dict[str, Any] = {"ids": np.array(samples.ids), "images": samples.images}
     for task in lowered.tasks:
-        outputs, routings = reference(model, samples.images, task)
+        outputs, routings = reference(model, samples.images, task, budget)
         arrays[f"output_{task}"] = outputs.numpy()
         arrays |= {f"label_{task}_{i}": labels[task] for i, labels in enumerate(samples.labels)}
-        for layer, routing in enumerate(routings):
+        for layer, (routing, top_k) in enumerate(zip(routings, top_ks, strict=True)):
             ranked = routing.scores_RNE[0].log().sort(dim=-1, descending=True).values  # logits, up to a constant
             gap = ranked[:, top_k - 1] - ranked[:, top_k] if top_k < ranked.shape[1] else ranked[:, 0] * 0 + np.inf
             arrays[f"experts_{task}_{layer}"] = routing.expert_ids_RNK[0].numpy().astype(np.int16).reshape(n, -1, top_k)

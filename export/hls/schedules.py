@@ -15,6 +15,7 @@ import numpy as np
 
 from m3vit.errors import InputError
 from m3vit.hw.boards import find_board
+from m3vit.models.budget import FULL, Budget
 
 if TYPE_CHECKING:
     from m3vit.export.hls.leaf import LoweredModel
@@ -29,11 +30,15 @@ Progress = Callable[[int, int, str], None]  # done, of how many, what is being d
 
 @dataclass
 class Options:
-    """What a user chooses of a project; `board`: a name, or None in a schedule that is for no board."""
+    """What a user chooses of a project.
+
+    board: a name, or None in a schedule that is for no board. budget: what is used of the experts.
+    """
 
     weight_bits: int
     act_bits: int
     board: str | None
+    budget: Budget = FULL
 
 
 class Simulated(NamedTuple):

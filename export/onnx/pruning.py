@@ -109,19 +109,3 @@ def read_coverage(text: str | None) -> float | None:
     if name.strip() != "coverage" or not 0 < value <= 1:
         raise InputError(f"--prune is {text!r}: give coverage=SHARE, above 0 and at most 1, such as coverage=0.999")
     return value
-
-
-def read_top_k(text: str, tasks: Sequence[str], num_experts: int) -> dict[str, int]:
-    """Parse `2` or `depth=1,semseg=2` into experts per token by task, or raise InputError."""
-    advice = f"give a number, 1 to {num_experts}, or task=number,... of the tasks {', '.join(tasks)}"
-    result: dict[str, int] = {}
-    for part in text.split(","):
-        task, _, number = part.rpartition("=")
-        if not number.strip().isdigit() or not 1 <= int(number) <= num_experts or (task and task.strip() not in tasks):
-            raise InputError(f"--top-k is {text!r}: {advice}")
-        if task.strip() in result or (not task and result):
-            raise InputError(
-                f"--top-k is {text!r}, which says twice how many {task.strip() or 'a task'} gets: {advice}"
-            )
-        result |= {task.strip(): int(number)} if task else dict.fromkeys(tasks, int(number))
-    return result

@@ -87,7 +87,18 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
         complete = False
     if not complete:
-        raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
+        unknown = _unknown_kinds(manifest)
+        advice = f", or give the plug-in that has the kind {', '.join(unknown)} (--plugin)" if unknown else ""
+        raise InputError(
+            f"{path} is damaged, entries are missing or of the wrong kind: export the package again{advice}"
+        )
+
+
+def _unknown_kinds(manifest: dict[str, Any]) -> list[str]:
+    """Return the kinds of tasks that a manifest names and that are not known here."""
+    tasks = manifest["tasks"].values() if isinstance(manifest.get("tasks"), dict) else ()
+    kinds = [task.get("decode") for task in tasks if isinstance(task, dict)]
+    return sorted({kind for kind in kinds if isinstance(kind, str) and kind not in KINDS})
 
 
 def _check_kinds(path: Path, manifest: dict[str, Any]) -> None:

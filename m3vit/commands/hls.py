@@ -53,13 +53,16 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)",
     )
+    parser.add_argument("--top-k", metavar="K", help="experts per token, of all tasks (default: as trained)")
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
     from m3vit.export.hls.from_run import export_run
+    from m3vit.models.budget import read_top_k
     from m3vit.run_folder import load_run
 
     run = load_run(args.run)
+    config = run.config.model
     info = export_run(
         run,
         args.out,
@@ -69,8 +72,9 @@ def run_export_hls(args: argparse.Namespace) -> None:
         weight_bits=args.weight_bits,
         act_bits=args.act_bits,
         board=args.board,
+        top_k=read_top_k(args.top_k, config.tasks, config.num_experts) if args.top_k else None,
     )
-    say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(run.config.model.tasks)}: {args.out}")
+    say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(config.tasks)}: {args.out}")
 
 
 def add_csim(parser: argparse.ArgumentParser) -> None:

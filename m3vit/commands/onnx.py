@@ -93,8 +93,9 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
 def run_export_onnx(args: argparse.Namespace) -> None:
     from m3vit.export.onnx.from_run import CALIBRATION_IMAGES, Request, export_run
     from m3vit.export.onnx.package import Content
-    from m3vit.export.onnx.pruning import read_coverage, read_top_k
+    from m3vit.export.onnx.pruning import read_coverage
     from m3vit.export.onnx.quantize import FLOAT
+    from m3vit.models.budget import read_top_k
     from m3vit.run_folder import load_run
 
     run = load_run(args.run)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from m3vit.commands.terminal import progress_bar, say
+from m3vit.commands.terminal import PLUGIN_HELP, progress_bar, say
 from m3vit.errors import InputError
 from m3vit.plugins import loaded, recall
 
@@ -42,6 +42,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         description=f"{TITLES[command]} RECIPE: {', '.join(recipe_names())}. "
         "Later sources win: recipe, --config, dotted keys. A mapping in a file replaces the recipe's; a dotted key "
         "changes one entry of it. Defaults shown here are those of the RECIPE given before --help, if one is.",
+        epilog=PLUGIN_HELP,
         allow_abbrev=False,
     )
     parser.add_argument("--plugins", type=list[str], default=[], help=argparse.SUPPRESS)  # of a run's config.yaml

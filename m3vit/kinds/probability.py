@@ -29,6 +29,7 @@ class Probability(Kind):
     described_as = "probability"
     label_dtype = np.uint8
     fill = IGNORE
+    loss_options = ("positive_weight",)
     dark_on_white = True
 
     def valid(self, label: "Tensor") -> "Tensor":

@@ -148,6 +148,22 @@ def in_all_layers(top_k: Mapping[str, int], blocks: Sequence[int]) -> Budget:
     return Budget({task: dict.fromkeys(blocks, count) for task, count in top_k.items()})
 
 
+def read_top_k(text: str, tasks: Sequence[str], num_experts: int) -> dict[str, int]:
+    """Parse `--top-k 2` or `depth=1,semseg=2` into experts per token by task, or raise InputError."""
+    advice = f"give a number, 1 to {num_experts}, or task=number,... of the tasks {', '.join(tasks)}"
+    result: dict[str, int] = {}
+    for part in text.split(","):
+        task, _, number = part.rpartition("=")
+        if not number.strip().isdigit() or not 1 <= int(number) <= num_experts or (task and task.strip() not in tasks):
+            raise InputError(f"--top-k is {text!r}: {advice}")
+        if task.strip() in result or (not task and result):
+            raise InputError(
+                f"--top-k is {text!r}, which says twice how many {task.strip() or 'a task'} gets: {advice}"
+            )
+        result |= {task.strip(): int(number)} if task else dict.fromkeys(tasks, int(number))
+    return result
+
+
 def _object(value: dict[str, Any], key: str) -> dict[str, Any]:
     found = value.get(key, {})
     if not isinstance(found, dict):

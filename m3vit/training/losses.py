@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from m3vit.collectives import total
+from m3vit.errors import InputError
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS, kind_of
 from m3vit.training.config import TrainConfig
@@ -85,6 +86,11 @@ def task_loss(
 def loss_options(task: str, train: TrainConfig) -> dict[str, float]:
     """Return the options of a task's loss, as the task table and the settings have them."""
     given = TASKS[task].loss_options
+    for name, value in given.items():
+        if isinstance(value, str) and not hasattr(train, value):
+            raise InputError(
+                f"task {task}: its loss option {name} is to be train.{value}, and there is no such setting"
+            )
     return {name: getattr(train, value) if isinstance(value, str) else value for name, value in given.items()}
 
 

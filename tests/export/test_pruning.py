@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.pruning import check_rule, choose, gate_mass, pruned, read_coverage, read_top_k
-from m3vit.models.budget import Budget, in_all_layers
+from m3vit.export.onnx.pruning import check_rule, choose, gate_mass, pruned, read_coverage
+from m3vit.models.budget import Budget, in_all_layers, read_top_k
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 

@@ -1,10 +1,10 @@
 """The engines of the time-multiplexed accelerator: C++ and emulator, word for word, and both against float."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,31 +22,21 @@ from m3vit.hw.ops import PORTS, memories
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
-from tests.hw.programs import INCLUDE, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
+from tests.hw.programs import (
+    FORMATS,
+    HARDWARE,
+    INCLUDE,
+    ROOT,
+    STRICT,
+    Builds,
+    Shape,
+    Simulator,
+    frames_of,
+    random_vit,
+)
 from tests.hw.test_kernels import AP_TYPES
 
-# One configuration serves every random model: sizes are run-time values up to these.
-HARDWARE = Hardware(
-    16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32, token_block=32
-)
-FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
-Builds = dict[str, list[Simulator]]
-
-
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
-    """For each format the simulator at -O2 and, with both sanitizers, at -O0."""
-    folder = tmp_path_factory.mktemp("engines")
-
-    def build(job: tuple[str, int]) -> Simulator:
-        name, place = job
-        hardware = replace(HARDWARE, weight_bits=FORMATS[name][0], act_bits=FORMATS[name][1])
-        return Simulator.build(folder / f"{name}-{place}", hardware, (["-O2"], SANITIZERS)[place])
-
-    jobs = [(name, place) for name in FORMATS for place in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        built = dict(zip(jobs, pool.map(build, jobs), strict=True))
-    return {name: [built[name, 0], built[name, 1]] for name in FORMATS}
+pytestmark = pytest.mark.slow
 
 
 def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tuple[np.ndarray, list[dict[str, int]]]:
@@ -73,9 +63,16 @@ def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tu
 
 
 def test_hardware_modules_need_neither_torch_nor_hls4ml() -> None:
-    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.kinds.decoding;"
+    script = "import sys, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.hw.isa_header, m3vit.kinds.decoding;"
     script += "sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml', 'onnxruntime')))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_hardware_stands_below_the_exporter_and_torch_is_the_emulators() -> None:
+    for path in (ROOT / "hw").rglob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
+        assert not any(name.startswith("m3vit.export") for name in imported), path.name
+        assert ("torch" in imported) == (path.name == "emulator.py"), path.name
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (INCLUDE / "engine").glob("*.h")))

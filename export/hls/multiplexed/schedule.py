@@ -38,7 +38,7 @@ def write(
     """Write sources and weights; see schedules.Schedule."""
     rows, columns = (side // model.backbone.patch_size for side in model.config.image_size)
     check_tokens(rows * columns + model.backbone.trunk.num_prefix_tokens)
-    lowered = leaf.lower(model)
+    lowered = leaf.lower(model, options.budget)
     needed_hardware(lowered, options)  # refuses what does not fit before the long work
     return lowered, write_project(lowered, calibration, options, folder)
 

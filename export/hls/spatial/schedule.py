@@ -16,6 +16,7 @@ from m3vit.export.hls.spatial.fixed_point import INPUT, TASK, Chooser, Fixed
 from m3vit.export.hls.spatial.readme import readme
 from m3vit.export.hls.spatial.simulation import CHUNK_IMAGES, simulate
 from m3vit.hw.sim import csim
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 
 __all__ = ["readme", "simulate"]  # parts of a schedule
@@ -27,7 +28,7 @@ MAX_TASK_CONSUMERS = 7  # hls4ml 1.3.0 cannot clone a stream more often (backend
 Formats = dict[str, dict[str, Fixed]]
 
 
-def lower(model: MultiTaskModel) -> leaf.LoweredModel:
+def lower(model: MultiTaskModel, budget: Budget = FULL) -> leaf.LoweredModel:
     """Lower a model whose task id goes to MoE layers and heads as a stream. Raises InputError if there are too many."""
     layers = len(model.backbone.moe_indices)
     if layers + 1 > MAX_TASK_CONSUMERS:
@@ -36,14 +37,14 @@ def lower(model: MultiTaskModel) -> leaf.LoweredModel:
             f"{MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most {MAX_TASK_CONSUMERS - 1} "
             "blocks, or give --schedule multiplexed, which has no such limit"
         )
-    return leaf.lower(model)
+    return leaf.lower(model, budget)
 
 
 def write(
     folder: Path, model: MultiTaskModel, calibration: np.ndarray, options: Options
 ) -> tuple[leaf.LoweredModel, dict[str, Any]]:
     """Write sources and weights; see schedules.Schedule."""
-    lowered = lower(model)
+    lowered = lower(model, options.budget)
     seen = calibrate(lowered, csim.tokenise(calibration, lowered.patch))
     formats = Chooser(seen, options.weight_bits, options.act_bits).choose()
     write_project(lowered, formats, folder)
