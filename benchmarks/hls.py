@@ -22,9 +22,9 @@ from _bench import arguments, machine, save  # says how OpenMP's threads wait: b
 import numpy as np
 import torch
 
-from m3vit.export.hls.multiplexed.convert import WEIGHTS
-from m3vit.export.hls.multiplexed.verify import traffic
+from m3vit.export.hls.multiplexed.simulation import traffic
 from m3vit.export.hls.project import Samples, export_project
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.config import ModelConfig

@@ -89,12 +89,12 @@ def build(moe: bool) -> Any:
 
 def contents(sizes: Sequence[int]) -> dict[str, Any]:
     """Return what each package holds, by its name."""
-    from m3vit.export.onnx.lower import Choice
     from m3vit.export.onnx.package import Content
+    from m3vit.models.budget import Budget
 
     both = Content(precisions=PRECISIONS)
-    kept = {layer: tuple(range(EXPERTS // 2)) for layer in range(6)}
-    every = {"sparse": both, "dense": both, "kept": replace(both, choices={TASK: Choice(kept=kept)})}
+    kept = dict.fromkeys(range(1, 12, 2), tuple(range(EXPERTS // 2)))
+    every = {"sparse": both, "dense": both, "kept": replace(both, budget=Budget(kept={TASK: kept}))}
     return every | {f"all-{size}": replace(both, size=(size, size), static=True) for size in sizes}
 
 

@@ -83,7 +83,7 @@ class TrainingSet(Dataset):
     ) -> None:
         self.split, self.size, self.seed, self.pipeline = split, size, seed, pipeline
         self.normalisation = normalisation
-        self.options: dict[str, Any] = {"label_set": split.label_set, "flip": flip, "colour": colour}
+        self.options: dict[str, Any] = {"ranges": split.m3vit_ranges, "flip": flip, "colour": colour}
         self.cache: dict[int, Sample] | None = {} if cache else None
 
     def __len__(self) -> int:

@@ -12,9 +12,8 @@ Sources: data/nyud.py of SimonVandenhende/Multi-Task-Learning-PyTorch and of VIT
 TaskPrompter/data/nyud.py of prismformore/Multi-Task-Transformer (NYUDv2, made by ATRC).
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 from m3vit.data.reading import (
     Size,
     check_size,
-    ending,
     image_size,
     read_depth_array,
     read_edge_array,
@@ -32,9 +30,8 @@ from m3vit.data.reading import (
     read_normals_array,
     read_normals_png,
 )
-from m3vit.data.sample import FileSplit, held, names_in
+from m3vit.data.sample import FileSplit, Ranges
 from m3vit.data.thinning import segmentation_boundaries
-from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS
 from m3vit.tasks import IGNORE
 
@@ -47,36 +44,6 @@ RELEASES = {
 NUM_CLASSES = LABEL_SETS["nyud"].channels("semseg")
 
 
-def detect_release(root: Path, kinds: Sequence[str]) -> str:
-    """Return which release `root` holds, from the names in the folders of `kinds`, or raise InputError."""
-    endings = {".jpg", ".png", ".npy"}
-    found: dict[str, Counter[str]] = {}
-    for kind in kinds:
-        folder = root / FOLDERS[kind]
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder} not found: {root} holds {held(root)}; extract the archive again, or leave out the task"
-            )
-        found[kind] = Counter(Path(name).suffix for name in names_in(folder) if ending(name) in endings)
-    for release, expected in RELEASES.items():
-        if all(set(found[kind]) & endings == {expected[kind]} for kind in kinds):
-            return release
-    here = "; ".join(
-        f"{FOLDERS[kind]}/ {', '.join(f'{number} {ending[1:]}' for ending, number in counts.items()) or 'none'}"
-        for kind, counts in found.items()
-    )
-    there = "; ".join(
-        f"{release} has {', '.join(f'{FOLDERS[kind]}/*{expected[kind]}' for kind in kinds)}"
-        for release, expected in RELEASES.items()
-    )
-    advice = "extract one archive afresh"
-    for expected in RELEASES.values():
-        if all({ending(f"_{spelt}") for spelt in found[kind]} == {expected[kind]} for kind in kinds):
-            spelt = sorted({spelt for counts in found.values() for spelt in counts} - endings)
-            advice = f"rename *{', *'.join(spelt)}, for endings are read as the layout spells them"
-    raise InputError(f"{root} is neither release of NYUD-v2, it holds {here}. {there}: {advice}")
-
-
 class NYUD(FileSplit):
     """One split of NYUD_MT (or of `m3vit data synth --layout nyud`, which writes the same files) or of NYUDv2.
 
@@ -85,20 +52,15 @@ class NYUD(FileSplit):
     rotation, ScaleNRotate in its data/custom_transforms.py, turns x and y as if y pointed down or x left.)
     """
 
+    name = "nyud"
+    title = "NYUD-v2"
+    described = "NYUD_MT or NYUDv2 (images/, segmentation/, depth/, normals/, edge/, gt_sets/)"
     label_set = "nyud"
-    layout = "NYUD_MT or NYUDv2 (images/, segmentation/, depth/, normals/, edge/, gt_sets/)"
     listings = "gt_sets"
-
-    def __init__(
-        self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["nyud"].tasks, partial: bool = False
-    ) -> None:
-        super().__init__(root, split, tasks, partial)
-        self.release = detect_release(self.root, self.kinds)
-        self._check_first()
-
-    def path(self, index: int, kind: str) -> Path:
-        """Return the file of an image or label, which need not exist."""
-        return self.root / FOLDERS[kind] / f"{self.ids[index]}{RELEASES[self.release][kind]}"
+    folders: ClassVar = {kind: (folder,) for kind, folder in FOLDERS.items()}
+    releases = RELEASES
+    published: ClassVar = {"train": 795, "val": 654}
+    m3vit_ranges = Ranges((1.0, 1.2, 1.5), 0.0)
 
     def read(self, index: int, kind: str, size: Size | None = None) -> NDArray:
         """Read an image or label as `load` returns it; `size` is the image's, read from its header if not given."""

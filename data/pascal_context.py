@@ -12,16 +12,17 @@ Sources: data/pascal_context.py of SimonVandenhende/Multi-Task-Learning-PyTorch 
 prismformore/Multi-Task-Transformer.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m3vit.data.matlab import read_mat
 from m3vit.data.reading import (
+    Impossible,
     Size,
     fitted,
     image_size,
@@ -29,25 +30,29 @@ from m3vit.data.reading import (
     read_grey,
     read_ids,
     read_image,
-    read_mat,
     read_normals_png,
 )
-from m3vit.data.sample import FileSplit, held
+from m3vit.data.sample import FileSplit, Ranges
 from m3vit.data.thinning import laplacian_boundaries, segmentation_boundaries
-from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS
 from m3vit.tasks import IGNORE
 
-LABEL_MAPS = "pascal-context/trainval"
 FOLDERS = {
-    "image": "JPEGImages",
-    "semseg": "semseg/VOC12",
-    "human_parts": "human_parts",
-    "saliency": "sal_distill",
-    "normals": "normals_distill",
-    "edge": LABEL_MAPS,
+    "image": ("JPEGImages",),
+    "semseg": ("semseg/VOC12", "semseg/pascal-context"),
+    "human_parts": ("human_parts",),
+    "saliency": ("sal_distill",),
+    "normals": ("normals_distill",),
+    "edge": ("pascal-context/trainval",),
 }
-SEMSEG_FALLBACK = "semseg/pascal-context"
+ENDINGS = {
+    "image": ".jpg",
+    "semseg": ".png",
+    "human_parts": ".mat",
+    "saliency": ".png",
+    "normals": ".png",
+    "edge": ".mat",  # the LabelMap it is made from
+}
 PERSON = 15  # class_ind of PASCAL VOC
 Y_UP = np.array([1, -1, 1], np.float32)  # from the axes of normals_distill (LabelSet.normals_y_down) to m3vit.tasks'
 NUM_CLASSES = LABEL_SETS["pascal"].channels("semseg")
@@ -96,35 +101,16 @@ class PASCALContext(FileSplit):
     - ImageSets/Parts, where the public loaders cache which images show persons, is neither needed nor written.
     """
 
+    name = "pascal"
+    title = "PASCAL-Context"
+    described = "PASCAL_MT or PASCALContext (JPEGImages/, ImageSets/Context/, semseg/, human_parts/, ...)"
     label_set = "pascal"
-    release = "PASCAL-Context"
-    layout = "PASCAL_MT or PASCALContext (JPEGImages/, ImageSets/Context/, semseg/, human_parts/, ...)"
     listings = "ImageSets/Context"
-
-    def __init__(
-        self, root: str | Path, split: str, tasks: Sequence[str] = LABEL_SETS["pascal"].tasks, partial: bool = False
-    ) -> None:
-        super().__init__(root, split, tasks, partial)
-        for kind in self.kinds:
-            needed = [FOLDERS[kind], LABEL_MAPS] if kind == "normals" else [FOLDERS[kind]]
-            for folder in needed:
-                fallback = kind == "semseg" and (self.root / SEMSEG_FALLBACK).is_dir()
-                if not fallback and not (self.root / folder).is_dir():
-                    raise InputError(
-                        f"{self.root / folder} not found, needed for {kind}: {self.root} holds {held(self.root)}; "
-                        "extract the archive again, or leave out the task"
-                    )
-        self._check_first()
-
-    def path(self, index: int, kind: str) -> Path:
-        """Return the file of an image or label, which need not exist; of edge, the LabelMap it is made from."""
-        name = self.ids[index]
-        if kind == "semseg":
-            path = self.root / FOLDERS["semseg"] / f"{name}.png"
-            fallback = self.root / SEMSEG_FALLBACK / f"{name}.png"
-            return fallback if fallback.is_file() and not path.is_file() else path
-        ending = {"image": ".jpg", "human_parts": ".mat", "edge": ".mat"}.get(kind, ".png")
-        return self.root / FOLDERS[kind] / f"{name}{ending}"
+    folders = FOLDERS
+    releases: ClassVar = {"PASCAL-Context": ENDINGS}
+    needs: ClassVar = {"normals": ("edge",)}  # masked by the label maps that edges are made from
+    published: ClassVar = {"train": 4998, "val": 5105}
+    m3vit_ranges = Ranges((0.75, 1.25), 20.0)
 
     def read(self, index: int, kind: str, size: Size | None = None) -> NDArray:
         """Read an image or label as `load` returns it; `size` is the image's, read from its header if not given."""
@@ -159,11 +145,11 @@ def read_label_map(path: Path) -> NDArray[np.int16]:
     with naming(path):
         stored = read_mat(path, "LabelMap", as_stored=True)
         if not isinstance(stored, np.ndarray) or stored.ndim != 2 or stored.size == 0:
-            raise ValueError("expected LabelMap to be a matrix of class ids")
+            raise Impossible("expected LabelMap to be a matrix of class ids")
         highest = len(context_classes())
         least, most = stored.min(), stored.max()  # NaN if there is one, which no comparison holds for
         if not (least >= 0 and most <= highest) or (stored.dtype.kind == "f" and (stored != np.trunc(stored)).any()):
-            raise ValueError(f"expected class ids 0..{highest}, found {least}..{most}")
+            raise Impossible(f"expected class ids 0..{highest}, found {least}..{most}")
         return stored.astype(np.int16)
 
 
@@ -190,15 +176,15 @@ def read_human_parts(path: Path) -> NDArray[np.uint8] | None:
 
 
 def _structs(value: Any, name: str, *fields: str) -> list[dict[str, Any]]:
-    """Return a struct array, MATLAB's [] being an empty one, or raise ValueError if a field is missing."""
+    """Return a struct array, MATLAB's [] being an empty one, or raise Impossible if a field is missing."""
     if isinstance(value, np.ndarray) and value.size == 0:
         return []
     if not isinstance(value, list) or not all(field in one for one in value for field in fields):
-        raise ValueError(f"expected {name} to be a structure with the fields {', '.join(fields)}")
+        raise Impossible(f"expected {name} to be a structure with the fields {', '.join(fields)}")
     return value
 
 
 def _number(value: Any) -> float:
     if not isinstance(value, np.ndarray) or value.size != 1:
-        raise ValueError("expected class_ind to be one number")
+        raise Impossible("expected class_ind to be one number")
     return float(value.item())

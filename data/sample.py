@@ -2,19 +2,20 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.data.reading import Size, naming, other_spelling
+from m3vit.data.reading import Size, ending, naming, other_spelling
 from m3vit.errors import InputError
 from m3vit.files import not_there, read_bounded, special
-from m3vit.label_sets import resolve
-from m3vit.tasks import IGNORE
+from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
+from m3vit.tasks import kind_of
 
 
 @dataclass
@@ -32,6 +33,16 @@ class Sample:
     unlabelled: dict[str, str] = field(default_factory=dict)
 
 
+class Ranges(NamedTuple):
+    """What the pipeline m3vit draws from: zooms (the ends of a range, or the values to choose from) and a rotation.
+
+    With a rotation, up to `rotation_deg` to either side, the zoom is of the range.
+    """
+
+    zoom: tuple[float, ...]
+    rotation_deg: float
+
+
 class Split(Protocol):
     """One split of a data set: `ids` of its images, the `tasks` whose labels `load` reads.
 
@@ -45,6 +56,7 @@ class Split(Protocol):
     ids: Sequence[str]
     tasks: Sequence[str]
     partial: bool
+    m3vit_ranges: Ranges | None  # of the data set's images, None if nobody published any
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -71,24 +83,124 @@ class Split(Protocol):
 
 
 class FileSplit(ABC):
-    """The part of a Split that does not depend on the layout. Nothing is ever written into `root`."""
+    """One split of a layout: a data set as files. A layout is a subclass (m3vit.data.opening.LAYOUTS).
 
+    It says where which files are, and `read` reads one. Nothing is ever written into `root`.
+
+    name: of the layout (`data.layout`); title: of the data set, in words; described: its folders, in words.
+    label_set: what it labels, if nobody names another list of as many classes (m3vit.label_sets).
+    listings: the folder of the lists of ids, one file for each split; a data set is recognised by it.
+    folders: by "image" and task; where there are several, files of the first folder are taken before the others'.
+    releases: the ending of the files, by release, and "image" and task. Releases are told apart by these.
+    needs: tasks whose files are read too for the labels of a task.
+    published: images of each split of the release. m3vit_ranges: of the pipeline m3vit.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    described: ClassVar[str]
     label_set: str
+    listings: ClassVar[str]
+    folders: ClassVar[Mapping[str, tuple[str, ...]]]
+    releases: ClassVar[Mapping[str, Mapping[str, str]]]
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    published: ClassVar[Mapping[str, int]] = {}
+    m3vit_ranges: Ranges | None = None
     release: str
     ids: Sequence[str]
     tasks: Sequence[str]
-    layout: str  # in words, for messages
-    listings: str  # folder of the lists of ids, one file for each split
 
-    def __init__(self, root: str | Path, split: str, tasks: Sequence[str], partial: bool = False) -> None:
-        self.root, self.split, self.tasks, self.partial = Path(root), split, tuple(tasks), partial
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        tasks: Sequence[str] | None = None,
+        partial: bool = False,
+        label_set: str = "",
+    ) -> None:
+        self.label_set = label_set or type(self).label_set
+        self.root, self.split, self.partial = Path(root), split, partial
+        self.tasks = tuple(self.labels.tasks if tasks is None else tasks)
         if self.tasks:  # none: images alone
             resolve(self.tasks, self.label_set)
+            self.check_fits(self.labels, self.tasks)
         if not self.root.is_dir():
             raise InputError(
                 f"data root {self.root} not found: give the folder that holds {self.listings}/ with --data.root"
             )
         self.ids = self._read_ids()
+        self.release = self.detect(self.root, self.kinds)
+        self._check_folders()
+        self._check_first()
+
+    @property
+    def labels(self) -> LabelSet:
+        """The label set, by its name."""
+        return LABEL_SETS[self.label_set]
+
+    @classmethod
+    def check_fits(cls, labels: LabelSet, tasks: Sequence[str]) -> None:
+        """Raise InputError unless the files label these tasks of a label set: each one, in as many classes."""
+        if reason := cls.misfit(labels, tasks):
+            raise InputError(f"model.label_set {labels.name} does not fit data.layout {cls.name}: {reason}")
+
+    @classmethod
+    def misfit(cls, labels: LabelSet, tasks: Sequence[str]) -> str:
+        """Return why the files do not label these tasks of a label set, and what to do; nothing if they do."""
+        own = LABEL_SETS[cls.label_set]
+        if absent := [task for task in tasks if task not in own.tasks]:
+            return f"it has no files for {', '.join(absent)}: leave them out of model.tasks ({', '.join(own.tasks)})"
+        advice = f"give a label set like {own.name}, or another layout"
+        for task in tasks:
+            if (ours := own.channels(task)) != (theirs := labels.channels(task)):
+                return f"{theirs} classes of {task}, but {ours} in the files: {advice}"
+        if "normals" in tasks and labels.normals_y_down != own.normals_y_down:
+            return f"normals_y_down is {labels.normals_y_down}, but {own.normals_y_down} in the files: {advice}"
+        if "edge" in tasks and labels.edge_max_dist != own.edge_max_dist:
+            return f"edge_max_dist is {labels.edge_max_dist}, but {own.edge_max_dist} for the data set: {advice}"
+        return ""
+
+    @classmethod
+    def recognises(cls, root: Path) -> bool:
+        """Return whether a folder holds a data set of this layout, from names alone."""
+        return (root / cls.listings).is_dir()
+
+    @classmethod
+    def detect(cls, root: Path, kinds: Sequence[str]) -> str:
+        """Return which release `root` holds, from the names in the folders of `kinds`, or raise InputError."""
+        if len(cls.releases) == 1:
+            return next(iter(cls.releases))
+        endings = cls.endings()
+        found: dict[str, Counter[str]] = {}
+        for kind in kinds:
+            folder = root / cls.folders[kind][0]
+            if not folder.is_dir():
+                raise InputError(
+                    f"{folder} not found: {root} holds {held(root)}; extract the archive again, or leave out the task"
+                )
+            found[kind] = Counter(Path(name).suffix for name in names_in(folder) if ending(name) in endings)
+        for release, expected in cls.releases.items():
+            if all(set(found[kind]) & endings == {expected[kind]} for kind in kinds):
+                return release
+        here = "; ".join(
+            f"{cls.folders[kind][0]}/ {', '.join(f'{number} {end[1:]}' for end, number in counts.items()) or 'none'}"
+            for kind, counts in found.items()
+        )
+        there = "; ".join(
+            f"{release} has {', '.join(f'{cls.folders[kind][0]}/*{expected[kind]}' for kind in kinds)}"
+            for release, expected in cls.releases.items()
+        )
+        advice = "extract one archive afresh"
+        for expected in cls.releases.values():
+            if all({ending(f"_{spelt}") for spelt in found[kind]} == {expected[kind]} for kind in kinds):
+                spelt = sorted({spelt for counts in found.values() for spelt in counts} - endings)
+                advice = f"rename *{', *'.join(spelt)}, for endings are read as the layout spells them"
+        raise InputError(f"{root} is neither release of {cls.title}, it holds {here}. {there}: {advice}")
+
+    @classmethod
+    def endings(cls) -> set[str]:
+        """Return the endings of all files of all releases."""
+        return {end for endings in cls.releases.values() for end in endings.values()}
 
     @classmethod
     def unchecked(cls, root: Path, split: str, ids: Sequence[str], release: str, tasks: Sequence[str]) -> "FileSplit":
@@ -103,7 +215,7 @@ class FileSplit(ABC):
         splits = [name[:-4] for name in names_in(folder) if name.endswith(".txt")] if folder.is_dir() else []
         if not splits:
             raise InputError(
-                f"{folder} holds no lists of images: {self.root} is not in the layout {self.layout}, "
+                f"{folder} holds no lists of images: {self.root} is not in the layout {self.described}, "
                 f"it holds {held(self.root)}"
             )
         if self.split not in splits:
@@ -127,6 +239,16 @@ class FileSplit(ABC):
             seen.add(name)
         return tuple(ids)
 
+    def _check_folders(self) -> None:
+        """Raise InputError if a folder that the tasks need is absent."""
+        for kind in self.kinds:
+            for part in (kind, *self.needs.get(kind, ())):
+                if not any((self.root / folder).is_dir() for folder in self.folders[part]):
+                    raise InputError(
+                        f"{self.root / self.folders[part][0]} not found, needed for {kind}: {self.root} holds "
+                        f"{held(self.root)}; extract the archive again, or leave out the task"
+                    )
+
     def _check_first(self) -> None:
         """Raise InputError if the first image or one of its labels is absent: a folder not extracted, or half."""
         for kind in ("image",) if self.partial else self.kinds:
@@ -149,17 +271,21 @@ class FileSplit(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @abstractmethod
     def path(self, index: int, kind: str) -> Path:
         """Return the file of an image or label, which need not exist."""
+        name = f"{self.ids[index]}{self.releases[self.release][kind]}"
+        first, *others = (self.root / folder / name for folder in self.folders[kind])
+        if not others or first.is_file():
+            return first
+        return next((path for path in others if path.is_file()), first)
 
     @abstractmethod
     def read(self, index: int, kind: str, size: Size | None = None) -> NDArray:
         """Read an image or label as `load` returns it; `size` is the image's, read from its header if not given."""
 
-    @abstractmethod
     def edge_truth(self, index: int) -> NDArray[np.bool_]:
         """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on."""
+        raise NotImplementedError(f"the layout {self.name} labels no edges")
 
     def load(self, index: int) -> Sample:
         """Read one sample, or raise InputError naming the file that is missing, damaged or of the wrong size.
@@ -181,9 +307,7 @@ class FileSplit(ABC):
 
 def no_label(task: str, size: Size) -> NDArray:
     """Return the label of an image that has none for a task: every pixel ignored, or invalid."""
-    if task == "normals":
-        return np.zeros((*size, 3), np.float32)
-    return np.zeros(size, np.float32) if task == "depth" else np.full(size, IGNORE, np.uint8)
+    return kind_of(task).no_label(size)
 
 
 def is_id(name: str) -> bool:

@@ -1,19 +1,20 @@
 """m3vit.json, the manifest of an HLS project: read, checked, and never trusted to be whole. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.label_sets import LABEL_SETS, resolve
+from m3vit.label_sets import LABEL_SETS, declare, resolve
 
 MANIFEST = "m3vit.json"
 FORMAT = 2  # of the manifest
-SCHEDULES = ("spatial", "multiplexed")
 SAMPLES = "tb_data/samples.npz"
 WEIGHTS = "firmware/weights/weights.bin"  # of a multiplexed project
 FRACTION_LIMIT = 64  # of an output's fractional bits
+
+Rule = Callable[[dict[str, Any]], bool]
 
 
 def read_manifest(project: Path) -> dict[str, Any]:
@@ -25,13 +26,21 @@ def read_manifest(project: Path) -> dict[str, Any]:
     manifest = read_sealed_json(path, "give a folder written by `m3vit export hls`, or export the project again")
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not of this version of m3vit: export the project again")
+    if "labels" in manifest:
+        manifest["label_set"] = declare(manifest["labels"], str(path))
     try:
         wrong = next((name for name, holds in RULES.items() if not holds(manifest)), None)
+        more = {} if wrong else NEEDS[_schedule(manifest)].rules
+        wrong = next((name for name, holds in more.items() if not holds(manifest)), wrong)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         wrong = str(error.args[0]) if isinstance(error, KeyError) else "a value of the wrong kind"
     if wrong:
         raise InputError(f"{path} is damaged ({wrong}): export the project again")
     return manifest
+
+
+def _schedule(manifest: dict[str, Any]) -> Any:
+    return manifest.get("schedule", "spatial")  # the oldest do not name theirs
 
 
 def _whole(value: Any, low: int = 0, high: int = 1 << 31) -> bool:
@@ -56,7 +65,7 @@ def _tasks(manifest: dict[str, Any]) -> bool:
     channels = [LABEL_SETS[label_set].channels(task.name) for task in known]
     return (
         [task["id"] for task in tasks] == list(range(len(tasks)))
-        and [task["decode"] for task in tasks] == [task.decode for task in known]
+        and [task["decode"] for task in tasks] == [task.kind for task in known]
         and [task["channels"] for task in tasks] == channels
         and [task["outputs"] for task in tasks] == [count * manifest["upscale"] ** 2 for count in channels]
         and manifest["outputs"] == max(task["outputs"] for task in tasks)
@@ -70,8 +79,6 @@ def _layers(manifest: dict[str, Any]) -> bool:
 
 
 def _fractions(manifest: dict[str, Any]) -> bool:
-    if manifest.get("schedule") != "multiplexed":
-        return True
     fracs = manifest["output_fracs"]
     return len(fracs) == len(manifest["tasks"]) and all(
         _whole(value, -FRACTION_LIMIT, FRACTION_LIMIT) for value in fracs
@@ -79,22 +86,29 @@ def _fractions(manifest: dict[str, Any]) -> bool:
 
 
 def _files(manifest: dict[str, Any]) -> bool:
-    files, needed = manifest["files"], {SAMPLES}
-    if manifest.get("schedule") == "multiplexed":
-        needed.add(WEIGHTS)
+    files, needed = manifest["files"], {SAMPLES, *NEEDS[_schedule(manifest)].files}
     inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
     digests = all(isinstance(digest, str) and len(digest) == 64 for digest in files.values())
     return inside and digests and needed <= set(files) and set(manifest.get("editable", ())) <= set(files)
 
 
-RULES: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "schedule": lambda manifest: manifest.get("schedule", "spatial") in SCHEDULES,
+RULES: dict[str, Rule] = {
+    "schedule": lambda manifest: _schedule(manifest) in NEEDS,
     "hls4ml": lambda manifest: isinstance(manifest["hls4ml"], str),
     "label_set": lambda manifest: isinstance(manifest["label_set"], str),
     "run": lambda manifest: isinstance(manifest.get("run", {}), dict),
     "sizes": _sizes,
     "tasks": _tasks,
     "moe_layers": _layers,
-    "output_fracs": _fractions,
     "files": _files,
 }
+
+
+class Needs(NamedTuple):
+    """What a schedule's projects have beside what all have: rules of the manifest, and files."""
+
+    rules: Mapping[str, Rule] = {}
+    files: Sequence[str] = ()
+
+
+NEEDS: dict[str, Needs] = {"spatial": Needs(), "multiplexed": Needs({"output_fracs": _fractions}, (WEIGHTS,))}

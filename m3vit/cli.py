@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from m3vit import __version__, streams
+from m3vit import __version__, plugins, streams
 from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
-from m3vit.commands.terminal import OneLineParser
+from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
 from m3vit.pool import follow_quota
@@ -69,6 +69,10 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
+# Commands that take --plugin and look for installed plug-ins. Packages are predicted without, unless one is asked for.
+PLUGGABLE = ("train", "init", "profile", "eval", "export onnx", "export hls", "hw csim", "report", "data check")
+ASKED = ("predict", "serve")
+
 # The extra (pyproject.toml) that brings a module; of others it is `train`.
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "hls4ml"), "export"),
@@ -81,7 +85,10 @@ def usage() -> str:
     """Return the help of `m3vit` alone."""
     lines = "\n".join(f"  {name:<13}{text}" for name, (text, _, _) in COMMANDS.items())
     title = f"m3vit {__version__}: task-gated mixture-of-experts vision transformers"
-    return f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version."
+    return (
+        f"{title}\n\n{lines}\n\nm3vit COMMAND --help tells more; m3vit --version tells the version; "
+        "docs/plugins.md tells of --plugin."
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -103,9 +110,14 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"unknown command {' '.join(argv[:2])!r}: choose from {', '.join(COMMANDS)}")
     text, add_arguments, execute = COMMANDS[name]
     rest = list(argv[len(name.split()) :])
+    if name in PLUGGABLE:
+        plugins.load_installed()
+    if name in PLUGGABLE + ASKED:
+        rest = plugins.take(rest)
     if add_arguments is None:
         return execute(rest) or 0
-    parser = OneLineParser(prog=f"m3vit {name}", description=text, allow_abbrev=False)
+    epilog = PLUGIN_HELP if name in PLUGGABLE + ASKED else None
+    parser = OneLineParser(prog=f"m3vit {name}", description=text, epilog=epilog, allow_abbrev=False)
     add_arguments(parser)
     return execute(parser.parse_args(rest)) or 0
 
@@ -165,7 +177,7 @@ def tell_errors(argv: Sequence[str]) -> int:
         return run(argv)
     except InputError as error:
         if not error.everywhere or speaks():
-            print(f"m3vit: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"m3vit: error: {' '.join(str(error).split())}{plugins.advice()}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         # All but `predict` of images needs an extra; which one depends on the module.

@@ -2,7 +2,7 @@
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # What a write fails with: errno -> what to do about it.
 NO_WRITE = {
@@ -15,17 +15,25 @@ NO_WRITE = {
 }
 
 
+class Defect(NamedTuple):
+    """What is wrong with a file of a data set: a kind of m3vit.data.tools.check.KINDS, and words without the path."""
+
+    path: Path
+    kind: str
+    words: str
+
+
 class InputError(ValueError):
     """Bad input: a file, key or value of the user's.
 
     The message says what was given, what is allowed and what to do, on one line. The command line prints it
     and exits with code 2; any other exception is a defect of ours and keeps its traceback. `everywhere`: every process
-    of a torchrun raises the same, and one of them printing it is enough.
+    of a torchrun raises the same, and one of them printing it is enough. `defect`: what a reader found in a file.
     """
 
-    def __init__(self, message: str, everywhere: bool = False) -> None:
+    def __init__(self, message: str, everywhere: bool = False, defect: Defect | None = None) -> None:
         super().__init__(message)
-        self.everywhere = everywhere
+        self.everywhere, self.defect = everywhere, defect
 
 
 class WriteError(InputError):
@@ -47,7 +55,7 @@ def first_line(error: Exception) -> str:
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
-def one_line(error: Exception, most: int | None = None) -> str:
+def one_line(error: BaseException, most: int | None = None) -> str:
     """Return an exception's text on one line, so many characters of it; its name if it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 

@@ -54,6 +54,10 @@ class Unfit(ValueError):  # noqa: N818 (what it says, not that it is an error)
     """A whole image that is none for us. The words go on from its name: "has another colour space (LAB): ..."."""
 
 
+class UnfitPixels(Unfit):
+    """An image of a kind of pixel that is not taken."""
+
+
 class UnfitSize(Unfit):
     """An image of no pixels or of too many."""
 
@@ -103,9 +107,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] =
         _check_pixels(image, max_pixels)
         if (bits := _bits(image, data)) > 8 or image.mode.startswith(("I", "F")):
             found = f", found {bits}" if bits > 8 else ""
-            raise Unfit(f"has more than 8 bits a channel ({image.mode}): expected 8 bits{found}; convert it")
+            raise UnfitPixels(f"has more than 8 bits a channel ({image.mode}): expected 8 bits{found}; convert it")
         if image.mode not in _OPAQUE + _TRANSPARENT:
-            raise Unfit(f"has another colour space ({image.mode}): give an 8-bit RGB or grey image")
+            raise UnfitPixels(f"has another colour space ({image.mode}): give an 8-bit RGB or grey image")
         if image.format == "PNG":
             check_png(data)
         elif image.format == "TIFF":

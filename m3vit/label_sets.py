@@ -1,10 +1,15 @@
 """The label sets: what each data set labels, and the names of its classes. No torch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from m3vit.errors import InputError
-from m3vit.tasks import TASKS, Task
+from m3vit.errors import InputError, first_line
+from m3vit.tasks import IGNORE, TASKS, Task, add_task
+
+VERSION = 1  # of `describe`
 
 NYUD_CLASSES = tuple(
     (
@@ -28,30 +33,60 @@ class LabelSet:
 
     `edge_max_dist` is the largest distance of matching edge pixels, as a share of the image diagonal (odsF).
     `normals_y_down` says that the files' normals have y down, and are turned up on reading.
+    `tolerated`: as a task's (m3vit.tasks), by task, where this data set differs.
     """
 
     name: str
     tasks: tuple[str, ...]
     classes: dict[str, tuple[str, ...]]
-    edge_max_dist: float
+    edge_max_dist: float = 0.0
     normals_y_down: bool = False
+    tolerated: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def channels(self, task: str) -> int:
         """Return the number of outputs of a task."""
         return TASKS[task].channels or len(self.classes[task])
 
 
+LABEL_SETS: dict[str, LabelSet] = {}
+DECLARED: list[dict[str, Any]] = []  # what `declare` added: processes started afresh need it too
+
+
+def add_label_set(labels: LabelSet) -> None:
+    """Make a label set known, or raise InputError for one that lacks a part or whose name is taken."""
+    if not isinstance(labels, LabelSet) or not isinstance(labels.name, str) or not labels.name:
+        raise InputError(f"{labels!r} is no label set: give an m3vit.label_sets.LabelSet with a name")
+    if labels.name in LABEL_SETS:
+        raise InputError(f"label set {labels.name} is there already: give another name")
+    if isinstance(labels.tasks, str) or not labels.tasks or len(set(labels.tasks)) != len(labels.tasks):
+        raise InputError(f"label set {labels.name} has the tasks {labels.tasks!r}: give a tuple of names, each once")
+    if unknown := [task for task in labels.tasks if task not in TASKS]:
+        raise InputError(
+            f"label set {labels.name} has the unknown task {', '.join(unknown)}: add it first, or choose from "
+            f"{', '.join(TASKS)}"
+        )
+    for task in labels.tasks:
+        names = labels.classes.get(task, ())
+        if TASKS[task].channels is None and not (1 < len(names) < IGNORE and len(set(names)) == len(names)):
+            raise InputError(f"label set {labels.name} has the classes {names!r} of {task}: give 2 to 254 names")
+        if task == "edge" and not labels.edge_max_dist > 0:
+            raise InputError(f"label set {labels.name} lacks edge_max_dist, which edges are scored by: give it")
+    LABEL_SETS[labels.name] = labels
+
+
 # maxDist: the values of the published evaluations (Multi-Task-Transformer and ATRC, edge evaluation).
-LABEL_SETS: dict[str, LabelSet] = {
-    "nyud": LabelSet("nyud", ("semseg", "depth", "normals", "edge"), {"semseg": NYUD_CLASSES}, 0.011),
-    "pascal": LabelSet(
+for _labels in (
+    LabelSet("nyud", ("semseg", "depth", "normals", "edge"), {"semseg": NYUD_CLASSES}, 0.011),
+    LabelSet(
         "pascal",
         ("semseg", "human_parts", "saliency", "normals", "edge"),
         {"semseg": VOC_CLASSES, "human_parts": PART_CLASSES},
         0.0075,
         normals_y_down=True,
+        tolerated={"normals": {"blank": 0.5}},  # only some classes have them: none in a sky with an aeroplane
     ),
-}
+):
+    add_label_set(_labels)
 
 
 def resolve(names: Sequence[str], label_set: str) -> list[Task]:
@@ -69,3 +104,55 @@ def resolve(names: Sequence[str], label_set: str) -> list[Task]:
             f"{label_set} has no labels for {', '.join(absent)}: its tasks are {', '.join(LABEL_SETS[label_set].tasks)}"
         )
     return [TASKS[name] for name in names]
+
+
+def describe(label_set: str) -> dict[str, Any]:
+    """Return a label set and the rows of its tasks as JSON values: `declare` makes them known elsewhere.
+
+    Of a task, what is code is named under "code" alone.
+    """
+    labels = LABEL_SETS[label_set]
+    tasks = {}
+    for name in labels.tasks:
+        row = vars(TASKS[name])
+        code = sorted(key for key, value in row.items() if callable(value))
+        tasks[name] = {key: value for key, value in row.items() if key not in code} | {"code": code}
+    description = {"version": VERSION, "label_set": asdict(labels), "tasks": tasks}
+    return json.loads(json.dumps(description, default=dict))  # type: ignore[no-any-return]
+
+
+def declare(description: dict[str, Any], where: str) -> str:
+    """Make known what a run or an export says of its labels (`describe`), and return the name of its label set.
+
+    Tasks and label sets that are known here stay as they are. A label set of a known name with other classes gets a
+    name of its own. Raises InputError for a task that cannot be known without the code that it was added by.
+    """
+    if description.get("version") != VERSION:
+        raise InputError(f"{where} describes its labels in a version that this m3vit does not read: use a later one")
+    try:
+        for name, row in description["tasks"].items():
+            _declare_task(name, dict(row), where)
+        fields = description["label_set"]
+        classes = {task: tuple(names) for task, names in fields["classes"].items()}
+        labels = LabelSet(**{**fields, "tasks": tuple(fields["tasks"]), "classes": classes})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{where} describes its labels in a way that cannot be read ({first_line(error)})") from None
+    known = LABEL_SETS.get(labels.name)
+    if known is not None and known.classes != labels.classes:
+        digest = zlib.crc32(json.dumps(labels.classes).encode())
+        labels = replace(labels, name=f"{labels.name}-{digest:08x}")
+    if labels.name not in LABEL_SETS:
+        add_label_set(labels)
+        DECLARED.append(description)
+    return labels.name
+
+
+def _declare_task(name: str, row: dict[str, Any], where: str) -> None:
+    code, known = row.pop("code"), TASKS.get(name)
+    if known is not None:
+        if known.kind != row["kind"]:
+            raise InputError(f"{where} has a task {name} of the kind {row['kind']}, here it is of {known.kind}")
+        return
+    if code:
+        raise InputError(f"{where} has the unknown task {name}, whose {' and '.join(code)} it cannot hold")
+    add_task(Task(**row))

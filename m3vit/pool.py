@@ -112,6 +112,11 @@ def start_pool(
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
+    from m3vit import label_sets, plugins
+
+    known = (plugins.loaded(), label_sets.DECLARED)
+    if any(known):
+        initializer, initargs = _begin, (*known, initializer, initargs)
     try:
         return ProcessPoolExecutor(workers, get_context("spawn"), initializer=initializer, initargs=initargs)
     except OSError as error:
@@ -119,3 +124,17 @@ def start_pool(
             f"{workers} processes cannot be started ({error.strerror or error}; their semaphores lie in /dev/shm): "
             "make room there, or run again with --workers 1"
         ) from None
+
+
+def _begin(
+    given: list[str], declared: list[dict[str, Any]], initializer: Callable[..., None] | None, initargs: tuple[Any, ...]
+) -> None:
+    """In a process of a pool: know what the process that started it has been told beyond the package's own tables."""
+    from m3vit import label_sets, plugins
+
+    for one in given:
+        plugins.load(one)
+    for description in declared:
+        label_sets.declare(description, "another process")
+    if initializer:
+        initializer(*initargs)

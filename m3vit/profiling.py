@@ -17,7 +17,7 @@ Shapes: N tokens, D embedding dimension, E experts, K experts per token, H their
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from m3vit.errors import InputError
+from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -157,19 +158,24 @@ def _numel(module: nn.Module) -> int:
 
 
 def count_macs(
-    model: MultiTaskModel, tasks: list[str], training: bool = False, experts: Callable[..., int] | None = None
+    model: MultiTaskModel,
+    tasks: list[str],
+    training: bool = False,
+    budget: Budget = FULL,
+    *,
+    every_expert: bool = False,
 ) -> Counts:
     """Return the MACs of one image of the trained size, by part, for these tasks in one pass.
 
-    `experts`: the formula of a MoE layer, another one than for experts as trained.
+    `budget`: what is used of the experts. `every_expert`: a token goes to all that are kept.
     """
-    counter, handles = _MacCounter(experts or _experts), []
+    counter, handles = _MacCounter(every_expert), []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
         handles.append(module.register_forward_hook(partial(counter.leave, name)))
     try:
         with torch.no_grad(), counter:
-            model.train(training)(torch.empty(1, 3, *model.config.image_size, device="meta"), tasks)
+            model.train(training)(torch.empty(1, 3, *model.config.image_size, device="meta"), tasks, budget=budget)
     finally:
         model.eval()
         for handle in handles:
@@ -178,37 +184,19 @@ def count_macs(
 
 
 def graph_macs(
-    config: ModelConfig,
-    task: str,
-    size: tuple[int, int],
-    *,
-    kept: Mapping[int, Sequence[int]],
-    top_k: int | None = None,
-    every_expert: bool = False,
+    config: ModelConfig, task: str, size: tuple[int, int], budget: Budget = FULL, *, every_expert: bool = False
 ) -> int:
-    """Return the MACs of one image of `size` (height, width) in the exported graph of a task.
-
-    kept: the experts that the graph holds of each MoE layer, {layer number: ids}, all of a layer not named. top_k: of
-    them, those a token goes to, None as trained; with `every_expert` it goes to all that are held.
-    """
+    """Return the MACs of one image of `size` (height, width) in the exported graph of a task, `count_macs` says how."""
     model = meta_model(replace(config, image_size=size))
-    numbers = {id(layer): number for number, layer in enumerate(m for m in model.modules() if isinstance(m, MoELayer))}
-
-    def experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...]) -> int:
-        _, B, T, D = x.shape
-        held = len(kept.get(numbers[id(layer)], range(layer.router.num_experts)))
-        used = held if every_expert else layer.router.top_k if top_k is None else top_k
-        return B * T * used * (2 * D * layer.experts.w1.shape[1] + D)
-
-    return _total(count_macs(model, [task], experts=experts))
+    return _total(count_macs(model, [task], budget=budget, every_expert=every_expert))
 
 
 class _MacCounter(TorchFunctionMode):
     """Counts the MACs of the functions called within it, each for the part of the module that calls it."""
 
-    def __init__(self, experts: Callable[..., int]) -> None:
+    def __init__(self, every_expert: bool) -> None:
         super().__init__()
-        self.experts = experts
+        self.every_expert = every_expert
         self.counts: Counts = dict.fromkeys(PARTS, 0)
         self.modules: list[str] = []  # names of those running, the innermost last
         self.inside_moe = 0  # how many of them are MoE layers: these count as they are trained, not as run here
@@ -223,7 +211,7 @@ class _MacCounter(TorchFunctionMode):
         self.modules.pop()
         if isinstance(module, MoELayer):
             self.inside_moe -= 1
-            self.counts["experts"] += self.experts(module, *inputs)
+            self.counts["experts"] += _experts(module, *inputs, every=self.every_expert)
         elif isinstance(module, Router):
             self.counts["routers"] += _router(module, *inputs)
 
@@ -268,7 +256,7 @@ _RULES: dict[Any, Callable[..., int]] = {
 }
 
 
-def _router(router: Router, x: Tensor, task_ids: tuple[int, ...]) -> int:
+def _router(router: Router, x: Tensor, task_ids: tuple[int, ...], *_: Any) -> int:
     once = 0
     if router.kind == "task_conditioned":
         # The task embedding and its share of a gate are the same for all tokens: once a task (Router.gate).
@@ -277,10 +265,11 @@ def _router(router: Router, x: Tensor, task_ids: tuple[int, ...]) -> int:
     return x.numel() * router.num_experts + once
 
 
-def _experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...]) -> int:
+def _experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...], uses: Sequence[Use] | None, *, every: bool) -> int:
     _, B, T, D = x.shape  # R = 1 where the tasks are still the same: the ids say how many there are
-    hidden = layer.experts.w1.shape[1]
-    return len(task_ids) * B * T * layer.router.top_k * (2 * D * hidden + D)
+    experts, hidden, _ = layer.experts.w1.shape
+    uses = uses or [(layer.router.top_k, tuple(range(experts)))] * len(task_ids)
+    return sum(len(kept) if every else top_k for top_k, kept in uses) * B * T * (2 * D * hidden + D)
 
 
 def paper_parameters(model: MultiTaskModel) -> int:

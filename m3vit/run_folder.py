@@ -2,7 +2,7 @@
 
 config.yaml          the resolved configuration
 model.safetensors    weights (their moving average, with train.ema); model.json, written after it: architecture, tasks,
-                     classes, normalisation, git commit, digest of the weights
+                     classes, label set, normalisation, what the weights began as, git commit, digest of the weights
 best/                a run folder with the weights of the best evaluation (train.best)
 last/state.pt        what resuming needs, replaced atomically (m3vit.training.checkpoint)
 metrics.jsonl        one line per logged step or evaluation (m3vit.training.checkpoint)
@@ -19,11 +19,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3vit import __version__
+from m3vit import __version__, plugins
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError, first_line
 from m3vit.files import atomic_path, sha256_file
+from m3vit.label_sets import declare, describe
 from m3vit.models.config import ModelConfig
+from m3vit.models.initialise import initialise, of_run
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import INFO, WEIGHTS, read_saved
 from m3vit.normalisation import recorded
@@ -72,10 +74,10 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
         {
             "architecture": {key: value for key, value in architecture.items() if key != "normalisation"},
             "tasks": tasks,
-            "classes": {
-                task: names for task, names in model.config.labels.classes.items() if task in model.config.tasks
-            },
+            "classes": {task: names for task, names in model.config.labels.classes.items() if task in tasks},
+            "labels": describe(model.config.label_set),
             "normalisation": model.normalisation.plain(),
+            "initialised": model.origins,
             "epochs_trained": epoch,
             "m3vit": __version__,
             "commit": git_commit(),
@@ -87,22 +89,26 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
 def load_run(folder: Path) -> Run:
     """Open a run folder, or raise InputError if it is not one, or has no weights, damaged, diverged or other ones."""
     config = read_run_config(folder)
+    plugins.recall(config.plugins, str(folder))
     weights = folder / WEIGHTS
     check_content(weights, "the run's")
     if not weights.is_file():
         raise InputError(f"{folder} has no weights (model.safetensors): train it first, or resume it with --resume")
-    # The weights are here: what they were first made from need not be.
-    fresh: dict[str, Any] = {"pretrained": False, "weights": "", "init": "random"}
     state, info = read_saved(weights)
-    fresh |= {"normalisation": recorded(info.get("normalisation"), f"normalisation of {folder / INFO}").plain()}
-    config.model = replace(config.model, **fresh)
+    fresh: dict[str, Any] = {
+        "normalisation": recorded(info.get("normalisation"), f"normalisation of {folder / INFO}").plain()
+    }
+    if "labels" in info:  # not of runs from before they described themselves: they have the names of a table's
+        fresh["label_set"] = declare(info["labels"], str(folder / INFO))
+    config.model = replace(config.model, **fresh, weights=Path(config.model.weights).name)
     try:
         architecture = ModelConfig(**info["architecture"] | fresh)
         check_same(folder, config.model, architecture)
         model = MultiTaskModel(architecture)
-        model.load_state_dict(state)
+        initialise(model, [of_run(str(folder), state)])
     except (RuntimeError, TypeError, KeyError) as error:
         raise InputError(f"{weights} cannot be loaded ({first_line(error)}): the run folder is damaged") from None
+    model.origins = info.get("initialised", {})
     return Run(folder, config, model.eval(), info)
 
 

@@ -1,4 +1,4 @@
-"""The task table: everything that differs between tasks, in one place. A leaf module: no torch.
+"""The task table: a task is a row, its kind and numbers; what differs between kinds is m3vit.kinds'. No torch.
 
 Conventions shared by loaders, losses, meters, runtime and hardware:
 - image: RGB, uint8 on disk, normalised float32 [3, H, W] in the network;
@@ -6,56 +6,170 @@ Conventions shared by loaders, losses, meters, runtime and hardware:
   normals: unit vectors, zero vector invalid, x right, y up, z towards the camera.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-IGNORE = 255  # label value that neither losses nor meters look at (semseg, human_parts, saliency, edge)
+from m3vit.errors import InputError
+from m3vit.kinds import IGNORE as IGNORE
+from m3vit.kinds import KINDS, Kind
+from m3vit.kinds.classes import palette as palette
+
+if TYPE_CHECKING:
+    from m3vit.evaluation.meters import Meter, Scoring
 
 
 @dataclass(frozen=True)
 class Task:
-    """One dense-prediction task.
+    """One dense-prediction task: its kind (m3vit.kinds), and the numbers and rules that are its own.
 
-    `channels` is the number of outputs, or None where it is the number of classes of the label set. `metric` is the
-    headline number, `unit` its unit; `output_bias` is where the head's bias starts, so that an untrained network
-    predicts something typical (metres for depth, log-odds of an edge pixel for edge).
+    metric: the headline number; unit: its unit; published_metrics: by protocol, what published delta_m take instead.
+    quick_metric: what the meter gives in place of `metric` while training, if it takes too long.
+    weight: in the sum of losses: M3ViT's and InvPT's configurations, the same on both data sets.
+    meter: makes the meter, where it is not the kind's (m3vit.evaluation.meters.Scoring).
+    output_bias: where the head's bias starts, so that an untrained network predicts something typical.
+    value_unit: of a predicted value, where the kind leaves it to the task.
+    loss_options: options of the kind's loss, each with the setting of `train` that it is, or its value.
+    stored_in_8_bits: maps are stored in 8 bits under every protocol, not under A alone.
+    needs_foreground: an image of background alone is one without labels.
+    guides_crop: a random crop of training images is drawn again where one of its classes fills most of it.
+    tolerated: shares of a split's images up to which a finding of `m3vit data check` is no warning, by finding.
+    reach: (least, most) of what 95 % of an image's values do not exceed, if they are in the unit that they should be.
+    blanks_named: what `m3vit data check` also calls the number of images without a label.
     """
 
     name: str
-    channels: int | None
+    kind: str
     metric: str
     unit: str
     higher_is_better: bool
-    loss: str
-    decode: str  # what the logits mean: argmax, identity, unit_vector or sigmoid (m3vit.export.runtime.package.decode)
-    weight: float  # in the sum of losses: M3ViT's and InvPT's configurations, the same on both data sets
+    weight: float
     output_bias: float = 0.0
+    meter: "Callable[[Scoring], Meter] | None" = None
+    quick_metric: str = ""
+    published_metrics: Mapping[str, str] = field(default_factory=dict)
+    value_unit: str = ""
+    loss_options: Mapping[str, str | float] = field(default_factory=dict)
+    stored_in_8_bits: bool = False
+    needs_foreground: bool = False
+    guides_crop: bool = False
+    tolerated: Mapping[str, float] = field(default_factory=dict)
+    reach: tuple[float, float] | None = None
+    blanks_named: str = ""
+
+    @property
+    def channels(self) -> int | None:
+        """The number of outputs, or None where it is the number of classes of the label set."""
+        return KINDS[self.kind].channels
+
+    @property
+    def quick(self) -> str:
+        """The name of the headline metric while training."""
+        return self.quick_metric or self.metric
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("semseg", None, "mIoU", "%", True, "cross_entropy", "argmax", 1.0),
-        Task("human_parts", None, "mIoU", "%", True, "cross_entropy", "argmax", 2.0),
-        Task("saliency", 1, "maxF", "%", True, "balanced_bce", "sigmoid", 5.0, output_bias=-1.0),
-        Task("depth", 1, "rmse", "m", False, "l1", "identity", 1.0, output_bias=2.5),
-        Task("normals", 3, "mErr", "deg", False, "l1_unit", "unit_vector", 10.0),
-        Task("edge", 1, "odsF", "%", True, "balanced_bce", "sigmoid", 50.0, output_bias=-2.0),
-    )
-}
+TASKS: dict[str, Task] = {}
 
 
-def palette(classes: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return a colour for each class: the PASCAL VOC colour map (bit-reversed ids), black for a background only."""
-    first = 0 if classes[0] == "background" else 1
-    colours = []
-    for index in range(first, first + len(classes)):
-        red = green = blue = 0
-        value = index
-        for shift in range(7, -1, -1):
-            red |= (value & 1) << shift
-            green |= (value >> 1 & 1) << shift
-            blue |= (value >> 2 & 1) << shift
-            value >>= 3
-        colours.append((red, green, blue))
-    return colours
+def add_task(task: Task) -> None:
+    """Make a task known, or raise InputError for one that is incomplete or whose name is taken."""
+    if not isinstance(task, Task) or not isinstance(task.name, str) or not task.name.isidentifier():
+        raise InputError(f"{task!r} is no task: give an m3vit.tasks.Task with a name of letters, digits and _")
+    if task.name in TASKS:
+        raise InputError(f"task {task.name} is there already: choose another name")
+    if task.kind not in KINDS:
+        raise InputError(f"task {task.name} is of the unknown kind {task.kind!r}: choose from {', '.join(KINDS)}")
+    kind = KINDS[task.kind]
+    own_meter = type(kind).meter is not Kind.meter
+    missing = {
+        "metric": not task.metric,
+        f"meter (tasks of the kind {task.kind} bring their own)": task.meter is None and not own_meter,
+        "value_unit (what a predicted value is in)": not (task.value_unit or kind.described_as),
+    }
+    if any(missing.values()):
+        lacks = ", ".join(part for part, absent in missing.items() if absent)
+        raise InputError(f"task {task.name} lacks {lacks}: give it")
+    if without := [name for name in task.loss_options if name not in kind.loss_options]:
+        there = ", ".join(kind.loss_options) or "none"
+        raise InputError(
+            f"task {task.name} has the loss options {', '.join(without)}: those of {task.kind} are {there}"
+        )
+    TASKS[task.name] = task
+
+
+def kind_of(task: str) -> Kind:
+    """Return the kind of a task of this name."""
+    return KINDS[TASKS[task].kind]
+
+
+def _saliency_meter(scoring: "Scoring") -> "Meter":
+    from m3vit.evaluation.meters import SaliencyMeterA, SaliencyMeterB
+
+    return SaliencyMeterA() if scoring.protocol == "A" else SaliencyMeterB()
+
+
+def _edge_meter(scoring: "Scoring") -> "Meter":
+    from m3vit.evaluation.edge_readers import READERS
+    from m3vit.evaluation.meters import EdgeMeter, PixelEdgeMeter
+
+    return PixelEdgeMeter() if scoring.quick else EdgeMeter(scoring.labels.edge_max_dist, READERS[scoring.protocol])
+
+
+for _task in (
+    Task("semseg", "argmax", "mIoU", "%", True, 1.0, guides_crop=True, tolerated={"constant": 0.05}),  # close-ups
+    Task(
+        "human_parts",
+        "argmax",
+        "mIoU",
+        "%",
+        True,
+        2.0,
+        needs_foreground=True,  # AddIgnoreRegions of both training pipelines
+        tolerated={"blank": 1.0, "constant": 0.05},  # images without a person: many in PASCAL-Context
+        blanks_named="images_without_person",
+    ),
+    Task(
+        "saliency",
+        "sigmoid",
+        "maxF",
+        "%",
+        True,
+        5.0,
+        output_bias=-1.0,  # log-odds
+        meter=_saliency_meter,
+        # calculate_multi_task_performance in evaluation/evaluate_utils.py:51 (Vandenhende) takes mIoU. Nothing
+        # published under protocol B computes delta_m; its papers report maxF.
+        published_metrics={"A": "mIoU"},
+        tolerated={"constant": 0.25},  # nothing stands out
+    ),
+    Task(
+        "depth",
+        "identity",
+        "rmse",
+        "m",
+        False,
+        1.0,
+        output_bias=2.5,
+        value_unit="m",
+        tolerated={"unit": 0.01},
+        # NYU's Kinect measures 0.7 to 10 m; tenths of metres, tens of metres, depths divided by their maximum, and most
+        # inverse depths are outside.
+        reach=(1.0, 15.0),
+    ),
+    Task("normals", "unit_vector", "mErr", "deg", False, 10.0, tolerated={"constant": 0.05}),  # one wall
+    Task(
+        "edge",
+        "sigmoid",
+        "odsF",
+        "%",
+        True,
+        50.0,
+        output_bias=-2.0,
+        meter=_edge_meter,
+        quick_metric="pixF1",  # odsF takes too long between epochs
+        loss_options={"positive_weight": "edge_positive_weight"},
+        stored_in_8_bits=True,  # maps are png files under both protocols
+        tolerated={"constant": 0.05},
+    ),
+):
+    add_task(_task)

@@ -21,7 +21,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from m3vit import plugins
 from m3vit.cli import main
+from m3vit.data.opening import LAYOUTS
+from m3vit.kinds import KINDS
+from m3vit.label_sets import DECLARED, LABEL_SETS
+from m3vit.models.decoders import DECODERS
+from m3vit.tasks import TASKS
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE, signal.SIGHUP)
 
@@ -84,6 +90,16 @@ def kept_state() -> Iterator[None]:
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     precision = torch.get_float32_matmul_precision()
+    tables: tuple[dict[str, Any], ...] = (
+        TASKS,
+        KINDS,
+        DECODERS,
+        LABEL_SETS,
+        LAYOUTS,
+        plugins._loaded,
+        plugins._missing,
+    )
+    rows, modules, path, declared = [dict(table) for table in tables], set(sys.modules), list(sys.path), len(DECLARED)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.resetwarnings()
@@ -97,6 +113,13 @@ def kept_state() -> Iterator[None]:
         finally:
             sys.stdin, sys.argv = stdin, argv
             os.chdir(folder)
+            for name in set(plugins.STATE[0]) - modules:
+                del sys.modules[name]
+            for table, before in zip(tables, rows, strict=True):
+                table.clear()
+                table.update(before)
+            sys.path[:] = path
+            del DECLARED[declared:]
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
             os.environ.update(environment)

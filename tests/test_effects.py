@@ -209,28 +209,28 @@ def test_workers_without_edges(capsys: pytest.CaptureFixture[str], tiny_data: Pa
 
 
 def test_macs_are_those_of_the_graph(tiny_run: Path, tmp_path: Path) -> None:
-    from m3vit.export.onnx.lower import Choice
     from m3vit.export.onnx.package import Content, export_package
+    from m3vit.models.budget import Budget
     from m3vit.profiling import graph_macs, profile
     from m3vit.run_folder import load_run
 
     model = load_run(tiny_run).model
     tokens, width, hidden = 4 * 6, 32, 32
     expert = tokens * (2 * width * hidden + width)
-    three = {0: (1, 2, 3)}
+    three, one = {"depth": {1: (1, 2, 3)}}, {"depth": {1: 1}}
 
-    def macs(size: tuple[int, int] = (32, 48), kept: Any = None, **options: Any) -> int:
-        return graph_macs(model.config, "depth", size, kept=kept or {}, **options)
+    def macs(size: tuple[int, int] = (32, 48), every_expert: bool = False, **budget: Any) -> int:
+        return graph_macs(model.config, "depth", size, Budget(**budget), every_expert=every_expert)
 
     trained = macs()  # 2 of 4 experts, in one block
     assert trained == profile(model.config)["tasks"]["depth"]["macs"]["total"]
-    assert trained - macs(top_k=1) == expert
+    assert trained - macs(top_k=one) == expert
     assert macs(kept=three) == trained  # fewer to choose from, as many used
     assert macs(every_expert=True) - trained == 2 * expert
-    assert macs(every_expert=True, kept=three, top_k=1) - trained == expert
+    assert macs(every_expert=True, kept=three, top_k=one) - trained == expert
     # Twice the side: four times the tokens, of which attention alone takes the square.
     scores = 2 * 2 * width  # of two blocks, a pair of tokens
     assert macs((64, 96)) == 4 * (trained - scores * tokens**2) + scores * (4 * tokens) ** 2
-    content = Content(("depth",), static=True, size=(64, 96), choices={"depth": Choice(1, three)})
+    content = Content(("depth",), static=True, size=(64, 96), budget=Budget(one, three))
     manifest = export_package(model, tmp_path / "package", content, info={})
-    assert manifest["macs"] == manifest["tasks"]["depth"]["macs"] == macs((64, 96), three, every_expert=True)
+    assert manifest["macs"] == manifest["tasks"]["depth"]["macs"] == macs((64, 96), True, kept=three)

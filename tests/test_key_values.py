@@ -10,7 +10,7 @@ from m3vit.cli import main
 from m3vit.errors import InputError
 from m3vit.export.runtime.package import Package
 from m3vit.models.config import OURS
-from m3vit.models.pretrained import load_weights
+from m3vit.models.pretrained import of_file
 from m3vit.run_folder import load_run
 from m3vit.training.config import Config, read_config
 from tests.conftest import TINY
@@ -123,7 +123,7 @@ def test_pointers_to_weights(content: bytes | str | None, words: str, tmp_path: 
     else:
         path.with_name(path.name + ".dvc").write_bytes(DVC)
     with pytest.raises(InputError, match=f"^model.weights {path} is not here: .*{words}"):
-        load_weights(None, str(path))
+        of_file(None, {}, str(path))
     with pytest.raises(InputError, match=f"^the run's {path} is not here: .*{words}"):
         load_run(tmp_path)
 

@@ -20,6 +20,7 @@ from m3vit.evaluation.evaluate import torch_predictor
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.runtime.package import Package
 from m3vit.models.config import ModelConfig
+from m3vit.models.initialise import new_model
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET, Normalisation, parse, recorded
 from m3vit.run_folder import load_run
@@ -37,7 +38,7 @@ def build(trunk: str, **changes: Any) -> MultiTaskModel:
     config = ModelConfig(trunk=trunk, trunk_args=arguments, image_size=(4 * patch, 4 * patch), head_stride=patch)
     for key, value in changes.items():
         setattr(config, key, value)
-    return MultiTaskModel(config)
+    return new_model(config)
 
 
 # --- resolving ------------------------------------------------------------------------------------------------------

@@ -90,9 +90,13 @@ def test_layouts_are_not_confused(
     out = ["--out", tmp_path / "run"]
     nyud = ["synthetic-tiny", *TINY, *out]
     refused(cli("train", *nyud, f"--data.root={data}"), "looks like PASCAL-Context: take a recipe or a run")
-    refused(
-        cli("train", *nyud, "--data.layout=pascal", f"--data.root={data}"), "model.label_set is nyud and data.layout"
-    )
+    refused(cli("train", *nyud, "--data.layout=pascal", f"--data.root={data}"), "pascal has no labels for depth")
+    pascal = ["synthetic-tiny", *TINY, *out, "--data.layout=pascal", f"--data.root={data}", "--model.label_set=nyud"]
+    refused(cli("train", *pascal), "model.label_set nyud does not fit data.layout pascal: it has no files for depth")
+    words = "model.label_set nyud does not fit data.layout pascal: 40 classes of semseg, but 21 in the files"
+    refused(cli("train", *pascal, "--model.tasks=[semseg]"), words)
+    words = "normals_y_down is False, but True in the files"
+    refused(cli("train", *pascal, "--model.tasks=[normals]"), words)
     tasks = "--model.tasks=[semseg,depth]"
     refused(cli("train", "synthetic-pascal-tiny", *TINY, tasks, *out), "pascal has no labels for depth")
     refused(

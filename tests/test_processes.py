@@ -89,4 +89,4 @@ def test_nobody_counts_the_machines_cores() -> None:
     root = Path(__file__).parents[1]
     folders = ("m3vit", "export", "data", "hw", "benchmarks")
     files = [path for folder in folders for path in (root / folder).rglob("*.py") if "cpu_count" in path.read_text()]
-    assert files == [root / "m3vit" / "processes.py"]
+    assert files == [root / "m3vit" / "pool.py"]

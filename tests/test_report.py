@@ -14,7 +14,7 @@ import pytest
 from m3vit.data.opening import open_split
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
-from m3vit.report.project import read_project
+from m3vit.report.hls import read_project
 from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS as TABLE
 from tests.conftest import TINY

@@ -13,19 +13,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m3vit.data import nyud, pascal_context
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
 from m3vit.data.reading import ending
 from m3vit.data.sample import FileSplit, is_id
 from m3vit.data.tools.plausibility import REACH_PERCENT, Look, look, oddities, statistics
-from m3vit.errors import InputError
-from m3vit.files import not_there, read_bounded
+from m3vit.errors import Defect, InputError
+from m3vit.files import read_bounded
 from m3vit.label_sets import LABEL_SETS
 from m3vit.pool import run_jobs, usable_cores
 
 FORMAT, VERSION = "m3vit-data-check", 1
 SPLITS = ("train", "val")
-PUBLISHED = {"nyud": {"train": 795, "val": 654}, "pascal": {"train": 4998, "val": 5105}}
 SAMPLES_PER_JOB = 8
 NO_SIZE = (1, 1)  # of an image that cannot be read: its labels are read all the same, and then found not to fit
 EXAMPLES = 4  # of each kind of problem in the summary
@@ -112,7 +110,7 @@ def check(
     root = Path(root)
     if len(layouts_of(root) if root.is_dir() else []) != 1:
         recognise(root)  # raises, and says why
-    layout = layouts_of(root)[0]
+    layout = LAYOUTS[layouts_of(root)[0]]
     problems: list[Problem] = []
     ids = {split: _read_list(root, layout, split, problems) for split in SPLITS}
     _compare_lists(ids, problems)
@@ -121,10 +119,10 @@ def check(
     splits = {}
     if "image" in kinds:
         splits = {split: _open(layout, root, split, names, release, kinds) for split, names in ids.items() if names}
-    _compare_names(layout, splits, problems)
+    _compare_names(splits, problems)
     report = Report(
         root=str(root),
-        layout=layout,
+        layout=layout.name,
         release=release,
         origin=origin(root),
         quick=quick,
@@ -133,11 +131,12 @@ def check(
     )
     if splits and not quick:
         _read_all(splits, report, workers or usable_cores(), progress)
-    for split, published in PUBLISHED[layout].items():
+    for split in SPLITS:
+        published = layout.published.get(split)
         broken = {p.id for p in problems if p.severity == "error" and p.split == split and p.id}
         whole = len(set(ids[split]) - broken) if "image" in kinds else 0
         report.splits[split] = {"listed": len(ids[split]), "whole": whole, "published": published}
-        if len(ids[split]) != published and ids[split]:
+        if published is not None and len(ids[split]) != published and ids[split]:
             message = f"{len(ids[split])} images, the published release has {published}"
             problems.append(Problem("note", "counts", split, "", "", message))
     order = list(KINDS)
@@ -148,9 +147,9 @@ def check(
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-def _read_list(root: Path, layout: str, split: str, problems: list[Problem]) -> list[str]:
+def _read_list(root: Path, layout: type[FileSplit], split: str, problems: list[Problem]) -> list[str]:
     """Return the usable ids of a split, each once."""
-    file = f"{LAYOUTS[layout].listings}/{split}.txt"
+    file = f"{layout.listings}/{split}.txt"
     try:
         lines = read_bounded(root / file).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -176,37 +175,24 @@ def _compare_lists(ids: dict[str, list[str]], problems: list[Problem]) -> None:
             problems.append(Problem("error", "shared_id", "train", name, "", "listed in train and in val"))
 
 
-def _folders(layout: str) -> dict[str, list[str]]:
-    """Return the folders of each kind of file; one of them must be there."""
-    if layout == "nyud":
-        return {kind: [folder] for kind, folder in nyud.FOLDERS.items()}
-    folders = {kind: [folder] for kind, folder in pascal_context.FOLDERS.items()}
-    folders["semseg"].append(pascal_context.SEMSEG_FALLBACK)
-    return folders
-
-
-def _present_kinds(root: Path, layout: str, problems: list[Problem]) -> list[str]:
-    """Return "image" and the tasks whose folders are there."""
+def _present_kinds(root: Path, layout: type[FileSplit], problems: list[Problem]) -> list[str]:
+    """Return "image" and the tasks whose folders are there, and those of the tasks they need."""
     kinds = []
-    for kind, folders in _folders(layout).items():
+    for kind, folders in layout.folders.items():
         if any((root / folder).is_dir() for folder in folders):
             kinds.append(kind)
         else:
-            lost = {"image": "the data set", "edge": "edge and normals" if layout == "pascal" else kind}.get(kind, kind)
-            message = f"not found: {lost} cannot be used"
+            lost = [kind, *(task for task, needed in layout.needs.items() if kind in needed)]
+            message = f"not found: {'the data set' if kind == 'image' else ' and '.join(lost)} cannot be used"
             problems.append(Problem("error", "missing_folder", "", "", f"{folders[0]}/", message))
-    if layout == "pascal" and "normals" in kinds and "edge" not in kinds:
-        kinds.remove("normals")  # they are masked by the label maps that edges are made from
-    return kinds
+    return [kind for kind in kinds if set(layout.needs.get(kind, ())) <= set(kinds)]
 
 
-def _release(root: Path, layout: str, kinds: list[str]) -> str:
+def _release(root: Path, layout: type[FileSplit], kinds: list[str]) -> str:
     """Return the release, or the one that most files belong to."""
-    if layout == "pascal":
-        return pascal_context.PASCALContext.release
     fitting = {
-        release: sum(name.endswith(endings[kind]) for kind in kinds for name in _names(root / nyud.FOLDERS[kind]))
-        for release, endings in nyud.RELEASES.items()
+        release: sum(name.endswith(ends[kind]) for kind in kinds for name in _names(root / layout.folders[kind][0]))
+        for release, ends in layout.releases.items()
     }
     return max(fitting, key=lambda release: fitting[release])
 
@@ -220,22 +206,18 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _open(layout: str, root: Path, split: str, ids: list[str], release: str, kinds: list[str]) -> FileSplit:
+def _open(layout: type[FileSplit], root: Path, split: str, ids: list[str], release: str, kinds: list[str]) -> FileSplit:
     """Return the loader of these ids, without the refusals of its constructor: those are the doctor's to report."""
-    return LAYOUTS[layout].unchecked(root, split, ids, release, [kind for kind in kinds if kind != "image"])
+    return layout.unchecked(root, split, ids, release, [kind for kind in kinds if kind != "image"])
 
 
-def _compare_names(layout: str, splits: dict[str, FileSplit], problems: list[Problem]) -> None:
+def _compare_names(splits: dict[str, FileSplit], problems: list[Problem]) -> None:
     """Report listed files that are not there, files of another release, and files that no list names."""
     if not splits:
         return
-    root, kinds = next(iter(splits.values())).root, next(iter(splits.values())).kinds
-    on_disk = {
-        folder: _names(root / folder)
-        for kind, folders in _folders(layout).items()
-        if kind in kinds
-        for folder in folders
-    }
+    one = next(iter(splits.values()))
+    places = {folder: kind for kind in one.folders if kind in one.kinds for folder in one.folders[kind]}
+    on_disk = {folder: _names(one.root / folder) for folder in places}
     found = {f"{folder}/{name}" for folder, names in on_disk.items() for name in names}
     spelt = {f"{folder}/{Path(name).stem}{ending(name)}": name for folder, names in on_disk.items() for name in names}
     stems = {name for loader in splits.values() for name in loader.ids}
@@ -250,12 +232,11 @@ def _compare_names(layout: str, splits: dict[str, FileSplit], problems: list[Pro
                     problems.append(Problem("error", "missing", split, name, file, message))
     for folder, names in on_disk.items():
         orphans = [name for name in names if f"{folder}/{name}" not in listed]
-        if folder.startswith("semseg/"):  # PASCAL's two folders: many ids are in both, and one file is used
+        if len(one.folders[places[folder]]) > 1:  # many ids are in several of them, and one file is used
             orphans = [name for name in orphans if Path(name).stem not in stems]
-        if layout == "nyud":
-            kind = next(kind for kind, place in nyud.FOLDERS.items() if place == folder)
-            expected = nyud.RELEASES[next(iter(splits.values())).release][kind]
-            foreign = [name for name in orphans if ending(name) in {".jpg", ".png", ".npy"} - {expected}]
+        if len(one.releases) > 1:
+            expected = one.releases[one.release][places[folder]]
+            foreign = [name for name in orphans if ending(name) in one.endings() - {expected}]
             if foreign:
                 message = f"{len(foreign)} files that are not {expected}, such as {foreign[0]}"
                 problems.append(Problem("error", "mixed_release", "", "", f"{folder}/", message))
@@ -319,9 +300,9 @@ def _read_all(
                 progress(len(findings), total)
     for finding in findings:
         report.problems += [p for p in finding.problems if (p.split, p.file) not in missing]
-    _judge_labels(splits, report.layout, findings, report.problems)
+    _judge_labels(splits, findings, report.problems)
     _compare_images(splits, findings, report.problems)
-    report.statistics = _statistics(report.layout, findings)
+    report.statistics = _statistics(LAYOUTS[report.layout].label_set, findings)
 
 
 def _read_sample(loader: FileSplit, index: int) -> Finding:
@@ -332,10 +313,13 @@ def _read_sample(loader: FileSplit, index: int) -> Finding:
         try:
             array = loader.read(index, kind, size or NO_SIZE)
         except InputError as error:
-            problem, message = _classify(path, str(error))
-            if problem == "size" and not size:  # its image cannot be read, which is reported
+            defect = error.defect or Defect(path, "unreadable", str(error))
+            if defect.path != path:  # a file of a task that this one needs, reported there
                 continue
-            if kind == "normals" and file not in str(error):  # PASCAL: the label map that masks them, reported by edge
+            problem, message = defect.kind, defect.words
+            if path.is_file() and path.stat().st_size == 0:
+                problem, message = "empty", "has 0 bytes"
+            if problem == "size" and not size:  # its image cannot be read, which is reported
                 continue
             finding.problems.append(Problem("error", problem, loader.split, loader.ids[index], file, message))
             continue
@@ -346,21 +330,6 @@ def _read_sample(loader: FileSplit, index: int) -> Finding:
         elif size:
             finding.looks[kind] = look(kind, array)
     return finding
-
-
-def _classify(path: Path, message: str) -> tuple[str, str]:
-    """Return the kind of problem behind a reader's message, and the message without path and advice."""
-    message = message.replace(f"{path} ", "").removesuffix(": replace the file")
-    if message.startswith("not found"):
-        return "missing", not_there(path)
-    if path.is_file() and path.stat().st_size == 0:
-        return "empty", "has 0 bytes"
-    if message.startswith("has shape"):
-        return "size", message
-    reason = message.removeprefix("cannot be read (").removesuffix(")")
-    if reason.startswith(("expected", "it holds values that are not finite", "it has more than 8", "it has another")):
-        return "values", reason
-    return "unreadable", reason
 
 
 def _compare_images(splits: dict[str, FileSplit], findings: list[Finding], problems: list[Problem]) -> None:
@@ -378,18 +347,18 @@ def _compare_images(splits: dict[str, FileSplit], findings: list[Finding], probl
         problems.append(Problem("warning", kind, finding.split, name, file, message))
 
 
-def _judge_labels(splits: dict[str, FileSplit], layout: str, findings: list[Finding], problems: list[Problem]) -> None:
+def _judge_labels(splits: dict[str, FileSplit], findings: list[Finding], problems: list[Problem]) -> None:
     """Report labels that can be read but are hardly right: one problem for each split, task and kind."""
     for split, loader in splits.items():
         for task in loader.tasks:
             some = [finding for finding in findings if finding.split == split and task in finding.looks]
             ids = [loader.ids[finding.index] for finding in some]
-            for kind, message in oddities(task, layout, ids, [finding.looks[task] for finding in some]):
-                folder = _folders(layout)[task][0]
+            for kind, message in oddities(task, loader.label_set, ids, [finding.looks[task] for finding in some]):
+                folder = loader.folders[task][0]
                 problems.append(Problem("warning", kind, split, "", f"{folder}/", f"{task}: {message}"))
 
 
-def _statistics(layout: str, findings: list[Finding]) -> dict[str, Any]:
+def _statistics(label_set: str, findings: list[Finding]) -> dict[str, Any]:
     """Return figures over both splits."""
     looks: dict[str, list[Look]] = defaultdict(list)
     for finding in findings:
@@ -397,7 +366,7 @@ def _statistics(layout: str, findings: list[Finding]) -> dict[str, Any]:
             looks[task].append(found)
     sizes = Counter(finding.size for finding in findings if finding.size)
     result: dict[str, Any] = {"sizes": dict(sizes.most_common(10)), "num_sizes": len(sizes)}
-    return result | {task: statistics(task, layout, some) for task, some in looks.items()}
+    return result | {task: statistics(task, label_set, some) for task, some in looks.items()}
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -421,8 +390,9 @@ def render(report: Report) -> str:
     lines = [f"{report.release} (layout {report.layout}{made}): {report.root}"]
     for split, count in report.splits.items():
         published = "as published" if count["listed"] == count["published"] else f"published: {count['published']}"
+        published = "" if count["published"] is None else f" ({published})"
         whole = "" if report.quick else f", {count['whole']} whole"
-        lines.append(f"  {split:<6}{count['listed']} images{whole} ({published})")
+        lines.append(f"  {split:<6}{count['listed']} images{whole}{published}")
     groups: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     for problem in report.problems:
         if problem.kind != "counts":  # said above
@@ -459,7 +429,7 @@ def _render_statistics(report: Report) -> list[str]:
             if key in found:
                 words.append(f"{100 * found[key]:.1f} {text}")
         if "ids_present" in found:
-            classes = LABEL_SETS[report.layout].classes[task]
+            classes = LABEL_SETS[LAYOUTS[report.layout].label_set].classes[task]
             words.append(f"{len(found['ids_present'])} of {len(classes)} classes seen")
             if 0 < len(found["ids_absent"]) <= 5:
                 words[-1] += f" (not {', '.join(classes[index] for index in found['ids_absent'])})"

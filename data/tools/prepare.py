@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import m3vit
-from m3vit.data.reading import mat_names, read_mat
+from m3vit.data.matlab import mat_names, read_mat
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, not_there, require_new, sha256_file, write_json
 from m3vit.label_sets import NYUD_CLASSES

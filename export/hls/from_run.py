@@ -1,5 +1,6 @@
 """`m3vit export hls`: from a run folder to an hls4ml project with validation samples inside."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from numpy.typing import NDArray
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Sample
 from m3vit.errors import InputError
+from m3vit.evaluation.meters import matched_tasks
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls.project import Samples, export_project
+from m3vit.models.budget import in_all_layers
 from m3vit.run_folder import Run
 
 SAMPLES = 100  # validation images stored, unless told otherwise
@@ -29,13 +32,19 @@ def export_run(
     weight_bits: int = 16,
     act_bits: int | None = None,
     board: str | None = None,
+    top_k: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`.
 
-    The other options are those of `export_project`.
+    `top_k`: experts per token by task, None as trained. The other options are those of `export_project`.
     """
-    tasks, root = run.config.model.tasks, data_root or run.config.data.root
-    train, val = (open_split(run.config.data.layout, root, split, tasks) for split in ("train", "val"))
+    if top_k and not run.model.backbone.moe_indices:
+        raise InputError("this model has no experts: leave out --top-k")
+    tasks, labels = run.config.model.tasks, run.config.model.label_set
+    root = data_root or run.config.data.root
+    train, val = (
+        open_split(run.config.data.layout, root, split, tasks, label_set=labels) for split in ("train", "val")
+    )
     if samples is None:
         samples = min(SAMPLES, len(val))
     if samples > len(val):
@@ -46,8 +55,8 @@ def export_run(
     calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
     chosen = [val.load(index) for index in range(samples)]
     for index, sample in enumerate(chosen):
-        if "edge" in tasks:
-            sample.labels["edge"] = val.edge_truth(index)
+        for task in matched_tasks(tasks, val.label_set, "A"):
+            sample.labels[task] = val.edge_truth(index)
     return export_project(
         run.model,
         out,
@@ -62,6 +71,7 @@ def export_run(
         weight_bits=weight_bits,
         act_bits=act_bits,
         board=board,
+        budget=in_all_layers(top_k or {}, run.model.backbone.moe_indices),
     )
 
 

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import TokenHead
+from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.router import route
 from m3vit.normalisation import Normalisation
 
 LOG2_E = math.log2(math.e)
-MAX_TASK_CONSUMERS = 7  # hls4ml 1.3.0 cannot clone a stream more often (backends/fpga/passes/clone.py)
 
 
 class Leaf(HLS4MLModule):
@@ -124,15 +126,15 @@ class VitMoE(Leaf):
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         logits = self.observe("logit", self._logits(x, task))
-        weights, experts = torch.softmax(logits * math.log(2), dim=-1).topk(self.top_k, dim=-1)
-        out = torch.zeros_like(x)
-        for expert in range(self.w1.shape[0]):
-            image, token, slot = (experts == expert).nonzero(as_tuple=True)
-            hidden = self.observe("hidden", F.linear(x[image, token], self.w1[expert], self.b1[expert]))
-            active = self.observe("active", F.gelu(hidden))
-            y = self.observe("expert", F.linear(active, self.w2[expert], self.b2[expert]))
-            out[image, token] += y * weights[image, token, slot, None]
-        return out
+        routing = route(logits * math.log(2), self.top_k)
+        x_ND, groups = x.flatten(0, 1), dispatch(routing.expert_ids_RNK.flatten(0, 1), len(self.w1))
+        outputs = []
+        for expert, rows in groups.slices():
+            y, hidden = mlp_rows(OneExpert(groups, expert, rows), x_ND, self.w1, self.b1, self.w2)
+            self.observe("active", F.gelu(self.observe("hidden", hidden)))
+            self.observe("expert", y + self.b2[expert])
+            outputs.append(y)
+        return groups.combine(torch.cat(outputs), routing.weights_RNK.flatten(0, 1), self.b2).view_as(x)
 
     def _logits(self, x: Tensor, task: Tensor) -> Tensor:
         rows = task[:, 0].long()
@@ -201,6 +203,10 @@ class LoweredModel(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
+    def moe_layers(self) -> list[VitMoE]:
+        """Return the layers with experts, in order."""
+        return [module for module in self.blocks.modules() if isinstance(module, VitMoE)]
+
     def forward(self, tokens: Tensor, task: Tensor) -> Tensor:
         x = self.position(self.embed(tokens))
         if hasattr(self, "norm_pre"):
@@ -259,13 +265,13 @@ def _attention(attention: Any, scale: Tensor | float, where: str) -> dict[str, n
     }
 
 
-def _moe(moe: MoELayer, layer: int, num_tasks: int, scale: Tensor | float) -> VitMoE:
+def _moe(moe: MoELayer, layer: int, top_k: int, num_tasks: int, scale: Tensor | float) -> VitMoE:
     gates = [moe.router.gate(task_id) for task_id in range(num_tasks)]
     bank = moe.experts
     rows = scale[:, None] if isinstance(scale, Tensor) else scale
     return VitMoE(
         layer,
-        moe.router.top_k,
+        top_k,
         router_w=torch.stack([weight for weight, _ in gates]) * LOG2_E,
         router_b=torch.stack([bias for _, bias in gates]) * LOG2_E,
         w1=bank.w1,
@@ -275,7 +281,7 @@ def _moe(moe: MoELayer, layer: int, num_tasks: int, scale: Tensor | float) -> Vi
     )
 
 
-def _block(block: Any, index: int, layer: int, num_tasks: int) -> LoweredBlock:
+def _block(block: Any, index: int, top_ks: dict[int, int], num_tasks: int) -> LoweredBlock:
     if type(block) is not Block:
         raise _refuse(f"block {index} is a {type(block).__name__}")
     scale2 = _layer_scale(block.ls2, f"LayerScale of block {index}")
@@ -286,7 +292,8 @@ def _block(block: Any, index: int, layer: int, num_tasks: int) -> LoweredBlock:
     }
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
-        return LoweredBlock(True, **layers, moe=_moe(mlp, layer, num_tasks, scale2))
+        moe = _moe(mlp, list(top_ks).index(index), top_ks[index], num_tasks, scale2)
+        return LoweredBlock(True, **layers, moe=moe)
     activation, norm = getattr(mlp, "act", None), getattr(mlp, "norm", nn.Identity())
     plain = isinstance(activation, nn.GELU) and activation.approximate == "none" and isinstance(norm, nn.Identity)
     if not plain or type(mlp) is not Mlp:
@@ -317,20 +324,30 @@ def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
     return VitTaskHead(torch.cat(weights), torch.cat(biases), widths, prefix, heads[0].norm.eps)
 
 
-def _check_task_consumers(model: MultiTaskModel) -> None:
-    layers = len(model.backbone.moe_indices)
-    if layers + 1 > MAX_TASK_CONSUMERS:
-        raise InputError(
-            f"cannot export to HLS: the model has {layers} MoE layers, and hls4ml can send the task id to "
-            f"{MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most {MAX_TASK_CONSUMERS - 1} "
-            "blocks, or give --schedule multiplexed, which has no such limit"
-        )
+def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
+    """Return the experts per token of each block with experts, or raise InputError for more than the engines can do."""
+    tasks, blocks = model.config.tasks, model.backbone.moe_indices
+    uses = model.uses(budget, tasks)
+    for block, layer in zip(blocks, uses or [], strict=False):
+        if any(len(kept) < model.config.num_experts for _, kept in layer):
+            raise InputError(
+                f"cannot export to HLS: the budget leaves experts of block {block} out, and the engines rank all that "
+                "their scores add up to 1 over: keep all, or export to ONNX"
+            )
+        if len({top_k for top_k, _ in layer}) > 1:
+            given = ", ".join(f"{task} {top_k}" for task, (top_k, _) in zip(tasks, layer, strict=True))
+            raise InputError(
+                f"cannot export to HLS: the budget has another top_k for each task in block {block} ({given}), and the "
+                "accelerator has one for all: give --top-k one number"
+            )
+    counts = [layer[0][0] for layer in uses] if uses else [model.config.top_k] * len(blocks)
+    return dict(zip(blocks, counts, strict=True))
 
 
-def _build(model: MultiTaskModel) -> LoweredModel:
+def _build(model: MultiTaskModel, budget: Budget) -> LoweredModel:
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
-    num_tasks = len(model.config.tasks)
+    top_ks, num_tasks = _top_ks(model, budget), len(model.config.tasks)
     if backbone.rotary:
         raise _refuse(f"{model.config.trunk} has rotary positions")
     height, width = model.config.image_size
@@ -345,17 +362,18 @@ def _build(model: MultiTaskModel) -> LoweredModel:
     if not isinstance(trunk.norm_pre, nn.Identity):
         layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
     layers["blocks"] = nn.ModuleList(
-        _block(block, index, sum(i < index for i in backbone.moe_indices), num_tasks)
-        for index, block in enumerate(trunk.blocks)
+        _block(block, index, top_ks, num_tasks) for index, block in enumerate(trunk.blocks)
     )
     layers["head"] = _head(model, position.prefix)
     return LoweredModel(model.config.tasks, grid, backbone.patch_size, **layers)
 
 
 @torch.no_grad()
-def reference_outputs(model: MultiTaskModel, images: Tensor, task: str) -> tuple[Tensor, list[Any]]:
+def reference_outputs(
+    model: MultiTaskModel, images: Tensor, task: str, budget: Budget = FULL
+) -> tuple[Tensor, list[Any]]:
     """Return the per-token outputs [B, T, C_r] of a task for normalised images, and its routings, from the model."""
-    features, routings = model.backbone(images, (model.task_id(task),))
+    features, routings = model.backbone(images, (model.task_id(task),), uses=model.uses(budget, [task]))
     head = token_heads(model)[task]
     return head.linear(head.norm(features.last[0])), routings
 
@@ -368,22 +386,20 @@ def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dty
 
 
 @torch.no_grad()
-def lower(model: MultiTaskModel, streams: bool = True) -> LoweredModel:
+def lower(model: MultiTaskModel, budget: Budget = FULL) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    `streams`: for the spatial schedule, where the task id goes to each layer as a stream. Raises InputError for a
-    trunk, heads or a number of MoE layers that cannot be exported.
+    `budget`: one top_k for all tasks, by block. Raises InputError for a trunk, heads or another budget, which cannot be
+    exported.
     """
-    if streams:
-        _check_task_consumers(model)
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()
-    lowered = _build(exact).eval()
+    lowered = _build(exact, budget).eval()
     height, width = model.config.image_size
     images = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
     tokens = torch.from_numpy(tokenise(images, lowered.patch)).double()
     for task_id, task in enumerate(lowered.tasks):
-        expected, _ = reference_outputs(exact, normalise(images, model.normalisation, torch.float64), task)
+        expected, _ = reference_outputs(exact, normalise(images, model.normalisation, torch.float64), task, budget)
         outputs = lowered(tokens, torch.full((1, 1), float(task_id), dtype=torch.float64))
         error = float((outputs[..., : expected.shape[-1]] - expected).abs().max() / (expected.abs().max() + 1e-12))
         assert error < 1e-5, f"lowering changed the outputs of {task} by {error:.1e}"

@@ -1,15 +1,10 @@
-"""`m3vit hw csim`: C-simulate a project on its stored images, all tasks, two ways, and compare with torch.
-
-The ways are hls4ml's bridge and the test bench, or for a multiplexed project the test bench and the emulator.
+"""`m3vit hw csim`: C-simulate a project on its stored images, all tasks, as its schedule does, and compare with torch.
 
 Needs the project folder only, not the run: torch's outputs were stored at export.
 """
 
-import threading
 import zipfile
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,35 +19,27 @@ from m3vit.evaluation.evaluate import Predictor
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
 from m3vit.export.hls.contents import edited, naming, open_project
-from m3vit.export.hls.multiplexed.verify import simulate_multiplexed
+from m3vit.export.hls.schedules import Progress, schedule_of
 from m3vit.files import atomic_path
 from m3vit.hw.manifest import SAMPLES
 from m3vit.hw.sim import csim
-from m3vit.hw.sim.compiler import kill_programs, require_writable
+from m3vit.hw.sim.compiler import require_writable
 from m3vit.models.decoders.linear import assemble_tokens
 from m3vit.staging import sigterm_as_exit
 
-Progress = Callable[[int, int, str], None]
-CHUNK_IMAGES = 10  # simulated by one process; it then reads the weights again
 REPORT, OUTPUTS = "csim.json", "tb_data/csim_outputs.npz"
 COMPILED = (".h", ".cpp", ".sh")
 # What reading a damaged npz, or a report that lacks something, may raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 PROTOCOL = "A"  # how the stored images were made
-WAYS: dict[str, tuple[Callable[[Path], Path], Callable[..., csim.SimulationResult]]] = {
-    "bridge": (csim.build_bridge, csim.run_bridge),
-    "testbench": (csim.build_testbench, csim.run_testbench),
-}
 
 
 def verify_project(project: Path, samples: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Simulate the first `samples` stored images (default: all) and return the report, also written to csim.json.
 
-    Report: images, changed_files since the export, s_per_image {way: seconds, all tasks together}, files {name: sha256}
-    of csim_outputs.npz and of the changed files that were compiled; of a spatial project bridge_vs_testbench (largest
-    difference, relative to the larger of 1 and the value; the test bench prints six digits, so up to 5e-6), of a
-    multiplexed one what simulate_multiplexed returns; and for each task: csim and torch {metric: value} on the same
-    images, worst_error and mean_error of the token outputs (absolute; *_relative: over the standard deviation of
+    Report: images, changed_files since the export, files {name: sha256} of csim_outputs.npz and of the changed files
+    that were compiled, the facts of the schedule's `simulate`; and for each task: csim and torch {metric: value} on the
+    same images, worst_error and mean_error of the token outputs (absolute; *_relative: over the standard deviation of
     torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's, flipped_tokens of `tokens`,
     worst_error_unflipped, and largest_flip_margin, the largest gap between torch's logits of rank K and K + 1 where a
     token's first flip happened.
@@ -64,13 +51,13 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
     require_writable(project)
     with np.load(project / SAMPLES) as stored:
         arrays = dict(stored)
-    simulate = simulate_multiplexed if manifest.get("schedule") == "multiplexed" else _simulate_spatial
+    schedule = schedule_of(manifest)
     available = len(arrays["images"])
     if samples is not None and not 1 <= samples <= available:
         raise InputError(f"samples {samples}: {project} holds {available} images")
     n, tasks = samples or available, [task["name"] for task in manifest["tasks"]]
     with sigterm_as_exit(), naming(changed):
-        raw, experts, facts = simulate(project, arrays["images"][:n], manifest, progress)
+        raw, experts, facts = schedule.simulate(project, arrays["images"][:n], manifest, progress)
     outputs = {task: raw[:, i, :, : manifest["tasks"][i]["outputs"]] for i, task in enumerate(tasks)}
     report = {
         "protocol": PROTOCOLS[PROTOCOL],
@@ -99,69 +86,6 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
 def simulated(names: list[str]) -> list[str]:
     """Return those of a project's files that a simulation compiles, or is built by."""
     return [name for name in names if name.endswith(COMPILED)]
-
-
-def _simulate_spatial(
-    project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None
-) -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
-    """Return outputs [n, R, T, C], expert ids of each MoE layer [n, R, N, K], and the report's facts."""
-    n, tasks = len(images), len(manifest["tasks"])
-    results = _simulate(project, images, manifest, progress)
-    bridge, bench = results["bridge"].outputs, results["testbench"].outputs
-    if not np.isfinite(bridge).all() or not np.isfinite(bench).all():
-        raise InputError("the C-simulation has outputs that are not finite")
-    for one, other in zip(results["bridge"].expert_ids, results["testbench"].expert_ids, strict=True):
-        if not np.array_equal(one, other):
-            raise InputError("the bridge and the test bench, built from the same sources, routed tokens differently")
-    experts = [ids.reshape(n, tasks, *ids.shape[1:]) for ids in results["bridge"].expert_ids]
-    facts = {
-        "s_per_image": {way: result.seconds / n for way, result in results.items()},
-        "bridge_vs_testbench": float((np.abs(bridge - bench) / np.maximum(1, np.abs(bridge))).max()),
-    }
-    return bridge, experts, facts
-
-
-def _simulate(
-    project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None
-) -> dict[str, csim.SimulationResult]:
-    """Build and run both ways side by side; runs are (image, task), tasks fastest; outputs [n, R, T, n_out]."""
-    tasks, done, lock, stopped = len(manifest["tasks"]), 0, threading.Lock(), threading.Event()
-    total = 2 * len(images)
-
-    def report(step: int, text: str) -> None:
-        nonlocal done
-        with lock:
-            done += step
-            if progress:
-                progress(done, total, text)
-
-    def simulate(way: str) -> csim.SimulationResult:
-        build, run = WAYS[way]
-        report(0, f"g++ builds {way}")
-        build(project)
-        parts = []
-        for start in range(0, len(images), CHUNK_IMAGES):
-            if stopped.is_set():
-                raise InputError("stopped: the other way failed")
-            tokens = csim.tokenise(images[start : start + CHUNK_IMAGES], manifest["patch_size"])
-            ids = np.tile(np.arange(tasks), len(tokens))
-            parts.append(run(project, tokens.repeat(tasks, axis=0), ids))
-            report(len(tokens), "bridge and test bench")
-        outputs = np.concatenate([part.outputs for part in parts])
-        return csim.SimulationResult(
-            outputs.reshape(len(images), tasks, *outputs.shape[1:]),
-            [np.concatenate(layer) for layer in zip(*(part.expert_ids for part in parts), strict=True)],
-            sum(part.seconds for part in parts),
-        )
-
-    with ThreadPoolExecutor(len(WAYS)) as pool:
-        futures = {way: pool.submit(simulate, way) for way in WAYS}
-        try:
-            return {way: future.result() for way, future in futures.items()}
-        except BaseException:  # leaving the pool waits for its threads
-            stopped.set()
-            kill_programs()
-            raise
 
 
 def logits_of(outputs: np.ndarray, manifest: dict[str, Any]) -> Tensor:
@@ -264,9 +188,7 @@ class SimulatedOutputs:
         tasks = self.report["tasks"].values()
         flips, decisions = (sum(task[key] for task in tasks) for key in ("flips", "decisions"))
         worst = max(task["worst_error_relative"] for task in tasks)
-        agreement = "every word is the emulator's"
-        if "bridge_vs_testbench" in self.report:
-            agreement = f"bridge and test bench agree to {self.report['bridge_vs_testbench']:.0e}"
+        agreement = schedule_of(self.manifest).agreement(self.report)
         changed = edited(self.report.get("changed_files", []))
         return (
             f"C-simulation (hls4ml {self.manifest['hls4ml']}, g++, not synthesised) of {self.report['images']} images: "

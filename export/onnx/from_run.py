@@ -1,8 +1,8 @@
 """`m3vit export onnx`: from a run folder to a package, calibrated, checked and measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.scoring import default_workers
 from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import require_onnx
-from m3vit.export.onnx.lower import Choice
 from m3vit.export.onnx.package import Content, export_package
 from m3vit.export.onnx.parity import ParityError, check_parity
 from m3vit.export.onnx.parity_images import parity_images
-from m3vit.export.onnx.pruning import Mass, Prune, choose, gate_mass
+from m3vit.export.onnx.pruning import check_rule, gate_mass, pruned
 from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.runtime.manifest import MANIFEST
 from m3vit.export.runtime.package import Package
+from m3vit.models.budget import in_all_layers
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 
@@ -42,14 +42,15 @@ PROTOCOL = "A"
 class Request:
     """What a user asks for beside the package's content.
 
-    prune: which experts to leave out, or None. top_k: experts per token by task, where not as trained.
-    calibration: training images for `prune`. measure: validation images to score the package on, 0 for none, None for
-    MEASURED_IMAGES if the package is not simply the model. check_images: compare with torch on so many, in full.
-    data_root: where the data are, if not where the run says.
+    coverage, keep: by which rule experts are left out, if any (`m3vit.export.onnx.pruning.choose`). top_k: experts per
+    token by task, where not as trained. calibration: training images that the rule goes by. measure: validation images
+    to score the package on, 0 for none, None for MEASURED_IMAGES if the package is not simply the model. check_images:
+    compare with torch on so many, in full. data_root: where the data are, if not where the run says.
     """
 
-    prune: Prune | None = None
-    top_k: dict[str, int] | None = None
+    coverage: float | None = None
+    keep: int | None = None
+    top_k: Mapping[str, int] = field(default_factory=dict)
     calibration: int = CALIBRATION_IMAGES
     measure: int | None = None
     check_images: int | None = None
@@ -73,9 +74,9 @@ def export_run(
     """
     require_onnx(run.model)
     require_finite(run.model)
-    content = chosen_content(run, content, request, say)
+    content = budgeted(run, content, request, say)
     content.check()
-    changed = bool(content.choices) or any(precision != FLOAT for precision in content.precisions)
+    changed = not content.budget.full or any(precision != FLOAT for precision in content.precisions)
     count = request.measure if request.measure is not None else MEASURED_IMAGES if changed else 0
     split = data_of(run, "val", request.data_root, "--measure 0") if count else None
     full = request.check_images is not None
@@ -122,52 +123,42 @@ def _summary(result: dict[str, Any]) -> str:
     )
 
 
-def chosen_content(run: Run, content: Content, request: Request, say: Callable[[str], None]) -> Content:
-    """Return the content with the experts that calibration chose for each task, if any are to be left out."""
-    config = run.config.model
-    top_k = request.top_k or {}
-    if not run.model.backbone.moe_indices and (request.prune or top_k):
+def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], None]) -> Content:
+    """Return the content with the budget asked for: experts per token, and those that calibration leaves out."""
+    config, blocks = run.config.model, run.model.backbone.moe_indices
+    prunes = request.coverage is not None or request.keep is not None
+    if not blocks and (prunes or request.top_k):
         raise InputError("this model has no experts: leave out --prune, --keep and --top-k")
     exported = content.tasks or config.tasks
-    if beside := [task for task in top_k if task not in exported]:
+    if beside := [task for task in request.top_k if task not in exported]:
         raise InputError(f"--top-k names {', '.join(beside)}, not among the tasks exported ({', '.join(exported)})")
-    if request.prune is None:
-        return replace(content, choices={task: Choice(count) for task, count in top_k.items()})
-    request.prune.check(config.num_experts)
-    if request.prune.keep is not None:
+    budget = in_all_layers(request.top_k, blocks)
+    if not prunes:
+        return replace(content, budget=budget)
+    check_rule(request.coverage, request.keep, config.num_experts)
+    if request.keep is not None:
         for task in exported:
-            if request.prune.keep < (used := top_k.get(task, config.top_k)):
+            if request.keep < (used := request.top_k.get(task, config.top_k)):
                 raise InputError(
-                    f"--keep is {request.prune.keep}, but each token of {task} goes to {used} experts: keep as many, "
+                    f"--keep is {request.keep}, but each token of {task} goes to {used} experts: keep as many, "
                     "or give a lower --top-k too"
                 )
     split = data_of(run, "train", request.data_root, "no --prune or --keep")
     say(f"measuring gate mass on {min(request.calibration, len(split))} training images")
-    mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), top_k)
-    choices, coverage = choices_of(run, mass, request.prune, top_k)
+    mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), budget)
+    budget, coverage = pruned(run.model, mass, budget, coverage=request.coverage, keep=request.keep)
     for task in exported:
-        counts = ", ".join(str(len(kept)) for kept in choices[task].kept.values())
+        counts = ", ".join(str(len(kept)) for kept in budget.kept[task].values())
         say(f"{task}: keeps {counts} of {config.num_experts} experts; least coverage {min(coverage[task]):.4f}")
-    return replace(content, choices=choices, coverage=coverage)
-
-
-def choices_of(
-    run: Run, mass: dict[str, Mass], prune: Prune, top_k: dict[str, int]
-) -> tuple[dict[str, Choice], dict[str, Sequence[float]]]:
-    """Return the experts each task keeps, and the share of the gate mass these hold in each layer."""
-    choices: dict[str, Choice] = {}
-    coverage: dict[str, Sequence[float]] = {}
-    for task, mass_LE in mass.items():
-        kept, coverage[task] = choose(mass_LE, prune, top_k.get(task, run.config.model.top_k))
-        choices[task] = Choice(top_k.get(task), kept)
-    return choices, coverage
+    return replace(content, budget=budget, coverage=coverage)
 
 
 def data_of(run: Run, part: str, data_root: str | None, otherwise: str) -> Split:
     """Open the train or val split of a run's data, or raise InputError that says what to do."""
     root = data_root or run.config.data.root
     try:
-        return open_split(run.config.data.layout, root, part, run.config.model.tasks)
+        model = run.config.model
+        return open_split(run.config.data.layout, root, part, model.tasks, label_set=model.label_set)
     except InputError as error:
         raise InputError(
             f"this needs the run's {part} images ({error}): give --data.root DIR, or {otherwise}"

@@ -16,7 +16,8 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import ALL, DOMAIN, INPUTS, MIN_OPSET, OPERATOR, Choice, lower_moe
+from m3vit.export.onnx.lower import DOMAIN, INPUTS, MIN_OPSET, OPERATOR, lower_moe
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
 
@@ -42,7 +43,7 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor, task: Tensor) -> Tensor:
-        features, _ = self.model.backbone(image, (task,), self.model.heads.blocks)
+        features, _ = self.model.backbone(image, task, self.model.heads.blocks)
         return features.as_map()
 
 
@@ -57,7 +58,8 @@ class _Head(nn.Module):
         grid = (features.shape[-2], features.shape[-1])
         patch = self.model.backbone.patch_size
         blocks = tapped(self.model)
-        parts = [part.flatten(2).mT[None] for part in features.chunk(len(blocks), dim=1)]
+        maps = features.chunk(len(blocks), dim=1) if len(blocks) > 1 else [features]
+        parts = (one.flatten(2).mT[None] for one in maps)
         tokens = Features(dict(zip(blocks, parts, strict=True)), 1, grid, patch)
         return self.model.heads(tokens, {self.task: (grid[0] * patch, grid[1] * patch)}).logits[self.task]
 
@@ -102,11 +104,12 @@ def export_task(
     *,
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
-    choice: Choice = ALL,
+    budget: Budget = FULL,
     form: str = "sparse",
 ) -> onnx.ModelProto:
     """Return the graph of one task, standard operators only: `trace_task`, then `lower_moe`, which say the rest."""
-    return lower_moe(trace_task(model, task, opset=opset, size=size), choice, form)
+    traced = trace_task(model, task, opset=opset, size=size)
+    return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form)
 
 
 def trace_backbone(

@@ -11,8 +11,7 @@ Shapes: N tokens (batch and grid flattened), D embedding dimension, H hidden, E 
 S = N * K dispatched rows, S_e those of expert e.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.errors import InputError
+from m3vit.models.budget import LayerBudget
 
 DOMAIN, OPERATOR = "m3vit", "MoE"
 INPUTS = ("x", "gate", "gate_bias", "w1", "b1", "w2", "b2")
@@ -30,24 +30,10 @@ FORMS = ("sparse", "wide")
 _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which experts a task's graph holds and how many of them a token uses.
-
-    `top_k`: experts per token, None as trained. `kept`: the experts of each MoE layer, {layer number: ids, ascending},
-    0 the first; layers not named keep all. Scores are still the softmax over all experts, and then those of the kept
-    ones are ranked: a token whose K best experts are kept gets the very same output.
-    """
-
-    top_k: int | None = None
-    kept: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-
-
-ALL = Choice()
-
-
-def lower_moe(graph: ModelProto, choice: Choice = ALL, form: str = "sparse") -> ModelProto:
+def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudget] = (), form: str = "sparse") -> ModelProto:
     """Replace each m3vit::MoE node by standard operators, in one of FORMS; change `graph` in place and return it.
+
+    `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained.
 
     In the sparse form, each expert's weights become 2-D initializers of their own, transposed for Gemm, named after the
     parameters they come from: the graphs of two tasks then hold identical tensors under identical names. (One stacked
@@ -56,8 +42,8 @@ def lower_moe(graph: ModelProto, choice: Choice = ALL, form: str = "sparse") -> 
 
     A gate may depend on the graph's input (the task, in a graph of all tasks); it is then computed at run time.
 
-    Raises InputError for an opset below 20, a top_k above the number of experts kept, or experts that do not exist;
-    ValueError for an expert's parameter that depends on the graph's input.
+    Raises InputError for an opset below 20, or a budget that a layer cannot keep to (`LayerBudget.resolve`); ValueError
+    for an expert's parameter that depends on the graph's input.
     """
     if form not in FORMS:
         raise InputError(f"form is {form!r}: choose from {', '.join(FORMS)}")
@@ -69,7 +55,7 @@ def lower_moe(graph: ModelProto, choice: Choice = ALL, form: str = "sparse") -> 
     layer = 0
     for node in graph.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
-            nodes += _Layer(node, layer, choice, values).expand(form)
+            nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values).expand(form)
             layer += 1
         else:
             nodes.append(node)
@@ -225,7 +211,7 @@ class _Nodes:
 class _Layer:
     """One m3vit::MoE node: its parameters, of the kept experts, and the standard nodes that compute what it does."""
 
-    def __init__(self, node: NodeProto, number: int, choice: Choice, values: _Values) -> None:
+    def __init__(self, node: NodeProto, number: int, budget: LayerBudget, values: _Values) -> None:
         self.source = dict(zip(INPUTS, node.input, strict=True))
         self.values, self.output, self.x = values, node.output[0], self.source["x"]
         w1_EHD, b1_EH, w2_EDH, b2_ED = (values.read(self.source[name]) for name in INPUTS[3:])
@@ -234,17 +220,11 @@ class _Layer:
         self.layer = bank.rpartition(".")[0] or f"moe{number}"
         self.bank = bank or self.layer
         self.add = _Nodes(self.layer)
-        experts = len(w1_EHD)
+        experts, hidden, _ = w1_EHD.shape
         trained = next(attribute.i for attribute in node.attribute if attribute.name == "top_k")
-        self.kept = list(choice.kept.get(number, range(experts)))
-        self.top_k = trained if choice.top_k is None else choice.top_k
-        if sorted(set(self.kept)) != self.kept or not self.kept or not 0 <= self.kept[0] <= self.kept[-1] < experts:
-            raise InputError(f"{self.layer} has experts 0 to {experts - 1}: kept are {self.kept}; name some, ascending")
-        if not 1 <= self.top_k <= len(self.kept):
-            raise InputError(
-                f"top_k is {self.top_k} with {len(self.kept)} experts kept of {self.layer}: give 1 to that"
-            )
-        self.pruned = len(self.kept) < experts
+        self.top_k, kept = budget.resolve(experts, trained, hidden)
+        self.kept = list(kept)
+        self.pruned = len(kept) < experts
         self.w1_EHD, self.b1_EH = w1_EHD[self.kept], b1_EH[self.kept]
         self.w2_EDH, self.b2_ED = w2_EDH[self.kept], b2_ED[self.kept]
 

@@ -16,33 +16,27 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 import m3vit
+from m3vit import plugins
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import require_onnx, trace_backbone, trace_head, trace_task
-from m3vit.export.onnx.lower import ALL, MIN_OPSET, Choice, copied, lower_moe
+from m3vit.export.onnx.lower import MIN_OPSET, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_file
-from m3vit.label_sets import resolve
+from m3vit.label_sets import describe, resolve
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
-from m3vit.tasks import Task, palette
+from m3vit.tasks import Task, kind_of
 
 WEIGHTS = "weights.bin"
 MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools that fold shapes expect them
 PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
 SMALL_ALIGN = 64
-
-# The unit of a decoded prediction, by kind of decoding.
-UNITS = {
-    "argmax": "class id",
-    "identity": "m",
-    "unit_vector": "unit vector: x right, y up, z towards the camera",
-    "sigmoid": "probability",
-}
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,10 @@ class Content:
 
     tasks: those that get graphs; none named means all. opset: of the graphs. size: (height, width) in pixels they
     are fixed to, None for any. static: graphs whose shapes do not depend on the data (`lower_moe`'s wide form), for
-    one image of `size`. precisions: of PRECISIONS; the first is what a user gets who asks for none. choices: for
-    each task the experts its graph keeps and uses; tasks not named get all of them, as trained. coverage: the share
-    of the gate mass that these hold, by task and layer, for the manifest. one_backbone: also a graph of the
-    backbone that takes the task as an input, and one of each head.
+    one image of `size`. precisions: of PRECISIONS; the first is what a user gets who asks for none. budget: the
+    experts that each task's graph keeps and uses. coverage: the share of the gate mass that these hold, by task and
+    layer, for the manifest. one_backbone: also a graph of the backbone that takes the task as an input, and one of
+    each head.
     """
 
     tasks: tuple[str, ...] = ()
@@ -62,7 +56,7 @@ class Content:
     size: tuple[int, int] | None = None
     static: bool = False
     precisions: tuple[str, ...] = (FLOAT,)
-    choices: Mapping[str, Choice] = field(default_factory=dict)
+    budget: Budget = FULL
     coverage: Mapping[str, Sequence[float]] = field(default_factory=dict)
     one_backbone: bool = False
 
@@ -76,7 +70,7 @@ class Content:
             )
         if self.static and self.size is None:
             raise InputError("a static graph is made for one size: give it too, such as --size 224x224")
-        if self.one_backbone and (self.static or any(choice != ALL for choice in self.choices.values())):
+        if self.one_backbone and (self.static or not self.budget.full):
             raise InputError(
                 "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep and --top-k, "
                 "or --one-backbone"
@@ -112,6 +106,7 @@ def export_package(
     for name in content.tasks:
         model.task_id(name)
     names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
+    model.uses(content.budget, names)  # refuses what the model does not have before the long work
     with atomic_folder(out) as folder:
         with open(folder / WEIGHTS, "wb") as file:
             writer = _Writer(folder, _WeightsFile(file), content)
@@ -137,6 +132,8 @@ def export_package(
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
             "image": {**model.normalisation.plain(), "train_size": list(model.config.image_size)},
             "label_set": model.config.label_set,
+            "labels": describe(model.config.label_set),
+            "plugins": [Path(given).name for given in plugins.loaded()],  # which a kind of a task may be of
             "tasks": tasks,
             "backbone": backbone,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size
@@ -166,7 +163,8 @@ class _Writer:
         content = self.content
         batch = 1 if content.static else None
         graph = trace_task(model, task, opset=content.opset, size=content.size, batch=batch)
-        lower_moe(graph, content.choices.get(task, ALL), "wide" if content.static else "sparse")
+        budgets = content.budget.layers(task, model.backbone.moe_indices)
+        lower_moe(graph, budgets, "wide" if content.static else "sparse")
         return self.variants(graph, task)
 
     def parts(self, model: MultiTaskModel, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +179,8 @@ class _Writer:
         """Write a lowered graph in every precision; with `required`, each must have something to quantise."""
         entries: dict[str, Any] = {}
         for precision in self.content.precisions:
-            copy = quantize(copied(graph), precision, required=required)
+            last = precision == self.content.precisions[-1]  # it may have the graph itself
+            copy = quantize(graph if last else copied(graph), precision, required=required)
             file = f"{name}.onnx" if precision == FLOAT else f"{name}.{precision}.onnx"
             _require_finite_tensors(copy, file)
             weights = self.weights.take(copy)
@@ -208,30 +207,47 @@ def _require_finite_tensors(graph: ModelProto, name: str) -> None:
 def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str, Any]:
     """Return what the manifest says about a task, without its files."""
     config = model.config
-    choice, blocks = content.choices.get(task.name, ALL), model.backbone.moe_indices
-    shares = content.coverage.get(task.name)
+    kind = kind_of(task.name)
+    blocks, shares = model.backbone.moe_indices, content.coverage.get(task.name)
     entry: dict[str, Any] = {
         "number": model.task_id(task.name),  # which a backbone of all tasks takes
         "channels": config.labels.channels(task.name),
-        "decode": task.decode,
-        "unit": UNITS[task.decode],
+        "decode": task.kind,
+        "unit": kind.described_as or task.value_unit,
         "input_size": list(content.size) if content.size else None,
         "batch": 1 if content.static else None,
         "patch_multiple": model.backbone.patch_size,
         "experts": {
             "per_layer": config.num_experts,
-            "top_k": config.top_k if choice.top_k is None else choice.top_k,
             "trained_top_k": config.top_k,
             "layers": list(blocks),
-            # By block: the experts in this graph, and the share of the gate mass of calibration that they hold.
-            "kept": {str(block): list(choice.kept[n]) for n, block in enumerate(blocks) if n in choice.kept} or "all",
+            **described(content.budget, task.name, blocks, config.top_k),
+            # By block: the share of the gate mass of calibration that the experts in this graph hold.
             "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
-    if task.decode == "argmax":
-        entry["classes"] = list(config.labels.classes[task.name])
-        entry["palette"] = [list(colour) for colour in palette(config.labels.classes[task.name])]
-    return entry
+    return entry | kind.entry(config.labels.classes.get(task.name, ()))
+
+
+def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> dict[str, Any]:
+    """Return what a manifest says of a task's budget; `top_k`: as trained. `budget_of` reads it.
+
+    top_k: experts per token, one number, or by block where they differ. kept: the experts in the graph by block, of
+    those that leave some out, or "all".
+    """
+    counts = {str(block): budget.layer(task, block).top_k or top_k for block in blocks}
+    one = set(counts.values()) or {top_k}
+    return {"top_k": counts if len(one) > 1 else one.pop(), "kept": budget.to_json()["kept"].get(task, "all")}
+
+
+def budget_of(manifest: Mapping[str, Any]) -> Budget:
+    """Return the budget of a package's graphs, by its manifest."""
+    top_k, kept = {}, {}
+    for task, entry in manifest["tasks"].items():
+        experts, count = entry["experts"], entry["experts"]["top_k"]
+        top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
+        kept[task] = {} if experts["kept"] == "all" else experts["kept"]
+    return Budget.from_json({"top_k": top_k, "kept": kept})
 
 
 def _macs(model: MultiTaskModel, task: str, content: Content) -> int:
@@ -239,9 +255,8 @@ def _macs(model: MultiTaskModel, task: str, content: Content) -> int:
 
     Of a graph of any size: at the size trained at.
     """
-    choice, (height, width) = content.choices.get(task, ALL), content.size or model.config.image_size
-    options = {"kept": choice.kept, "top_k": choice.top_k, "every_expert": content.static}
-    return graph_macs(model.config, task, (height, width), **options)  # type: ignore[arg-type]
+    height, width = content.size or model.config.image_size
+    return graph_macs(model.config, task, (height, width), content.budget, every_expert=content.static)
 
 
 class _WeightsFile:

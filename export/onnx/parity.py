@@ -28,13 +28,13 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from m3vit.digests import check_listed, read_sealed_json, write_sealed_json
-from m3vit.export.onnx.lower import Choice
-from m3vit.export.onnx.pruning import chosen
+from m3vit.export.onnx.package import budget_of
 from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.runtime.manifest import MANIFEST, package_digests
 from m3vit.export.runtime.ort import onnxruntime
 from m3vit.export.runtime.package import NotFinite, Package
-from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.budget import Budget
+from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing, expert_load
 
 LIMIT = 1e-4  # worst allowed max |difference| / max |torch| of an image; float32 rounding gives 1e-7 to 1e-5
@@ -73,7 +73,10 @@ class _Batch(NamedTuple):
 
 
 class _Check(NamedTuple):
-    """What one task is checked with: images [3, H, W], at these sizes, all of them if `full`; `tick` counts batches."""
+    """What one task is checked with: images [3, H, W], at these sizes, all of them if `full`; `tick` counts batches.
+
+    `budget`: of the package's graphs; torch keeps to the same.
+    """
 
     model: MultiTaskModel
     package_dir: Path
@@ -82,10 +85,15 @@ class _Check(NamedTuple):
     sizes: list[tuple[int, int]]
     full: bool
     tick: Callable[[], None]
+    budget: Budget
 
     def race(self) -> "_Batch":
         """Return the batch that is repeated to find races."""
         return _race_batch(self.images, self.sizes[0], self.model.backbone.patch_size)
+
+    def torch(self, batch: "_Batch") -> Output:
+        """Return what the model computes of the task."""
+        return self.model(batch.images.to(next(self.model.parameters()).device), [self.task], budget=self.budget)
 
 
 @dataclass
@@ -178,9 +186,8 @@ def check_parity(
     model.eval()
     try:
         # Task by task: the sessions of all of them at once would hold the experts as many times over.
-        records = {
-            task: _check_task(_Check(model, package_dir, task, images, sizes, full, tick)) for task in package.tasks
-        }
+        rest, budget = (images, sizes, full, tick), budget_of(package.manifest)
+        records = {task: _check_task(_Check(model, package_dir, task, *rest, budget)) for task in package.tasks}
     finally:
         model.train(was_training)
     layers = list(model.backbone.moe_indices)
@@ -220,23 +227,14 @@ def _by_layer(layers: list[int], masks: list[Tensor]) -> dict[str, list[int]]:
 def _check_task(check: _Check) -> _Record:
     """Run all batches of one task."""
     model, entry = check.model, Package.load(check.package_dir, verify=False).entry(check.task)
-    precisions = list(entry["graphs"])
-    choice, record = _choice(model, entry["experts"]), _Record()
-    record.kept = [_mask(model, choice.kept.get(number)) for number in range(len(model.backbone.moe_indices))]
-    with chosen(model, choice):
-        if FLOAT in precisions:
-            _check_floats(check, record)
-        for precision in precisions:
-            if precision != FLOAT:
-                _check_integers(check, precision, record)
+    budgets, record = check.budget.layers(check.task, model.backbone.moe_indices), _Record()
+    record.kept = [_mask(model, budget.kept) for budget in budgets]
+    if FLOAT in entry["graphs"]:
+        _check_floats(check, record)
+    for precision in entry["graphs"]:
+        if precision != FLOAT:
+            _check_integers(check, precision, record)
     return record
-
-
-def _choice(model: MultiTaskModel, experts: dict[str, Any]) -> Choice:
-    """Return the experts that a graph keeps and uses, as its manifest says."""
-    kept = {} if experts["kept"] == "all" else experts["kept"]
-    numbers = {str(block): number for number, block in enumerate(model.backbone.moe_indices)}
-    return Choice(experts["top_k"], {numbers[block]: tuple(ids) for block, ids in kept.items()})
 
 
 def _mask(model: MultiTaskModel, kept: Sequence[int] | None) -> Tensor:
@@ -252,46 +250,45 @@ def _open(package_dir: Path, **options: Any) -> list[Package]:
 
 def _check_floats(check: _Check, record: _Record) -> None:
     """Compare the graph in floats, within the limit; where there is one backbone for all tasks, it too."""
-    model, task, size = check.model, check.task, check.sizes[0]
+    task, size = check.task, check.sizes[0]
     packages = _open(check.package_dir, precision=FLOAT)
     planned = [_quick_batches(check.images, check.sizes)]
     planned += [_every_image(check.images, check.sizes), iter([check.race()])] if check.full else []
     for batches in planned:
         for batch in batches:
-            _run(model, packages, task, batch, record)
+            _run(check, packages, batch, record)
             check.tick()
     for batch in _noise_batches(size, record):
-        _run(model, packages, task, batch, record)
+        _run(check, packages, batch, record)
     manifest, graph = packages[0].manifest, check.package_dir / packages[0].entry(task)["graphs"][FLOAT]["file"]
     packages.clear()  # their sessions are as large as those that follow
     if manifest["backbone"]:
         shared = _open(check.package_dir, precision=FLOAT, one_backbone=True)
         for batch in _quick_batches(check.images, check.sizes):
-            _run(model, shared, task, batch, record)
+            _run(check, shared, batch, record)
         shared.clear()
     if check.full:
-        _force(model, graph, task, size, record)
+        _force(check, graph, record)
 
 
 def _check_integers(check: _Check, precision: str, record: _Record) -> None:
     """Run the graph in integers; what it must be is finite and repeatable."""
-    model, task = check.model, check.task
     packages = _open(check.package_dir, precision=precision)
     found, batches = _Record(), list(_quick_batches(check.images, check.sizes))
     batches += [check.race()] if check.full else []
     for batch in batches:
-        expected = model(batch.images.to(next(model.parameters()).device), [task]).logits[task].cpu().numpy()
-        _compare(packages, task, batch, expected, np.zeros(len(batch.images), np.int64), found, limit=math.inf)
+        expected = check.torch(batch).logits[check.task].cpu().numpy()
+        _compare(packages, check.task, batch, expected, np.zeros(len(batch.images), np.int64), found, limit=math.inf)
     record.integers[precision] = found.worst
     record.failures += [f"{precision}: {failure}" for failure in found.failures]
 
 
-def _run(model: MultiTaskModel, runners: Sequence[_Runner], task: str, batch: _Batch, record: _Record) -> None:
+def _run(check: _Check, runners: Sequence[_Runner], batch: _Batch, record: _Record) -> None:
     """Run one batch through the model and the graph, and add what is found to the record."""
-    output = model(batch.images.to(next(model.parameters()).device), [task])
+    output = check.torch(batch)
     record.count(output.routings)
     ties = _near_ties(output.routings, len(batch.images), record.kept)
-    _compare(runners, task, batch, output.logits[task].cpu().numpy(), ties, record)
+    _compare(runners, check.task, batch, output.logits[check.task].cpu().numpy(), ties, record)
 
 
 def _sizes(model: MultiTaskModel) -> list[tuple[int, int]]:
@@ -344,24 +341,26 @@ def _noise_batches(size: tuple[int, int], record: _Record) -> Iterator[_Batch]:
         yield _Batch(images, alone=REPEATS)
 
 
-def _force(model: MultiTaskModel, graph: Path, task: str, size: tuple[int, int], record: _Record) -> None:
+def _force(check: _Check, graph: Path, record: _Record) -> None:
     """Run noise through the experts that no token went to, by a bias on their router logits, K of a layer at a time.
 
     The graph's file stays as it is: onnxruntime takes the changed biases instead of the ones stored.
     """
     before = record.not_hit()
     generator = torch.Generator().manual_seed(2)
-    routers = [model.backbone.trunk.blocks[index].mlp.router for index in model.backbone.moe_indices]
+    backbone = check.model.backbone
+    routers = [backbone.trunk.blocks[index].mlp.router for index in backbone.moe_indices]
+    budgets = check.budget.layers(check.task, backbone.moe_indices)
+    top_k = min((budget.top_k or check.model.config.top_k for budget in budgets), default=0)
     for strength in FORCES:
         untried = record.not_hit()
         while any(mask.any() for mask in untried):
-            top_k = min(router.choice[0] for router in routers)
             tried = [mask & (mask.cumsum(0) <= top_k) for mask in untried]
             forces = [mask.float() * strength for mask in tried]
-            batch = _Batch(torch.randn(BATCH, 3, *size, generator=generator))
+            batch = _Batch(torch.randn(BATCH, 3, *check.sizes[0], generator=generator))
             runners = [_ForcedSession(graph, [force.numpy() for force in forces], threads) for threads in THREADS]
             with _forced_routers(routers, forces):
-                _run(model, runners, task, batch, record)
+                _run(check, runners, batch, record)
             untried = [mask & ~done for mask, done in zip(untried, tried, strict=True)]
     record.forced = [was & ~now for was, now in zip(before, record.not_hit(), strict=True)]
 

@@ -24,16 +24,16 @@ from m3vit.export.onnx.from_run import (
     PROTOCOL,
     Request,
     calibration_batches,
-    choices_of,
     data_of,
     score,
 )
 from m3vit.export.onnx.graph import trace_task
-from m3vit.export.onnx.lower import Choice, copied, lower_moe
-from m3vit.export.onnx.pruning import Prune, gate_mass
+from m3vit.export.onnx.lower import copied, lower_moe
+from m3vit.export.onnx.pruning import gate_mass, pruned
 from m3vit.export.onnx.quantize import FLOAT, quantize
 from m3vit.export.runtime.ort import onnxruntime
 from m3vit.files import atomic_path, write_json
+from m3vit.models.budget import in_all_layers
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 
@@ -70,17 +70,16 @@ def sweep(
     train = data_of(run, "train", request.data_root, "no --sweep")
     config = run.config.model
     shape = size or (config.image_size[0], config.image_size[1])
-    has_experts = bool(run.model.backbone.moe_indices)
-    top_ks = _spread(config.top_k) if has_experts else [config.top_k]
+    blocks = run.model.backbone.moe_indices
+    top_ks = _spread(config.top_k) if blocks else [config.top_k]
+    budgets = {k: in_all_layers(dict.fromkeys(config.tasks, k), blocks) for k in top_ks}
     mass = {
-        k: gate_mass(run.model, calibration_batches(run, train, request.calibration), dict.fromkeys(config.tasks, k))
-        for k in top_ks
+        k: gate_mass(run.model, calibration_batches(run, train, request.calibration), budget)
+        for k, budget in budgets.items()
     }
-    coverages = COVERAGES if has_experts else (None,)
-    grid = [
-        point for point in itertools.product(SWEPT_PRECISIONS, coverages, top_ks) if has_experts or "-" not in point[0]
-    ]
-    everything = {number: tuple(range(config.num_experts)) for number in range(len(run.model.backbone.moe_indices))}
+    coverages = COVERAGES if blocks else (None,)
+    grid = [point for point in itertools.product(SWEPT_PRECISIONS, coverages, top_ks) if blocks or "-" not in point[0]]
+    everything = {block: tuple(range(config.num_experts)) for block in blocks}
     total, done = len(config.tasks) * len(grid), 0
     tasks: dict[str, list[dict[str, Any]]] = {}
     for task in config.tasks:
@@ -91,16 +90,16 @@ def sweep(
         for precision, coverage, k in grid:
             if progress:
                 progress(done, total, f"{task} {precision} top-{k}")
-            choice = Choice(k)
+            budget = budgets[k]
             if coverage is not None:
-                choice = choices_of(run, {task: mass[k][task]}, Prune(coverage), {task: k})[0][task]
+                budget, _ = pruned(run.model, {task: mass[k][task]}, budget, coverage=coverage)
             done += 1
-            kept = everything | dict(choice.kept)
+            kept = everything | dict(budget.kept.get(task, {}))
             same = (precision, k, tuple(kept.values()))
             if same in tried:  # a smaller coverage that the same experts are needed for
                 continue
             tried.add(same)
-            graph = quantize(lower_moe(copied(traced), choice), precision)
+            graph = quantize(lower_moe(copied(traced), budget.layers(task, blocks)), precision)
             session = _session(graph)
             points.append(
                 {

@@ -1,15 +1,15 @@
 """What runs an exported package: onnxruntime, numpy and pillow. Nothing here imports torch.
 
-`m3vit.export.runtime.Package` is `Package` of package.py, which a program needs to predict; it is imported when it is
-asked for, so that the modules that need no onnxruntime come without it.
+The names that a program needs to predict are here: they are package.py's, imported when they are asked for, so that
+the modules that need no onnxruntime come without it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3vit.export.runtime.package import Package
+    from m3vit.export.runtime.package import NotFinite, Package, PackageChanged, give_memory_back
 
-__all__ = ["Package"]
+__all__ = ["NotFinite", "Package", "PackageChanged", "give_memory_back"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,70 +5,20 @@ Shapes: H x W pixels; pictures are RGB uint8 [H, W, 3]. Predictions are those of
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
-Range = tuple[float, float]
+from m3vit.kinds import KINDS
+from m3vit.kinds.pictures import Range as Range
+from m3vit.kinds.pictures import Scale as Scale
+from m3vit.kinds.pictures import Swatches as Swatches
 
-# Nine points of matplotlib's inferno map (public domain, CC0), dark to bright, even in perceived lightness.
-RAMP: tuple[Colour, ...] = (
-    (0, 0, 4),
-    (31, 12, 72),
-    (85, 15, 109),
-    (136, 34, 106),
-    (186, 54, 85),
-    (227, 89, 51),
-    (249, 140, 10),
-    (249, 201, 50),
-    (252, 255, 164),
-)
-# What the colours of a normals picture, (n + 1) / 2, mean. x right, y up, z towards the camera.
-NORMALS_KEY: tuple[tuple[str, Colour], ...] = (
-    ("right", (255, 128, 128)),
-    ("left", (0, 128, 128)),
-    ("up", (128, 255, 128)),
-    ("down", (128, 0, 128)),
-    ("towards the camera", (128, 128, 255)),
-)
-_MARK: Colour = (255, 0, 160)  # of edges and salient pixels over the image: a colour that photographs seldom hold
-_OPACITY = 0.6  # of the other predictions over the image
 _INK, _PAPER, _BORDER = (28, 39, 51), (255, 255, 255), (154, 167, 179)
 _MIN_WIDTH = 320  # pixels that the text of a legend needs
 _MAX_SIDE = 4096  # of a picture that is enlarged for its legend
-_OTHER_CLASSES: Colour = (0, 0, 0)
-
-
-def _ramp(position: NDArray[Any]) -> NDArray[np.uint8]:
-    """Colours [..., 3] of positions 0 (dark) to 1 (bright)."""
-    ramp = np.array(RAMP, np.float32)
-    scaled = np.clip(position, 0, 1) * (len(ramp) - 1)
-    channels = [np.interp(scaled, np.arange(len(ramp)), ramp[:, channel]) for channel in range(3)]
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-
-
-def depth_limits(depth: NDArray[np.float32]) -> Range | None:
-    """Return the nearest and farthest depth in metres without the extreme 2 % on each side, None if none is valid."""
-    valid = depth[np.isfinite(depth) & (depth > 0)]
-    if not valid.size:
-        return None
-    near, far = np.percentile(valid, (2, 98))
-    return float(near), float(far)
-
-
-def _depth_picture(depth: NDArray[np.float32], depth_range: Range | None) -> NDArray[np.uint8]:
-    """Near is bright; invalid (<= 0) pixels are black. Without a range: the picture's own, less its extreme 2 %."""
-    limits = depth_range or depth_limits(depth)
-    if limits is None:
-        return np.zeros((*depth.shape, 3), np.uint8)
-    near, far = limits
-    valid = np.isfinite(depth) & (depth > 0)
-    share = (far - np.where(valid, depth, far)) / max(far - near, 1e-6)
-    return np.where(valid[..., None], _ramp(share), 0).astype(np.uint8)
 
 
 def colourise(
@@ -85,21 +35,11 @@ def paint(
     palette: Sequence[Sequence[int]] = (),
     depth_range: Range | None = None,
 ) -> NDArray[np.uint8]:
-    """Turn a decoded prediction or a label of a kind (see `runtime.decode`) into a picture, uint8 [H, W, 3].
+    """Turn a decoded prediction or a label of a kind (m3vit.kinds) into a picture, uint8 [H, W, 3].
 
-    argmax: the palette's colours, other ids black. identity (depth, metres): near bright, far dark, over
-    `depth_range` or the picture's own. unit_vector: (n + 1) / 2. sigmoid: dark on white.
+    Classes get the palette's colours. Values are shown over `depth_range`, or the picture's own range.
     """
-    if kind == "argmax":
-        colours = np.zeros((256, 3), np.uint8)
-        colours[: len(palette)] = palette
-        return colours[array]
-    if kind == "unit_vector":
-        return np.rint(np.clip((array + 1) / 2, 0, 1) * 255).astype(np.uint8)
-    if kind == "sigmoid":
-        grey = np.rint((1 - np.clip(array, 0, 1)) * 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    return _depth_picture(array, depth_range)
+    return KINDS[kind].paint(array, palette, depth_range)
 
 
 def blend(
@@ -114,33 +54,7 @@ def blend(
     Classes, depth and normals keep their colours over a grey image. A probability is the opacity of one strong colour
     over the image as it is, so that what is improbable stays visible.
     """
-    if kind == "sigmoid":
-        share = np.clip(array, 0, 1)[..., None].astype(np.float32)
-        mixed = image + share * (np.array(_MARK, np.float32) - image)
-    else:
-        grey = image @ np.array([0.299, 0.587, 0.114], np.float32)
-        picture = paint(array, kind, palette, depth_range)
-        mixed = np.float32(_OPACITY) * picture + np.float32(1 - _OPACITY) * grey[..., None]
-    return np.rint(mixed).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Swatches:
-    """A legend of colours and what they mean, in columns as wide as the longest of `names` needs."""
-
-    items: tuple[tuple[str, Colour], ...]
-    names: tuple[str, ...]
-    rows: int | None = None  # of fixed height, or as high as the items need
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A legend of a continuous value: colours from left to right, and the values where they are."""
-
-    title: str
-    colours: NDArray[np.uint8]  # [N, 3]
-    low: float
-    high: float
+    return KINDS[kind].blend(image, array, palette, depth_range)
 
 
 def legend(
@@ -156,39 +70,7 @@ def legend(
     Classes: those in the picture, the largest first, with their share of it. With `rows` (a film) the legend has that
     many rows, and its items no shares and the order of their names, so that it flickers little.
     """
-    kind = entry["decode"]
-    if kind == "argmax":
-        return _classes(array, entry, rows)
-    if kind == "unit_vector":
-        return Swatches(NORMALS_KEY, tuple(name for name, _ in NORMALS_KEY))
-    if kind == "sigmoid":
-        colours = np.linspace((255, 255, 255), (0, 0, 0) if plain else _MARK, 256)
-        return Scale(f"{task}, probability", np.rint(colours).astype(np.uint8), 0, 1)
-    near, far = depth_range or depth_limits(array) or (0.0, 1.0)
-    return Scale(f"{task}, {entry.get('unit', 'm')}", _ramp(np.linspace(1, 0, 256)), near, far)
-
-
-def _classes(ids: NDArray[np.uint8], entry: dict[str, Any], rows: int | None) -> Swatches:
-    palette, names = entry["palette"], class_names(entry)
-    counts = np.bincount(ids.ravel(), minlength=256)
-    present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    texts = {index: names[index] if index < len(names) else f"class {index}" for index in present}
-    longest = tuple(names) or tuple(texts.values())
-    if rows is None:
-        texts = {index: f"{text} {_percent(counts[index] / ids.size)}" for index, text in texts.items()}
-        longest = tuple(texts.values())
-    colours = {index: tuple(palette[index]) if index < len(palette) else _OTHER_CLASSES for index in present}
-    return Swatches(tuple((texts[index], colours[index]) for index in present), longest, rows)
-
-
-def class_names(entry: dict[str, Any]) -> list[str]:
-    """Return the names of a task's classes, as people write them; numbers if the manifest has none."""
-    names = entry.get("classes") or [f"class {index}" for index in range(len(entry.get("palette", ())))]
-    return [str(name).replace("_", " ") for name in names]
-
-
-def _percent(share: float) -> str:
-    return "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"
+    return KINDS[entry["decode"]].legend(array, task, entry, depth_range, rows, plain)
 
 
 def overlay(
@@ -205,7 +87,7 @@ def overlay(
     `legend`; with `rows`, all pictures of one image size have one size.
     """
     entry = manifest["tasks"][task]
-    depth_range = depth_range or (depth_limits(array) if entry["decode"] == "identity" else None)
+    depth_range = depth_range or KINDS[entry["decode"]].limits(array)
     picture = blend(image, array, entry["decode"], entry.get("palette", ()), depth_range)
     height, width = picture.shape[:2]
     factor = max(1, min(math.ceil(_MIN_WIDTH / width), _MAX_SIDE // height))

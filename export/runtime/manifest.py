@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from m3vit import plugins
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.runtime.decoding import CHANNELS, DECODERS
+from m3vit.kinds import KINDS
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 FLOAT = "fp32"
@@ -62,6 +63,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {version}, this m3vit reads {FORMAT_VERSION}: export it again")
+    _check_kinds(path, manifest)
     try:
         image, tasks, precisions = manifest["image"], manifest["tasks"], manifest["precisions"]
         digests: dict[str, str] = {}
@@ -74,19 +76,44 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             complete &= digests.setdefault(entry["file"], entry["sha256"]) == entry["sha256"]
         backbone = manifest["backbone"]
         for entry in tasks.values():
-            kind, channels = entry["decode"], entry["channels"]
-            complete &= kind in DECODERS and isinstance(channels, int) and CHANNELS.get(kind, channels) == channels
+            kind = KINDS.get(entry["decode"])
+            complete &= kind is not None and isinstance(entry["channels"], int) and kind.entry_fits(entry)
             complete &= _size([entry["patch_multiple"]] * 2)
             complete &= entry["input_size"] is None or _size(entry["input_size"])
             complete &= entry["batch"] in (None, 1)
-            complete &= kind != "argmax" or len(entry["palette"]) == channels > 0
             for graphs in [entry["graphs"]] + ([entry["heads"], backbone["graphs"]] if backbone else []):
                 complete &= not backbone or isinstance(entry["number"], int)
                 complete &= all(isinstance(graphs[precision]["file"], str) for precision in precisions)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
         complete = False
     if not complete:
-        raise InputError(f"{path} is damaged, entries are missing or of the wrong kind: export the package again")
+        unknown = _unknown_kinds(manifest)
+        advice = f", or give the plug-in that has the kind {', '.join(unknown)} (--plugin)" if unknown else ""
+        raise InputError(
+            f"{path} is damaged, entries are missing or of the wrong kind: export the package again{advice}"
+        )
+
+
+def _unknown_kinds(manifest: dict[str, Any]) -> list[str]:
+    """Return the kinds of tasks that a manifest names and that are not known here."""
+    tasks = manifest["tasks"].values() if isinstance(manifest.get("tasks"), dict) else ()
+    kinds = [task.get("decode") for task in tasks if isinstance(task, dict)]
+    return sorted({kind for kind in kinds if isinstance(kind, str) and kind not in KINDS})
+
+
+def _check_kinds(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError for tasks of a kind that is a plug-in's, unless that is here."""
+    named, tasks = manifest.get("plugins"), manifest.get("tasks")
+    if not named or not isinstance(named, list) or not isinstance(tasks, dict):
+        return
+    kinds = {str(entry.get("decode")): task for task, entry in tasks.items() if isinstance(entry, dict)}
+    if not kinds.keys() <= KINDS.keys():
+        plugins.recall([str(one) for one in named], "")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise InputError(
+            f"{path} has a task {kinds[unknown[0]]} of the kind {unknown[0]}, which is a plug-in's "
+            f"({', '.join(map(str, named))}): give it with --plugin, or m3vit.plugins.load in a program"
+        )
 
 
 def _numbers(values: Any, count: int) -> bool:

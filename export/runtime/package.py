@@ -17,8 +17,6 @@ from PIL import Image
 
 from m3vit.errors import InputError
 from m3vit.export.runtime.arrays import refusal, require_array
-from m3vit.export.runtime.decoding import DECODERS as DECODERS
-from m3vit.export.runtime.decoding import decode, unit
 from m3vit.export.runtime.drawing import colourise as colourise
 from m3vit.export.runtime.drawing import paint as paint
 from m3vit.export.runtime.manifest import FORMAT as FORMAT
@@ -30,6 +28,7 @@ from m3vit.export.runtime.opened import OpenedFiles
 from m3vit.export.runtime.opened import PackageChanged as PackageChanged
 from m3vit.export.runtime.ort import onnxruntime
 from m3vit.export.runtime.sessions import Cache, Sessions
+from m3vit.kinds import KINDS
 from m3vit.pointers import check_no_link
 from m3vit.pool import usable_cores
 
@@ -255,13 +254,13 @@ class Package:
             if isinstance(one, InputError) and not return_exceptions:
                 raise one
             if not isinstance(one, InputError) and target != (height, width):
-                results[place] = _resized(one, (height, width), entry["decode"])
+                results[place] = KINDS[entry["decode"]].resized(one, (height, width))
         return results if return_exceptions else np.stack(results)  # type: ignore[arg-type]
 
     def _decoded(self, images: NDArray[np.uint8], task: str, start: int, count: int) -> list[NDArray[Any] | InputError]:
         """Return the prediction, or what is wrong with it, of each of some images: those from `start` of `count`."""
         try:
-            return list(decode(self.logits(images, task), self.entry(task)["decode"]))
+            return list(KINDS[self.entry(task)["decode"]].decode(self.logits(images, task)))
         except NotFinite:
             if len(images) == 1:
                 return [NotFinite(task, [start], count)]
@@ -400,14 +399,3 @@ def default_threads(manifest: dict[str, Any]) -> int:
 
 def _resized_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def _resized(array: NDArray[Any], size: tuple[int, int], kind: str) -> NDArray[Any]:
-    """Resize a prediction [h, w] or [h, w, 3] to `size` (height, width): ids by nearest, values bilinearly."""
-    shape = size[::-1]
-    if kind == "argmax":
-        return np.asarray(Image.fromarray(array).resize(shape, Image.Resampling.NEAREST))
-    if array.ndim == 2:
-        return np.asarray(Image.fromarray(array).resize(shape, Image.Resampling.BILINEAR))
-    channels = [_resized(np.ascontiguousarray(array[..., axis]), size, "identity") for axis in range(3)]
-    return unit(np.stack(channels, axis=-1))

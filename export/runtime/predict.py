@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3vit.errors import InputError
-from m3vit.export.runtime.drawing import Range, colourise, depth_limits, overlay
+from m3vit.export.runtime.drawing import Range, colourise, overlay
 from m3vit.export.runtime.package import Package
 from m3vit.export.runtime.sources import Found, Source, find_sources
 from m3vit.files import atomic_path
 from m3vit.images import MAX_PIXELS, read_image
+from m3vit.kinds import KINDS
 from m3vit.signals import StopSignals
 
 if TYPE_CHECKING:  # PyAV is an extra
@@ -96,7 +97,7 @@ def predict_files(
     check_options(package, sources, tasks, options)
     check_outputs(sources, tasks, out, options)
     if any(source.kind != "image" for source in sources):
-        pass
+        from m3vit.export.runtime import video  # noqa: F401 (a missing PyAV is noticed before anything is run)
     outcome = Outcome(found=found)
     run = _Run(package, tasks, out, options, outcome, say)
     with StopSignals((signal.SIGINT, signal.SIGTERM)) as signals:
@@ -126,7 +127,7 @@ def check_options(package: Package, sources: Sequence[Source], tasks: Sequence[s
     """Raise InputError for an option that nothing here could obey."""
     if options.fps is not None and all(source.kind == "image" for source in sources):
         raise InputError("--fps is of videos and streams, and the inputs are images alone: leave it out")
-    if options.depth_range is not None and all(package.entry(task)["decode"] != "identity" for task in tasks):
+    if options.depth_range is not None and not any(KINDS[package.entry(task)["decode"]].own_range for task in tasks):
         raise InputError(f"--depth-range is of depth, and {', '.join(tasks)} has none: leave it out")
 
 
@@ -177,8 +178,9 @@ class _DepthScale:
     def __init__(self, given: Range | None) -> None:
         self.given, self.current = given, given
 
-    def follow(self, depth: NDArray[np.float32]) -> Range | None:
-        limits = None if self.given else depth_limits(depth)
+    def follow(self, limits: Range | None) -> Range | None:
+        """Return the range for a frame whose own is `limits`."""
+        limits = None if self.given else limits
         if limits and self.current:
             near, far = (old + _SMOOTHING * (new - old) for old, new in zip(self.current, limits, strict=True))
             self.current = (near, far)
@@ -253,9 +255,9 @@ class _Run:
 
     def _frame(self, frame: "Frame", writer: "_TaskWriter") -> None:
         prediction = self.package.predict(frame.picture, writer.task, resize=self.options.resize)
-        scale = None
-        if self.package.entry(writer.task)["decode"] == "identity":
-            scale = writer.scale.follow(prediction)
+        kind, scale = KINDS[self.package.entry(writer.task)["decode"]], None
+        if kind.own_range:
+            scale = writer.scale.follow(kind.limits(prediction))
         writer.write(self._draw(frame.picture, prediction, writer.task, scale, _FILM_ROWS), prediction, frame.time)
 
     def _draw(

@@ -40,11 +40,13 @@ from m3vit.errors import InputError
 from m3vit.export.runtime.admission import Budget, Place, Places
 from m3vit.export.runtime.bodies import expected_bytes, read_image_bytes
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
-from m3vit.export.runtime.drawing import Swatches, class_names, colourise, depth_limits, legend, overlay
+from m3vit.export.runtime.drawing import Swatches, colourise, legend, overlay
 from m3vit.export.runtime.hosts import ANY, Hosts, HostsOnly
 from m3vit.export.runtime.package import MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
 from m3vit.export.runtime.summary import summarise
 from m3vit.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
+from m3vit.kinds import KINDS
+from m3vit.kinds.classes import class_names
 
 BODY_S = 30.0  # for a request's body to arrive
 SHUTDOWN_S = 60  # for requests in flight to finish
@@ -250,7 +252,7 @@ class _Values(Response):
 def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return a prediction's picture as a data URL, and what its colours mean."""
     entry = manifest["tasks"][task]
-    scale = depth_limits(prediction) if entry["decode"] == "identity" else None
+    scale = KINDS[entry["decode"]].limits(prediction)
     url = "data:image/png;base64," + base64.b64encode(_png(colourise(prediction, task, manifest, scale))).decode()
     meaning = legend(prediction, task, entry, scale, plain=True)
     if isinstance(meaning, Swatches):
@@ -404,7 +406,8 @@ def describe(package: Package, task: str) -> dict[str, Any]:
     """Return what `GET /tasks` says about a task."""
     entry = package.entry(task)
     described = {"name": task, "decode": entry["decode"], "unit": entry.get("unit"), "input_size": entry["input_size"]}
-    if entry["decode"] == "argmax":
+    described["dark_on_white"] = KINDS[entry["decode"]].dark_on_white
+    if "palette" in entry:
         palette = [list(colour) for colour in entry["palette"]]
         described["classes"] = [
             {"id": index, "name": name, "colour": colour}

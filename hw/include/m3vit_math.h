@@ -2,7 +2,7 @@
 //
 // An ap_fixed<W, I> value is raw * 2^-(W - I). Products and sums of raw integers are exact, so kernels written on them
 // give the same bits as ap_fixed arithmetic with accumulators wide enough, and simulate about 65 times faster.
-// m3vit/export/hls/precision.py checks that no accumulator of an emitted project can exceed 62 bits.
+// m3vit/export/hls/spatial/fixed_point.py checks that no accumulator of an emitted project can exceed 62 bits.
 #ifndef M3VIT_MATH_H_
 #define M3VIT_MATH_H_
 

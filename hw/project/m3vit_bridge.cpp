@@ -26,7 +26,8 @@ template <class T> static void run(const T *tokens, const T *task, T *outputs) {
         }
     }
     const unsigned id = (unsigned)task[0] < (unsigned)memory().head.tasks ? (unsigned)task[0] : 0;
-    memory().run(image.data(), id, 0);
+    memory().fill(0);
+    memory().run(image.data(), id);
     for (size_t i = 0; i < memory().output.size(); i++)
         outputs[i] = (T)ldexp((double)memory().output[i], -vit_model::output_frac(id));
 }

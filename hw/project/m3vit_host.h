@@ -51,10 +51,14 @@ struct device_memory {
         return true;
     }
 
-    // Run one frame. Memories are filled with a pattern first: nothing of the frame before can be read.
-    void run(const uint8_t *image, unsigned task, int pattern) {
+    // Fill the memories with a pattern: nothing of the frame before can be read.
+    void fill(int pattern) {
         memset(narrow.data(), 0x5a + pattern, narrow.size() * sizeof(vit_cfg::act_t));
         memset(wide.data(), 0x35 + pattern, wide.size() * sizeof(int32_t));
+    }
+
+    // Run one frame.
+    void run(const uint8_t *image, unsigned task) {
         memset(output.data(), 0, output.size() * sizeof(int32_t));
         m3vit(image, task, (unsigned)head.tasks, weights.data(), gates.data(), params.data(), narrow.data(),
               narrow.data(), narrow.data(), wide.data(), wide.data(), output.data());

@@ -1,11 +1,11 @@
 // C-simulation test bench of a time-multiplexed project: runs frames through the accelerator's C++, no other library.
 //
 //   ./csim.exe                                   the frames of tb_data/, compared word for word with the expected outputs
-//   ./csim.exe WEIGHTS IMAGES TASKS OUTPUTS [COUNTERS [ROUTING [MEMORIES]]]
+//   ./csim.exe WEIGHTS IMAGES TASKS OUTPUTS [COUNTERS [ROUTING [MEMORIES [START]]]]
 //
 // IMAGES: uint8 frames [n, H, W, 3]; TASKS: uint8 [n]; OUTPUTS: int32 words of each frame; COUNTERS: a JSON line for
 // each frame and instruction that ran; ROUTING: uint16 expert ids, in order of frames, MoE layers, tokens and rank;
-// MEMORIES: the narrow, then the wide memory after each frame.
+// MEMORIES: the narrow, then the wide memory after each frame; START: the same before every frame (else a pattern).
 // Exit code: 0; 1 if frames differ from the expected outputs; 2 if a file cannot be used.
 #include <chrono>
 
@@ -24,7 +24,7 @@ static void print_counters(FILE *file, int frame, int pc, const counters &c) {
 
 int main(int argc, char **argv) {
     const bool check = argc < 5;
-    std::vector<char> images, tasks, expected;
+    std::vector<char> images, tasks, expected, start;
     device_memory memory;
     if (!memory.load(check ? "firmware/weights/weights.bin" : argv[1]) ||
         !read_file(check ? "tb_data/images.bin" : argv[2], images) ||
@@ -32,6 +32,12 @@ int main(int argc, char **argv) {
         return 2;
     if (check && !read_file("tb_data/expected_outputs.bin", expected))
         return 2;
+    const size_t narrow_bytes = memory.narrow.size() * sizeof(vit_cfg::act_t);
+    const size_t wide_bytes = memory.wide.size() * sizeof(int32_t);
+    if (argc > 8 && (!read_file(argv[8], start) || start.size() != narrow_bytes + wide_bytes)) {
+        fprintf(stderr, "csim: %s is not %zu bytes of memories\n", argv[8], narrow_bytes + wide_bytes);
+        return 2;
+    }
     const size_t frames = tasks.size(), frame_bytes = (size_t)memory.head.image;
     const size_t output_bytes = memory.output.size() * sizeof(int32_t);
     if (images.size() != frames * frame_bytes || (check && expected.size() != frames * output_bytes)) {
@@ -54,13 +60,18 @@ int main(int argc, char **argv) {
     double seconds = 0;
     for (size_t frame = 0; frame < frames; frame++) {
         memset(counts.data(), 0, counts.size() * sizeof(counters));
-        const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
-        memory.run((const uint8_t *)images.data() + frame * frame_bytes, (unsigned char)tasks[frame], (int)frame);
-        seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        memory.fill((int)frame);
+        if (!start.empty()) {
+            memcpy(memory.narrow.data(), start.data(), narrow_bytes);
+            memcpy(memory.wide.data(), start.data() + narrow_bytes, wide_bytes);
+        }
+        const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+        memory.run((const uint8_t *)images.data() + frame * frame_bytes, (unsigned char)tasks[frame]);
+        seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         fwrite(memory.output.data(), 1, output_bytes, out);
         if (memories) {
-            fwrite(memory.narrow.data(), sizeof(vit_cfg::act_t), memory.narrow.size(), memories);
-            fwrite(memory.wide.data(), sizeof(int32_t), memory.wide.size(), memories);
+            fwrite(memory.narrow.data(), 1, narrow_bytes, memories);
+            fwrite(memory.wide.data(), 1, wide_bytes, memories);
         }
         for (size_t pc = 0; pc < counts.size(); pc++) {
             saturated += counts[pc].saturated;

@@ -162,9 +162,13 @@ class Emulator:
         return results
 
     @torch.inference_mode()
-    def state_after(self, pixels: np.ndarray, task: int, steps: int) -> _State:
-        """Return the memories after the first `steps` instructions of a frame."""
+    def state_after(
+        self, pixels: np.ndarray, task: int, steps: int, start: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> _State:
+        """Return the memories after the first `steps` instructions of a frame; `start`: narrow and wide before it."""
         state = self._start()
+        if start is not None:
+            state.narrow, state.wide = (torch.from_numpy(words.astype(np.float64)) for words in start)
         self._run(state, range(steps), task, pixels)
         return state
 

@@ -7,6 +7,8 @@ from m3vit.commands.terminal import positive, print_scores, progress_bar, say, s
 
 
 def add_export_hls(parser: argparse.ArgumentParser) -> None:
+    from m3vit.export.hls.schedules import SCHEDULES
+
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type=Path, required=True, help="project folder to write, new, empty or an earlier project"
@@ -26,7 +28,7 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--schedule",
-        choices=["spatial", "multiplexed"],
+        choices=list(SCHEDULES),
         default="spatial",
         help="spatial: a kernel for each layer, for models that fit on chip; multiplexed: one engine of each "
         "kind and weights in DDR, for models of any depth and any number of experts (default: spatial)",
@@ -51,13 +53,16 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)",
     )
+    parser.add_argument("--top-k", metavar="K", help="experts per token, of all tasks (default: as trained)")
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
     from m3vit.export.hls.from_run import export_run
+    from m3vit.models.budget import read_top_k
     from m3vit.run_folder import load_run
 
     run = load_run(args.run)
+    config = run.config.model
     info = export_run(
         run,
         args.out,
@@ -67,8 +72,9 @@ def run_export_hls(args: argparse.Namespace) -> None:
         weight_bits=args.weight_bits,
         act_bits=args.act_bits,
         board=args.board,
+        top_k=read_top_k(args.top_k, config.tasks, config.num_experts) if args.top_k else None,
     )
-    say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(run.config.model.tasks)}: {args.out}")
+    say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(config.tasks)}: {args.out}")
 
 
 def add_csim(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +85,9 @@ def add_csim(parser: argparse.ArgumentParser) -> None:
 
 
 def run_csim(args: argparse.Namespace) -> None:
+    from m3vit.export.hls.schedules import schedule_of
     from m3vit.export.hls.verify import verify_project
+    from m3vit.hw.manifest import read_manifest
 
     with progress_bar("C-simulating") as bar:
         report = verify_project(args.project, args.samples, bar)
@@ -90,13 +98,6 @@ def run_csim(args: argparse.Namespace) -> None:
             f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
             f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
         )
-    if "different_words" in report:
-        beyond = ", ".join(f"{engine} {count}" for engine, count in report["saturated"].items()) or "none"
-        seconds = report["s_per_image"]
-        traffic = ", ".join(f"{task} {sum(ports.values()) / 1e6:.1f}" for task, ports in report["traffic"].items())
-        say(f"DDR traffic a frame, MB: {traffic}")
-        say(
-            f"all {report['words']} output words equal the emulator's; values saturated: {beyond}; "
-            f"{seconds['testbench']:.2f} s an image for C-sim, {seconds['emulator']:.2f} s for the emulator"
-        )
+    for line in schedule_of(read_manifest(args.project)).said(report):
+        say(line)
     say_changed(report["changed_files"])

@@ -93,22 +93,31 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
 def run_export_onnx(args: argparse.Namespace) -> None:
     from m3vit.export.onnx.from_run import CALIBRATION_IMAGES, Request, export_run
     from m3vit.export.onnx.package import Content
-    from m3vit.export.onnx.pruning import Prune, read_coverage, read_top_k
+    from m3vit.export.onnx.pruning import read_coverage
     from m3vit.export.onnx.quantize import FLOAT
+    from m3vit.models.budget import read_top_k
     from m3vit.run_folder import load_run
 
     run = load_run(args.run)
     config = run.config.model
-    prune = Prune(read_coverage(args.prune), args.keep) if args.prune or args.keep else None
+    coverage = read_coverage(args.prune) if args.prune else None
+    prunes = bool(coverage or args.keep)
     top_k = read_top_k(args.top_k, config.tasks, config.num_experts) if args.top_k else {}
-    if args.calibrate and not (prune or args.sweep):
+    if args.calibrate and not (prunes or args.sweep):
         raise InputError("--calibrate is of --prune, --keep and --sweep: give one of them, or leave it out")
-    calibration = args.calibrate or CALIBRATION_IMAGES
-    request = Request(prune, top_k, calibration, args.measure, args.check_images, args.data_root)
+    request = Request(
+        coverage=coverage,
+        keep=args.keep,
+        top_k=top_k,
+        calibration=args.calibrate or CALIBRATION_IMAGES,
+        measure=args.measure,
+        check_images=args.check_images,
+        data_root=args.data_root,
+    )
     if args.sweep:
         from m3vit.export.onnx.sweep import sweep
 
-        given = (args.tasks, prune, top_k, args.static, args.one_backbone, args.precision, args.check_images)
+        given = (args.tasks, prunes, top_k, args.static, args.one_backbone, args.precision, args.check_images)
         if any(given):
             raise InputError(
                 "--sweep tries precisions, coverages and top-k itself, on all tasks: leave out --tasks, --precision, "

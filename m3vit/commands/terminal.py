@@ -5,6 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+PLUGIN_HELP = (
+    "--plugin MODULE, a module's name or a .py file, adds tasks, kinds, label sets, layouts and decoders; it may be "
+    "given several times (docs/plugins.md)."
+)
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Reports a mistake on one line, with exit code 2."""

@@ -1,5 +1,6 @@
 """m3vit train, init, profile: the commands that take a recipe and any key of it."""
 
+import argparse
 import os
 import re
 import sys
@@ -8,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from m3vit.commands.terminal import progress_bar, say
+from m3vit.commands.terminal import PLUGIN_HELP, progress_bar, say
 from m3vit.errors import InputError
+from m3vit.plugins import loaded, recall
 
 TITLES = {
     "train": "Train a recipe into a run folder.",
@@ -23,7 +25,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     import jsonargparse
     from yaml import YAMLError
 
-    from m3vit.training.config import Config, read_run_config, recipe_names, recipe_path, yaml_text
+    from m3vit.training.config import SECTIONS, Config, read_run_config, recipe_names, recipe_path, yaml_text
     from m3vit.values import not_among
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
@@ -40,8 +42,10 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         description=f"{TITLES[command]} RECIPE: {', '.join(recipe_names())}. "
         "Later sources win: recipe, --config, dotted keys. A mapping in a file replaces the recipe's; a dotted key "
         "changes one entry of it. Defaults shown here are those of the RECIPE given before --help, if one is.",
+        epilog=PLUGIN_HELP,
         allow_abbrev=False,
     )
+    parser.add_argument("--plugins", type=list[str], default=[], help=argparse.SUPPRESS)  # of a run's config.yaml
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
@@ -51,7 +55,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if command == "train":
         parser.add_argument("--resume", action="store_true", help="continue the run in --out where it stopped")
     for section in fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+        if section.name in SECTIONS:
+            parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
     if recipe is None and not {"-h", "--help"} & set(argv):
         rest = " (or a run folder)" if command == "profile" else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
@@ -73,8 +78,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:
             parsed[name] = Path(parsed[name])
-    config = Config(model=parsed.model, data=parsed.data, train=parsed.train)
-    return config, parsed
+    recall(parsed.plugins, str(start))
+    return Config(parsed.model, parsed.data, parsed.train, loaded()), parsed
 
 
 def _split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:

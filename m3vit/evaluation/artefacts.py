@@ -14,6 +14,7 @@ from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.runtime.package import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.hw.sim import csim
+from m3vit.label_sets import LABEL_SETS, declare
 from m3vit.launched import place
 from m3vit.normalisation import Normalisation, recorded
 
@@ -37,61 +38,27 @@ def onnx_predictor(package: Package) -> Predictor:
 
 
 def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
-    """Return an HLS project (`open_project`) as a predictor: built, and simulated image by image (hls4ml's predict()).
+    """Return an HLS project (`open_project`) as a predictor: made ready as its schedule does, and run image by image.
 
     The accelerator's input is pixels, so padding (protocol B) is the mean colour, 0.01 at most from the zero that torch
     gets after normalisation.
     """
-    from m3vit.export.hls.verify import CHUNK_IMAGES, logits_of
-
-    if manifest.get("schedule") == "multiplexed":
-        return emulator_predictor(project, manifest)
-    csim.build_bridge(project)
-    tasks = [task["name"] for task in manifest["tasks"]]
-    widths = [task["outputs"] for task in manifest["tasks"]]
-    padding = project_normalisation(project, manifest).pixel
-
-    def run(images: list[NetworkImage]) -> dict[str, Tensor]:
-        pixels = np.stack([image.padded(padding) for image in images])
-        tokens = csim.tokenise(pixels, manifest["patch_size"])
-        ids = np.tile(np.arange(len(tasks)), len(images))
-        outputs = csim.run_bridge(project, tokens.repeat(len(tasks), axis=0), ids).outputs
-        by_task = outputs.reshape(len(images), len(tasks), *outputs.shape[1:])
-        return {
-            task: logits_of(np.ascontiguousarray(by_task[:, place, :, :width]), manifest)
-            for place, (task, width) in enumerate(zip(tasks, widths, strict=True))
-        }
-
-    height, width = manifest["image_size"]
-    return Predictor("csim", tasks, label_set(manifest, project), (height, width), run, CHUNK_IMAGES)
-
-
-def emulator_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
-    """Return a multiplexed project as a predictor: its emulator, which gives the words of the C-simulation.
-
-    Tasks share what no task changes. The input is pixels, see hls_predictor.
-    """
-    from m3vit.export.hls.multiplexed.verify import real_outputs
+    from m3vit.export.hls.schedules import schedule_of
     from m3vit.export.hls.verify import logits_of
-    from m3vit.hw.sim.emulator import Emulator
 
-    emulator = Emulator.open(project / csim.WEIGHTS)
-    tasks = [task["name"] for task in manifest["tasks"]]
+    runner = schedule_of(manifest).runner(project, manifest)
+    widths = {task["name"]: task["outputs"] for task in manifest["tasks"]}
     padding = project_normalisation(project, manifest).pixel
 
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
-        (image,) = images
-        results = emulator.run_tasks(image.padded(padding), list(range(len(tasks))))
-        words = np.stack([result.outputs for result in results])
-        outputs = real_outputs(words.reshape(1, len(tasks), manifest["tokens"], -1), manifest)
-        widths = [task["outputs"] for task in manifest["tasks"]]
+        outputs = runner.run(np.stack([image.padded(padding) for image in images]))
         return {
             task: logits_of(np.ascontiguousarray(outputs[:, place, :, :width]), manifest)
-            for place, (task, width) in enumerate(zip(tasks, widths, strict=True))
+            for place, (task, width) in enumerate(widths.items())
         }
 
     height, width = manifest["image_size"]
-    return Predictor("emulator", tasks, label_set(manifest, project), (height, width), run)
+    return Predictor(runner.name, list(widths), label_set(manifest, project), (height, width), run, runner.batch)
 
 
 def project_normalisation(project: Path, manifest: dict[str, Any]) -> Normalisation:
@@ -103,6 +70,10 @@ def label_set(manifest: dict[str, Any], folder: Path) -> str:
     """Return the label set that an export was trained on."""
     if "label_set" not in manifest:
         raise InputError(f"{folder} was exported by an earlier version, without its label set: export it again")
+    if "labels" in manifest:
+        return declare(manifest["labels"], f"the manifest of {folder}")
+    if manifest["label_set"] not in LABEL_SETS:
+        raise InputError(f"{folder} is of the label set {manifest['label_set']}, unknown here: export it again")
     return str(manifest["label_set"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3vit.data.opening import LAYOUTS
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation
@@ -21,7 +22,6 @@ from m3vit.files import sha256_file
 from m3vit.tasks import TASKS
 
 RESAMPLES = 1000
-PUBLISHED_VAL_IMAGES = {"nyud": 654, "pascal": 5105}
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
@@ -118,7 +118,8 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
     notes = []
     if baseline:
         reference = find_baseline(baseline, protocol, first.label_set, (folders[0], results[0], first))
-        published = PUBLISHED_VAL_IMAGES[first.label_set]
+        layouts = [layout for layout in LAYOUTS.values() if layout.label_set == first.label_set]
+        published = next((layout.published["val"] for layout in layouts if layout.published), None)
         if reference.name in BASELINES and (results[0].get("origin") or len(first.ids) != published):
             where = results[0].get("origin") or f"{len(first.ids)} images"
             notes.append(

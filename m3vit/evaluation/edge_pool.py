@@ -21,8 +21,8 @@ class EdgeScorer:
 
     PENDING = 8  # maps waiting for each process, at most: they take memory
 
-    def __init__(self, split: Split, protocol: str, workers: int) -> None:
-        self.split, self.protocol, self.workers = split, protocol, workers
+    def __init__(self, split: Split, task: str, protocol: str, workers: int) -> None:
+        self.split, self.task, self.protocol, self.workers = split, task, protocol, workers
         self.pool: ProcessPoolExecutor | None = None
         self.rows: list[Statistics | Future[Statistics]] = []
 
@@ -36,11 +36,11 @@ class EdgeScorer:
     def submit(self, index: int, guess: NDArray[Any]) -> None:
         """Score the map [h, w] of image `index`."""
         if self.pool is None and self.workers > 1 and len(self.split) * guess.size > POOL_FROM_PIXELS:
-            arguments = (self.split, self.protocol)
+            arguments = (self.split, self.task, self.protocol)
             # spawn: a fork of a process with torch's threads may hang.
             self.pool = start_pool(self.workers, _set_job, arguments)
         if self.pool is None:
-            self.rows.append(edge_statistics(self.split, self.protocol, index, guess))
+            self.rows.append(edge_statistics(self.split, self.task, self.protocol, index, guess))
             return
         if len(self.rows) >= self.PENDING * self.workers:
             place = len(self.rows) - self.PENDING * self.workers
@@ -59,7 +59,7 @@ class EdgeScorer:
         rows = [self._finished(row) for row in self.rows]
         length = max((len(row) for row in rows), default=0)
         if rows and not length:
-            raise InputError("no image has a label of edge: leave out the task, or give data that have it")
+            raise InputError(f"no image has a label of {self.task}: leave out the task, or give data that have it")
         return [row if len(row) else np.zeros(length) for row in rows]
 
     def _finished(self, row: Statistics | Future[Statistics]) -> Statistics:
@@ -69,17 +69,17 @@ class EdgeScorer:
             raise InputError(KILLED) from None
 
 
-def edge_statistics(split: Split, protocol: str, index: int, guess: NDArray[Any]) -> Statistics:
+def edge_statistics(split: Split, task: str, protocol: str, index: int, guess: NDArray[Any]) -> Statistics:
     """Score the edge map [h, w] of one image."""
-    return make_meter("edge", split.label_set, protocol).image(guess, split.edge_truth(index))
+    return make_meter(task, split.label_set, protocol).image(guess, split.edge_truth(index))
 
 
-_job: tuple[Split, str] | None = None  # what a scoring process works on: sent once, not with each map
+_job: tuple[Split, str, str] | None = None  # what a scoring process works on: sent once, not with each map
 
 
-def _set_job(split: Split, protocol: str) -> None:
+def _set_job(split: Split, task: str, protocol: str) -> None:
     global _job
-    _job = split, protocol
+    _job = split, task, protocol
 
 
 def _score_job(index: int, guess: NDArray[Any]) -> Statistics:

@@ -2,25 +2,26 @@
 
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from m3vit.data.network_input import image_tensor, normalise
 from m3vit.data.sample import Sample, Split
 from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
-from m3vit.evaluation.meters import Statistics, make_meter
+from m3vit.evaluation.meters import Statistics, check_meter, make_meter
 from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.finite import is_finite
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation
-from m3vit.tasks import TASKS
+from m3vit.tasks import kind_of
 
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
 Progress = Callable[[int, int], None]
@@ -117,12 +118,14 @@ def evaluate(
             "the label set it was trained on"
         )
     tasks = predictor.tasks
-    meters = {task: make_meter(task, split.label_set, protocol, quick) for task in tasks}
+    meters = {task: check_meter(task, split.label_set, protocol, quick) for task in tasks}
     y_down = LABEL_SETS[split.label_set].normals_y_down
     chosen = list(range(len(split)) if indices is None else indices)
     result = Evaluation(protocol, split.label_set, [], {}, quick, unlabelled={task: [] for task in tasks})
     rows: dict[str, list[Statistics]] = {task: [] for task in tasks}
-    with EdgeScorer(split, protocol, workers) as edges:
+    with ExitStack() as stack:
+        matched = [task for task in tasks if meters[task].on_edge_truth]
+        edges = {task: stack.enter_context(EdgeScorer(split, task, protocol, workers)) for task in matched}
         for start in range(0, len(chosen), predictor.batch):
             samples: list[tuple[int, Sample]] = []
             for index in chosen[start : start + predictor.batch]:
@@ -149,16 +152,15 @@ def evaluate(
                         result.unlabelled[task].append(sample.unlabelled[task])
                     size = sample.image.shape[:2]
                     guess = prediction(protocol, task, logits[task][place], image, size, y_down=y_down)
-                    if task == "edge" and not quick and task in sample.unlabelled:
-                        edges.leave_out()
-                    elif task == "edge" and not quick:
-                        edges.submit(index, guess)
+                    if task in edges and task in sample.unlabelled:
+                        edges[task].leave_out()
+                    elif task in edges:
+                        edges[task].submit(index, guess)
                     else:
                         rows[task].append(meters[task].image(guess, sample.labels[task]))
             if progress:
                 progress(min(start + predictor.batch, len(chosen)), len(chosen))
-        if "edge" in tasks and not quick:
-            rows["edge"] = edges.results()
+        rows |= {task: scorer.results() for task, scorer in edges.items()}
     if not result.ids:
         raise InputError(f"no image could be scored: {'; '.join(result.errors[:2]) or 'the split is empty'}")
     result.statistics = {task: np.stack(found) for task, found in rows.items()}
@@ -179,7 +181,7 @@ class TrivialPredictor:
     @classmethod
     def fit(cls, split: Split, progress: Progress | None = None) -> "TrivialPredictor":
         """Read every label of a split once; of a partial one those that can be read."""
-        sums = {task: np.zeros(257 if TASKS[task].decode == "argmax" else 4) for task in split.tasks}
+        sums: dict[str, NDArray[np.float64]] = {}
         left_out = 0
         for index in range(len(split)):
             try:
@@ -191,42 +193,17 @@ class TrivialPredictor:
                 continue
             left_out += len(sample.unlabelled)
             for task, label in sample.labels.items():
-                kind = TASKS[task].decode
-                if kind == "argmax":
-                    sums[task][:256] += np.bincount(label.ravel(), minlength=256)
-                elif kind == "unit_vector":
-                    sums[task][:3] += label.sum(axis=(0, 1), dtype=np.float64)
-                elif kind == "identity":
-                    valid = label[label > 0].astype(np.float64)
-                    sums[task][:2] += valid.sum(), valid.size
-                else:
-                    sums[task][:2] += (label == 1).sum(), (label <= 1).sum()
+                sums[task] = sums.get(task, 0) + kind_of(task).tally(label)
             if progress:
                 progress(index + 1, len(split))
-        constants: dict[str, Any] = {}
-        for task, total in sums.items():
-            kind = TASKS[task].decode
-            if kind == "argmax":
-                constants[task] = int(total[:255].argmax())
-            elif kind == "unit_vector":
-                constants[task] = [float(value) for value in total[:3] / max(float(np.linalg.norm(total[:3])), 1e-12)]
-            else:
-                constants[task] = float(total[0] / max(total[1], 1))
-        return cls(constants, split.label_set, left_out)
+        return cls({task: kind_of(task).constant(total) for task, total in sums.items()}, split.label_set, left_out)
 
     def predictor(self, size: tuple[int, int]) -> Predictor:
         """Return it as a predictor of constant logits."""
         vectors = {}
         for task, constant in self.constants.items():
-            kind = TASKS[task].decode
-            if kind == "argmax":
-                channels = LABEL_SETS[self.label_set].channels(task)
-                vectors[task] = F.one_hot(torch.tensor(constant), channels).float()
-            elif kind == "sigmoid":
-                # Above every threshold: the best a constant can do is to call every pixel positive.
-                vectors[task] = torch.full((1,), 20.0)
-            else:
-                vectors[task] = torch.tensor(constant).float().reshape(-1)
+            channels = LABEL_SETS[self.label_set].channels(task)
+            vectors[task] = torch.from_numpy(kind_of(task).constant_logits(constant, channels))
 
         def run(images: list[NetworkImage]) -> dict[str, Tensor]:
             return {task: vector.view(1, -1, 1, 1).expand(len(images), -1, 1, 1) for task, vector in vectors.items()}

@@ -23,15 +23,9 @@ class Baseline:
     figures: Mapping[str, tuple[str, float]]
 
 
-# What published delta_m take instead of a task's headline metric: calculate_multi_task_performance in
-# evaluation/evaluate_utils.py:51 (Vandenhende) takes saliency's mIoU. Nothing published under protocol B computes
-# delta_m; its papers report maxF.
-PUBLISHED_METRICS = {("saliency", "A"): "mIoU"}
-
-
 def published_metric(task: str, protocol: str) -> str:
     """Return the metric of a task that published delta_m under a protocol are over."""
-    return PUBLISHED_METRICS.get((task, protocol), TASKS[task].metric)
+    return TASKS[task].published_metrics.get(protocol, TASKS[task].metric)
 
 
 # Which reader of the stored edge maps is behind a figure, and how saliency was scored: docs/datasets.md.

@@ -8,27 +8,50 @@ Predictions are those of m3vit.evaluation.protocols.prediction, at the label's s
 (m3vit.tasks). float64 throughout, so that the order of the sum does not show.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.evaluation.edge_readers import HEADLINE, READERS, THRESHOLDS, Reader
+from m3vit.errors import InputError
+from m3vit.evaluation.edge_readers import HEADLINE, THRESHOLDS, Reader
 from m3vit.evaluation.edges import ois_counts, reader_counts, summarise
-from m3vit.label_sets import LABEL_SETS
-from m3vit.tasks import IGNORE, TASKS
+from m3vit.label_sets import LABEL_SETS, LabelSet
+from m3vit.tasks import IGNORE, TASKS, kind_of
 
 Statistics = NDArray[np.float64]
 Metrics = dict[str, NDArray[np.float64]]
 
 
-class Meter(Protocol):
-    """See the module."""
+@dataclass(frozen=True)
+class Scoring:
+    """What a meter is made for: a task of a label set under a protocol; `quick` for the evaluations while training."""
 
-    def image(self, prediction: NDArray[Any], label: NDArray[Any]) -> Statistics: ...
+    task: str
+    labels: LabelSet
+    protocol: str
+    quick: bool
 
-    def compute(self, totals: Statistics) -> Metrics: ...
+
+class Meter(ABC):
+    """See the module.
+
+    `on_edge_truth`: labels are the split's `edge_truth`, not those trained on, and each takes so long to match that
+    processes of their own do it (m3vit.evaluation.edge_pool).
+    """
+
+    on_edge_truth: ClassVar[bool] = False
+
+    @abstractmethod
+    def image(self, prediction: NDArray[Any], label: NDArray[Any]) -> Statistics:
+        """Return what one image contributes: [K], all zero without a valid pixel."""
+
+    @abstractmethod
+    def compute(self, totals: Statistics) -> Metrics:
+        """Return the metrics [...] of sums of contributions [..., K]."""
 
 
 def ratio(a: Any, b: Any, empty: float = np.nan) -> NDArray[np.float64]:
@@ -37,7 +60,7 @@ def ratio(a: Any, b: Any, empty: float = np.nan) -> NDArray[np.float64]:
     return np.divide(a, b, out=np.full(a.shape, empty), where=b != 0)
 
 
-class ClassMeter:
+class ClassMeter(Meter):
     """mIoU in percent over all C classes (semseg, human_parts); both protocols.
 
     A class absent from labels and predictions counts 0, as published. `mIoU_present` is the mean over the classes that
@@ -64,7 +87,7 @@ class ClassMeter:
         return result | {f"IoU_{name}": iou[..., index] for index, name in enumerate(self.classes)}
 
 
-class DepthMeter:
+class DepthMeter(Meter):
     """Errors of depth in metres, over the valid pixels of all images pooled; both protocols.
 
     Predictions at or below zero become 1e-9 m first, as published.
@@ -87,7 +110,7 @@ class DepthMeter:
         return result | {f"delta{power}": 100 * ratio(n, count) for power, n in enumerate(within, start=1)}
 
 
-class NormalsMeter:
+class NormalsMeter(Meter):
     """Angles between predicted and true normals, over the valid pixels of all images pooled; both protocols.
 
     The median is read off a histogram with bins of 0.1 degrees: the mean of the two middle angles, each placed in its
@@ -133,7 +156,7 @@ def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-class SaliencyMeterA:
+class SaliencyMeterA(Meter):
     """Saliency as in protocol A (ASTMT): per-image IoU, precision and recall averaged over images.
 
     The best of 15 thresholds 0.2 .. 0.9, exceeded strictly; beta^2 = 1. mIoU is M3ViT's figure. Without a salient pixel
@@ -159,7 +182,7 @@ class SaliencyMeterA:
         return {"maxF": f_score.max(axis=-1), "mIoU": iou.max(axis=-1)}
 
 
-class SaliencyMeterB:
+class SaliencyMeterB(Meter):
     """Saliency as in protocol B (ATRC, InvPT): F of pixels pooled over images, beta^2 = 0.3, at 19 thresholds.
 
     `maxF_as_published` passes the probability through a sigmoid once more, as InvPT's and TaskPrompter's code does, so
@@ -205,12 +228,14 @@ def _threshold_counts(
     return hits, predicted, int(truth.sum()), int(valid.sum())
 
 
-class EdgeMeter:
+class EdgeMeter(Meter):
     """odsF, oisF and AP in percent (seism): edges matched one to one within a distance.
 
     Once for each of the published readers of the stored map (m3vit.evaluation.edge_readers), whose name the metrics end
     in. Those of read_one_cont_png have no ending: it is behind the published figures of both protocols.
     """
+
+    on_edge_truth = True
 
     def __init__(self, max_dist: float, readers: Sequence[Reader] = (HEADLINE,)) -> None:
         self.max_dist, self.readers = max_dist, readers
@@ -240,7 +265,7 @@ class EdgeMeter:
         return result
 
 
-class PixelEdgeMeter:
+class PixelEdgeMeter(Meter):
     """Best F1 in percent over 99 thresholds, pixel by pixel, with no tolerance in place: quick, and not odsF.
 
     Scored against the labels trained on. Training reports it between epochs.
@@ -258,12 +283,38 @@ class PixelEdgeMeter:
 
 
 def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
-    """Return the meter of a task; `quick` takes the pixel-wise one for edges."""
-    labels = LABEL_SETS[label_set]
-    if TASKS[task].decode == "argmax":
-        return ClassMeter(labels.classes[task])
-    if task == "saliency":
-        return SaliencyMeterA() if protocol == "A" else SaliencyMeterB()
-    if task == "edge":
-        return PixelEdgeMeter() if quick else EdgeMeter(labels.edge_max_dist, READERS[protocol])
-    return DepthMeter() if task == "depth" else NormalsMeter()
+    """Return the meter of a task, its own or its kind's, or raise InputError if that is none."""
+    scoring = Scoring(task, LABEL_SETS[label_set], protocol, quick)
+    make = TASKS[task].meter or kind_of(task).meter
+    try:
+        meter = make(scoring)
+    except TypeError as error:  # of a class that lacks a method
+        raise InputError(f"the meter of {task} cannot be made ({error}): mend it") from error
+    if not isinstance(meter, Meter):
+        raise InputError(
+            f"the meter of {task} under protocol {protocol} is {meter!r}: give an m3vit.evaluation.meters.Meter"
+        )
+    return meter
+
+
+def matched_tasks(tasks: Sequence[str], label_set: str, protocol: str) -> list[str]:
+    """Return those of the tasks that are scored against the split's `edge_truth`."""
+    return [task for task in tasks if make_meter(task, label_set, protocol).on_edge_truth]
+
+
+def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
+    """Return the meter of a task, or raise InputError if it does not give the task's headline metric.
+
+    It is tried on an image of nothing, so that a task cannot be trained for hours and then not be scored.
+    """
+    meter, kind, size = make_meter(task, label_set, protocol, quick), kind_of(task), (8, 8)
+    channels = LABEL_SETS[label_set].channels(task)
+    guess = kind.decode(np.zeros((1, channels, *size), np.float32))[0]
+    label = np.zeros(size, bool) if meter.on_edge_truth else kind.no_label(size)
+    found, wanted = meter.compute(meter.image(guess, label)), TASKS[task].quick if quick else TASKS[task].metric
+    if wanted not in found:
+        raise InputError(
+            f"the meter of {task} gives {', '.join(list(found)[:5])}, not {wanted}, which the task names as its "
+            "headline metric: mend the task's row or its meter"
+        )
+    return meter

@@ -13,14 +13,13 @@ Shapes: n images, C channels, H x W the network's size, h x w the label's.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from m3vit.data.network_input import padded_place, resize_image
 from m3vit.errors import InputError
-from m3vit.tasks import TASKS
+from m3vit.tasks import TASKS, kind_of
 
 PROTOCOLS = {
     "A": "A (Vandenhende, M3ViT: predictions resized to the label's size, 8-bit)",
@@ -83,38 +82,20 @@ def prediction(
 ) -> NDArray[np.generic]:
     """Turn one image's logits [C, H, W] (any resolution: resized to H x W first) into a prediction [h, w].
 
-    argmax tasks: class ids uint8. depth: metres float32. normals: float32 [h, w, 3], unit length. sigmoid tasks:
-    probability float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact. `y_down` says
+    Classes: ids uint8. depth: metres float32. normals: float32 [h, w, 3], unit length. saliency, edge: probability
+    float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact. `y_down` says
     that the published code stores this data set's normals with y down (LabelSet.normals_y_down): truncation to 8 bits
     then pulls y up, not down.
     """
     height, width = place.pixels.shape[:2]
     if logits.shape[-2:] != (height, width):
         logits = F.interpolate(logits[None], size=(height, width), mode="bilinear", align_corners=False)[0]
-    logits = logits.float()
-    kind = TASKS[task].decode
-    if kind == "argmax":
-        values = logits.argmax(dim=0, keepdim=True).float()
-    elif kind == "unit_vector":
-        axes = torch.tensor([1.0, -1.0 if y_down else 1.0, 1.0])[:, None, None]
-        values = (F.normalize(logits * axes, dim=0) + 1) * 127.5
-    elif kind == "sigmoid":
-        values = 255 * torch.sigmoid(logits)
-    else:
-        values = logits
-    values = values[:, place.rows, place.columns]
+    kind = kind_of(task)
+    values = kind.stored(logits.float(), y_down)[:, place.rows, place.columns]
     if tuple(values.shape[-2:]) != tuple(label_size):
         assert protocol == "A", "protocol B does not resize"
         # OpenCV's INTER_NEAREST takes pixel floor(x * scale), as torch's "nearest" does.
-        mode = {"mode": "nearest"} if kind == "argmax" else {"mode": "bilinear", "align_corners": False}
+        mode = {"mode": "nearest"} if kind.nearest else {"mode": "bilinear", "align_corners": False}
         values = F.interpolate(values[None], size=tuple(label_size), **mode)[0]  # type: ignore[arg-type]
-    if kind == "argmax":
-        return values[0].to(torch.uint8).numpy()
-    if kind == "identity":
-        return values[0].numpy()
-    stored = protocol == "A" or task == "edge"
-    if stored:  # .astype(np.uint8) in the published code: truncated, not rounded
-        values = values.floor()
-    if kind == "unit_vector":
-        return F.normalize((values / 127.5 - 1) * axes, dim=0).permute(1, 2, 0).contiguous().numpy()
-    return (values[0] / 255).numpy()
+    # 8 bits: .astype(np.uint8) in the published code: truncated, not rounded
+    return kind.restored(values, protocol == "A" or TASKS[task].stored_in_8_bits, y_down)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from m3vit.collectives import agree, gather, process_group, rank, world_size
-from m3vit.data.opening import open_split, origin
+from m3vit.data.opening import layout_for, open_split, origin
 from m3vit.data.sample import Split
 from m3vit.digests import changed, check_sealed, read_sealed_json, seal, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path, sha256_file
+from m3vit.label_sets import LABEL_SETS, declare, describe
 from m3vit.launched import place
 from m3vit.pool import usable_cores
 
@@ -51,14 +52,15 @@ def score(
     by the first process, the others return None.
     """
     check_protocol(protocol)
-    layout, tasks = predictor.label_set, predictor.tasks
-    split = open_split(layout, root, "val", tasks)
+    label_set, tasks = predictor.label_set, predictor.tasks
+    layout = layout_for(label_set, root, tasks)
+    split = open_split(layout, root, "val", tasks, label_set=label_set)
     with process_group():
         agree(lambda: None if rank() else stored(folder))  # damaged, it is refused now rather than after the evaluation
         evaluations = {predictor.name: share(split, predictor, protocol, workers, stage(progress, predictor.name))}
         constants = None
         if trivial:
-            train = open_split(layout, root, "train", tasks, partial)
+            train = open_split(layout, root, "train", tasks, partial, label_set)
             fitted = TrivialPredictor.fit(train, stage(progress, "training labels"))
             if fitted.left_out and rank() == 0:
                 words = f"the trivial predictor is fitted without {fitted.left_out} training labels"
@@ -74,7 +76,8 @@ def score(
         "split": "val",
         "images": len(split),
         "data": str(Path(root).resolve()),
-        "label_set": layout,
+        "label_set": label_set,
+        "labels": describe(label_set),
         "release": split.release,
         "origin": origin(root),
         "predictor": predictor.name,
@@ -181,7 +184,12 @@ def read(folder: Path, protocol: str | None = None) -> tuple[str, dict[str, Any]
     name = protocol or list(known)[-1]
     if name not in known:
         raise InputError(f"{folder} was evaluated under protocol {', '.join(known)}, not {name}: {hint}")
-    return name, known[name]
+    result = known[name]
+    if "labels" in result:
+        result = {**result, "label_set": declare(result["labels"], str(folder / "eval.json"))}
+    elif result["label_set"] not in LABEL_SETS:
+        raise InputError(f"{folder} was evaluated on the label set {result['label_set']}, unknown here: {hint}")
+    return name, result
 
 
 def read_evaluation(folder: Path, protocol: str) -> Evaluation:

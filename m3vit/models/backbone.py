@@ -1,110 +1,30 @@
-"""The backbone: a vision transformer of timm, some of whose MLPs are mixtures of experts.
+"""The backbone: a vision transformer of timm (trunk.py), some of whose MLPs are mixtures of experts.
 
-A trunk is what timm builds from its classes VisionTransformer (AugReg, DeiT, DINOv2, CLIP, ...) or Eva (EVA-02,
-DINOv3, RoPE-ViT, ...), with any patch size, prefix tokens and positions. timm embeds the image and runs the blocks
-without experts; this module composes the parts of the blocks with experts, where it stacks the tasks.
+timm embeds the image and runs the blocks without experts; this module composes the parts of the blocks with experts,
+where it stacks the tasks.
 
 Shapes: R tasks, B images, P prefix tokens, T patch tokens, D embedding dimension, (h, w) patch grid.
 """
 
-import difflib
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
-from timm.layers import PatchEmbed
-from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m3vit.errors import InputError, one_line
+from m3vit.errors import InputError
+from m3vit.models.budget import Use
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Features
 from m3vit.models.experts import ExpertBank
-from m3vit.models.moe import MoELayer
-from m3vit.models.pretrained import load_weights, whole_weights
+from m3vit.models.moe import MoELayer, TaskIds
 from m3vit.models.router import Router, Routing
-from m3vit.models.upcycling import upcycle
+from m3vit.models.trunk import make_trunk
 
-FAMILIES = ("vision_transformer", "deit", "eva")  # the modules of timm that build such trunks
-EXAMPLES = "vit_small_patch16_224, deit3_small_patch16_224, vit_small_patch14_reg4_dinov2 or vit_small_patch16_dinov3"
 POST_NORM = (ResPostBlock, EvaBlockPostNorm)  # blocks that normalise what they add, not what they read
-
-
-def make_trunk(config: ModelConfig) -> VisionTransformer | Eva:
-    """Build the timm model, without classifier and final norm, or raise InputError if it is not a ViT we can use."""
-    if not timm.is_model(config.trunk):
-        names = [name for family in FAMILIES for name in timm.list_models(module=family)]
-        near = ", ".join(difflib.get_close_matches(config.trunk, names)) or EXAMPLES
-        raise InputError(f"model.trunk is {config.trunk!r}, not a timm model: give one such as {near}")
-    arguments: dict[str, Any] = {
-        "img_size": tuple(config.image_size),
-        **config.trunk_args,
-        "num_classes": 0,
-        "dynamic_img_size": True,  # positions are resampled, or computed, for each image's grid
-    }
-    try:
-        with _quiet_hub(), whole_weights(config.trunk, config.trunk_args):
-            trunk = timm.create_model(config.trunk, pretrained=config.pretrained, **arguments)
-    except InputError:
-        raise
-    except Exception as error:  # bad arguments raise many kinds; a failed download as many as there are clients
-        family = timm.models.model_entrypoint(config.trunk).__module__.rpartition(".")[2]
-        if family not in FAMILIES:
-            raise _refuse(config, f"of timm's family {family}") from error
-        words = one_line(error)
-        if config.pretrained and isinstance(error, OSError | RuntimeError):
-            reason = words.split(". ")[0]
-            raise InputError(
-                f"model.pretrained: the weights of {config.trunk} with {config.trunk_args} could not be fetched "
-                f"({reason}): connect this machine to the Hugging Face hub, copy a filled cache to it (HF_HOME), give "
-                "a file with --model.weights, or start from random weights with --model.pretrained=false"
-            ) from None
-        raise InputError(f"timm cannot build {config.trunk} as a ViT with {config.trunk_args}: {words}") from error
-    # Subclasses may compute their positions in their own way (as DeiT's does), but not the features.
-    base = Eva if isinstance(trunk, Eva) else VisionTransformer
-    if not isinstance(trunk, base) or type(trunk).forward_features is not base.forward_features:
-        raise _refuse(config, f"a {type(trunk).__name__}")
-    if type(trunk.patch_embed) is not PatchEmbed:
-        raise _refuse(config, f"a ViT with a {type(trunk.patch_embed).__name__}")
-    if not isinstance(trunk.patch_drop, nn.Identity | None):
-        raise InputError(f"model.trunk_args {config.trunk_args}: no patch may be dropped, every pixel has a label")
-    height, width = config.image_size
-    patch = trunk.patch_embed.patch_size
-    if patch[0] != patch[1] or trunk.patch_embed.proj.in_channels != 3:
-        raise InputError(f"model.trunk_args {config.trunk_args}: give a square patch and 3 input channels (RGB)")
-    if height % patch[0] or width % patch[1]:
-        raise InputError(f"model.image_size {height}x{width} is not a multiple of the patch size {patch}")
-    # M3ViT has no final norm: each head starts with its own (its code: models/vit_up_head.py). The rest is of
-    # timm's classifier: parameters without gradients, which training on several processes would wait for.
-    trunk.norm = trunk.fc_norm = nn.Identity()
-    trunk.attn_pool = None
-    if config.weights:
-        load_weights(trunk, config.weights)
-    return trunk
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Silence the hub's line for each retry (some 50 s of them without network): `make_trunk` says what failed."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _refuse(config: ModelConfig, what: str) -> InputError:
-    return InputError(
-        f"model.trunk {config.trunk} with {config.trunk_args} is {what}, not a plain vision transformer: give one of "
-        f"timm's VisionTransformer or Eva models, such as {EXAMPLES}"
-    )
 
 
 # Blocks are timm's; it sets their parts dynamically: Any.
@@ -123,12 +43,33 @@ def _attend(block: Any, x: Tensor, options: dict[str, Tensor]) -> Tensor:
     return x + block.drop_path1(_layer_scale(block, 1, block.attn(block.norm1(x), **options)))
 
 
-def _mix(block: Any, x: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, Routing]:
+def _mix(block: Any, x: Tensor, task_ids: TaskIds, uses: Sequence[Use] | None) -> tuple[Tensor, Routing | None]:
     """Return x [R or 1, B, P + T, D] after the half with experts of a block, [R, B, P + T, D], and its routing."""
     post_norm = isinstance(block, POST_NORM)
-    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids)
+    y, routing = block.mlp(x if post_norm else block.norm2(x), task_ids, uses)
     y = block.norm2(y) if post_norm else _layer_scale(block, 2, y)
     return x + block.drop_path2(y.flatten(0, 1)).view_as(y), routing
+
+
+def _experts(config: ModelConfig, dim: int) -> MoELayer:
+    """Build the layer that takes the place of a block's MLP."""
+    router = Router(
+        dim,
+        config.num_experts,
+        config.top_k,
+        len(config.tasks),
+        config.router,
+        config.router_noise,
+        learned_noise=config.router_noise_kind == "learned",
+        allowed=[config.experts_per_task.get(task) for task in config.tasks],
+    )
+    hidden = round(dim * config.expert_ratio)
+    if hidden < 1:
+        raise InputError(
+            f"model.expert_ratio is {config.expert_ratio}: that makes experts of no hidden unit for the embedding "
+            f"dimension {dim}; give at least {1 / dim:g}"
+        )
+    return MoELayer(router, ExpertBank(config.num_experts, dim, hidden), config.experts)
 
 
 class Backbone(nn.Module):
@@ -142,6 +83,9 @@ class Backbone(nn.Module):
         self.one_for_all = config.router == "single"  # the tasks are the same up to the heads
         self.checkpoint_activations = False  # in training, keep only each block's input and compute the rest again
         self.moe_indices = config.moe_indices(len(self.trunk.blocks))
+        # The MLPs whose place the experts take, no part of the model: weights of a dense trunk and up-cycling need them
+        # (initialise.py), which then drops them.
+        self.replaced: dict[int, nn.Module] = {}
         for index in self.moe_indices:
             block = self.trunk.blocks[index]
             if not isinstance(block, (Block, EvaBlock, *POST_NORM)):
@@ -149,27 +93,7 @@ class Backbone(nn.Module):
                     f"model.moe_blocks names block {index} of {config.trunk}, a {type(block).__name__}, whose MLP is "
                     "no part of its own: leave it out, or give a trunk with sequential blocks"
                 )
-            router = Router(
-                self.dim,
-                config.num_experts,
-                config.top_k,
-                len(config.tasks),
-                config.router,
-                config.router_noise,
-                learned_noise=config.router_noise_kind == "learned",
-                allowed=[config.experts_per_task.get(task) for task in config.tasks],
-            )
-            hidden = round(self.dim * config.expert_ratio)
-            if hidden < 1:
-                raise InputError(
-                    f"model.expert_ratio is {config.expert_ratio}: that makes experts of no hidden unit for the "
-                    f"embedding dimension {self.dim}; give at least {1 / self.dim:g}"
-                )
-            bank = ExpertBank(config.num_experts, self.dim, hidden)
-            layer = MoELayer(router, bank, config.experts)
-            if config.init == "upcycle":
-                upcycle(layer, block.mlp, config.upcycle_gates, f"block {index} of {config.trunk}")
-            block.mlp = layer
+            self.replaced[index], block.mlp = block.mlp, _experts(config, self.dim)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Return how many patches (rows, columns) the images hold, or raise InputError if they do not divide."""
@@ -203,23 +127,35 @@ class Backbone(nn.Module):
         return table
 
     def run_block(
-        self, block: Any, x: Tensor, task_ids: tuple[int, ...], options: dict[str, Tensor]
+        self,
+        block: Any,
+        x: Tensor,
+        task_ids: TaskIds,
+        options: dict[str, Tensor],
+        uses: Sequence[Use] | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Run one block of the trunk on [R, B, P + T, D]; return also its routing, if it has experts."""
         if isinstance(getattr(block, "mlp", None), MoELayer):
-            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids)
+            return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids, uses)
         return block(x.flatten(0, 1), **options).view_as(x), None
 
     def forward(
-        self, images: Tensor, task_ids: tuple[int, ...], blocks: tuple[int, ...] = ()
+        self,
+        images: Tensor,
+        task_ids: TaskIds,
+        blocks: tuple[int, ...] = (),
+        uses: Sequence[Sequence[Use]] | None = None,
     ) -> tuple[Features, list[Routing]]:
-        """Return the patch tokens (without prefix tokens) after `blocks`, and the routing of each MoE layer.
+        """Return patch tokens (without prefix tokens) after `blocks`, and each MoE layer's routing (none exporting).
 
-        blocks: indices of the trunk's; (): the last. Up to the first router the tasks are the same, so that prefix runs
+        blocks: indices of the trunk's; (): the last. uses: of each block with experts, what each task uses of them;
+        None: as trained. Up to the first router the tasks are the same, so that prefix runs
         once (R = 1); from there on the tasks are stacked, unless all share one router: then everything runs once.
         M3ViT's code re-runs the whole backbone for each task.
         """
-        routed = task_ids[:1] if self.one_for_all else task_ids
+        alike = uses is None or all(use == layer[0] for layer in uses for use in layer)
+        routed = task_ids[:1] if self.one_for_all and alike else task_ids
+        given = {} if uses is None else dict(zip(self.moe_indices, uses, strict=True))
         grid = self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1
@@ -228,11 +164,12 @@ class Backbone(nn.Module):
         kept, routings = {}, []
         for index, block in enumerate(self.trunk.blocks):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
+            arguments = (block, x, routed, options, given[index][: len(routed)] if index in given else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The random state is kept too: the second time, router noise and dropped paths are the same.
-                x, routing = checkpoint(self.run_block, block, x, routed, options, use_reentrant=False)
+                x, routing = checkpoint(self.run_block, *arguments, use_reentrant=False)
             else:
-                x, routing = self.run_block(block, x, routed, options)
+                x, routing = self.run_block(*arguments)
             if routing is not None:
                 routings.append(routing.of_tasks(len(task_ids)) if len(routed) < len(task_ids) else routing)
             if index in tapped:

@@ -9,8 +9,8 @@ gains nothing, the time going into the same matrix products; on GPUs it is not m
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class ExpertBank(nn.Module):
-    """Parameters of E experts, each Linear(D, H) -> GELU -> Linear(H, D) with biases.
+class Bank(Protocol):
+    """Parameters of E experts: `w1` [E, H, D], `b1` [E, H], `w2` [E, D, H], `b2` [E, D]."""
 
-    `w1` [E, H, D], `b1` [E, H], `w2` [E, D, H], `b2` [E, D]; initialised as torch.nn.Linear is.
-    """
+    @property
+    def w1(self) -> Tensor: ...
+    @property
+    def b1(self) -> Tensor: ...
+    @property
+    def w2(self) -> Tensor: ...
+    @property
+    def b2(self) -> Tensor: ...
+
+
+class ExpertBank(nn.Module):
+    """A `Bank` of experts, each Linear(D, H) -> GELU -> Linear(H, D) with biases; initialised as torch.nn.Linear is."""
 
     def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
         super().__init__()
@@ -41,6 +51,39 @@ class Dispatch(NamedTuple):
     token_S: Tensor  # int64, the token of each row
     place_NK: Tensor  # int64, the inverse of order_S: the row of each (token, slot)
     ends_E: Tensor  # int32, where the rows of each expert end
+    expert_ids_NK: Tensor  # int64, what is grouped by
+
+    def slices(self) -> Iterator[tuple[int, slice]]:
+        """Yield each expert and its rows."""
+        ends = self.ends_E.tolist()
+        return ((expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
+
+    def gather(self, x_ND: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return the token of each row, of those rows."""
+        return x_ND.index_select(0, self.token_S[rows])
+
+    def sum(self, rows_SD: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+        """Return sum_k weights[n, k] rows[place[n, k]], [N, D]. As a bag of embeddings no [N, K, D] is written."""
+        if rows_SD.device.type in ("cpu", "cuda"):  # MPS has bags from torch 2.10 on
+            return F.embedding_bag(self.place_NK, rows_SD, per_sample_weights=weights_NK, mode="sum")
+        taken_NKD = rows_SD.index_select(0, self.place_NK.flatten()).unflatten(0, self.place_NK.shape)
+        return (taken_NKD if weights_NK is None else taken_NKD * weights_NK[..., None]).sum(dim=1)
+
+    def combine(self, rows_SD: Tensor, weights_NK: Tensor, b2: Tensor) -> Tensor:
+        """Return sum_k weights[n, k] (row + b2) over the rows of each token, [N, D]."""
+        return self.sum(rows_SD, weights_NK).addmm_(self._shares(weights_NK, len(b2)), b2)
+
+    def combine_backward(
+        self, weights_NK: Tensor, b2: Tensor, grad_ND: Tensor, dots_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return its gradients of weights [N, K] and b2 [E, D]; `dots` are those of the gradient with the rows."""
+        grad_weights_NK = dots_S[self.place_NK] + (grad_ND @ b2.T).gather(1, self.expert_ids_NK)
+        return grad_weights_NK, self._shares(weights_NK, len(b2)).T @ grad_ND
+
+    def _shares(self, weights_NK: Tensor, num_experts: int) -> Tensor:
+        """Return the weight of each expert for each token, [N, E]: what the second bias enters with."""
+        shares_NE = weights_NK.new_zeros(len(weights_NK), num_experts)
+        return shares_NE.scatter_add_(1, self.expert_ids_NK, weights_NK)
 
 
 def dispatch(expert_ids_NK: Tensor, num_experts: int) -> Dispatch:
@@ -52,7 +95,8 @@ def dispatch(expert_ids_NK: Tensor, num_experts: int) -> Dispatch:
     place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
     experts_E = torch.arange(num_experts, device=order_S.device)
     ends_E = torch.searchsorted(ids_S, experts_E, right=True, out_int32=True)
-    return Dispatch(order_S, order_S // expert_ids_NK.shape[1], place_S.view_as(expert_ids_NK), ends_E)
+    token_S = order_S // expert_ids_NK.shape[1]
+    return Dispatch(order_S, token_S, place_S.view_as(expert_ids_NK), ends_E, expert_ids_NK)
 
 
 # How `sorted` and `grouped` compute: y = sum_k weight_k (w2 a_k + b2_k) for each token, with a = gelu(w1 x + b1).
@@ -60,132 +104,165 @@ def dispatch(expert_ids_NK: Tensor, num_experts: int) -> Dispatch:
 # the gradient of a token that was taken K times with atomics (slow, and in another order in every run), and keep four
 # tensors of S rows until the backward pass. Here only w1 x + b1 is kept: tokens are gathered, and GELU is taken, again.
 # The gradient of a weight, dy . (w2 a + b2), is taken as (dy w2) . a + dy . b2, so that w2 a need not be kept either.
+#
+# What the MLP is stands in `mlp_rows` and `mlp_rows_backward`; of which rows and by which products it is computed, in
+# `OneExpert` and `AllExperts`.
 
 
-def _gathered_sum(rows_SD: Tensor, place_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
-    """Return sum_k weights[n, k] rows[place[n, k]], [N, D]. As a bag of embeddings no [N, K, D] is written."""
-    if rows_SD.device.type in ("cpu", "cuda"):  # MPS has bags from torch 2.10 on
-        return F.embedding_bag(place_NK, rows_SD, per_sample_weights=weights_NK, mode="sum")
-    taken_NKD = rows_SD.index_select(0, place_NK.flatten()).unflatten(0, place_NK.shape)
-    return (taken_NKD if weights_NK is None else taken_NKD * weights_NK[..., None]).sum(dim=1)
+class OneExpert:
+    """The rows of one expert: a few MB at a time, which stay in the CPU's caches. Products are written into `out`."""
+
+    def __init__(self, groups: Dispatch, expert: int, rows: slice) -> None:
+        self.groups, self.expert, self.rows = groups, expert, rows
+
+    def gather(self, x_ND: Tensor) -> Tensor:
+        return self.groups.gather(x_ND, self.rows)
+
+    def linear(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.addmm(b[self.expert], x, w[self.expert].T)
+
+    def through(self, x: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
+        return torch.mm(x, w[self.expert].T, out=out)
+
+    def back(self, grad: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(grad, w[self.expert], out=out)
+
+    def outer(self, grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+        return torch.mm(grad.T, x, out=out)
+
+    def total(self, grad: Tensor, out: Tensor | None) -> Tensor:
+        return torch.sum(grad, dim=0, out=out)
 
 
-def _combine(expert_ids_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Tensor:
-    """Return the weight of each expert for each token, [N, E]: what the second bias enters with."""
-    combine_NE = weights_NK.new_zeros(len(weights_NK), num_experts)
-    return combine_NE.scatter_add_(1, expert_ids_NK, weights_NK)
-
-
-def _weighted_sum(groups: Dispatch, expert_ids_NK: Tensor, rows_SD: Tensor, weights_NK: Tensor, b2: Tensor) -> Tensor:
-    """Return sum_k weights[n, k] (row + b2) over the rows of each token, [N, D]."""
-    y_ND = _gathered_sum(rows_SD, groups.place_NK, weights_NK)
-    return y_ND.addmm_(_combine(expert_ids_NK, weights_NK, len(b2)), b2)
-
-
-def _weighted_sum_gradients(
-    groups: Dispatch, expert_ids_NK: Tensor, weights_NK: Tensor, b2: Tensor, grad_ND: Tensor, dots_S: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return its gradients of the weights [N, K] and of b2 [E, D]; `dots` are those of the gradient with the rows."""
-    grad_weights_NK = dots_S[groups.place_NK] + (grad_ND @ b2.T).gather(1, expert_ids_NK)
-    return grad_weights_NK, _combine(expert_ids_NK, weights_NK, len(b2)).T @ grad_ND
-
-
-def _saved(ctx: Any) -> tuple[Dispatch, Tensor, tuple[Tensor, ...]]:
-    """Return what a forward pass saved: the dispatch, the weight of each row [S, 1], and the rest in its order."""
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no more
-    groups, (_, _, weights_NK, *_) = Dispatch(*saved[:4]), saved[4:]
-    return groups, weights_NK.flatten()[groups.order_S, None], saved[4:]
-
-
-class _Sorted(torch.autograd.Function):
-    """Each expert in turn, on its own rows: a few MB at a time, which stay in the CPU's caches."""
-
-    @staticmethod
-    def forward(ctx: Any, groups: Dispatch, expert_ids_NK: Tensor, *operands: Tensor) -> Tensor:
-        x_ND, weights_NK, w1, b1, w2, b2 = operands
-        hidden, out_SD = [], x_ND.new_empty(len(groups.token_S), x_ND.shape[1])
-        for expert, rows in _slices(groups):
-            hidden.append(torch.addmm(b1[expert], x_ND.index_select(0, groups.token_S[rows]), w1[expert].T))
-            torch.mm(F.gelu(hidden[-1]), w2[expert].T, out=out_SD[rows])
-        ctx.save_for_backward(*groups, expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden)
-        return _weighted_sum(groups, expert_ids_NK, out_SD, weights_NK, b2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_ND,), (groups, weights_S1, saved) = gradients, _saved(ctx)
-        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, *hidden = saved
-        token_S = groups.token_S
-        grad_w1, grad_b1, grad_w2 = torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2)
-        grad_SD, dots_S = x_ND.new_empty(len(token_S), x_ND.shape[1]), x_ND.new_empty(len(token_S))
-        for expert, rows in _slices(groups):
-            grad_rows, weights = grad_ND.index_select(0, token_S[rows]), weights_S1[rows]
-            active, back = F.gelu(hidden[expert]), grad_rows @ w2[expert]
-            torch.linalg.vecdot(back, active, out=dots_S[rows])
-            torch.mm(grad_rows.mul_(weights).T, active, out=grad_w2[expert])
-            back = torch.ops.aten.gelu_backward(back.mul_(weights), hidden[expert])
-            torch.mm(back.T, x_ND.index_select(0, token_S[rows]), out=grad_w1[expert])
-            torch.sum(back, dim=0, out=grad_b1[expert])
-            torch.mm(back, w1[expert], out=grad_SD[rows])
-        outer = _weighted_sum_gradients(groups, expert_ids_NK, weights_NK, b2, grad_ND, dots_S)
-        return None, None, _gathered_sum(grad_SD, groups.place_NK), outer[0], grad_w1, grad_b1, grad_w2, outer[1]
-
-
-def _slices(groups: Dispatch) -> Iterator[tuple[int, slice]]:
-    """Yield each expert and its rows."""
-    ends = groups.ends_E.tolist()
-    return ((expert, slice(start, end)) for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
-
-
-class _Grouped(torch.autograd.Function):
-    """All experts at once: their products are one grouped GEMM, and nothing waits for the counts.
+class AllExperts:
+    """All rows at once: the products of the experts are one grouped GEMM, and nothing waits for the counts.
 
     What large GPUs need: 16 small products leave most of one idle. The experts of each row are also a matrix of zeros
-    and ones, so that adding the first bias is a product, and so is its gradient.
+    and ones, so that adding the first bias is a product, and so is its gradient. `out` is None: the results are new.
     """
 
+    def __init__(self, groups: Dispatch) -> None:
+        self.groups, self.gather = groups, groups.gather
+
+    def linear(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return self.through(x, w).addmm_(self._chosen(b.dtype), b)
+
+    def through(self, x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        return F.grouped_mm(x, w.transpose(1, 2), offs=self.groups.ends_E)
+
+    def back(self, grad: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        return F.grouped_mm(grad, w, offs=self.groups.ends_E)
+
+    def outer(self, grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+        """On some GPUs the experts without a row would get what was in memory before (pytorch issue 172439)."""
+        ends_E = self.groups.ends_E
+        product_EOI = F.grouped_mm(grad.T, x, offs=ends_E)
+        empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
+        return product_EOI.masked_fill_(empty_E[:, None, None], 0)
+
+    def total(self, grad: Tensor, out: Tensor | None) -> Tensor:
+        return self._chosen(grad.dtype).T @ grad
+
+    def _chosen(self, dtype: torch.dtype) -> Tensor:
+        """Return which expert's each row is, as zeros and ones [S, E]."""
+        expert_S1 = self.groups.expert_ids_NK.flatten()[self.groups.order_S, None]
+        return (expert_S1 == torch.arange(len(self.groups.ends_E), device=expert_S1.device)).to(dtype)
+
+
+_Rows = OneExpert | AllExperts
+
+
+def mlp_rows(
+    on: _Rows, x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return w2 gelu(w1 x + b1) of the rows, and w1 x + b1, which the backward pass needs."""
+    hidden = on.linear(on.gather(x_ND), w1, b1)
+    return on.through(F.gelu(hidden), w2, out), hidden
+
+
+def mlp_rows_backward(
+    on: _Rows,
+    grad_ND: Tensor,
+    weights_S1: Tensor,
+    x_ND: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    out: Sequence[Tensor | None] = (None,) * 5,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the rows' x, their dots (of the gradient with w2 a, without the row's weight), and the
+    gradients of w1, b1 and w2; `out` says where they go, in this order."""
+    out_x, out_dots, out_w1, out_b1, out_w2 = out
+    active, grad_rows = F.gelu(hidden), on.gather(grad_ND)
+    back = on.back(grad_rows, w2)
+    dots = torch.linalg.vecdot(back, active, out=out_dots)
+    grad_w2 = on.outer(grad_rows.mul_(weights_S1), active, out_w2)
+    back = torch.ops.aten.gelu_backward(back.mul_(weights_S1), hidden)
+    grad_w1 = on.outer(back, on.gather(x_ND), out_w1)
+    grad_b1 = on.total(back, out_b1)
+    return on.back(back, w1, out_x), dots, grad_w1, grad_b1, grad_w2
+
+
+class _Sorted:
+    """Each expert in turn."""
+
     @staticmethod
-    def forward(ctx: Any, groups: Dispatch, expert_ids_NK: Tensor, *operands: Tensor) -> Tensor:
+    def forward(groups: Dispatch, x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, list[Tensor]]:
+        hidden, out_SD = [], x_ND.new_empty(len(groups.token_S), x_ND.shape[1])
+        for expert, rows in groups.slices():
+            hidden.append(mlp_rows(OneExpert(groups, expert, rows), x_ND, w1, b1, w2, out_SD[rows])[1])
+        return out_SD, hidden
+
+    @staticmethod
+    def backward(
+        groups: Dispatch, grad_ND: Tensor, weights_S1: Tensor, x_ND: Tensor, w1: Tensor, w2: Tensor, *hidden: Tensor
+    ) -> tuple[Tensor, ...]:
+        rowwise = x_ND.new_empty(len(groups.token_S), x_ND.shape[1]), x_ND.new_empty(len(groups.token_S))
+        parameters = torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2)
+        for expert, rows in groups.slices():
+            on, out = OneExpert(groups, expert, rows), [*(g[rows] for g in rowwise), *(g[expert] for g in parameters)]
+            mlp_rows_backward(on, grad_ND, weights_S1[rows], x_ND, w1, w2, hidden[expert], out)
+        return *rowwise, *parameters
+
+
+class _Grouped:
+    """All experts at once."""
+
+    @staticmethod
+    def forward(groups: Dispatch, x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out_SD, hidden = mlp_rows(AllExperts(groups), x_ND, w1, b1, w2)
+        return out_SD, [hidden]
+
+    @staticmethod
+    def backward(
+        groups: Dispatch, grad_ND: Tensor, weights_S1: Tensor, x_ND: Tensor, w1: Tensor, w2: Tensor, *hidden: Tensor
+    ) -> tuple[Tensor, ...]:
+        return mlp_rows_backward(AllExperts(groups), grad_ND, weights_S1, x_ND, w1, w2, hidden[0])
+
+
+class _Experts(torch.autograd.Function):
+    """Dispatch, MLPs and combine, in one of the ways above."""
+
+    @staticmethod
+    def forward(ctx: Any, way: type[_Sorted | _Grouped], groups: Dispatch, *operands: Tensor) -> Tensor:
         x_ND, weights_NK, w1, b1, w2, b2 = operands
-        hidden_SH = F.grouped_mm(x_ND.index_select(0, groups.token_S), w1.transpose(1, 2), offs=groups.ends_E)
-        hidden_SH.addmm_(_chosen(groups, expert_ids_NK, b1), b1)
-        out_SD = F.grouped_mm(F.gelu(hidden_SH), w2.transpose(1, 2), offs=groups.ends_E)
-        ctx.save_for_backward(*groups, expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH)
-        return _weighted_sum(groups, expert_ids_NK, out_SD, weights_NK, b2)
+        out_SD, hidden = way.forward(groups, x_ND, w1, b1, w2)
+        ctx.way = way
+        ctx.save_for_backward(*groups, x_ND, weights_NK, w1, w2, b2, *hidden)
+        return groups.combine(out_SD, weights_NK, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_ND,), (groups, weights_S1, saved) = gradients, _saved(ctx)
-        expert_ids_NK, x_ND, weights_NK, w1, w2, b2, hidden_SH = saved
-        token_S = groups.token_S
-
-        def gradient(grad_SO: Tensor, rows_SI: Tensor) -> Tensor:
-            """Sum grad[s] rows[s]^T over each expert's rows. On some GPUs those without a row would get what was in
-            memory before (pytorch issue 172439)."""
-            product_EOI = F.grouped_mm(grad_SO.T, rows_SI, offs=groups.ends_E)
-            empty_E = torch.diff(groups.ends_E, prepend=groups.ends_E.new_zeros(1)) == 0
-            return product_EOI.masked_fill_(empty_E[:, None, None], 0)
-
-        active_SH, grad_rows = F.gelu(hidden_SH), grad_ND.index_select(0, token_S)
-        back_SH = F.grouped_mm(grad_rows, w2, offs=groups.ends_E)
-        dots_S = torch.linalg.vecdot(back_SH, active_SH)
-        grad_w2 = gradient(grad_rows.mul_(weights_S1), active_SH)
-        back_SH = torch.ops.aten.gelu_backward(back_SH.mul_(weights_S1), hidden_SH)
-        grad_w1 = gradient(back_SH, x_ND.index_select(0, token_S))
-        grad_b1 = _chosen(groups, expert_ids_NK, b2).T @ back_SH
-        grad_SD = F.grouped_mm(back_SH, w1, offs=groups.ends_E)
-        outer = _weighted_sum_gradients(groups, expert_ids_NK, weights_NK, b2, grad_ND, dots_S)
-        return None, None, _gathered_sum(grad_SD, groups.place_NK), outer[0], grad_w1, grad_b1, grad_w2, outer[1]
+        (grad_ND,), saved = gradients, ctx.saved_tensors  # read once: activation checkpointing allows no more
+        groups, (x_ND, weights_NK, w1, w2, b2, *hidden) = Dispatch(*saved[:5]), saved[5:]
+        weights_S1 = weights_NK.flatten()[groups.order_S, None]
+        grad_SD, dots_S, *parameters = ctx.way.backward(groups, grad_ND, weights_S1, x_ND, w1, w2, *hidden)
+        grad_weights, grad_b2 = groups.combine_backward(weights_NK, b2, grad_ND, dots_S)
+        return None, None, groups.sum(grad_SD), grad_weights, *parameters, grad_b2
 
 
-def _chosen(groups: Dispatch, expert_ids_NK: Tensor, bias: Tensor) -> Tensor:
-    """Return which expert's each row is, as zeros and ones [S, E] of the bias's type."""
-    expert_S1 = expert_ids_NK.flatten()[groups.order_S, None]
-    return (expert_S1 == torch.arange(len(bias), device=bias.device)).to(bias.dtype)
-
-
-def _operands(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor) -> list[Tensor]:
+def _operands(bank: Bank, x_ND: Tensor, weights_NK: Tensor) -> list[Tensor]:
     """Return x, weights and parameters in the type to compute in: autocast's where it is on, else that of x."""
     device = x_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
@@ -193,23 +270,21 @@ def _operands(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor) -> list[Tensor
 
 
 @torch.compiler.disable
-def run_sorted(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
+def run_sorted(bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
     """Return sum_k weights[n, k] * expert(ids[n, k])(x[n]), shape [N, D]: each expert runs once, on its own tokens."""
-    groups = dispatch(expert_ids_NK, len(bank.w1))
-    return _Sorted.apply(groups, expert_ids_NK, *_operands(bank, x_ND, weights_NK))
+    return _Experts.apply(_Sorted, dispatch(expert_ids_NK, len(bank.w1)), *_operands(bank, x_ND, weights_NK))
 
 
 @torch.compiler.disable
-def run_grouped(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
+def run_grouped(bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
     """As `run_sorted`, by grouped GEMMs. D and H must be multiples of 16 bytes."""
     if not len(x_ND):  # which they refuse
         return run_sorted(bank, x_ND, weights_NK, expert_ids_NK)
-    groups = dispatch(expert_ids_NK, len(bank.w1))
-    return _Grouped.apply(groups, expert_ids_NK, *_operands(bank, x_ND, weights_NK))
+    return _Experts.apply(_Grouped, dispatch(expert_ids_NK, len(bank.w1)), *_operands(bank, x_ND, weights_NK))
 
 
-def run_reference(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
-    """The obvious way, for tests: every expert on every token, then pick. Costs E / K times as much."""
+def run_reference(bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
+    """The obvious way: every expert on every token, then pick. Costs E / K times as much."""
     hidden = F.gelu(torch.einsum("nd,ehd->neh", x_ND, bank.w1) + bank.b1)
     out_NED = torch.einsum("neh,edh->ned", hidden, bank.w2) + bank.b2
     combine_NE = torch.zeros_like(out_NED[..., 0]).scatter_add(1, expert_ids_NK, weights_NK.to(out_NED.dtype))
@@ -219,7 +294,7 @@ def run_reference(bank: ExpertBank, x_ND: Tensor, weights_NK: Tensor, expert_ids
 EXECUTIONS = {"sorted": run_sorted, "grouped": run_grouped, "reference": run_reference}
 
 
-def choose_execution(name: str, bank: ExpertBank, x_ND: Tensor) -> str:
+def choose_execution(name: str, bank: Bank, x_ND: Tensor) -> str:
     """Return the execution to use: `auto` is grouped for bfloat16 on a CUDA GPU that has it, else sorted.
 
     torch has F.grouped_mm from 2.10 on, and a kernel for Hopper and Blackwell (compute capability 9 and 10); on

@@ -3,12 +3,18 @@
 Shapes: R tasks, B images, T tokens per image, N = B * T tokens of one task, D embedding dimension, E experts, K top-k.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution
+from m3vit.models.budget import LayerBudget, Use
+from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution, run_reference
 from m3vit.models.router import Router, Routing, route
+
+TaskIds = tuple[int, ...] | Tensor  # a tensor, int64 [1], picks the one task when an exported graph runs
 
 
 class MoELayer(nn.Module):
@@ -18,16 +24,21 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router, self.experts, self.execution = router, experts, execution
 
-    def forward(self, x_RBTD: Tensor, task_ids: tuple[int, ...]) -> tuple[Tensor, Routing]:
-        """Return the layer's output [R, B, T, D] and its routing (R tasks of N = B * T tokens).
+    def forward(
+        self, x_RBTD: Tensor, task_ids: TaskIds, uses: Sequence[Use] | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Return the layer's output [R, B, T, D] and its routing (R tasks of N = B * T tokens), None while exporting.
 
-        `x` may have R = 1 for several tasks, when it is still the same for all of them.
+        `x` may have R = 1 for several tasks, when it is still the same for all of them. `uses`: what each task
+        uses of the experts, None: as trained.
         """
         R, (_, B, T, D) = len(task_ids), x_RBTD.shape
         x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
         if torch.compiler.is_exporting():
-            return self._exported(x_RND[0], task_ids[0]).view(1, B, T, D), Routing(x_RND, x_RND, x_RND)
-        routing = self.router(x_RND, task_ids)
+            assert uses is None, "a graph is traced as trained; lower_moe takes the budget"
+            return self._exported(x_RND[0], task_ids).view(1, B, T, D), None
+        assert not isinstance(task_ids, Tensor), "a task that is picked at run time is for exported graphs"
+        routing = self.router(x_RND, task_ids, uses)
         # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
         weights_NK, ids_NK = routing.weights_RNK.flatten(0, 1), routing.expert_ids_RNK.flatten(0, 1)
         x_ND = x_RND.reshape(-1, D)
@@ -35,11 +46,27 @@ class MoELayer(nn.Module):
         y = EXECUTIONS[execution](self.experts, x_ND, weights_NK, ids_NK)
         return y.view(R, B, T, D), routing
 
-    def _exported(self, x_ND: Tensor, task_id: int) -> Tensor:
+    def use(self, budget: LayerBudget) -> Use:
+        """Return what a budget uses of this layer, or raise InputError if it has not as much."""
+        experts, hidden, _ = self.experts.w1.shape
+        return budget.resolve(experts, self.router.top_k, hidden)
+
+    def _exported(self, x_ND: Tensor, task_ids: TaskIds) -> Tensor:
         """One node in the exported graph; m3vit.export.onnx expands it to standard operators."""
         bank = self.experts
-        weight, bias = self.router.gate(task_id)
+        weight, bias = (
+            self.router.picked_gate(task_ids) if isinstance(task_ids, Tensor) else self.router.gate(task_ids[0])
+        )
         return moe_op(x_ND, weight, bias, bank.w1, bank.b1, bank.w2, bank.b2, self.router.top_k)
+
+
+class _Weights(NamedTuple):
+    """A bank whose parameters an operator was given."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
 
 
 @torch.library.custom_op("m3vit::moe", mutates_args=())
@@ -48,12 +75,7 @@ def moe_op(
 ) -> Tensor:
     """A whole MoE layer for one task as one operator: opaque to torch.export, whose tracer cannot follow routing."""
     routing = route(F.linear(x_ND, gate_ED, gate_bias_E)[None], top_k)
-    y = torch.zeros_like(x_ND)
-    for expert in range(w1.shape[0]):
-        token, slot = (routing.expert_ids_RNK[0] == expert).nonzero(as_tuple=True)
-        rows = F.linear(F.gelu(F.linear(x_ND[token], w1[expert], b1[expert])), w2[expert], b2[expert])
-        y[token] += rows * routing.weights_RNK[0, token, slot, None]
-    return y
+    return run_reference(_Weights(w1, b1, w2, b2), x_ND, routing.weights_RNK[0], routing.expert_ids_RNK[0])
 
 
 @moe_op.register_fake

@@ -1,24 +1,29 @@
 """Weights of a dense trunk: timm's own, or from a file in timm's layout, an author's that timm converts, or a run's.
 
-All of a trunk is loaded, or nothing.
+Read and made to fit here; initialise.py loads all of a trunk, or nothing.
 
 Shapes: T patch tokens of the file's position embedding, (h, w) the patch grid it was made for.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import _builder, eva, load_state_dict, vision_transformer
-from torch import Tensor
+from timm.models import eva, load_state_dict, vision_transformer
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from m3vit.errors import InputError, one_line
+from m3vit.models.config import ModelConfig
 from m3vit.models.finite import not_finite
 from m3vit.models.saved import INFO, WEIGHTS, read_info
+from m3vit.models.trunk import timm_arguments
 from m3vit.normalisation import recorded
 from m3vit.pointers import check_content
 
@@ -28,12 +33,18 @@ UNUSED = ("head.", "head_dist.", "norm.", "fc_norm.", "attn_pool.")  # of timm's
 SHOWN = 4  # names of an error's list
 
 
-def load_weights(trunk: Any, file: str) -> None:
-    """Load the trunk's weights from a file; the position embedding is resampled to the trunk's grid.
+class Weights(NamedTuple):
+    """Weights of a trunk, by timm's names, and the "mean" and "std" that its images had (timm's pretrained_cfg)."""
 
-    trunk.pretrained_cfg then says of these weights what it says of timm's own: the mean and std of their images. For
-    those of a run it is the run's (None without its model.json), for others timm's for this trunk.
-    Raises InputError if the file cannot be read, or lacks weights of the trunk, or has others.
+    state: dict[str, Any]
+    images: Mapping[str, Any]
+
+
+def of_file(trunk: Any, dense: Mapping[str, Tensor], file: str) -> Weights:
+    """Read weights from a file for a trunk, whose tensors without experts are `dense`; positions are resampled.
+
+    Their images are those of the run they are of (None without its model.json), else timm's for this trunk. Raises
+    InputError if the file cannot be read, or lacks weights of the trunk, or has others, or some that are not finite.
     """
     path = Path(file).expanduser()
     check_content(path, "model.weights")
@@ -49,62 +60,90 @@ def load_weights(trunk: Any, file: str) -> None:
     info = read_info(path) if of_run and path.name == WEIGHTS and path.with_name(INFO).is_file() else {}
     try:
         if of_run:
-            state = _from_run(trunk, state, info)
+            weights = _of_run(trunk, state, info)
         else:
             family = eva if isinstance(trunk, eva.Eva) else vision_transformer
             # Where DeiT-III has LayerScale as gamma_1, timm's ViTs have it as ls1.gamma.
             options = {} if family is eva else {"adapt_layer_scale": True}
-            state = family.checkpoint_filter_fn(state, trunk, **options)
+            weights = Weights(family.checkpoint_filter_fn(state, trunk, **options), trunk.pretrained_cfg)
     except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError, TypeError) as error:
         words = one_line(error, 300)
         raise InputError(f"model.weights {file} does not fit the trunk {_name(trunk)}: {words}") from None
-    if why := misfit(trunk, state):
+    if why := misfit(dense, weights.state):
         raise InputError(
             f"model.weights {file} does not fit the trunk {_name(trunk)}: {why}; give the weights of this very trunk, "
             "or the model.trunk and trunk_args they are of"
         )
-    if broken := not_finite(state):
+    if broken := not_finite(weights.state):
         raise InputError(f"model.weights {file} holds {broken}: give weights of a training that did not diverge")
-    trunk.load_state_dict({name: value for name, value in state.items() if not name.startswith(UNUSED)})
+    return weights
+
+
+def of_timm(config: ModelConfig) -> Weights:
+    """Return the weights that timm publishes for a trunk, or raise InputError if it has none, or none that fit.
+
+    timm builds a model of its own for them, and resamples patches and positions. Draws no random number.
+    """
+    try:
+        with _quiet_hub(), _whole_weights(config), torch.random.fork_rng(devices=[]):
+            trunk: Any = timm.create_model(config.trunk, pretrained=True, **timm_arguments(config))
+    except InputError:
+        raise
+    except Exception as error:  # a failed download raises as many kinds as there are clients
+        reason = one_line(error).split(". ")[0]
+        raise InputError(
+            f"model.pretrained: the weights of {config.trunk} with {config.trunk_args} could not be fetched "
+            f"({reason}): connect this machine to the Hugging Face hub, copy a filled cache to it (HF_HOME), give "
+            "a file with --model.weights, or start from random weights with --model.pretrained=false"
+        ) from None
+    return Weights(trunk.state_dict(), trunk.pretrained_cfg)
 
 
 @contextmanager
-def whole_weights(name: str, arguments: dict[str, Any]) -> Iterator[None]:
+def _whole_weights(config: ModelConfig) -> Iterator[None]:
     """Within it timm raises InputError where it would load its weights into a trunk that they do not fit.
 
-    timm resamples patches and positions to other sizes and leaves out the classifier. Since that is gone, it loads
-    without strictness, and only logs which tensors of a deeper trunk stay random.
+    timm leaves out the classifier, whose absence makes it load without strictness (and of SigLIP with any), and only
+    logs which tensors of a deeper trunk stay random.
     """
-    load = _builder.load_pretrained
 
-    def load_checked(model: Any, *args: Any, **options: Any) -> None:
-        def check(module: Any, state: dict[str, Any], *_: Any) -> None:
-            if why := misfit(module, state):
-                raise InputError(
-                    f"model.pretrained: the weights of {name} do not fit it with model.trunk_args {arguments}: {why}; "
-                    "leave out what changes its blocks or tokens, or start from random weights with "
-                    "--model.pretrained=false"
-                )
+    def check(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        if why := misfit(module.state_dict(), state):
+            raise InputError(
+                f"model.pretrained: the weights of {config.trunk} do not fit it with model.trunk_args "
+                f"{config.trunk_args}: {why}; leave out what changes its blocks or tokens, or start from random "
+                "weights with --model.pretrained=false"
+            )
 
-        handle = model.register_load_state_dict_pre_hook(check)
-        try:
-            load(model, *args, **options)
-        finally:
-            handle.remove()
+    def watch(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        if name == "patch_embed":  # of the trunk alone
+            module.register_load_state_dict_pre_hook(check)
 
-    _builder.load_pretrained = load_checked
+    handle = register_module_module_registration_hook(watch)
     try:
         yield
     finally:
-        _builder.load_pretrained = load
+        handle.remove()
 
 
-def misfit(trunk: Any, state: dict[str, Any]) -> str:
-    """Return, in words, which weights of a trunk `state` lacks, has besides, or has of another shape; "" if none.
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub's line for each retry (some 50 s of them without network): `of_timm` says what failed."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def misfit(trunk: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """Return, in words, which tensors of a trunk `state` lacks, has besides, or has of another shape; "" if none.
 
     Weights of timm's classifier do not count.
     """
-    own = {name: tuple(value.shape) for name, value in trunk.state_dict().items() if not name.startswith(UNUSED)}
+    own = {name: tuple(value.shape) for name, value in trunk.items() if not name.startswith(UNUSED)}
     given = {name: tuple(getattr(value, "shape", ())) for name, value in state.items() if not name.startswith(UNUSED)}
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
@@ -145,19 +184,18 @@ def _name(trunk: Any) -> str:
     return str(getattr(trunk, "pretrained_cfg", {}).get("architecture", type(trunk).__name__))
 
 
-def _from_run(trunk: Any, state: dict[str, Tensor], info: dict[str, Any]) -> dict[str, Tensor]:
+def _of_run(trunk: Any, state: dict[str, Tensor], info: dict[str, Any]) -> Weights:
     """Return the trunk's part of a run folder's weights, positions resampled from the grid model.json tells of.
 
-    `info`: model.json, {} if it is not there. Its normalisation goes into trunk.pretrained_cfg.
+    `info`: model.json, {} if it is not there.
     """
-    normal: dict[str, Any] = {"mean": None, "std": None}
+    images: dict[str, Any] = {"mean": None, "std": None}
     if info:
-        normal = recorded(info.get("normalisation"), f"normalisation of its {INFO}").plain()
-    trunk.pretrained_cfg = {**trunk.pretrained_cfg, **normal}
+        images = recorded(info.get("normalisation"), f"normalisation of its {INFO}").plain()
     state = {name[len(RUN_PREFIX) :]: value for name, value in state.items() if name.startswith(RUN_PREFIX)}
     position = state.get("pos_embed")
     if position is None or trunk.pos_embed is None:
-        return state
+        return Weights(state, images)
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     tokens = position.shape[1] - prefix
     patch = trunk.patch_embed.patch_size[0]
@@ -170,4 +208,4 @@ def _from_run(trunk: Any, state: dict[str, Tensor], info: dict[str, Any]) -> dic
         raise ValueError(f"its {tokens} positions are no {grid[0]}x{grid[1]} grid; keep model.json beside the file")
     with torch.no_grad():
         state["pos_embed"] = resample_abs_pos_embed(position, trunk.patch_embed.grid_size, list(grid), prefix)
-    return state
+    return Weights(state, images)

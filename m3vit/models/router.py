@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3vit.models.budget import Use
+
 EMBEDDING = 64  # width of the task embedding of `task_conditioned` (M3ViT, section 3.2)
 
 
 class Routing(NamedTuple):
     """What a router decided for R tasks of N tokens each.
 
-    The last four serve the losses of training: logits before and after the noise, the noise's standard deviation
-    [R, N, 1 or E] (None without noise) and which experts each task may use (None: all).
+    The next four serve the losses of training: logits before and after the noise, the noise's standard deviation
+    [R, N, 1 or E] (None without noise) and which experts each task may use (None: all). `used`: where tasks differ in
+    their top-k, the first so many of each task's K slots (None: all); weights of the others are 0.
     """
 
     scores_RNE: Tensor  # softmax over all experts
@@ -31,6 +34,7 @@ class Routing(NamedTuple):
     noisy_RNE: Tensor | None = None
     noise_std: Tensor | None = None
     allowed_RE: Tensor | None = None  # bool
+    used_RK: Tensor | None = None  # bool
 
     def of_tasks(self, count: int) -> "Routing":
         """Return the routing of one task as that of `count` tasks, of which it is the same."""
@@ -38,16 +42,22 @@ class Routing(NamedTuple):
         return Routing(*fields)
 
 
-def route(logits_RNE: Tensor, top_k: int, kept_E: Tensor | None = None) -> Routing:
+def route(logits_RNE: Tensor, top_k: int | Sequence[int], kept_RE: Tensor | None = None) -> Routing:
     """Turn router logits into scores, weights and expert ids. A pure function.
 
-    The logits decide, not their scores: softmax rounds small differences away (of up-cycled gates, for example). With
-    `kept` (bool) only those experts are chosen from; scores are over all of them all the same.
+    The logits decide, not their scores: softmax rounds small differences away (of up-cycled gates, for example).
+    `top_k`: of all tasks, or of each. With `kept` (bool) only those experts are chosen from; scores are over all of
+    them all the same.
     """
+    counts = {top_k} if isinstance(top_k, int) else set(top_k)
     scores = logits_RNE.softmax(dim=-1)
-    ranked = logits_RNE if kept_E is None else logits_RNE.masked_fill(~kept_E, -math.inf)
-    expert_ids = ranked.topk(top_k, dim=-1).indices
-    return Routing(scores, scores.gather(-1, expert_ids), expert_ids)
+    ranked = logits_RNE if kept_RE is None else logits_RNE.masked_fill(~kept_RE[:, None], -math.inf)
+    expert_ids = ranked.topk(max(counts), dim=-1).indices
+    routing = Routing(scores, scores.gather(-1, expert_ids), expert_ids)
+    if len(counts) == 1:
+        return routing
+    used_RK = torch.arange(max(counts), device=scores.device) < torch.tensor(top_k, device=scores.device)[:, None]
+    return routing._replace(weights_RNK=routing.weights_RNK * used_RK[:, None], used_RK=used_RK)
 
 
 def autocasts(x: Tensor) -> bool:
@@ -97,9 +107,6 @@ class Router(nn.Module):
                 nn.Linear(num_tasks, EMBEDDING), nn.ReLU(), nn.Linear(EMBEDDING, EMBEDDING)
             )
         self.num_tasks = num_tasks
-        # What an export changes, set while it is checked against the model: experts per token, the experts kept (bool
-        # [E]) or None for all.
-        self.choice: tuple[int, Tensor | None] = (top_k, None)
         mask = None
         if any(experts is not None for experts in allowed):
             mask = torch.ones(num_tasks, num_experts, dtype=torch.bool)
@@ -109,15 +116,11 @@ class Router(nn.Module):
                     mask[task_id, list(experts)] = True
         self.register_buffer("allowed_RE", mask, persistent=False)
 
-    def gate(self, task_id: int | Tensor) -> tuple[Tensor, Tensor]:
+    def gate(self, task_id: int) -> tuple[Tensor, Tensor]:
         """Return the affine map of a task: weight [E, D] and bias [E].
 
-        The bias is zero but for the task embedding of task_conditioned and for experts the task may not use. A tensor
-        (int64 [1]) picks the task where the map is used: of an exported graph of all tasks, when it runs.
+        The bias is zero but for the task embedding of task_conditioned and for experts the task may not use.
         """
-        if isinstance(task_id, Tensor):
-            weights, biases = zip(*(self.gate(task) for task in range(self.num_tasks)), strict=True)
-            return torch.stack(weights).index_select(0, task_id)[0], torch.stack(biases).index_select(0, task_id)[0]
         weight = self.gates[task_id if self.kind == "multi" else 0]
         if self.kind == "task_conditioned":
             # The embedding is the same for every token of a task, so its part of the gate is a bias.
@@ -129,15 +132,22 @@ class Router(nn.Module):
             bias = bias + self.FORBIDDEN * ~self.allowed_RE[task_id]
         return weight, bias
 
-    def forward(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Routing:
+    def picked_gate(self, task_1: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map of the task that a tensor (int64 [1]) names: of a graph of all tasks, when it runs."""
+        weights, biases = zip(*(self.gate(task) for task in range(self.num_tasks)), strict=True)
+        return torch.stack(weights).index_select(0, task_1)[0], torch.stack(biases).index_select(0, task_1)[0]
+
+    def forward(self, x_RND: Tensor, task_ids: tuple[int, ...], uses: Sequence[Use] | None = None) -> Routing:
         """Route the tokens [R, N, D] of the tasks `task_ids` (R of them), in the parameters' type even under autocast.
+
+        `uses`: what each task uses of the experts; None: as trained.
 
         bfloat16 would send some tokens to other experts, and up-cycled ones to parts of different copies of an MLP.
         (Switch, arXiv 2101.03961, section 2.4, keeps its router in float32 for stability.)
         """
         if autocasts(x_RND):
             with torch.autocast(x_RND.device.type, enabled=False):
-                return self.forward(x_RND.to(self.gates[0].dtype), task_ids)
+                return self.forward(x_RND.to(self.gates[0].dtype), task_ids, uses)
         weights, biases = zip(*(self.gate(task_id) for task_id in task_ids), strict=True)
         logits = torch.baddbmm(torch.stack(biases)[:, None], x_RND, torch.stack(weights).transpose(1, 2))
         noisy, std = logits, None
@@ -145,9 +155,15 @@ class Router(nn.Module):
             std = self.noise_std(x_RND, task_ids)
             noisy = logits + torch.randn_like(logits) * std
         allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
-        return route(noisy, *self.choice)._replace(
-            logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed
-        )
+        routing = route(noisy, self.top_k) if uses is None else route(noisy, [k for k, _ in uses], self._kept(uses))
+        return routing._replace(logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed)
+
+    def _kept(self, uses: Sequence[Use]) -> Tensor | None:
+        """Return which experts each task chooses from, bool [R, E], or None if all do from all."""
+        if all(len(kept) == self.num_experts for _, kept in uses):
+            return None
+        mask = [[expert in kept for expert in range(self.num_experts)] for _, kept in uses]
+        return torch.tensor(mask, device=self.gates[0].device)
 
     def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:
         """Return the standard deviation of the noise on the logits: [R, N, E] if learned, else [R, N, 1]."""
@@ -157,7 +173,8 @@ class Router(nn.Module):
         return self.noise * (F.softplus(x_RND @ gates.transpose(1, 2)) + 1e-2)
 
 
-def expert_load(expert_ids_RNK: Tensor, num_experts: int) -> Tensor:
-    """Return how many tokens each expert got: int64 [R, E]."""
+def expert_load(expert_ids_RNK: Tensor, num_experts: int, used_RK: Tensor | None = None) -> Tensor:
+    """Return how many tokens each expert got: int64 [R, E]. `used`: of a Routing."""
     ids = expert_ids_RNK.flatten(1)
-    return ids.new_zeros(len(ids), num_experts).scatter_add(1, ids, torch.ones_like(ids))
+    ones = torch.ones_like(ids) if used_RK is None else used_RK[:, None].expand_as(expert_ids_RNK).flatten(1).long()
+    return ids.new_zeros(len(ids), num_experts).scatter_add(1, ids, ones)

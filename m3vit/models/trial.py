@@ -9,17 +9,15 @@ import torch
 
 from m3vit.errors import InputError, one_line, short
 from m3vit.models.config import ModelConfig
-from m3vit.models.moe import MoELayer
+from m3vit.models.initialise import initialise, upcycling
 from m3vit.models.multitask import MultiTaskModel
 
 
 def meta_model(config: ModelConfig) -> MultiTaskModel:
-    """Return the model on the meta device, without weights, its experts run in a way that needs shapes alone."""
+    """Return the model on the meta device, without values, its experts run in a way that needs shapes alone."""
     with torch.device("meta"):
-        model = MultiTaskModel(replace(config, pretrained=False, weights=""))
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            layer.execution = "reference"
+        model = MultiTaskModel(replace(config, experts="reference"))
+    initialise(model, upcycling(config))  # for what it refuses
     return model.eval()
 
 

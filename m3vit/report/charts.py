@@ -44,7 +44,7 @@ def loss_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> str:
         if name == "loss":
             bottom.axis("off")
             continue
-        metric = "pixF1" if name == "edge" else TASKS[name].metric  # odsF takes too long between epochs
+        metric = TASKS[name].quick
         points = [(line["epoch"], line[f"{name}/{metric}"]) for line in val if f"{name}/{metric}" in line]
         if points:
             bottom.plot(*np.array(points).T, "o-", color="#b5532a", markersize=3, linewidth=1.2)

@@ -27,14 +27,15 @@ from m3vit.evaluation import scoring
 from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
-from m3vit.export.runtime.package import Package, paint
+from m3vit.export.runtime.package import Package
 from m3vit.files import atomic_path, write_json
+from m3vit.kinds.pictures import Range
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts
-from m3vit.report.project import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.run_folder import Run
-from m3vit.tasks import IGNORE, TASKS, palette
+from m3vit.tasks import IGNORE, TASKS, kind_of, palette
 from m3vit.training.checkpoint import read_metrics
 
 Progress = Callable[[int, int, str], None]
@@ -63,7 +64,8 @@ def write_report(
     protocol, evaluated = scoring.read(run.folder, protocol)
     tasks = run.config.model.tasks
     model_size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    split = open_split(run.config.data.layout, data_root or evaluated["data"], "val", tasks)
+    root, label_set = data_root or evaluated["data"], run.config.model.label_set
+    split = open_split(run.config.data.layout, root, "val", tasks, label_set=label_set)
     predictors: dict[str, Predictor] = {
         "trivial": TrivialPredictor(evaluated["trivial"], evaluated["label_set"]).predictor(model_size),
         "torch": torch_predictor(run.model),
@@ -141,23 +143,20 @@ def data_url(picture: NDArray[np.uint8], enlarge: int = 1) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def picture(task: str, label_set: str, array: NDArray[Any], depth_range: tuple[float, float]) -> str:
-    """Draw a prediction or label with the runtime's colours; depths of one image share one range (metres)."""
+def picture(task: str, label_set: str, array: NDArray[Any], limits: Range | None) -> str:
+    """Draw a prediction with the runtime's colours, values over a range."""
     classes = LABEL_SETS[label_set].classes.get(task)
-    if TASKS[task].decode == "sigmoid":
-        array = np.where(array == IGNORE, 0.5, array)
-    return data_url(paint(array, TASKS[task].decode, palette(classes) if classes else (), depth_range))
+    return data_url(kind_of(task).paint(array, palette(classes) if classes else (), limits))
 
 
 def example(
     sample: Sample, predictors: dict[str, Predictor], columns: Sequence[str], protocol: str, label_set: str
 ) -> dict[str, Any]:
     """Draw one image: a row for each task, a column for the input, the truth and each predictor."""
-    depth = sample.labels.get("depth", np.zeros(1))
-    valid = depth[depth > 0]
-    depth_range = (float(valid.min()), float(valid.max())) if valid.size else (0.0, 1.0)
+    # Distances in one row share one range: that of the truth.
+    ranges = {task: kind_of(task).limits(truth, outside=0) or (0.0, 1.0) for task, truth in sample.labels.items()}
     rows: dict[str, list[str]] = {
-        task: [data_url(sample.image), picture(task, label_set, truth, depth_range)]
+        task: [data_url(sample.image), picture(task, label_set, kind_of(task).drawable(truth), ranges[task])]
         for task, truth in sample.labels.items()
     }
     for name in columns[2:]:
@@ -170,7 +169,7 @@ def example(
                 pictures.append("")
                 continue
             guess = prediction(protocol, task, logits[task][0], image, sample.image.shape[:2])
-            pictures.append(picture(task, label_set, guess, depth_range))
+            pictures.append(picture(task, label_set, guess, ranges[task]))
     tasks = [{"task": task, "pictures": pictures} for task, pictures in rows.items()]
     return {"id": sample.id, "input": data_url(sample.image), "rows": tasks}
 

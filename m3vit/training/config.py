@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from m3vit.digests import check_sealed
 from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
-from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
 from m3vit.tasks import TASKS
-from m3vit.values import check_values, not_among
+from m3vit.values import check_values, fits, not_among
+
+if TYPE_CHECKING:
+    from m3vit.data.sample import FileSplit
 
 MOST = {"threads": 1024, "workers": 1024}
 LARGEST = 10**9  # of other whole numbers
@@ -29,7 +31,8 @@ class DataConfig:
     """Where the data are and how they are loaded.
 
     Attributes:
-        layout: the data set: nyud or pascal. Which of its releases lies in root is found out from the files.
+        layout: how the data set lies in files: nyud or pascal (or one of a plug-in). Which of its releases lies in root
+            is found out from the files.
         root: the data set's folder, the one that holds gt_sets/ (nyud) or ImageSets/ (pascal).
         workers: loader processes; 0 loads in the training process.
         cache: keep decoded samples in memory after the first epoch (small data sets only; workers 0).
@@ -154,6 +157,16 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    plugins: list[str] = field(default_factory=list)  # as given to --plugin
+
+    def __post_init__(self) -> None:
+        if self.model.label_set == "auto":
+            self.model = replace(self.model, label_set=self._layout().label_set)
+
+    def _layout(self) -> "type[FileSplit]":
+        from m3vit.data.opening import layout_named  # with numpy and Pillow, which --help needs not
+
+        return layout_named(self.data.layout)
 
     def check(self) -> None:
         """Raise InputError for values that cannot work, before anything slow starts."""
@@ -161,16 +174,14 @@ class Config:
         train = self.train
         check_values("data", self.data)
         check_values("train", train)
-        for key, value, allowed in (
-            ("data.layout", self.data.layout, tuple(LABEL_SETS)),
-            ("train.best", train.best, ("mean", *self.model.tasks)),
-        ):
-            if value not in allowed:
-                raise InputError(not_among(key, value, allowed))
-        if self.model.label_set != self.data.layout:
+        if train.best not in (choices := ("mean", *self.model.tasks)):
+            raise InputError(not_among("train.best", train.best, choices))
+        layout = self._layout()
+        layout.check_fits(self.model.labels, self.model.tasks)
+        if self.data.pipeline == "m3vit" and layout.m3vit_ranges is None:
             raise InputError(
-                f"model.label_set is {self.model.label_set} and data.layout {self.data.layout}: the model predicts the "
-                "data set's classes, so give both the same"
+                f"data.pipeline m3vit zooms and turns as published for a data set, and data.layout {layout.name} has "
+                "no m3vit_ranges: give simple or invpt"
             )
         if self.data.colour and self.data.pipeline != "simple":
             raise InputError(
@@ -314,18 +325,21 @@ def yaml_text(path: Path, what: str) -> str:
     return text
 
 
-_SECTIONS = ("model", "data", "train")  # of a configuration
+SECTIONS = ("model", "data", "train")  # of a configuration
 
 
 def read_config(path: Path) -> Config:
     """Read a resolved configuration, whoever wrote it."""
     try:
         values = yaml.safe_load(yaml_text(path, "not a run folder (make one with m3vit train or m3vit init)"))
-        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in _SECTIONS):
-            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(_SECTIONS)}")
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), dict) for key in SECTIONS):
+            raise TypeError(f"it is empty or lacks one of the mappings {', '.join(SECTIONS)}")
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
-        config = Config(ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"]))
+        sections = ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"])
+        config = Config(*sections, values.get("plugins", []))
+        if not fits(config.plugins, list[str]):
+            raise TypeError(f"plugins is {str(config.plugins)[:80]!r}, expected list[str]")
     except InputError:
         raise
     # ValueError: what looks like a date or a number and is none; UnicodeDecodeError is one.
@@ -333,7 +347,7 @@ def read_config(path: Path) -> Config:
         words = one_line(error, 300)
         raise InputError(f"{path} is not a configuration of this version: {words}") from None
     try:
-        for name in _SECTIONS:
+        for name in SECTIONS:
             check_values(name, getattr(config, name))
     except InputError as error:
         raise InputError(f"{path} is not a configuration of this version: {error}") from None
@@ -351,7 +365,7 @@ def read_run_config(folder: Path) -> Config:
 def differences(a: Config, b: Config, ignore: Sequence[str] = ()) -> list[str]:
     """Return the dotted keys in which two configurations differ."""
     left, right = plain(asdict(a)), plain(asdict(b))
-    keys = [f"{section}.{key}" for section, values in left.items() for key in values]
+    keys = [f"{section}.{key}" for section in SECTIONS for key in left[section]]
     return [key for key in keys if key not in ignore and _get(left, key) != _get(right, key)]
 
 

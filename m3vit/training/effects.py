@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from m3vit.errors import InputError
 from m3vit.models.decoders import DECODERS
+from m3vit.tasks import TASKS
 from m3vit.training.config import GRADIENT_METHODS, Config
 
 OF_EXPERTS = (
@@ -46,8 +47,10 @@ def without_effect(config: Config) -> dict[str, str]:
         found |= dict.fromkeys(OF_EXPERTS, "model.moe_blocks leaves no block with experts")
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
-    if "edge" not in model.tasks:
-        found["train.edge_positive_weight"] = "edge is not among model.tasks"
+    for task in TASKS.values():
+        if task.name not in model.tasks:
+            settings = [value for value in task.loss_options.values() if isinstance(value, str)]
+            found |= {f"train.{name}": f"{task.name} is not among model.tasks" for name in settings}
     if len(model.tasks) == 1 and train.weighting in ("dwa", *GRADIENT_METHODS):
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:

@@ -15,6 +15,7 @@ from m3vit.data.opening import open_split
 from m3vit.errors import InputError, WriteError, first_line
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
+from m3vit.models.initialise import RANDOM, new_model
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import current_names
 from m3vit.models.trial import try_out
@@ -45,7 +46,7 @@ from m3vit.training.sharding import (
 )
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, stop_signals
-from m3vit.training.validation import PROTOCOL, is_best, validate
+from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
 from m3vit.training.weighting import make_weighting
 
 FORMAT = 2  # of last/state.pt
@@ -66,7 +67,7 @@ def build(config: Config) -> MultiTaskModel:
     config.check()
     try_out(config.model)
     torch.manual_seed(config.train.seed)
-    return MultiTaskModel(config.model)
+    return new_model(config.model)
 
 
 def initialise(config: Config, out: Path) -> None:
@@ -86,8 +87,8 @@ def train(
     """Train a model into the run folder `out`. A run killed at any moment resumes to the same weights.
 
     Started by torchrun, the processes train one model together; the first one writes the run folder, which all of them
-    must see. `say` gets a line at the start: how images are normalised. Returns what of the training data could not be
-    read and was left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
+    must see. `say` gets lines at the start: how images are normalised, what the weights begin as. Returns what of the
+    training data could not be read and was left out (`data.on_error` skip). Raises `Stopped` if a signal asked for it.
     """
     config.check()
     fabric = launch(config.train)
@@ -95,6 +96,8 @@ def train(
         training = Training(fabric, config, out, resume, progress)
         if say and rank() == 0:
             say(f"images are normalised with {training.model.normalisation}")
+            if named := [name for name in dict.fromkeys(training.model.origins["from"].values()) if name != RANDOM]:
+                say(f"weights begin as {' and '.join(named)}, the rest at random (model.json has the list)")
         training.run()
     except (InputError, Stopped) as error:
         leave_group()
@@ -122,11 +125,19 @@ class Training:
         settings, options = config.train, config.data
         splits = agree(
             lambda: [
-                open_split(options.layout, options.root, part, config.model.tasks, partial=options.on_error == "skip")
+                open_split(
+                    options.layout,
+                    options.root,
+                    part,
+                    config.model.tasks,
+                    partial=options.on_error == "skip",
+                    label_set=config.model.label_set,
+                )
                 for part in ("train", "val")
             ]
         )
         train_split, self.val_split = splits
+        agree(lambda: check_scored(config.model.tasks, config.model.label_set))
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
         if both:
             raise InputError(

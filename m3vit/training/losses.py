@@ -1,18 +1,19 @@
-"""Losses, one per task (M3ViT's code: losses/loss_functions.py). Ignored pixels carry no weight and no gradient.
+"""Losses of tasks, by their kinds' (m3vit.kinds; M3ViT's code: losses/loss_functions.py), and of the routing.
 
-Shapes: B images, C channels; labels as m3vit.data.augment.to_labels gives them, batched.
+Pixels that are not labelled carry no weight and no gradient. Labels are those of m3vit.data.augment.to_labels, batched.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from m3vit.collectives import total
+from m3vit.errors import InputError
 from m3vit.models.router import Routing
-from m3vit.tasks import IGNORE, TASKS
+from m3vit.tasks import TASKS, kind_of
+from m3vit.training.config import TrainConfig
 from m3vit.training.routing_losses import (
     RoutingSums,
     importance_loss,
@@ -42,20 +43,6 @@ def subsample(label: Tensor, size: tuple[int, int]) -> list[Tensor]:
     return [first, label[..., down // 2 :: down, across // 2 :: across]]
 
 
-def valid_pixels(loss: str, label: Tensor) -> Tensor:
-    """Return which pixels [B, H, W] of a label a loss looks at."""
-    if loss == "l1":
-        return label > 0
-    return label.abs().sum(dim=1) > 0 if loss == "l1_unit" else label != IGNORE
-
-
-def pixel_counts(loss: str, label: Tensor) -> Tensor:
-    """Return how many pixels of a label are valid, and how many of these positive, int64 [2]: what losses divide by."""
-    valid = valid_pixels(loss, label)
-    positive = valid & (label > 0) if loss == "balanced_bce" else torch.zeros_like(valid)
-    return torch.stack([valid.sum(), positive.sum()])
-
-
 class BatchCounts:
     """Pixel counts of a whole batch: over the parts it is worked through in, and over all processes.
 
@@ -71,67 +58,40 @@ class BatchCounts:
         """Return the counts of a task's label, one for each label that `subsample` makes of it at this size."""
         if (task, size) not in self.found:
             parts = subsample(self.labels[task], size)
-            counts = torch.stack([pixel_counts(TASKS[task].loss, part) for part in parts])
+            counts = torch.stack([kind_of(task).counts(part) for part in parts])
             self.found[task, size] = list(total(counts))
         return self.found[task, size]
 
     def labelled(self) -> set[str]:
         """Return the tasks that at least one pixel of the batch is labelled for."""
-        counts = torch.stack([valid_pixels(TASKS[task].loss, label).sum() for task, label in self.labels.items()])
+        counts = torch.stack([kind_of(task).valid(label).sum() for task, label in self.labels.items()])
         return {task for task, count in zip(self.labels, total(counts).tolist(), strict=True) if count}
 
 
-def cross_entropy(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Mean over labelled pixels of the cross-entropy of [B, C, H, W] with ids [B, H, W]."""
-    counts = pixel_counts("cross_entropy", label) if counts is None else counts
-    return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / counts[0].clamp(min=1)
-
-
-def l1(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Mean absolute error over the valid pixels (label > 0) of depth [B, 1, H, W] with [B, H, W]."""
-    counts = pixel_counts("l1", label) if counts is None else counts
-    return ((logits[:, 0] - label).abs() * valid_pixels("l1", label)).sum() / counts[0].clamp(min=1)
-
-
-def l1_unit(logits: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Mean absolute error of the normalised prediction [B, 3, H, W], over valid pixels and components."""
-    counts = pixel_counts("l1_unit", label) if counts is None else counts
-    error = (F.normalize(logits, dim=1) - label).abs() * valid_pixels("l1_unit", label)[:, None]
-    return error.sum() / (3 * counts[0]).clamp(min=1)
-
-
-def balanced_bce(
-    logits: Tensor, label: Tensor, positive_weight: float | Tensor | None, counts: Tensor | None = None
-) -> Tensor:
-    """Binary cross-entropy with weights: `positive_weight` for positives, 1 - positive_weight for the rest.
-
-    None balances as HED does: the share of negatives among the batch's valid pixels (saliency).
-    """
-    counts = pixel_counts("balanced_bce", label) if counts is None else counts
-    valid, truth = label != IGNORE, (label > 0).to(logits.dtype)
-    if positive_weight is None:
-        positive_weight = 1 - counts[1] / counts[0].clamp(min=1)
-    weight = valid * (positive_weight * truth + (1 - positive_weight) * (1 - truth))
-    loss = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
-    return loss / counts[0].clamp(min=1)
-
-
 def task_loss(
-    task: str, logits: Tensor, label: Tensor, edge_positive_weight: float, counts: BatchCounts | None = None
+    task: str, logits: Tensor, label: Tensor, options: Mapping[str, float], counts: BatchCounts | None = None
 ) -> Tensor:
     """Return the unweighted loss of a task; labels are subsampled if the logits are coarser.
 
-    With `counts`, the contribution of these images to the loss of the batch counted there.
+    `options`: of its kind's loss (`loss_options`). With `counts`, the contribution of these images to the loss of the
+    batch counted there.
     """
-    positive_weight = edge_positive_weight if task == "edge" else None
-    loss = {"cross_entropy": cross_entropy, "l1": l1, "l1_unit": l1_unit}.get(TASKS[task].loss)
-    size = (logits.shape[-2], logits.shape[-1])
+    kind, size = kind_of(task), (logits.shape[-2], logits.shape[-1])
     parts = subsample(label, size)
-    losses = [
-        loss(logits, part, count) if loss else balanced_bce(logits, part, positive_weight, count)
-        for part, count in zip(parts, counts.of(task, size) if counts else [None] * len(parts), strict=True)
-    ]
+    of_batch = counts.of(task, size) if counts else [kind.counts(part) for part in parts]
+    losses = [kind.loss(logits, part, count, **options) for part, count in zip(parts, of_batch, strict=True)]
     return torch.stack(losses).mean()
+
+
+def loss_options(task: str, train: TrainConfig) -> dict[str, float]:
+    """Return the options of a task's loss, as the task table and the settings have them."""
+    given = TASKS[task].loss_options
+    for name, value in given.items():
+        if isinstance(value, str) and not hasattr(train, value):
+            raise InputError(
+                f"task {task}: its loss option {name} is to be train.{value}, and there is no such setting"
+            )
+    return {name: getattr(train, value) if isinstance(value, str) else value for name, value in given.items()}
 
 
 class RoutingLoss(NamedTuple):

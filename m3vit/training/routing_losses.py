@@ -48,7 +48,7 @@ def summed_load(routing: Routing) -> Tensor:
     from scores; here both are logits.)
     """
     if routing.noise_std is None:
-        return expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1]).float()
+        return expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1], routing.used_RK).float()
     return chosen_probability(routing).sum(dim=1)
 
 
@@ -76,7 +76,7 @@ def summed_squares(routing: Routing) -> Tensor:
 SUMS: dict[str, Callable[[Routing], Tensor]] = {
     "weights_RE": summed_weights,
     "load_RE": summed_load,
-    "chosen_RE": lambda routing: expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1]),
+    "chosen_RE": lambda routing: expert_load(routing.expert_ids_RNK, routing.scores_RNE.shape[-1], routing.used_RK),
     "scores_RE": lambda routing: routing.scores_RNE.sum(dim=1, dtype=torch.float32),
     "squares_R": summed_squares,
 }

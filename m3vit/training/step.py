@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3vit.collectives import total, world_size
-from m3vit.data.augment import to_labels, to_tv
+from m3vit.data.augment import to_labels, to_values
 from m3vit.data.sample import Sample, no_label
 from m3vit.label_sets import resolve
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
-from m3vit.training.losses import BatchCounts, routing_losses, sums_for, task_loss
+from m3vit.training.losses import BatchCounts, loss_options, routing_losses, sums_for, task_loss
 from m3vit.training.routing_losses import RoutingSums
 from m3vit.training.sharding import clip_gradients, is_sharded
 from m3vit.training.weighting import Fixed, GradientMethod
@@ -48,31 +48,32 @@ def step_losses(
     weights: dict[str, float] | None = None,
     counts: BatchCounts | None = None,
     tokens_count: bool = True,
+    passes: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of the losses of `tasks` (default: all), and each unweighted one by name.
 
     Auxiliary outputs (`depth/distilled0`) weigh what their task weighs (M3ViT's code: losses/loss_schemes.py).
     With `counts`, the contribution of these images to the losses of the batch counted there; routing losses are those
-    of all processes' tokens of this pass, without this process's unless `tokens_count`.
+    of all processes' tokens of this pass, without this process's unless `tokens_count`, and means over the `passes` of
+    the step, to which this one contributes its share.
     """
     resolved = resolve(config.model.tasks, config.model.label_set)
     weights = weights or {task.name: task.weight for task in resolved} | config.train.task_weights
     output = model(images, tasks=tasks, native=config.train.native_losses)
-    losses = {
-        task: task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight, counts)
-        for task, logits in output.logits.items()
+    outputs = dict(output.logits) | {
+        f"{task}/{name}": logits for name, auxiliary in output.auxiliary.items() for task, logits in auxiliary.items()
     }
-    losses |= {
-        f"{task}/{name}": task_loss(task, logits.float(), labels[task], config.train.edge_positive_weight, counts)
-        for name, outputs in output.auxiliary.items()
-        for task, logits in outputs.items()
-    }
+    losses = {}
+    for name, logits in outputs.items():
+        task = task_of(name)
+        losses[name] = task_loss(task, logits.float(), labels[task], loss_options(task, config.train), counts)
     loss = torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum()
     routing_weights = config.train.routing_weights()
     if output.routings and routing_weights:
         routings = output.routings if tokens_count else [without_tokens(routing) for routing in output.routings]
         share = len(output.logits) / len(resolved)
         found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights, share)
+        found = {name: value / passes for name, value in found.items()}
         loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
         losses |= found
     return loss, losses
@@ -116,7 +117,7 @@ def stand_in(config: Config, device: torch.device) -> Part:
     height, width = config.model.image_size
     labels = {task: no_label(task, (height, width)) for task in config.model.tasks}
     sample = Sample("", np.zeros((height, width, 3), np.uint8), labels)
-    tensors = {task: label[None].to(device) for task, label in to_labels(to_tv(sample)).items()}
+    tensors = {task: label[None].to(device) for task, label in to_labels(to_values(sample)).items()}
     return Part(torch.zeros(1, 3, height, width, device=device), tensors, counts=False)
 
 
@@ -209,13 +210,8 @@ class Stepper:
             keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
             with keep or nullcontext():
                 loss, losses = step_losses(
-                    self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts
+                    self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts, len(parts)
                 )
-                for name, weight in self.config.train.routing_weights().items():
-                    if name in losses:  # the mean over the parts; the other losses are sums already
-                        share = losses[name] / len(parts)
-                        loss = loss + weight * (share - losses[name])
-                        losses[name] = share
                 self.fabric.backward(loss * factor)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()

@@ -6,11 +6,19 @@ from typing import Any
 
 from m3vit.data.sample import Split
 from m3vit.evaluation.evaluate import torch_predictor
+from m3vit.evaluation.meters import check_meter
 from m3vit.evaluation.scoring import share
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS
 
 PROTOCOL = "A"  # of the evaluations between epochs
+
+
+def check_scored(tasks: Sequence[str], label_set: str) -> None:
+    """Raise InputError if a task could not be scored, while training or after."""
+    for task in tasks:
+        for quick in (True, False):
+            check_meter(task, label_set, PROTOCOL, quick)
 
 
 def validate(
@@ -39,7 +47,7 @@ def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def headline(task: str) -> str:
     """Return the name of a task's headline metric in `validate`'s result."""
-    return f"{task}/{'pixF1' if task == 'edge' else TASKS[task].metric}"
+    return f"{task}/{TASKS[task].quick}"
 
 
 def figure(values: dict[str, Any], first: dict[str, Any], tasks: Sequence[str], best: str) -> float:

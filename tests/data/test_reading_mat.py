@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import scipy.io
 
-from m3vit.data import reading
+from m3vit.data import matlab
+from m3vit.data.matlab import mat_names, read_mat
 from m3vit.data.pascal_context import read_label_map
-from m3vit.data.reading import mat_names, read_mat
 from tests.data.damaging import NUMBERS, STRUCT, compressed, mat_element, mat_file, mat_matrix, refuses
 from tests.data.layouts import save_anno, save_label_map
 
@@ -93,7 +93,7 @@ def test_bad_mats_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_mat_that_inflates_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_MAT_BYTES", 10_000)
+    monkeypatch.setattr(matlab, "MAX_MAT_BYTES", 10_000)
     path = tmp_path / "a.mat"
     path.write_bytes(mat_file(compressed(mat_matrix(9, (3000, 3000), mat_element(2, bytes(9_000_000))))))
     refuses(read_label_map, path, "holds more than 10000 bytes")
@@ -149,7 +149,7 @@ def test_small_files_do_not_take_large_memories(tmp_path: Path, name: str) -> No
 
 
 def test_a_file_of_countless_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_MAT_ITEMS", 50)
+    monkeypatch.setattr(matlab, "MAX_MAT_ITEMS", 50)
     (tmp_path / "a.mat").write_bytes(mat_file(mat_matrix(9, (0, 0), b"").replace(b"LabelMap", b"labelmap") * 51))
     refuses(read_label_map, tmp_path / "a.mat", "it holds more than 50 variables")
 

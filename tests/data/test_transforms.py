@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3vit.data import augment as transforms
 from m3vit.data.augment import (
     mirror,
     pad,
@@ -17,11 +16,13 @@ from m3vit.data.augment import (
     random_crop,
     scale,
     to_labels,
-    to_tv,
+    to_values,
     training_pair,
     zoom_rotate,
 )
 from m3vit.data.network_input import padded_place, resize_image
+from m3vit.data.nyud import NYUD
+from m3vit.data.opening import LAYOUTS
 from m3vit.data.sample import Sample
 from m3vit.data.synthetic.scenes import nyud, rendering
 from m3vit.data.synthetic.scenes.rendering import Camera, Geometry, cast, find_view, render_image
@@ -70,14 +71,15 @@ def check_labels(sample: Sample, labels: dict[str, Tensor], size: tuple[int, int
     size=SIZES,
     target=SIZES,
     pipeline=st.sampled_from(PIPELINES),
-    label_set=st.sampled_from(["nyud", "pascal"]),
+    layout=st.sampled_from(["nyud", "pascal"]),
 )
 def test_every_pipeline_keeps_labels_labels(
-    seed: int, size: tuple[int, int], target: tuple[int, int], pipeline: str, label_set: str
+    seed: int, size: tuple[int, int], target: tuple[int, int], pipeline: str, layout: str
 ) -> None:
     sample = make_sample(seed, size)
     before = {task: label.copy() for task, label in sample.labels.items()}
-    pixels, labels = training_pair(pipeline, sample, target, np.random.default_rng(seed), IMAGENET, label_set=label_set)
+    ranges = LAYOUTS[layout].m3vit_ranges
+    pixels, labels = training_pair(pipeline, sample, target, np.random.default_rng(seed), IMAGENET, ranges=ranges)
     assert pixels.shape == (3, *target) and pixels.dtype == torch.float32 and torch.isfinite(pixels).all()
     check_labels(sample, labels, target)
     zoom = 2.0 if pipeline == "invpt" else 1.5
@@ -91,7 +93,7 @@ def test_every_pipeline_keeps_labels_labels(
 @settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, size=SIZES)
 def test_mirroring_twice_is_nothing(seed: int, size: tuple[int, int]) -> None:
-    values = to_tv(make_sample(seed, size))
+    values = to_values(make_sample(seed, size))
     for name, value in mirror(mirror(values)).items():
         assert type(value) is type(values[name])
         assert torch.equal(value.as_subclass(Tensor), values[name].as_subclass(Tensor)), name
@@ -99,7 +101,7 @@ def test_mirroring_twice_is_nothing(seed: int, size: tuple[int, int]) -> None:
 
 def test_mirror_turns_normals() -> None:
     sample = make_sample(0, (8, 9))
-    once = to_labels(mirror(to_tv(sample)))["normals"]
+    once = to_labels(mirror(to_values(sample)))["normals"]
     expected = sample.labels["normals"][:, ::-1] * (-1, 1, 1)
     np.testing.assert_array_equal(once.permute(1, 2, 0).numpy(), expected.astype(np.float32))
 
@@ -108,7 +110,7 @@ def test_mirror_turns_normals() -> None:
 def test_quarter_turns_are_exact(turns: int) -> None:
     """Turning counter-clockwise by 90 degrees is numpy's rot90, and turns the vectors alike."""
     sample = make_sample(0, (12, 12))
-    labels = to_labels(zoom_rotate(to_tv(sample), 1.0, 90.0 * turns))
+    labels = to_labels(zoom_rotate(to_values(sample), 1.0, 90.0 * turns))
     for task in ("semseg", "saliency", "edge", "depth"):
         np.testing.assert_array_equal(labels[task].numpy(), np.rot90(sample.labels[task], turns), err_msg=task)
     x, y, z = np.moveaxis(np.rot90(sample.labels["normals"], turns), -1, 0)
@@ -123,7 +125,7 @@ def test_rotation_brings_in_only_what_is_ignored(seed: int, angle: float, zoom: 
     sample = make_sample(seed, (20, 24))
     for task in ("semseg", "saliency", "edge"):
         sample.labels[task][:] = 1
-    labels = to_labels(zoom_rotate(to_tv(sample), zoom, angle))
+    labels = to_labels(zoom_rotate(to_values(sample), zoom, angle))
     for task in ("semseg", "saliency", "edge"):
         assert set(labels[task].unique().tolist()) <= {1, IGNORE}
 
@@ -144,7 +146,7 @@ def test_depth_scales_as_the_rendered_zoom(monkeypatch: pytest.MonkeyPatch) -> N
     focal = rendering.focal_px
     monkeypatch.setattr(rendering, "focal_px", lambda width: 2 * focal(width))
     near = nyud.labels_of(geometry, cast(geometry, camera, size))
-    zoomed = to_labels(zoom_rotate(to_tv(sample), 2.0, 0.0))
+    zoomed = to_labels(zoom_rotate(to_values(sample), 2.0, 0.0))
     # Nearest neighbour: a pixel of the zoomed map lies half a source pixel off at most; edges are left to differ.
     ratio = near.depth / (2 * zoomed["depth"].numpy())
     assert np.median(np.abs(ratio - 1)) < 0.01
@@ -152,7 +154,7 @@ def test_depth_scales_as_the_rendered_zoom(monkeypatch: pytest.MonkeyPatch) -> N
     cosine = (near.normals * zoomed["normals"].permute(1, 2, 0).numpy()).sum(axis=-1)
     assert (cosine > 0.999).mean() > 0.85
     # Scaling the image (invpt) does the same.
-    scaled = scale(to_tv(sample), 2.0)["depth"][0, 24:72, 32:96]
+    scaled = scale(to_values(sample), 2.0)["depth"][0, 24:72, 32:96]
     assert np.median(np.abs(near.depth / (2 * scaled.numpy()) - 1)) < 0.01
 
 
@@ -164,7 +166,7 @@ def test_rotating_a_rendered_scene_turns_its_normals() -> None:
     right, down, forward = camera.axes
     axes = np.stack([right * cos + down * sin, down * cos - right * sin, forward])  # right moves towards down
     rolled = nyud.labels_of(geometry, cast(geometry, Camera(camera.position, axes), size))
-    turned = to_labels(zoom_rotate(to_tv(sample), 1.0, 20.0))
+    turned = to_labels(zoom_rotate(to_values(sample), 1.0, 20.0))
     inside = turned["semseg"].numpy() != IGNORE
     same = turned["semseg"].numpy()[inside] == rolled.segmentation[inside]
     assert same.mean() > 0.85
@@ -175,9 +177,9 @@ def test_rotating_a_rendered_scene_turns_its_normals() -> None:
 def test_a_crop_without_a_part_has_nothing_to_learn() -> None:
     sample = make_sample(0, (8, 8))
     sample.labels["human_parts"][:] = 0
-    assert (to_labels(to_tv(sample))["human_parts"] == IGNORE).all()
+    assert (to_labels(to_values(sample))["human_parts"] == IGNORE).all()
     sample.labels["human_parts"][3, 3] = 1
-    assert (to_labels(to_tv(sample))["human_parts"] == 0).sum() == 63
+    assert (to_labels(to_values(sample))["human_parts"] == 0).sum() == 63
 
 
 def test_crop_avoids_a_single_class() -> None:
@@ -187,7 +189,7 @@ def test_crop_avoids_a_single_class() -> None:
     sample.labels["semseg"][:, 32:] = 1
     shares = []
     for seed in range(200):
-        crop = random_crop(to_tv(sample), (16, 16), np.random.default_rng(seed))["semseg"]
+        crop = random_crop(to_values(sample), (16, 16), np.random.default_rng(seed))["semseg"]
         assert crop.shape == (1, 16, 16)
         share = float((crop == 1).float().mean())
         shares.append(max(share, 1 - share))
@@ -228,11 +230,11 @@ def test_photometric_distortion_is_deterministic_and_keeps_the_type() -> None:
 
 def test_pipelines_differ_in_what_they_change() -> None:
     sample = make_sample(1, (30, 40))
-    simple = training_pair("simple", sample, (30, 40), np.random.default_rng(0), IMAGENET, label_set="nyud", flip=False)
+    simple = training_pair("simple", sample, (30, 40), np.random.default_rng(0), IMAGENET, flip=False)
     np.testing.assert_array_equal(simple[1]["depth"].numpy(), sample.labels["depth"])
     rngs = map(np.random.default_rng, range(20))
-    pairs = [training_pair("m3vit", sample, (30, 40), rng, IMAGENET, label_set="nyud") for rng in rngs]
+    pairs = [training_pair("m3vit", sample, (30, 40), rng, IMAGENET, ranges=NYUD.m3vit_ranges) for rng in rngs]
     depths = {float(labels["depth"].max()) for _, labels in pairs}
     top = float(sample.labels["depth"].max())
     assert max(depths) == pytest.approx(top) and min(depths) < top / 1.2  # zooms 1, 1.2, 1.5
-    assert transforms.M3VIT_ROTATION_DEG == {"nyud": 0, "pascal": 20}
+    assert [layout.m3vit_ranges.rotation_deg for layout in LAYOUTS.values()] == [0, 20]

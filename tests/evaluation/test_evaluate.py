@@ -127,7 +127,7 @@ def test_batches_and_processes_do_not_change_the_statistics(monkeypatch: pytest.
     pooled = evaluate(split, predictor(40), workers=2).statistics["edge"]  # type: ignore[arg-type]
     np.testing.assert_array_equal(plain, batched)
     np.testing.assert_array_equal(plain, pooled)
-    one = edge_statistics(split, "A", 3, np.full((40, 40), 0.5, np.float32))  # type: ignore[arg-type]
+    one = edge_statistics(split, "edge", "A", 3, np.full((40, 40), 0.5, np.float32))  # type: ignore[arg-type]
     assert one.shape == plain[0].shape
 
 
@@ -145,7 +145,7 @@ def test_unreadable_images_stop_or_are_left_out() -> None:
 def test_a_killed_process_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("m3vit.evaluation.edge_pool.POOL_FROM_PIXELS", 0)
     with pytest.raises(InputError, match="was killed, maybe for want of memory: run again with fewer --workers"):
-        with EdgeScorer(Suicidal(40), "A", 2) as scorer:  # type: ignore[arg-type]
+        with EdgeScorer(Suicidal(40), "edge", "A", 2) as scorer:  # type: ignore[arg-type]
             scorer.submit(0, np.zeros((40, 40), np.float32))
             scorer.results()
 

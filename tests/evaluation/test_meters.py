@@ -180,7 +180,7 @@ def test_named_baselines_are_over_metrics_that_there_are(name: str) -> None:
     for task, (metric, _) in baseline.figures.items():
         meter = make_meter(task, baseline.label_set, baseline.protocol)
         shapes = {"unit_vector": (24, 30, 3)}
-        ones = np.ones(shapes.get(TASKS[task].decode, (24, 30)), np.int64)
+        ones = np.ones(shapes.get(TASKS[task].kind, (24, 30)), np.int64)
         assert metric in meter.compute(meter.image(ones, ones > 0 if task == "edge" else ones))
 
 
@@ -198,7 +198,7 @@ def test_headline_metric_is_reported_for_one_or_many_totals(label_set: str, task
         "unit_vector": (rng.normal(size=(*size, 3)), rng.normal(size=(*size, 3))),
         "sigmoid": (rng.random(size), rng.integers(0, 2, size)),
     }
-    guess, label = kinds[TASKS[task].decode]
+    guess, label = kinds[TASKS[task].kind]
     label = label > 0 if task == "edge" else label
     meter = make_meter(task, label_set, protocol)
     row = meter.image(guess, label)

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.export.onnx.graph import trace_task
-from m3vit.export.onnx.lower import ALL, Choice, lower_moe
+from m3vit.export.onnx.lower import lower_moe
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.export.onnx.quantize import quantize
 from m3vit.export.runtime.package import Package
+from m3vit.models.budget import LayerBudget
 from m3vit.run_folder import load_run
 from tests.conftest import Cli
 
@@ -112,8 +113,8 @@ def test_openvino_at_a_size_not_trained_at_but_fixed(traced: dict[str, onnx.Mode
 @pytest.mark.parametrize("form", ["sparse", "pruned", "static"])
 def test_every_kind_of_graph(traced: dict[str, onnx.ModelProto], tmp_path: Path, form: str, precision: str) -> None:
     graph = copy(traced["static" if form == "static" else "any"])
-    choice = Choice(1, {0: (1, 3), 1: (0, 1, 2)}) if form == "pruned" else ALL
-    lower_moe(graph, choice, "wide" if form == "static" else "sparse")
+    budgets = [LayerBudget(1, (1, 3))] if form == "pruned" else []
+    lower_moe(graph, budgets, "wide" if form == "static" else "sparse")
     path = tmp_path / "graph.onnx"
     onnx.save(quantize(graph, precision), path)
     if form == "static":  # nothing about its shapes is left open

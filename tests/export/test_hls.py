@@ -14,12 +14,15 @@ import torch
 from timm.layers import GluMlp
 from timm.models.vision_transformer import ResPostBlock
 
+from m3vit.cli import main
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.hls import convert, leaf, precision
+from m3vit.export.hls import leaf
 from m3vit.export.hls.project import export_project
+from m3vit.export.hls.spatial import fixed_point, schedule
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.hw.sim import csim
+from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS as TASK_TABLE
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
@@ -91,7 +94,46 @@ def test_lowering_matches_the_model_in_float32(model: MultiTaskModel) -> None:
 )
 def test_lowering_refuses_what_it_cannot_export(trunk: dict[str, Any], config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        leaf.lower(make_model(trunk, **config))
+        schedule.lower(make_model(trunk, **config))
+
+
+def test_lowering_keeps_to_a_budget() -> None:
+    budget = Budget({task: {0: 1, 1: 4} for task in TASKS})
+    lowered = leaf.lower(make_model(moe_blocks=[0, 1]), budget)  # asserts equality itself, with the same budget
+    assert [layer.top_k for layer in lowered.moe_layers()] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget({"depth": {1: 1}}), r"another top_k for each task in block 1 \(depth 1, semseg 2, edge 2\)"),
+        (Budget(kept={task: {1: (0, 1, 3)} for task in TASKS}), "leaves experts of block 1 out"),
+        (Budget({"depth": {0: 1}}), "the blocks with experts are 1"),
+        (Budget({task: {1: 5} for task in TASKS}), "depth, block 1: top_k is 5 with 4 experts kept"),
+    ],
+)
+def test_lowering_refuses_a_budget_that_the_engines_cannot_keep_to(
+    model: MultiTaskModel, budget: Budget, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        schedule.lower(model, budget)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-k", "depth=1"], "another top_k for each task"),
+        (["--top-k", "9"], "--top-k is '9': give a number, 1 to 4"),
+    ],
+)
+def test_a_top_k_of_one_task_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    out = tmp_path / "project"
+    assert main(["export", "hls", str(tiny_run), "--out", str(out), "--samples", "1", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +142,7 @@ def test_lowering_refuses_what_it_cannot_export(trunk: dict[str, Any], config: d
     [(0.99, 16, 0, 1), (1.0, 16, 0, 2), (0.4, 16, 0, 0), (0.2, 16, 0, -1), (5.0, 20, 1, 5)],
 )
 def test_integer_bits(largest: float, width: int, headroom: int, integer: int) -> None:
-    chosen = precision.fixed_for(largest, width, headroom)
+    chosen = fixed_point.fixed_for(largest, width, headroom)
     assert (chosen.width, chosen.integer) == (width, integer)
     assert largest <= chosen.limit - 2.0**-chosen.frac
 
@@ -108,12 +150,12 @@ def test_integer_bits(largest: float, width: int, headroom: int, integer: int) -
 def test_accumulator_too_wide_is_refused() -> None:
     weight = torch.ones(1, 64)
     with pytest.raises(InputError, match="accumulator"):
-        precision.sum_format((2.0**20, 30), weight, precision.Fixed(16, -8), torch.zeros(1), "test")
+        fixed_point.sum_format((2.0**20, 30), weight, fixed_point.Fixed(16, -8), torch.zeros(1), "test")
 
 
 def test_not_finite_weights_are_refused() -> None:
     with pytest.raises(InputError, match="not finite"):
-        precision.fixed_for(float("nan"), 16)
+        fixed_point.fixed_for(float("nan"), 16)
 
 
 # --- the emitted project --------------------------------------------------------------------------------------------
@@ -150,7 +192,7 @@ def test_existing_project_is_replaced_and_survives_a_failure(
         export_project(model, copy, calibration=make_images(1), samples=make_samples())
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "write_project", lambda *arguments: 1 / 0)
+        patch.setattr(schedule, "write_project", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export()
     assert (copy / "csim.json").exists() and os.listdir(copy.parent) == ["copy"]

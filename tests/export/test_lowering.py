@@ -12,7 +12,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import INPUTS, Choice, lower_moe
+from m3vit.export.onnx.lower import INPUTS, lower_moe
+from m3vit.models.budget import LayerBudget
 from m3vit.models.moe import moe_op
 from m3vit.models.router import route
 
@@ -130,7 +131,7 @@ def chosen_layer(x: Array, layer: dict[str, Array], top_k: int, kept: list[int])
 )
 def test_kept_experts_and_another_top_k(kept: tuple[int, ...], top_k: int, form: str) -> None:
     layer, x = make_layer(6), make_tokens(50)
-    graph = lower_moe(moe_graph(layer, 3), Choice(top_k, {0: tuple(kept)}), form)
+    graph = lower_moe(moe_graph(layer, 3), [LayerBudget(top_k, tuple(kept))], form)
     names = " ".join(tensor.name for tensor in graph.graph.initializer)
     assert form == "wide" or all((f".{expert}.fc1." in names) == (expert in kept) for expert in range(6))
     assert_close(make_session(graph, 2).run(None, {"x": x})[0], chosen_layer(x, layer, top_k, list(kept)))
@@ -142,7 +143,7 @@ def test_tokens_whose_experts_are_kept_are_not_changed_by_pruning() -> None:
     kept = (0, 1, 3, 4, 6)
     inside = np.isin(ids, kept).all(axis=1)
     assert 0 < inside.sum() < len(x)
-    pruned = make_session(lower_moe(moe_graph(layer, 2), Choice(None, {0: kept})), 1).run(None, {"x": x})[0]
+    pruned = make_session(lower_moe(moe_graph(layer, 2), [LayerBudget(None, kept)]), 1).run(None, {"x": x})[0]
     whole = torch_layer(x, layer, 2)
     assert_close(pruned[inside], whole[inside])
     assert np.abs(pruned[~inside] - whole[~inside]).max() > 0.01
@@ -195,8 +196,10 @@ def test_lowering_refuses_what_it_cannot_lower() -> None:
     graph.graph.node[0].input[INPUTS.index("w1")] = "x"
     with pytest.raises(ValueError, match="depends on the graph's input x"):
         lower_moe(graph)
-    for choice in (Choice(3), Choice(0), Choice(None, {0: (1, 0)}), Choice(1, {0: (2,)}), Choice(1, {0: ()})):
-        with pytest.raises(InputError, match=r"top_k|ascending"):
-            lower_moe(moe_graph(make_layer(2), 1), choice)
+    for arguments in ((3,), (0,), (None, (1, 0)), (1, (2,)), (1, ())):
+        with pytest.raises(InputError, match=r"top_k|ascending|experts are 0 to 1"):
+            lower_moe(moe_graph(make_layer(2), 1), [LayerBudget(*arguments)])
+    with pytest.raises(InputError, match=r"width is 6, but experts are used whole \(12 hidden units\)"):
+        lower_moe(moe_graph(make_layer(2), 1), [LayerBudget(width=6)])
     with pytest.raises(InputError, match="choose from sparse, wide"):
         lower_moe(moe_graph(make_layer(2), 1), form="tall")

@@ -18,7 +18,7 @@ from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.onnx import package as package_module
 from m3vit.export.onnx.graph import export_task
-from m3vit.export.onnx.package import UNITS, Content, export_package
+from m3vit.export.onnx.package import Content, export_package
 from m3vit.export.onnx.parity import (
     BATCH,
     FORCES,
@@ -30,7 +30,9 @@ from m3vit.export.onnx.parity import (
     _Record,
     check_parity,
 )
-from m3vit.export.runtime.package import DECODERS, Package, file_entries
+from m3vit.export.runtime.package import Package, file_entries
+from m3vit.kinds import KINDS
+from m3vit.kinds.decoding import DECODERS
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -41,6 +43,12 @@ pytestmark = pytest.mark.slow
 
 Array = NDArray[np.float32]
 NAMES = LABEL_SETS["nyud"].tasks
+UNITS = {
+    "argmax": "class id",
+    "identity": "m",
+    "unit_vector": "unit vector: x right, y up, z towards the camera",
+    "sigmoid": "probability",
+}
 
 
 def make_session(graph: ModelProto, threads: int) -> onnxruntime.InferenceSession:
@@ -327,7 +335,9 @@ def test_manifest_describes_every_file(exported: Path) -> None:
         assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     semseg = manifest["tasks"]["semseg"]
     assert len(semseg["classes"]) == len(semseg["palette"]) == semseg["channels"] == 40
-    assert {task.decode for task in TASKS.values()} == set(DECODERS) == set(UNITS)
+    assert {task.kind for task in TASKS.values()} == set(DECODERS) == set(KINDS)
+    units = {task: entry["unit"] for task, entry in manifest["tasks"].items()}
+    assert units == {name: UNITS[TASKS[name].kind] for name in units}
 
 
 def test_export_twice_gives_the_same_tensors(model: MultiTaskModel, exported: Path) -> None:

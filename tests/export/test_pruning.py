@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import Choice
-from m3vit.export.onnx.pruning import Prune, choose, chosen, gate_mass, read_coverage, read_top_k
+from m3vit.export.onnx.pruning import check_rule, choose, gate_mass, pruned, read_coverage
+from m3vit.models.budget import Budget, in_all_layers, read_top_k
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 
@@ -30,12 +30,12 @@ def model() -> MultiTaskModel:
 
 def test_gate_mass_equals_a_loop_over_tokens(model: MultiTaskModel) -> None:
     batches = [torch.randn(2, 3, 32, 48), torch.randn(1, 3, 32, 48)]
-    found = gate_mass(model, batches, {"normals": 1})
+    found = gate_mass(model, batches, in_all_layers({"normals": 1}, [1, 3]))
     for task, count in (("depth", 3), ("normals", 1)):
         expected = np.zeros((2, 6))
         for batch in batches:
-            with torch.no_grad(), chosen(model, Choice(count)):
-                routings = model(batch, [task]).routings
+            with torch.no_grad():
+                routings = model(batch, [task], budget=in_all_layers({task: count}, [1, 3])).routings
             for layer, routing in enumerate(routings):
                 for scores in routing.scores_RNE[0]:
                     for expert in scores.argsort(descending=True)[:count]:
@@ -43,12 +43,11 @@ def test_gate_mass_equals_a_loop_over_tokens(model: MultiTaskModel) -> None:
         np.testing.assert_allclose(found[task], expected, rtol=1e-5)
 
 
-def test_torch_routes_as_chosen_and_then_as_before(model: MultiTaskModel) -> None:
+def test_torch_keeps_to_a_budget_and_then_routes_as_before(model: MultiTaskModel) -> None:
     image = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
         before = model(image, ["depth"])
-        with chosen(model, Choice(2, {1: (0, 2, 5)})):
-            changed = model(image, ["depth"])
+        changed = model(image, ["depth"], budget=Budget({"depth": {1: 2, 3: 2}}, {"depth": {3: (0, 2, 5)}}))
         after = model(image, ["depth"])
     assert changed.routings[0].expert_ids_RNK.shape[-1] == 2
     assert set(changed.routings[1].expert_ids_RNK.unique().tolist()) <= {0, 2, 5}
@@ -64,27 +63,35 @@ MASS = np.array([[4.0, 0, 1, 3, 2], [0, 0, 0, 0, 0]])
 @pytest.mark.parametrize(
     ("rule", "top_k", "kept", "share"),
     [
-        (Prune(coverage=1.0), 1, (0, 2, 3, 4), 1.0),  # expert 1 is never used
-        (Prune(coverage=0.9), 1, (0, 3, 4), 0.9),  # exactly
-        (Prune(coverage=0.91), 1, (0, 2, 3, 4), 1.0),
-        (Prune(coverage=0.1), 1, (0,), 0.4),
-        (Prune(coverage=0.1), 3, (0, 3, 4), 0.9),  # never fewer than a token uses
-        (Prune(keep=2), 1, (0, 3), 0.7),
-        (Prune(keep=1), 2, (0, 3), 0.7),
+        ({"coverage": 1.0}, 1, (0, 2, 3, 4), 1.0),  # expert 1 is never used
+        ({"coverage": 0.9}, 1, (0, 3, 4), 0.9),  # exactly
+        ({"coverage": 0.91}, 1, (0, 2, 3, 4), 1.0),
+        ({"coverage": 0.1}, 1, (0,), 0.4),
+        ({"coverage": 0.1}, 3, (0, 3, 4), 0.9),  # never fewer than a token uses
+        ({"keep": 2}, 1, (0, 3), 0.7),
+        ({"keep": 1}, 2, (0, 3), 0.7),
     ],
 )
-def test_choices_by_hand(rule: Prune, top_k: int, kept: tuple[int, ...], share: float) -> None:
-    found, shares = choose(MASS, rule, top_k)
+def test_choices_by_hand(rule: dict[str, Any], top_k: int, kept: tuple[int, ...], share: float) -> None:
+    found, shares = choose(MASS, [top_k, top_k], **rule)
     assert found[0] == kept
     assert shares[0] == pytest.approx(share)
-    assert found[1] == tuple(range(max(top_k, rule.keep or 1)))  # a layer without mass: the first ones
+    assert found[1] == tuple(range(max(top_k, rule.get("keep", 1))))  # a layer without mass: the first ones
     assert shares[1] == 1.0
 
 
+def test_a_pruned_budget_keeps_its_top_k_by_layer(model: MultiTaskModel) -> None:
+    given = Budget({"depth": {3: 1}}, {"normals": {1: (4, 5)}})
+    mass = np.tile(np.array([6.0, 5, 4, 3, 2, 1]), (2, 1))
+    found, shares = pruned(model, {"depth": mass}, given, keep=1)
+    assert found == Budget({"depth": {3: 1}}, {"normals": {1: (4, 5)}, "depth": {1: (0, 1, 2), 3: (0,)}})
+    assert shares == {"depth": [pytest.approx(15 / 21), pytest.approx(6 / 21)]}
+
+
 def test_rules_and_texts_that_make_no_sense_are_refused() -> None:
-    for rule in (Prune(), Prune(0.5, 3), Prune(0.0), Prune(1.5), Prune(keep=9), Prune(keep=0)):
+    for rule in ((None, None), (0.5, 3), (0.0, None), (1.5, None), (None, 9), (None, 0)):
         with pytest.raises(InputError):
-            rule.check(8)
+            check_rule(*rule, 8)
     assert read_coverage("coverage=0.999") == 0.999
     for text in ("0.9", "coverage", "coverage=x", "coverage=0", "coverage=2", "share=0.5"):
         with pytest.raises(InputError, match="coverage=SHARE"):

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.runtime.package import FORMAT, FORMAT_VERSION, Package, colourise, decode
+from m3vit.export.runtime.package import FORMAT, FORMAT_VERSION, Package, colourise
+from m3vit.kinds.decoding import decode
 from m3vit.tasks import palette
 
 CHANNELS = {"semseg": 3, "depth": 1, "normals": 3, "edge": 1}
@@ -293,7 +294,7 @@ def test_colours(folder: Path) -> None:
 FREED = """
 import sys
 import numpy as np
-from m3vit.export.runtime import give_memory_back
+from m3vit.export.runtime.package import give_memory_back
 
 def resident_mib():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "hw" / "include"
 STRICT = ["-std=c++11", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-label"]
 SANITIZERS = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+# One configuration serves every random model: sizes are run-time values up to these.
+HARDWARE = Hardware(
+    16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32, token_block=32
+)
+FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 
 
 @dataclass
@@ -112,17 +119,26 @@ class Simulator:
         return cls(binary)
 
     def run(
-        self, folder: Path, image: Image, frames: np.ndarray, tasks: list[int]
+        self, folder: Path, image: Image, frames: np.ndarray, tasks: list[int], start: Sequence[np.ndarray] = ()
     ) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
-        """Return outputs int32 [n, words], counters (one for each frame and instruction) and routing uint16 words."""
+        """Return outputs int32 [n, words], counters (one for each frame and instruction) and routing uint16 words.
+
+        start: the narrow and wide memory before each frame. What they hold after it is in memories.bin of the folder.
+        """
         folder.mkdir(exist_ok=True)
         image.write(folder / "weights.bin")
         frames.tofile(folder / "images.bin")
         np.array(tasks, np.uint8).tofile(folder / "tasks.bin")
         names = ["weights.bin", "images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin"]
         names.append("memories.bin")
+        if start:
+            (folder / "start.bin").write_bytes(b"".join(words.tobytes() for words in start))
+            names.append("start.bin")
         done = subprocess.run([str(self.binary), *names], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:2000]
         outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(tasks), -1)
         counters = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
         return outputs, counters, np.fromfile(folder / "routing.bin", np.uint16)
+
+
+Builds = dict[str, list[Simulator]]

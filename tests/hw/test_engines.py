@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,33 +21,21 @@ from m3vit.hw.ops import PORTS, memories
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
-from tests.hw.programs import INCLUDE, ROOT, SANITIZERS, STRICT, Shape, Simulator, frames_of, random_vit
+from tests.hw.programs import (
+    FORMATS,
+    HARDWARE,
+    INCLUDE,
+    ROOT,
+    STRICT,
+    Builds,
+    Shape,
+    Simulator,
+    frames_of,
+    random_vit,
+)
 from tests.hw.test_kernels import AP_TYPES
 
 pytestmark = pytest.mark.slow
-
-# One configuration serves every random model: sizes are run-time values up to these.
-HARDWARE = Hardware(
-    16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32, token_block=32
-)
-FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
-Builds = dict[str, list[Simulator]]
-
-
-@pytest.fixture(scope="session")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
-    """For each format the simulator at -O2 and, with both sanitizers, at -O0."""
-    folder = tmp_path_factory.mktemp("engines")
-
-    def build(job: tuple[str, int]) -> Simulator:
-        name, place = job
-        hardware = replace(HARDWARE, weight_bits=FORMATS[name][0], act_bits=FORMATS[name][1])
-        return Simulator.build(folder / f"{name}-{place}", hardware, (["-O2"], SANITIZERS)[place])
-
-    jobs = [(name, place) for name in FORMATS for place in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        built = dict(zip(jobs, pool.map(build, jobs), strict=True))
-    return {name: [built[name, 0], built[name, 1]] for name in FORMATS}
 
 
 def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tuple[np.ndarray, list[dict[str, int]]]:
@@ -75,7 +62,7 @@ def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tu
 
 
 def test_hardware_modules_need_neither_torch_nor_hls4ml() -> None:
-    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.export.runtime.decoding;"
+    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.kinds.decoding;"
     script += "sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml', 'onnxruntime')))"
     subprocess.run([sys.executable, "-c", script], check=True)
 

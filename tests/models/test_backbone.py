@@ -16,6 +16,7 @@ from m3vit.errors import InputError
 from m3vit.export.onnx.graph import export_task
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.models.config import ModelConfig
+from m3vit.models.initialise import new_model
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.pretrained import RUN_PREFIX
 
@@ -60,7 +61,7 @@ def make(name: str, **changes: Any) -> MultiTaskModel:
         "top_k": 2,
         "head_stride": patch // 2,
     }
-    model = MultiTaskModel(ModelConfig(**defaults | changes))
+    model = new_model(ModelConfig(**defaults | changes))
     shake(model)
     return model.eval()
 
@@ -179,7 +180,7 @@ def test_weights_of_a_local_file(name: str, tmp_path: Path) -> None:
             weights=str(tmp_path / file),
             head_stride=theirs.patch_embed.patch_size[0],
         )
-        trunk: Any = MultiTaskModel(config).backbone.trunk
+        trunk: Any = new_model(config).backbone.trunk
         torch.testing.assert_close(trunk.blocks[0].state_dict(), theirs.blocks[0].state_dict(), rtol=0, atol=0)
         if trunk.pos_embed is not None:  # resampled as timm itself does
             theirs.set_input_size(size(NATIVE, theirs.patch_embed.patch_size[0]))
@@ -198,7 +199,7 @@ def test_weights_of_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps({"architecture": {"image_size": [32, 96]}}))
     torch.manual_seed(0)
     config = ModelConfig(trunk=name, trunk_args=SMALL, image_size=size(NATIVE, 16), weights=str(file))
-    trunk: Any = MultiTaskModel(config).backbone.trunk
+    trunk: Any = new_model(config).backbone.trunk
     theirs: Any = dense.backbone.trunk
     assert torch.equal(trunk.blocks[0].mlp.fc1.weight, theirs.blocks[0].mlp.fc1.weight)
     theirs.set_input_size(size(NATIVE, 16))
@@ -261,7 +262,7 @@ def pretrained(name: str, file: Path, grid: tuple[int, int] = NATIVE, **argument
     config = ModelConfig(
         trunk=name, trunk_args=arguments, image_size=size(grid, patch), head_stride=patch, pretrained=True
     )
-    return MultiTaskModel(config).backbone.trunk
+    return new_model(config).backbone.trunk
 
 
 PRETRAINED = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2")

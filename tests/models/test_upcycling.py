@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.export.onnx.graph import export_task
 from m3vit.models.config import ModelConfig
+from m3vit.models.initialise import new_model
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.run_folder import load_run
@@ -58,7 +59,7 @@ def make(trunk: str = "vit_tiny_patch16_224", weights: str = "", **changes: Any)
         "weights": weights,
         "init": "upcycle",
     }
-    return MultiTaskModel(ModelConfig(**defaults | changes))
+    return new_model(ModelConfig(**defaults | changes))
 
 
 @torch.no_grad()

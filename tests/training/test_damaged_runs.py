@@ -20,6 +20,7 @@ from m3vit.cli import main
 from m3vit.digests import UncheckedWarning, seal, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
+from m3vit.models.initialise import new_model
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import read_saved
 from m3vit.run_folder import load_run, save_model
@@ -403,7 +404,7 @@ def test_weights_of_a_damaged_run_start_no_other(run: Path, change: float, words
     model = MultiTaskModel(replace(load_run(run).model.config, moe_blocks="none"))
     save_model(run, model, epoch=2)
     config = replace(model.config, weights=str(run / "model.safetensors"))
-    MultiTaskModel(config)
+    new_model(config)
     with torch.no_grad():
         model.backbone.trunk.pos_embed += change
     if math.isnan(change):
@@ -411,4 +412,4 @@ def test_weights_of_a_damaged_run_start_no_other(run: Path, change: float, words
     else:
         save_file(model.state_dict(), run / "model.safetensors")
     with pytest.raises(InputError, match=words):
-        MultiTaskModel(config)
+        new_model(config)

@@ -4,34 +4,44 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from m3vit.tasks import IGNORE
-from m3vit.training.losses import BatchCounts, balanced_bce, cross_entropy, l1, l1_unit, subsample, task_loss
+from m3vit.kinds import KINDS
+from m3vit.tasks import IGNORE, TASKS
+from m3vit.training.config import TrainConfig
+from m3vit.training.losses import BatchCounts, loss_options, subsample, task_loss
+
+OPTIONS = {task: loss_options(task, TrainConfig(edge_positive_weight=0.95)) for task in TASKS}
+
+
+def loss(kind: str, logits: Tensor, label: Tensor, **options: float) -> Tensor:
+    return KINDS[kind].loss(logits, label, KINDS[kind].counts(label), **options)
 
 
 def test_cross_entropy_over_labelled_pixels() -> None:
     logits = torch.tensor([[[[math.log(3), 0.0, 9.0]], [[0.0, 0.0, 0.0]]]])  # [1, 2, 1, 3]
     label = torch.tensor([[[0, 1, IGNORE]]])
     # -log(3/4) and -log(1/2)
-    assert cross_entropy(logits, label).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    assert loss("argmax", logits, label).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
 def test_depth_l1_over_valid_pixels() -> None:
-    assert l1(torch.tensor([[[[1.0, 5.0, 7.0]]]]), torch.tensor([[[2.0, 2.0, 0.0]]])).item() == pytest.approx(2.0)
+    found = loss("identity", torch.tensor([[[[1.0, 5.0, 7.0]]]]), torch.tensor([[[2.0, 2.0, 0.0]]]))
+    assert found.item() == pytest.approx(2.0)
 
 
 def test_normals_l1_on_the_normalised_prediction() -> None:
     predicted = torch.tensor([[0.0, 0, 3], [0, 4, 3], [1, 0, 0]]).T.reshape(1, 3, 1, 3)
     truth = torch.tensor([[0.0, 0, 1], [0, 0, 1], [0, 0, 0]]).T.reshape(1, 3, 1, 3)
     # second pixel: (0, .8, .6) against (0, 0, 1): .8 + .4 = 1.2; two valid pixels of three components: 1.2 / 6
-    assert l1_unit(predicted, truth).item() == pytest.approx(0.2)
+    assert loss("unit_vector", predicted, truth).item() == pytest.approx(0.2)
 
 
 def test_balanced_bce() -> None:
     logits = torch.tensor([[[[0.0, 0.0, 50.0]]]])
     label = torch.tensor([[[1, 0, IGNORE]]], dtype=torch.uint8)
     # log 2 for both pixels, weighed .95 and .05, over two valid pixels
-    assert balanced_bce(logits, label, 0.95).item() == pytest.approx(math.log(2) / 2)
+    assert loss("sigmoid", logits, label, positive_weight=0.95).item() == pytest.approx(math.log(2) / 2)
 
 
 def test_saliency_is_balanced_over_the_batch_as_hed_does() -> None:
@@ -40,7 +50,7 @@ def test_saliency_is_balanced_over_the_batch_as_hed_does() -> None:
     label = torch.tensor([[[0, 1, 0]], [[0, IGNORE, IGNORE]]], dtype=torch.uint8)
     # -log(1/2) of pixels 1, 2 and 4, -log(1 - 3/4) = 2 log 2 of pixel 3; over four pixels
     expected = (0.25 * math.log(2) + 0.75 * math.log(2) + 0.25 * 2 * math.log(2) + 0.25 * math.log(2)) / 4
-    assert task_loss("saliency", logits, label, 0.95).item() == pytest.approx(expected)
+    assert task_loss("saliency", logits, label, OPTIONS["saliency"]).item() == pytest.approx(expected)
 
 
 def test_balanced_bce_is_the_published_sum() -> None:
@@ -52,7 +62,8 @@ def test_balanced_bce_is_the_published_sum() -> None:
     for weight in (0.95, None):
         w = weight or (label == 0).float().mean()
         published = (w * pixels[label > 0].sum() + (1 - w) * pixels[label == 0].sum()) / label.numel()
-        torch.testing.assert_close(balanced_bce(logits, label, weight), published, rtol=1e-5, atol=1e-6)
+        options = {} if weight is None else {"positive_weight": weight}
+        torch.testing.assert_close(loss("sigmoid", logits, label, **options), published, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_a_batch_add_up() -> None:
@@ -68,8 +79,8 @@ def test_parts_of_a_batch_add_up() -> None:
     counts = BatchCounts(labels)
     for task, channels in (("semseg", 3), ("depth", 1), ("normals", 3), ("saliency", 1)):
         logits = torch.randn(4, channels, 2, 3, generator=rng)  # coarser: labels are subsampled
-        whole = task_loss(task, logits, labels[task], 0.95)
-        parts = [task_loss(task, logits[i : i + 1], labels[task][i : i + 1], 0.95, counts) for i in range(4)]
+        whole = task_loss(task, logits, labels[task], OPTIONS[task])
+        parts = [task_loss(task, logits[i : i + 1], labels[task][i : i + 1], OPTIONS[task], counts) for i in range(4)]
         torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 
@@ -81,9 +92,9 @@ def test_nothing_labelled_means_no_loss_and_no_gradient(task: str, channels: int
     unlabelled = torch.full((1, 2, 2), IGNORE, dtype=torch.uint8)
     ignored = {"semseg": unlabelled.long(), "edge": unlabelled, "saliency": unlabelled}
     label = ignored.get(task, torch.zeros(1, 3, 2, 2) if task == "normals" else torch.zeros(1, 2, 2))
-    loss = task_loss(task, logits, label, 0.95)
-    loss.backward()
-    assert loss.item() == 0
+    found = task_loss(task, logits, label, OPTIONS[task])
+    found.backward()
+    assert found.item() == 0
     assert logits.grad is not None and not logits.grad.any()
 
 
@@ -108,5 +119,10 @@ def test_subsampled_ramp_is_where_bilinear_resizing_puts_it(factor: int) -> None
 
 def test_coarse_logits_are_trained_on_both_diagonal_pixels() -> None:
     # depth label (1, 2 / 3, 4) under one output of 2.0: pixels 1 and 4, errors 1 and 2
-    loss = task_loss("depth", torch.full((1, 1, 1, 1), 2.0), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), 0.95)
-    assert loss.item() == pytest.approx(1.5)
+    found = task_loss("depth", torch.full((1, 1, 1, 1), 2.0), torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), {})
+    assert found.item() == pytest.approx(1.5)
+
+
+def test_only_edges_have_a_fixed_weight() -> None:
+    given = {task: loss_options(task, TrainConfig(edge_positive_weight=0.9)) for task in TASKS}
+    assert given == {task: {"positive_weight": 0.9} if task == "edge" else {} for task in TASKS}

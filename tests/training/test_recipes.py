@@ -12,8 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from m3vit.commands.training import config_from
 from m3vit.data.opening import LAYOUTS
 from m3vit.errors import InputError
-from m3vit.models import backbone
 from m3vit.models.config import ModelConfig
+from m3vit.models.initialise import new_model
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config, DataConfig, TrainConfig, read_config, recipe_names, recipe_path
 
@@ -31,7 +31,7 @@ def test_model_can_be_built(name: str) -> None:
     config.check()
     assert config.data.layout in LAYOUTS
     with torch.device("meta"):
-        model = MultiTaskModel(replace(config.model, pretrained=False))
+        model = MultiTaskModel(config.model)
     assert list(model.heads.tasks) == config.model.tasks
     wanted = 0 if config.model.moe_blocks == "none" else len(model.backbone.trunk.blocks) // 2
     assert len(model.backbone.moe_indices) == wanted
@@ -41,14 +41,14 @@ def test_model_can_be_built(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "dense" not in name])
 def test_rows_of_the_router_ablation_can_be_built(name: str, router: str) -> None:
     with torch.device("meta"):
-        MultiTaskModel(replace(read(name).model, pretrained=False, router=router))
+        MultiTaskModel(replace(read(name).model, router=router))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_single_task_baselines_can_be_built(name: str) -> None:
     config = read(name)
     for task in config.model.tasks:
-        config.model = replace(config.model, pretrained=False, tasks=[task], distillation=[])
+        config.model = replace(config.model, tasks=[task], distillation=[])
         config.check()
         with torch.device("meta"):
             assert MultiTaskModel(config.model).heads.tasks == (task,)
@@ -68,9 +68,9 @@ def test_missing_pretrained_weights_are_one_clear_line(monkeypatch: pytest.Monke
         # What timm 1.0 and huggingface_hub raise without a network (after 50 s of retries).
         raise LocalEntryNotFoundError("cannot find the requested files in the local cache. Please check")
 
-    monkeypatch.setattr(backbone.timm, "create_model", offline)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
     with pytest.raises(InputError, match=r"weights of deit_small.*local cache\).*--model\.pretrained=false") as error:
-        MultiTaskModel(read("nyud-small").model)
+        new_model(read("nyud-small").model)
     assert "\n" not in str(error.value)
 
 

@@ -86,9 +86,9 @@ def test_a_mean_is_over_the_labelled_pixels_alone() -> None:
     """Two images of two pixels, depth 2 and 4 m in the first: errors of 1 and 3 m have the mean 2, with or without."""
     logits = torch.tensor([[[[3.0, 1.0]]], [[[100.0, 100.0]]]])
     label = torch.stack([torch.tensor([[2.0, 4.0]]), torch.from_numpy(no_label("depth", (1, 2)))])
-    assert float(task_loss("depth", logits, label, 0.95)) == 2.0
-    assert float(task_loss("depth", logits[:1], label[:1], 0.95)) == 2.0
-    assert float(task_loss("depth", logits[1:], label[1:], 0.95)) == 0.0
+    assert float(task_loss("depth", logits, label, {})) == 2.0
+    assert float(task_loss("depth", logits[:1], label[:1], {})) == 2.0
+    assert float(task_loss("depth", logits[1:], label[1:], {})) == 0.0
     counts = BatchCounts({"depth": label, "edge": torch.full((2, 1, 2), IGNORE)})
     assert counts.labelled() == {"depth"}
 

@@ -25,7 +25,7 @@ MOE_WEIGHTS = ("router_w", "router_b", "w1", "b1", "w2", "b2")
 
 
 @dataclass
-class Schedule:
+class Planned:
     """What the pass leaves for the writer, as `schedule` of the ModelGraph."""
 
     image: Image
@@ -62,7 +62,7 @@ class VitisMoEBackend(VitisBackend):
 
     @model_optimizer()
     def build_schedule(self, model: Any) -> bool:
-        """Turn the graph into a Schedule. Raises InputError for layers without an engine and models that do not fit."""
+        """Plan the graph. Raises InputError for layers without an engine and models that do not fit."""
         model.schedule = _Planner(model, model.config.config[NAME]).plan()
         return False
 
@@ -117,7 +117,7 @@ class _Planner:
             f"{why}; use a plain ViT block (LayerNorm, attention, GELU MLP or experts, each with a residual)"
         )
 
-    def plan(self) -> Schedule:
+    def plan(self) -> Planned:
         rules = {
             "VitPosition": self.position,
             "VitLayerNorm": self.norm,
@@ -138,7 +138,7 @@ class _Planner:
         limits = scheduler.limits
         hardware = hardware_of(limits, scheduler.weight_bits, scheduler.act_bits)
         hardware = fit(hardware, find_board(self.settings["board"]))
-        return Schedule(scheduler.build(), hardware, scheduler.named_tensors(), scheduler.largest_sum_bits)
+        return Planned(scheduler.build(), hardware, scheduler.named_tensors(), scheduler.largest_sum_bits)
 
     def take_linear(self, node: Any, name: str) -> Any:
         """Return the held-back Linear that computes an input of `node`, which must be its only consumer."""

@@ -6,19 +6,20 @@ residual stream has one fraction throughout, so that layers add to it in place; 
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from m3vit.errors import InputError
 from m3vit.export.hls import leaf
-from m3vit.export.hls.multiplexed.quantise import integer_bits
-from m3vit.export.hls.precision import Calibration
+from m3vit.export.hls.calibration import Calibration
+from m3vit.export.hls.multiplexed.words import integer_bits
 
 HEADROOM_BITS = 1
 HEADROOM_FROM = 12
 WIDE_HEADROOM_BITS = 3
 WIDE_FRAC_LIMIT = 20  # finer than any product; and LayerNorm's eps then fits 60 bits
 LOGIT_FRAC_LIMIT = 24
-LIMITS = {"weight_bits": (8, 12, 16), "act_bits": (8, 10, 12, 14, 16)}
+LIMITS: Mapping[str, Sequence[int]] = {"weight_bits": (8, 12, 16), "act_bits": (8, 10, 12, 14, 16)}
 
 
 class Formats(NamedTuple):

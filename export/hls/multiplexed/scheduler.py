@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.export.hls.multiplexed.quantise import Floats, LinearWords, linear_words, norm_words, rounded
+from m3vit.export.hls.multiplexed.words import Floats, LinearWords, linear_words, norm_words, rounded
 from m3vit.hw import isa
 from m3vit.hw.isa import PIXEL_ZERO, ROW_WORDS, SCORE_FRAC, Instruction, Mode
 from m3vit.hw.ops import GATE_BITS

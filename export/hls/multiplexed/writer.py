@@ -24,7 +24,7 @@ from m3vit.hw.weights_file import HEADER_WORDS
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
 HEAD = ("weight_bits", "act_bits", "uram")  # of Hardware: written in other words than as constants
 # Modules that the host driver has a copy of: they import numpy alone.
-DRIVER_PARTS = (("m3vit.export.runtime", "decoding"), ("m3vit.hw", "weights_file"))
+DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from m3vit.export.hls.multiplexed import convert
-from m3vit.export.runtime.decoding import assemble, decode
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
+from m3vit.kinds.decoding import assemble, decode
 from m3vit.models.decoders.linear import assemble_tokens
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
@@ -111,7 +111,7 @@ def driver(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
     device = ModelledDevice(copy)
     accelerator = driver.Accelerator(device, modelled_allocate, copy)
-    emulator, manifest = Emulator.open(copy / convert.WEIGHTS), csim.read_manifest(copy)
+    emulator, manifest = Emulator.open(copy / WEIGHTS), csim.read_manifest(copy)
     images = make_images(2, seed=4)
     before = {name: buffer.copy() for name, buffer in accelerator.buffers.items() if name in ("weights", "params")}
     for image, task in ((images[0], "semseg"), (images[1], "depth"), (images[0], "edge"), (images[1], "semseg")):
@@ -140,7 +140,7 @@ def test_driver_stands_alone(project: Path) -> None:
 def test_driver_refuses_what_was_changed_since_export(driver: Any, copy: Path) -> None:
     """Before it touches a register: no accelerator is given."""
     manifest = copy / "m3vit.json"
-    for path, pieces in ((manifest, flips(manifest.read_bytes(), 200)), (copy / convert.WEIGHTS, None)):
+    for path, pieces in ((manifest, flips(manifest.read_bytes(), 200)), (copy / WEIGHTS, None)):
         content = path.read_bytes()
         for spoilt in pieces or flips(content, 200):
             path.write_bytes(spoilt)

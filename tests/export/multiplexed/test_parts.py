@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.quantise import linear_words, norm_words, row_fracs
+from m3vit.export.hls.multiplexed.words import linear_words, norm_words, row_fracs
 from m3vit.hw.isa import End, Mode, Norm, decode
 from m3vit.hw.program import Image, Memory, allocate
 

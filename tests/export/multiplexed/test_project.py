@@ -15,13 +15,16 @@ import torch
 from m3vit.evaluation.artefacts import open_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.hls import leaf
-from m3vit.export.hls.multiplexed import convert
-from m3vit.export.hls.project import export_project
+from m3vit.export.hls.multiplexed import schedule
+from m3vit.export.hls.project import export_project, reference
+from m3vit.export.hls.schedules import choose_options
 from m3vit.export.hls.verify import SimulatedOutputs
 from m3vit.hw.isa import Norm
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
+from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 from tests.export.multiplexed.exporting import export
@@ -111,7 +114,7 @@ def test_no_path_of_this_machine(project: Path) -> None:
 
 def test_weights_map_is_of_the_weights(project: Path, model: MultiTaskModel) -> None:
     """The named tensors, read back from the file, are the model's weights within half of their last bit."""
-    image = Image.read(project / convert.WEIGHTS)
+    image = Image.read(project / WEIGHTS)
     entries = {tensor["name"]: tensor for tensor in json.loads((project / "weights_map.json").read_text())["tensors"]}
     entry = entries["blocks_0_fc1.weight"]
     rows, columns = entry["shape"]
@@ -138,7 +141,7 @@ def test_hls4ml_compiles_and_predicts_from_the_folder(copy: Path) -> None:
     np.savez(copy / "in.npz", tokens=csim.tokenise(images, 8), task=ids[:, None].astype(np.float32))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    emulator, fracs = Emulator.open(copy / convert.WEIGHTS), csim.read_manifest(copy)["output_fracs"]
+    emulator, fracs = Emulator.open(copy / WEIGHTS), csim.read_manifest(copy)["output_fracs"]
     expected = [
         emulator.run(image, task).outputs * 2.0 ** -fracs[task] for image, task in zip(images, ids, strict=True)
     ]
@@ -169,10 +172,15 @@ def test_eval_scores_by_the_emulator(project: Path, report: dict[str, Any]) -> N
 def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config: dict[str, Any]) -> None:
     """The emulator against torch: class and register tokens, a norm before all blocks, other routers, no experts."""
     other = make_model(trunk, **config)
-    manifest = export(other, tmp_path / "out", samples=make_samples())
-    emulator = Emulator.open(tmp_path / "out" / convert.WEIGHTS)
-    with np.load(tmp_path / "out" / "tb_data" / "samples.npz") as stored:
-        for number, task in enumerate(other.config.tasks):
+    export(other, tmp_path / "out", samples=make_samples())
+    assert_emulator_agrees(tmp_path / "out", other.config.tasks)
+
+
+def assert_emulator_agrees(project: Path, tasks: list[str]) -> None:
+    """Assert that the emulator's outputs of the stored images are torch's, but for rounding."""
+    emulator, manifest = Emulator.open(project / WEIGHTS), csim.read_manifest(project)
+    with np.load(project / "tb_data" / "samples.npz") as stored:
+        for number, task in enumerate(tasks):
             expected = stored[f"output_{task}"]
             words = np.stack([emulator.run(image, number).outputs for image in stored["images"]])
             outputs = words.reshape(SAMPLES, 12, -1)[..., : expected.shape[-1]]
@@ -180,17 +188,46 @@ def test_other_trunks_and_routers(tmp_path: Path, trunk: dict[str, Any], config:
             assert np.abs(outputs - expected).mean() < 1e-3 * expected.std()
 
 
+def test_a_budget_by_layer(tmp_path: Path) -> None:
+    """Other experts per token than trained, another number in each layer: stored by torch, computed by the engines."""
+    other, counts = make_model(moe_blocks=[0, 1]), {0: 3, 1: 1}
+    budget = Budget(dict.fromkeys(TASKS, counts))
+    manifest = export(other, tmp_path / "out", budget=budget)
+    assert [(layer["block"], layer["top_k"]) for layer in manifest["moe_layers"]] == [(0, 3), (1, 1)]
+    assert manifest["hardware"]["max_top"] == 3
+    assert_emulator_agrees(tmp_path / "out", TASKS)
+    with np.load(tmp_path / "out" / "tb_data" / "samples.npz") as stored:
+        assert stored["experts_depth_0"].shape[-1] == 3 and stored["experts_depth_1"].shape[-1] == 1
+        trained, _ = reference(other, stored["images"], "depth")
+        kept, _ = reference(other, stored["images"], "depth", budget)
+        assert np.array_equal(stored["output_depth"], kept.numpy())
+        assert np.abs(stored["output_depth"] - trained.numpy()).mean() > 1e-2 * trained.std()
+
+
 def test_hardware_known_before_is_that_of_the_schedule(model: MultiTaskModel, project: Path) -> None:
-    needed = convert.needed_hardware(leaf.lower(model, streams=False), convert.Options())
+    needed = schedule.needed_hardware(leaf.lower(model), choose_options("multiplexed", 16, None, None))
     assert asdict(needed) == csim.read_manifest(project)["hardware"]
 
 
 @pytest.mark.slow
 def test_commands(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "hls"
-    words = ("export", "hls", tiny_run, "--schedule", "multiplexed", "--weight-bits", "8", "--samples", "2")
+    words = (
+        "export",
+        "hls",
+        tiny_run,
+        "--schedule",
+        "multiplexed",
+        "--weight-bits",
+        "8",
+        "--samples",
+        "2",
+        "--top-k",
+        1,
+    )
     result = cli(*words, "--out", out)
     assert result.returncode == 0, result.stderr
+    assert [layer["top_k"] for layer in csim.read_manifest(out)["moe_layers"]] == [1]
     result = cli("hw", "csim", out)
     assert result.returncode == 0 and "output words equal the emulator's" in result.stdout, result.stderr
     result = cli("eval", out, "--data.root", tiny_data, "--workers", 1)

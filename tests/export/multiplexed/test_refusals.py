@@ -10,11 +10,13 @@ import pytest
 from m3vit.errors import InputError
 from m3vit.evaluation.artefacts import open_predictor
 from m3vit.export.hls import leaf
-from m3vit.export.hls.multiplexed import convert
+from m3vit.export.hls.multiplexed import schedule
 from m3vit.export.hls.project import Samples
+from m3vit.export.hls.spatial import schedule as spatial
 from m3vit.export.hls.verify import verify_project
 from m3vit.hw.boards import BOARDS, BUDGETS, find_board, fit, resources
 from m3vit.hw.hardware import Hardware
+from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
@@ -53,7 +55,7 @@ def test_unsupported_models_are_refused_before_anything_is_written(tmp_path: Pat
 def test_more_moe_layers_than_streams_can_feed(tmp_path: Path) -> None:
     deep = make_model({"depth": 7}, moe_blocks=list(range(7)))
     with pytest.raises(InputError, match="give --schedule multiplexed"):
-        leaf.lower(deep)
+        spatial.lower(deep)
     manifest = export(deep, tmp_path / "out")
     assert len(manifest["moe_layers"]) == 7
     assert verify_project(tmp_path / "out", 1)["different_words"] == 0
@@ -73,9 +75,9 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatc
         for name, value in resources(chosen).items():
             assert value <= BUDGETS[name] * getattr(board, name)
     called = []
-    monkeypatch.setattr(convert, "write_project", lambda *arguments: called.append(1))
+    monkeypatch.setattr(schedule, "write_project", lambda *arguments: called.append(1))
     with pytest.raises(InputError, match="does not fit"):
-        monkeypatch.setattr(convert, "hardware_of", lambda *arguments: wide)
+        monkeypatch.setattr(schedule, "hardware_of", lambda *arguments: wide)
         export(make_model(), tmp_path / "out", board="kv260")
     assert not called and os.listdir(tmp_path) == []
 
@@ -97,14 +99,14 @@ def test_an_interrupted_export_leaves_the_old_project(
         raise KeyboardInterrupt
 
     before = sorted(path.name for path in copy.rglob("*"))
-    monkeypatch.setattr(convert, "write_check", interrupted)
+    monkeypatch.setattr(schedule, "write_bench", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(model, copy)
     assert sorted(path.name for path in copy.rglob("*")) == before and os.listdir(copy.parent) == ["copy"]
 
 
 def test_changed_weights_are_noticed(copy: Path) -> None:
-    path = copy / convert.WEIGHTS
+    path = copy / WEIGHTS
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -126,4 +128,4 @@ def test_frames_of_another_size_are_refused(report: dict[str, Any], project: Pat
     with pytest.raises(InputError, match="give 0 to 255"):
         csim.run_frames(project, make_images(1), np.array([300]))
     with pytest.raises(InputError, match="give uint8 with 2304 values"):
-        Emulator.open(project / convert.WEIGHTS).run(np.zeros((8, 8, 3), np.uint8), 0)
+        Emulator.open(project / WEIGHTS).run(np.zeros((8, 8, 3), np.uint8), 0)

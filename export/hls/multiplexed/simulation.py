@@ -2,13 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from m3vit.errors import InputError
+from m3vit.export.hls.schedules import Progress, Simulated
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.ops import PORTS
 from m3vit.hw.sim import csim
@@ -23,10 +23,8 @@ def real_outputs(words: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
     return np.ldexp(words.astype(np.float64), -fracs).astype(np.float32)
 
 
-def simulate_multiplexed(
-    project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Callable[[int, int, str], None] | None
-) -> tuple[np.ndarray, list[np.ndarray], dict[str, Any]]:
-    """Return outputs float32 [n, R, T, C], expert ids of each MoE layer [n, R, N, K], and the report's facts.
+def simulate(project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None) -> Simulated:
+    """Return what test bench and emulator agree on.
 
     Facts: s_per_image {testbench, emulator}, different_words (between the two: 0 unless something is broken), words,
     saturated {engine: values beyond their format, of all frames}, traffic {task: {port: bytes a frame, mean}}. Raises
@@ -70,7 +68,7 @@ def simulate_multiplexed(
         "traffic": {name: traffic(counters[place::tasks]) for place, name in enumerate(names)},
     }
     shaped = [np.concatenate(layer).reshape(total, tasks, *layer[0].shape[1:]) for layer in zip(*experts, strict=True)]
-    return real_outputs(outputs.reshape(total, tasks, *outputs.shape[1:]), manifest), shaped, facts
+    return Simulated(real_outputs(outputs.reshape(total, tasks, *outputs.shape[1:]), manifest), shaped, facts)
 
 
 def saturations(counters: list[list[dict[str, int]]], emulator: Emulator) -> dict[str, int]:

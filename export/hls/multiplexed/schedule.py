@@ -1,45 +1,46 @@
-"""From the lowered model to a time-multiplexed project: conversion by hls4ml backend VitisMoE, and frames to check."""
+"""The multiplexed schedule: one engine of each kind, a program, weights in DDR; for models of any depth.
 
-import contextlib
-import io
-from dataclasses import asdict, dataclass
+Written by hls4ml backend VitisMoE; simulated by its test bench beside the emulator, and scored by the emulator.
+"""
+
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hls4ml
 import numpy as np
-import yaml
 
-from m3vit.errors import InputError
-from m3vit.export.hls import handlers, leaf
-from m3vit.export.hls.convert import PROJECT, quote_weights_folder
+from m3vit.export.hls import leaf
+from m3vit.export.hls.calibration import calibrate
+from m3vit.export.hls.conversion import convert
 from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.backend import NAME, hardware_of
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
-from m3vit.export.hls.precision import calibrate
-from m3vit.hw.boards import find_board, fit
+from m3vit.export.hls.multiplexed.readme import readme
+from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
+from m3vit.export.hls.schedules import Options, Runner
+from m3vit.hw.boards import check_tokens, find_board, fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim.csim import tokenise
 from m3vit.hw.sim.emulator import Emulator
+from m3vit.models.multitask import MultiTaskModel
 
+__all__ = ["LIMITS", "readme", "simulate"]  # parts of a schedule
+ACT_BITS = 16
+BOARD: str | None = "zcu104"
 CHECK_FRAMES = 1  # stored images that `make check` runs, each for every task
 
 
-@dataclass
-class Options:
-    """What a user chooses of a multiplexed project."""
-
-    board: str = "zcu104"
-    weight_bits: int = 16
-    act_bits: int = 16
-
-    def check(self) -> None:
-        """Raise InputError for values that no project can be made with."""
-        find_board(self.board)
-        for name, allowed in LIMITS.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise InputError(f"{name} is {value}: the multiplexed schedule has {', '.join(map(str, allowed))}")
+def write(
+    folder: Path, model: MultiTaskModel, calibration: np.ndarray, options: Options
+) -> tuple[leaf.LoweredModel, dict[str, Any]]:
+    """Write sources and weights; see schedules.Schedule."""
+    rows, columns = (side // model.backbone.patch_size for side in model.config.image_size)
+    check_tokens(rows * columns + model.backbone.trunk.num_prefix_tokens)
+    lowered = leaf.lower(model, options.budget)
+    needed_hardware(lowered, options)  # refuses what does not fit before the long work
+    return lowered, write_project(lowered, calibration, options, folder)
 
 
 def needed_hardware(model: leaf.LoweredModel, options: Options) -> Hardware:
@@ -61,10 +62,10 @@ def needed_hardware(model: leaf.LoweredModel, options: Options) -> Hardware:
     for block in model.blocks:
         attention: Any = block.attn
         reach(max_head=limits["max_dim"] // attention.num_heads)
-    return fit(hardware_of(limits, options.weight_bits, options.act_bits), find_board(options.board))
+    return fit(hardware_of(limits, options.weight_bits, options.act_bits), find_board(str(options.board)))
 
 
-def _precisions(model: leaf.LoweredModel, formats: Formats, config: dict[str, Any]) -> None:
+def _precisions(formats: Formats, config: dict[str, Any]) -> None:
     """State the result type of every layer in an hls4ml configuration."""
     narrow_layers = {name for name, kinds in formats.layers.items() if "result" in kinds}
     wide = f"ap_fixed<32,{32 - formats.wide},AP_RND,AP_SAT>"
@@ -82,47 +83,23 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
 
     calibration: images uint8 [m, H, W, 3].
     """
-    handlers.register()
     if NAME.lower() not in hls4ml.backends.get_available_backends():  # installed without its entry point
         plugin.register(
             register_backend=hls4ml.backends.register_backend, register_writer=hls4ml.writer.register_writer
         )
     formats = choose(calibrate(model, tokenise(calibration, model.patch)), options.weight_bits, options.act_bits)
-    rows, columns = model.grid
-    shapes = [(rows * columns, model.embed.weight.shape[1]), (1,)]
-    with contextlib.redirect_stdout(io.StringIO()):  # hls4ml prints its progress
-        config = hls4ml.utils.config_from_pytorch_model(
-            model,
-            shapes,
-            granularity="name",
-            backend=NAME,
-            default_precision="ap_fixed<32,16>",  # of nothing in the end: the pass quantises the weights itself
-            channels_last_conversion="off",
-            transpose_outputs=False,
-        )
-        config["InputShape"] = [list(shape) for shape in shapes]
-        _precisions(model, formats, config)
-        graph = hls4ml.converters.convert_from_pytorch_model(
-            model,
-            output_dir=str(out),
-            project_name=PROJECT,
-            backend=NAME,
-            io_type="io_parallel",
-            hls_config=config,
-            board=options.board,
-            formats=formats._asdict(),
-            grid=list(model.grid),
-            patch=model.patch,
-        )
-        graph.config.config["PytorchModel"] = None  # else the torch module itself goes into hls4ml_config.yml
-        graph.write()
-    quote_weights_folder(out / "build_lib.sh")
-    settings = out / "hls4ml_config.yml"
-    content = yaml.safe_load(settings.read_text())
-    content["OutputDir"] = "."
-    # hls4ml sorts its YAML by name, but predict() takes this order for that of the arguments.
-    content["InputShapes"] = {name: content["InputShapes"][name] for name in ("tokens", "task")}
-    settings.write_text(yaml.safe_dump(content, sort_keys=False))
+    graph = convert(
+        model,
+        out,
+        backend=NAME,
+        io_type="io_parallel",
+        default_precision="ap_fixed<32,16>",  # the pass quantises the weights itself
+        settle=lambda config: _precisions(formats, config),
+        board=options.board,
+        formats=formats._asdict(),
+        grid=list(model.grid),
+        patch=model.patch,
+    )
     schedule = graph.schedule
     kinds = {name: dict(layer) for name, layer in formats.layers.items()}
     return {
@@ -139,13 +116,40 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
     }
 
 
-def write_check(folder: Path, images: np.ndarray, tasks: int) -> None:
-    """Write tb_data/ of the stand-alone test bench: frames, their task ids and the emulator's outputs."""
-    emulator = Emulator.open(folder / WEIGHTS)
+def write_bench(folder: Path, images: np.ndarray, outputs: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
+    """Write what `make check` compares: frames, their task ids and the emulator's outputs."""
+    emulator, tasks = Emulator.open(folder / WEIGHTS), len(outputs)
     frames = images[:CHECK_FRAMES]
     results = [result for frame in frames for result in emulator.run_tasks(frame, list(range(tasks)))]
     data = folder / "tb_data"
-    data.mkdir(exist_ok=True)
     frames.repeat(tasks, axis=0).tofile(data / "images.bin")
     np.tile(np.arange(tasks, dtype=np.uint8), len(frames)).tofile(data / "tasks.bin")
     np.concatenate([result.outputs for result in results]).astype(np.int32).tofile(data / "expected_outputs.bin")
+
+
+def agreement(report: dict[str, Any]) -> str:
+    """Return what agreed with what."""
+    return "every word is the emulator's"
+
+
+def said(report: dict[str, Any]) -> list[str]:
+    """Return lines on traffic, saturation and time."""
+    beyond = ", ".join(f"{engine} {count}" for engine, count in report["saturated"].items()) or "none"
+    seconds = report["s_per_image"]
+    traffic = ", ".join(f"{task} {sum(ports.values()) / 1e6:.1f}" for task, ports in report["traffic"].items())
+    return [
+        f"DDR traffic a frame, MB: {traffic}",
+        f"all {report['words']} output words equal the emulator's; values saturated: {beyond}; "
+        f"{seconds['testbench']:.2f} s an image for C-sim, {seconds['emulator']:.2f} s for the emulator",
+    ]
+
+
+def runner(project: Path, manifest: dict[str, Any]) -> Runner:
+    """Open the emulator, which gives the words of the C-simulation; tasks share what no task changes."""
+    emulator, tasks = Emulator.open(project / WEIGHTS), list(range(len(manifest["tasks"])))
+
+    def run(images: np.ndarray) -> np.ndarray:
+        words = np.stack([[result.outputs for result in emulator.run_tasks(image, tasks)] for image in images])
+        return real_outputs(words.reshape(len(images), len(tasks), manifest["tokens"], -1), manifest)
+
+    return Runner("emulator", 1, run)

@@ -1,4 +1,4 @@
-"""Fixed-point formats, chosen from what the float model's tensors reach on calibration images.
+"""Fixed-point formats of the spatial schedule, chosen from what the float model's tensors reach on calibration images.
 
 Total widths are given (act_bits, weight_bits); the integer bits of every tensor are those its largest magnitude needs,
 with one more for activations, since other images may reach further. Everything rounds (AP_RND) and saturates (AP_SAT).
@@ -9,20 +9,17 @@ C-simulation and the kernels of hw/include/m3vit_*.h use 64-bit integers.
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from hls4ml.utils.torch import CustomFXTracer
 from torch import Tensor, fx
 
 from m3vit.errors import InputError
 from m3vit.export.hls import leaf
+from m3vit.export.hls.calibration import Calibration
 from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 
 INPUT = "ap_ufixed<8,0>"
 TASK = "ap_uint<8>"
 HEADROOM_BITS = 1
 ACCUMULATOR_LIMIT_BITS = 62
-BATCH = 8
 
 
 class Fixed(NamedTuple):
@@ -52,50 +49,6 @@ def fixed_for(largest: float, width: int, headroom: int = 0) -> Fixed:
     if not math.isfinite(largest):
         raise InputError("cannot export to HLS: the model has weights or outputs that are not finite; train it again")
     return Fixed(width, math.ceil(math.log2(max(largest, 2.0**-12) * (1 + 2.0**-width))) + 1 + headroom)
-
-
-class Calibration(NamedTuple):
-    """The largest |value| of each node's output, and of each leaf's inner tensors; plus the traced graph."""
-
-    outputs: dict[str, float]
-    inner: dict[str, dict[str, float]]
-    graph: fx.GraphModule
-
-
-class _Recorder(fx.Interpreter):
-    """Runs the traced model and keeps the largest magnitude of every node's output."""
-
-    def __init__(self, module: fx.GraphModule, largest: dict[str, float]) -> None:
-        super().__init__(module)
-        self.largest = largest
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.largest[n.name] = max(self.largest.get(n.name, 0.0), float(value.abs().max()))
-        return value
-
-
-@torch.no_grad()
-def calibrate(model: leaf.LoweredModel, tokens: np.ndarray) -> Calibration:
-    """Run the float model on tokens [m, T, 3 p^2] for every task and record ranges. Names are those hls4ml will use."""
-    graph = fx.GraphModule(model, CustomFXTracer().trace(model))
-    leaves: dict[str, Any] = {
-        node.name: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
-    }
-    inner: dict[str, dict[str, float]] = {}
-    outputs: dict[str, float] = {}
-    for name, module in leaves.items():
-        inner[name] = module.observed = {}
-    try:
-        for start in range(0, len(tokens), BATCH):
-            batch = torch.from_numpy(tokens[start : start + BATCH])
-            for task_id in range(len(model.tasks)):
-                _Recorder(graph, outputs).run(batch, torch.full((len(batch), 1), float(task_id)))
-    finally:
-        for module in leaves.values():
-            module.observed = None
-    return Calibration(outputs, inner, graph)
 
 
 def first_input(node: fx.Node) -> str:

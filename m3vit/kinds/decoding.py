@@ -1,4 +1,4 @@
-"""What logits mean: from a network's outputs to predictions. numpy alone: a board's host driver has a copy of this.
+"""What logits mean: from a network's outputs to predictions. numpy alone, nothing of m3vit: a board has a copy of this.
 
 Shapes: B images, C channels, H x W pixels, T tokens, s outputs a token and side.
 """
@@ -10,40 +10,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def _argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+def argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return class ids [B, H, W]."""
     return logits.argmax(axis=1).astype(np.uint8)
 
 
-def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the value itself [B, H, W]."""
     return logits[:, 0]
 
 
-def _unit_vector(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit_vector(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return vectors of length 1 [B, H, W, 3]."""
     return unit(logits.transpose(0, 2, 3, 1))
 
 
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return probabilities 0..1 [B, H, W]."""
     # exp of a negative number only: no overflow.
     small = np.exp(-np.abs(logits[:, 0]))
     return np.where(logits[:, 0] >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
 
 
+# What a board's host driver can decode, by kind (m3vit.kinds).
 DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
-    "argmax": _argmax,
-    "identity": _identity,
-    "unit_vector": _unit_vector,
-    "sigmoid": _sigmoid,
+    "argmax": argmax,
+    "identity": identity,
+    "unit_vector": unit_vector,
+    "sigmoid": sigmoid,
 }
-
-
-CHANNELS = {"identity": 1, "unit_vector": 3, "sigmoid": 1}  # of the logits, where the kind decides
 
 
 def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:
     """Turn logits [B, C, H, W] into predictions [B, H, W] or, for unit_vector, [B, H, W, 3].
 
-    `kind`: argmax (class ids uint8), identity (the value itself), unit_vector (length 1), sigmoid (0..1).
+    Raises ValueError for a kind that was added to m3vit from outside.
     """
+    if kind not in DECODERS:
+        raise ValueError(f"{kind} is decoded by what added it to m3vit, not here: take what run() returns")
     return DECODERS[kind](logits)
 
 

@@ -1,0 +1,56 @@
+"""What the float model's tensors reach on calibration images: the number formats of both schedules follow from it."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hls4ml.utils.torch import CustomFXTracer
+from torch import Tensor, fx
+
+from m3vit.export.hls import leaf
+
+BATCH = 8
+
+
+class Calibration(NamedTuple):
+    """The largest |value| of each node's output, and of each leaf's inner tensors; plus the traced graph."""
+
+    outputs: dict[str, float]
+    inner: dict[str, dict[str, float]]
+    graph: fx.GraphModule
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the traced model and keeps the largest magnitude of every node's output."""
+
+    def __init__(self, module: fx.GraphModule, largest: dict[str, float]) -> None:
+        super().__init__(module)
+        self.largest = largest
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.largest[n.name] = max(self.largest.get(n.name, 0.0), float(value.abs().max()))
+        return value
+
+
+@torch.no_grad()
+def calibrate(model: leaf.LoweredModel, tokens: np.ndarray) -> Calibration:
+    """Run the float model on tokens [m, T, 3 p^2] for every task and record ranges. Names are those hls4ml will use."""
+    graph = fx.GraphModule(model, CustomFXTracer().trace(model))
+    leaves: dict[str, Any] = {
+        node.name: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
+    }
+    inner: dict[str, dict[str, float]] = {}
+    outputs: dict[str, float] = {}
+    for name, module in leaves.items():
+        inner[name] = module.observed = {}
+    try:
+        for start in range(0, len(tokens), BATCH):
+            batch = torch.from_numpy(tokens[start : start + BATCH])
+            for task_id in range(len(model.tasks)):
+                _Recorder(graph, outputs).run(batch, torch.full((len(batch), 1), float(task_id)))
+    finally:
+        for module in leaves.values():
+            module.observed = None
+    return Calibration(outputs, inner, graph)

@@ -1,0 +1,135 @@
+"""The schedules that a model can be written in: SCHEDULES, and what each is asked for.
+
+A schedule is a module that has the parts of `Schedule`. Another one is a row of SCHEDULES and one of NEEDS in
+m3vit.hw.manifest, which says what its m3vit.json and files must have; both may be added from outside the package.
+Imports neither torch nor hls4ml: the modules are imported when they are used.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from m3vit.errors import InputError
+from m3vit.hw.boards import find_board
+from m3vit.models.budget import FULL, Budget
+
+if TYPE_CHECKING:
+    from m3vit.export.hls.leaf import LoweredModel
+    from m3vit.models.multitask import MultiTaskModel
+
+SCHEDULES = {
+    "spatial": "m3vit.export.hls.spatial.schedule",
+    "multiplexed": "m3vit.export.hls.multiplexed.schedule",
+}
+Progress = Callable[[int, int, str], None]  # done, of how many, what is being done
+
+
+@dataclass
+class Options:
+    """What a user chooses of a project.
+
+    board: a name, or None in a schedule that is for no board. budget: what is used of the experts.
+    """
+
+    weight_bits: int
+    act_bits: int
+    board: str | None
+    budget: Budget = FULL
+
+
+class Simulated(NamedTuple):
+    """What a C-simulation of n images for R tasks returned.
+
+    outputs: float32 [n, R, T, C], whatever beyond a task's own outputs. expert_ids: [n, R, N, K] of each MoE layer.
+    facts: more for csim.json.
+    """
+
+    outputs: np.ndarray
+    expert_ids: list[np.ndarray]
+    facts: dict[str, Any]
+
+
+class Runner(NamedTuple):
+    """A project made ready to be scored: `run` takes images uint8 [n, H, W, 3], up to `batch` of them, and returns the
+    token outputs [n, R, T, C] of all tasks."""
+
+    name: str
+    batch: int
+    run: Callable[[np.ndarray], np.ndarray]
+
+
+class Schedule(Protocol):
+    """What a schedule's module has."""
+
+    LIMITS: Mapping[str, Sequence[int]]  # of weight_bits and act_bits
+    ACT_BITS: int  # unless told otherwise
+    BOARD: str | None  # unless told otherwise; None: it is for no board
+
+    def write(
+        self, folder: Path, model: "MultiTaskModel", calibration: np.ndarray, options: Options
+    ) -> "tuple[LoweredModel, dict[str, Any]]":
+        """Write the project's sources and weights; return the lowered model and the schedule's part of the manifest.
+
+        calibration: images uint8 [m, H, W, 3]. Raises InputError, before the long work, for a model that is too large.
+        """
+
+    def write_bench(
+        self, folder: Path, images: np.ndarray, outputs: dict[str, np.ndarray], manifest: dict[str, Any]
+    ) -> None:
+        """Write what the test bench reads, into tb_data/: images uint8 [n, H, W, 3], torch's outputs [n, T, C_r]."""
+
+    def readme(self, manifest: dict[str, Any]) -> str:
+        """Return the text of README.md."""
+
+    def simulate(
+        self, project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None
+    ) -> Simulated:
+        """Build and C-simulate images uint8 [n, H, W, 3] for all tasks. Raises InputError if it fails."""
+
+    def agreement(self, report: dict[str, Any]) -> str:
+        """Return half a sentence on what agreed with what, from csim.json."""
+
+    def said(self, report: dict[str, Any]) -> list[str]:
+        """Return more lines about a simulation, for people."""
+
+    def runner(self, project: Path, manifest: dict[str, Any]) -> Runner:
+        """Make a project ready to be scored."""
+
+
+def find_schedule(name: str) -> Schedule:
+    """Return a schedule. Raises InputError for a name that is not in SCHEDULES, or a module that lacks a part."""
+    if name not in SCHEDULES:
+        raise InputError(f"schedule is {name!r}: choose from {', '.join(SCHEDULES)}")
+    module = import_module(SCHEDULES[name])
+    parts = (*Schedule.__annotations__, *(part for part in vars(Schedule) if not part.startswith("_")))
+    if missing := [part for part in parts if not hasattr(module, part)]:
+        raise InputError(f"schedule {name}: {module.__name__} has no {', '.join(missing)}")
+    return cast(Schedule, module)
+
+
+def schedule_of(manifest: dict[str, Any]) -> Schedule:
+    """Return the schedule of a project; the oldest manifests do not name theirs."""
+    return find_schedule(manifest.get("schedule", "spatial"))
+
+
+def choose_options(name: str, weight_bits: int, act_bits: int | None, board: str | None) -> Options:
+    """Return the options of a schedule, its defaults filled in. Raises InputError for what it does not have."""
+    schedule = find_schedule(name)
+    if board is not None and schedule.BOARD is None:
+        others = [other for other in SCHEDULES if find_schedule(other).BOARD is not None]
+        raise InputError(
+            f"--board {board}: the {name} schedule is for no board (its part is in project.tcl): leave it out or give "
+            f"--schedule {' or '.join(others)}"
+        )
+    if schedule.BOARD is not None:
+        board = find_board(board or schedule.BOARD).name
+    options = Options(weight_bits, schedule.ACT_BITS if act_bits is None else act_bits, board)
+    for what, allowed in schedule.LIMITS.items():
+        if (value := getattr(options, what)) not in allowed:
+            shown = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
+            raise InputError(f"{what} is {value}: the {name} schedule has {shown}")
+    return options

@@ -1,0 +1,153 @@
+"""What a model's weights begin as: a model is shapes, and named sources fill it, in order.
+
+Construction draws random weights, as torch's modules do (none on the meta device). `sources` says what goes over them:
+weights of the dense trunk, then up-cycling. `initialise` applies any list of sources: a source fills tensors of the
+model, strictly (one that does not fit raises InputError), and says which, and what of its own it left out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm
+from m3vit.models.upcycling import upcycle
+
+RANDOM = "random"
+TRUNK = "backbone.trunk."
+
+
+class Filled(NamedTuple):
+    """What a source did.
+
+    names: of the model's tensors that it filled. left_out: parts of its own that it did not use, in words. images:
+    "mean" and "std" of the images that its weights were trained on, None if it has no say in that.
+    """
+
+    names: Iterable[str]
+    left_out: Sequence[str] = ()
+    images: Mapping[str, Any] | None = None
+
+
+class Source(NamedTuple):
+    """Where weights come from: a name for reports, and a function that fills a model."""
+
+    name: str
+    fill: Callable[[MultiTaskModel], Filled]
+
+
+def new_model(config: ModelConfig) -> MultiTaskModel:
+    """Build a model and initialise it as its configuration says; the default generator draws what is random."""
+    model = MultiTaskModel(config)
+    model.origins = initialise(model, sources(config))
+    return model
+
+
+def sources(config: ModelConfig) -> list[Source]:
+    """Return the sources that a configuration names, in order."""
+    found = []
+    if config.pretrained:
+        found.append(Source(f"timm's {config.trunk}", lambda model: fill_trunk(model, of_timm(config))))
+    if config.weights:
+        found.append(Source(Path(config.weights).name, partial(_from_file, config.weights)))
+    return found + upcycling(config)
+
+
+def upcycling(config: ModelConfig) -> list[Source]:
+    """Return the source that makes experts of the trunk's MLPs, if the configuration asks for it."""
+    return [Source("up-cycled MLPs", _upcycled)] if config.init == "upcycle" else []
+
+
+def initialise(model: MultiTaskModel, sources: Iterable[Source]) -> dict[str, Any]:
+    """Fill a new model from `sources`, the later ones over the earlier; return what came from where.
+
+    {"from": {part: source}, "left_out": {source: [parts it did not use]}}, JSON values; a part is the shortest prefix
+    of names with one source, * for the numbers of a list. Resolves the model's normalisation (`auto`: that of the last
+    source that has a say) and drops the MLPs that experts replaced, so that it is done once in a model's life.
+    """
+    origins = dict.fromkeys(model.state_dict(), RANDOM)
+    left_out: dict[str, list[str]] = {}
+    images: Mapping[str, Any] | None = None
+    for source in sources:
+        filled = source.fill(model)
+        origins |= dict.fromkeys(filled.names, source.name)
+        if filled.left_out:
+            left_out[source.name] = list(filled.left_out)
+        images = images if filled.images is None else filled.images
+    model.normalise_as(images)
+    model.backbone.replaced.clear()
+    return {"from": _parts(origins, "*"), "left_out": left_out}
+
+
+def of_run(name: str, state: Mapping[str, Tensor]) -> Source:
+    """Return the source that is a saved model of the same architecture: every tensor, and no other."""
+
+    def fill(model: MultiTaskModel) -> Filled:
+        model.load_state_dict(state)
+        return Filled(list(state))
+
+    return Source(name, fill)
+
+
+def dense_tensors(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Return the tensors of the trunk by timm's names, where there are experts those of the MLP they replaced."""
+    replaced = {f"blocks.{index}.mlp.": mlp for index, mlp in model.backbone.replaced.items()}
+    own = model.backbone.trunk.state_dict()
+    tensors = {name: value for name, value in own.items() if not name.startswith(tuple(replaced))}
+    return tensors | {f"{prefix}{name}": v for prefix, mlp in replaced.items() for name, v in mlp.state_dict().items()}
+
+
+@torch.no_grad()
+def fill_trunk(model: MultiTaskModel, weights: Weights) -> Filled:
+    """Copy weights that fit into the dense trunk."""
+    own, names = dense_tensors(model), set(model.state_dict())
+    given = {name: value for name, value in weights.state.items() if not name.startswith(UNUSED)}
+    for name, value in given.items():
+        own[name].copy_(value)
+    uses = {name: "used" if f"{TRUNK}{name}" in names else "" for name in weights.state}
+    left_out = [part for part, use in _parts(uses).items() if not use]
+    return Filled([f"{TRUNK}{name}" for name, use in uses.items() if use], left_out, weights.images)
+
+
+def _from_file(file: str, model: MultiTaskModel) -> Filled:
+    return fill_trunk(model, of_file(model.backbone.trunk, dense_tensors(model), file))
+
+
+def _upcycled(model: MultiTaskModel) -> Filled:
+    """Make the experts of each layer from the MLP they replaced, with the weights that it has by now."""
+    config, filled = model.config, []
+    for index, mlp in model.backbone.replaced.items():
+        layer = model.backbone.trunk.blocks[index].mlp
+        upcycle(layer, mlp, config.upcycle_gates, f"block {index} of {config.trunk}")
+        changed = [*(f"experts.{name}" for name in layer.experts.state_dict())]
+        changed += [f"router.gates.{number}" for number in range(len(layer.router.gates))]
+        filled += [f"{TRUNK}blocks.{index}.mlp.{name}" for name in changed]
+    return Filled(filled)
+
+
+def _parts(origins: Mapping[str, str], number: str = "") -> dict[str, str]:
+    """Return the origin of each part: of the shortest prefixes all of whose tensors have one origin.
+
+    `number` stands for all numbers in names, if given.
+    """
+    found: dict[str, str] = {}
+
+    def visit(prefix: tuple[str, ...], names: list[str]) -> None:
+        last = any(len(name.split(".")) == len(prefix) for name in names)
+        if prefix and (last or len({origins[name] for name in names}) == 1):
+            found[".".join(prefix)] = " and ".join(sorted({origins[name] for name in names}))
+            return
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            part = name.split(".")[len(prefix)]
+            groups.setdefault(number if number and part.isdecimal() else part, []).append(name)
+        for part, group in groups.items():
+            visit((*prefix, part), group)
+
+    visit((), list(origins))
+    return found

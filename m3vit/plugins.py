@@ -1,0 +1,151 @@
+"""Plug-ins: modules that add tasks, kinds, label sets, layouts and decoders when they are imported. No torch.
+
+A plug-in is named as a module or as the path of a .py file: with `--plugin`, or by an installed package, as an entry
+point of the group m3vit.plugins. A run records those it was trained with. Opening it imports modules again; a file it
+never does: a run folder from elsewhere must not make a program run what its user did not name.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from m3vit.errors import InputError, one_line
+
+GROUP = "m3vit.plugins"
+
+_loaded: dict[str, str] = {}  # name of the module -> as it was given, a file as its absolute path
+_missing: dict[str, str] = {}  # as a run has it -> the run
+STATE = (_loaded, _missing)  # for tests, which put it back
+
+
+def load(given: str) -> None:
+    """Import a plug-in, once, or raise InputError saying why it cannot be."""
+    name = _name(given)
+    if _loaded.get(name) == _recorded(given):
+        return
+    if name in _loaded:
+        raise InputError(f"plug-in {given}: {_loaded[name]} has the same name: rename one of them")
+    if not name.rpartition(".")[2].isidentifier():
+        raise InputError(f"plug-in {given!r}: give the name of a module, or a .py file whose name is one")
+    origin = _origin(name)
+    if _is_file(given) and origin not in (None, _recorded(given)):
+        raise InputError(f"plug-in {given}: there is a module {name} already, call the file otherwise")
+    if not (Path(given).is_file() if _is_file(given) else origin):
+        raise InputError(f"plug-in {given} not found: give the name of an installed module, or a .py file")
+    try:
+        if _is_file(given):
+            _import_file(name, Path(given).resolve())
+        else:
+            importlib.import_module(name)
+    except InputError as error:
+        raise InputError(f"plug-in {given}: {error}") from error
+    except (Exception, SystemExit) as error:  # of any kind: it is somebody's program
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}, line {last.lineno}"
+        raise InputError(
+            f"plug-in {given} cannot be imported ({type(error).__name__} in {where}: {one_line(error, 300)}): mend it"
+        ) from error
+    _loaded[name] = _recorded(given)
+    _missing.pop(_recorded(given), None)
+
+
+def _import_file(name: str, path: Path) -> None:
+    if name in sys.modules:  # in a process of a pool, which imports the classes of what it is sent
+        return
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # processes started afresh import classes of the module by its name
+
+
+def load_installed() -> None:
+    """Import the plug-ins of installed packages, or raise InputError."""
+    from importlib.metadata import entry_points  # takes longer than all of this module
+
+    for entry in entry_points(group=GROUP):
+        try:
+            load(entry.module)
+        except InputError as error:
+            package = entry.dist.name if entry.dist else "a package"
+            raise InputError(f"{error}; {package} brings it (entry point {entry.name} of {GROUP})") from error
+
+
+def loaded() -> list[str]:
+    """Return the plug-ins of this process, as a run records them: names of modules, absolute paths of files."""
+    return list(_loaded.values())
+
+
+def recall(recorded: Sequence[str], where: str) -> None:
+    """Import the modules among the plug-ins that a run records; what is then missing, `advice` says, if told `where`.
+
+    Not an error: a run whose model needs nothing of them opens without.
+    """
+    for given in recorded:
+        name = _name(given)
+        if name in _loaded:
+            continue
+        if not _is_file(given) and _origin(name):
+            load(given)
+        elif where:
+            _missing[given] = where
+
+
+def advice() -> str:
+    """Return, to be added to an error, which plug-ins of the runs that were opened are missing; empty if none is."""
+    return "".join(
+        f"; {where} was trained with the plug-in {given}: give --plugin" for given, where in _missing.items()
+    )
+
+
+def take(words: Sequence[str]) -> list[str]:
+    """Import the plug-ins that a command line gives; return the other words."""
+    _missing.clear()
+    given, others = [], []
+    rest = iter(words)
+    for word in rest:
+        if word == "--plugin":
+            value = next(rest, "")
+        elif word.startswith("--plugin="):
+            value = word.partition("=")[2]
+        elif word.partition("=")[0] == "--plugins":
+            raise InputError("--plugins is what a run notes in its config.yaml: give --plugin MODULE")
+        else:
+            others.append(word)
+            continue
+        if not value or value.startswith("-"):
+            raise InputError("--plugin expects one argument: the name of a module, or a .py file")
+        given.append(value)
+    for value in given:
+        load(value)
+    return others
+
+
+def _is_file(given: str) -> bool:
+    return given.endswith(".py") or "/" in given
+
+
+def _name(given: str) -> str:
+    return Path(given).stem if _is_file(given) else given
+
+
+def _recorded(given: str) -> str:
+    return str(Path(given).resolve()) if _is_file(given) else given
+
+
+def _origin(name: str) -> str | None:
+    """Return the file that a module of this name comes from, or None if there is none."""
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):  # of the package that a dotted name is in
+        return None
+    return (spec.origin or name) if spec else None

@@ -1,0 +1,24 @@
+"""The simulators of the engines, compiled once."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.hw.programs import FORMATS, HARDWARE, SANITIZERS, Builds, Simulator
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """For each format the simulator at -O2 and, with both sanitizers, at -O0."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def build(job: tuple[str, int]) -> Simulator:
+        name, place = job
+        hardware = replace(HARDWARE, weight_bits=FORMATS[name][0], act_bits=FORMATS[name][1])
+        return Simulator.build(folder / f"{name}-{place}", hardware, (["-O2"], SANITIZERS)[place])
+
+    jobs = [(name, place) for name in FORMATS for place in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        built = dict(zip(jobs, pool.map(build, jobs), strict=True))
+    return {name: [built[name, 0], built[name, 1]] for name in FORMATS}

@@ -1,0 +1,165 @@
+"""Each opcode alone: C++ at -O2 and under sanitizers, the emulator and a slow reference, word for word; and its costs.
+
+Every opcode of OPS is tested by what tests/hw/opcodes.py has of it; one that has nothing there fails.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3vit.errors import InputError
+from m3vit.hw import isa, ops
+from m3vit.hw.isa import WORDS, Instruction, Mode, Op, decode
+from m3vit.hw.ops import ENGINES, OPS, PORTS
+from m3vit.hw.sim.emulator import Emulator
+from tests.hw.opcodes import OPCODES, PIXELS, Bench, Machine
+from tests.hw.programs import FORMATS, HARDWARE, Builds
+
+INSTANCES = 6
+TASK = 1  # of the frame: instructions for task 0 are skipped
+
+
+def parametrise_ops(function: Any) -> Any:
+    return pytest.mark.parametrize("op", OPS, ids=lambda op: op.name.lower())(function)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@parametrise_ops
+def test_alone_word_for_word(builds: Builds, tmp_path: Path, op: Op, name: str) -> None:
+    assert op in OPCODES, f"{op.name} has no reference: give it one in tests/hw/opcodes.py"
+    weight_bits, act_bits = FORMATS[name]
+    hardware = replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits)
+    bench = Bench(hardware, seed=op)
+    program = [instruction for _ in range(INSTANCES) for instruction in OPCODES[op].make(bench)]
+    image, (narrow, wide) = bench.image(program), bench.start()
+    pixels = bench.rng.integers(0, 256, (*PIXELS, 3), dtype=np.uint8)
+
+    machine = Machine(image, narrow.astype(np.int64), wide.astype(np.int64), np.zeros(image.memory.output, np.int64))
+    saturated, moved = {}, {}
+    for pc, instruction in enumerate(image.program):
+        machine.saturated = 0
+        skipped = instruction.task not in (-1, TASK)
+        if not skipped:
+            OPCODES[instruction.op].run(instruction, machine, pixels)
+        if machine.saturated:
+            saturated[pc] = machine.saturated
+        moved[pc] = ops.traffic(instruction, hardware, [len(tokens) for tokens in machine.queue if tokens], skipped)
+
+    emulator = Emulator(image)
+    state = emulator.state_after(pixels, TASK, len(image.program), (narrow, wide))
+    for memory in ("narrow", "wide", "output"):
+        words = getattr(state, memory).numpy()
+        if not (op == Op.EXPERTS and memory == "narrow"):  # hidden channels, which the emulator does not store
+            np.testing.assert_array_equal(words, getattr(machine, memory), err_msg=f"emulator, {memory}")
+    assert state.saturated == saturated
+    assert [int(one) for ids in state.expert_ids for one in ids.ravel()] == machine.routing
+
+    for place, simulator in enumerate(builds[name]):
+        folder = tmp_path / str(place)
+        outputs, counters, routing = simulator.run(folder, image, pixels[None], [TASK], (narrow, wide))
+        words = np.fromfile(folder / "memories.bin", narrow.dtype, narrow.size)
+        np.testing.assert_array_equal(words, machine.narrow, err_msg="C++, narrow")
+        words = np.fromfile(folder / "memories.bin", np.int32, offset=narrow.nbytes)
+        np.testing.assert_array_equal(words, machine.wide, err_msg="C++, wide")
+        np.testing.assert_array_equal(outputs[0], machine.output)
+        assert routing.tolist() == machine.routing
+        assert {line["pc"]: line["saturated"] for line in counters if line["saturated"]} == saturated
+        for line in counters[: len(program)]:
+            assert {port: line[port] for port in PORTS} == moved[line["pc"]], image.program[line["pc"]]
+    assert len({instruction.task for instruction in program}) > 1 or op == Op.EXPERTS
+    assert saturated or op in (Op.IMAGE, Op.ROUTE)  # they have nothing to hold
+
+
+@parametrise_ops
+def test_words_there_and_back(op: Op) -> None:
+    """Random instances, and each field at both ends of its range."""
+    bench = Bench(HARDWARE, seed=op)
+    for instruction in [one for _ in range(20) for one in OPCODES[op].make(bench)]:
+        words = instruction.encode()
+        assert words.dtype == np.int32 and words.shape == (WORDS,) and decode(words) == instruction
+    kind = OPS[op].instruction
+    for field in kind.layout():
+        for value in field.range if field.kind is int else Mode:
+            changed = replace(instruction, **{field.name: value})
+            assert decode(changed.encode()) == changed
+    low, high = next(field for field in kind.layout() if field.name == "rows").range
+    for value in (low - 1, high + 1):
+        with pytest.raises(AssertionError):
+            replace(instruction, rows=value).encode()
+
+
+def test_words_that_are_no_instruction() -> None:
+    words = isa.End().encode()
+    words[isa.OPCODE] = 99
+    with pytest.raises(InputError, match="the program is of another version or damaged"):
+        decode(words)
+
+
+@parametrise_ops
+def test_fields_of_an_opcode_have_words_of_their_own(op: Op) -> None:
+    taken = [isa.OPCODE]
+    for field in OPS[op].instruction.layout():
+        taken += [field.word, *([field.word + 1] if field.c_type == "long long" else [])]
+    assert len(set(taken)) == len(taken) and max(taken) < WORDS
+    assert OPS[op].engine in ENGINES
+
+
+# --- cycles, counted by hand ----------------------------------------------------------------------------------------
+
+NOWHERE: dict[str, int] = {"weights": 0, "params": 0}
+# 16 x 16 multipliers, 8 outputs a gate tile, blocks of 32 tokens, 64 queries and keys, heads of up to 32.
+CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
+    Op.IMAGE: (isa.Patches(rows=6, n_in=48, patch=4, columns=3), [], 6 * 48),
+    Op.POSITION: (isa.Position(rows=7, n_out=24, params=0, prefix=1), [], 7 * 24),
+    # 2 x 24 for scales and biases; of 5 tokens the four loops of 24, and once the reading and the writing of 24.
+    Op.NORM: (
+        isa.Norm(
+            rows=5, n_in=24, n_out=24, params=0, mode=Mode.WIDE, shift=0, bias_shift=0, sqrt_dim=0, eps=1
+        ),
+        [],
+        2 * 24 + 5 * 96 + 24 + 24,
+    ),
+    # Blocks of 64 and 6 keys: loads of 64 (20 + 32) = 3328 and 6 (20 + 32) = 312 cycles. For 64 queries: 32 to read,
+    # 2 x 64; then 2 x 6 and 20 to write: 64 x 160 = 10240 and 64 x 32 = 2048; for 6 queries: 6 x 160 = 960 beside
+    # a load of 312, 6 x 32 = 192 with nothing left to load. Beside 10240: 312; beside 2048: 3328.
+    Op.ATTENTION: (
+        isa.Attention(rows=70, n_in=60, n_out=20, heads=1, score_shift=0, value_shift=0),
+        [],
+        3328 + 10240 + 3328 + 960 + 192,
+    ),
+    # 9 to reset; of 50 tokens 9 logits, 9 exponentials and 3 choices; 9 starts; 50 x 3 places at II = 2.
+    Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 50 * 21 + 9 + 300),
+    # 20 outputs: tiles of 16 and 4; 24 inputs take 2 steps and are padded to 32. Loads: 16 x (32 + 2) = 544 and
+    # 4 x 34 = 136. 10 tokens: reading 32 + 2, multiplying 2, writing 16: 34 + 2 + 16 + 9 x 34 = 358, beside 136; the
+    # second tile copies what is kept: 2 + 2 + 4 + 9 x 4 = 44.
+    Op.LINEAR: (isa.Linear(rows=10, n_in=24, n_out=20, mode=Mode.NARROW, **NOWHERE), [], 544 + 358 + 44),
+    # Tiles of 8 and 1 outputs, and the inputs are read for each: loads 8 x 34 = 272, 34; 34 + 2 + 8 + 9 x 34 = 350
+    # beside 34, 34 + 2 + 1 + 9 x 34 = 343.
+    Op.GATE: (isa.Gate(rows=10, n_in=24, n_out=9, **NOWHERE), [], 272 + 350 + 343),
+    # One expert has 3 tokens, 16 -> 4 -> 16: loads 4 x (16 + 2) = 72, 16 x 18 = 288. First map: reading 16 + 1,
+    # multiplying 1, writing 4: 17 + 1 + 4 + 2 x 17 = 56, beside 288. Second: 17 + 16 before + 1 + 16 + 2 x 17 = 84.
+    Op.EXPERTS: (
+        isa.Experts(
+            rows=10, n_in=16, n_out=4, gelu_in=9, gelu_out=9, experts=5, hidden_pitch=4,
+            weights_step=0, params_step=0, **NOWHERE,
+        ),
+        [3],
+        72 + 288 + 84,
+    ),
+}  # fmt: skip
+
+
+@parametrise_ops
+def test_cycles_are_those_counted_by_hand(op: Op) -> None:
+    assert op in CYCLES, f"count the cycles of a small {op.name} by hand"
+    instruction, queue, expected = CYCLES[op]
+    assert ops.cycles(instruction, HARDWARE, queue) == expected + 24  # the fetch
+
+
+def test_no_tokens_take_no_time() -> None:
+    instruction, _, _ = CYCLES[Op.EXPERTS]
+    assert ops.cycles(instruction, HARDWARE, []) == 24
+    assert ops.traffic(instruction, HARDWARE, []) == dict.fromkeys(PORTS, 0) | {"params": 96}
