@@ -9,6 +9,7 @@ from m3vit.data.pascal_context import PASCALContext
 from m3vit.data.sample import FileSplit, Split, held, names_in
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import TASKS
 
 LAYOUTS: dict[str, type[FileSplit]] = {}
 REQUIRED = ("name", "title", "described", "label_set", "listings", "folders", "releases")
@@ -38,7 +39,7 @@ def add_layout(layout: type[FileSplit]) -> None:
             raise InputError(f"layout {layout.name} lacks folders of {kind}: give a tuple of them")
         if unnamed := [release for release, endings in layout.releases.items() if kind not in endings]:
             raise InputError(f"layout {layout.name} lacks the ending of {kind} in {', '.join(unnamed)}: give it")
-    if "edge" in tasks and layout.edge_truth is FileSplit.edge_truth:
+    if any(TASKS[task].matches_edges for task in tasks) and layout.edge_truth is FileSplit.edge_truth:
         raise InputError(f"layout {layout.name} lacks edge_truth, which edges are scored against: define it")
     LAYOUTS[layout.name] = layout
 

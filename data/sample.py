@@ -15,7 +15,7 @@ from m3vit.data.reading import Size, ending, naming, other_spelling
 from m3vit.errors import InputError
 from m3vit.files import not_there, read_bounded, special
 from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
-from m3vit.tasks import kind_of
+from m3vit.tasks import TASKS, kind_of
 
 
 @dataclass
@@ -154,9 +154,9 @@ class FileSplit(ABC):
         for task in tasks:
             if (ours := own.channels(task)) != (theirs := labels.channels(task)):
                 return f"{theirs} classes of {task}, but {ours} in the files: {advice}"
-        if "normals" in tasks and labels.normals_y_down != own.normals_y_down:
+        if any(kind_of(task).has_axes for task in tasks) and labels.normals_y_down != own.normals_y_down:
             return f"normals_y_down is {labels.normals_y_down}, but {own.normals_y_down} in the files: {advice}"
-        if "edge" in tasks and labels.edge_max_dist != own.edge_max_dist:
+        if any(TASKS[task].matches_edges for task in tasks) and labels.edge_max_dist != own.edge_max_dist:
             return f"edge_max_dist is {labels.edge_max_dist}, but {own.edge_max_dist} for the data set: {advice}"
         return ""
 
@@ -285,7 +285,7 @@ class FileSplit(ABC):
 
     def edge_truth(self, index: int) -> NDArray[np.bool_]:
         """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on."""
-        raise NotImplementedError(f"the layout {self.name} labels no edges")
+        raise InputError(f"the layout {self.name} has no edge_truth, which edges are scored against: leave them out")
 
     def load(self, index: int) -> Sample:
         """Read one sample, or raise InputError naming the file that is missing, damaged or of the wrong size.

@@ -69,7 +69,7 @@ def add_label_set(labels: LabelSet) -> None:
         names = labels.classes.get(task, ())
         if TASKS[task].channels is None and not (1 < len(names) < IGNORE and len(set(names)) == len(names)):
             raise InputError(f"label set {labels.name} has the classes {names!r} of {task}: give 2 to 254 names")
-        if task == "edge" and not labels.edge_max_dist > 0:
+        if TASKS[task].matches_edges and not labels.edge_max_dist > 0:
             raise InputError(f"label set {labels.name} lacks edge_max_dist, which edges are scored by: give it")
     LABEL_SETS[labels.name] = labels
 

@@ -27,6 +27,8 @@ class Task:
     quick_metric: what the meter gives in place of `metric` while training, if it takes too long.
     weight: in the sum of losses: M3ViT's and InvPT's configurations, the same on both data sets.
     meter: makes the meter, where it is not the kind's (m3vit.evaluation.meters.Scoring).
+    matches_edges: `metric` is of edges matched with the split's `edge_truth` within the label set's `edge_max_dist`; it
+        takes so long that processes of their own do it (m3vit.evaluation.edge_pool).
     output_bias: where the head's bias starts, so that an untrained network predicts something typical.
     value_unit: of a predicted value, where the kind leaves it to the task.
     loss_options: options of the kind's loss, each with the setting of `train` that it is, or its value.
@@ -47,6 +49,7 @@ class Task:
     output_bias: float = 0.0
     meter: "Callable[[Scoring], Meter] | None" = None
     quick_metric: str = ""
+    matches_edges: bool = False
     published_metrics: Mapping[str, str] = field(default_factory=dict)
     value_unit: str = ""
     loss_options: Mapping[str, str | float] = field(default_factory=dict)
@@ -62,10 +65,13 @@ class Task:
         """The number of outputs, or None where it is the number of classes of the label set."""
         return KINDS[self.kind].channels
 
-    @property
-    def quick(self) -> str:
-        """The name of the headline metric while training."""
-        return self.quick_metric or self.metric
+    def headline(self, quick: bool) -> str:
+        """Return the name of the headline metric, or of what stands for it while training."""
+        return (quick and self.quick_metric) or self.metric
+
+    def on_edge_truth(self, quick: bool) -> bool:
+        """Return whether the meter takes the split's `edge_truth` for a label, not the label trained on."""
+        return self.matches_edges and not (quick and self.quick_metric)
 
 
 TASKS: dict[str, Task] = {}
@@ -156,7 +162,15 @@ for _task in (
         # inverse depths are outside.
         reach=(1.0, 15.0),
     ),
-    Task("normals", "unit_vector", "mErr", "deg", False, 10.0, tolerated={"constant": 0.05}),  # one wall
+    Task(
+        "normals",
+        "unit_vector",
+        "mErr",
+        "deg",
+        False,
+        10.0,
+        tolerated={"constant": 0.05},  # one wall
+    ),
     Task(
         "edge",
         "sigmoid",
@@ -167,6 +181,7 @@ for _task in (
         output_bias=-2.0,
         meter=_edge_meter,
         quick_metric="pixF1",  # odsF takes too long between epochs
+        matches_edges=True,
         loss_options={"positive_weight": "edge_positive_weight"},
         stored_in_8_bits=True,  # maps are png files under both protocols
         tolerated={"constant": 0.05},

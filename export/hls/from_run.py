@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Sample
 from m3vit.errors import InputError
-from m3vit.evaluation.meters import matched_tasks
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.models.budget import in_all_layers
 from m3vit.run_folder import Run
+from m3vit.tasks import TASKS
 
 SAMPLES = 100  # validation images stored, unless told otherwise
 CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
@@ -55,8 +55,9 @@ def export_run(
     calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
     chosen = [val.load(index) for index in range(samples)]
     for index, sample in enumerate(chosen):
-        for task in matched_tasks(tasks, val.label_set, "A"):
-            sample.labels[task] = val.edge_truth(index)
+        for task in tasks:
+            if TASKS[task].matches_edges:
+                sample.labels[task] = val.edge_truth(index)
     return export_project(
         run.model,
         out,

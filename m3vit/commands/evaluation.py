@@ -70,8 +70,8 @@ def run_eval(args: argparse.Namespace) -> None:
     (folder,) = args.folders
     from m3vit.collectives import rank
     from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
-    from m3vit.evaluation.meters import matched_tasks
     from m3vit.evaluation.scoring import score
+    from m3vit.tasks import TASKS
     from m3vit.training.config import read_run_config
 
     if is_export(folder) and (args.device or args.batch):
@@ -81,7 +81,7 @@ def run_eval(args: argparse.Namespace) -> None:
         )
     device = choose_device(args.device or "auto")
     predictor, info, root = open_predictor(folder, device, args.batch or 1, args.precision)
-    if args.workers and not matched_tasks(predictor.tasks, predictor.label_set, args.protocol or "A"):
+    if args.workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
         raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
     if not (args.data_root or root):
         raise InputError(f"{folder} does not say where its data are: give --data.root DIR")

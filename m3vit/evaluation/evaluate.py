@@ -21,7 +21,7 @@ from m3vit.label_sets import LABEL_SETS
 from m3vit.models.finite import is_finite
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation
-from m3vit.tasks import kind_of
+from m3vit.tasks import TASKS, kind_of
 
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
 Progress = Callable[[int, int], None]
@@ -124,7 +124,7 @@ def evaluate(
     result = Evaluation(protocol, split.label_set, [], {}, quick, unlabelled={task: [] for task in tasks})
     rows: dict[str, list[Statistics]] = {task: [] for task in tasks}
     with ExitStack() as stack:
-        matched = [task for task in tasks if meters[task].on_edge_truth]
+        matched = [task for task in tasks if TASKS[task].on_edge_truth(quick)]
         edges = {task: stack.enter_context(EdgeScorer(split, task, protocol, workers)) for task in matched}
         for start in range(0, len(chosen), predictor.batch):
             samples: list[tuple[int, Sample]] = []

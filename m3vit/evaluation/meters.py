@@ -11,7 +11,7 @@ Predictions are those of m3vit.evaluation.protocols.prediction, at the label's s
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +37,7 @@ class Scoring:
 
 
 class Meter(ABC):
-    """See the module.
-
-    `on_edge_truth`: labels are the split's `edge_truth`, not those trained on, and each takes so long to match that
-    processes of their own do it (m3vit.evaluation.edge_pool).
-    """
-
-    on_edge_truth: ClassVar[bool] = False
+    """See the module."""
 
     @abstractmethod
     def image(self, prediction: NDArray[Any], label: NDArray[Any]) -> Statistics:
@@ -235,8 +229,6 @@ class EdgeMeter(Meter):
     in. Those of read_one_cont_png have no ending: it is behind the published figures of both protocols.
     """
 
-    on_edge_truth = True
-
     def __init__(self, max_dist: float, readers: Sequence[Reader] = (HEADLINE,)) -> None:
         self.max_dist, self.readers = max_dist, readers
 
@@ -297,11 +289,6 @@ def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) ->
     return meter
 
 
-def matched_tasks(tasks: Sequence[str], label_set: str, protocol: str) -> list[str]:
-    """Return those of the tasks that are scored against the split's `edge_truth`."""
-    return [task for task in tasks if make_meter(task, label_set, protocol).on_edge_truth]
-
-
 def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
     """Return the meter of a task, or raise InputError if it does not give the task's headline metric.
 
@@ -310,8 +297,13 @@ def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -
     meter, kind, size = make_meter(task, label_set, protocol, quick), kind_of(task), (8, 8)
     channels = LABEL_SETS[label_set].channels(task)
     guess = kind.decode(np.zeros((1, channels, *size), np.float32))[0]
-    label = np.zeros(size, bool) if meter.on_edge_truth else kind.no_label(size)
-    found, wanted = meter.compute(meter.image(guess, label)), TASKS[task].quick if quick else TASKS[task].metric
+    if guess.shape[:2] != size or guess.dtype not in (np.uint8, np.float32):
+        raise InputError(
+            f"kind {kind.name} decodes logits [1, {channels}, 8, 8] into {guess.dtype} {[1, *guess.shape]}: give uint8 or "
+            "float32 [1, 8, 8] or [1, 8, 8, D]"
+        )
+    label = np.zeros(size, bool) if TASKS[task].on_edge_truth(quick) else kind.no_label(size)
+    found, wanted = meter.compute(meter.image(guess, label)), TASKS[task].headline(quick)
     if wanted not in found:
         raise InputError(
             f"the meter of {task} gives {', '.join(list(found)[:5])}, not {wanted}, which the task names as its "

@@ -34,6 +34,7 @@ class Directions(Kind):
     channels = 3
     described_as = "unit vector: x right, y up, z towards the camera"
     label_shape = (3,)
+    has_axes = True
 
     def mirrored(self, values: "Tensor") -> "Tensor":
         return values * values.new_tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)

@@ -50,6 +50,7 @@ class Kind:
     described_as: what one decoded value is, in the manifest; empty for the task's `unit`.
     label_dtype, label_shape: of one pixel's label. fill: the label of a pixel that is not labelled.
     nearest: predictions are resized by the nearest neighbour, not bilinearly.
+    has_axes: values are along the camera's axes, y up; a data set's files may have y down (LabelSet.normals_y_down).
     loss_options: names of the options of `loss`, which a task may set.
     own_range: a picture shows its values over a range of its own (`limits`), such as depth's.
     dark_on_white: a picture is ink on paper, so that laid over the image it darkens it.
@@ -62,6 +63,7 @@ class Kind:
     label_shape: tuple[int, ...] = ()
     fill: float = 0.0
     nearest: bool = False
+    has_axes: bool = False
     loss_options: tuple[str, ...] = ()
     own_range: bool = False
     dark_on_white: bool = False
@@ -109,7 +111,7 @@ class Kind:
     # --- predictions ---
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[Any]:
-        """Turn logits [B, C, H, W] into predictions [B, H, W] or [B, H, W, D]."""
+        """Turn logits [B, C, H, W] into predictions [B, H, W] or [B, H, W, D], uint8 or float32."""
         raise NotImplementedError
 
     def resized(self, prediction: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:

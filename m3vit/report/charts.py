@@ -44,7 +44,7 @@ def loss_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> str:
         if name == "loss":
             bottom.axis("off")
             continue
-        metric = TASKS[name].quick
+        metric = TASKS[name].headline(quick=True)
         points = [(line["epoch"], line[f"{name}/{metric}"]) for line in val if f"{name}/{metric}" in line]
         if points:
             bottom.plot(*np.array(points).T, "o-", color="#b5532a", markersize=3, linewidth=1.2)

@@ -47,7 +47,7 @@ def flat(scores: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def headline(task: str) -> str:
     """Return the name of a task's headline metric in `validate`'s result."""
-    return f"{task}/{TASKS[task].quick}"
+    return f"{task}/{TASKS[task].headline(quick=True)}"
 
 
 def figure(values: dict[str, Any], first: dict[str, Any], tasks: Sequence[str], best: str) -> float:
