@@ -1,12 +1,13 @@
 # make demo   environment, then the whole path on rendered scenes: train, evaluate, export, C-simulate, report
 # make test   lint, format check, type check, the whole test suite
+# make quick  lint, format check and the tests that take no seconds and start no processes: a minute or two
 # make gpu    tests and benchmarks of one CUDA GPU into runs/gpu; without network or an environment: benchmarks/gpu.sh
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck pytest gpu clean
+.PHONY: demo test quick lint typecheck pytest gpu clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,8 +26,14 @@ lint: $(VENV)/.installed
 typecheck: $(VENV)/.installed
 	$(BIN)/mypy -p m3vit
 
+# Files in the order of tests/conftest.py: those with most slow tests first.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 pytest: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST)
+
+quick: lint
+	$(PYTEST) -m "not slow and not process"
 
 gpu: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu.sh runs/gpu

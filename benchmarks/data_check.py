@@ -7,13 +7,13 @@ better than photographs). They were just written, so they come from memory: on a
 9.5 GB to read besides.
 """
 
-import argparse
 import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from _bench import arguments, save
 from PIL import Image
 
 from m3vit.data.tools.check import check
@@ -57,10 +57,9 @@ def write_tree(root: Path, samples: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--samples", type=int, default=64, help="size of the tree, at least 5 (default: 64)")
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes (default: one a core)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "NYUD_MT"
@@ -79,8 +78,7 @@ def main() -> None:
         "projected_s_for_1449": round(seconds / args.samples * NYUD_SAMPLES, 1),
     }
     print(json.dumps(figures, indent=2))
-    if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    save(args.json, figures)
 
 
 if __name__ == "__main__":

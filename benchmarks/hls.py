@@ -8,10 +8,6 @@ added; the emulator runs on one thread and on all. All in one run, so that ratio
 ratios are of processor seconds. Words are compared. Nothing is synthesised: bytes are counted by the C++.
 """
 
-import argparse
-import json
-import os
-import platform
 import resource
 import subprocess
 import tempfile
@@ -20,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
+from _bench import arguments, machine, save  # says how OpenMP's threads wait: before torch is imported
+
+# isort: split
 import numpy as np
 import torch
 
@@ -161,20 +159,18 @@ def show(name: str, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     compiler = subprocess.run([csim.find_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {compiler[0]}")
-    results = {}
+    results: dict[str, Any] = {"machine": machine(), "compiler": compiler[0]}
+    print(compiler[0])
     for name in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(name, args.repeats, Path(folder) / "project")
         show(name, results[name])
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(args.json, results)
 
 
 if __name__ == "__main__":

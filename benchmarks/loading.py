@@ -10,15 +10,14 @@ cache: what is measured is decoding and augmentation, not the disk.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
+from _bench import arguments, machine, save  # says how OpenMP's threads wait: before torch is imported
+
+# isort: split
 import torch
 
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
@@ -115,16 +114,15 @@ def measure(layout: str, args: argparse.Namespace, folder: Path) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--layouts", nargs="+", default=["nyud", "pascal"], choices=list(IMAGE_SIZE))
     parser.add_argument("--images", type=int, default=24, help="rendered images of each layout")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="loader processes")
     parser.add_argument("--steps", type=int, default=2, help="training steps; 0 leaves them out")
     parser.add_argument("--batch", type=int, default=2, help="images a training step")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
-    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    results: dict[str, Any] = {"machine": machine(args.device)}
     with tempfile.TemporaryDirectory(prefix="m3vit-loading-") as folder:
         for layout in args.layouts:
             results[layout] = found = measure(layout, args, Path(folder))
@@ -142,8 +140,7 @@ def main() -> None:
                         f"    M3ViT-S, batch {args.batch}, {args.device}, {args.workers[-1]} workers: "
                         f"{step['s_per_step']:.2f} s a step, {step['waiting_percent']:.1f} % of it waiting"
                     )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(args.json, results)
 
 
 if __name__ == "__main__":

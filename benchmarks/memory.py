@@ -9,11 +9,10 @@ of 96 to 704 pixels a side, the tasks in turn. Anonymous memory: the mapped weig
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from _bench import arguments, child, save
 
 from m3vit.export.runtime.package import Package, give_memory_back
 
@@ -43,10 +42,9 @@ def measure(package_dir: Path, way: str, images: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("package", type=Path, metavar="PACKAGE")
     parser.add_argument("--images", type=int, default=48, help="images to predict (default: 48)")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # one of them, in this process
     args = parser.parse_args()
     if args.way:
@@ -54,11 +52,9 @@ def main() -> None:
         return
     results = {}
     for way in WAYS:
-        command = [sys.executable, __file__, str(args.package), "--images", str(args.images), "--way", way]
-        results[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        results[way] = child([args.package, "--images", args.images, "--way", way])
         print(way, {name: round(value) for name, value in results[way].items()}, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(args.json, results)
 
 
 if __name__ == "__main__":

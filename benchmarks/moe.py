@@ -17,17 +17,26 @@ there before the first step (weights, libraries): the process's on the CPU, the 
 
 import argparse
 import json
-import os
+import random
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
+from _bench import (  # says how OpenMP's threads wait: before torch is imported
+    arguments,
+    child,
+    machine,
+    medians,
+    one_of_each,
+    save,
+    seconds,
+)
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -87,17 +96,6 @@ class Layer(nn.Module):
         return self.moe(x[None], (0,))[0][0]
 
 
-def timed(function: Callable[[], None], device: str) -> float:
-    """Return the seconds of a call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure_layer(device: str, precision: str, repeats: int, images: int) -> dict[str, float]:
     """Return the median seconds of the dense MLP and of each execution of the experts."""
     torch.manual_seed(0)
@@ -117,9 +115,11 @@ def measure_layer(device: str, precision: str, repeats: int, images: int) -> dic
 
         return function
 
-    functions = {name: run(layer) for name, layer in layers.items()}
-    rounds = [{name: timed(function, device) for name, function in functions.items()} for _ in range(repeats + 1)]
-    return {name: statistics.median(found[name] for found in rounds[1:]) for name in functions}  # the first warms up
+    ways: dict[str, Callable[[], float]] = {
+        name: partial(seconds, run(layer), device) for name, layer in layers.items()
+    }
+    shuffle = random.Random(0)
+    return medians([one_of_each(ways, shuffle) for _ in range(repeats + 1)][1:])  # the first warms up
 
 
 def pascal(size: int, batch: int) -> tuple[Config, Tensor, dict[str, Tensor]]:
@@ -165,7 +165,7 @@ def run_steps(way: str, device: str, precision: str, size: int, batch: int) -> N
 
     before = memory()
     for _ in sys.stdin:
-        print(timed(step, device), flush=True)
+        print(seconds(step, device), flush=True)
     print(memory() - before, flush=True)
 
 
@@ -184,9 +184,9 @@ def measure_steps(args: argparse.Namespace, size: int) -> dict[str, dict[str, di
             assert process.stdin
             for step in range(steps):
                 print(file=process.stdin, flush=True)
-                seconds = float(read(process))
+                taken = float(read(process))
                 if visit if stay else step:  # the first of a process warms up
-                    times[key].append(seconds)
+                    times[key].append(taken)
             if stay and visit < visits - 1:
                 workers[key] = process
                 continue
@@ -228,7 +228,7 @@ def print_steps(found: dict[str, dict[str, dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"], choices=["32-true", "bf16-mixed"])
     parser.add_argument("--threads", type=int, default=0, help="torch's CPU threads; 0: its choice")
@@ -237,7 +237,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="*", default=[512], help="image sides of the step; none: the layer")
     parser.add_argument("--batch", type=int, default=2, help="images of the step")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="of the step")
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
@@ -248,32 +247,20 @@ def main() -> None:
     if args.worker:
         run_steps(args.worker, args.device, args.precision[0], args.size[0], args.batch)
         return
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else processor()
-    result: dict[str, Any] = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(f"{machine}, {result['threads']} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    result: dict[str, Any] = {"machine": machine(args.device)}
     result |= {"batch": args.batch, "images": args.images, "layer": {}, "step": {}}
     print(f"layer, {args.images} x 1024 tokens, forward and backward")
     for precision in args.precision:
-        command = [sys.executable, __file__, "--worker", "layer", "--device", args.device, "--precision", precision]
-        command += ["--threads", str(args.threads), "--images", str(args.images), "--repeats", str(3 * args.repeats)]
-        layer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        words = ["--worker", "layer", "--device", args.device, "--precision", precision, "--threads", args.threads]
+        layer = child([*words, "--images", args.images, "--repeats", 3 * args.repeats])
         result["layer"][precision], dense = layer, layer["dense MLP"]
-        for name, seconds in layer.items():
-            print(
-                f"  {precision:<10} {name}: {1000 * seconds:.2f} ms, {seconds / dense:.2f} x the dense MLP", flush=True
-            )
+        for name, taken in layer.items():
+            print(f"  {precision:<10} {name}: {1000 * taken:.2f} ms, {taken / dense:.2f} x the dense MLP", flush=True)
     for size in args.size:
         print(f"step, M3ViT-S, five tasks, {args.batch} images of {size} x {size}")
         result["step"][str(size)] = found = measure_steps(args, size)
         print_steps(found)
-        if args.json:  # after each size: a run that is stopped keeps what it has
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def processor() -> str:
-    """Return the name of the CPU, where the system says it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+        save(args.json, result)  # after each size: a run that is stopped keeps what it has
 
 
 if __name__ == "__main__":

@@ -22,37 +22,42 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as m3vit does, before torch is imported
 # Python looks for modules in this file's folder first, and this file would be the module onnx: look there last.
 sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == Path(__file__).resolve().parent)
 import numpy as np
+from _bench import (
+    BUSY,
+    Figures,
+    arguments,
+    child,
+    machine,
+    one_of_each,
+    ratios,
+    save,
+    seconds,
+    undisturbed,
+)
 
 from m3vit.export.runtime.ort import onnxruntime
 from m3vit.export.runtime.package import Package
-from m3vit.pool import usable_cores
 
 EXPERTS, TOP_K = 16, 4
 TASKS = ("depth", "normals", "edge", "semseg")
 TASK = "depth"  # one channel: the head that adds least to what is compared
 PRECISIONS = ("fp32", "int8")
 REFERENCE = "dense fp32"
-BUSY = 0.03  # cores that other processes may use on average during a round that counts
 PAUSE_S = 0.02  # between two variants: onnxruntime's threads go on spinning for a while
 LOADS = 3  # fresh processes for each measurement of loading
-Figures = dict[str, Any]
 
 
 # --- models and packages ---------------------------------------------------------------------------------------------
@@ -135,71 +140,14 @@ def macs(size: int) -> dict[str, int]:
 # --- interleaved timing ----------------------------------------------------------------------------------------------
 
 
-def busy_seconds() -> float:
-    """Return the CPU seconds that all processes have used since boot (Linux)."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    user, nice, system, _, _, irq, softirq, steal = (int(field) for field in fields[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+def better_of_two(run: Callable[[], object]) -> Callable[[], float]:
+    """Return what times a run: the better of two, as the first finds cold caches."""
 
-
-class Watch:
-    """Measures how many cores other processes used on average while it was on."""
-
-    def __enter__(self) -> "Watch":
-        self.start = time.perf_counter(), time.process_time(), busy_seconds()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        wall, own, busy = self.start
-        self.seconds = time.perf_counter() - wall
-        self.others = max(0.0, (busy_seconds() - busy) - (time.process_time() - own)) / self.seconds
-
-
-Round = TypeVar("Round")
-
-
-def undisturbed(measure: Callable[[], Round], rounds: int, patience: int) -> tuple[list[Round], float]:
-    """Return `rounds` results of `measure`, and the most cores that others used during one of them.
-
-    Disturbed rounds are repeated, up to `patience` times as many in all; then the least disturbed ones are returned.
-    """
-    found: list[tuple[float, Round]] = []
-    for _ in range(rounds * patience):
-        with Watch() as watch:
-            result = measure()
-        found.append((watch.others, result))
-        if sum(others <= BUSY for others, _ in found) == rounds:
-            break
-    chosen = sorted(found, key=lambda pair: pair[0])[:rounds]
-    return [result for _, result in chosen], chosen[-1][0]
-
-
-def one_of_each(variants: dict[str, Callable[[], object]], shuffle: random.Random) -> dict[str, float]:
-    """Return the seconds of each variant, in random order: the better of two runs, as the first finds cold caches."""
-    times = dict.fromkeys(variants, 0.0)
-    for name in shuffle.sample(list(variants), len(variants)):
+    def measure() -> float:
         time.sleep(PAUSE_S)
-        runs = []
-        for _ in range(2):
-            start = time.perf_counter()
-            variants[name]()
-            runs.append(time.perf_counter() - start)
-        times[name] = min(runs)
-    return times
+        return min(seconds(run), seconds(run))
 
-
-def ratios(rounds: list[dict[str, float]], reference: str) -> Figures:
-    """Return for each variant the median of the rounds' ratios to the reference, their quartiles, and median ms."""
-    result: Figures = {}
-    for name in rounds[0]:
-        each = sorted(times[name] / times[reference] for times in rounds)
-        low, high = np.percentile(each, (25, 75))
-        result[name] = {
-            "ratio": statistics.median(each),
-            "quartiles": [float(low), float(high)],
-            "ms": 1000 * statistics.median(times[name] for times in rounds),
-        }
-    return result
+    return measure
 
 
 def latency(folder: Path, size: int, threads: int, rounds: int, patience: int, with_torch: bool) -> Figures:
@@ -230,8 +178,8 @@ def latency(folder: Path, size: int, threads: int, rounds: int, patience: int, w
         variants |= {f"{name} torch": eager(build(name == "sparse")) for name in ("dense", "sparse")}
     for run in variants.values():  # sessions are made by the first run
         run()
-    shuffle = random.Random(0)
-    times, others = undisturbed(lambda: one_of_each(variants, shuffle), rounds, patience)
+    shuffle, timed = random.Random(0), {name: better_of_two(run) for name, run in variants.items()}
+    times, others = undisturbed(lambda: one_of_each(timed, shuffle), rounds, patience)
     return {"size": size, "threads": threads, "rounds": len(times), "others": others, **ratios_of(times)}
 
 
@@ -255,9 +203,7 @@ def switching(folder: Path, size: int, threads: int, rounds: int, patience: int)
     first, second = TASKS[:2]
 
     def run(task: str) -> float:
-        start = time.perf_counter()
-        package.logits(image, task)
-        return time.perf_counter() - start
+        return seconds(lambda: package.logits(image, task))
 
     def ratio() -> float:
         """Run each task once after itself and once after the other, twice."""
@@ -314,11 +260,7 @@ def load_in_this_process(package: Path, precision: str, size: int, options: dict
 
 def loading(package: Path, precision: str, size: int, options: dict[str, Any]) -> Figures:
     """Measure loading and memory in fresh processes: the median of each."""
-    command = [sys.executable, __file__, "--child", json.dumps([str(package), precision, size, options])]
-    runs = []
-    for _ in range(LOADS):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout))
+    runs = [child(["--child", json.dumps([str(package), precision, size, options])]) for _ in range(LOADS)]
     tasks = range(len(runs[0]["memory_mb"]))
     memory = [
         {key: statistics.median(run["memory_mb"][task][key] for run in runs) for key in ("pss", "anonymous", "held")}
@@ -375,23 +317,6 @@ def per_extra_task(figures: Figures, key: str) -> float:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def machine() -> Figures:
-    """Return what the figures depend on."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": model or platform.machine(),
-        "cores": usable_cores(),
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "torch": torch.__version__,
-        "commit": git.stdout.strip(),
-    }
-
-
 def verdict(value: float, target: float) -> str:
     return f"target {target:g}: {'met' if value <= target else 'MISSED'}"
 
@@ -432,7 +357,7 @@ def print_storage(size: int, found: dict[str, Figures]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--size", type=int, nargs="+", default=[224, 512], help="image sides, multiples of 16")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15, help="undisturbed rounds of each comparison")
@@ -440,7 +365,6 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, default=None, help="folder to keep the packages in, and to reuse")
     parser.add_argument("--no-torch", action="store_true", help="leave eager PyTorch out")
     parser.add_argument("--no-memory", action="store_true", help="leave loading and memory out")
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -449,8 +373,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.packages or Path(temporary)
-        report: Figures = {"machine": machine()}
-        print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+        report: Figures = {"machine": machine(), "onnxruntime": onnxruntime.__version__}
         report["export_s"] = export(folder, args.size)
         if report["export_s"]:
             print(f"export of one task in both precisions: {report['export_s']:.1f} s")
@@ -472,8 +395,7 @@ def main() -> None:
             report["storage"] = {size: storage(folder, size) for size in args.size}
             for size, found in report["storage"].items():
                 print_storage(size, found)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+        save(args.json, report)
 
 
 if __name__ == "__main__":

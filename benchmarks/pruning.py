@@ -9,11 +9,10 @@ trained before is not trained again. Sizes are of what one task needs (its graph
 without pruning. Rendered scenes and a small model.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from _bench import arguments, save
 from quality import run  # beside this file
 
 from m3vit.export.runtime.manifest import read_manifest
@@ -29,11 +28,10 @@ def sizes(manifest: dict[str, Any], precision: str) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=None, help="rendered scenes (default: rendered into --out)")
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     data = args.data or args.out / "data"
     if args.data is None:
@@ -62,8 +60,7 @@ def main() -> None:
             cells += [f"{loss[p]:+.2f} %" for p in loss]
             print(f"| {name} | {coverage:g} | {min(kept)} to {max(kept)} | " + " | ".join(cells) + " |", flush=True)
             found[package.name] = {"kept": kept, "size": share, "loss_percent": loss, "measured": manifest["measured"]}
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    save(args.json, found)
 
 
 def _lists(experts: dict[str, Any]) -> list[Any]:

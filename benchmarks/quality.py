@@ -8,8 +8,6 @@ interrupted run goes on. The table gives mean and standard deviation over seeds;
 means, by seed. Rendered scenes and small models: the table says nothing about photographs.
 """
 
-import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -17,6 +15,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from _bench import arguments, save
 
 from m3vit.evaluation.gain import Baseline, delta_m
 from m3vit.evaluation.scoring import read
@@ -70,13 +70,12 @@ def figures(out: Path, row: str, seed: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="models trained at a time, on one thread each")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     rows = list(dict.fromkeys(["single-task", *args.rows]))
     run("data", "synth", "--out", args.out / "data", "--train", 400, "--val", 100)
@@ -107,8 +106,7 @@ def main() -> None:
             digits = 3 if statistics.mean(values) < 2 and columns["delta_m"] is not values else 2
             cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
         print(f"| {row} | " + " | ".join(cells) + " |")
-    if args.json:
-        args.json.write_text(json.dumps({"epochs": args.epochs, "rows": table}, indent=2) + "\n")
+    save(args.json, {"epochs": args.epochs, "rows": table})
 
 
 if __name__ == "__main__":

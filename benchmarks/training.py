@@ -9,14 +9,12 @@ weights and images, and with one thread a core. Two processes have half of the b
 
 import argparse
 import json
-import os
-import platform
 import resource
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from _bench import arguments, child, machine, save
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -90,7 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--recipe", default="nyud-small")
     parser.add_argument("--size", default="240x320", help="HEIGHTxWIDTH; the recipe's own is 4 times as many pixels")
     parser.add_argument("--head", default="linear", choices=["linear", "pup"], help="pup: the recipe's own")
@@ -99,18 +97,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--way", default=None, choices=list(WAYS), help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args)))
         return
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    results: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "ways": {}}
+    results: dict[str, Any] = {"machine": machine(args.device), "ways": {}}
     for way in args.ways:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "2 proc" in way else []
-        command = [sys.executable, *torchrun, __file__, *sys.argv[1:], "--way", way]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = results["ways"][way] = json.loads(output.splitlines()[-1])
+        found = results["ways"][way] = child([*sys.argv[1:], "--way", way], torchrun)
         plain = results["ways"].get("plain", found)
         found["memory_ratio"], found["time_ratio"] = (found[k] / plain[k] for k in ("peak_mib", "s_per_step"))
         print(
@@ -118,8 +112,7 @@ def main() -> None:
             f"(x{found['time_ratio']:.2f})",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(args.json, results)
 
 
 if __name__ == "__main__":

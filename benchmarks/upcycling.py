@@ -9,12 +9,11 @@ synthetic-tiny; what was trained before is not trained again. delta_m is over th
 seed. Rendered scenes and small models.
 """
 
-import argparse
-import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from _bench import arguments, save
 from quality import run  # beside this file
 
 from m3vit.evaluation.gain import Baseline, delta_m
@@ -30,13 +29,12 @@ ROWS = {"dense": ["--model.moe_blocks=none"], "random experts": []} | {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning; twice that of the dense model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="models trained at a time, on one thread each")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     for name, count, seed in (("first", 800, 1), ("second", 200, 0)):
         run("data", "synth", "--out", args.out / name, "--train", count, "--val", 100, "--seed", seed)
@@ -78,8 +76,7 @@ def main() -> None:
         spread = statistics.stdev if args.seeds > 1 else lambda values: 0.0
         cells = [f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for values in table[row].values()]
         print(f"| {row} | " + " | ".join(cells) + " |")
-    if args.json:
-        args.json.write_text(json.dumps({"epochs": args.epochs, "rows": table}, indent=2) + "\n")
+    save(args.json, {"epochs": args.epochs, "rows": table})
 
 
 if __name__ == "__main__":

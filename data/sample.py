@@ -285,7 +285,7 @@ class FileSplit(ABC):
 
     def edge_truth(self, index: int) -> NDArray[np.bool_]:
         """Return the boundary pixels [H, W] that odsF is scored against; not the labels trained on."""
-        raise NotImplementedError(f"the layout {self.name} labels no edges")
+        raise InputError(f"the layout {self.name} has no edge_truth, which edges are scored against: leave them out")
 
     def load(self, index: int) -> Sample:
         """Read one sample, or raise InputError naming the file that is missing, damaged or of the wrong size.

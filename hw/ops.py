@@ -1,9 +1,10 @@
 """Each opcode with its engine, and what both cost: memories, multipliers, cycles and bytes. No torch.
 
-Cycles are those of the loops of hw/include/engine as they are written: trips times II, stages of a dataflow region side
-by side. They leave out the depth of pipelines and the latency of memory, which no one has measured: a lower bound of
-what the C++ asks for. Bytes are those that C-simulation counts (M3VIT_COUNT); a test compares them, instruction by
-instruction. Fetching the instruction itself is FETCH_CYCLES and FETCH_BYTES, also for one that is skipped.
+Cycles are those of the loops of hw/include/engine as they are written: trips times II, which a test counts in the C++,
+and stages of a dataflow region side by side (side_by_side, ping_pong). They leave out the depth of pipelines and the
+latency of memory, which no one has measured: a lower bound of what the C++ asks for. Bytes are those that C-simulation
+counts (M3VIT_COUNT); a test compares them, instruction by instruction. Fetching the instruction itself is FETCH_CYCLES
+and FETCH_BYTES, also for one that is skipped.
 
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
@@ -62,12 +63,16 @@ class Engine(NamedTuple):
 
 
 class OpSpec(NamedTuple):
-    """An opcode: its fields, the engine that it runs on (a key of ENGINES), its cycles and the bytes by port."""
+    """An opcode: its fields, the engine that it runs on (a key of ENGINES), its cycles and the bytes by port.
+
+    needs: the least buffers of Hardware for an instruction, but for max_rows.
+    """
 
     instruction: type[Instruction]
     engine: str
     cycles: Callable[[Any, Hardware, Queue], int]
     traffic: Callable[[Any, Hardware, Queue], Bytes]
+    needs: Callable[[Any], dict[str, int]] = lambda i: {}
 
 
 def side_by_side(times: int, *stages: int) -> int:
@@ -131,6 +136,10 @@ def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
     return {"params": 2 * i.n_in * WORD_BYTES, "wide_read": values * WORD_BYTES, **written}
 
 
+def norm_needs(i: Norm) -> dict[str, int]:
+    return {"max_dim": i.n_in}
+
+
 # --- attention: m3vit_engine_attention.h ----------------------------------------------------------------------------
 
 
@@ -169,6 +178,10 @@ def attention_traffic(i: Attention, h: Hardware, queue: Queue = ()) -> Bytes:
     return {"narrow_read": read * h.act_word // 8, "narrow_write": i.rows * i.n_out * h.act_word // 8}
 
 
+def attention_needs(i: Attention) -> dict[str, int]:
+    return {"max_head": i.n_out // i.heads}
+
+
 # --- router: m3vit_engine_router.h ----------------------------------------------------------------------------------
 
 
@@ -187,6 +200,10 @@ def route_cycles(i: Route, h: Hardware, queue: Queue = ()) -> int:
 
 def route_traffic(i: Route, h: Hardware, queue: Queue = ()) -> Bytes:
     return {"wide_read": i.rows * i.n_in * WORD_BYTES}
+
+
+def route_needs(i: Route) -> dict[str, int]:
+    return {"max_experts": i.n_in, "max_top": i.top_k}
 
 
 # --- linear: m3vit_engine_linear.h ----------------------------------------------------------------------------------
@@ -271,6 +288,10 @@ def linear_traffic(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) -
     return {port: count for port, count in moved.items() if count}
 
 
+def linear_needs(i: Linear | Gate | Experts) -> dict[str, int]:
+    return {"max_in": max(i.n_in, i.n_out) if isinstance(i, Experts) else i.n_in}
+
+
 # --- the tables -----------------------------------------------------------------------------------------------------
 
 ENGINES = {
@@ -283,15 +304,25 @@ ENGINES = {
 }
 OPS = {
     Op.IMAGE: OpSpec(Patches, "stream", image_cycles, image_traffic),
-    Op.LINEAR: OpSpec(Linear, "linear", linear_cycles, linear_traffic),
-    Op.GATE: OpSpec(Gate, "gate", linear_cycles, linear_traffic),
+    Op.LINEAR: OpSpec(Linear, "linear", linear_cycles, linear_traffic, linear_needs),
+    Op.GATE: OpSpec(Gate, "gate", linear_cycles, linear_traffic, linear_needs),
     Op.POSITION: OpSpec(Position, "stream", position_cycles, position_traffic),
-    Op.NORM: OpSpec(Norm, "norm", norm_cycles, norm_traffic),
-    Op.ATTENTION: OpSpec(Attention, "attention", attention_cycles, attention_traffic),
-    Op.ROUTE: OpSpec(Route, "router", route_cycles, route_traffic),
-    Op.EXPERTS: OpSpec(Experts, "linear", linear_cycles, linear_traffic),
+    Op.NORM: OpSpec(Norm, "norm", norm_cycles, norm_traffic, norm_needs),
+    Op.ATTENTION: OpSpec(Attention, "attention", attention_cycles, attention_traffic, attention_needs),
+    Op.ROUTE: OpSpec(Route, "router", route_cycles, route_traffic, route_needs),
+    Op.EXPERTS: OpSpec(Experts, "linear", linear_cycles, linear_traffic, linear_needs),
 }
 assert [OPS[op].instruction for op in OPS] == [INSTRUCTIONS[op] for op in Op if op != Op.END]
+
+
+def needs(program: Sequence[Instruction]) -> dict[str, int]:
+    """Return the least buffers of Hardware that hold a program: its fields max_*."""
+    found = dict.fromkeys(("max_in", "max_dim", "max_rows", "max_experts", "max_top", "max_head"), 1)
+    for instruction in program:
+        rows = getattr(instruction, "rows", 1)
+        for name, value in {"max_rows": rows, **OPS[instruction.op].needs(instruction)}.items():
+            found[name] = max(found[name], value)
+    return found
 
 
 def memories(hardware: Hardware) -> list[OnChip]:

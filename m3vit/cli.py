@@ -110,10 +110,14 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"unknown command {' '.join(argv[:2])!r}: choose from {', '.join(COMMANDS)}")
     text, add_arguments, execute = COMMANDS[name]
     rest = list(argv[len(name.split()) :])
-    if name in PLUGGABLE:
-        plugins.load_installed()
-    if name in PLUGGABLE + ASKED:
-        rest = plugins.take(rest)
+    try:
+        if name in PLUGGABLE:
+            plugins.load_installed()
+        if name in PLUGGABLE + ASKED:
+            rest = plugins.take(rest)
+    except InputError as error:
+        error.everywhere = True  # the processes of a torchrun are given the same words
+        raise
     if add_arguments is None:
         return execute(rest) or 0
     epilog = PLUGIN_HELP if name in PLUGGABLE + ASKED else None

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,18 +96,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def require_new(out: Path) -> None:
-    """Raise InputError unless `atomic_folder` can make `out` without destroying anything: it must be new or empty."""
+def require_empty(out: Path, what: str = "", advice: str = "name a new folder or delete this one") -> None:
+    """Raise InputError unless `out` is new or empty; `what` else would be written over if it were in it."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file, but must be a folder that is new or empty: name another one")
     if not is_empty(out):
-        raise InputError(f"{out} is not empty: name a new folder or delete this one")
+        raise InputError(f"{out} is not empty{f' and holds no {what}' if what else ''}: {advice}")
+
+
+def require_new(out: Path) -> None:
+    """Raise InputError unless `atomic_folder` can make `out` without destroying anything: it must be new or empty."""
+    require_empty(out)
     if out.exists() and os.path.ismount(out):
         raise InputError(f"{out} is a mount point, which cannot be replaced at the end: name a new folder in it")
 
 
+def require_replaceable(out: Path, what: str, manifest: str, own: Callable[[set[str], str], Set[str]]) -> None:
+    """Raise InputError if replacing `out` would destroy anything but an earlier `what`, which holds a `manifest`.
+
+    `own` gets the names of all files in `out`, from there, and an advice for its own refusals; it returns those that
+    may go. A folder is replaced by removing it: nothing of the user's may be in it.
+    """
+    advice = "give a new or empty folder"
+    if not (out / manifest).is_file():
+        require_empty(out, f"{what} (no {manifest})", advice)
+        return
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+    if foreign := sorted(found - own(found, advice)):
+        raise InputError(
+            f"{out} holds files that are not the {what}'s ({', '.join(foreign[:3])}): move them, or {advice}"
+        )
+
+
 @contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path, last: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success it takes its place, on failure `out` stays as it was.
 
     Missing folders above `out` are made, and removed again on failure.
@@ -115,16 +137,28 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     Check before that nothing in `out` is worth keeping. SIGTERM is a failure like any other; what a SIGKILL leaves, the
     next `atomic_folder` in the same place removes, and after one between the two renames it brings the old folder back
     (`m3vit.staging`).
+
+    With `last`, an empty folder that is there is filled, not replaced: it may be a mount point or the working
+    directory. What is named in `last` comes last: until then nothing takes the folder for a whole one.
     """
     out = out.resolve()
-    if Path.cwd().resolve().is_relative_to(out):
+    filled = bool(last) and out.exists()
+    if not filled and Path.cwd().resolve().is_relative_to(out):
         raise InputError(f"{out} is the working directory or holds it, and would be replaced: give a folder in it")
     made = [above for above in out.parents if not above.exists()]  # from the inside out
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
     kept = "what was there is kept" if out.exists() else "nothing is left of it"
     try:
         with staging_folder(out) as folder, writing(out, kept, folder):
             yield folder
+            if filled:
+                first = [path.name for path in folder.iterdir() if path.name not in last]
+                for name in (*first, *last):
+                    shutil.move(folder / name, out / name)
+                return
             aside = aside_of(folder)
             try:
                 if out.exists():

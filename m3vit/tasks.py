@@ -162,7 +162,15 @@ for _task in (
         # inverse depths are outside.
         reach=(1.0, 15.0, "metres of a room"),
     ),
-    Task("normals", "unit_vector", "mErr", "deg", False, 10.0, tolerated={"constant": 0.05}),  # one wall
+    Task(
+        "normals",
+        "unit_vector",
+        "mErr",
+        "deg",
+        False,
+        10.0,
+        tolerated={"constant": 0.05},  # one wall
+    ),
     Task(
         "edge",
         "sigmoid",

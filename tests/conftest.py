@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write stored results anew; look at the difference")
+
+
+# Making these takes seconds: tracing one task for ONNX takes four, g++ as many.
+SLOW_FIXTURES = {"onnx_package", "hls_project"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their fixtures, and put the files with most slow tests first: two workers then end together."""
+    slow: Counter[Path] = Counter()
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & SLOW_FIXTURES:
+            item.add_marker("slow")
+        if "process" in fixtures:
+            item.add_marker("process")
+        slow[item.path] += any(item.iter_markers("slow")) or any(item.iter_markers("process"))
+    items.sort(key=lambda item: -slow[item.path])  # stable
 
 
 def pytest_sessionstart() -> None:
@@ -139,8 +157,14 @@ def tiny_run(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def onnx_package(cli: Cli, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX package of the tiny run; read only."""
-    return once(tmp_path_factory, "onnx_package", lambda out: succeed(cli("export", "onnx", tiny_run, "--out", out)))
+    """The ONNX package of the tiny run; read only. What the command printed is beside it, in onnx_package.txt."""
+
+    def make(out: Path) -> None:
+        result = cli("export", "onnx", tiny_run, "--out", out)
+        succeed(result)
+        out.with_suffix(".txt").write_text(result.stdout)
+
+    return once(tmp_path_factory, "onnx_package", make)
 
 
 @pytest.fixture(scope="session")

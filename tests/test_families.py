@@ -12,6 +12,8 @@ from m3vit.cli import main
 from m3vit.data.network_input import image_tensor, normalise
 from m3vit.run_folder import load_run
 
+pytestmark = pytest.mark.slow
+
 # name: patch size. (AugReg's is the trunk of all other tests.) Together: fused and separate projections, biases apart,
 # class, register and distillation tokens, learned and rotary positions, GELU and SwiGLU, LayerScale, norms before and
 # within the blocks.

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("export", "hw", "data")  # m3vit/NAME is a link to NAME
 

@@ -156,7 +156,14 @@ def test_a_run_of_other_classes_than_the_table_has(tiny_run: Path, tmp_path: Pat
         config = load_run(run).config.model
         assert config.labels.classes["semseg"][:2] == ("rampart", "floor") and config.label_set.startswith("nyud-")
         assert LABEL_SETS["nyud"].classes["semseg"] == NYUD_CLASSES
-    info["labels"]["version"] = 9
+    labels = info.pop("labels")
+    write_sealed_json(run / "model.json", info)  # as runs were before they described themselves
+    with kept_state():
+        assert load_run(run).config.model.label_set == "nyud"
+        del LABEL_SETS["nyud"]
+        with pytest.raises(InputError, match=r"model.label_set is 'nyud': choose from pascal"):
+            load_run(run)
+    info["labels"] = {**labels, "version": 9}
     write_sealed_json(run / "model.json", info)
     with pytest.raises(InputError, match="describes its labels in a version that this m3vit does not read"):
         load_run(run)
@@ -184,7 +191,7 @@ def test_descriptions_are_json_and_come_back() -> None:
         ({"folders": {"image": ("a",)}}, "lacks folders of semseg"),
         ({"folders": dict.fromkeys(NYUD.folders, "a")}, "lacks folders of image: give a tuple"),
         ({"releases": {"one": {"image": ".png"}}}, "lacks the ending of semseg in one"),
-        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth"),
+        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth, which edges are scored against"),
     ],
 )
 def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
@@ -203,7 +210,7 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
         (LabelSet("x", (), {}), r"has the tasks \(\)"),
         (LabelSet("x", ("semseg",), {}), "the classes .* of semseg: give 2 to 254"),
         (LabelSet("x", ("semseg",), {"semseg": ("a", "a")}), "the classes .* of semseg: give 2 to 254"),
-        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist"),
+        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edges are scored by"),
         ("x", "is no label set"),
     ],
 )

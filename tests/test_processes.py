@@ -13,6 +13,8 @@ from m3vit import pool as processes
 from m3vit.pool import cgroup_quota, follow_quota, usable_cores
 from tests.export.test_runtime import make_package
 
+pytestmark = pytest.mark.process
+
 
 def write(root: Path, files: dict[str, str]) -> None:
     for name, content in files.items():

@@ -20,6 +20,8 @@ from m3vit.tasks import TASKS as TABLE
 from tests.conftest import TINY
 from tests.test_cli import refused
 
+pytestmark = pytest.mark.slow
+
 Cli = Callable[..., subprocess.CompletedProcess]
 TASKS = ("semseg", "depth", "normals", "edge")
 

@@ -12,6 +12,8 @@ from m3vit.errors import InputError
 from m3vit.files import atomic_folder, atomic_path
 from m3vit.staging import LOCK, OLD, PARTIAL, clean_leftovers, sigterm_as_exit
 
+pytestmark = pytest.mark.process
+
 WRITER = """
 import sys, time
 from pathlib import Path

@@ -19,6 +19,8 @@ from m3vit.errors import WriteError
 from m3vit.files import atomic_folder, atomic_path
 from m3vit.training.board import Board
 
+pytestmark = pytest.mark.process
+
 MAIN = "import sys; from m3vit.cli import main; sys.exit(main(sys.argv[1:]))"
 SCORES = (
     "from m3vit import cli; from m3vit.commands.terminal import print_scores, say\n"

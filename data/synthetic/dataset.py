@@ -1,8 +1,6 @@
 """A data set of rendered scenes in the layout of NYUD_MT or PASCAL_MT, for tests, demonstrations and quick trials."""
 
 import importlib
-import os
-import shutil
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -13,9 +11,8 @@ import numpy as np
 import m3vit
 from m3vit.data.synthetic.scenes.layouts import LAYOUTS
 from m3vit.errors import InputError, install
-from m3vit.files import read_json, write_json, writing
+from m3vit.files import atomic_folder, read_json, require_empty, write_json
 from m3vit.pool import run_jobs, usable_cores
-from m3vit.staging import staging_folder
 
 MIN_SIDE_PX = 32
 MANIFEST = "synthetic.json"
@@ -57,14 +54,9 @@ def synthesize(
         return
     _require_renderer(layout)
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write beside {out} ({error.strerror}): name a folder in a writable place") from None
-    with staging_folder(out) as staging, writing(out, "nothing is left of it", staging):
+    with atomic_folder(out, last=[LAYOUTS[layout].lists.split("/")[0], MANIFEST]) as staging:
         _render_all(staging, arguments, workers or usable_cores(), progress)
         _write_manifest(staging, arguments)
-        _move(staging, out, layout)
 
 
 def _check_arguments(layout: str, train: int, val: int, size: tuple[int, int], seed: int, workers: int | None) -> None:
@@ -101,15 +93,10 @@ def _images(arguments: dict[str, Any]) -> Generator[tuple[str, int, int], None, 
 
 def _is_done(out: Path, arguments: dict[str, Any]) -> bool:
     """Return whether `out` holds this data set, False if it is still to be made, or refuse to write into it."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise InputError(f"{out} is a file, but must be a folder that is new or empty: name another one")
-    if not any(out.iterdir()):
-        return False
     advice = "name a new folder or delete this one"
     if not (out / MANIFEST).is_file():
-        raise InputError(f"{out} is not empty and holds no {MANIFEST}: {advice}")
+        require_empty(out, MANIFEST, advice)
+        return False
     manifest = read_json(out / MANIFEST, advice)
     found = manifest.get("arguments") if isinstance(manifest, dict) else None
     if found != arguments:
@@ -159,15 +146,3 @@ def _write_manifest(root: Path, arguments: dict[str, Any]) -> None:
     camera = {"focal_px": focal_px(width), "centre_px": [width / 2, height / 2]}  # pixel i covers [i, i + 1)
     manifest = {"generator": "m3vit.data.synthetic", "version": m3vit.__version__, "arguments": arguments}
     write_json(root / MANIFEST, {**manifest, "camera": camera})
-
-
-def _move(staging: Path, out: Path, layout: str) -> None:
-    """Move a whole data set to its place."""
-    if not out.exists():
-        os.replace(staging, out)
-        return
-    # An empty folder may be a mount point or the working directory, so it is filled, not replaced. The lists and
-    # the manifest come last: until then nothing takes it for a data set.
-    last = [LAYOUTS[layout].lists.split("/")[0], MANIFEST]
-    for name in [path.name for path in staging.iterdir() if path.name not in last] + last:
-        shutil.move(staging / name, out / name)

@@ -13,7 +13,7 @@ from typing import Any
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
-from m3vit.files import sha256_file
+from m3vit.files import require_replaceable, sha256_file
 from m3vit.hw.manifest import MANIFEST, read_manifest
 from m3vit.hw.sim.csim import TESTBENCH
 from m3vit.staging import PARTIAL
@@ -114,22 +114,15 @@ def naming(names: list[str]) -> Iterator[None]:
 
 def check_replaceable(out: Path) -> None:
     """Raise InputError if writing to `out` would delete anything but an earlier project of ours and what it built."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    advice = "give a new or empty folder"
-    if not (out / MANIFEST).is_file():
-        raise InputError(f"{out} exists and is not an HLS project of ours: {advice}")
-    files = read_sealed_json(out / MANIFEST, advice).get("files")
-    if not isinstance(files, dict):
-        raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
-    found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
-    foreign = sorted(
-        name for name in found - BUILT - set(files) if not name.endswith((".so", ".o")) and PARTIAL not in name
-    )
-    if foreign:
-        raise InputError(
-            f"{out} holds files that are not the project's ({', '.join(foreign[:3])}): move them, or {advice}"
-        )
-    work = [name for name in editable_names(found & set(files)) if sha256_file(out / name) != files[name]]
-    if work:
-        raise InputError(f"{out} holds work of yours ({edited(work)}), which would be lost: {advice}")
+
+    def own(found: set[str], advice: str) -> set[str]:
+        files = read_sealed_json(out / MANIFEST, advice).get("files")
+        if not isinstance(files, dict):
+            raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
+        work = [name for name in editable_names(found & set(files)) if sha256_file(out / name) != files[name]]
+        if work:
+            raise InputError(f"{out} holds work of yours ({edited(work)}), which would be lost: {advice}")
+        built = {name for name in found if name.endswith((".so", ".o")) or PARTIAL in name}
+        return BUILT | set(files) | built
+
+    require_replaceable(out, "project", MANIFEST, own)

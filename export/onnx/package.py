@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,7 @@ from m3vit.export.onnx.graph import require_onnx, trace_backbone, trace_head, tr
 from m3vit.export.onnx.lower import MIN_OPSET, copied, lower_moe
 from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
-from m3vit.files import atomic_folder, read_json, sha256_file
+from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_file
 from m3vit.label_sets import describe, resolve
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
@@ -98,7 +99,7 @@ def export_package(
     """
     content = content or Content()
     content.check()
-    _check_replaceable(out)
+    require_replaceable(out, "package", MANIFEST, partial(_own_files, out))
     require_onnx(model)
     require_finite(model)
     say = progress or (lambda line: None)
@@ -299,24 +300,9 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _check_replaceable(out: Path) -> None:
-    """Raise InputError if writing to `out` would destroy anything but an earlier package."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder for the package")
-    found = {path.name for path in out.iterdir()}
-    if not found:
-        return
-    advice = "give a new or empty folder"
-    if MANIFEST not in found:
-        raise InputError(f"{out} is not empty and holds no package (no {MANIFEST}): {advice}")
+def _own_files(out: Path, found: set[str], advice: str) -> set[str]:
+    """Return which files of a package may be replaced, or raise InputError if it is none."""
     manifest = read_json(out / MANIFEST, f"no package to replace; {advice}")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{out / MANIFEST} is not an m3vit package's: {advice}")
-    # A package is replaced by removing its folder: nothing of the user's may be in it.
-    own = {MANIFEST, WEIGHTS, *EVALUATION_FILES, *(entry["file"] for entry in file_entries(manifest))}
-    if foreign := sorted(found - own):
-        raise InputError(
-            f"{out} holds files that are not the package's ({', '.join(foreign[:3])}): move them, or {advice}"
-        )
+    return {MANIFEST, WEIGHTS, *EVALUATION_FILES, *(entry["file"] for entry in file_entries(manifest))}

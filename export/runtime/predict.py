@@ -2,13 +2,12 @@
 
 import os
 import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from m3vit.export.runtime.sources import Found, Source, find_sources
 from m3vit.files import atomic_path
 from m3vit.images import MAX_PIXELS, read_image
 from m3vit.kinds import KINDS
+from m3vit.signals import StopSignals
 
 if TYPE_CHECKING:  # PyAV is an extra
     from m3vit.export.runtime.video import Film, Frame
@@ -100,7 +100,7 @@ def predict_files(
         from m3vit.export.runtime import video  # noqa: F401 (a missing PyAV is noticed before anything is run)
     outcome = Outcome(found=found)
     run = _Run(package, tasks, out, options, outcome, say)
-    with StopSignals() as signals:
+    with StopSignals((signal.SIGINT, signal.SIGTERM)) as signals:
         for done, source in enumerate(sources):
             if signals.received:
                 break
@@ -170,29 +170,6 @@ def check_outputs(sources: Sequence[Source], tasks: Sequence[str], out: Path, op
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
     """A signal came in the middle of a video file."""
-
-
-class StopSignals:
-    """Within `with`, notes SIGINT and SIGTERM instead of obeying: `received` is the first. A second one interrupts."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopSignals":
-        # Only the main thread may take signals; elsewhere (a notebook's thread) they stay as they are.
-        self._before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
 
 
 class _DepthScale:

@@ -1,12 +1,7 @@
 """The onnxruntime sessions of a package's graphs, and the cache of graphs laid out for a machine. No torch."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3vit.errors import InputError, first_line
+from m3vit.errors import InputError, WriteError, first_line
 from m3vit.export.runtime.manifest import MANIFEST
 from m3vit.export.runtime.opened import OpenedFiles
 from m3vit.export.runtime.ort import onnxruntime
-from m3vit.files import read_json, sha256_file, write_json
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
+from m3vit.files import atomic_folder, read_json, sha256_file, write_json
+from m3vit.staging import locked
 
 GRAPH, WEIGHTS, LISTING = "graph.onnx", "weights.bin", "entry.json"  # of an entry of the cache
 
@@ -134,8 +125,8 @@ class Sessions:
         session = self.open_entry(home, entry, made_for)
         if session is None:
             self.cache.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.cache.folder) as alone:
-                session = self.open_entry(home, entry, made_for) or self._make_entry(home, entry, made_for, alone)
+            with locked(self.cache.folder):
+                session = self.open_entry(home, entry, made_for) or self._make_entry(home, entry, made_for)
         return session
 
     def made_for(self, entry: dict[str, Any]) -> str:
@@ -170,43 +161,45 @@ class Sessions:
         self.mapped[entry["file"]] = files
         return session
 
-    def _make_entry(
-        self, home: Path, entry: dict[str, Any], made_for: str, alone: bool
-    ) -> onnxruntime.InferenceSession:
-        """Write an entry and return its session; `alone`: no other process is writing to the cache."""
+    def _make_entry(self, home: Path, entry: dict[str, Any], made_for: str) -> onnxruntime.InferenceSession:
+        """Write an entry and return its session."""
         assert self.cache is not None
         # Of files that the caller vouched for too: the entry is found by their digests, by callers who did not.
         for name in (entry["file"], self.weights):
             self.files.check(name, trusting=False)
-        prefix = f".{home.name}."
-        for left in self.cache.folder.iterdir() if alone else ():  # by a process that was killed
-            if left.name.startswith(prefix):
-                shutil.rmtree(left, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.cache.folder))
+        if home.is_symlink() or home.is_file():
+            home.unlink(missing_ok=True)  # not what a link leads to
+        session = None
         try:
-            folder.chmod(0o755)  # mkdtemp gives 0700
-            options = self._options()
-            options.optimized_model_filepath = str(folder / GRAPH)
-            for name, value in (
-                ("save_external_prepacked_constant_initializers", "1"),
-                ("optimized_model_external_initializers_file_name", WEIGHTS),
-                ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
-            ):
-                options.add_session_config_entry(f"session.{name}", value)
-            try:
-                _create(self.files, (entry["file"], self.weights), options)
-            except Exception as error:
-                self._plain(entry)  # raises what the package, not the cache, is to blame for
-                raise self._no_cache(first_line(error)) from error
-            digests = {path.name: sha256_file(path) for path in folder.iterdir()}
-            write_json(folder / LISTING, {"made_for": made_for, "files": digests})
-            session = self.open_entry(home, entry, made_for, folder)
+            with atomic_folder(home) as folder:
+                self._optimise(folder, entry)
+                digests = {path.name: sha256_file(path) for path in folder.iterdir()}
+                write_json(folder / LISTING, {"made_for": made_for, "files": digests})
+                session = self.open_entry(home, entry, made_for, folder)
+                if session is None:
+                    raise self._no_cache("what onnxruntime wrote cannot be read")
+        except WriteError:
             if session is None:
-                raise self._no_cache("what onnxruntime wrote cannot be read")
-            _put(folder, home)
-            return session
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                raise
+            # Where folders cannot be locked another process may have put its own there first. This one's is as good.
+        assert session is not None
+        return session
+
+    def _optimise(self, folder: Path, entry: dict[str, Any]) -> None:
+        """Let onnxruntime write a graph, with its weights laid out for this machine, into a folder."""
+        options = self._options()
+        options.optimized_model_filepath = str(folder / GRAPH)
+        for name, value in (
+            ("save_external_prepacked_constant_initializers", "1"),
+            ("optimized_model_external_initializers_file_name", WEIGHTS),
+            ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ):
+            options.add_session_config_entry(f"session.{name}", value)
+        try:
+            _create(self.files, (entry["file"], self.weights), options)
+        except Exception as error:
+            self._plain(entry)  # raises what the package, not the cache, is to blame for
+            raise self._no_cache(first_line(error)) from error
 
     def _no_cache(self, reason: str) -> InputError:
         assert self.cache is not None
@@ -227,30 +220,3 @@ def _create(
     finally:  # it opened them by name: whatever came of others is worth nothing
         for name in names:
             files.check(name)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Wait until no other process holds a folder, hold it, and yield whether that was possible at all."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor, held = os.open(folder, os.O_RDONLY), False
-    try:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            held = True
-        yield held
-    finally:
-        os.close(descriptor)
-
-
-def _put(folder: Path, home: Path) -> None:
-    """Rename a folder to `home`, in the place of what is there. Another process's that came first may stay."""
-    for _ in range(2):
-        with suppress(OSError):
-            os.rename(folder, home)
-            return
-        with tempfile.TemporaryDirectory(prefix=folder.name, dir=home.parent, ignore_cleanup_errors=True) as aside:
-            with suppress(OSError):
-                os.rename(home, Path(aside) / home.name)

@@ -15,7 +15,7 @@ import torch
 
 from m3vit.digests import check_sealed, read_sealed_lines, seal, sealed_line
 from m3vit.errors import InputError, first_line
-from m3vit.files import atomic_path, is_empty
+from m3vit.files import atomic_path, require_empty
 from m3vit.training.config import Config, differences, read_run_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
@@ -43,11 +43,8 @@ def prepare_folder(config: Config, out: Path, resume: bool) -> None:
                 "into another folder"
             )
         return
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder")
-    if not is_empty(out):
-        hint = "it is not a run folder" if resume else "continue it with m3vit train --resume, or choose another folder"
-        raise InputError(f"{out} exists and is not empty: {hint}")
+    go_on = "continue it with m3vit train --resume, or choose another folder"
+    require_empty(out, advice="it is not a run folder" if resume else go_on)
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out)
 

@@ -45,7 +45,7 @@ from m3vit.training.sharding import (
     unsharded,
 )
 from m3vit.training.step import Stepper
-from m3vit.training.stopping import SIGNALS, Stopped, StopSignals
+from m3vit.training.stopping import SIGNALS, Stopped, stop_signals
 from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
 from m3vit.training.weighting import make_weighting
 
@@ -195,7 +195,7 @@ class Training:
         self.step = 0
         self.clock = (time.perf_counter(), 0)  # when the speed was last drawn, and at which step
         self.left_out = LeftOut()
-        self.stop = StopSignals()
+        self.stop = stop_signals()
 
         state = agree(lambda: load_state(out)) if resume else None
         if state:

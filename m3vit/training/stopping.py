@@ -6,11 +6,9 @@ the run is not finished, and neither `m3vit train ... && m3vit eval ...` nor a s
 """
 
 import signal
-import threading
-from types import FrameType
-from typing import Any
 
 from m3vit.collectives import world_size
+from m3vit.signals import StopSignals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -23,29 +21,9 @@ class Stopped(Exception):  # noqa: N818 (not an error)
         self.exit_code = 128 + kind
 
 
-class StopSignals:
-    """Within `with`, notes a signal instead of obeying it: `received` is the first one, or None.
+def stop_signals() -> StopSignals:
+    """Return what notes these signals; a second Ctrl-C interrupts at once.
 
-    A second Ctrl-C interrupts at once. Not so under torchrun, which passes Ctrl-C on to processes that the terminal has
-    sent it to already.
+    Not so under torchrun, which passes Ctrl-C on to processes that the terminal has sent it to already.
     """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopSignals":
-        # Only the main thread may take signals; elsewhere (a notebook's thread) they stay as they are.
-        self.before: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {kind: signal.signal(kind, self.note) for kind in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-
-    def note(self, number: int, _: FrameType | None) -> None:
-        """Handle a signal."""
-        if number == signal.SIGINT and self.received and world_size() == 1:
-            raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
+    return StopSignals(SIGNALS, lambda kind: kind == signal.SIGINT and world_size() == 1)

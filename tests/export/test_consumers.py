@@ -20,6 +20,8 @@ from m3vit.models.budget import LayerBudget
 from m3vit.run_folder import load_run
 from tests.conftest import Cli
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[np.float32]
 TASKS = ("semseg", "depth", "normals", "edge")
 

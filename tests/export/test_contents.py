@@ -20,6 +20,8 @@ from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import make_images, make_samples
 from tests.test_digests import flips
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 200  # of each file, or of each kind of file
 # Of many files of one kind, each flip takes another.
 KINDS = ("firmware/weights/*.txt", "firmware/weights/*.h", "tb_data/*.dat")

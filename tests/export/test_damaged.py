@@ -19,6 +19,8 @@ from m3vit.run_folder import load_run
 from tests.conftest import Cli
 from tests.test_cli import refused
 
+pytestmark = pytest.mark.slow
+
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 
 

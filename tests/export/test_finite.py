@@ -43,7 +43,7 @@ def bright(tmp_path: Path) -> Path:
 
 
 # Numpy says so too, of the normalisation.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

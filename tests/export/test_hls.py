@@ -27,6 +27,8 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS as TASK_TABLE
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def project(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -39,6 +39,8 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[np.float32]
 NAMES = LABEL_SETS["nyud"].tasks
 UNITS = {

@@ -20,6 +20,9 @@ from m3vit.errors import InputError
 from m3vit.export.runtime.manifest import MANIFEST, file_entries
 from m3vit.export.runtime.package import Package, PackageChanged
 from m3vit.files import sha256_file
+from m3vit.staging import LOCK, PARTIAL
+
+pytestmark = pytest.mark.slow
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 FLIPS = 200  # of each file
@@ -246,8 +249,9 @@ def test_entries_that_are_something_else_are_made_anew(package: Path, tmp_path: 
     cache = tmp_path / "cache"
     expected = predict(package, cache=cache)
     (home,) = cache.iterdir()
-    left = cache / f".{home.name}.killed"
+    left = cache / f".{home.name}.killed{PARTIAL}"
     shutil.copytree(home, left)
+    left.with_name(left.name + LOCK).write_text(home.name)
     if what == "a missing file":
         (home / "weights.bin").unlink()
     elif what == "a file too many":

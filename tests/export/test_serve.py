@@ -28,6 +28,8 @@ from tests.export.serving import Server, serving
 from tests.export.test_images import png_header
 from tests.export.test_runtime import CHANNELS, make_image, make_package
 
+pytestmark = pytest.mark.process
+
 Cli = Callable[..., subprocess.CompletedProcess]
 TASKS = list(CHANNELS)
 

@@ -30,6 +30,8 @@ from tests.export.attacks import Watch, attacked, post
 from tests.export.serving import serving
 from tests.export.test_runtime import CHANNELS, make_package
 
+pytestmark = pytest.mark.process
+
 LARGE = 8 << 20  # more than the kernel keeps of an answer that nobody reads
 
 

@@ -10,6 +10,8 @@ import pytest
 from tests.export.test_runtime import make_package
 from tests.export.test_serve_limits import picture
 
+pytestmark = pytest.mark.process
+
 # What a process of these tests may know of the environment: onnxruntime writes nothing either where it takes its
 # surroundings for a CI service (TF_BUILD, GITHUB_ACTIONS and others), and then they would tell nothing.
 KEPT = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "SYSTEMROOT")

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,15 @@ class Simulator:
     binary: Path
 
     @classmethod
-    def build(cls, folder: Path, hardware: Hardware, flags: list[str]) -> "Simulator":
-        """Compile the engines for a hardware configuration."""
+    def build(
+        cls, folder: Path, hardware: Hardware, flags: list[str], edit: Callable[[str], str] = lambda text: text
+    ) -> "Simulator":
+        """Compile the engines for a hardware configuration; `edit` changes the text of their headers."""
         firmware = folder / "firmware"
         firmware.mkdir(parents=True)
         (firmware / "nnet_utils").mkdir()
         for header in [*INCLUDE.glob("m3vit_tables.h"), INCLUDE / "m3vit_integer.h", *INCLUDE.glob("engine/*.h")]:
-            (firmware / "nnet_utils" / header.name).symlink_to(header)
+            (firmware / "nnet_utils" / header.name).write_text(edit(header.read_text()))
         (firmware / "parameters.h").write_text(parameters_text(hardware))
         (firmware / "m3vit.h").write_text(HEADER_TEXT)
         ports = ("image", "weights", "gates", "params", "keys", "narrow_in", "narrow_out", "wide_in", "wide", "output")

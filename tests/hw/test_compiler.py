@@ -13,6 +13,8 @@ from m3vit.errors import InputError
 from m3vit.hw.sim import compiler
 from m3vit.hw.sim.compiler import built, kill_programs, run_program
 
+pytestmark = pytest.mark.slow
+
 Script = Callable[[str], Path]
 
 

@@ -1,6 +1,7 @@
 """The engines of the time-multiplexed accelerator: C++ and emulator, word for word, and both against float."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,8 @@ from tests.hw.programs import (
 )
 from tests.hw.test_kernels import AP_TYPES
 
+pytestmark = pytest.mark.slow
+
 
 def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tuple[np.ndarray, list[dict[str, int]]]:
     """Run a random model for every task in C++ and in the emulator; return the outputs and counters."""
@@ -60,9 +63,16 @@ def check_words(builds: Builds, shape: Shape, folder: Path, seed: int = 0) -> tu
 
 
 def test_hardware_modules_need_neither_torch_nor_hls4ml() -> None:
-    script = "import sys, m3vit.hw.program, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.kinds.decoding;"
+    script = "import sys, m3vit.hw.boards, m3vit.hw.arithmetic, m3vit.hw.isa_header, m3vit.kinds.decoding;"
     script += "sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml', 'onnxruntime')))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_hardware_stands_below_the_exporter_and_torch_is_the_emulators() -> None:
+    for path in (ROOT / "hw").rglob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
+        assert not any(name.startswith("m3vit.export") for name in imported), path.name
+        assert ("torch" in imported) == (path.name == "emulator.py"), path.name
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (INCLUDE / "engine").glob("*.h")))

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from m3vit.hw import tables
 from m3vit.hw.sim import csim
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 INCLUDE = ROOT / "hw" / "include"
 SPEC = find_spec("hls4ml")

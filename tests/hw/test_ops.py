@@ -3,6 +3,7 @@
 Every opcode of OPS is tested by what tests/hw/opcodes.py has of it; one that has nothing there fails.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from m3vit.hw.isa import WORDS, Instruction, Mode, Op, decode
 from m3vit.hw.ops import ENGINES, OPS, PORTS
 from m3vit.hw.sim.emulator import Emulator
 from tests.hw.opcodes import OPCODES, PIXELS, Bench, Machine
-from tests.hw.programs import FORMATS, HARDWARE, Builds
+from tests.hw.programs import FORMATS, HARDWARE, Builds, Simulator
 
 INSTANCES = 6
 TASK = 1  # of the frame: instructions for task 0 are skipped
@@ -150,6 +151,41 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
         72 + 288 + 84,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trips(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
+    """A simulator that counts, in place of expert_loads, the iterations of pipelined loops times their II."""
+
+    def edit(text: str) -> str:
+        text = text.replace("M3VIT_COUNT(expert_loads, queue.num_active)", "M3VIT_COUNT(expert_loads, 0)")
+        if "Fetch:" in text:  # of every instruction, before it is known
+            return text
+        return re.sub(r"#pragma HLS PIPELINE II=(\d+)", r"M3VIT_COUNT(expert_loads, \1);", text)
+
+    return Simulator.build(tmp_path_factory.mktemp("trips") / "build", HARDWARE, ["-O2"], edit)
+
+
+@parametrise_ops
+def test_cycles_are_the_trips_of_the_loops(
+    trips: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: Op
+) -> None:
+    """The C++ counts the iterations: the cycles as if nothing ran side by side."""
+    bench = Bench(HARDWARE, seed=100 + op)
+    program = [instruction for _ in range(INSTANCES) for instruction in OPCODES[op].make(bench)]
+    image, start = bench.image(program), bench.start()
+    pixels = np.zeros((*PIXELS, 3), np.uint8)
+    _, counters, _ = trips.run(tmp_path, image, pixels[None], [TASK], start)
+    monkeypatch.setattr(ops, "side_by_side", lambda times, *stages: times * sum(stages))
+    monkeypatch.setattr(ops, "ping_pong", lambda loads, computes: sum(loads) + sum(computes))
+    machine = Machine(image, *(words.astype(np.int64) for words in start), np.zeros(0, np.int64))
+    for line, instruction in zip(counters, image.program, strict=False):
+        if isinstance(instruction, isa.Route):
+            OPCODES[Op.ROUTE].run(instruction, machine, pixels)
+        queue = [len(tokens) for tokens in machine.queue if tokens]
+        skipped = instruction.task not in (-1, TASK)
+        cycles = 0 if skipped else ops.cycles(instruction, HARDWARE, queue) - ops.FETCH_CYCLES
+        assert line["expert_loads"] == cycles, instruction
 
 
 @parametrise_ops

@@ -9,6 +9,8 @@ import pytest
 from tests.conftest import succeed
 from tests.training.runs import lines
 
+pytestmark = pytest.mark.slow
+
 CURVES = Path(__file__).parent / "losses"
 STEPS = 20
 

@@ -19,6 +19,8 @@ from tests.conftest import TINY
 from tests.training.launching import Run, run
 from tests.training.runs import assert_close, lines, same_bits
 
+pytestmark = pytest.mark.process
+
 
 def test_two_processes_or_parts_train_what_one_does(uneven_data: Path, tmp_path: Path) -> None:
     # SGD: AdamW divides by a gradient's size, and so turns rounding of a tiny one into a whole step.

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.process
+
 Cli = Callable[..., subprocess.CompletedProcess]
 # Router noise draws from torch's random state, so resuming has to restore that too.
 RECIPE = ["synthetic-tiny", *TINY, "--train.epochs=8", "--train.checkpoint_steps=1", "--model.router_noise=1.0"]

@@ -21,6 +21,8 @@ from tests.conftest import TINY
 from tests.training.launching import CONTEXT, Run, environments, run
 from tests.training.runs import assert_close, lines, same_bits
 
+pytestmark = pytest.mark.process
+
 SHARDED = "--train.strategy=fsdp"
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from m3vit.export.hls.multiplexed.words import Floats, LinearWords, linear_words, norm_words, rounded
 from m3vit.hw import isa
 from m3vit.hw.isa import PIXEL_ZERO, ROW_WORDS, SCORE_FRAC, Instruction, Mode
-from m3vit.hw.ops import GATE_BITS
+from m3vit.hw.ops import GATE_BITS, needs
 from m3vit.hw.program import Builder, Image, Memory, allocate, program_words
 from m3vit.hw.tables import NORM_FRAC
 from m3vit.hw.weights_file import ALIGNMENT
@@ -61,7 +61,6 @@ class Scheduler:
         self.buffers: list[Buffer] = []
         self.builder = Builder(weight_bits, act_bits)
         self.tensors: list[dict[str, Any]] = []  # of the weight file, for weights_map.json
-        self.limits = {"max_in": 1, "max_dim": 1, "max_rows": 1, "max_experts": 1, "max_top": 1, "max_head": 1}
         self.output_size = self.image_size = 0
         self.largest_sum_bits = 0
 
@@ -86,10 +85,6 @@ class Scheduler:
             buffer.last = len(self.steps)
         self.steps.append(_Step(instruction, places))
 
-    def _limit(self, **values: int) -> None:
-        for name, value in values.items():
-            self.limits[name] = max(self.limits[name], value)
-
     def _note(self, name: str, section: str, offset: int, shape: tuple[int, ...], **facts: Any) -> None:
         self.tensors.append({"name": name, "section": section, "offset": offset, "shape": list(shape), **facts})
 
@@ -98,7 +93,6 @@ class Scheduler:
         assert isinstance(x.frac, int)
         words = linear_words(weight, bias, bits, (self.act_bits, x.frac), y_frac, name, **options)
         self.largest_sum_bits = max(self.largest_sum_bits, words.sum_bits)
-        self._limit(max_in=weight.shape[1])
         return words
 
     def _store(self, name: str, words: LinearWords, section: str = "weights") -> dict[str, Any]:
@@ -134,7 +128,6 @@ class Scheduler:
         words = rounded(table, self.wide_frac, WIDE_BITS)
         params = self.builder.put("params", words)
         self._note(f"{name}.table", "params", params, table.shape, frac=self.wide_frac)
-        self._limit(max_rows=x.rows)
         self._add(isa.Position(rows=x.rows, n_out=x.columns, params=params, prefix=prefix), None, x)
         return x
 
@@ -156,7 +149,6 @@ class Scheduler:
         words = norm_words(scale, bias, eps, x.frac, out_frac, NORM_FRAC)
         params = self.builder.put("params", words.params)
         self._note(f"{name}.scale_bias", "params", params, (2, n))
-        self._limit(max_dim=n, max_rows=rows)
         source = Tensor(x.buffer, rows, n, x.frac, x.start + skip)
         dst = self._tensor(wide, rows, n, out_frac)
         names = ("shift", "bias_shift", "sqrt_dim", "eps")
@@ -174,7 +166,6 @@ class Scheduler:
         fields = self._store(name, words)
         fields |= {"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {}
         shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
-        self._limit(max_rows=x.rows)
         self._add(isa.Linear(mode=Mode.NARROW, **shape, **fields), x, dst)
         return dst
 
@@ -196,7 +187,6 @@ class Scheduler:
         q_frac, k_frac, v_frac = (int(value) for value in qkv.frac)
         dim = qkv.columns // 3
         dst = self._tensor(False, qkv.rows, dim, frac)
-        self._limit(max_head=dim // heads)
         fields = {"heads": heads, "score_shift": q_frac + k_frac - SCORE_FRAC, "value_shift": v_frac - frac}
         self._add(isa.Attention(rows=qkv.rows, n_in=3 * dim, n_out=dim, **fields), qkv, dst)
         return dst
@@ -226,7 +216,6 @@ class Scheduler:
             shape = {"rows": x.rows, "n_in": dim, "n_out": experts}
             only = -1 if same or tasks == 1 else task
             self._add(isa.Gate(task=only, **shape, **fields), x, logits)
-        self._limit(max_experts=experts, max_top=top_k, max_rows=x.rows)
         route = isa.Route(rows=x.rows, n_in=experts, top_k=top_k, logit_frac=logit_frac)
         self._add(route, logits, None)
         self._experts(name, x, weights, hidden, residual)
@@ -266,6 +255,11 @@ class Scheduler:
             self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
             first += width
         self.output_size = x.rows * pitch
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What the program so far needs of the hardware: fields of Hardware."""
+        return needs([step.instruction for step in self.steps])
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

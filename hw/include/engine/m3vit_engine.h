@@ -2,7 +2,8 @@
 //
 // One engine of each kind serves every layer. A program in DDR says what they do: a list of instructions of
 // `instruction_words` 32-bit words, read one at a time by m3vit_accelerator.h. Opcodes, their fields and the constants of
-// the arithmetic are in m3vit_isa.h. docs/hls.md describes memory, formats and program.
+// the arithmetic are in m3vit_isa.h. docs/hls.md describes memory, formats and program. Cycles of the
+// engines (without the depth of pipelines and the latency of memory) and their bytes are in m3vit/hw/ops.py.
 //
 // Number formats. Narrow tensors (inputs of products) are C::act_bits wide, weights C::wt_t, both with a fraction
 // chosen by calibration; wide tensors (the residual stream, router logits, outputs) are 32 bits; accumulators are

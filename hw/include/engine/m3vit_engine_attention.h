@@ -6,7 +6,7 @@
 // query_block products. Queries hold log2(e) / sqrt(head width) already, hence base 2. Rounding depends on key_block, not on
 // query_block.
 // While one block of keys is worked on, the next is loaded (ping and pong).
-// Cycles: about rows^2 * heads * 2, two products of a head's width a cycle.
+// Cycles: about rows^2 * heads * 2, since the weights of a block follow its scores.
 #ifndef M3VIT_ENGINE_ATTENTION_H_
 #define M3VIT_ENGINE_ATTENTION_H_
 

@@ -6,8 +6,8 @@
 // the first tile of the next expert is fetched during the last of this one.
 // The inputs of a block of tokens are read from DDR with its first tile and kept on chip for the others; so inputs pass
 // once, and weights once for each block (for most experts there is one).
-// Cycles: a tile of n tokens takes max(n * ceil(n_in / tile_in), tile_out * n_in / (weights a beat)), if rows are read
-// and written at that pace.
+// Cycles: loops over memory move one value an iteration. A tile of n tokens takes n times the slowest of reading (n_in, with
+// the first tile), multiplying (n_in / tile_in) and writing (tile_out), beside loading the next, tile_out * (n_in + 2).
 #ifndef M3VIT_ENGINE_LINEAR_H_
 #define M3VIT_ENGINE_LINEAR_H_
 

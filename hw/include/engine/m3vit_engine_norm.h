@@ -8,7 +8,7 @@ namespace nnet {
 namespace vit {
 
 // Cut the image uint8 [rows p, columns p, 3] into patches in the order (y, x, colour); pixel - 128 fits 8 signed bits.
-// Cycles: rows * n_in / (pixels a beat).
+// Cycles: rows * n_in.
 template <class C> void read_image(const image_fields &I, const uint8_t *image, typename C::act_t *narrow) {
     #pragma HLS INLINE off
     const unsigned p = I.patch, columns = I.columns, line = 3 * p * columns;

@@ -3,7 +3,7 @@
 // Logits (base 2) come from the gate, one row a token. The k largest are kept in order as they arrive, ties to the lowest
 // expert id; weights are not renormalised. The queues are one list of rows * k entries sorted by expert (counting sort),
 // so their size does not depend on the number of experts; `active` lists the experts with tokens.
-// Cycles: about rows * (2 * experts + k + 10) + experts + rows * k.
+// Cycles: rows * (2 * experts + 3 * k) + 2 * experts.
 #ifndef M3VIT_ENGINE_ROUTER_H_
 #define M3VIT_ENGINE_ROUTER_H_
 

@@ -1,6 +1,7 @@
 """What an emitted project runs elsewhere: the host driver on a software model of the board, and the vendor's Tcl."""
 
 import ctypes
+import inspect
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3vit.hw import weights_file
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
@@ -20,6 +22,8 @@ from m3vit.kinds.decoding import assemble, decode
 from m3vit.models.decoders.linear import assemble_tokens
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
+
+pytestmark = pytest.mark.slow
 
 # --- the host driver, against a software model of registers and memory -----------------------------------------------
 
@@ -131,6 +135,7 @@ def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
 
 
 def test_driver_stands_alone(project: Path) -> None:
+    assert (project / "host" / "m3vit_weights_file.py").read_text() == inspect.getsource(weights_file)
     for path in (project / "host").glob("*.py"):
         assert not re.search(r"^\s*(from|import) m3vit[.\s]", path.read_text(), re.MULTILINE), path.name
 

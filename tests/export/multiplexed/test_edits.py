@@ -16,6 +16,8 @@ from m3vit.export.hls.verify import OUTPUTS, REPORT, SimulatedOutputs, verify_pr
 from tests.export.models import TASKS, make_images
 from tests.test_digests import flips
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 from tests.export.multiplexed.exporting import export
 
+pytestmark = pytest.mark.slow
+
 Cli = Callable[..., subprocess.CompletedProcess]
 
 

@@ -24,6 +24,8 @@ from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import TASKS, make_images, make_model
 from tests.export.multiplexed.exporting import export
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
