@@ -15,8 +15,10 @@ from m3vit.data.sample import FileSplit
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES, LabelSet, add_label_set, declare, describe
+from m3vit.models.config import ModelConfig
 from m3vit.pool import run_jobs
 from m3vit.run_folder import load_run
+from m3vit.training.config import Config, DataConfig
 from tests.command_line import kept_state
 from tests.conftest import TINY
 from tests.test_cli import refused
@@ -230,6 +232,16 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
 def test_incomplete_label_sets_are_refused(labels: LabelSet, words: str) -> None:
     with kept_state(), pytest.raises(InputError, match=words):
         add_label_set(labels)
+
+
+def test_a_layout_without_published_ranges_has_no_pipeline_of_them() -> None:
+    with kept_state():
+        add_layout(type("Mine", (NYUD,), {"name": "mine", "m3vit_ranges": None}))
+        model = ModelConfig(label_set="auto", tasks=["depth"])
+        config = Config(model, DataConfig(layout="mine", pipeline="m3vit"))
+        assert config.model.label_set == "nyud"
+        with pytest.raises(InputError, match=r"data.layout mine has no m3vit_ranges: give simple or invpt"):
+            config.check()
 
 
 def test_other_names_for_as_many_classes(tiny_data: Path) -> None:
