@@ -69,6 +69,7 @@ def refused(result: Any, words: str) -> None:
     assert result.returncode == 2 and words in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
+@pytest.mark.slow
 def test_the_whole_path_of_one_from_outside(added: None, cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     run, onnx = tmp_path / "run", tmp_path / "onnx"
     words = ["synthetic-tiny", *TINY, "--model.trunk_args.depth=4", "--model.head=three", "--model.head_args.width=5"]
