@@ -28,7 +28,7 @@ from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.config import ModelConfig
-from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.initialise import new_model
 
 COMMON: dict[str, Any] = {"tasks": ["semseg", "depth"], "head": "linear"}
 SIZES: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def measure(name: str, repeats: int, folder: Path) -> dict[str, Any]:
     """Export a model of one size and return its figures."""
     torch.manual_seed(0)
     config = ModelConfig(**COMMON, **SIZES[name])
-    model = MultiTaskModel(config).eval()
+    model = new_model(config).eval()
     images = images_of(config.image_size, 1)
     labels = {"depth": np.ones(config.image_size, np.float32), "semseg": np.zeros(config.image_size, np.uint8)}
     start = time.perf_counter()

@@ -25,7 +25,7 @@ from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
 from m3vit.data.synthetic.dataset import synthesize
 from m3vit.label_sets import LABEL_SETS
-from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.initialise import new_model
 from m3vit.normalisation import IMAGENET
 from m3vit.training.config import read_config, recipe_path
 from m3vit.training.step import step_losses
@@ -57,7 +57,7 @@ def waiting(
     config.model.pretrained, config.model.head, config.model.distillation = False, "linear", []
     size = (config.model.image_size[0], config.model.image_size[1])
     torch.manual_seed(0)
-    model = MultiTaskModel(config.model).to(device).train()
+    model = new_model(config.model).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     dataset = TrainingSet(split, size, 0, IMAGENET, pipeline)
     order = EpochBatches(len(dataset), batch, 0)

@@ -43,6 +43,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from m3vit.models.experts import EXECUTIONS, ExpertBank
+from m3vit.models.initialise import new_model
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Router
@@ -145,7 +146,7 @@ def run_steps(way: str, device: str, precision: str, size: int, batch: int) -> N
     for key, value in WAYS[way].items():
         setattr(config.train, key, value)
     fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
-    model = MultiTaskModel(config.model).train()
+    model = new_model(config.model).train()
     model.backbone.checkpoint_activations = config.train.checkpoint_activations
     if way == THEIRS:
         EXECUTIONS["sorted"] = EXECUTIONS["grouped"] = loop_and_scatter

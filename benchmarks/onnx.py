@@ -81,10 +81,10 @@ def build(moe: bool) -> Any:
     """Return the model with random weights, in evaluation mode."""
     import torch
 
-    from m3vit.models.multitask import MultiTaskModel
+    from m3vit.models.initialise import new_model
 
     torch.manual_seed(0)
-    return MultiTaskModel(config(moe)).eval()
+    return new_model(config(moe)).eval()
 
 
 def contents(sizes: Sequence[int]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def contents(sizes: Sequence[int]) -> dict[str, Any]:
 def export(folder: Path, sizes: Sequence[int]) -> float:
     """Write the packages that are not in `folder` yet; return the seconds that a task of the sparse model took."""
     from m3vit.export.onnx.package import export_package
-    from m3vit.models.multitask import MultiTaskModel
+    from m3vit.models.initialise import new_model
 
     seconds = 0.0
     for name, content in contents(sizes).items():
@@ -110,7 +110,7 @@ def export(folder: Path, sizes: Sequence[int]) -> float:
         print(f"exporting {name}", file=sys.stderr, flush=True)
         model = build(name != "dense")
         if name not in ("sparse", "dense"):  # one task is enough
-            only = MultiTaskModel(replace(model.config, tasks=[TASK]))
+            only = new_model(replace(model.config, tasks=[TASK]))
             only.load_state_dict({key: value for key, value in model.state_dict().items() if key in only.state_dict()})
             model = only.eval()
         start = time.perf_counter()

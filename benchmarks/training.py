@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     from m3vit.collectives import leave_group, world_size
     from m3vit.label_sets import LABEL_SETS
-    from m3vit.models.multitask import MultiTaskModel
+    from m3vit.models.initialise import new_model
     from m3vit.training.config import read_config, recipe_path
     from m3vit.training.launch import launch
     from m3vit.training.optim import make_optimizer
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     fabric = launch(config.train)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    model = MultiTaskModel(config.model).train()
+    model = new_model(config.model).train()
     model.backbone.checkpoint_activations = config.train.checkpoint_activations
     weighting = make_weighting(config, fabric.device)
     wrapped = fabric.setup(model)

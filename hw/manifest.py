@@ -27,7 +27,12 @@ def read_manifest(project: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is not of this version of m3vit: export the project again")
     if "labels" in manifest:
-        manifest["label_set"] = declare(manifest["labels"], str(path))
+        tasks = manifest.get("tasks")
+        names = [str(task.get("name")) for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+        name = declare(manifest["labels"], str(path), names)
+        if manifest["labels"]["label_set"]["name"] != manifest.get("label_set"):
+            raise InputError(f"{path} is damaged (label_set): export the project again")
+        manifest["label_set"] = name
     try:
         wrong = next((name for name, holds in RULES.items() if not holds(manifest)), None)
         more = {} if wrong else NEEDS[_schedule(manifest)].rules

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -121,20 +121,26 @@ def describe(label_set: str) -> dict[str, Any]:
     return json.loads(json.dumps(description, default=dict))  # type: ignore[no-any-return]
 
 
-def declare(description: dict[str, Any], where: str) -> str:
+def declare(description: dict[str, Any], where: str, needed: Collection[str]) -> str:
     """Make known what a run or an export says of its labels (`describe`), and return the name of its label set.
 
     Tasks and label sets that are known here stay as they are. A label set of a known name with other classes gets a
-    name of its own. Raises InputError for a task that cannot be known without the code that it was added by.
+    name of its own. Raises InputError for a task of `needed` that cannot be known without the code it was added by; the
+    label set goes without others that cannot.
     """
-    if description.get("version") != VERSION:
-        raise InputError(f"{where} describes its labels in a version that this m3vit does not read: use a later one")
+    if not isinstance(description, dict) or description.get("version") != VERSION:
+        raise InputError(f"{where} describes its labels in another version than {VERSION}: open it with what wrote it")
     try:
         for name, row in description["tasks"].items():
-            _declare_task(name, dict(row), where)
+            try:
+                _declare_task(name, dict(row), where)
+            except InputError:
+                if name in needed:
+                    raise
         fields = description["label_set"]
         classes = {task: tuple(names) for task, names in fields["classes"].items()}
-        labels = LabelSet(**{**fields, "tasks": tuple(fields["tasks"]), "classes": classes})
+        tasks = tuple(task for task in fields["tasks"] if task in TASKS)
+        labels = LabelSet(**{**fields, "tasks": tasks, "classes": classes})
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where} describes its labels in a way that cannot be read ({first_line(error)})") from None
     known = LABEL_SETS.get(labels.name)

@@ -94,7 +94,7 @@ def recall(recorded: Sequence[str], where: str) -> None:
         name = _name(given)
         if name in _loaded:
             continue
-        if not _is_file(given) and _origin(name):
+        if not _is_file(given) and _is_installed(name):
             load(given)
         elif where:
             _missing[given] = where
@@ -118,7 +118,7 @@ def take(words: Sequence[str]) -> list[str]:
         elif word.startswith("--plugin="):
             value = word.partition("=")[2]
         elif word.partition("=")[0] == "--plugins":
-            raise InputError("--plugins is what a run notes in its config.yaml: give --plugin MODULE")
+            raise InputError("plugins is a key of files, which a run notes in its config.yaml: give --plugin MODULE")
         else:
             others.append(word)
             continue
@@ -140,6 +140,19 @@ def _name(given: str) -> str:
 
 def _recorded(given: str) -> str:
     return str(Path(given).resolve()) if _is_file(given) else given
+
+
+def _is_installed(name: str) -> bool:
+    """Return whether there is a module of this name, and not in the working directory: that may be a run folder."""
+    try:
+        spec = find_spec(name.partition(".")[0])  # does not import it
+    except (ImportError, ValueError):
+        return False
+    if spec is None:
+        return False
+    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    folders = folders or [Path(spec.origin or "/none")]
+    return all(folder.resolve().parent != Path.cwd() for folder in folders) and _origin(name) is not None
 
 
 def _origin(name: str) -> str | None:

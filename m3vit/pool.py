@@ -135,6 +135,6 @@ def _begin(
     for one in given:
         plugins.load(one)
     for description in declared:
-        label_sets.declare(description, "another process")
+        label_sets.declare(description, "another process", ())
     if initializer:
         initializer(*initargs)

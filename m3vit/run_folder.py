@@ -99,7 +99,7 @@ def load_run(folder: Path) -> Run:
         "normalisation": recorded(info.get("normalisation"), f"normalisation of {folder / INFO}").plain()
     }
     if "labels" in info:  # not of runs from before they described themselves: they have the names of a table's
-        fresh["label_set"] = declare(info["labels"], str(folder / INFO))
+        fresh["label_set"] = declare(info["labels"], str(folder / INFO), config.model.tasks)
     config.model = replace(config.model, **fresh, weights=Path(config.model.weights).name)
     try:
         architecture = ModelConfig(**info["architecture"] | fresh)

@@ -36,7 +36,7 @@ class Task:
     needs_foreground: an image of background alone is one without labels.
     guides_crop: a random crop of training images is drawn again where one of its classes fills most of it.
     tolerated: shares of a split's images up to which a finding of `m3vit data check` is no warning, by finding.
-    reach: (least, most) of what 95 % of an image's values do not exceed, if they are in the unit that they should be.
+    reach: (least, most, in words what) of what 95 % of an image's values do not exceed, if their unit is right.
     blanks_named: what `m3vit data check` also calls the number of images without a label.
     """
 
@@ -57,7 +57,7 @@ class Task:
     needs_foreground: bool = False
     guides_crop: bool = False
     tolerated: Mapping[str, float] = field(default_factory=dict)
-    reach: tuple[float, float] | None = None
+    reach: tuple[float, float, str] | None = None
     blanks_named: str = ""
 
     @property
@@ -160,7 +160,7 @@ for _task in (
         tolerated={"unit": 0.01},
         # NYU's Kinect measures 0.7 to 10 m; tenths of metres, tens of metres, depths divided by their maximum, and most
         # inverse depths are outside.
-        reach=(1.0, 15.0),
+        reach=(1.0, 15.0, "metres of a room"),
     ),
     Task(
         "normals",

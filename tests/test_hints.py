@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from m3vit.cli import COMMANDS, EXTRAS
-from m3vit.training.config import Config
+from m3vit.training.config import SECTIONS, Config
 from tests.conftest import ROOT
 
 # Words that follow the project's name where no command is meant ("is not an m3vit package's").
@@ -44,9 +44,10 @@ SAID = [(path, line, text) for path in MODULES for line, text in texts(path)]
 
 def options() -> set[str]:
     """Every option of every command."""
-    known = {"--help", "--version", "--config", "--resume", "--out", "--json", "--task"}  # the last five: of training
-    for section in fields(Config):
-        known |= {f"--{section.name}.{key.name}" for key in fields(section.default_factory)}  # type: ignore[arg-type]
+    known = {"--help", "--version", "--plugin"}
+    known |= {"--config", "--resume", "--out", "--json", "--task"}  # of training
+    for section in SECTIONS:
+        known |= {f"--{section}.{key.name}" for key in fields(getattr(Config(), section))}
     for _, add_arguments, _ in COMMANDS.values():
         parser = argparse.ArgumentParser()
         if add_arguments:

@@ -100,7 +100,7 @@ def test_processes_of_a_pool_know_what_this_one_was_told(plugin: Path) -> None:
         plugins.load(str(plugin))
         described = describe("nyud")
         described["label_set"] = {**described["label_set"], "name": "told"}
-        declare(described, "x")
+        declare(described, "x", ["fog"])
         found = list(run_jobs(describe, ["rooms", "told"], 2))
         assert [one["label_set"]["name"] for one in found] == ["rooms", "told"]
 
@@ -134,7 +134,9 @@ def test_what_is_no_plugin(cli: Callable, tmp_path: Path) -> None:
     refused(cli("data", "synth", "--out", tmp_path / "d", "--plugin", "x"), "unrecognized arguments: --plugin")
 
 
-def test_a_run_never_runs_a_file_that_nobody_named(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_run_never_runs_a_file_that_nobody_named(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, mark = tmp_path / "run", tmp_path / "mark"
     shutil.copytree(tiny_run, run)
     (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
@@ -143,6 +145,14 @@ def test_a_run_never_runs_a_file_that_nobody_named(tiny_run: Path, tmp_path: Pat
     with kept_state(), pytest.warns(UserWarning, match="no digest"):
         load_run(run)
         assert f"was trained with the plug-in {tmp_path / 'evil.py'}" in plugins.advice() and not mark.exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")  # as python -m m3vit has it
+    (tmp_path / "package").mkdir()
+    shutil.copy("evil.py", "package/__init__.py")
+    for name in ("evil", "package.evil"):
+        with kept_state():
+            plugins.recall([name], "a run")
+            assert f"was trained with the plug-in {name}: give --plugin" in plugins.advice() and not mark.exists()
 
 
 def test_a_run_of_other_classes_than_the_table_has(tiny_run: Path, tmp_path: Path) -> None:
@@ -165,21 +175,24 @@ def test_a_run_of_other_classes_than_the_table_has(tiny_run: Path, tmp_path: Pat
             load_run(run)
     info["labels"] = {**labels, "version": 9}
     write_sealed_json(run / "model.json", info)
-    with pytest.raises(InputError, match="describes its labels in a version that this m3vit does not read"):
+    with pytest.raises(InputError, match="describes its labels in another version than 1"):
         load_run(run)
 
 
 def test_descriptions_are_json_and_come_back() -> None:
     for name in LABEL_SETS:
-        assert declare(json.loads(json.dumps(describe(name))), "x") == name
+        assert declare(json.loads(json.dumps(describe(name))), "x", ()) == name
     with kept_state():
         described = json.loads(json.dumps(describe("pascal")))
         labels = LABEL_SETS.pop("pascal")
-        declare(described, "x")
+        declare(described, "x", ["fog"])
         assert LABEL_SETS["pascal"] == labels
     described["tasks"]["fog"] = {**described["tasks"]["semseg"], "name": "fog", "code": ["meter"]}
-    with pytest.raises(InputError, match="unknown task fog, whose meter it cannot hold"):
-        declare(described, "x")
+    described["label_set"] |= {"name": "weather", "tasks": ["semseg", "fog"]}
+    with kept_state(), pytest.raises(InputError, match="unknown task fog, whose meter it cannot hold"):
+        declare(described, "x", ["fog"])
+    with kept_state():  # the run's model has not that task
+        assert LABEL_SETS[declare(described, "x", ["semseg"])].tasks == ("semseg",)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,7 @@ def test_descriptions_are_json_and_come_back() -> None:
         ({"folders": {"image": ("a",)}}, "lacks folders of semseg"),
         ({"folders": dict.fromkeys(NYUD.folders, "a")}, "lacks folders of image: give a tuple"),
         ({"releases": {"one": {"image": ".png"}}}, "lacks the ending of semseg in one"),
-        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth, which edge is scored against"),
+        ({"edge_truth": FileSplit.edge_truth}, "lacks edge_truth, which edges are scored against"),
     ],
 )
 def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
@@ -210,7 +223,7 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
         (LabelSet("x", (), {}), r"has the tasks \(\)"),
         (LabelSet("x", ("semseg",), {}), "the classes .* of semseg: give 2 to 254"),
         (LabelSet("x", ("semseg",), {"semseg": ("a", "a")}), "the classes .* of semseg: give 2 to 254"),
-        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edge depends on"),
+        (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edges are scored by"),
         ("x", "is no label set"),
     ],
 )

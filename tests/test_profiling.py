@@ -4,12 +4,12 @@ import json
 import math
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +17,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import EMBEDDING
 from m3vit.profiling import MIB_FP16, PARTS, profile
-from m3vit.training.config import recipe_path
+from m3vit.training.config import read_config, recipe_path
 from tests.models.test_backbone import SMALL
 from tests.test_cli import refused
 
@@ -25,7 +25,9 @@ Cli = Callable[..., subprocess.CompletedProcess]
 
 
 def recipe(name: str, **changes: Any) -> ModelConfig:
-    return ModelConfig(**yaml.safe_load(recipe_path(name).read_text())["model"] | changes)
+    config = read_config(recipe_path(name))
+    config.check()
+    return replace(config.model, **changes)
 
 
 # GMAC as the paper's tables have them: one task, backbone and head (M3ViT arXiv 2210.14793). They are rounded to whole

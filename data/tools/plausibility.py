@@ -32,7 +32,7 @@ def statistics(task: str, label_set: str, looks: Sequence[Look]) -> dict[str, An
         "constant_images": sum(one.value is not None for one in looks),
     }
     row = TASKS[task]
-    result |= kind_of(task).statistics(looks, LABEL_SETS[label_set].classes.get(task, ()), row)
+    result |= kind_of(task).statistics(looks, LABEL_SETS[label_set].classes.get(task, ()))
     if row.blanks_named:
         result[row.blanks_named] = result["blank_images"]
     return result
@@ -72,7 +72,7 @@ def _words(kind: str, task: str, label_set: str, odd: Sequence[Look]) -> str:
         assert expected is not None
         return (
             f" have {REACH_PERCENT} % of their depths below {np.median(reaches):.3g} (median; {min(reaches):.3g} to "
-            f"{max(reaches):.3g}), where metres of a room give {expected[0]:g} to {expected[1]:g}"
+            f"{max(reaches):.3g}), where {expected[2]} give {expected[0]:g} to {expected[1]:g}"
         )
     images: dict[Any, int] = defaultdict(int)
     for one in odd:

@@ -102,17 +102,15 @@ def _unknown_kinds(manifest: dict[str, Any]) -> list[str]:
 
 
 def _check_kinds(path: Path, manifest: dict[str, Any]) -> None:
-    """Raise InputError for tasks of a kind that is a plug-in's, unless that is here."""
-    named, tasks = manifest.get("plugins"), manifest.get("tasks")
-    if not named or not isinstance(named, list) or not isinstance(tasks, dict):
+    """Raise InputError for tasks of a kind of the plug-ins that a manifest names, unless these can be imported."""
+    named = manifest.get("plugins")
+    if not named or not isinstance(named, list) or not _unknown_kinds(manifest):
         return
-    kinds = {str(entry.get("decode")): task for task, entry in tasks.items() if isinstance(entry, dict)}
-    if not kinds.keys() <= KINDS.keys():
-        plugins.recall([str(one) for one in named], "")
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
+    plugins.recall([str(one) for one in named], "")
+    if unknown := _unknown_kinds(manifest):
         raise InputError(
-            f"{path} has a task {kinds[unknown[0]]} of the kind {unknown[0]}, which is a plug-in's "
-            f"({', '.join(map(str, named))}): give it with --plugin, or m3vit.plugins.load in a program"
+            f"{path} has tasks of the kind {', '.join(unknown)}, which is a plug-in's ({', '.join(map(str, named))}): "
+            "give it with --plugin, or m3vit.plugins.load in a program"
         )
 
 

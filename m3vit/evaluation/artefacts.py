@@ -1,5 +1,6 @@
 """Runs, ONNX packages and HLS projects as predictors: scored by the same meters (`m3vit eval`, `m3vit report`)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def onnx_predictor(package: Package) -> Predictor:
             named = ", ".join(images[place].id for place in error.images)
             raise InputError(f"image {named}: {error}") from error
 
-    return Predictor("onnx", package.tasks, label_set(manifest, package.folder), (height, width), run)
+    return Predictor("onnx", package.tasks, label_set(manifest, package.folder, package.tasks), (height, width), run)
 
 
 def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
@@ -58,7 +59,9 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
         }
 
     height, width = manifest["image_size"]
-    return Predictor(runner.name, list(widths), label_set(manifest, project), (height, width), run, runner.batch)
+    return Predictor(
+        runner.name, list(widths), label_set(manifest, project, list(widths)), (height, width), run, runner.batch
+    )
 
 
 def project_normalisation(project: Path, manifest: dict[str, Any]) -> Normalisation:
@@ -66,12 +69,12 @@ def project_normalisation(project: Path, manifest: dict[str, Any]) -> Normalisat
     return recorded(manifest.get("normalisation"), f"normalisation of {project / csim.MANIFEST}")
 
 
-def label_set(manifest: dict[str, Any], folder: Path) -> str:
+def label_set(manifest: dict[str, Any], folder: Path, tasks: Sequence[str]) -> str:
     """Return the label set that an export was trained on."""
     if "label_set" not in manifest:
         raise InputError(f"{folder} was exported by an earlier version, without its label set: export it again")
     if "labels" in manifest:
-        return declare(manifest["labels"], f"the manifest of {folder}")
+        return declare(manifest["labels"], f"the manifest of {folder}", tasks)
     if manifest["label_set"] not in LABEL_SETS:
         raise InputError(f"{folder} is of the label set {manifest['label_set']}, unknown here: export it again")
     return str(manifest["label_set"])

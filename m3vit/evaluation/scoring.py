@@ -186,7 +186,7 @@ def read(folder: Path, protocol: str | None = None) -> tuple[str, dict[str, Any]
         raise InputError(f"{folder} was evaluated under protocol {', '.join(known)}, not {name}: {hint}")
     result = known[name]
     if "labels" in result:
-        result = {**result, "label_set": declare(result["labels"], str(folder / "eval.json"))}
+        result = {**result, "label_set": declare(result["labels"], str(folder / "eval.json"), result["tasks"])}
     elif result["label_set"] not in LABEL_SETS:
         raise InputError(f"{folder} was evaluated on the label set {result['label_set']}, unknown here: {hint}")
     return name, result

@@ -124,7 +124,7 @@ class Classes(Kind):
     def look(self, label: NDArray[Any]) -> Look:
         return look_at_ids(label)
 
-    def statistics(self, looks: Sequence[Look], classes: Sequence[str], task: "Task") -> dict[str, Any]:
+    def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         """Return the shares of the classes, over pixels, and the ids there are."""
         pixels = np.sum([one.pixels for one in looks if one.pixels is not None], axis=0)
         return {

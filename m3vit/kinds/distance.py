@@ -106,9 +106,9 @@ class Distance(Kind):
         one = valid.max() - valid.min() <= SAME_DISTANCE
         return Look(valid.size / label.size, float(valid[0]) if one else None, max_m=float(valid.max()), reach_m=reach)
 
-    def statistics(self, looks: Sequence[Look], classes: Sequence[str], task: "Task") -> dict[str, Any]:
+    def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         return {
-            **super().statistics(looks, classes, task),
+            **super().statistics(looks, classes),
             "max_m": max(one.max_m for one in looks),
             "reach_m": float(np.median([one.reach_m for one in looks if one.valid_share] or [0])),
         }

@@ -211,7 +211,7 @@ class Kind:
         valid = label != self.fill
         return Look(float((valid.any(axis=-1) if self.label_shape else valid).mean()), None)
 
-    def statistics(self, looks: Sequence[Look], classes: Sequence[str], task: "Task") -> dict[str, Any]:
+    def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         """Return figures over all labels of a task; shares are means over images."""
         return {"invalid_share": float(np.mean([1 - one.valid_share for one in looks]))}
 

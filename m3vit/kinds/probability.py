@@ -17,7 +17,6 @@ from m3vit.kinds.pictures import Colour, Range, Scale, Swatches, histogram, roun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from m3vit.tasks import Task
 
 _MARK: Colour = (255, 0, 160)  # of what is probable over the image: a colour that photographs seldom hold
 
@@ -123,5 +122,5 @@ class Probability(Kind):
     def look(self, label: NDArray[Any]) -> Look:
         return look_at_ids(label)
 
-    def statistics(self, looks: Sequence[Look], classes: Sequence[str], task: "Task") -> dict[str, Any]:
+    def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         return {"positive_share": float(np.mean([one.positive_share for one in looks]))}

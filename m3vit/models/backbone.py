@@ -149,9 +149,11 @@ class Backbone(nn.Module):
         """Return patch tokens (without prefix tokens) after `blocks`, and each MoE layer's routing (none exporting).
 
         blocks: indices of the trunk's; (): the last. uses: of each block with experts, what each task uses of them;
-        None: as trained. Up to the first router the tasks are the same, so that prefix runs
-        once (R = 1); from there on the tasks are stacked, unless all share one router: then everything runs once.
-        M3ViT's code re-runs the whole backbone for each task.
+        None: as trained.
+
+        Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
+        stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
+        each task.
         """
         alike = uses is None or all(use == layer[0] for layer in uses for use in layer)
         routed = task_ids[:1] if self.one_for_all and alike else task_ids

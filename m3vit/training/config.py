@@ -180,8 +180,8 @@ class Config:
         layout.check_fits(self.model.labels, self.model.tasks)
         if self.data.pipeline == "m3vit" and layout.m3vit_ranges is None:
             raise InputError(
-                f"data.pipeline m3vit zooms and turns as published for a data set, and data.layout {layout.name} has "
-                "no m3vit_ranges: give simple or invpt"
+                "data.pipeline is m3vit, whose zooms and turns are those published for a data set, and data.layout "
+                f"{layout.name} has no m3vit_ranges: give simple or invpt"
             )
         if self.data.colour and self.data.pipeline != "simple":
             raise InputError(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m3vit.training.checkpoint import load_state, save_state
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.process
@@ -100,3 +101,19 @@ def test_infinite_gradients_under_clipping_are_a_clear_error(cli: Cli, tiny_data
     result = cli("train", *words, "--train.lr=1e4", "--train.grad_clip=1e9", "--out", tmp_path / "run")
     assert result.returncode == 2, result.stderr
     assert "training diverged at step" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_distillation_under_its_former_names_goes_on(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    words = ["synthetic-tiny", *TINY, "--model.head=pup", "--model.distillation=[0]", "--model.tasks=[depth,normals]"]
+    words += ["--train.epochs=1", "--train.ema=0.9", f"--data.root={tiny_data}", "--out", str(tmp_path / "run")]
+    result = cli("train", *words)
+    assert result.returncode == 0, result.stderr
+    state = load_state(tmp_path / "run")
+    assert state is not None
+    for key in ("model", "average"):
+        former = {name.replace("heads.training_only.", "distillation."): value for name, value in state[key].items()}
+        assert any("distillation.0." in name for name in former)
+        state[key] = former
+    save_state(tmp_path / "run", state)
+    result = cli("train", *words, "--resume")
+    assert result.returncode == 0, result.stderr
