@@ -208,6 +208,7 @@ def test_workers_without_edges(capsys: pytest.CaptureFixture[str], tiny_data: Pa
 # --- multiply-accumulates of a package --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_the_graph(tiny_run: Path, tmp_path: Path) -> None:
     from m3vit.export.onnx.package import Content, export_package
     from m3vit.models.budget import Budget

@@ -137,6 +137,7 @@ KEYS = ["synthetic-tiny", *TINY, "--model.tasks=[depth]", "--model.image_size=[4
 GIVEN = Normalisation((0.5, 0.4, 0.3), (0.5, 0.25, 0.3))
 
 
+@pytest.mark.slow
 def test_torch_onnx_and_hls_agree(tiny_data: Path, tmp_path: Path) -> None:
     given = f"--model.normalisation={json.dumps(GIVEN.plain())}"
     run, onnx, hls = (tmp_path / name for name in ("run", "onnx", "hls"))

@@ -101,6 +101,7 @@ def test_csim_refusals(cli: Cli, process: Cli, hls_project: Path, tmp_path: Path
     refused(process("hw", "csim", hls_project, env=env), r"no g\+\+ found: install it")
 
 
+@pytest.mark.slow
 def test_synthetic_data_goes_through_the_real_loader(cli: Cli, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     result = cli("data", "synth", "--out", data, "--train", 4, "--val", 2, "--size", "32x48", "--seed", 3)

@@ -138,6 +138,7 @@ def test_what_is_unusual_in_pascal_context(pascal: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nyud", "pascal"])
 def test_rendered_scenes_give_no_warning(tmp_path: Path, layout: str) -> None:
     synthesize(tmp_path / "data", layout=layout, train=24, val=8, size=(48, 64), seed=3, workers=1)

@@ -127,6 +127,7 @@ def test_post_norm_blocks() -> None:
         torch.testing.assert_close(model.backbone(images, (1,))[0].last[0], expected[:, 1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

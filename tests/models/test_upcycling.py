@@ -205,6 +205,7 @@ def test_the_price_of_larger_gates(tmp_path: Path) -> None:
     assert max(errors(every, dense)) < 5e-6
 
 
+@pytest.mark.slow
 def test_exported_graph_computes_the_dense_output(tmp_path: Path) -> None:
     # In the graph TopK sees scores, all equal for gates this small, and takes the first experts: a whole copy.
     dense = make_dense(tmp_path, "vit_tiny_patch16_224")
@@ -251,6 +252,7 @@ def test_run_folder_needs_the_dense_weights_no_more(tmp_path: Path) -> None:
     assert max(errors(run.model, dense)) < 5e-6
 
 
+@pytest.mark.slow
 def test_compiled_model_computes_the_same() -> None:
     # aot_eager: what dynamo and autograd make of the model, without the minute that C++ takes.
     images = torch.randn(2, 3, *SIZE)
