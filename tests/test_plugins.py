@@ -91,6 +91,9 @@ def test_an_installed_package_brings_its_plugin(
     assert (result := cli("init", *words, "--out", tmp_path / "run")).returncode == 0, result.stderr
     assert "label_set: rooms" in (text := (tmp_path / "run" / "config.yaml").read_text())
     assert "plugins:\n- rooms_plugin\n" in text
+    with kept_state():  # opened by a program, where nothing has been imported yet
+        plugins.recall(["rooms_plugin"], "a run")
+        assert "rooms_plugin" in plugins.loaded() and not plugins.advice()
     (tmp_path / "site" / plugin.name).write_text("1 / 0")
     refused(
         cli("profile", *words), r"division by zero\): mend it; rooms brings it \(entry point rooms of m3vit.plugins\)"
@@ -151,7 +154,7 @@ def test_a_run_never_runs_a_file_that_nobody_named(
     monkeypatch.syspath_prepend("")  # as python -m m3vit has it
     (tmp_path / "package").mkdir()
     shutil.copy("evil.py", "package/__init__.py")
-    for name in ("evil", "package.evil"):
+    for name in ("evil", "package.evil", "antigravity"):  # the last is installed, and no plug-in
         with kept_state():
             plugins.recall([name], "a run")
             assert f"was trained with the plug-in {name}: give --plugin" in plugins.advice() and not mark.exists()
