@@ -202,7 +202,7 @@ def test_existing_project_is_replaced_and_survives_a_failure(
 
 def test_foreign_folder_is_left_alone(tmp_path: Path, model: MultiTaskModel) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="not an HLS project of ours"):
+    with pytest.raises(InputError, match=r"is not empty and holds no project \(no m3vit.json\)"):
         export_project(model, tmp_path, calibration=make_images(1), samples=make_samples())
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
