@@ -1,8 +1,8 @@
 """Plug-ins: modules that add tasks, kinds, label sets, layouts and decoders when they are imported. No torch.
 
 A plug-in is named as a module or as the path of a .py file: with `--plugin`, or by an installed package, as an entry
-point of the group m3vit.plugins. A run records those it was trained with. Opening it imports modules again; a file it
-never does: a run folder from elsewhere must not make a program run what its user did not name.
+point of the group m3vit.plugins. A run records those it was trained with. Only those of installed packages are imported
+when it is opened: a run folder from elsewhere must not make a program run what its user did not name.
 """
 
 import importlib
@@ -86,15 +86,18 @@ def loaded() -> list[str]:
 
 
 def recall(recorded: Sequence[str], where: str) -> None:
-    """Import the modules among the plug-ins that a run records; what is then missing, `advice` says, if told `where`.
+    """Import what installed packages bring of the plug-ins that a run records; `advice` says what is then missing.
 
-    Not an error: a run whose model needs nothing of them opens without.
+    No other module is imported because a run names it. What is missing is no error: a run whose model needs nothing of
+    it opens without. `where`: what to call the run, if `advice` is to speak of it.
     """
+    from importlib.metadata import entry_points
+
+    brought = {entry.module for entry in entry_points(group=GROUP)}
     for given in recorded:
-        name = _name(given)
-        if name in _loaded:
+        if _name(given) in _loaded:
             continue
-        if not _is_file(given) and _is_installed(name):
+        if given in brought:
             load(given)
         elif where:
             _missing[given] = where
@@ -140,19 +143,6 @@ def _name(given: str) -> str:
 
 def _recorded(given: str) -> str:
     return str(Path(given).resolve()) if _is_file(given) else given
-
-
-def _is_installed(name: str) -> bool:
-    """Return whether there is a module of this name, and not in the working directory: that may be a run folder."""
-    try:
-        spec = find_spec(name.partition(".")[0])  # does not import it
-    except (ImportError, ValueError):
-        return False
-    if spec is None:
-        return False
-    folders = [Path(place) for place in spec.submodule_search_locations or ()]
-    folders = folders or [Path(spec.origin or "/none")]
-    return all(folder.resolve().parent != Path.cwd() for folder in folders) and _origin(name) is not None
 
 
 def _origin(name: str) -> str | None:

@@ -95,7 +95,7 @@ def test_layouts_are_not_confused(
     refused(cli("train", *pascal), "model.label_set nyud does not fit data.layout pascal: it has no files for depth")
     words = "model.label_set nyud does not fit data.layout pascal: 40 classes of semseg, but 21 in the files"
     refused(cli("train", *pascal, "--model.tasks=[semseg]"), words)
-    words = "normals_y_down is False, but True for the files"
+    words = "normals_y_down is False, but True in the files"
     refused(cli("train", *pascal, "--model.tasks=[normals]"), words)
     tasks = "--model.tasks=[semseg,depth]"
     refused(cli("train", "synthetic-pascal-tiny", *TINY, tasks, *out), "pascal has no labels for depth")

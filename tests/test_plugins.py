@@ -15,8 +15,10 @@ from m3vit.data.sample import FileSplit
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES, LabelSet, add_label_set, declare, describe
+from m3vit.models.config import ModelConfig
 from m3vit.pool import run_jobs
 from m3vit.run_folder import load_run
+from m3vit.training.config import Config, DataConfig
 from tests.command_line import kept_state
 from tests.conftest import TINY
 from tests.test_cli import refused
@@ -90,6 +92,9 @@ def test_an_installed_package_brings_its_plugin(
     assert (result := cli("init", *words, "--out", tmp_path / "run")).returncode == 0, result.stderr
     assert "label_set: rooms" in (text := (tmp_path / "run" / "config.yaml").read_text())
     assert "plugins:\n- rooms_plugin\n" in text
+    with kept_state():  # opened by a program, where nothing has been imported yet
+        plugins.recall(["rooms_plugin"], "a run")
+        assert "rooms_plugin" in plugins.loaded() and not plugins.advice()
     (tmp_path / "site" / plugin.name).write_text("1 / 0")
     refused(
         cli("profile", *words), r"division by zero\): mend it; rooms brings it \(entry point rooms of m3vit.plugins\)"
@@ -150,7 +155,7 @@ def test_a_run_never_runs_a_file_that_nobody_named(
     monkeypatch.syspath_prepend("")  # as python -m m3vit has it
     (tmp_path / "package").mkdir()
     shutil.copy("evil.py", "package/__init__.py")
-    for name in ("evil", "package.evil"):
+    for name in ("evil", "package.evil", "antigravity"):  # the last is installed, and no plug-in
         with kept_state():
             plugins.recall([name], "a run")
             assert f"was trained with the plug-in {name}: give --plugin" in plugins.advice() and not mark.exists()
@@ -231,6 +236,16 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
 def test_incomplete_label_sets_are_refused(labels: LabelSet, words: str) -> None:
     with kept_state(), pytest.raises(InputError, match=words):
         add_label_set(labels)
+
+
+def test_a_layout_without_published_ranges_has_no_pipeline_of_them() -> None:
+    with kept_state():
+        add_layout(type("Mine", (NYUD,), {"name": "mine", "m3vit_ranges": None}))
+        model = ModelConfig(label_set="auto", tasks=["depth"])
+        config = Config(model, DataConfig(layout="mine", pipeline="m3vit"))
+        assert config.model.label_set == "nyud"
+        with pytest.raises(InputError, match=r"data.layout mine has no m3vit_ranges: give simple or invpt"):
+            config.check()
 
 
 def test_other_names_for_as_many_classes(tiny_data: Path) -> None:

@@ -299,8 +299,8 @@ def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -
     guess = kind.decode(np.zeros((1, channels, *size), np.float32))[0]
     if guess.shape[:2] != size or guess.dtype not in (np.uint8, np.float32):
         raise InputError(
-            f"kind {kind.name} decodes logits [1, {channels}, 8, 8] into {guess.dtype} {[1, *guess.shape]}: give "
-            "uint8 or float32 [1, 8, 8] or [1, 8, 8, D]"
+            f"kind {kind.name} decodes logits [1, {channels}, 8, 8] into {guess.dtype} {[1, *guess.shape]}: give uint8 "
+            "or float32 [1, 8, 8] or [1, 8, 8, D]"
         )
     label = np.zeros(size, bool) if TASKS[task].on_edge_truth(quick) else kind.no_label(size)
     found, wanted = meter.compute(meter.image(guess, label)), TASKS[task].headline(quick)

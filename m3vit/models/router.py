@@ -162,8 +162,10 @@ class Router(nn.Module):
         """Return which experts each task chooses from, bool [R, E], or None if all do from all."""
         if all(len(kept) == self.num_experts for _, kept in uses):
             return None
-        mask = [[expert in kept for expert in range(self.num_experts)] for _, kept in uses]
-        return torch.tensor(mask, device=self.gates[0].device)
+        mask = torch.zeros(len(uses), self.num_experts, dtype=torch.bool)
+        for row, (_, kept) in zip(mask, uses, strict=True):
+            row[list(kept)] = True
+        return mask.to(self.gates[0].device)
 
     def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:
         """Return the standard deviation of the noise on the logits: [R, N, E] if learned, else [R, N, 1]."""
