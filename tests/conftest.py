@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Making these takes seconds: tracing one task for ONNX takes four, g++ as many.
-SLOW_FIXTURES = {"onnx_package", "hls_project"}
+SLOW_FIXTURES = {"onnx_package", "hls_project", "builds"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,6 +54,7 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_layout_and_a_label_set_from_outside(cli: Callable, plugin: Path, data: Path, tmp_path: Path) -> None:
     run, package = tmp_path / "run", tmp_path / "onnx"
     words = ["synthetic-tiny", *TINY, f"--data.root={data}", "--train.epochs=1", "--out", run]

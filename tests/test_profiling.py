@@ -55,6 +55,7 @@ def test_shares_of_the_paper_model() -> None:
     assert parts["norms"] == parts["distillation"] == 0
 
 
+@pytest.mark.slow
 def test_parameters_of_the_paper() -> None:
     # The memory column of the paper's hardware table, to its last digit: ViT-S 42.058 MiB, MoE ViT-S 82.747 MiB.
     for name, parameters, mib in (("nyud-small-dense", 22_050_664, 42.058), ("pascal-small", 43_383_400, 82.747)):

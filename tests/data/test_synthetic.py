@@ -182,6 +182,7 @@ def test_scenes_are_those_of_version_0_1(data_set: Path) -> None:
     np.testing.assert_allclose(np.mean(means, axis=0), [3.0614, 118.2405], rtol=1e-3)
 
 
+@pytest.mark.process
 def test_same_arguments_same_bytes_whatever_the_workers(data_set: Path, tmp_path: Path) -> None:
     """Two workers get a chunk each."""
     synthesize(tmp_path / "again", train=TRAIN, val=VAL, size=SIZE, workers=2)

@@ -230,6 +230,7 @@ def test_views_are_not_dull(scenes: list[PascalScene]) -> None:
         assert len(np.unique(scene.context)) >= 3
 
 
+@pytest.mark.process
 def test_same_arguments_same_bytes_whatever_the_workers(data_set: Path, tmp_path: Path) -> None:
     """No file holds a time stamp."""
     synthesize(tmp_path / "again", layout="pascal", train=TRAIN, val=VAL, size=SIZE, workers=2)

@@ -118,6 +118,7 @@ def predictor(size: int, batch: int = 1) -> Predictor:
     return Predictor("red", ("edge",), "nyud", (size, size), red_edges, batch)
 
 
+@pytest.mark.process
 def test_batches_and_processes_do_not_change_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     split = Noise(40)
     plain = evaluate(split, predictor(40)).statistics["edge"]  # type: ignore[arg-type]
@@ -142,6 +143,7 @@ def test_unreadable_images_stop_or_are_left_out() -> None:
     np.testing.assert_array_equal(found.statistics["edge"], whole.statistics["edge"][[0, 2, 3, 5]])
 
 
+@pytest.mark.process
 def test_a_killed_process_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("m3vit.evaluation.edge_pool.POOL_FROM_PIXELS", 0)
     with pytest.raises(InputError, match="was killed, maybe for want of memory: run again with fewer --workers"):
