@@ -16,7 +16,7 @@ NO_WRITE = {
 
 
 class Defect(NamedTuple):
-    """What is wrong with a file of a data set: a kind of m3vit.data.tools.check.KINDS, and words without the path."""
+    """What is wrong with a file of a data set: one of m3vit.data.tools.check.PROBLEMS, words without the path."""
 
     path: Path
     kind: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import m3vit
-from m3vit.data.synthetic.scenes.layouts import LAYOUTS
+from m3vit.data.synthetic.scenes.layouts import WRITERS
 from m3vit.errors import InputError, install
 from m3vit.files import atomic_folder, read_json, require_empty, write_json
 from m3vit.pool import run_jobs, usable_cores
@@ -54,14 +54,14 @@ def synthesize(
         return
     _require_renderer(layout)
 
-    with atomic_folder(out, last=[LAYOUTS[layout].lists.split("/")[0], MANIFEST]) as staging:
+    with atomic_folder(out, last=[WRITERS[layout].lists.split("/")[0], MANIFEST]) as staging:
         _render_all(staging, arguments, workers or usable_cores(), progress)
         _write_manifest(staging, arguments)
 
 
 def _check_arguments(layout: str, train: int, val: int, size: tuple[int, int], seed: int, workers: int | None) -> None:
-    if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is unknown: choose from {', '.join(LAYOUTS)}")
+    if layout not in WRITERS:
+        raise InputError(f"layout {layout!r} is unknown: choose from {', '.join(WRITERS)}")
     for name, value, least in (("train", train, 1), ("val", val, 1), ("workers", workers, 1), ("seed", seed, 0)):
         if value is not None and value < least:
             raise InputError(f"{name} is {value}, but must be at least {least}: give {name} {least} or more")
@@ -73,7 +73,7 @@ def _check_arguments(layout: str, train: int, val: int, size: tuple[int, int], s
 
 
 def _require_renderer(layout: str) -> None:
-    for package in LAYOUTS[layout].packages:
+    for package in WRITERS[layout].packages:
         try:
             importlib.import_module(package)
         except ImportError:
@@ -88,7 +88,7 @@ def _images(arguments: dict[str, Any]) -> Generator[tuple[str, int, int], None, 
     for split, split_name in enumerate(SPLITS):
         for index in range(arguments[split_name]):
             number += 1
-            yield LAYOUTS[arguments["layout"]].image_id(number), split, index
+            yield WRITERS[arguments["layout"]].image_id(number), split, index
 
 
 def _is_done(out: Path, arguments: dict[str, Any]) -> bool:
@@ -101,10 +101,10 @@ def _is_done(out: Path, arguments: dict[str, Any]) -> bool:
     found = manifest.get("arguments") if isinstance(manifest, dict) else None
     if found != arguments:
         raise InputError(f"{out} holds a synthetic data set of {found}, not of {arguments}: {advice}")
-    layout = LAYOUTS[arguments["layout"]]
-    paths = [f"{layout.lists}/{split}.txt" for split in SPLITS]
+    writer = WRITERS[arguments["layout"]]
+    paths = [f"{writer.lists}/{split}.txt" for split in SPLITS]
     for name, split, index in _images(arguments):
-        paths += layout.files(name, split, index).values()
+        paths += writer.files(name, split, index).values()
     for path in paths:
         if not (out / path).is_file():
             raise InputError(f"{out / path} is missing from a synthetic data set that should be whole: {advice}")
@@ -114,9 +114,9 @@ def _is_done(out: Path, arguments: dict[str, Any]) -> bool:
 def _render_all(
     root: Path, arguments: dict[str, Any], workers: int, progress: Callable[[int, int], None] | None
 ) -> None:
-    layout, images = LAYOUTS[arguments["layout"]], list(_images(arguments))
+    writer, images = WRITERS[arguments["layout"]], list(_images(arguments))
     for name, split, index in images:
-        for path in layout.files(name, split, index).values():
+        for path in writer.files(name, split, index).values():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
     size = (arguments["size"][0], arguments["size"][1])
     jobs: list[Job] = [
@@ -126,17 +126,17 @@ def _render_all(
         for done, _ in enumerate(finished, start=1):
             if progress is not None:
                 progress(done, len(jobs))
-    (root / layout.lists).mkdir(parents=True)
+    (root / writer.lists).mkdir(parents=True)
     for split, split_name in enumerate(SPLITS):
         lines = [f"{name}\n" for name, of_split, _ in images if of_split == split]
-        (root / layout.lists / f"{split_name}.txt").write_text("".join(lines))
+        (root / writer.lists / f"{split_name}.txt").write_text("".join(lines))
 
 
 def _render_one(job: Job) -> None:
     """Render one scene and write its files."""
     layout, root, name, key, size = job
-    files = LAYOUTS[layout].files(name, key[1], key[2])
-    LAYOUTS[layout].write(np.random.default_rng(key), size, {kind: root / path for kind, path in files.items()})
+    files = WRITERS[layout].files(name, key[1], key[2])
+    WRITERS[layout].write(np.random.default_rng(key), size, {kind: root / path for kind, path in files.items()})
 
 
 def _write_manifest(root: Path, arguments: dict[str, Any]) -> None:

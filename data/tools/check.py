@@ -30,7 +30,7 @@ EXAMPLES = 4  # of each kind of problem in the summary
 
 SEVERITIES = ("error", "warning", "note")
 # Kind of problem -> what it is, for the summary. The kinds are part of the JSON report's format.
-KINDS = {
+PROBLEMS = {
     "missing_list": "lists of images that are not there or not readable",
     "bad_id": "lines of a list that are no ids",
     "duplicate_id": "ids listed more than once in a split",
@@ -54,7 +54,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing found. `kind` is a key of KINDS, `file` is relative to the root; id and split may be empty."""
+    """One thing found. `kind` is a key of PROBLEMS, `file` is relative to the root; id and split may be empty."""
 
     severity: str
     kind: str
@@ -139,7 +139,7 @@ def check(
         if published is not None and len(ids[split]) != published and ids[split]:
             message = f"{len(ids[split])} images, the published release has {published}"
             problems.append(Problem("note", "counts", split, "", "", message))
-    order = list(KINDS)
+    order = list(PROBLEMS)
     problems.sort(key=lambda p: (SEVERITIES.index(p.severity), order.index(p.kind)))  # else as found
     return report
 
@@ -398,7 +398,7 @@ def render(report: Report) -> str:
         if problem.kind != "counts":  # said above
             groups[problem.severity, problem.kind].append(problem)
     for (severity, kind), some in groups.items():
-        lines.append(f"{severity}: {KINDS[kind]}: {len(some)}")
+        lines.append(f"{severity}: {PROBLEMS[kind]}: {len(some)}")
         for problem in some[:EXAMPLES]:
             where = " ".join(part for part in (problem.split, problem.file or problem.id) if part)
             lines.append(f"  {where}: {problem.message}")

@@ -1,7 +1,7 @@
 """What requests of `m3vit serve` may hold at a time: places, bytes of images, bytes of answers. No torch.
 
 A request has a place from before its body is read until its answer has been taken, or its client has been too slow for
-it. So memory is bounded by the places and the two budgets of bytes, whatever clients do. Slow clients are left alone
+it. So memory is bounded by the places and the two allowances of bytes, whatever clients do. Slow clients are left alone
 while nobody else wants what they hold, up to a limit; those that are slower than that, or in the way, are cut off.
 """
 
@@ -64,15 +64,15 @@ class Place:
             once()
         return once
 
-    async def reserve(self, budget: "Budget", count: int, kind: str) -> Callable[[], None]:
-        """Wait for bytes of a budget that slow transfers of a kind may hold: they have to make way.
+    async def reserve(self, allowance: "Allowance", count: int, kind: str) -> Callable[[], None]:
+        """Wait for bytes of an allowance that slow transfers of a kind may hold: they have to make way.
 
         Returns what gives them back; releasing the place does so too.
         """
 
         async def take() -> Callable[[], None]:
-            await budget.take(count)
-            return self.holds(lambda: budget.give(count))
+            await allowance.take(count)
+            return self.holds(lambda: allowance.give(count))
 
         task = asyncio.ensure_future(take())
         try:
@@ -138,7 +138,7 @@ class Places:
             min(slow, key=lambda one: one.moved / (now - one.began)).stop()
 
 
-class Budget:
+class Allowance:
     """Bytes that requests may hold together; one that wants more than all of them gets it when nobody holds any."""
 
     def __init__(self, limit: int) -> None:

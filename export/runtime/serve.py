@@ -2,8 +2,9 @@
 
 A request holds one of `concurrency + queue` places from before its body is read until its answer has been taken; one
 that finds none is refused with 503. Predictions run in `concurrency` threads. Memory is bounded by them, by the limits
-on bytes and pixels and by two budgets, of bytes that come and of answers (`admission.py`); connections have limits of
-their own (`connections.py`), and other sites' pages are kept out (`hosts.py`). Every refusal is JSON: {"error": "..."}.
+on bytes and pixels and by two allowances, of bytes that come and of answers (`admission.py`); connections have limits
+of their own (`connections.py`), and other sites' pages are kept out (`hosts.py`). Every refusal is JSON:
+{"error": "..."}.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m3vit import __version__
 from m3vit.errors import InputError
-from m3vit.export.runtime.admission import Budget, Place, Places
+from m3vit.export.runtime.admission import Allowance, Place, Places
 from m3vit.export.runtime.bodies import expected_bytes, read_image_bytes
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
 from m3vit.export.runtime.drawing import Swatches, colourise, legend, overlay
@@ -120,7 +121,7 @@ class Service:
         self.pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="predict")
         self.places = Places(limits.concurrency + limits.queue, self.metrics.cut)
         self._running = asyncio.Semaphore(limits.concurrency)
-        self._bodies, self._answers = Budget(BODIES_BYTES), Budget(ANSWERS_BYTES)
+        self._bodies, self._answers = Allowance(BODIES_BYTES), Allowance(ANSWERS_BYTES)
 
     async def predict(self, request: Request, task: str, answer: "Answer") -> Response:
         """Answer one request, or raise HTTPException. The place it takes goes to `request.state.held`."""

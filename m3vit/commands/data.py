@@ -8,13 +8,13 @@ from m3vit.errors import InputError
 
 
 def add_synth(parser: argparse.ArgumentParser) -> None:
-    from m3vit.data.synthetic.scenes.layouts import LAYOUTS
+    from m3vit.data.synthetic.scenes.layouts import WRITERS
 
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty; becomes a data root")
     parser.add_argument(
         "--layout",
         default="nyud",
-        choices=list(LAYOUTS),
+        choices=list(WRITERS),
         help="nyud: rooms, as in NYUD_MT; pascal: people and objects, as in PASCAL_MT (default: nyud)",
     )
     parser.add_argument("--train", type=positive, default=400, metavar="N", help="training images (default: 400)")

@@ -33,7 +33,7 @@ def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 # What a board's host driver can decode, by kind (m3vit.kinds).
-DECODERS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
+DECODINGS: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
     "argmax": argmax,
     "identity": identity,
     "unit_vector": unit_vector,
@@ -46,9 +46,9 @@ def decode(logits: NDArray[np.float32], kind: str) -> NDArray[Any]:
 
     Raises ValueError for a kind that was added to m3vit from outside.
     """
-    if kind not in DECODERS:
+    if kind not in DECODINGS:
         raise ValueError(f"{kind} is decoded by what added it to m3vit, not here: take what run() returns")
-    return DECODERS[kind](logits)
+    return DECODINGS[kind](logits)
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

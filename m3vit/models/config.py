@@ -148,11 +148,6 @@ class ModelConfig:
             )
         if self.experts_per_task and self.router == "single":
             raise InputError("model.experts_per_task needs a router that knows the task: multi or task_conditioned")
-        if min(self.image_size) < 1 or self.head_stride < 1 or self.expert_ratio <= 0 or self.router_noise < 0:
-            raise InputError(
-                "model.image_size, head_stride and expert_ratio must be positive and router_noise not negative, got "
-                f"{tuple(self.image_size)}, {self.head_stride}, {self.expert_ratio} and {self.router_noise}"
-            )
         if self.pretrained and self.weights:
             raise InputError(f"model.weights {self.weights} and model.pretrained exclude each other: give one of them")
         if not 0 < self.upcycle_gates <= 1:

@@ -13,7 +13,7 @@ import scipy.io
 from PIL import Image
 
 from m3vit.data.tools import check as check_module
-from m3vit.data.tools.check import KINDS, check, describe, render
+from m3vit.data.tools.check import PROBLEMS, check, describe, render
 from m3vit.errors import InputError
 from tests.data.layouts import save_anno, save_label_map, snapshot, write_nyud, write_pascal
 
@@ -118,7 +118,7 @@ def test_each_file_missing_empty_or_damaged(
     assert not report.ok and report.splits["train"]["whole"] == 1 and report.splits["val"]["whole"] == 1
     quick = [("error", kind, "train", file)] if kind == "missing" else []
     assert found(root, quick=True) == quick
-    assert f"train {file}: " in render(report) and f"error: {KINDS[kind]}: 1" in render(report)
+    assert f"train {file}: " in render(report) and f"error: {PROBLEMS[kind]}: 1" in render(report)
 
 
 def png(array: np.ndarray, **options: Any) -> Callable[[Path], None]:

@@ -32,7 +32,7 @@ from m3vit.export.onnx.parity import (
 )
 from m3vit.export.runtime.package import Package, file_entries
 from m3vit.kinds import KINDS
-from m3vit.kinds.decoding import DECODERS
+from m3vit.kinds.decoding import DECODINGS
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -335,7 +335,7 @@ def test_manifest_describes_every_file(exported: Path) -> None:
         assert hashlib.sha256((exported / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
     semseg = manifest["tasks"]["semseg"]
     assert len(semseg["classes"]) == len(semseg["palette"]) == semseg["channels"] == 40
-    assert {task.kind for task in TASKS.values()} == set(DECODERS) == set(KINDS)
+    assert {task.kind for task in TASKS.values()} == set(DECODINGS) == set(KINDS)
     units = {task: entry["unit"] for task, entry in manifest["tasks"].items()}
     assert units == {name: UNITS[TASKS[name].kind] for name in units}
 

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from m3vit.errors import InputError
 from m3vit.export.runtime import admission, connections, serve
-from m3vit.export.runtime.admission import Budget, Places
+from m3vit.export.runtime.admission import Allowance, Places
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
 from m3vit.export.runtime.hosts import Hosts, is_host_pattern
 from m3vit.export.runtime.package import Package
@@ -99,12 +99,12 @@ def test_names_of_hosts() -> None:
         assert not is_host_pattern(bad), bad
 
 
-# ------------------------------------------------------------------------------------------------ places and budgets
+# ------------------------------------------------------------------------------------------------ places and allowances
 
 
-def test_budget_is_first_come_first_served() -> None:
+def test_allowance_is_first_come_first_served() -> None:
     async def run() -> None:
-        budget, got = Budget(10), []
+        budget, got = Allowance(10), []
 
         async def take(count: int) -> None:
             await budget.take(count)
@@ -155,7 +155,7 @@ def test_slow_transfers_make_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_held_is_given_back_once() -> None:
     async def run() -> None:
-        places, budget, given = Places(1, print), Budget(10), []
+        places, budget, given = Places(1, print), Allowance(10), []
         place = places.take()
         assert place
         await place.reserve(budget, 4, "body")

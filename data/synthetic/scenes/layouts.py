@@ -1,6 +1,6 @@
 """How a rendered scene is stored: the files of the public releases, and how their arrays are encoded.
 
-A layout is made for `m3vit.data.synthetic.dataset`, which makes the folders and lists. Only `write` needs the renderer
+A writer serves `m3vit.data.synthetic.dataset`, which makes the folders and lists. Only its `write` needs the renderer
 (and scipy for MATLAB files), so that a data set can be checked without.
 """
 
@@ -24,7 +24,7 @@ Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
-class Layout:
+class Writer:
     """The files of a data set, by relative paths with "/".
 
     `lists` is the folder of train.txt and val.txt.  `image_id` names the image of a number (1, 2, ... through both
@@ -131,7 +131,7 @@ def save_mat(path: Path, variables: dict[str, Any]) -> None:
     path.write_bytes(content)
 
 
-LAYOUTS = {
-    "nyud": Layout("gt_sets", ("trimesh", "embreex"), _nyud_id, _nyud_files, _write_nyud),
-    "pascal": Layout("ImageSets/Context", ("trimesh", "embreex", "scipy"), _pascal_id, _pascal_files, _write_pascal),
+WRITERS = {
+    "nyud": Writer("gt_sets", ("trimesh", "embreex"), _nyud_id, _nyud_files, _write_nyud),
+    "pascal": Writer("ImageSets/Context", ("trimesh", "embreex", "scipy"), _pascal_id, _pascal_files, _write_pascal),
 }
