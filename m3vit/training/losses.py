@@ -1,28 +1,17 @@
-"""Losses of tasks, by their kinds' (m3vit.kinds; M3ViT's code: losses/loss_functions.py), and of the routing.
+"""Losses of tasks: those of their kinds (m3vit.kinds; M3ViT's code: losses/loss_functions.py).
 
 Pixels that are not labelled carry no weight and no gradient. Labels are those of m3vit.data.augment.to_labels, batched.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from m3vit.collectives import total
 from m3vit.errors import InputError
-from m3vit.models.router import Routing
 from m3vit.tasks import TASKS, kind_of
 from m3vit.training.config import TrainConfig
-from m3vit.training.routing_losses import (
-    RoutingSums,
-    importance_loss,
-    load_loss,
-    mutual_information,
-    routing_sums,
-    switch_loss,
-    z_loss,
-)
 
 
 def subsample(label: Tensor, size: tuple[int, int]) -> list[Tensor]:
@@ -92,36 +81,3 @@ def loss_options(task: str, train: TrainConfig) -> dict[str, float]:
                 f"task {task}: its loss option {name} is to be train.{value}, and there is no such setting"
             )
     return {name: getattr(train, value) if isinstance(value, str) else value for name, value in given.items()}
-
-
-class RoutingLoss(NamedTuple):
-    """A loss of one MoE layer's routing, and the fields of RoutingSums it is computed from."""
-
-    of: Callable[[RoutingSums], Tensor]
-    fields: tuple[str, ...]
-    mean: bool = False  # over tasks; the others are sums over tasks
-
-
-# By the names of `TrainConfig.routing_weights`. balance is summed over tasks (M3ViT weighs it 0.01).
-ROUTING_LOSSES = {
-    "balance": RoutingLoss(lambda sums: importance_loss(sums) + load_loss(sums), ("weights_RE", "load_RE")),
-    "switch": RoutingLoss(switch_loss, ("chosen_RE", "scores_RE")),
-    "z": RoutingLoss(z_loss, ("squares_R",), mean=True),
-    "specialise": RoutingLoss(lambda sums: -mutual_information(sums), ("scores_RE",), mean=True),
-}
-
-
-def sums_for(routings: Iterable[Routing], losses: Iterable[str]) -> list[RoutingSums]:
-    """Return what the routing losses of these names need of each layer's routing, and no more."""
-    fields = {field for name in losses for field in ROUTING_LOSSES[name].fields}
-    return [routing_sums(routing, sorted(fields)) for routing in routings]
-
-
-def routing_losses(layers: Sequence[RoutingSums], losses: Iterable[str], share: float = 1.0) -> dict[str, Tensor]:
-    """Return the unweighted routing losses of these names, each summed over the MoE layers (one or more).
-
-    `share`: of the model's tasks that these layers ran, for losses that are means over tasks. What several passes
-    return, for different tasks, then adds up to the loss of all tasks.
-    """
-    found = {name: torch.stack([ROUTING_LOSSES[name].of(sums) for sums in layers]).sum() for name in losses}
-    return {name: loss * share if ROUTING_LOSSES[name].mean else loss for name, loss in found.items()}

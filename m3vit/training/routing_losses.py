@@ -3,7 +3,7 @@
 Shapes: R tasks, N tokens of one task, E experts, K top-k.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -148,3 +148,36 @@ def entropy(p: Tensor) -> Tensor:
     The gradient is finite at p = 0 too (torch.special.entr's is not): the score of an expert that a task may not use.
     """
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
+
+
+class RoutingLoss(NamedTuple):
+    """A loss of one MoE layer's routing, and the fields of RoutingSums it is computed from."""
+
+    of: Callable[[RoutingSums], Tensor]
+    fields: tuple[str, ...]
+    mean: bool = False  # over tasks; the others are sums over tasks
+
+
+# By the names of `TrainConfig.routing_weights`. balance is summed over tasks (M3ViT weighs it 0.01).
+ROUTING_LOSSES = {
+    "balance": RoutingLoss(lambda sums: importance_loss(sums) + load_loss(sums), ("weights_RE", "load_RE")),
+    "switch": RoutingLoss(switch_loss, ("chosen_RE", "scores_RE")),
+    "z": RoutingLoss(z_loss, ("squares_R",), mean=True),
+    "specialise": RoutingLoss(lambda sums: -mutual_information(sums), ("scores_RE",), mean=True),
+}
+
+
+def sums_for(routings: Iterable[Routing], losses: Iterable[str]) -> list[RoutingSums]:
+    """Return what the routing losses of these names need of each layer's routing, and no more."""
+    fields = {field for name in losses for field in ROUTING_LOSSES[name].fields}
+    return [routing_sums(routing, sorted(fields)) for routing in routings]
+
+
+def routing_losses(layers: Sequence[RoutingSums], losses: Iterable[str], share: float = 1.0) -> dict[str, Tensor]:
+    """Return the unweighted routing losses of these names, each summed over the MoE layers (one or more).
+
+    `share`: of the model's tasks that these layers ran, for losses that are means over tasks. What several passes
+    return, for different tasks, then adds up to the loss of all tasks.
+    """
+    found = {name: torch.stack([ROUTING_LOSSES[name].of(sums) for sums in layers]).sum() for name in losses}
+    return {name: loss * share if ROUTING_LOSSES[name].mean else loss for name, loss in found.items()}

@@ -23,8 +23,8 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
-from m3vit.training.losses import BatchCounts, loss_options, routing_losses, sums_for, task_loss
-from m3vit.training.routing_losses import RoutingSums
+from m3vit.training.losses import BatchCounts, loss_options, task_loss
+from m3vit.training.routing_losses import RoutingSums, routing_losses, sums_for
 from m3vit.training.sharding import clip_gradients, is_sharded
 from m3vit.training.weighting import Fixed, GradientMethod
 

@@ -8,7 +8,7 @@ import torch
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.training.losses import routing_losses, sums_for
+from m3vit.training.routing_losses import routing_losses, sums_for
 
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
 BARE = {**ARGS, "class_token": False, "global_pool": ""}

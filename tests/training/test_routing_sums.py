@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from m3vit.models.router import Router, Routing
-from m3vit.training.losses import ROUTING_LOSSES, routing_losses, sums_for
-from m3vit.training.routing_losses import RoutingSums
+from m3vit.training.routing_losses import ROUTING_LOSSES, RoutingSums, routing_losses, sums_for
 from m3vit.training.step import add_up, without_tokens
 from tests.training.launching import CONTEXT
 
