@@ -1,6 +1,7 @@
 """Kinds of tasks: those there are, and one that is added from outside and meets no switch on the way."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from m3vit.evaluation.meters import Meter, Scoring, check_meter
 from m3vit.evaluation.protocols import network_image, prediction
 from m3vit.export.runtime.drawing import overlay
 from m3vit.export.runtime.summary import summarise
-from m3vit.kinds import KINDS, add_kind
+from m3vit.kinds import KINDS, add_kind, as_json
 from m3vit.kinds.decoding import decode
 from m3vit.kinds.kind import REQUIRED, Kind
 from m3vit.kinds.pictures import Range, Scale, ramp
@@ -316,6 +317,11 @@ def test_its_predictions_are_those_of_the_logits(flow: Task, protocol: str, labe
     place = network_image(protocol, "x", np.zeros((*label_size, 3), np.uint8), (24, 32))
     guess = prediction(protocol, "flow", logits, place, label_size)
     assert guess.shape == (*label_size, 2) and np.allclose(guess, (3.5, -2.0), rtol=1e-6)
+
+
+def test_numbers_of_numpy_are_as_good_as_pythons() -> None:
+    given = {"mean": np.float32([0.5, 2]), "most": np.int64(3), "of": [np.uint8(1), (np.float64(0.25), None)]}
+    assert json.loads(json.dumps(as_json(given))) == {"mean": [0.5, 2], "most": 3, "of": [1, [0.25, None]]}
 
 
 def test_it_is_drawn_summed_up_and_resized(flow: Task) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from m3vit.kinds import KINDS
+from m3vit.kinds import KINDS, as_json
 
 
 def summarise(prediction: NDArray[Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -12,4 +12,5 @@ def summarise(prediction: NDArray[Any], entry: dict[str, Any]) -> dict[str, Any]
 
     Which they are is the kind's to say (`Kind.summary`). Values of nothing are null.
     """
-    return KINDS[entry["decode"]].summary(prediction, entry)
+    figures: dict[str, Any] = as_json(KINDS[entry["decode"]].summary(prediction, entry))
+    return figures

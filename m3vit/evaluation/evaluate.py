@@ -17,6 +17,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
 from m3vit.evaluation.meters import Statistics, check_meter, make_meter
 from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
+from m3vit.kinds import as_json
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.finite import is_finite
 from m3vit.models.multitask import MultiTaskModel
@@ -196,7 +197,8 @@ class TrivialPredictor:
                 sums[task] = sums.get(task, 0) + kind_of(task).tally(label)
             if progress:
                 progress(index + 1, len(split))
-        return cls({task: kind_of(task).constant(total) for task, total in sums.items()}, split.label_set, left_out)
+        constants = {task: as_json(kind_of(task).constant(total)) for task, total in sums.items()}
+        return cls(constants, split.label_set, left_out)
 
     def predictor(self, size: tuple[int, int]) -> Predictor:
         """Return it as a predictor of constant logits."""

@@ -10,6 +10,7 @@ from m3vit.kinds.distance import Distance
 from m3vit.kinds.kind import IGNORE as IGNORE
 from m3vit.kinds.kind import REQUIRED, Kind
 from m3vit.kinds.kind import Look as Look
+from m3vit.kinds.kind import as_json as as_json
 from m3vit.kinds.probability import Probability
 
 KINDS: dict[str, Kind] = {}

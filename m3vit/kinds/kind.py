@@ -218,3 +218,12 @@ class Kind:
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         """Return a label's value (`Look.value`) in words."""
         return f"({', '.join(f'{part:.3g}' for part in value)})" if isinstance(value, tuple) else f"{value:g}"
+
+
+def as_json(value: Any) -> Any:
+    """Return what a kind gives as JSON, numpy's numbers and arrays in it as Python's."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
