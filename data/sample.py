@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3vit.data.reading import Size, ending, naming, other_spelling
-from m3vit.errors import InputError
+from m3vit.errors import Defect, InputError
 from m3vit.files import not_there, read_bounded, special
 from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
 from m3vit.tasks import TASKS, kind_of
@@ -298,6 +298,7 @@ class FileSplit(ABC):
         for task in self.tasks:
             try:
                 sample.labels[task] = self.read(index, task, size)
+                check_shape(self.path(index, task), task, sample.labels[task], size)
             except InputError as error:
                 if not self.partial:
                     raise
@@ -308,6 +309,13 @@ class FileSplit(ABC):
 def no_label(task: str, size: Size) -> NDArray:
     """Return the label of an image that has none for a task: every pixel ignored, or invalid."""
     return kind_of(task).no_label(size)
+
+
+def check_shape(path: Path, task: str, label: NDArray, size: Size) -> None:
+    """Raise InputError unless a layout's `read` made a label of the shape that the task's kind has."""
+    if label.shape != (shape := (*size, *kind_of(task).label_shape)):
+        words = f"is read as {list(label.shape)}, and {task} has {list(shape)}"
+        raise InputError(f"{path} {words}: mend the layout's read", defect=Defect(path, "values", words))
 
 
 def is_id(name: str) -> bool:

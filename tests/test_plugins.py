@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from m3vit import plugins
 from m3vit.data.nyud import NYUD
 from m3vit.data.opening import add_layout, layout_for
 from m3vit.data.sample import FileSplit
+from m3vit.data.tools.check import _read_sample
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES, LabelSet, add_label_set, declare, describe
@@ -246,6 +248,19 @@ def test_a_layout_without_published_ranges_has_no_pipeline_of_them() -> None:
         assert config.model.label_set == "nyud"
         with pytest.raises(InputError, match=r"data.layout mine has no m3vit_ranges: give simple or invpt"):
             config.check()
+
+
+def test_labels_of_another_shape_than_their_kinds_are_refused(tiny_data: Path) -> None:
+    class Flat(NYUD):
+        def read(self, index: int, kind: str, size: Any = None) -> Any:
+            array = super().read(index, kind, size)
+            return array[..., 0] if kind == "normals" else array
+
+    split = Flat(tiny_data, "val", ("depth", "normals"))
+    with pytest.raises(InputError, match=r"read as \[32, 48\], and normals has \[32, 48, 3\]: mend the layout's read"):
+        split.load(0)
+    (problem,) = _read_sample(split, 0).problems
+    assert problem.kind == "values" and "is read as [32, 48]" in problem.message
 
 
 def test_other_names_for_as_many_classes(tiny_data: Path) -> None:

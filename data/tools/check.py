@@ -15,7 +15,7 @@ from typing import Any
 
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
 from m3vit.data.reading import ending
-from m3vit.data.sample import FileSplit, is_id
+from m3vit.data.sample import FileSplit, check_shape, is_id
 from m3vit.data.tools.plausibility import REACH_PERCENT, Look, look, oddities, statistics
 from m3vit.errors import Defect, InputError
 from m3vit.files import read_bounded
@@ -312,6 +312,8 @@ def _read_sample(loader: FileSplit, index: int) -> Finding:
         path, file = loader.path(index, kind), _relative(loader, index, kind)
         try:
             array = loader.read(index, kind, size or NO_SIZE)
+            if size and kind != "image":
+                check_shape(path, kind, array, size)
         except InputError as error:
             defect = error.defect or Defect(path, "unreadable", str(error))
             if defect.path != path:  # a file of a task that this one needs, reported there
