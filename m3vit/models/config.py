@@ -126,10 +126,11 @@ class ModelConfig:
         _check_number("model.router_noise", self.router_noise, (0, 1e6))
         self._check_trunk_args()
         check_args(self.head, self.head_args)
-        if self.distillation and ("distillation" not in DECODERS[self.head].reads or len(self.tasks) < 2):
+        distilled = [name for name, entry in DECODERS.items() if "distillation" in entry.reads]
+        if self.distillation and (self.head not in distilled or len(self.tasks) < 2):
             raise InputError(
                 f"model.distillation is {self.distillation} with head {self.head} and tasks {', '.join(self.tasks)}: "
-                "it needs pup heads and two tasks or more; give --model.distillation=[] without"
+                f"it needs {' or '.join(distilled)} heads and two tasks or more; give --model.distillation=[] without"
             )
         if not 1 <= self.top_k <= self.num_experts:
             raise InputError(f"model.top_k is {self.top_k}: give 1 to model.num_experts ({self.num_experts})")
