@@ -188,6 +188,7 @@ def test_a_kind_needs_a_name_of_its_own() -> None:
             {"kind": "argmax", "loss_options": {"tau": 2}},
             "task shadow has the loss options tau: those of argmax are none",
         ),
+        ({"weight": "1"}, "task 'shadow'.weight is '1', expected float"),
         ({"name": "no name"}, "is no task: give an m3vit.tasks.Task with a name of letters, digits and _"),
     ],
 )
