@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from m3vit.errors import InputError
 
 
 def check_values(section: str, settings: Any, imported: Mapping[str, Any] | None = None) -> None:
-    """Raise InputError, naming `section.key`, for the first value of a dataclass that is not of its field's type.
+    """Raise InputError, naming `section.key`, for the first value that is not of the type its class says.
 
     `imported`: what the types name that their module imports for type checkers alone.
     """
     for key, hint in get_type_hints(type(settings), localns=imported).items():
         value = getattr(settings, key)
-        if fits(value, hint):
+        if get_origin(hint) is ClassVar or fits(value, hint):
             continue
         if get_origin(hint) is Literal:
             raise InputError(not_among(f"{section}.{key}", value, get_args(hint)))

@@ -172,6 +172,10 @@ def test_a_kind_needs_a_name_of_its_own() -> None:
         add_kind(taken())
     with pytest.raises(InputError, match="has the name '': give one"):
         add_kind(type("Nameless", (Flow,), {"name": ""})())
+    with pytest.raises(InputError, match=r"^kind wide has 0 channels: give 1 or more"):
+        add_kind(type("Wide", (Flow,), {"name": "wide", "channels": 0})())
+    with pytest.raises(InputError, match=r"^kind wide.channels is '2', expected int"):
+        add_kind(type("Wide", (Flow,), {"name": "wide", "channels": "2"})())
     with pytest.raises(InputError, match="is no kind: derive one from"):
         add_kind(Flow)  # type: ignore[arg-type]
 

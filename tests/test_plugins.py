@@ -129,7 +129,9 @@ def test_bad_plugins_are_one_line(cli: Callable, tmp_path: Path, text: str, word
 
 def test_what_is_no_plugin(cli: Callable, tmp_path: Path) -> None:
     (tmp_path / "json.py").touch()
+    (tmp_path / "__main__.py").touch()
     for given, words in (
+        (tmp_path / "__main__.py", "there is a module __main__ already"),
         (tmp_path / "absent.py", "not found: give the name of an installed module, or a .py file"),
         ("no.such.module", "plug-in no.such.module not found"),
         (tmp_path / "json.py", "there is a module json already"),
