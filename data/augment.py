@@ -10,7 +10,7 @@ Pipelines (`data.pipeline`), each a function of (sample, size, rng, normalisatio
 - simple: resize; mirror; a gain and an offset for each colour channel.
 - m3vit: M3ViT's and Vandenhende's (their data/custom_transforms.py): mirror; zoom and rotation about the centre;
   resize to the network's size, aspect ratio not kept.
-- invpt: ATRC's, InvPT's and TaskPrompter's (their data/augment.py): scaling 0.5 to 2; crop; mirror; photometric
+- invpt: ATRC's, InvPT's and TaskPrompter's (their data/transforms.py): scaling 0.5 to 2; crop; mirror; photometric
   distortion; padding.
 """
 

@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from m3vit.errors import InputError, first_line
+from m3vit.errors import InputError, first_line, short
 from m3vit.tasks import IGNORE, TASKS, Task, add_task
+from m3vit.values import check_values
 
 VERSION = 1  # of `describe`
+MOST_DIST = 0.1  # of edge_max_dist: published are 0.0075 and 0.011, and the time of matching grows with its square
 
 NYUD_CLASSES = tuple(
     (
@@ -54,8 +56,11 @@ DECLARED: list[dict[str, Any]] = []  # what `declare` added: processes started a
 
 def add_label_set(labels: LabelSet) -> None:
     """Make a label set known, or raise InputError for one that lacks a part or whose name is taken."""
-    if not isinstance(labels, LabelSet) or not isinstance(labels.name, str) or not labels.name:
-        raise InputError(f"{labels!r} is no label set: give an m3vit.label_sets.LabelSet with a name")
+    if not isinstance(labels, LabelSet) or not isinstance(labels.name, str) or labels.name in ("", "auto"):
+        raise InputError(
+            f"{short(labels)} is no label set: give an m3vit.label_sets.LabelSet with a name other than auto"
+        )
+    check_values(f"label set {short(labels.name)}", labels)
     if labels.name in LABEL_SETS:
         raise InputError(f"label set {labels.name} is there already: give another name")
     if isinstance(labels.tasks, str) or not labels.tasks or len(set(labels.tasks)) != len(labels.tasks):
@@ -68,9 +73,15 @@ def add_label_set(labels: LabelSet) -> None:
     for task in labels.tasks:
         names = labels.classes.get(task, ())
         if TASKS[task].channels is None and not (1 < len(names) < IGNORE and len(set(names)) == len(names)):
-            raise InputError(f"label set {labels.name} has the classes {names!r} of {task}: give 2 to 254 names")
-        if TASKS[task].matches_edges and not labels.edge_max_dist > 0:
-            raise InputError(f"label set {labels.name} lacks edge_max_dist, which edges are scored by: give it")
+            raise InputError(f"label set {labels.name} has the classes {short(names)} of {task}: give 2 to 254 names")
+        if TASKS[task].channels is not None and task in labels.classes:
+            raise InputError(f"label set {labels.name} has the classes {short(names)} of {task}, which has none")
+        if TASKS[task].matches_edges and not 0 < labels.edge_max_dist <= MOST_DIST:
+            given = f"has edge_max_dist {labels.edge_max_dist}" if labels.edge_max_dist else "lacks edge_max_dist"
+            raise InputError(
+                f"label set {labels.name} {given}, which edges are scored by: give a share of the image diagonal, at "
+                f"most {MOST_DIST}"
+            )
     LABEL_SETS[labels.name] = labels
 
 
@@ -133,32 +144,42 @@ def declare(description: dict[str, Any], where: str, needed: Collection[str]) ->
     try:
         for name, row in description["tasks"].items():
             try:
-                _declare_task(name, dict(row), where)
+                _declare_task(name, {**row}, where)
             except InputError:
                 if name in needed:
                     raise
         fields = description["label_set"]
-        classes = {task: tuple(names) for task, names in fields["classes"].items()}
+        classes = {
+            task: tuple(names) if isinstance(names, list) else names for task, names in fields["classes"].items()
+        }
         tasks = tuple(task for task in fields["tasks"] if task in TASKS)
         labels = LabelSet(**{**fields, "tasks": tasks, "classes": classes})
+        known = LABEL_SETS.get(labels.name)
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where} describes its labels in a way that cannot be read ({first_line(error)})") from None
-    known = LABEL_SETS.get(labels.name)
     if known is not None and known.classes != labels.classes:
         digest = zlib.crc32(json.dumps(labels.classes).encode())
         labels = replace(labels, name=f"{labels.name}-{digest:08x}")
     if labels.name not in LABEL_SETS:
-        add_label_set(labels)
+        try:
+            add_label_set(labels)
+        except InputError as error:
+            raise InputError(f"{where} describes labels that there cannot be: {error}") from None
         DECLARED.append(description)
     return labels.name
 
 
 def _declare_task(name: str, row: dict[str, Any], where: str) -> None:
     code, known = row.pop("code"), TASKS.get(name)
+    if row["name"] != name:
+        raise TypeError(f"{short(row['name'])} under the name of {short(name)}")
     if known is not None:
         if known.kind != row["kind"]:
-            raise InputError(f"{where} has a task {name} of the kind {row['kind']}, here it is of {known.kind}")
+            raise InputError(f"{where} has a task {name} of the kind {short(row['kind'])}, here it is of {known.kind}")
         return
     if code:
-        raise InputError(f"{where} has the unknown task {name}, whose {' and '.join(code)} it cannot hold")
-    add_task(Task(**row))
+        raise InputError(f"{where} has the unknown task {name}, whose {' and '.join(code)[:120]} it cannot hold")
+    try:
+        add_task(Task(**row))
+    except InputError as error:
+        raise InputError(f"{where} describes a task that there cannot be: {error}") from None

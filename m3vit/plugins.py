@@ -149,6 +149,8 @@ def _origin(name: str) -> str | None:
     """Return the file that a module of this name comes from, or None if there is none."""
     try:
         spec = find_spec(name)
-    except (ImportError, ValueError):  # of the package that a dotted name is in
+    except ImportError:  # of the package that a dotted name is in
         return None
+    except ValueError:  # of the package, or a module that came from no file, such as __main__
+        return name if name in sys.modules else None
     return (spec.origin or name) if spec else None

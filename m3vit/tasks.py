@@ -8,12 +8,13 @@ Conventions shared by loaders, losses, meters, runtime and hardware:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 from m3vit.kinds import IGNORE as IGNORE
 from m3vit.kinds import KINDS, Kind
 from m3vit.kinds.classes import palette as palette
+from m3vit.values import check_values
 
 if TYPE_CHECKING:
     from m3vit.evaluation.meters import Meter, Scoring
@@ -80,11 +81,12 @@ TASKS: dict[str, Task] = {}
 def add_task(task: Task) -> None:
     """Make a task known, or raise InputError for one that is incomplete or whose name is taken."""
     if not isinstance(task, Task) or not isinstance(task.name, str) or not task.name.isidentifier():
-        raise InputError(f"{task!r} is no task: give an m3vit.tasks.Task with a name of letters, digits and _")
+        raise InputError(f"{short(task)} is no task: give an m3vit.tasks.Task with a name of letters, digits and _")
     if task.name in TASKS:
         raise InputError(f"task {task.name} is there already: choose another name")
+    check_values(f"task {short(task.name)}", task, {"Meter": Any, "Scoring": Any})
     if task.kind not in KINDS:
-        raise InputError(f"task {task.name} is of the unknown kind {task.kind!r}: choose from {', '.join(KINDS)}")
+        raise InputError(f"task {task.name} is of the unknown kind {short(task.kind)}: choose from {', '.join(KINDS)}")
     kind = KINDS[task.kind]
     own_meter = type(kind).meter is not Kind.meter
     missing = {

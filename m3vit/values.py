@@ -1,16 +1,20 @@
 """Whether the values of a configuration are of its fields' types. No torch."""
 
+from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from m3vit.errors import InputError
 
 
-def check_values(section: str, settings: Any) -> None:
-    """Raise InputError, naming `section.key`, for the first value of a dataclass that is not of its field's type."""
-    for key, hint in get_type_hints(type(settings)).items():
+def check_values(section: str, settings: Any, imported: Mapping[str, Any] | None = None) -> None:
+    """Raise InputError, naming `section.key`, for the first value that is not of the type its class says.
+
+    `imported`: what the types name that their module imports for type checkers alone.
+    """
+    for key, hint in get_type_hints(type(settings), localns=imported).items():
         value = getattr(settings, key)
-        if fits(value, hint):
+        if get_origin(hint) is ClassVar or fits(value, hint):
             continue
         if get_origin(hint) is Literal:
             raise InputError(not_among(f"{section}.{key}", value, get_args(hint)))
@@ -32,14 +36,16 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in inner
     if kind is list:
         return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if kind is tuple and inner[1:] == (...,):
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
     if kind is tuple:
         return (
             isinstance(value, list | tuple)
             and len(value) == len(inner)
             and all(fits(item, one) for item, one in zip(value, inner, strict=True))
         )
-    if kind is dict:
-        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind in (dict, Mapping):
+        return isinstance(value, kind) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

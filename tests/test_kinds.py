@@ -173,6 +173,10 @@ def test_a_kind_needs_a_name_of_its_own() -> None:
         add_kind(taken())
     with pytest.raises(InputError, match="has the name '': give one"):
         add_kind(type("Nameless", (Flow,), {"name": ""})())
+    with pytest.raises(InputError, match=r"^kind wide has 0 channels: give 1 or more"):
+        add_kind(type("Wide", (Flow,), {"name": "wide", "channels": 0})())
+    with pytest.raises(InputError, match=r"^kind wide.channels is '2', expected int"):
+        add_kind(type("Wide", (Flow,), {"name": "wide", "channels": "2"})())
     with pytest.raises(InputError, match="is no kind: derive one from"):
         add_kind(Flow)  # type: ignore[arg-type]
 
@@ -189,6 +193,7 @@ def test_a_kind_needs_a_name_of_its_own() -> None:
             {"kind": "argmax", "loss_options": {"tau": 2}},
             "task shadow has the loss options tau: those of argmax are none",
         ),
+        ({"weight": "1"}, "task 'shadow'.weight is '1', expected float"),
         ({"name": "no name"}, "is no task: give an m3vit.tasks.Task with a name of letters, digits and _"),
     ],
 )

@@ -131,7 +131,9 @@ def test_bad_plugins_are_one_line(cli: Callable, tmp_path: Path, text: str, word
 
 def test_what_is_no_plugin(cli: Callable, tmp_path: Path) -> None:
     (tmp_path / "json.py").touch()
+    (tmp_path / "__main__.py").touch()
     for given, words in (
+        (tmp_path / "__main__.py", "there is a module __main__ already"),
         (tmp_path / "absent.py", "not found: give the name of an installed module, or a .py file"),
         ("no.such.module", "plug-in no.such.module not found"),
         (tmp_path / "json.py", "there is a module json already"),
@@ -204,6 +206,43 @@ def test_descriptions_are_json_and_come_back() -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("label_set", "name"), ["x"]),
+        (("label_set", "name"), "auto"),
+        (("label_set", "tasks"), [["x"]]),
+        (("label_set", "classes", "semseg"), "semseg"),
+        (("label_set", "classes", "semseg", 0), []),
+        (("label_set", "edge_max_dist"), "0.01"),
+        (("label_set", "edge_max_dist"), 1e308),
+        (("label_set", "tolerated"), 1),
+        (("tasks",), []),
+        (("tasks", "fog"), ["x"]),
+        (("tasks", "fog", "name"), "mist"),
+        (("tasks", "fog", "kind"), {}),
+        (("tasks", "fog", "code"), 1),
+        (("tasks", "fog", "meter"), "x"),
+        (("tasks", "fog", "weight"), "1"),
+        (("tasks", "fog", "tolerated"), {"blank": "1"}),
+        (("tasks", "fog", "reach"), [1, 2]),
+        (("tasks", "fog", "more"), 1),
+    ],
+)
+def test_descriptions_of_the_wrong_types_are_refused(keys: tuple, value: object) -> None:
+    described = describe("nyud")
+    described["tasks"]["fog"] = {**described["tasks"]["depth"], "name": "fog", "code": []}
+    described["label_set"] |= {"name": "weather", "tasks": ["semseg", "edge", "fog"]}
+    with kept_state():
+        assert declare(described, "x", ["fog"]) == "weather"
+    part = described
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    with kept_state(), pytest.raises(InputError, match=r"^x describes "):
+        declare(described, "x", ["fog"])
+
+
+@pytest.mark.parametrize(
     ("parts", "words"),
     [
         ({"name": ""}, "lacks name"),
@@ -232,6 +271,10 @@ def test_incomplete_layouts_are_refused(parts: dict, words: str) -> None:
         (LabelSet("x", ("semseg",), {}), "the classes .* of semseg: give 2 to 254"),
         (LabelSet("x", ("semseg",), {"semseg": ("a", "a")}), "the classes .* of semseg: give 2 to 254"),
         (LabelSet("x", ("edge",), {}), "lacks edge_max_dist, which edges are scored by"),
+        (LabelSet("x", ("edge",), {}, 1e9), "has edge_max_dist 1000000000.0, .* at most 0.1"),
+        (LabelSet("x", ("depth",), {"depth": ("near", "far")}), "the classes .* of depth, which has none"),
+        (LabelSet("x", ("semseg",), {"semseg": (1, 2)}), r"label set 'x'.classes is .* expected dict"),  # type: ignore
+        (LabelSet("auto", ("depth",), {}), "is no label set"),
         ("x", "is no label set"),
     ],
 )

@@ -241,12 +241,15 @@ def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> d
 
 
 def budget_of(manifest: Mapping[str, Any]) -> Budget:
-    """Return the budget of a package's graphs, by its manifest."""
+    """Return the budget of a package's graphs, by its manifest; raise InputError if that does not say."""
     top_k, kept = {}, {}
-    for task, entry in manifest["tasks"].items():
-        experts, count = entry["experts"], entry["experts"]["top_k"]
-        top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
-        kept[task] = {} if experts["kept"] == "all" else experts["kept"]
+    try:
+        for task, entry in manifest["tasks"].items():
+            experts, count = entry["experts"], entry["experts"]["top_k"]
+            top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
+            kept[task] = {} if experts["kept"] == "all" else experts["kept"]
+    except (KeyError, TypeError, AttributeError):
+        raise InputError("the manifest does not say which experts the graphs use: export the package again") from None
     return Budget.from_json({"top_k": top_k, "kept": kept})
 
 

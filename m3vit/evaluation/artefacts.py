@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from m3vit.collectives import world_size
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 from m3vit.evaluation.evaluate import Predictor, normalised, torch_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.runtime.package import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.hw.sim import csim
-from m3vit.label_sets import LABEL_SETS, declare
+from m3vit.label_sets import LABEL_SETS, declare, resolve
 from m3vit.launched import place
 from m3vit.normalisation import Normalisation, recorded
 
@@ -35,7 +35,15 @@ def onnx_predictor(package: Package) -> Predictor:
             named = ", ".join(images[place].id for place in error.images)
             raise InputError(f"image {named}: {error}") from error
 
-    return Predictor("onnx", package.tasks, label_set(manifest, package.folder, package.tasks), (height, width), run)
+    labels = label_set(manifest, package.folder, package.tasks)
+    for task in resolve(package.tasks, labels):
+        entry, expected = manifest["tasks"][task.name], (task.kind, LABEL_SETS[labels].channels(task.name))
+        if (entry["decode"], entry["channels"]) != expected:
+            raise InputError(
+                f"{package.folder} contradicts itself: {task.name} is {entry['decode']} with {entry['channels']} "
+                f"channels, and {expected[0]} with {expected[1]} in the label set {labels}: export it again"
+            )
+    return Predictor("onnx", package.tasks, labels, (height, width), run)
 
 
 def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
@@ -75,9 +83,10 @@ def label_set(manifest: dict[str, Any], folder: Path, tasks: Sequence[str]) -> s
         raise InputError(f"{folder} was exported by an earlier version, without its label set: export it again")
     if "labels" in manifest:
         return declare(manifest["labels"], f"the manifest of {folder}", tasks)
-    if manifest["label_set"] not in LABEL_SETS:
-        raise InputError(f"{folder} is of the label set {manifest['label_set']}, unknown here: export it again")
-    return str(manifest["label_set"])
+    name = str(manifest["label_set"])
+    if name not in LABEL_SETS:
+        raise InputError(f"{folder} is of the label set {short(name)}, unknown here: export it again")
+    return name
 
 
 def choose_device(name: str) -> str:

@@ -290,9 +290,14 @@ def make_meter(task: str, label_set: str, protocol: str, quick: bool = False) ->
 
 
 def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> Meter:
-    """Return the meter of a task, or raise InputError if it does not give the task's headline metric.
+    """Return the meter of a task, or raise InputError if it does not give the task's headline metric."""
+    return try_meter(task, label_set, protocol, quick)[0]
 
-    It is tried on an image of nothing, so that a task cannot be trained for hours and then not be scored.
+
+def try_meter(task: str, label_set: str, protocol: str, quick: bool = False) -> tuple[Meter, Statistics]:
+    """Return the meter of a task, and what an image of nothing contributes; raise InputError as `check_meter` does.
+
+    It is tried so that a task cannot be trained for hours and then not be scored.
     """
     meter, kind, size = make_meter(task, label_set, protocol, quick), kind_of(task), (8, 8)
     channels = LABEL_SETS[label_set].channels(task)
@@ -303,10 +308,11 @@ def check_meter(task: str, label_set: str, protocol: str, quick: bool = False) -
             "or float32 [1, 8, 8] or [1, 8, 8, D]"
         )
     label = np.zeros(size, bool) if TASKS[task].on_edge_truth(quick) else kind.no_label(size)
-    found, wanted = meter.compute(meter.image(guess, label)), TASKS[task].headline(quick)
+    row, wanted = meter.image(guess, label), TASKS[task].headline(quick)
+    found = meter.compute(row)
     if wanted not in found:
         raise InputError(
             f"the meter of {task} gives {', '.join(list(found)[:5])}, not {wanted}, which the task names as its "
             "headline metric: mend the task's row or its meter"
         )
-    return meter
+    return meter, row

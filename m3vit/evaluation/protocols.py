@@ -2,7 +2,7 @@
 
 A: Vandenhende's Multi-Task-Learning-PyTorch and M3ViT (evaluation/evaluate_utils.py, utils/utils.py there). Images are
    resized to the network's size, predictions back to the label's size, stored as 8-bit files, and read again.
-B: ATRC, InvPT, TaskPrompter and after (evaluation/, data/augment.py there). Images are padded to the network's
+B: ATRC, InvPT, TaskPrompter and after (evaluation/, data/transforms.py there). Images are padded to the network's
    size, and scored there, without a resize.
 
 Figures of different protocols are not comparable, so each carries its protocol (DESIGN.md, section 10).

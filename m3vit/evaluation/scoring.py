@@ -17,6 +17,7 @@ from m3vit.data.sample import Split
 from m3vit.digests import changed, check_sealed, read_sealed_json, seal, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
+from m3vit.evaluation.meters import try_meter
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path, sha256_file
 from m3vit.label_sets import LABEL_SETS, declare, describe
@@ -152,7 +153,7 @@ def stored(folder: Path) -> dict[str, dict[str, Any]]:
     if content.get("format") != FORMAT:
         return {}
     results = content.get("protocols")
-    needed = {"data", "label_set", "predictor", "release", "tasks"}
+    needed = {"data", "label_set", "predictor", "protocol", "release", "tasks"}
     if not isinstance(results, dict) or not all(
         isinstance(result, dict) and needed <= result.keys() and isinstance(result["tasks"], dict)
         for result in results.values()
@@ -208,4 +209,9 @@ def read_evaluation(folder: Path, protocol: str) -> Evaluation:
         raise changed(path, advice)
     if any(len(values) != len(ids) for values in (prints, *statistics.values())):
         raise InputError(f"{path} has not one row for each of its {len(ids)} images: {advice}")
+    for task, values in statistics.items():
+        if values.shape[1:] != try_meter(task, result["label_set"], protocol)[1].shape:
+            raise InputError(
+                f"{path} has other statistics of {task} than its label set {result['label_set']}: {advice}"
+            )
     return Evaluation(protocol, result["label_set"], ids, statistics, fingerprints=prints)

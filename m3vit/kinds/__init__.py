@@ -12,6 +12,7 @@ from m3vit.kinds.kind import REQUIRED, Kind
 from m3vit.kinds.kind import Look as Look
 from m3vit.kinds.kind import as_json as as_json
 from m3vit.kinds.probability import Probability
+from m3vit.values import check_values
 
 KINDS: dict[str, Kind] = {}
 
@@ -25,6 +26,9 @@ def add_kind(kind: Kind) -> None:
     missing = [part for part in REQUIRED if getattr(type(kind), part) is getattr(Kind, part)]
     if missing:
         raise InputError(f"kind {kind.name} ({type(kind).__name__}) lacks {', '.join(missing)}: define them")
+    check_values(f"kind {kind.name}", kind)
+    if kind.channels is not None and kind.channels < 1:
+        raise InputError(f"kind {kind.name} has {kind.channels} channels: give 1 or more, or None for a task's classes")
     if kind.name in KINDS:
         raise InputError(f"kind {kind.name} is there already ({type(KINDS[kind.name]).__name__}): choose another name")
     KINDS[kind.name] = kind

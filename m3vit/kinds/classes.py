@@ -119,7 +119,11 @@ class Classes(Kind):
         return {"classes": list(classes), "palette": [list(colour) for colour in palette(classes)]}
 
     def entry_fits(self, entry: Mapping[str, Any]) -> bool:
-        return len(entry["palette"]) == entry["channels"] > 0
+        colours, names = entry["palette"], entry.get("classes", [])
+        painted = all(
+            len(colour) == 3 and all(type(one) is int and 0 <= one <= 255 for one in colour) for colour in colours
+        )
+        return len(colours) == entry["channels"] > 0 and painted and isinstance(names, list)
 
     def look(self, label: NDArray[Any]) -> Look:
         return look_at_ids(label)

@@ -13,9 +13,11 @@ import torch
 
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
+from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.export.onnx.package import export_package
 from m3vit.export.runtime.package import Package, file_entries
 from m3vit.run_folder import load_run
+from tests.command_line import kept_state
 from tests.conftest import Cli
 from tests.test_cli import refused
 
@@ -156,12 +158,21 @@ def test_decoding_that_does_not_fit_the_graph(package: Path, changes: dict[str, 
         lambda manifest: manifest["image"].update(train_size=[0, 0]),
         lambda manifest: manifest["tasks"]["depth"].update(patch_multiple="8"),
         lambda manifest: manifest["tasks"]["depth"].update(input_size=["a", "b"]),
+        lambda manifest: manifest["tasks"]["semseg"]["palette"].__setitem__(0, ["a", "b", "c"]),
+        lambda manifest: manifest["tasks"]["semseg"]["palette"].__setitem__(0, [0, 0, 256]),
+        lambda manifest: manifest["tasks"]["semseg"].update(classes=7),
     ],
 )
 def test_manifest_with_senseless_values(package: Path, change: Callable[[dict[str, Any]], object]) -> None:
     edit(package, change)
     with pytest.raises(InputError, match=r"manifest.json is damaged"):
         predict(package, resize=True)
+
+
+def test_labels_that_do_not_fit_the_graphs(package: Path) -> None:
+    edit(package, lambda manifest: manifest["labels"]["label_set"]["classes"]["semseg"].pop())
+    with kept_state(), pytest.raises(InputError, match=r"semseg is argmax with 40 channels, and argmax with 39 in the"):
+        onnx_predictor(Package.load(package))
 
 
 def test_manifest_nested_without_end(package: Path) -> None:
