@@ -1,12 +1,14 @@
 """Refuse to test code that is not this checkout's; fixtures shared by all folders."""
 
+import hashlib
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,49 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
             make(folder)
             done.touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace each small graph once in this run, whichever test and process asks for it: some 4 s of a core each.
+
+    `_trace` is a function of the model's weights, its configuration and its arguments; these are the key. Models of
+    decoders that a test brings are traced each time.
+    """
+    graph = sys.modules.get("m3vit.export.onnx.graph")
+    if graph is None:  # no test that was collected exports
+        yield
+        return
+    import onnx
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    real = graph._trace
+
+    def trace(
+        model: Any, function: Any, inputs: dict[str, Any], axes: Any, output: str, opset: int, **more: Any
+    ) -> Any:
+        state = model.state_dict()
+        foreign = not type(model.heads).__module__.startswith("m3vit.")
+        if foreign or sum(tensor.nbytes for tensor in state.values()) > 2**23:
+            return real(model, function, inputs, axes, output, opset, **more)
+        shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+        said = (type(function).__name__, getattr(function, "task", ""), shapes, axes, output, opset, more, model.config)
+        key = hashlib.sha256(repr(said).encode())
+        for name, tensor in sorted(state.items()):
+            key.update(
+                f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().double().numpy().tobytes()
+            )
+        path = folder / f"{key.hexdigest()}.onnx"
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                path.write_bytes(real(model, function, inputs, axes, output, opset, **more).SerializeToString())
+        return onnx.ModelProto.FromString(path.read_bytes())
+
+    graph._trace = trace
+    yield
+    graph._trace = real
 
 
 def write_scene(root: Path, name: str, rng: np.random.Generator, size: tuple[int, int]) -> None:
