@@ -106,6 +106,8 @@ def load_run(folder: Path) -> Run:
         check_same(folder, config.model, architecture)
         model = MultiTaskModel(architecture)
         initialise(model, [of_run(str(folder), state)])
+        if missing := {"epochs_trained", "commit"} - info.keys():  # evaluations and reports name them
+            raise KeyError(f"{INFO} lacks {' and '.join(sorted(missing))}")
     except (RuntimeError, TypeError, KeyError) as error:
         raise InputError(f"{weights} cannot be loaded ({first_line(error)}): the run folder is damaged") from None
     model.origins = info.get("initialised", {})

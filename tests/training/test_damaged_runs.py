@@ -194,6 +194,14 @@ def test_files_of_two_runs_are_not_one(run: Path, tmp_path: Path) -> None:
         load_run(run)
 
 
+def test_a_run_that_does_not_say_how_long_it_was_trained_is_refused(run: Path) -> None:
+    info = json.loads((run / "model.json").read_text())
+    del info["epochs_trained"]
+    write_sealed_json(run / "model.json", info)
+    with pytest.raises(InputError, match=r"model\.json lacks epochs_trained"):
+        load_run(run)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_when_opened(run: Path, capsys: Any, value: float) -> None:
     model = load_run(run).model
