@@ -83,7 +83,7 @@ def add_options(
             kind, value, several = _read(hints[field.name])
             if value.hidden:
                 continue
-            keywords: dict[str, Any] = {"help": texts[field.name].format(**words)}
+            keywords: dict[str, Any] = {"help": texts.get(field.name, "").format(**words)}  # -OO leaves none
             if shown := _shown(field.default, " " if several else "x"):
                 keywords["help"] += f" (default: {shown})"
             if kind is bool:

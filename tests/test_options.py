@@ -1,13 +1,20 @@
 """Options declared once: what the command line makes of a dataclass; Python has the same names and defaults."""
 
 import argparse
-from dataclasses import dataclass, fields
-from inspect import Parameter, signature
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
+from m3vit.commands.data import Check, Prepare, Synth
+from m3vit.data.synthetic.dataset import synthesize
+from m3vit.data.tools.check import check
+from m3vit.data.tools.prepare import prepare_nyud
+from m3vit.export.hls.options import Request
+from m3vit.export.hls.project import export_project
 from m3vit.export.runtime.options import Loading
 from m3vit.export.runtime.package import Package
 from m3vit.options import Positive, Size, Value, add_options, options
@@ -73,7 +80,12 @@ def test_what_cannot_be(parser: argparse.ArgumentParser, words: str) -> None:
         parser.parse_args(["here", *words.split()])
 
 
-def test_a_package_is_loaded_by_the_same_names_and_defaults() -> None:
-    taken = {name: given.default for name, given in signature(Package.load).parameters.items()}
-    assert {field.name: field.default for field in fields(Loading)}.items() <= taken.items()
-    assert Parameter.empty not in {taken[field.name] for field in fields(Loading)}
+@pytest.mark.parametrize(
+    ("declared", "function"),
+    [(Loading, Package.load), (Synth, synthesize), (Prepare, prepare_nyud), (Check, check), (Request, export_project)],
+)
+def test_functions_have_the_same_names_and_defaults(declared: type, function: Callable[..., Any]) -> None:
+    taken = {name: given.default for name, given in signature(function).parameters.items()}
+    told = {field.name: field.default for field in fields(declared) if field.default is not MISSING}
+    elsewhere = {"json", "data_root"} | ({"samples"} if declared is Request else set())  # what the command itself does
+    assert {name: default for name, default in told.items() if name not in elsewhere}.items() <= taken.items()

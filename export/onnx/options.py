@@ -17,6 +17,8 @@ MAX_OPSET = 23  # the last that the exporter and onnxruntime were tested with
 class Content:
     """What a package holds of a model.
 
+    `size` is (height, width). Static graphs have `lower_moe`'s wide form and take one image of it.
+
     Attributes:
         tasks: tasks to export (default: all)
         opset: ONNX opset

@@ -49,14 +49,15 @@ def run_export_onnx(args: argparse.Namespace) -> None:
     config = run.config.model
     coverage = read_coverage(wanted.prune) if wanted.prune else None
     top_k = read_top_k(wanted.top_k, config.tasks, config.num_experts) if wanted.top_k else {}
-    if "calibration" in args and not {"prune", "keep", "sweep"} & set(vars(args)):
+    given = set(vars(args))
+    if "calibration" in given and not {"prune", "keep", "sweep"} & given:
         raise InputError("--calibrate is of --prune, --keep and --sweep: give one of them, or leave it out")
     request = options(Request, args, coverage=coverage, top_k=top_k)
     content = options(Content, args)
     if wanted.sweep:
         from m3vit.export.onnx.sweep import sweep
 
-        if set(vars(args)) - {"run", "out", "sweep", "opset", "size", "calibration", "measure", "data_root"}:
+        if given - {"run", "out", "sweep", "opset", "size", "calibration", "measure", "data_root"}:
             raise InputError(
                 "--sweep tries precisions, coverages and top-k itself, on all tasks: leave out --tasks, --precision, "
                 "--prune, --keep, --top-k, --static, --one-backbone and --check-images"
