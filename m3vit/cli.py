@@ -15,22 +15,24 @@ from m3vit.commands import data, evaluation, hls, onnx, predict, report, trainin
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
+from m3vit.options import command
 from m3vit.pool import follow_quota
 
 # What it does, its arguments, and what runs it; that returns an exit code, or None for 0.
 Command = tuple[str, Callable[[argparse.ArgumentParser], None] | None, Callable[[Any], int | None]]
 COMMANDS: dict[str, Command] = {
-    "data synth": ("Render a data set of made-up scenes with exact labels.", data.add_synth, data.run_synth),
-    "data extract": ("Unpack a data set's archive safely and say what came out.", data.add_extract, data.run_extract),
+    "data synth": ("Render a data set of made-up scenes with exact labels.", *command(data.Synth, data.run_synth)),
+    "data extract": (
+        "Unpack a data set's archive safely and say what came out.",
+        *command(data.Extract, data.run_extract),
+    ),
     "data prepare": (
         "Make NYUD_MT's files from the official NYU Depth v2 release.",
-        data.add_prepare,
-        data.run_prepare,
+        *command(data.Prepare, data.run_prepare),
     ),
     "data check": (
         "Open every file of a data set and report what is wrong with it. Exit code 1 if anything is.",
-        data.add_check,
-        data.run_check,
+        *command(data.Check, data.run_check),
     ),
     "train": (training.TITLES["train"], None, training.run_train),
     "init": (training.TITLES["init"], None, training.run_init),
@@ -56,16 +58,14 @@ COMMANDS: dict[str, Command] = {
         hls.add_export_hls,
         hls.run_export_hls,
     ),
-    "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", hls.add_csim, hls.run_csim),
+    "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", *command(hls.Csim, hls.run_csim)),
     "report": (
         "Draw one self-contained HTML page about a run and its exports, and write its figures as JSON.",
-        report.add_report,
-        report.run_report,
+        *command(report.Report, report.run_report),
     ),
     "demo": (
         "Run the path from data to report on rendered scenes, in minutes on a CPU.",
-        report.add_demo,
-        lambda args: report.run_demo(args, run),
+        *command(report.Demo, lambda wanted: report.run_demo(wanted, run)),
     ),
 }
 

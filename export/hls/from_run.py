@@ -11,6 +11,7 @@ from m3vit.data.opening import open_split
 from m3vit.data.sample import Sample
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import network_image
+from m3vit.export.hls.options import Request
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.models.budget import in_all_layers
 from m3vit.run_folder import Run
@@ -25,28 +26,22 @@ CALIBRATION_MIN = 4
 def export_run(
     run: Run,
     out: Path,
+    request: Request = Request(),
     *,
-    data_root: str | None = None,
-    samples: int | None = None,
-    schedule: str = "spatial",
-    weight_bits: int = 16,
-    act_bits: int | None = None,
-    board: str | None = None,
     top_k: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Write the project of a run to `out`; `samples` validation images go with it, for `m3vit hw csim`.
+    """Write the project of a run to `out`, with validation images for `m3vit hw csim`.
 
-    `top_k`: experts per token by task, None as trained. The other options are those of `export_project`.
+    `top_k`: experts per token by task, None as trained.
     """
     if top_k and not run.model.backbone.moe_indices:
         raise InputError("this model has no experts: leave out --top-k")
     tasks, labels = run.config.model.tasks, run.config.model.label_set
-    root = data_root or run.config.data.root
+    root = request.data_root or run.config.data.root
     train, val = (
         open_split(run.config.data.layout, root, split, tasks, label_set=labels) for split in ("train", "val")
     )
-    if samples is None:
-        samples = min(SAMPLES, len(val))
+    samples = min(SAMPLES, len(val)) if request.samples is None else request.samples
     if samples > len(val):
         raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
@@ -68,10 +63,10 @@ def export_run(
             labels=[sample.labels for sample in chosen],
         ),
         info=run.info,
-        schedule=schedule,
-        weight_bits=weight_bits,
-        act_bits=act_bits,
-        board=board,
+        schedule=request.schedule,
+        weight_bits=request.weight_bits,
+        act_bits=request.act_bits,
+        board=request.board,
         budget=in_all_layers(top_k or {}, run.model.backbone.moe_indices),
     )
 

@@ -1,8 +1,8 @@
 """`m3vit export onnx`: from a run folder to a package, calibrated, checked and measured."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.scoring import default_workers
 from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import require_onnx
-from m3vit.export.onnx.package import Content, export_package
+from m3vit.export.onnx.options import Content, Request
+from m3vit.export.onnx.package import export_package
 from m3vit.export.onnx.parity import ParityError, check_parity
 from m3vit.export.onnx.parity_images import parity_images
 from m3vit.export.onnx.pruning import check_rule, gate_mass, pruned
@@ -32,29 +33,9 @@ from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 
 PARITY_IMAGES = 8  # validation images that the quick check picks from, beside noise
-CALIBRATION_IMAGES = 64  # training images that gate mass is measured on, by default
 MEASURED_IMAGES = 100  # validation images that a changed package is scored on, by default
 CALIBRATION_BATCH = 4
 PROTOCOL = "A"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks for beside the package's content.
-
-    coverage, keep: by which rule experts are left out, if any (`m3vit.export.onnx.pruning.choose`). top_k: experts per
-    token by task, where not as trained. calibration: training images that the rule goes by. measure: validation images
-    to score the package on, 0 for none, None for MEASURED_IMAGES if the package is not simply the model. check_images:
-    compare with torch on so many, in full. data_root: where the data are, if not where the run says.
-    """
-
-    coverage: float | None = None
-    keep: int | None = None
-    top_k: Mapping[str, int] = field(default_factory=dict)
-    calibration: int = CALIBRATION_IMAGES
-    measure: int | None = None
-    check_images: int | None = None
-    data_root: str | None = None
 
 
 def export_run(

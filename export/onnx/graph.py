@@ -16,12 +16,11 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import DOMAIN, INPUTS, MIN_OPSET, OPERATOR, lower_moe
+from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, lower_moe
+from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
-
-MAX_OPSET = 23  # the last that the exporter and onnxruntime were tested with
 
 
 class _OneTask(nn.Module):

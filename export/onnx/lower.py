@@ -21,11 +21,11 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.errors import InputError
+from m3vit.export.onnx.options import MIN_OPSET
 from m3vit.models.budget import LayerBudget
 
 DOMAIN, OPERATOR = "m3vit", "MoE"
 INPUTS = ("x", "gate", "gate_bias", "w1", "b1", "w2", "b2")
-MIN_OPSET = 20  # the first one with Gelu
 FORMS = ("sparse", "wide")
 _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 

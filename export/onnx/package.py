@@ -6,7 +6,6 @@ Every file is listed in the manifest with its sha256; `m3vit.export.runtime.pack
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,12 +21,13 @@ from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import require_onnx, trace_backbone, trace_head, trace_task
-from m3vit.export.onnx.lower import MIN_OPSET, copied, lower_moe
-from m3vit.export.onnx.quantize import FLOAT, PRECISIONS, quantize
+from m3vit.export.onnx.lower import copied, lower_moe
+from m3vit.export.onnx.options import Content
+from m3vit.export.onnx.quantize import FLOAT, quantize
 from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_file
 from m3vit.label_sets import describe, resolve
-from m3vit.models.budget import FULL, Budget
+from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
 from m3vit.tasks import Task, kind_of
@@ -37,44 +37,6 @@ MIN_EXTERNAL = 1024  # bytes; smaller tensors stay in the graph, where the tools
 PAGE = 4096  # bytes; onnxruntime maps the file, and a mapping starts at a page
 PAGE_FROM = 4 * PAGE  # bytes; tensors below this share pages, aligned for vector loads: padding each would waste more
 SMALL_ALIGN = 64
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a package holds of a model.
-
-    tasks: those that get graphs; none named means all. opset: of the graphs. size: (height, width) in pixels they
-    are fixed to, None for any. static: graphs whose shapes do not depend on the data (`lower_moe`'s wide form), for
-    one image of `size`. precisions: of PRECISIONS; the first is what a user gets who asks for none. budget: the
-    experts that each task's graph keeps and uses. coverage: the share of the gate mass that these hold, by task and
-    layer, for the manifest. one_backbone: also a graph of the backbone that takes the task as an input, and one of
-    each head.
-    """
-
-    tasks: tuple[str, ...] = ()
-    opset: int = MIN_OPSET
-    size: tuple[int, int] | None = None
-    static: bool = False
-    precisions: tuple[str, ...] = (FLOAT,)
-    budget: Budget = FULL
-    coverage: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    one_backbone: bool = False
-
-    def check(self) -> None:
-        """Raise InputError for what cannot be exported."""
-        unknown = [name for name in self.precisions if name not in PRECISIONS]
-        if unknown or not self.precisions or len(set(self.precisions)) != len(self.precisions):
-            raise InputError(
-                f"precisions are {', '.join(self.precisions) or 'none'}: give one or more of {', '.join(PRECISIONS)}, "
-                "each once"
-            )
-        if self.static and self.size is None:
-            raise InputError("a static graph is made for one size: give it too, such as --size 224x224")
-        if self.one_backbone and (self.static or not self.budget.full):
-            raise InputError(
-                "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep and --top-k, "
-                "or --one-backbone"
-            )
 
 
 def export_package(

@@ -2,10 +2,9 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,11 @@ from PIL import Image
 
 from m3vit.errors import InputError
 from m3vit.export.runtime.drawing import Range, colourise, overlay
+from m3vit.export.runtime.options import Loading, Options
 from m3vit.export.runtime.package import Package
 from m3vit.export.runtime.sources import Found, Source, find_sources
 from m3vit.files import atomic_path
-from m3vit.images import MAX_PIXELS, read_image
+from m3vit.images import read_image
 from m3vit.kinds import KINDS
 from m3vit.signals import StopSignals
 
@@ -30,22 +30,6 @@ ALL = "all"
 _LISTED = 5  # names in a message
 _FILM_ROWS = 3  # of the legend of classes: a film's pictures have one size, whatever they show
 _SMOOTHING = 0.05  # of the depth scale from frame to frame
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to write, and how to run; the command line's help explains them.
-
-    `fps`: frames per second of films that do not say, `depth_range`: metres shown in the brightest and darkest colour.
-    """
-
-    raw: bool = False
-    overlay: bool = False
-    resize: bool = False
-    force: bool = False
-    depth_range: Range | None = None
-    fps: Fraction | None = None
-    max_pixels: int = MAX_PIXELS
 
 
 @dataclass
@@ -68,7 +52,7 @@ def predict_files(
     out: Path,
     options: Options = Options(),
     *,
-    loading: Mapping[str, Any] | None = None,
+    loading: Loading = Loading(),
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[..., None] = lambda done, total, text="": None,
 ) -> Outcome:
@@ -82,13 +66,13 @@ def predict_files(
 
     What cannot be read or predicted is noted and passed over. SIGINT and SIGTERM end it: finished files stay, a
     stream's are completed with the frames that came, those of an unfinished video file are dropped. Memory holds one
-    image or frame. `loading` are arguments of `Package.load`. `say` gets each file as it is written, `progress`
+    image or frame. `say` gets each file as it is written, `progress`
     (inputs done, of how many, what now).
 
     Raises InputError before anything is run for a bad package or task, missing inputs, predictions that would have
     one name, overwrite an input, or, without `force`, overwrite anything.
     """
-    package = Package.load(package_dir, **(loading or {}))
+    package = Package.load(package_dir, **vars(loading))
     tasks = package.tasks if task == ALL else [task]
     for name in tasks:
         package.entry(name)

@@ -13,7 +13,7 @@ import io
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,9 +43,10 @@ from m3vit.export.runtime.bodies import expected_bytes, read_image_bytes
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
 from m3vit.export.runtime.drawing import Swatches, colourise, legend, overlay
 from m3vit.export.runtime.hosts import ANY, Hosts, HostsOnly
+from m3vit.export.runtime.options import Address, Limits, Loading
 from m3vit.export.runtime.package import MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
 from m3vit.export.runtime.summary import summarise
-from m3vit.images import WEB_BYTES, WEB_FORMATS, WEB_PIXELS, TooManyPixels, decode_image
+from m3vit.images import WEB_FORMATS, TooManyPixels, decode_image
 from m3vit.kinds import KINDS
 from m3vit.kinds.classes import class_names
 
@@ -74,16 +75,6 @@ class Resize(str, Enum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of one service: bytes and pixels of an image, predictions at a time, requests waiting for one."""
-
-    max_bytes: int = WEB_BYTES
-    max_pixels: int = WEB_PIXELS
-    concurrency: int = 2
-    queue: int = 16
 
 
 class Metrics:
@@ -442,28 +433,25 @@ async def _defect(_: Request, error: Exception) -> JSONResponse:
 
 def serve(
     package_dir: Path,
+    address: Address = Address(),
     *,
-    host: str,
-    port: int,
-    tasks: list[str] | None = None,
-    loading: Mapping[str, Any] | None = None,
+    tasks: Sequence[str] = (),
+    loading: Loading = Loading(),
     limits: Limits = Limits(),
-    allowed_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve a package until SIGINT or SIGTERM; requests in flight are then answered first.
 
-    `port` 0 takes a free one. `loading` are arguments of `Package.load`. `allowed_hosts`: see `Hosts`. `say` gets a
-    line with the address as soon as requests are taken. Raises InputError for a bad package or task, an address that
-    cannot be had, and fewer files than the limits need.
+    No `tasks`: all of the package. `say` gets a line with the address as soon as requests are taken. Raises InputError
+    for a bad package or task, an address that cannot be had, and fewer files than the limits need.
     """
     give_memory_back()
-    package = Package.load(package_dir, **(loading or {}))
+    package = Package.load(package_dir, **vars(loading))
     tasks = list(dict.fromkeys(tasks or package.tasks))
     warm_up(package, tasks)
-    listening = listen(host, port)
+    listening = listen(address.host, address.port)
     bound = listening.getsockname()
-    app = create_app(package, tasks, limits, Hosts.of(host, bound[0], allowed_hosts))
+    app = create_app(package, tasks, limits, Hosts.of(address.host, bound[0], address.allowed_hosts))
     crowd = Crowd(most_connections(limits.concurrency + limits.queue), app.state.metrics.cut)
     config = uvicorn.Config(
         app,

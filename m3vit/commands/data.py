@@ -1,128 +1,136 @@
 """m3vit data: synth, extract, prepare, check."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from m3vit.commands.terminal import image_size, positive, progress_bar, say
+from m3vit.commands.terminal import progress_bar, say
 from m3vit.errors import InputError
+from m3vit.options import File, Number, Positive, Size, Value
 
 
-def add_synth(parser: argparse.ArgumentParser) -> None:
+def _writers() -> list[str]:
     from m3vit.data.synthetic.scenes.layouts import WRITERS
 
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty; becomes a data root")
-    parser.add_argument(
-        "--layout",
-        default="nyud",
-        choices=list(WRITERS),
-        help="nyud: rooms, as in NYUD_MT; pascal: people and objects, as in PASCAL_MT (default: nyud)",
-    )
-    parser.add_argument("--train", type=positive, default=400, metavar="N", help="training images (default: 400)")
-    parser.add_argument("--val", type=positive, default=100, metavar="N", help="validation images (default: 100)")
-    parser.add_argument(
-        "--size",
-        type=image_size,
-        default=(96, 128),
-        metavar="HEIGHTxWIDTH",
-        help="of the images, in pixels (default: 96x128)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides every scene (default: 0)")
-    parser.add_argument("--workers", type=positive, default=None, metavar="N", help="processes (default: one a core)")
+    return list(WRITERS)
 
 
-def run_synth(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Synth:
+    """Options of m3vit data synth.
+
+    Attributes:
+        out: folder to write, new or empty; becomes a data root
+        layout: nyud: rooms, as in NYUD_MT; pascal: people and objects, as in PASCAL_MT
+        train: training images
+        val: validation images
+        size: of the images, in pixels
+        seed: decides every scene
+        workers: processes (default: one a core)
+    """
+
+    out: Path
+    layout: Annotated[str, Value(choices=_writers)] = "nyud"
+    train: Positive = 400
+    val: Positive = 100
+    size: Size = (96, 128)
+    seed: Number = 0
+    workers: Positive | None = None
+
+
+def run_synth(wanted: Synth) -> None:
     from m3vit.data.synthetic.dataset import synthesize
 
     with progress_bar("rendering scenes") as bar:
-        synthesize(
-            args.out,
-            layout=args.layout,
-            train=args.train,
-            val=args.val,
-            size=args.size,
-            seed=args.seed,
-            workers=args.workers,
-            progress=bar,
-        )
-    say(f"{args.train} training and {args.val} validation scenes in {args.out}")
+        synthesize(**vars(wanted), progress=bar)
+    say(f"{wanted.train} training and {wanted.val} validation scenes in {wanted.out}")
 
 
-def add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "root", type=Path, metavar="ROOT", help="the data set's folder, which holds gt_sets/ or ImageSets/"
-    )
-    parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the whole report as JSON (default: none)"
-    )
-    parser.add_argument("--workers", type=positive, default=None, metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--quick", action="store_true", help="compare lists and names alone, open no file")
+@dataclass(frozen=True)
+class Check:
+    """Options of m3vit data check.
+
+    Attributes:
+        root: the data set's folder, which holds gt_sets/ or ImageSets/
+        json: write the whole report as JSON (default: none)
+        workers: processes (default: one a core)
+        quick: compare lists and names alone, open no file
+    """
+
+    root: Annotated[Path, Value(metavar="ROOT", positional=True)]
+    json: File | None = None
+    workers: Positive | None = None
+    quick: bool = False
 
 
-def run_check(args: argparse.Namespace) -> int:
+def run_check(wanted: Check) -> int:
     from m3vit.data.tools.check import check, render
 
-    if args.quick and args.workers:
+    if wanted.quick and wanted.workers:
         raise InputError("--quick opens no file, and --workers are processes that open them: leave one of them out")
     with progress_bar("checking samples") as bar:
-        report = check(args.root, quick=args.quick, workers=args.workers, progress=bar)
-    if args.json is not None:
+        report = check(wanted.root, quick=wanted.quick, workers=wanted.workers, progress=bar)
+    if wanted.json is not None:
         from m3vit.files import write_json
 
-        write_json(args.json, report.to_dict())
+        write_json(wanted.json, report.to_dict())
     say(render(report))
     return 0 if report.ok else 1
 
 
-def add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", choices=["nyud"], help="nyud: NYUD_MT's files from the official NYU Depth v2")
-    parser.add_argument("--labeled", type=Path, required=True, metavar="FILE", help="nyu_depth_v2_labeled.mat (2.8 GB)")
-    parser.add_argument(
-        "--splits", type=Path, required=True, metavar="FILE", help="splits.mat (official train and test images)"
-    )
-    parser.add_argument(
-        "--classes", type=Path, required=True, metavar="FILE", help="classMapping40.mat (894 labels to 40 classes)"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty; becomes a data root")
-    parser.add_argument(
-        "--depth",
-        default="measured",
-        choices=["measured", "filled"],
-        help="metres; measured: 0 where the Kinect saw nothing; filled: the in-painted depths (default: measured)",
-    )
-    parser.add_argument(
-        "--sha256", action="store_true", help="note the sources' hashes in prepared.json (reads them once more)"
-    )
-    parser.add_argument("--workers", type=positive, default=None, metavar="N", help="processes (default: one a core)")
+@dataclass(frozen=True)
+class Prepare:
+    """Options of m3vit data prepare.
+
+    Attributes:
+        dataset: nyud: NYUD_MT's files from the official NYU Depth v2
+        labeled: nyu_depth_v2_labeled.mat (2.8 GB)
+        splits: splits.mat (official train and test images)
+        classes: classMapping40.mat (894 labels to 40 classes)
+        out: folder to write, new or empty; becomes a data root
+        depth: metres; measured: 0 where the Kinect saw nothing; filled: the in-painted depths
+        sha256: note the sources' hashes in prepared.json (reads them once more)
+        workers: processes (default: one a core)
+    """
+
+    dataset: Annotated[Literal["nyud"], Value(positional=True)]
+    labeled: File
+    splits: File
+    classes: File
+    out: Path
+    depth: Literal["measured", "filled"] = "measured"
+    sha256: bool = False
+    workers: Positive | None = None
 
 
-def run_prepare(args: argparse.Namespace) -> None:
+def run_prepare(wanted: Prepare) -> None:
     from m3vit.data.tools.prepare import prepare_nyud
 
+    given = {name: value for name, value in vars(wanted).items() if name != "dataset"}  # of which there is one
     with progress_bar("preparing images") as bar:
-        notes = prepare_nyud(
-            args.labeled,
-            args.splits,
-            args.classes,
-            args.out,
-            depth=args.depth,
-            sha256=args.sha256,
-            workers=args.workers,
-            progress=bar,
-        )
+        notes = prepare_nyud(**given, progress=bar)
     counts = notes["counts"]
     remark = "" if notes["official_counts"] else ", which are not the official 795 and 654"
-    say(f"{counts['train']} training and {counts['val']} validation images in {args.out}{remark}")
+    say(f"{counts['train']} training and {counts['val']} validation images in {wanted.out}{remark}")
 
 
-def add_extract(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help=".tgz, .tar.gz, .tar or .zip of a data set")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+@dataclass(frozen=True)
+class Extract:
+    """Options of m3vit data extract.
+
+    Attributes:
+        archive: .tgz, .tar.gz, .tar or .zip of a data set
+        out: folder to write, new or empty
+    """
+
+    archive: Annotated[Path, Value(metavar="ARCHIVE", positional=True)]
+    out: Path
 
 
-def run_extract(args: argparse.Namespace) -> None:
+def run_extract(wanted: Extract) -> None:
     from m3vit.data.tools.archives import extract
     from m3vit.data.tools.check import describe
 
     with progress_bar("unpacking (MiB)") as bar:
-        root = extract(args.archive, args.out, bar)
+        root = extract(wanted.archive, wanted.out, bar)
     say(f"{describe(root)}: {root}")

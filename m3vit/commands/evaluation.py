@@ -1,108 +1,102 @@
 """m3vit eval."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from m3vit.commands.terminal import console, positive, print_scores, progress_bar, say_changed
+from m3vit.commands.terminal import console, print_scores, progress_bar, say_changed
 from m3vit.errors import InputError
+from m3vit.options import DataRoot, Positive, Value, add_options, options
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Options of m3vit eval.
+
+    Attributes:
+        folders: run folder, ONNX package or HLS project
+        protocol: A: resized to the label's size (Vandenhende, M3ViT); B: padded (ATRC, InvPT) (default: A; with
+            --compare the one that all folders were evaluated under)
+        data_root: data set's folder (default: the one a run was trained on; exports do not know it)
+        device: of a run alone: cpu, cuda, ... or auto: cuda if there is one (default: auto)
+        precision: of an ONNX package: one it holds, such as int8 (default: its first)
+        batch: of a run alone: images it takes at once (default: 1)
+        workers: processes that match edges (default: one a core)
+        all_metrics: print every metric, not only the main one of each task
+        compare: show two or more folders that were evaluated in one table; evaluates nothing
+        baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
+            ({baselines}) (default: no delta_m)
+    """
+
+    folders: tuple[Annotated[Path, Value(metavar="DIR", positional=True)], ...]
+    protocol: Literal["A", "B"] | None = None
+    data_root: DataRoot | None = None
+    device: str | None = None
+    precision: str | None = None
+    batch: Positive | None = None
+    workers: Positive | None = None
+    all_metrics: bool = False
+    compare: bool = False
+    baseline: Annotated[str, Value(metavar="NAME")] | None = None
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     from m3vit.evaluation.gain import BASELINES
 
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folder, ONNX package or HLS project")
-    parser.add_argument(
-        "--protocol",
-        choices=["A", "B"],
-        default=None,
-        help="A: resized to the label's size (Vandenhende, M3ViT); B: padded (ATRC, InvPT) (default: A; with --compare "
-        "the one that all folders were evaluated under)",
-    )
-    parser.add_argument(
-        "--data.root",
-        dest="data_root",
-        metavar="DIR",
-        help="data set's folder (default: the one a run was trained on; exports do not know it)",
-    )
-    parser.add_argument(
-        "--device", default=None, help="of a run alone: cpu, cuda, ... or auto: cuda if there is one (default: auto)"
-    )
-    parser.add_argument(
-        "--precision", default=None, help="of an ONNX package: one it holds, such as int8 (default: its first)"
-    )
-    parser.add_argument(
-        "--batch", type=positive, default=None, metavar="N", help="of a run alone: images it takes at once (default: 1)"
-    )
-    parser.add_argument(
-        "--workers", type=positive, default=None, metavar="N", help="processes that match edges (default: one a core)"
-    )
-    parser.add_argument(
-        "--all-metrics", action="store_true", help="print every metric, not only the main one of each task"
-    )
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="show two or more folders that were evaluated in one table; evaluates nothing",
-    )
-    parser.add_argument(
-        "--baseline",
-        default=None,
-        metavar="NAME",
-        help="with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set "
-        f"({', '.join(BASELINES)}) (default: no delta_m)",
-    )
+    add_options(parser, Eval, baselines=", ".join(BASELINES))
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    if args.compare:
-        if any((args.data_root, args.workers, args.all_metrics, args.precision, args.device, args.batch)):
+    wanted = options(Eval, args)
+    if wanted.compare:
+        if any((wanted.data_root, wanted.workers, wanted.all_metrics, wanted.precision, wanted.device, wanted.batch)):
             raise InputError(
                 "--compare shows what was evaluated: leave out --data.root, --workers, --all-metrics, --precision, "
                 "--device and --batch"
             )
         from m3vit.evaluation.compare import compare
 
-        print_comparison(compare(args.folders, args.protocol, args.baseline))
+        print_comparison(compare(list(wanted.folders), wanted.protocol, wanted.baseline))
         return
-    if len(args.folders) > 1 or args.baseline:
+    if len(wanted.folders) > 1 or wanted.baseline:
         raise InputError("give one folder to evaluate; --compare shows several that were evaluated, and delta_m")
-    (folder,) = args.folders
+    (folder,) = wanted.folders
     from m3vit.collectives import rank
     from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
     from m3vit.evaluation.scoring import score
     from m3vit.tasks import TASKS
     from m3vit.training.config import read_run_config
 
-    if is_export(folder) and (args.device or args.batch):
+    if is_export(folder) and (wanted.device or wanted.batch):
         raise InputError(
             f"--device and --batch are of a run, and {folder} is an export, which runs on the CPU, an image at a time: "
             "leave them out"
         )
-    device = choose_device(args.device or "auto")
-    predictor, info, root = open_predictor(folder, device, args.batch or 1, args.precision)
-    if args.workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
+    device = choose_device(wanted.device or "auto")
+    predictor, info, root = open_predictor(folder, device, wanted.batch or 1, wanted.precision)
+    if wanted.workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
         raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
-    if not (args.data_root or root):
+    if not (wanted.data_root or root):
         raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
     is_run = predictor.name == "torch"
     with progress_bar("evaluating", visible=rank() == 0) as bar:
         result = score(
             predictor,
             folder,
-            args.data_root or root,
-            args.protocol or "A",
+            wanted.data_root or root,
+            wanted.protocol or "A",
             trivial=is_run,
             partial=is_run and read_run_config(folder).data.on_error == "skip",
             info=info,
-            workers=args.workers,
+            workers=wanted.workers,
             progress=bar,
         )
     if result:  # None in all but the first of several processes
         columns = ("trivial", "torch") if is_run else (predictor.name,)
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
-        print_scores(result["tasks"], columns, caption, args.all_metrics)
+        print_scores(result["tasks"], columns, caption, wanted.all_metrics)
         say_changed(info.get("changed_files", []))
 
 

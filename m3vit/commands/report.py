@@ -1,58 +1,50 @@
 """m3vit report, demo."""
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from m3vit.commands.terminal import positive, print_scores, progress_bar, say
-
-
-def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, evaluated with m3vit eval")
-    parser.add_argument(
-        "--onnx", type=Path, default=None, metavar="DIR", help="ONNX package (default: onnx/ beside RUN)"
-    )
-    parser.add_argument(
-        "--hls",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="HLS project that m3vit hw csim or m3vit eval was run on (default: hls/ beside RUN)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="page to write; its figures go beside it, as .json (default: RUN/report.html)",
-    )
-    parser.add_argument(
-        "--data.root", dest="data_root", metavar="DIR", help="data set's folder (default: the one evaluated on)"
-    )
-    parser.add_argument(
-        "--images", type=positive, default=4, metavar="N", help="validation images to show (default: 4)"
-    )
-    parser.add_argument(
-        "--protocol",
-        choices=["A", "B"],
-        default=None,
-        help="of the figures (default: the last that the run was evaluated under)",
-    )
+from m3vit.commands.terminal import print_scores, progress_bar, say
+from m3vit.options import DataRoot, File, Folder, Number, Positive, RunFolder
 
 
-def run_report(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Report:
+    """Options of m3vit report.
+
+    Attributes:
+        run: run folder, evaluated with m3vit eval
+        onnx: ONNX package (default: onnx/ beside RUN)
+        hls: HLS project that m3vit hw csim or m3vit eval was run on (default: hls/ beside RUN)
+        out: page to write; its figures go beside it, as .json (default: RUN/report.html)
+        data_root: data set's folder (default: the one evaluated on)
+        images: validation images to show
+        protocol: of the figures (default: the last that the run was evaluated under)
+    """
+
+    run: RunFolder
+    onnx: Folder | None = None
+    hls: Folder | None = None
+    out: File | None = None
+    data_root: DataRoot | None = None
+    images: Positive = 4
+    protocol: Literal["A", "B"] | None = None
+
+
+def run_report(wanted: Report) -> None:
     from m3vit.report.page import columns_of, write_report
     from m3vit.run_folder import load_run
 
-    run = load_run(args.run)
-    for option, given in (("--onnx", args.onnx), ("--hls", args.hls)):
+    run = load_run(wanted.run)
+    for option, given in (("--onnx", wanted.onnx), ("--hls", wanted.hls)):
         if given is not None and not given.exists():
             warnings.warn(f"{option} {given} not found: the report has no column of it", stacklevel=1)
-    onnx, hls = args.onnx or args.run.parent / "onnx", args.hls or args.run.parent / "hls"
-    out = args.out or args.run / "report.html"
+    onnx, hls = wanted.onnx or wanted.run.parent / "onnx", wanted.hls or wanted.run.parent / "hls"
+    out = wanted.out or wanted.run / "report.html"
     with progress_bar("drawing report") as bar:
-        report = write_report(run, onnx, hls, out, args.images, args.data_root, args.protocol, bar)
+        report = write_report(run, onnx, hls, out, wanted.images, wanted.data_root, wanted.protocol, bar)
     print_scores(
         report["tasks"],
         columns_of(report),
@@ -61,15 +53,21 @@ def run_report(args: argparse.Namespace) -> None:
     say(str(out))
 
 
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default: runs/demo)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="decides scenes and training (default: 0)")
+@dataclass(frozen=True)
+class Demo:
+    """Options of m3vit demo.
+
+    Attributes:
+        out: folder to write
+        seed: decides scenes and training
+    """
+
+    out: Folder = Path("runs/demo")
+    seed: Number = 0
 
 
-def run_demo(args: argparse.Namespace, run: Callable[[Sequence[str]], int]) -> None:
+def run_demo(wanted: Demo, run: Callable[[Sequence[str]], int]) -> None:
     """`run` runs a command, as m3vit.cli does."""
     from m3vit.demo import demo
 
-    demo(args.out, args.seed, run)
+    demo(**vars(wanted), run=run)

@@ -1,4 +1,4 @@
-"""What the commands share: parsing of arguments, progress, lines and tables of results."""
+"""What the commands share: the parser of arguments, progress, lines and tables of results."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -16,28 +16,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """Parse "96x128" as (height, width)."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"size {text!r}: give HEIGHTxWIDTH, such as 96x128")
-    return int(parts[0]), int(parts[1])
-
-
-def positive(text: str) -> int:
-    """Parse a positive integer."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a positive whole number")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """Parse an integer of 0 or more."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 0 or more")
-    return int(text)
 
 
 def console(width: int | None = None, stderr: bool = False) -> Any:

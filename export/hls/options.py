@@ -1,0 +1,37 @@
+"""What may be asked of `m3vit export hls`, by a program or on the command line. No torch."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from m3vit.options import DataRoot, Positive, Value, positive
+
+
+def _schedules() -> list[str]:
+    from m3vit.export.hls.schedules import SCHEDULES
+
+    return list(SCHEDULES)
+
+
+Bits = Annotated[int, Value(positive, "BITS")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for of a run's HLS project.
+
+    Attributes:
+        data_root: data set's folder (default: the one the run was trained on)
+        samples: validation images to store for m3vit hw csim (default: 100, or all if there are fewer)
+        schedule: spatial: a kernel for each layer, for models that fit on chip; multiplexed: one engine of each kind
+            and weights in DDR, for models of any depth and any number of experts
+        board: of the multiplexed schedule alone: zcu104, zcu102 or kv260 (default: zcu104)
+        weight_bits: width of weights: spatial 6 to 24, multiplexed 8, 12 or 16
+        act_bits: width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)
+    """
+
+    data_root: DataRoot | None = None
+    samples: Positive | None = None
+    schedule: Annotated[str, Value(choices=_schedules)] = "spatial"
+    board: Annotated[str, Value(metavar="NAME")] | None = None
+    weight_bits: Bits = 16
+    act_bits: Bits | None = None

@@ -1,0 +1,82 @@
+"""What may be asked of `m3vit export onnx`, by a program or on the command line. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from m3vit.errors import InputError
+from m3vit.export.runtime.manifest import FLOAT, PRECISIONS
+from m3vit.models.budget import FULL, Budget
+from m3vit.options import DataRoot, Positive, Size, Value, count, positive
+
+MIN_OPSET = 20  # the first one with Gelu
+MAX_OPSET = 23  # the last that the exporter and onnxruntime were tested with
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a package holds of a model.
+
+    `size` is (height, width). Static graphs have `lower_moe`'s wide form and take one image of it.
+
+    Attributes:
+        tasks: tasks to export (default: all)
+        opset: ONNX opset
+        size: the only image size of the graphs, in pixels (default: any)
+        static: no shape depends on the data: all experts run; needs --size
+        precisions: fp32, int8 (all linear layers but routers), int8-mixed, int8-experts; several may share a package,
+            the first is its default
+        budget: the experts that each task's graph keeps and uses
+        coverage: the share of the gate mass that these hold, by task and layer, for the manifest
+        one_backbone: add one graph of the backbone for all tasks, and one of each head
+    """
+
+    tasks: tuple[Annotated[str, Value(metavar="T")], ...] = ()
+    opset: Annotated[int, Value(choices=lambda: range(MIN_OPSET, MAX_OPSET + 1))] = MIN_OPSET
+    size: Size | None = None
+    static: bool = False
+    precisions: tuple[Annotated[str, Value(metavar="P", flag="precision")], ...] = (FLOAT,)
+    budget: Annotated[Budget, Value(hidden=True)] = FULL
+    coverage: Annotated[Mapping[str, Sequence[float]], Value(hidden=True)] = field(default_factory=dict)
+    one_backbone: bool = False
+
+    def check(self) -> None:
+        """Raise InputError for what cannot be exported."""
+        unknown = [name for name in self.precisions if name not in PRECISIONS]
+        if unknown or not self.precisions or len(set(self.precisions)) != len(self.precisions):
+            raise InputError(
+                f"precisions are {', '.join(self.precisions) or 'none'}: give one or more of {', '.join(PRECISIONS)}, "
+                "each once"
+            )
+        if self.static and self.size is None:
+            raise InputError("a static graph is made for one size: give it too, such as --size 224x224")
+        if self.one_backbone and (self.static or not self.budget.full):
+            raise InputError(
+                "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep and --top-k, "
+                "or --one-backbone"
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for beside the package's content.
+
+    Attributes:
+        coverage: the share of its use that the experts kept of each task and layer hold (default: all experts)
+        keep: keep the N most used experts of each task and layer (default: all)
+        top_k: experts per token by task, where not as trained
+        calibration: training images that --prune, --keep and --sweep measure use on
+        measure: validation images to score the package on (default: 100 if experts, top-k or precision changed, else 0)
+        check_images: compare with torch on N images (validation, then training, then noise), each at three sizes with
+            1 and 2 threads, hunt for races, reach every expert: minutes to hours (default: a quick check of 2 images a
+            size)
+        data_root: data set's folder (default: the one the run was trained on)
+    """
+
+    coverage: Annotated[float | None, Value(hidden=True)] = None
+    keep: Positive | None = None
+    top_k: Annotated[Mapping[str, int], Value(hidden=True)] = field(default_factory=dict)
+    calibration: Annotated[int, Value(positive, "N", flag="calibrate")] = 64
+    measure: Annotated[int, Value(count, "N")] | None = None
+    check_images: Positive | None = None
+    data_root: DataRoot | None = None
