@@ -23,8 +23,10 @@ from m3vit.export.onnx.package import Content, _require_finite_tensors, export_p
 from m3vit.export.runtime.manifest import MANIFEST
 from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.export.runtime.predict import predict_files
+from m3vit.label_sets import LabelSet, add_label_set
 from m3vit.normalisation import IMAGENET
 from m3vit.run_folder import load_run
+from tests.command_line import kept_state
 from tests.export.films import write_film
 from tests.export.models import make_images, make_model, make_samples
 from tests.export.test_runtime import make_package
@@ -172,10 +174,11 @@ def test_a_film_says_which_frame(bright: Path, tmp_path: Path) -> None:
 
 def test_an_evaluation_names_the_image(bright: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_sealed_json(bright / MANIFEST, "")
-    write_sealed_json(
-        bright / MANIFEST, {**manifest, "label_set": "nyud", "image": {**manifest["image"], **IMAGENET.plain()}}
-    )
-    predictor = onnx_predictor(Package.load(bright))
+    image = {**manifest["image"], **IMAGENET.plain()}
+    write_sealed_json(bright / MANIFEST, {**manifest, "label_set": "letters", "image": image})
+    with kept_state():
+        add_label_set(LabelSet("letters", tuple(manifest["tasks"]), {"semseg": tuple("abc")}, 0.01))
+        predictor = onnx_predictor(Package.load(bright))
     whole = NetworkImage("kitchen", WHITE, slice(0, 8), slice(0, 12))
     predictor.run([replace(whole, pixels=BLACK)])
     # The evaluation normalises by itself: no pixel is infinite, as one of this package is.
