@@ -25,9 +25,8 @@ def launch(train: TrainConfig) -> Fabric:
     """Return Fabric on one device, or on one for each process of a torchrun or srun, which it joins into a group."""
     found = join()
     world, local = found.world, found.local_world
-    logging.getLogger(Fabric.__module__.rpartition(".")[0]).setLevel(
-        logging.WARNING
-    )  # nine lines about the process group
+    # Nine lines about the process group.
+    logging.getLogger(Fabric.__module__.rpartition(".")[0]).setLevel(logging.WARNING)
     try:
         if train.precision == "16-mixed" and not has_gpu(train.accelerator):
             raise InputError("train.precision 16-mixed needs a GPU: give bf16-mixed or 32-true on the CPU", True)
