@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 NAMES = LABEL_SETS["nyud"].tasks
-SOME = ("depth", "edge")  # where tasks differ in nothing that is tested: tracing one takes seconds
 
 
 def export(cli: Cli, run: Path, out: Path, *words: object) -> dict[str, Any]:
@@ -44,11 +43,11 @@ def image(seed: int = 0, size: tuple[int, int] = (32, 48)) -> np.ndarray:
 
 @pytest.mark.slow
 def test_fewer_experts_and_what_it_costs(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
-    words = ("--prune", "coverage=0.7", "--top-k", "depth=1", "--calibrate", 5, "--measure", 3, "--tasks", *SOME)
+    words = ("--prune", "coverage=0.7", "--top-k", "depth=1", "--calibrate", 5, "--measure", 3)
     manifest = export(cli, tiny_run, tmp_path / "pruned", *words, "--precision", "fp32", "int8-experts")
     assert manifest["parity"]["passed"]
-    assert set(manifest["tasks"]) == set(SOME)
-    for task in SOME:
+    assert set(manifest["tasks"]) == set(NAMES)
+    for task in NAMES:
         experts = manifest["tasks"][task]["experts"]
         assert experts["top_k"] == (1 if task == "depth" else 2) and experts["trained_top_k"] == 2
         (kept,), (share,) = experts["kept"].values(), experts["coverage"].values()
@@ -72,7 +71,7 @@ def test_fewer_experts_and_what_it_costs(cli: Cli, tiny_run: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_static_package_computes_the_same(cli: Cli, tiny_run: Path, onnx_package: Path, tmp_path: Path) -> None:
-    manifest = export(cli, tiny_run, tmp_path / "static", "--static", "--size", "32x48", "--tasks", *SOME)
+    manifest = export(cli, tiny_run, tmp_path / "static", "--static", "--size", "32x48")
     assert manifest["form"] == "wide" and manifest["parity"]["passed"]
     graph = onnx.load(tmp_path / "static" / "depth.onnx")
     assert not {"NonZero", "Split", "If", "Loop"} & {node.op_type for node in graph.graph.node}
@@ -80,7 +79,7 @@ def test_a_static_package_computes_the_same(cli: Cli, tiny_run: Path, onnx_packa
     assert dims == [1, 3, 32, 48]
     images = np.stack([image(seed) for seed in range(3)])
     static, sparse = Package.load(tmp_path / "static"), Package.load(onnx_package)
-    for task in SOME:
+    for task in NAMES:
         expected = sparse.logits(images, task)
         np.testing.assert_allclose(static.logits(images, task), expected, atol=1e-5 * np.abs(expected).max())
 
