@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,9 +119,7 @@ def test_what_fails_in_a_loader_process_is_the_last_batch(
 ) -> None:
     split = Failing(tiny_data, "train")
     split.way = way
-    begin = time.monotonic()
     *_, last = make_loader(TrainingSet(split, (32, 48), 0, IMAGENET), EpochBatches(10, 2, seed=0), workers=2)
-    assert time.monotonic() - begin < 20
     assert words in last.failure and "or 0 (the training process loads)" in last.failure and "\n" not in last.failure
     assert last.images is None and not last.errors
     assert "Traceback" not in "".join(capfd.readouterr())
