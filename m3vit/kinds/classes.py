@@ -112,6 +112,9 @@ class Classes(Kind):
         """Return the most frequent class."""
         return int(total[:IGNORE].argmax())
 
+    def classes_in(self, total: NDArray[np.float64]) -> list[int]:
+        return [int(index) for index in np.flatnonzero(total[:IGNORE])]
+
     def constant_logits(self, constant: Any, channels: int) -> NDArray[np.float32]:
         return np.eye(channels, dtype=np.float32)[constant]
 

@@ -192,6 +192,10 @@ class Kind:
         """Return the one value to predict everywhere, as JSON, from the sum of all labels' tallies."""
         raise NotImplementedError
 
+    def classes_in(self, total: NDArray[np.float64]) -> list[int] | None:
+        """Return the ids of the classes that labels have, from the sum of their tallies; None without classes."""
+        return None
+
     def constant_logits(self, constant: Any, channels: int) -> NDArray[np.float32]:
         """Return the logits [C] that are decoded as a constant."""
         return np.asarray(constant, np.float32).reshape(-1)
