@@ -92,6 +92,11 @@ class RoutingSums:
         return list(combinations(range(len(self.tasks)), 2))
 
 
+def spread(indices: list[int], number: int) -> list[int]:
+    """Return up to `number` of the indices, evenly spread."""
+    return [indices[i] for i in np.linspace(0, len(indices) - 1, min(number, len(indices))).round().astype(int)]
+
+
 def check_routed(model: MultiTaskModel, folder: object) -> None:
     """Raise InputError for a model without experts."""
     if not model.backbone.moe_indices:
