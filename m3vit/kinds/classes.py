@@ -141,6 +141,12 @@ class Classes(Kind):
             "pixel_shares": {name: float(pixels[i] / pixels.sum()) for i, name in enumerate(classes)},
         }
 
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name.replace("_", " ") for name in classes)
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        return label.astype(np.uint8)
+
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         return classes[int(value)]
 

@@ -54,6 +54,7 @@ class Kind:
     loss_options: names of the options of `loss`, which a task may set.
     own_range: a picture shows its values over a range of its own (`limits`), such as depth's.
     dark_on_white: a picture is ink on paper, so that laid over the image it darkens it.
+    last_bin_marks: one pixel of the last of `bins` makes a whole patch one of it, since it is rare and thin.
     """
 
     name: str = ""
@@ -67,6 +68,7 @@ class Kind:
     loss_options: tuple[str, ...] = ()
     own_range: bool = False
     dark_on_white: bool = False
+    last_bin_marks: bool = False
 
     # --- labels ---
 
@@ -218,6 +220,16 @@ class Kind:
     def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         """Return figures over all labels of a task; shares are means over images."""
         return {"invalid_share": float(np.mean([1 - one.valid_share for one in looks]))}
+
+    # --- what routing is told apart by ---
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the bins, at most 254, that `binned` sorts pixels into; none: labels are not sorted."""
+        return ()
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the bin of each pixel [H, W], `IGNORE` where it is not labelled."""
+        raise NotImplementedError
 
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         """Return a label's value (`Look.value`) in words."""

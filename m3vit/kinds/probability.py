@@ -17,6 +17,8 @@ from m3vit.kinds.pictures import Colour, Range, Scale, Swatches, histogram, roun
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from m3vit.tasks import Task
+
 
 _MARK: Colour = (255, 0, 160)  # of what is probable over the image: a colour that photographs seldom hold
 
@@ -30,6 +32,7 @@ class Probability(Kind):
     fill = IGNORE
     loss_options = ("positive_weight",)
     dark_on_white = True
+    last_bin_marks = True
 
     def valid(self, label: "Tensor") -> "Tensor":
         return label != IGNORE
@@ -124,3 +127,9 @@ class Probability(Kind):
 
     def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         return {"positive_share": float(np.mean([one.positive_share for one in looks]))}
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        return f"no {task.name}", task.name
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.where(label == IGNORE, IGNORE, label > 0).astype(np.uint8)
