@@ -72,6 +72,6 @@ class Conv(PerTask):
 
 def assemble_pixels(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int) -> Tensor:
     """Lay per-token outputs [B, T, s^2 * M], s = `upscale`, out as pixels [B, M, h * s, w * s], channels last."""
-    batch, (rows, columns) = len(outputs_BTC), grid
-    pixels = outputs_BTC.reshape(batch, rows, columns, upscale, upscale, -1).transpose(2, 3)
-    return pixels.reshape(batch, rows * upscale, columns * upscale, -1).permute(0, 3, 1, 2)
+    features = outputs_BTC.shape[-1] // upscale**2
+    pixels = outputs_BTC.unflatten(2, (upscale, upscale, features)).unflatten(1, grid)  # [B, h, w, s, s, M]
+    return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
