@@ -124,6 +124,10 @@ class Kind:
         how = Image.Resampling.NEAREST if self.nearest else Image.Resampling.BILINEAR
         return np.asarray(Image.fromarray(prediction).resize(size[::-1], how))
 
+    def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[Any]:
+        """Return a prediction to be drawn `factor` times as large, without steps where it is smooth."""
+        return self.resized(prediction, (prediction.shape[0] * factor, prediction.shape[1] * factor))
+
     def stored(self, logits: "Tensor", y_down: bool) -> "Tensor":
         """Turn one image's logits [C, H, W] into what the published code stores [D or 1, H, W], before it resizes it.
 
