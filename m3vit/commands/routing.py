@@ -62,7 +62,8 @@ def print_routing(found: dict[str, Any]) -> None:
     if found["apart"]:
         means = [found["apart"]["blocks"][block]["all"] for block in blocks]
         table.add_row("experts that two tasks share (%)", *(_percent(one["shared"]["value"]) for one in means))
-        table.add_row("  even random choice", *(_percent(one["shared_evenly"]) for one in means))
+        chance = [one["shared_renamed"]["interval"] for one in means]
+        table.add_row("  by chance: 95 % are between", *(f"{_percent(low)}, {_percent(high)}" for low, high in chance))
         table.add_row("  by each task's use", *(_percent(one["shared_by_use"]["value"]) for one in means))
         table.add_row("use alike (%)", *(_percent(one["similarity_of_use"]["value"]) for one in means))
     for task in tasks:

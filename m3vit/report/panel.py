@@ -139,7 +139,7 @@ def of_package(package: Package, image: Picture) -> Tiles:
 
 def draw(tiles: Tiles, image: Tile | None, aspect: float, width: int) -> Image.Image:
     """Lay out a panel of this width; `aspect` is a tile's height over its width."""
-    top = [image, *tiles.predictions] if image else list(tiles.predictions)
+    top: list[Tile | None] = [image, *tiles.predictions] if image else [*tiles.predictions]
     gap = max(4, width // 200)
     across = (width - gap * (len(top) - 1)) // len(top)
     down, text = round(across * aspect), max(9, min(across // 14, 20))
@@ -151,9 +151,9 @@ def draw(tiles: Tiles, image: Tile | None, aspect: float, width: int) -> Image.I
     )
     pen = ImageDraw.Draw(canvas)
     below: list[Tile | None] = [None] * (len(top) - len(tiles.maps)) + list(tiles.maps) if tiles.maps else []
-    for row, line_of in enumerate((top, below)):
+    for row, tiles_of_row in enumerate([top, below]):
         y = row * (line + down + gap)
-        for column, tile in enumerate(line_of):
+        for column, tile in enumerate(tiles_of_row):
             x = column * (across + gap)
             if tile is None:
                 _legend(pen, tiles.experts, (x, y + line, across, down), text, font)
