@@ -46,6 +46,10 @@ COMMANDS: dict[str, Command] = {
         "Measure and draw which experts a run's tasks use on a split (into its routing/).",
         *command(routing.Routing, routing.run_routing),
     ),
+    "panel": (
+        "Draw one small picture of an image: its predictions side by side, and which experts made them.",
+        *command(routing.Panel, routing.run_panel),
+    ),
     "export onnx": (
         "Write one small ONNX graph per task around one weights.bin.",
         onnx.add_export_onnx,

@@ -1,6 +1,7 @@
 """m3vit routing: what it writes, what the report makes of it, what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.images import read_image
+from m3vit.report import panel
 from m3vit.report.charts import expert_colour
+from m3vit.report.panel import Tile, Tiles
+from m3vit.report.routed import patch_map
 from m3vit.report.routing import coloured, laid_over, read_routing
 from m3vit.run_folder import load_run
 from tests.conftest import TINY
@@ -111,6 +116,60 @@ def test_what_is_refused_and_what_is_not_shown(cli: Cli, routed: Path, tiny_data
     assert found is None and "is of other weights than the run's: make it again with m3vit routing" in note
     found, note = read_routing(dense, "0" * 64)
     assert found is None and note.endswith(f"was not measured: m3vit routing {dense}.")
+
+
+def test_a_panel_of_a_run(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    photograph = tiny_data / "images" / "0010.jpg"
+    result = cli("panel", tiny_run, photograph, "--out", tmp_path / "all.png", "--block", 1)
+    assert result.returncode == 0 and re.fullmatch(rf"{tmp_path}/all.png: (\d+)x1\d+ pixels, \d+ kB\n", result.stdout)
+    assert cli("panel", tiny_run, photograph, "--out", tmp_path / "less.png", "--no-input").returncode == 0
+    run = load_run(tiny_run)
+    for name, columns in (("all", 5), ("less", 4)):
+        with Image.open(tmp_path / f"{name}.png") as found:
+            picture = np.asarray(found.convert("RGB")).astype(int)
+        across = (1200 - 6 * (columns - 1)) // columns
+        down = round(across * 32 / 48)
+        assert picture.shape[1] == across * columns + 6 * (columns - 1)
+        # The middle of each patch of the last row: the colour of its first expert, for each task.
+        firsts = patch_map(run.model, read_image(photograph))[0]
+        for place, grid in enumerate(firsts):
+            left = (columns - 4 + place) * (across + 6)
+            for (row, column), expert in np.ndenumerate(grid):
+                y = picture.shape[0] - down + (2 * row + 1) * down // 8
+                x = left + (2 * column + 1) * across // 12
+                assert np.abs(picture[y, x] - expert_colour(expert)).max() < 8  # in few colours
+        # Without the input there are only pictures of predictions: none of the photograph's pixels.
+        assert (np.abs(picture[25:100, : across // 2] - 210).max(axis=-1) < 30).mean() > 0.5 or name == "less"
+
+
+def test_a_panel_of_a_package(cli: Cli, onnx_package: Path, tiny_data: Path, tmp_path: Path) -> None:
+    photograph = tiny_data / "images" / "0010.jpg"
+    assert cli("panel", onnx_package, photograph, "--out", tmp_path / "a.png", "--width", 600).returncode == 0
+    with Image.open(tmp_path / "a.png") as found:
+        assert found.size[0] in range(590, 601) and found.size[1] < 120  # one row
+    refused(cli("panel", onnx_package, photograph, "--out", tmp_path / "a.png", "--block", 1), "--block is of a run")
+
+
+def test_a_panel_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    tiles, image = Tiles([Tile("depth", noise, False)]), Tile("input", noise, False)
+    for limit, narrower in ((200_000, False), (30_000, True)):
+        monkeypatch.setattr(panel, "MAX_BYTES", limit)
+        found = panel.shrunk(tiles, image, 0.75, 500)
+        assert found is not None and len(found[1]) <= limit and (found[0].width < 490) == narrower
+    monkeypatch.setattr(panel, "MAX_BYTES", 1000)
+    assert panel.shrunk(tiles, image, 0.75, 400) is None
+
+
+def test_what_a_panel_refuses(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    photograph, out = tiny_data / "images" / "0010.jpg", tmp_path / "a.png"
+    refused(cli("panel", tiny_run, photograph, "--out", tmp_path / "a.jpg"), "give a file name .* ending in .png")
+    refused(cli("panel", tiny_run, photograph, "--out", out, "--width", 200), "--width 200: give at least 300 pixels")
+    refused(cli("panel", tiny_run, photograph, "--out", out, "--block", 0), "--block 0: .* has experts in 1")
+    refused(cli("panel", tiny_run, tmp_path / "none.jpg", "--out", out), "none.jpg not found: give image files")
+    Image.fromarray(np.zeros((50, 10, 3), np.uint8)).save(tmp_path / "tall.png")
+    refused(cli("panel", tiny_run, tmp_path / "tall.png", "--out", out), "is more than 4 times as tall as wide")
+    assert not out.exists()
 
 
 def test_colours_of_a_map() -> None:

@@ -1,11 +1,12 @@
-"""m3vit routing."""
+"""m3vit routing, panel."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from m3vit.commands.terminal import console, progress_bar, say
 from m3vit.errors import InputError
-from m3vit.options import DataRoot, Folder, Positive, RunFolder, Value, count
+from m3vit.options import DataRoot, File, Folder, Positive, RunFolder, Value, count
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def print_routing(found: dict[str, Any]) -> None:
     if found["apart"]:
         means = [found["apart"]["blocks"][block]["all"] for block in blocks]
         table.add_row("experts that two tasks share (%)", *(_percent(one["shared"]["value"]) for one in means))
-        table.add_row("  even random choice", *(_percent(one["shared_evenly"]) for one in means))
+        chance = [one["shared_renamed"]["interval"] for one in means]
+        table.add_row("  by chance: 95 % are between", *(f"{_percent(low)}, {_percent(high)}" for low, high in chance))
         table.add_row("  by each task's use", *(_percent(one["shared_by_use"]["value"]) for one in means))
         table.add_row("use alike (%)", *(_percent(one["similarity_of_use"]["value"]) for one in means))
     for task in tasks:
@@ -78,3 +80,31 @@ def print_routing(found: dict[str, Any]) -> None:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Options of m3vit panel.
+
+    Attributes:
+        folder: run folder, or ONNX package (without the maps of experts, which it does not tell)
+        image: image file
+        out: png to write, of 150 kB at most
+        no_input: leave the image itself out
+        block: of a run: the block whose experts are shown (default: its last with experts)
+        width: pixels of the whole picture, fewer where it would be too large a file
+    """
+
+    folder: Annotated[Path, Value(metavar="DIR", positional=True)]
+    image: Annotated[Path, Value(metavar="IMAGE", positional=True)]
+    out: File
+    no_input: bool = False
+    block: Annotated[int, Value(count, "N")] | None = None
+    width: Positive = 1200
+
+
+def run_panel(wanted: Panel) -> None:
+    from m3vit.report.panel import write_panel
+
+    height, width, size = write_panel(**vars(wanted))
+    say(f"{wanted.out}: {height}x{width} pixels, {size / 1000:.0f} kB")

@@ -67,6 +67,7 @@ class PairSums:
     same_first: Floats
     shared_elsewhere: Floats
     jaccard_elsewhere: Floats
+    both_LPEE: Ints  # patches of all images that chose one expert for the first task and another for the second
 
 
 @dataclass
@@ -190,6 +191,7 @@ def gather(
     ids: list[str] = []
     chosen, first, pairs = [], [], []
     weights, entropy = np.zeros((*shape, experts)), np.zeros(shape)
+    both = np.zeros((len(blocks), len(tasks) * (len(tasks) - 1) // 2, experts, experts), np.int64)
     before: tuple[Choices, dict[str, NDArray[np.uint8]]] | None = None
     for start in range(0, len(order), batch):
         samples = [split.load(int(index)) for index in order[start : start + batch]]
@@ -201,6 +203,9 @@ def gather(
             weights += one.weights_LRTE.sum(axis=2, dtype=np.float64)
             entropy += one.entropy_LRT.sum(axis=2, dtype=np.float64)
             pairs.append(_compare(one, before and before[0], top_k))
+            for pair, (a, b) in enumerate(combinations(range(len(tasks)), 2)):
+                first_LTE, second_LTE = (one.chosen_LRTE[:, task].astype(np.float32) for task in (a, b))
+                both[:, pair] += (first_LTE.swapaxes(1, 2) @ second_LTE).astype(np.int64)
             for task, sums in labels.items():
                 _add_labels(sums, one, bins[task], before and before[1][task])
             before = one, bins
@@ -213,7 +218,7 @@ def gather(
     ]
     return RoutingSums(
         tasks, tuple(blocks), experts, top_k, grid, ids, np.stack(chosen), np.stack(first), weights, entropy,
-        PairSums(*by_image, *elsewhere), labels,
+        PairSums(*by_image, *elsewhere, both), labels,
     )  # fmt: skip
 
 

@@ -123,16 +123,21 @@ def apart(sums: RoutingSums) -> dict[str, Any]:
         for part in (sums.pairs.shared_elsewhere, sums.pairs.jaccard_elsewhere)
     )
 
-    def summary(shared_S: Floats, even: float, own_use_S: Floats, similar_S: Floats, tasks_S: Floats) -> dict[str, Any]:
-        low, high = interval(shared_S[1:])
+    renamed_SLP = _renamed(sums) / (count * patches * np.minimum(top_a, top_b))
+
+    def summary(
+        shared_S: Floats, even: float, renamed_S: Floats, own_use_S: Floats, similar_S: Floats, tasks_S: Floats
+    ) -> dict[str, Any]:
+        low, high = interval(renamed_S)
         return {
             "shared": _with_interval(shared_S),
             "shared_evenly": rounded(even),
+            "shared_renamed": {"value": rounded(renamed_S.mean()), "interval": [rounded(low), rounded(high)]},
             "shared_by_use": _with_interval(own_use_S),
             "beyond_use": _with_interval(shared_S - own_use_S),
             "similarity_of_use": _with_interval(similar_S),
             "information": _with_interval(tasks_S),
-            "verdict": "apart" if high < even else "together" if low > even else "as by chance",
+            "verdict": "apart" if shared_S[0] < low else "together" if shared_S[0] > high else "as by chance",
         }
 
     blocks = {}
@@ -159,6 +164,7 @@ def apart(sums: RoutingSums) -> dict[str, Any]:
         of_all = summary(
             shared_SLP[:, layer].mean(axis=-1),
             float(even_LP[layer].mean()),
+            renamed_SLP[:, layer].mean(axis=-1),
             own_use_SLP[:, layer].mean(axis=-1),
             similar_SLP[:, layer].mean(axis=-1),
             tasks_SL[:, layer],
@@ -167,11 +173,29 @@ def apart(sums: RoutingSums) -> dict[str, Any]:
     everything = summary(
         shared_SLP.mean(axis=(1, 2)),
         float(even_LP.mean()),
+        renamed_SLP.mean(axis=(1, 2)),
         own_use_SLP.mean(axis=(1, 2)),
         similar_SLP.mean(axis=(1, 2)),
         tasks_SL.mean(axis=1),
     )
     return {"blocks": blocks, "all": everything}
+
+
+def _renamed(sums: RoutingSums) -> Floats:
+    """Return the experts that pairs of tasks would share [S, L, P], in all, had each task's experts other names.
+
+    A permutation for each task and block: what one task does stays as it is, and which expert of another stands beside
+    it is chance. Gates that never saw one another differ so.
+    """
+    experts = sums.num_experts
+    names = np.tile(np.arange(experts), (RESAMPLES, len(sums.blocks), len(sums.tasks), 1))
+    names_SLRE = np.random.default_rng(0).permuted(names, axis=-1)
+    found = np.zeros((RESAMPLES, len(sums.blocks), len(sums.pair_ids)))
+    for layer in range(len(sums.blocks)):
+        for pair, (a, b) in enumerate(sums.pair_ids):
+            both_EE = sums.pairs.both_LPEE[layer, pair]
+            found[:, layer, pair] = both_EE[names_SLRE[:, layer, a], names_SLRE[:, layer, b]].sum(axis=-1)
+    return found
 
 
 def _labels(sums: RoutingSums, labelled: str, found: LabelSums) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from m3vit.tasks import Task
 
 _OTHER_CLASSES: Colour = (0, 0, 0)
+NOT_LABELLED: Colour = (224, 224, 192)  # PASCAL VOC's, for its 255
 
 
 class Classes(Kind):
@@ -74,8 +75,9 @@ class Classes(Kind):
     def paint(
         self, prediction: NDArray[Any], palette: Sequence[Sequence[int]] = (), limits: Range | None = None
     ) -> NDArray[np.uint8]:
-        """Paint the palette's colours, other ids black."""
+        """Paint the palette's colours, what is not labelled in VOC's, other ids black."""
         colours = np.zeros((256, 3), np.uint8)
+        colours[IGNORE] = NOT_LABELLED
         colours[: len(palette)] = palette
         return colours[prediction]
 

@@ -52,17 +52,21 @@ def sentence(figures: dict[str, Any]) -> str:
         return "The run has one task: there is nothing to compare."
     found = figures["apart"]["all"]
     return (
-        f"For the same patch, two tasks have {_percent(found['shared'])} of their experts in common. Even random "
-        f"choice would give {100 * found['shared_evenly']:.1f} %, choice that follows each task's own use of the "
-        f"experts but not the patch {_percent(found['shared_by_use'])}: the tasks choose "
-        f"{VERDICTS[found['verdict']]}. Their use of the experts is {_percent(found['similarity_of_use'])} alike, and "
-        f"an expert tells {_percent(found['information'])} of which task chose it."
+        f"For the same patch, two tasks have {_percent(found['shared'])} of their experts in common. With each task's "
+        f"experts named at random it would be {_percent(found['shared_renamed'])}: the tasks choose "
+        f"{VERDICTS[found['verdict']]}. Choice by each task's own use of the experts, whatever the patch, would give "
+        f"{_percent(found['shared_by_use'])}. Their use of the experts is {_percent(found['similarity_of_use'])} alike, "
+        f"and an expert tells {_percent(found['information'])} of which task chose it."
     )
 
 
 def _percent(entry: dict[str, Any]) -> str:
     low, high = entry["interval"]
     return f"{100 * entry['value']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.0f} to {100 * high:.0f}"
 
 
 def use_chart(figures: dict[str, Any]) -> Figure:
@@ -121,8 +125,10 @@ def shared_chart(figures: dict[str, Any]) -> Figure:
         axis.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(tasks)), tasks if axis in axes[:, 0] else [])
         axis.tick_params(length=0)
-        even, by_use = found["all"]["shared_evenly"], found["all"]["shared_by_use"]["value"]
-        axis.set_title(f"block {block}\neven {100 * even:.0f} %, by use {100 * by_use:.0f} %")
+        low, high = found["all"]["shared_renamed"]["interval"]
+        axis.set_title(
+            f"block {block}: mean {100 * found['all']['shared']['value']:.0f}\nby chance {_range(low, high)}"
+        )
     figure.tight_layout()
     return figure
 
@@ -219,7 +225,8 @@ def map_chart(
             if row == 0:
                 axis.set_title(task)
         axes[row, 0].set_ylabel(f"block {block}")
-    handles = [Patch(color=np.array(expert_colour(expert)) / 255, label=f"{expert}") for expert in range(experts)]
+    colours = ("#{:02x}{:02x}{:02x}".format(*expert_colour(expert)) for expert in range(experts))
+    handles = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(colours)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(experts, 16), frameon=False, title="first expert",
         handlelength=1, columnspacing=1,
@@ -258,8 +265,8 @@ def page_charts(figures: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     yield "Patches that each task sends to each expert, in its top-k and first.", use_chart(figures)
     if figures["apart"]:
         yield (
-            "Experts that two tasks have in common for the same patch (%); above each block what even random choice "
-            "and choice by each task's own use would give.",
+            "Experts that two tasks have in common for the same patch (%), a block each: their mean, and what it "
+            "would be (95 %) with each task's experts named at random.",
             shared_chart(figures),
         )
     labels = [task for task, table in figures["labels"].items() if any(table["patches"])]

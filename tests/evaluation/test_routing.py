@@ -125,7 +125,8 @@ BUDGETS = {
 @pytest.mark.parametrize(("name", "batch"), [("as trained", 1), ("less", 2)])
 def test_figures_are_those_of_the_tokens(name: str, batch: int) -> None:
     model, split, budget = make(), Rooms(), BUDGETS[name]
-    found = figures(gather(model, split, range(5), budget=budget, batch=batch))  # type: ignore[arg-type]
+    sums = gather(model, split, range(5), budget=budget, batch=batch)  # type: ignore[arg-type]
+    found = figures(sums)
     order = np.random.default_rng(0).permutation(5)
     samples = [split.load(int(index)) for index in order]
     tokens = [routed(model, sample.image, budget) for sample in samples]
@@ -174,6 +175,8 @@ def test_figures_are_those_of_the_tokens(name: str, batch: int) -> None:
                 use_a @ use_b / math.sqrt((use_a @ use_a) * (use_b @ use_b)), abs=1e-5
             )
             assert row["shared_evenly"] == pytest.approx(max(len(a[0]), len(b[0])) / E)
+            both = sums.pairs.both_LPEE[layer, rows.index(row)]
+            assert both.tolist() == [[sum(e in x and f in y for x, y in sets) for f in range(E)] for e in range(E)]
             low, high = row["shared"]["interval"]
             assert low <= row["shared"]["value"] <= high
         use = np.array([np.array(share) / sum(share) for share in shares.values()])
@@ -234,11 +237,26 @@ def test_one_gate_for_all_tasks_shares_everything() -> None:
 
 
 def test_tasks_with_experts_of_their_own_share_none() -> None:
-    model = make(experts_per_task={"semseg": [0, 1], "depth": [2, 3]}, tasks=["semseg", "depth"])
+    own = {task: [2 * place, 2 * place + 1] for place, task in enumerate(TASKS)}
+    model = make(experts_per_task=own, num_experts=8)
     everything = figures(gather(model, Rooms(), range(3)))["apart"]["all"]  # type: ignore[arg-type]
     assert everything["shared"]["value"] == 0 and everything["verdict"] == "apart"
     assert everything["information"]["value"] == pytest.approx(1)  # the expert tells the task
-    assert everything["shared_evenly"] == pytest.approx(2 / 5)
+    assert everything["shared_evenly"] == everything["shared_by_use"]["value"] + 2 / 8 == 2 / 8
+
+
+def test_gates_that_never_saw_one_another_are_no_different_from_chance() -> None:
+    verdicts = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = make()
+        for block in (1, 3):
+            for gate in model.backbone.trunk.blocks[block].mlp.router.gates:
+                torch.nn.init.normal_(gate)
+        everything = figures(gather(model, Rooms(), range(3)))["apart"]["all"]  # type: ignore[arg-type]
+        assert everything["shared_renamed"]["value"] == pytest.approx(everything["shared_evenly"], abs=0.01)
+        verdicts.append(everything["verdict"])
+    assert verdicts.count("as by chance") >= 8  # of ten, at 95 %
 
 
 def test_one_task_of_one_image() -> None:
