@@ -220,7 +220,7 @@ def gather(
             progress(len(ids), len(order))
     shared, jaccard, same_first = (np.stack([pair[place] for pair in pairs]) for place in range(3))
     shared_elsewhere, jaccard_elsewhere = (
-        np.array([pair[place] for pair in pairs[1:]]).reshape(-1, *shared.shape[1:]) for place in (3, 4)
+        np.array([pair[place] for pair in pairs[1:]]).reshape(len(pairs) - 1, *shared.shape[1:]) for place in (3, 4)
     )
     compared = PairSums(shared, jaccard, same_first, shared_elsewhere, jaccard_elsewhere, both)
     return RoutingSums(
