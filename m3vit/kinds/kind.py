@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3vit.kinds.pictures import Range, Scale, Swatches, grey_blend
+from m3vit.kinds.pictures import Place, Range, Scale, Swatches, grey_blend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ class Kind:
     loss_options: names of the options of `loss`, which a task may set.
     own_range: a picture shows its values over a range of its own (`limits`), such as depth's.
     dark_on_white: a picture is ink on paper, so that laid over the image it darkens it.
+    last_bin_marks: one pixel of the last of `bins` makes a whole patch one of it, since it is rare and thin.
     """
 
     name: str = ""
@@ -67,6 +68,7 @@ class Kind:
     loss_options: tuple[str, ...] = ()
     own_range: bool = False
     dark_on_white: bool = False
+    last_bin_marks: bool = False
 
     # --- labels ---
 
@@ -122,6 +124,10 @@ class Kind:
         how = Image.Resampling.NEAREST if self.nearest else Image.Resampling.BILINEAR
         return np.asarray(Image.fromarray(prediction).resize(size[::-1], how))
 
+    def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[Any]:
+        """Return a prediction to be drawn `factor` times as large, without steps where it is smooth."""
+        return self.resized(prediction, (prediction.shape[0] * factor, prediction.shape[1] * factor))
+
     def stored(self, logits: "Tensor", y_down: bool) -> "Tensor":
         """Turn one image's logits [C, H, W] into what the published code stores [D or 1, H, W], before it resizes it.
 
@@ -174,6 +180,10 @@ class Kind:
         """Return what the colours of `blend` mean or, if `plain`, those of `paint`; `entry`: the manifest's."""
         raise NotImplementedError
 
+    def places(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> Sequence[Place]:
+        """Return where names can stand in the picture of a prediction, none by default; `entry`: the manifest's."""
+        return ()
+
     def drawable(self, label: NDArray[Any]) -> NDArray[Any]:
         """Return a label as `paint` takes predictions."""
         return label
@@ -191,6 +201,10 @@ class Kind:
     def constant(self, total: NDArray[np.float64]) -> Any:
         """Return the one value to predict everywhere, as JSON, from the sum of all labels' tallies."""
         raise NotImplementedError
+
+    def classes_in(self, total: NDArray[np.float64]) -> list[int] | None:
+        """Return the ids of the classes that labels have, from the sum of their tallies; None without classes."""
+        return None
 
     def constant_logits(self, constant: Any, channels: int) -> NDArray[np.float32]:
         """Return the logits [C] that are decoded as a constant."""
@@ -214,6 +228,16 @@ class Kind:
     def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         """Return figures over all labels of a task; shares are means over images."""
         return {"invalid_share": float(np.mean([1 - one.valid_share for one in looks]))}
+
+    # --- what routing is told apart by ---
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the bins, at most 254, that `binned` sorts pixels into; none: labels are not sorted."""
+        return ()
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the bin of each pixel [H, W], `IGNORE` where it is not labelled."""
+        raise NotImplementedError
 
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         """Return a label's value (`Look.value`) in words."""
