@@ -63,8 +63,12 @@ def test_report_holds_every_column_on_the_same_images(
         assert row["trivial"] >= 0
     text = page.read_text()
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", text), "nothing is fetched"
-    # 2 images x 4 tasks x (input, truth, torch, ONNX, C-sim), and 2 x 1 MoE layer x (input + 4 tasks)
-    assert text.count('<img alt="') == 2 * 4 * 5 + 2 * 5
+    # 2 images x (input + 4 tasks x (truth, torch, ONNX, C-sim)), and 2 x 1 MoE layer x (input + 4 tasks)
+    assert text.count("<img ") == 2 * (1 + 4 * 4) + 2 * 5
+    assert text.count('src="data:image/jpeg;') == 2 * 2, "photographs alone"
+    assert text.count('<div class="scale"') == 2 * 2 and "<span>2</span><span>4 m</span>" not in text
+    legend = text[text.index('<p class="legend">semseg') :]
+    assert "towards the camera" in legend and "not labelled" not in legend
     assert text.count("<svg") == 2
 
 
@@ -108,7 +112,7 @@ def test_report_of_a_multiplexed_project(cli: Cli, tiny_run: Path, evaluated: Pa
     assert any("was not C-simulated" in note for note in report["notes"])
     text = page.read_text()
     assert "<th>emulator</th>" in text and "integers computed in torch" in text
-    assert text.count('<img alt="') == 2 * 4 * 4 + 2 * 5, "no ONNX, but pictures of the emulator"
+    assert text.count("<img ") == 2 * (1 + 4 * 3) + 2 * 5, "no ONNX, but pictures of the emulator"
 
     # C-simulated in part: a note. Wholly: a column, and the same figures, for the words are the same.
     assert cli("hw", "csim", evaluated, "--samples", 2).returncode == 0

@@ -16,7 +16,7 @@ from typing import Any
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
 from m3vit.data.reading import ending
 from m3vit.data.sample import FileSplit, check_shape, is_id
-from m3vit.data.tools.plausibility import REACH_PERCENT, Look, look, oddities, statistics
+from m3vit.data.tools.plausibility import REACH_PERCENT, Look, look, oddities, statistics, untrained
 from m3vit.errors import Defect, InputError
 from m3vit.files import read_bounded
 from m3vit.label_sets import LABEL_SETS
@@ -47,6 +47,7 @@ PROBLEMS = {
     "unit": "depths that are not in metres, by their size",
     "same_image": "identical images under two ids",
     "image_leak": "identical images in both splits",
+    "untrained": "tasks with classes in val that no training label has",
     "orphan": "files that no list names",
     "counts": "numbers of images that are not the published ones",
 }
@@ -358,6 +359,14 @@ def _judge_labels(splits: dict[str, FileSplit], findings: list[Finding], problem
             for kind, message in oddities(task, loader.label_set, ids, [finding.looks[task] for finding in some]):
                 folder = loader.folders[task][0]
                 problems.append(Problem("warning", kind, split, "", f"{folder}/", f"{task}: {message}"))
+    if len(splits) < len(SPLITS):
+        return
+    loader = splits["train"]
+    for task in loader.tasks:
+        looks = [[one.looks[task] for one in findings if one.split == split and task in one.looks] for split in SPLITS]
+        if words := untrained(task, loader.label_set, *looks):
+            message = f"{task}: {words} of val's labelled pixels; m3vit eval gives mIoU_trained too, without them"
+            problems.append(Problem("note", "untrained", "train", "", f"{loader.folders[task][0]}/", message))
 
 
 def _statistics(label_set: str, findings: list[Finding]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from m3vit.label_sets import LABEL_SETS
 from m3vit.tasks import TASKS, kind_of
 
 EXAMPLES = 3
+CLASSES = 6  # named of those without training labels
 
 
 def look(task: str, label: NDArray) -> Look:
@@ -61,6 +62,19 @@ def oddities(task: str, label_set: str, ids: Sequence[str], looks: Sequence[Look
         share = 100 * len(odd) / len(looks)
         found.append((kind, f"{len(odd)} of {len(looks)} images ({share:.1f} %){words}, such as {examples}"))
     return found
+
+
+def untrained(task: str, label_set: str, train: Sequence[Look], val: Sequence[Look]) -> str:
+    """Return, in words, the classes of a task that the labels of val have and those of train lack; empty if none."""
+    names = LABEL_SETS[label_set].classes.get(task, ())
+    trained, wanted = (
+        np.sum([one.pixels for one in looks if one.pixels is not None] or [np.zeros(256)], axis=0)[: len(names)]
+        for looks in (train, val)
+    )
+    missing = [place for place in range(len(names)) if wanted[place] and not trained[place]]
+    missing.sort(key=lambda place: -wanted[place])
+    words = [f"{names[place]} ({100 * wanted[place] / wanted.sum():.2g} %)" for place in missing[:CLASSES]]
+    return ", ".join(words) + (f" and {len(missing) - CLASSES} more" if len(missing) > CLASSES else "")
 
 
 def _words(kind: str, task: str, label_set: str, odd: Sequence[Look]) -> str:

@@ -64,7 +64,8 @@ def run_eval(args: argparse.Namespace) -> None:
     (folder,) = wanted.folders
     from m3vit.collectives import rank
     from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
-    from m3vit.evaluation.scoring import score
+    from m3vit.evaluation.meters import TRAINED
+    from m3vit.evaluation.scoring import score, without_untrained
     from m3vit.tasks import TASKS
     from m3vit.training.config import read_run_config
 
@@ -96,7 +97,9 @@ def run_eval(args: argparse.Namespace) -> None:
         columns = ("trivial", "torch") if is_run else (predictor.name,)
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
-        print_scores(result["tasks"], columns, caption, wanted.all_metrics)
+        beside = without_untrained(result["untrained"])
+        caption += "".join(f"\n{words}" for words in beside.values())
+        print_scores(result["tasks"], columns, caption, wanted.all_metrics, dict.fromkeys(beside, TRAINED))
         say_changed(info.get("changed_files", []))
 
 

@@ -1,7 +1,7 @@
 """What the commands share: the parser of arguments, progress, lines and tables of results."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -65,8 +65,17 @@ def say_changed(names: list[str]) -> None:
         say(f"changed since the export: {', '.join(names)}")
 
 
-def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, all_metrics: bool = False) -> None:
-    """Print the headline metric of each task, or all its metrics, a column for each predictor."""
+def print_scores(
+    tasks: dict[str, Any],
+    columns: Sequence[str],
+    caption: str,
+    all_metrics: bool = False,
+    beside: Mapping[str, str] | None = None,
+) -> None:
+    """Print the headline metric of each task, or all its metrics, a column for each predictor.
+
+    `beside`: by task, a second metric, in the unit of the first.
+    """
     from rich.table import Table
 
     from m3vit.tasks import TASKS
@@ -81,8 +90,10 @@ def print_scores(tasks: dict[str, Any], columns: Sequence[str], caption: str, al
         found = [scores.get(column) for column in columns]
         arrow = "↑" if row.higher_is_better else "↓"
         names = {row.metric: f"{row.metric} ({row.unit}) {arrow}"}
+        if second := (beside or {}).get(task):
+            names[second] = f"{second} ({row.unit}) {arrow}"
         if all_metrics and isinstance(found[-1], dict):
-            names |= {name: name for name in found[-1] if name != row.metric}
+            names |= {name: name for name in found[-1] if name not in names}
         for place, (metric, title) in enumerate(names.items()):
             values = [
                 "-" if value is None else f"{value[metric] if isinstance(value, dict) else value:.3f}"

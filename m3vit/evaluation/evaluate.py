@@ -168,16 +168,48 @@ def evaluate(
     return result
 
 
+def untrained_classes(tallies: dict[str, NDArray[np.float64]], label_set: str) -> dict[str, list[str]]:
+    """Return, by task with classes, the names of those that no training label has, from sums of `Kind.tally`."""
+    result = {}
+    for task, tally in tallies.items():
+        ids = kind_of(task).classes_in(tally)
+        if ids is not None:
+            names = LABEL_SETS[label_set].classes[task]
+            result[task] = [name for place, name in enumerate(names) if place not in ids]
+    return result
+
+
+def read_untrained_classes(split: Split, progress: Progress | None = None) -> dict[str, list[str]]:
+    """Return the same of a split of training images, of whose labels those that cannot be read are left out."""
+    sums: dict[str, NDArray[np.float64]] = {}
+    tasks = [task for task in split.tasks if task in LABEL_SETS[split.label_set].classes]
+    for index in range(len(split)) if tasks else ():
+        for task in tasks:
+            try:
+                sums[task] = sums.get(task, 0) + kind_of(task).tally(split.read(index, task))
+            except InputError:
+                continue
+        if progress:
+            progress(index + 1, len(split))
+    return untrained_classes(sums, split.label_set)
+
+
 class TrivialPredictor:
     """Predicts the same for every pixel of every image: what a network that looks at nothing could do.
 
     Fitted on the training labels: the most frequent class, the mean depth, the mean normal; every pixel an edge and
     salient, the best constant there is for F. `constants` has the share of edges and of salient pixels all the same.
-    `left_out`: labels that could not be read.
+    `left_out`: labels that could not be read. `untrained`: as `untrained_classes` returns them.
     """
 
-    def __init__(self, constants: dict[str, Any], label_set: str, left_out: int = 0) -> None:
-        self.constants, self.label_set, self.left_out = constants, label_set, left_out
+    def __init__(
+        self,
+        constants: dict[str, Any],
+        label_set: str,
+        left_out: int = 0,
+        untrained: dict[str, list[str]] | None = None,
+    ) -> None:
+        self.constants, self.label_set, self.left_out, self.untrained = constants, label_set, left_out, untrained
 
     @classmethod
     def fit(cls, split: Split, progress: Progress | None = None) -> "TrivialPredictor":
@@ -198,7 +230,7 @@ class TrivialPredictor:
             if progress:
                 progress(index + 1, len(split))
         constants = {task: as_json(kind_of(task).constant(total)) for task, total in sums.items()}
-        return cls(constants, split.label_set, left_out)
+        return cls(constants, split.label_set, left_out, untrained_classes(sums, split.label_set))
 
     def predictor(self, size: tuple[int, int]) -> Predictor:
         """Return it as a predictor of constant logits."""

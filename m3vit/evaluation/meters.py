@@ -9,7 +9,7 @@ Predictions are those of m3vit.evaluation.protocols.prediction, at the label's s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,9 @@ class Meter(ABC):
         """Return the metrics [...] of sums of contributions [..., K]."""
 
 
+TRAINED = "mIoU_trained"  # beside the published mIoU, never in its place
+
+
 def ratio(a: Any, b: Any, empty: float = np.nan) -> NDArray[np.float64]:
     """Return a / b, `empty` where b is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, np.float64), np.asarray(b, np.float64))
@@ -79,6 +82,15 @@ class ClassMeter(Meter):
         present = labelled > 0
         result = {"mIoU": iou.mean(axis=-1), "mIoU_present": ratio((iou * present).sum(axis=-1), present.sum(axis=-1))}
         return result | {f"IoU_{name}": iou[..., index] for index, name in enumerate(self.classes)}
+
+
+def over_trained(metrics: dict[str, float], classes: Sequence[str], untrained: Collection[str]) -> dict[str, float]:
+    """Return the metrics of a `ClassMeter` with `TRAINED`: the mean IoU over the classes that are not `untrained`.
+
+    Pixels of an untrained class still count against the class that is predicted there. Other meters' stay as they are.
+    """
+    trained = [metrics[f"IoU_{name}"] for name in classes if name not in untrained and f"IoU_{name}" in metrics]
+    return {**metrics, TRAINED: float(np.mean(trained))} if trained else metrics
 
 
 class DepthMeter(Meter):

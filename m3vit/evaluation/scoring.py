@@ -5,7 +5,7 @@ per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --c
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,15 @@ from m3vit.data.opening import layout_for, open_split, origin
 from m3vit.data.sample import Split
 from m3vit.digests import changed, check_sealed, read_sealed_json, seal, write_sealed_json
 from m3vit.errors import InputError
-from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate
-from m3vit.evaluation.meters import try_meter
+from m3vit.evaluation.evaluate import (
+    Evaluation,
+    Predictor,
+    Scores,
+    TrivialPredictor,
+    evaluate,
+    read_untrained_classes,
+)
+from m3vit.evaluation.meters import TRAINED, over_trained, try_meter
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path, sha256_file
 from m3vit.label_sets import LABEL_SETS, declare, describe
@@ -25,6 +32,7 @@ from m3vit.launched import place
 from m3vit.pool import usable_cores
 
 FORMAT = 3  # 2 had other statistics of edges
+MOST_NAMES = 4  # of classes, in a line of words
 Progress = Callable[[int, int, str], None]
 
 
@@ -51,6 +59,9 @@ def score(
     read, as the run was trained (`data.on_error` skip). `info` becomes part of the result. Under
     torchrun each process scores its share of the images; the result, the same to the last bit, is written and returned
     by the first process, the others return None.
+
+    "untrained" names, by task, the classes that no label of the train split has (None where there is no such split):
+    the published mIoU counts them like any other, mIoU_trained leaves them out of the mean.
     """
     check_protocol(protocol)
     label_set, tasks = predictor.label_set, predictor.tasks
@@ -59,7 +70,7 @@ def score(
     with process_group():
         agree(lambda: None if rank() else stored(folder))  # damaged, it is refused now rather than after the evaluation
         evaluations = {predictor.name: share(split, predictor, protocol, workers, stage(progress, predictor.name))}
-        constants = None
+        constants = untrained = None
         if trivial:
             train = open_split(layout, root, "train", tasks, partial, label_set)
             fitted = TrivialPredictor.fit(train, stage(progress, "training labels"))
@@ -69,9 +80,12 @@ def score(
             constants = fitted.constants
             constant = fitted.predictor(predictor.size)
             evaluations["trivial"] = share(split, constant, protocol, workers, stage(progress, "trivial"))
+            untrained = fitted.untrained
     if rank() != 0:
         return None
-    scores = {name: evaluation.scores() for name, evaluation in evaluations.items()}
+    if not trivial:
+        untrained = untrained_in(layout, root, tasks, label_set, stage(progress, "training labels"))
+    scores = {name: with_trained(evaluation.scores(), label_set, untrained) for name, evaluation in evaluations.items()}
     result = {
         "protocol": PROTOCOLS[protocol],
         "split": "val",
@@ -84,10 +98,45 @@ def score(
         "predictor": predictor.name,
         **(info or {}),
         "trivial": constants,
+        "untrained": untrained,
         "tasks": {task: {name: scores[name][task] for name in scores} for task in tasks},
     }
     write(folder, protocol, result, evaluations[predictor.name])
     return result
+
+
+def untrained_in(
+    layout: str, root: str, tasks: Sequence[str], label_set: str, progress: Callable[[int, int], None] | None
+) -> dict[str, list[str]] | None:
+    """Return the classes, by task, that no training label of `root` has; None if it has no training images."""
+    tasks = [task for task in tasks if task in LABEL_SETS[label_set].classes]
+    if not tasks:
+        return {}
+    try:
+        return read_untrained_classes(open_split(layout, root, "train", tasks, True, label_set), progress)
+    except InputError:  # a folder of validation images alone can be evaluated on
+        return None
+
+
+def with_trained(scores: Scores, label_set: str, untrained: dict[str, list[str]] | None) -> Scores:
+    """Return scores with those over the classes that training labels have, where it is known which these are."""
+    classes = LABEL_SETS[label_set].classes
+    return {
+        task: over_trained(metrics, classes[task], untrained[task]) if task in (untrained or {}) else metrics
+        for task, metrics in scores.items()
+    }
+
+
+def without_untrained(untrained: dict[str, list[str]] | None) -> dict[str, str]:
+    """Return, by task of which no training label has some class, what the figure without these is, in words."""
+    words = {}
+    for task, names in (untrained or {}).items():
+        named = ", ".join(name.replace("_", " ") for name in names[:MOST_NAMES])
+        if more := len(names) - MOST_NAMES if len(names) > MOST_NAMES else 0:
+            named += f" and {more} more"
+        if names:
+            words[task] = f"{TRAINED}: over the {task} classes that training labels have, without {named}"
+    return words
 
 
 def stage(progress: Progress | None, text: str) -> Callable[[int, int], None] | None:

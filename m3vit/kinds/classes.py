@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from m3vit.kinds import decoding
 from m3vit.kinds.kind import IGNORE, Kind, Look
-from m3vit.kinds.pictures import Colour, Range, Scale, Swatches, rounded
+from m3vit.kinds.pictures import Colour, Place, Range, Scale, Swatches, rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from m3vit.evaluation.meters import Meter, Scoring
     from m3vit.tasks import Task
 
+_GRID = 96  # rows or columns, the fewer of both, that places of names are looked for on
 _OTHER_CLASSES: Colour = (0, 0, 0)
+NOT_LABELLED: Colour = (224, 224, 192)  # PASCAL VOC's, for its 255
 
 
 class Classes(Kind):
@@ -45,6 +48,17 @@ class Classes(Kind):
 
         return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / counts[0].clamp(min=1)
 
+    def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[np.uint8]:
+        """Return at each point the class that is most of its surroundings: borders without steps."""
+        present = np.unique(prediction)
+        size = (prediction.shape[1] * factor, prediction.shape[0] * factor)
+        best = share = np.zeros(size[::-1], np.uint8)
+        for index in present:
+            mask = Image.fromarray((prediction == index).astype(np.uint8) * np.uint8(255))
+            here = np.asarray(mask.resize(size, Image.Resampling.BILINEAR))
+            best, share = np.where(here > share, index, best), np.maximum(here, share)
+        return best
+
     def decode(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
         return decoding.argmax(logits)
 
@@ -62,8 +76,9 @@ class Classes(Kind):
     def paint(
         self, prediction: NDArray[Any], palette: Sequence[Sequence[int]] = (), limits: Range | None = None
     ) -> NDArray[np.uint8]:
-        """Paint the palette's colours, other ids black."""
+        """Paint the palette's colours, what is not labelled in VOC's, other ids black."""
         colours = np.zeros((256, 3), np.uint8)
+        colours[IGNORE] = NOT_LABELLED
         colours[: len(palette)] = palette
         return colours[prediction]
 
@@ -88,6 +103,23 @@ class Classes(Kind):
         colours = {index: tuple(palette[index]) if index < len(palette) else _OTHER_CLASSES for index in present}
         return Swatches(tuple((texts[index], colours[index]) for index in present), longest, rows)
 
+    def places(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> Sequence[Place]:
+        """Return for each class the largest square of its pixels, found on a grid of about `_GRID` rows."""
+        names, step = class_names(entry), max(1, min(prediction.shape) // _GRID)
+        coarse = prediction[step // 2 :: step, step // 2 :: step]
+        found = []
+        for index in np.unique(coarse):
+            corners, side = coarse == index, 0  # upper left ones of squares that are the class's
+            while corners.any():
+                left, side = corners, side + 1
+                corners = left[1:, 1:] & left[:-1, 1:] & left[1:, :-1] & left[:-1, :-1]
+            if index < len(names):
+                rows, columns = np.nonzero(left)
+                middle = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+                row, column = (float(places[middle]) + side / 2 for places in (rows, columns))
+                found.append(Place(names[index], row * step, column * step, side * step))
+        return found
+
     def summary(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return `classes`, the largest first, with pixels and share."""
         counts, names = np.bincount(prediction.ravel(), minlength=256), class_names(entry)
@@ -111,6 +143,9 @@ class Classes(Kind):
     def constant(self, total: NDArray[np.float64]) -> int:
         """Return the most frequent class."""
         return int(total[:IGNORE].argmax())
+
+    def classes_in(self, total: NDArray[np.float64]) -> list[int]:
+        return [int(index) for index in np.flatnonzero(total[:IGNORE])]
 
     def constant_logits(self, constant: Any, channels: int) -> NDArray[np.float32]:
         return np.eye(channels, dtype=np.float32)[constant]

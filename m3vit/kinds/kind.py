@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3vit.kinds.pictures import Range, Scale, Swatches, grey_blend
+from m3vit.kinds.pictures import Place, Range, Scale, Swatches, grey_blend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,6 +124,10 @@ class Kind:
         how = Image.Resampling.NEAREST if self.nearest else Image.Resampling.BILINEAR
         return np.asarray(Image.fromarray(prediction).resize(size[::-1], how))
 
+    def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[Any]:
+        """Return a prediction to be drawn `factor` times as large, without steps where it is smooth."""
+        return self.resized(prediction, (prediction.shape[0] * factor, prediction.shape[1] * factor))
+
     def stored(self, logits: "Tensor", y_down: bool) -> "Tensor":
         """Turn one image's logits [C, H, W] into what the published code stores [D or 1, H, W], before it resizes it.
 
@@ -176,6 +180,10 @@ class Kind:
         """Return what the colours of `blend` mean or, if `plain`, those of `paint`; `entry`: the manifest's."""
         raise NotImplementedError
 
+    def places(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> Sequence[Place]:
+        """Return where names can stand in the picture of a prediction, none by default; `entry`: the manifest's."""
+        return ()
+
     def drawable(self, label: NDArray[Any]) -> NDArray[Any]:
         """Return a label as `paint` takes predictions."""
         return label
@@ -193,6 +201,10 @@ class Kind:
     def constant(self, total: NDArray[np.float64]) -> Any:
         """Return the one value to predict everywhere, as JSON, from the sum of all labels' tallies."""
         raise NotImplementedError
+
+    def classes_in(self, total: NDArray[np.float64]) -> list[int] | None:
+        """Return the ids of the classes that labels have, from the sum of their tallies; None without classes."""
+        return None
 
     def constant_logits(self, constant: Any, channels: int) -> NDArray[np.float32]:
         """Return the logits [C] that are decoded as a constant."""

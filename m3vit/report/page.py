@@ -21,16 +21,18 @@ from PIL import Image
 from m3vit import __version__
 from m3vit.data.network_input import network_input
 from m3vit.data.opening import open_split
-from m3vit.data.sample import Sample, Split
+from m3vit.data.sample import Sample, Split, no_label
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
+from m3vit.evaluation.meters import TRAINED
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
 from m3vit.evaluation.routing import spread
 from m3vit.export.runtime.package import Package
 from m3vit.files import atomic_path, write_json
-from m3vit.kinds.pictures import Range
+from m3vit.kinds.classes import NOT_LABELLED
+from m3vit.kinds.pictures import Range, Scale, Swatches
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts
@@ -41,6 +43,7 @@ from m3vit.tasks import IGNORE, TASKS, kind_of, palette
 from m3vit.training.checkpoint import read_metrics
 
 Progress = Callable[[int, int, str], None]
+WIDEST_PX = 400  # of a picture of a prediction: twice what a column of the page is wide
 COLUMNS = ("trivial", "torch", "onnx", "csim", "emulator")
 
 
@@ -93,6 +96,11 @@ def write_report(
             raise other_images(hls, split)
         scores[name] = found.scores()
     scores |= {name: stored.scores() for name, stored in project.stored.items()}
+    untrained = evaluated.get("untrained")
+    scores = {name: scoring.with_trained(one, label_set, untrained) for name, one in scores.items()}
+    for task, words in scoring.without_untrained(untrained).items():
+        figures = ", ".join(f"{name} {one[task][TRAINED]:.3f}" for name, one in scores.items() if TRAINED in one[task])
+        notes.append(f"{words}: {figures}.")
     report = {
         "protocol": PROTOCOLS[protocol],
         "images": len(indices),
@@ -137,6 +145,13 @@ def columns_of(report: dict[str, Any]) -> list[str]:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
+def photo_url(image: NDArray[np.uint8]) -> str:
+    """Return a photograph [H, W, 3] as a JPEG data URL: as a PNG it would be seven times as long."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def data_url(picture: NDArray[np.uint8], enlarge: int = 1) -> str:
     """Return a picture [H, W, 3] as a PNG data URL, each pixel `enlarge` times as large."""
     buffer = io.BytesIO()
@@ -145,34 +160,68 @@ def data_url(picture: NDArray[np.uint8], enlarge: int = 1) -> str:
 
 
 def picture(task: str, label_set: str, array: NDArray[Any], limits: Range | None) -> str:
-    """Draw a prediction with the runtime's colours, values over a range."""
+    """Draw a prediction with the runtime's colours, values over a range; reduced to about what the page shows."""
     classes = LABEL_SETS[label_set].classes.get(task)
-    return data_url(kind_of(task).paint(array, palette(classes) if classes else (), limits))
+    drawn = Image.fromarray(kind_of(task).paint(array, palette(classes) if classes else (), limits))
+    how = Image.Resampling.NEAREST if kind_of(task).nearest else Image.Resampling.BOX  # no colours between classes
+    factor = -(-drawn.width // WIDEST_PX)
+    return data_url(np.asarray(drawn.resize((drawn.width // factor, drawn.height // factor), how)))
+
+
+def colours_of(task: str, label_set: str, array: NDArray[Any], limits: Range | None) -> Scale | Swatches:
+    """Return what the colours of a task's pictures mean, as the legends of m3vit predict say it."""
+    kind, row = kind_of(task), TASKS[task]
+    described = {"decode": kind.name, "unit": kind.described_as or row.value_unit}
+    return kind.legend(
+        array, task, {**described, **kind.entry(LABEL_SETS[label_set].classes.get(task, ()))}, limits, plain=True
+    )
+
+
+def scale_bar(scale: Scale) -> dict[str, str]:
+    """Return a continuous scale as CSS colours from left to right, and the values at its ends."""
+    stops = scale.colours[np.linspace(0, len(scale.colours) - 1, 9).round().astype(int)].tolist()
+    unit = scale.title.rpartition(", ")[2]
+    return {
+        "colours": ", ".join(f"rgb({red},{green},{blue})" for red, green, blue in stops),
+        "low": f"{scale.low:.3g}",
+        "high": f"{scale.high:.3g}" + (f" {unit}" if len(unit) < 4 else ""),
+    }
 
 
 def example(
-    sample: Sample, predictors: dict[str, Predictor], columns: Sequence[str], protocol: str, label_set: str
+    sample: Sample,
+    predictors: dict[str, Predictor],
+    columns: Sequence[str],
+    protocol: str,
+    label_set: str,
+    seen: dict[str, set[int]],
 ) -> dict[str, Any]:
-    """Draw one image: a row for each task, a column for the input, the truth and each predictor."""
+    """Draw one image: the input, and a row for each task, a column for the truth and each predictor.
+
+    Adds to `seen` the ids of the classes in the pictures, by task with classes.
+    """
     # Distances in one row share one range: that of the truth.
-    ranges = {task: kind_of(task).limits(truth, outside=0) or (0.0, 1.0) for task, truth in sample.labels.items()}
-    rows: dict[str, list[str]] = {
-        task: [data_url(sample.image), picture(task, label_set, kind_of(task).drawable(truth), ranges[task])]
-        for task, truth in sample.labels.items()
-    }
-    for name in columns[2:]:
-        logits = None
-        if name in predictors:
-            image = network_image(protocol, sample.id, sample.image, predictors[name].size)
-            logits = predictors[name].run([image])
-        for task, pictures in rows.items():
-            if logits is None:
-                pictures.append("")
-                continue
+    ranges = {task: kind_of(task).limits(truth) or (0.0, 1.0) for task, truth in sample.labels.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for task, truth in sample.labels.items():
+        drawable = kind_of(task).drawable(truth)
+        meaning = colours_of(task, label_set, drawable, ranges[task])
+        rows[task] = {
+            "task": task,
+            "scale": scale_bar(meaning) if isinstance(meaning, Scale) else None,
+            "pictures": [picture(task, label_set, drawable, ranges[task])],
+        }
+        if task in seen:
+            seen[task] |= set(np.unique(truth).tolist())
+    for name in columns[1:]:
+        image = network_image(protocol, sample.id, sample.image, predictors[name].size)
+        logits = predictors[name].run([image])
+        for task, row in rows.items():
             guess = prediction(protocol, task, logits[task][0], image, sample.image.shape[:2])
-            pictures.append(picture(task, label_set, guess, ranges[task]))
-    tasks = [{"task": task, "pictures": pictures} for task, pictures in rows.items()]
-    return {"id": sample.id, "input": data_url(sample.image), "rows": tasks}
+            row["pictures"].append(picture(task, label_set, guess, ranges[task]))
+            if task in seen:
+                seen[task] |= set(np.unique(guess).tolist())
+    return {"id": sample.id, "input": photo_url(sample.image), "rows": list(rows.values())}
 
 
 @torch.inference_mode()
@@ -228,9 +277,9 @@ def render(
 ) -> str:
     """Return the page's HTML. `routed`: of `whole_split`, or the `note` that stands in its place."""
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
-    columns = ["input", "ground truth", "torch", "ONNX", project.drawn_as]
     named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
     by_column = {column: predictor for column, predictor in named.items() if predictor is not None}
+    columns = ["ground truth", *by_column]
     label_set = run.config.model.label_set
     examples: list[dict[str, Any]] = []
     seen: dict[str, set[int]] = {task: set() for task in LABEL_SETS[label_set].classes if task in tasks}
@@ -241,7 +290,7 @@ def render(
             load, firsts = routing_of(run, sample)
             total_load = load if total_load is None else total_load + load
         if index in shown:
-            drawn = example(sample, by_column, columns, protocol, label_set)
+            drawn = example(sample, by_column, columns, protocol, label_set, seen)
             drawn["routes"] = (
                 [
                     {"block": block, "pictures": [expert_map(grid) for grid in per_task]}
@@ -251,8 +300,6 @@ def render(
                 else []
             )
             examples.append(drawn)
-            for task, ids in seen.items():
-                ids |= {int(value) for value in np.unique(sample.labels[task])} - {IGNORE}
     score_columns = columns_of(report)
     rows = []
     for task, values in report["tasks"].items():
@@ -266,7 +313,13 @@ def render(
     for task, ids in seen.items():
         names = LABEL_SETS[label_set].classes[task]
         colours = palette(names)
-        legends.append((task, [swatch(names[index], colours[index]) for index in sorted(ids)]))
+        known = [swatch(names[index].replace("_", " "), colours[index]) for index in sorted(ids - {IGNORE})]
+        legends.append((task, known + ([swatch("not labelled", NOT_LABELLED)] if IGNORE in ids else [])))
+    for task in tasks:  # directions
+        if task not in seen and not isinstance(
+            meaning := colours_of(task, label_set, no_label(task, (1, 1)), None), Scale
+        ):
+            legends.append((task, [swatch(*item) for item in meaning.items]))
     return environment.get_template("page.html.j2").render(
         run=run.folder.name,
         version=__version__,

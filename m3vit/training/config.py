@@ -1,6 +1,7 @@
 """Configuration of a run: dataclasses, YAML recipes, dotted overrides. No torch."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MOST = {"threads": 1024, "workers": 1024}
 LARGEST = 10**9  # of other whole numbers
+# Of a model, for learning rates and freezing (m3vit.training.parts).
+PARTS = ("embed", "trunk", "experts", "routers", "heads")
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
 MAX_YAML_BYTES, MAX_YAML_VALUES = 1 << 20, 100_000  # a configuration has 3 KiB and a hundred values
 
@@ -66,6 +69,13 @@ class TrainConfig:
             are those of the whole batch, except that the balance losses are averaged over the parts.
         optimizer: adamw or sgd (with momentum).
         lr: peak learning rate.
+        lr_scale: factor on the learning rate of a part, such as {embed: 0.1, trunk: 0.1}; of others it is 1. Parts are
+            embed (patches, positions, prefix tokens), trunk (the blocks without their experts and routers), experts,
+            routers and heads.
+        layer_decay: factor on the learning rate for each block between a parameter and the heads, and the block itself,
+            as in BEiT and timm: 0.75 is usual, 1 is off.
+        freeze: what is not trained at all: parts, and blocks with all that is in them, such as [embed, blocks.0-6].
+        freeze_epochs: what is not trained in the first epochs, and for how many, such as {trunk: 2, blocks.0-6: 4}.
         weight_decay: for adamw, of weights but not biases, norms, positions and prefix tokens; for sgd, of everything
             (as published).
         momentum: of sgd.
@@ -113,6 +123,10 @@ class TrainConfig:
     accumulate: int = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
+    freeze: list[str] = field(default_factory=list)
+    freeze_epochs: dict[str, int] = field(default_factory=dict)
     weight_decay: float = 0.05
     momentum: float = 0.9
     warmup_epochs: float = 0.0
@@ -248,6 +262,7 @@ class Config:
                 f"train.strategy fsdp does not go with {what}, which needs every gradient whole: give ddp, or "
                 "train.precision bf16-mixed or 32-true and another weighting"
             )
+        self._check_parts()
         # Tasks that exist but are not this model's may stay: a recipe's values survive --model.tasks=[depth].
         for key in ("task_weights", "native_losses"):
             unknown = [task for task in getattr(train, key) if task not in TASKS]
@@ -274,9 +289,52 @@ class Config:
                     f"experts is 0 with {reason}: give --train.specialise_weight=0, or change that"
                 )
 
+    def _check_parts(self) -> None:
+        """Raise InputError for parts that no model has, and for rates and epochs that mean nothing."""
+        train = self.train
+        if unknown := [part for part in train.lr_scale if part not in PARTS]:
+            raise InputError(f"train.lr_scale names {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+        for part, scale in train.lr_scale.items():
+            if not 0 < scale < math.inf:
+                raise InputError(
+                    f"train.lr_scale.{part} is {scale}: give a positive number; train.freeze is for what is not trained"
+                )
+        if not 0 < train.layer_decay <= 1:
+            raise InputError(
+                f"train.layer_decay is {train.layer_decay}: give a number above 0, such as 0.75, or 1 for none"
+            )
+        for key, entries in (("freeze", train.freeze), ("freeze_epochs", train.freeze_epochs)):
+            unknown = [entry for entry in entries if entry not in PARTS and not block_range(entry)]
+            if unknown:
+                raise InputError(
+                    f"train.{key} names {', '.join(unknown)}: choose from {', '.join(PARTS)}, and blocks.0-6 or "
+                    "blocks.3 for whole blocks"
+                )
+        if both := [entry for entry in train.freeze_epochs if entry in train.freeze]:
+            raise InputError(
+                f"train.freeze and train.freeze_epochs both name {', '.join(both)}: give it in one of them"
+            )
+        for entry, epochs in train.freeze_epochs.items():
+            if not 0 < epochs < train.epochs:
+                raise InputError(
+                    f"train.freeze_epochs gives {entry} {epochs} epochs: give 1 to {train.epochs - 1}, fewer than "
+                    "train.epochs; train.freeze is for all of them"
+                )
+        if train.freeze_epochs and train.strategy == "fsdp":
+            raise InputError(
+                "train.strategy fsdp does not go with train.freeze_epochs, since what is sharded is trained or not "
+                "from the start: give ddp, or train.freeze"
+            )
+
     def to_yaml(self) -> str:
         """Return the whole configuration, fully resolved, as YAML."""
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
+
+
+def block_range(entry: str) -> range:
+    """Return the indices of an entry like blocks.0-6 or blocks.3, an empty range for any other text."""
+    found = re.fullmatch(r"blocks\.(\d{1,4})(?:-(\d{1,4}))?", entry)
+    return range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
 
 
 def plain(value: Any) -> Any:

@@ -44,7 +44,10 @@ def without_effect(config: Config) -> dict[str, str]:
     if model.init != "upcycle":
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if model.moe_blocks in ("none", []):
-        found |= dict.fromkeys(OF_EXPERTS, "model.moe_blocks leaves no block with experts")
+        reason = "model.moe_blocks leaves no block with experts"
+        found |= dict.fromkeys(OF_EXPERTS, reason)
+        for key in ("lr_scale", "freeze", "freeze_epochs"):
+            found |= {f"train.{key}.{part}": reason for part in getattr(train, key) if part in ("experts", "routers")}
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
     for task in TASKS.values():
@@ -53,6 +56,11 @@ def without_effect(config: Config) -> dict[str, str]:
             found |= {f"train.{name}": f"{task.name} is not among model.tasks" for name in settings}
     if len(model.tasks) == 1 and train.weighting in ("dwa", *GRADIENT_METHODS):
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
+    found |= {f"train.lr_scale.{part}": f"train.freeze has {part}" for part in train.lr_scale if part in train.freeze}
+    if train.layer_decay < 1 and {"embed", "trunk", "experts", "routers"} <= {*train.freeze}:
+        found["train.layer_decay"] = "train.freeze has everything but the heads"
+    if "routers" in train.freeze:
+        found["model.router_noise"] = "train.freeze has routers, which then run without noise"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
     for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):

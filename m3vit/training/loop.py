@@ -35,6 +35,7 @@ from m3vit.training.checkpoint import (
 from m3vit.training.config import Config
 from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
+from m3vit.training.parts import freeze, frozen_epochs, table
 from m3vit.training.sharding import (
     gathered,
     largest_values,
@@ -67,7 +68,9 @@ def build(config: Config) -> MultiTaskModel:
     config.check()
     try_out(config.model)
     torch.manual_seed(config.train.seed)
-    return new_model(config.model)
+    model = new_model(config.model)
+    frozen_epochs(config.train, model)  # refuses blocks that there are not
+    return model
 
 
 def initialise(config: Config, out: Path) -> None:
@@ -98,6 +101,7 @@ def train(
             say(f"images are normalised with {training.model.normalisation}")
             if named := [name for name in dict.fromkeys(training.model.origins["from"].values()) if name != RANDOM]:
                 say(f"weights begin as {' and '.join(named)}, the rest at random (model.json has the list)")
+            say(table(config.train, training.model))
         training.run()
     except (InputError, Stopped) as error:
         leave_group()
@@ -166,6 +170,8 @@ class Training:
         self.model.backbone.checkpoint_activations = settings.checkpoint_activations
 
         synchronise(self.model, fabric)
+        self.frozen = frozen_epochs(settings, self.model)
+        freeze(self.model, self.frozen, settings.epochs)  # what is never trained; the rest DDP must know of
         self.weighting = make_weighting(config, fabric.device)
         mesh = getattr(fabric.strategy, "device_mesh", None)  # of fsdp
         self.average = make_average(settings, self.model, sharded=mesh is not None)
@@ -245,8 +251,9 @@ class Training:
     def run_epoch(self) -> None:
         """Train to the end of the epoch, and save."""
         settings = self.config.train
-        self.wrapped.train()
         self.batches.epoch, self.batches.start = divmod(self.step, self.steps_per_epoch)
+        self.wrapped.train()
+        freeze(self.model, self.frozen, self.batches.epoch)
         trained = 0
         self.clock = (time.perf_counter(), self.step)
         for batch in self.loader:
@@ -273,7 +280,7 @@ class Training:
         images, labels = self.fabric.to_device((batch.images, batch.labels))
         lr = learning_rate(settings, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         # What is checked is the same in every process, and so they stop together.
         values = self.stepper.gradients(self.step, images, labels)
         check_finite(values, self.step, self.out)

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import TrainConfig
+from m3vit.training.parts import lr_factors
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -28,7 +29,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimiser. AdamW decays weights, of gates too; not biases, norms, positions and prefix tokens.
 
-    `others` are learned with the model, never decayed.
+    A group whose learning rate is another than `learning_rate` has its factor as `lr_scale`. Frozen parameters are in
+    groups too: without a gradient they are neither moved nor decayed. `others` are learned with the model, never
+    decayed.
     """
 
     # An expert's bias is a row of a matrix [E, H]: decided by name, not by the number of dimensions.
@@ -37,13 +40,15 @@ def make_optimizer(
             (".b1", ".b2", "pos_embed", "cls_token", "dist_token", "reg_token", "rope.freqs")
         )
 
-    named = list(model.named_parameters())
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if train.optimizer == "adamw":
-        groups = [
-            {"params": [p for n, p in named if decayed(n, p)], "weight_decay": train.weight_decay},
-            {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0},
-        ]
+    factors = lr_factors(train, model)
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decays = train.optimizer == "sgd" or decayed(name, parameter)
+        found.setdefault((decays, factors[name]), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (decays, factor), parameters in sorted(found.items(), key=lambda item: not item[0][0]):  # stable
+        own = {"lr_scale": factor} if factor != 1 else {}
+        groups.append({"params": parameters, "weight_decay": train.weight_decay if decays else 0.0, **own})
     if others:
         groups.append({"params": list(others), "weight_decay": 0.0})
     if train.optimizer == "sgd":

@@ -234,7 +234,7 @@ class Stepper:
         """
         method = self.weighting
         assert isinstance(method, GradientMethod)
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         ends = np.cumsum([parameter.numel() for parameter in parameters.values()]).tolist()
         columns = {name: slice(end - p.numel(), end) for (name, p), end in zip(parameters.items(), ends, strict=True)}
         jacobian = torch.zeros(len(tasks), ends[-1], device=self.fabric.device)

@@ -274,6 +274,19 @@ def test_files_that_no_list_names_are_a_note(copy: Callable[[str], Path], releas
     assert report.ok and "1 files that no list names, such as" in render(report)
 
 
+def test_a_class_that_val_has_and_train_lacks_is_a_note(copy: Callable[[str], Path]) -> None:
+    root = copy("NYUD_MT")
+    for split, class_id in (("train", 0), ("val", 40)):
+        for name in (root / "gt_sets" / f"{split}.txt").read_text().split():
+            label = root / "segmentation" / f"{name}.png"
+            stored = np.asarray(Image.open(label)).copy()
+            stored[:2] = 40
+            Image.fromarray(np.where(stored == 40, class_id, stored).astype(np.uint8)).save(label)
+    (note,) = [problem for problem in check(root, workers=1).problems if problem.kind == "untrained"]
+    assert (note.severity, note.file) == ("note", "segmentation/")
+    assert "other_prop (" in note.message and "mIoU_trained" in note.message
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_folder_that_is_missing_costs_its_task(copy: Callable[[str], Path], release: str) -> None:
     root = copy(release)

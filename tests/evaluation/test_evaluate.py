@@ -12,6 +12,7 @@ from m3vit.data.sample import Sample
 from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer, edge_statistics
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate
+from m3vit.label_sets import NYUD_CLASSES
 from m3vit.tasks import IGNORE
 
 
@@ -46,6 +47,7 @@ def test_trivial_predictor_is_fitted_on_valid_labels() -> None:
     assert trivial.constants["depth"] == pytest.approx((1 + 3 + 2 + 2 + 4 + 3) / 6)
     assert trivial.constants["normals"] == pytest.approx([0, 1 / math.sqrt(5), 2 / math.sqrt(5)])
     assert trivial.constants["edge"] == pytest.approx(1 / 3)
+    assert trivial.untrained == {"semseg": [name for name in NYUD_CLASSES if name not in ("floor", "bed")]}  # 1 and 3
     scores = evaluate(split, trivial.predictor((1, 4)), quick=True).scores()  # type: ignore[arg-type]
     # mean depth 2.5: squared errors 2.25 .25 .25 | .25 2.25 .25, sum 5.5 over 6 pixels
     assert scores["depth"]["rmse"] == pytest.approx(math.sqrt(5.5 / 6))

@@ -8,6 +8,7 @@ import pytest
 from m3vit.evaluation.edge_readers import READERS
 from m3vit.evaluation.gain import BASELINES
 from m3vit.evaluation.meters import (
+    TRAINED,
     ClassMeter,
     DepthMeter,
     EdgeMeter,
@@ -17,6 +18,7 @@ from m3vit.evaluation.meters import (
     SaliencyMeterA,
     SaliencyMeterB,
     make_meter,
+    over_trained,
 )
 from m3vit.label_sets import LABEL_SETS
 from m3vit.tasks import IGNORE, TASKS
@@ -36,6 +38,18 @@ def test_classes() -> None:
     assert result["mIoU"] == pytest.approx(25)
     assert result["mIoU_present"] == pytest.approx(100 / 3)
     assert [result[f"IoU_{name}"] for name in "abcd"] == pytest.approx([100 / 3, 200 / 3, 0, 0])
+
+
+def test_the_mean_without_untrained_classes_stands_beside_the_published_one() -> None:
+    # As above: IoU 1/3, 2/3, 0, 0. Without class 2, which nothing trains: (1/3 + 2/3 + 0) / 3. Its one pixel, where 0
+    # is predicted, stays an error of class 0, which would have 1/2 else.
+    guess, label = np.array([[0, 1, 1], [1, 0, 3]], np.uint8), np.array([[0, 0, 1], [1, 2, IGNORE]], np.uint8)
+    plain = score(ClassMeter("abcd"), (guess, label))
+    result = over_trained(plain, "abcd", ["c"])
+    assert result.pop(TRAINED) == pytest.approx(100 / 3)
+    assert result == plain, "nothing published is replaced"
+    assert over_trained(plain, "abcd", [])[TRAINED] == plain["mIoU"]
+    assert over_trained({"rmse": 1.0}, "abcd", ["c"]) == {"rmse": 1.0}, "another meter's"
 
 
 def test_an_image_without_a_person_contributes_nothing() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
@@ -18,6 +19,7 @@ from m3vit.evaluation.compare import bootstrap_weights, compare
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, delta_m
 from m3vit.evaluation.meters import make_meter
+from m3vit.label_sets import NYUD_CLASSES
 from tests.conftest import TINY
 from tests.test_cli import refused
 
@@ -70,7 +72,7 @@ def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *words]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("semseg") == 1, "one process prints"
+    assert result.stdout.count("│ semseg") == 1, "one process prints"
     assert results(copy)["A"] == results(run)["A"]
     with np.load(copy / "eval-A.npz") as two, np.load(run / "eval-A.npz") as one:
         for name in one.files:
@@ -91,6 +93,38 @@ def test_onnx_package_is_scored_by_the_same_meters(
             assert ours[task]["onnx"][name] == pytest.approx(value, rel=1e-4, nan_ok=True), (task, name)
     # The evaluation lies in the package, and does not keep it from being exported again.
     assert cli("export", "onnx", run, "--tasks", "depth", "--out", package).returncode == 0
+
+
+def test_classes_without_training_labels_are_named_and_left_out_beside_the_published_figure(
+    cli: Cli, run: Path, onnx_package: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The tiny rooms are walls and floors; here training has walls alone, and a damaged label."""
+    data, copy, package = tmp_path / "data", tmp_path / "run", tmp_path / "onnx"
+    shutil.copytree(tiny_data, data)
+    shutil.copytree(run, copy)
+    shutil.copytree(onnx_package, package)
+    for name in (data / "gt_sets" / "train.txt").read_text().split():
+        label = data / "segmentation" / f"{name}.png"
+        stored = np.asarray(Image.open(label)).copy()
+        stored[stored == 2] = 0
+        Image.fromarray(stored).save(label)
+    result = cli("eval", copy, "--data.root", data)
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.replace("│", " ").split())
+    assert "mIoU_trained (%) ↑" in words and "classes that training labels have, without floor, cabinet, bed" in words
+    found = results(copy)["A"]
+    assert found["untrained"]["semseg"] == list(NYUD_CLASSES[1:])
+    figures = found["tasks"]["semseg"]["torch"]
+    assert figures["mIoU_trained"] == pytest.approx(figures["IoU_wall"]) != figures["mIoU"]
+    assert figures["mIoU"] == results(run)["A"]["tasks"]["semseg"]["torch"]["mIoU"], "as published"
+    # An export is scored alike, and does not fail for training labels that it does not need.
+    label.write_bytes(label.read_bytes()[:-20])
+    assert cli("eval", package, "--data.root", data).returncode == 0
+    assert results(package)["A"]["untrained"] == found["untrained"]
+    (data / "gt_sets" / "train.txt").unlink()
+    result = cli("eval", package, "--data.root", data)
+    assert result.returncode == 0 and "mIoU_trained" not in result.stdout
+    assert results(package)["A"]["untrained"] is None
 
 
 def test_hls_project_is_scored_by_the_same_meters(cli: Cli, run: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_one_task_is_what_it_is_among_all(added: None) -> None:
     assert model(images).auxiliary == {} and list(model.train()(images).auxiliary) == ["deep"]
 
 
-@pytest.mark.parametrize("head", ["linear", "pup"])
+@pytest.mark.parametrize("head", ["linear", "conv", "pup"])
 def test_nothing_of_other_blocks_is_kept(head: str) -> None:
     features, _ = make(head=head).backbone(torch.randn(1, 3, 32, 48), (0, 1))
     assert list(features.tokens) == [3]
@@ -133,7 +133,7 @@ def test_refusals(added: None) -> None:
             try_out(ModelConfig(**SMALL | {"image_size": (32, 48)} | changes))
 
     fails(r"model\.head_args is \{'width': 8\}, and head linear takes none", head="linear", head_args={"width": 8})
-    fails("choose from linear, pup, three", head="thre")
+    fails("choose from linear, conv, pup, three", head="thre")
     fails("it needs pup heads", head="three", distillation=[0])
     fails("reads the blocks 0, 1, -1|reads the blocks -1, 0, 1", head="three", trunk_args={**TRUNK, "depth": 2})
     for name, build, words in (

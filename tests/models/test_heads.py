@@ -184,14 +184,14 @@ def test_batch_norm_becomes_synchronised() -> None:
 
 
 def test_hls_refuses_pup_heads() -> None:
-    with pytest.raises(InputError, match="pup heads, and the FPGA flow has linear ones"):
+    with pytest.raises(InputError, match="pup heads, and the FPGA flow has linear and conv ones"):
         lower(make())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": "cup"}, "choose from linear, pup"),
+        ({"head": "cup"}, "choose from linear, conv, pup"),
         ({"head": "linear", "distillation": [0]}, "needs pup heads and two tasks or more"),
         ({"tasks": ["depth"], "distillation": [0]}, r"give --model\.distillation=\[\]"),
         ({"distillation": [2]}, r"is \[2\]: give each level once.*patch size 8 have: 0, 1"),

@@ -25,6 +25,7 @@ class Entry(NamedTuple):
 
 DECODERS: dict[str, Entry] = {
     "linear": Entry("m3vit.models.decoders.linear:linear", ("head_stride",)),
+    "conv": Entry("m3vit.models.decoders.conv:conv", ("head_stride",)),
     "pup": Entry("m3vit.models.decoders.pup:pup", ("distillation",)),
 }
 READABLE = ("head_stride", "distillation")

@@ -1,0 +1,85 @@
+"""The head `conv`: against loops over pixels, its parameters and MACs by hand, its arguments."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig
+from m3vit.models.decoders.conv import ConvHead
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.profiling import profile
+
+TRUNK = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+CONFIG = ModelConfig(
+    trunk="vit_tiny_patch16_224",
+    trunk_args=TRUNK,
+    image_size=(24, 40),
+    tasks=["semseg", "edge"],
+    num_experts=4,
+    top_k=2,
+    head="conv",
+)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_head_equals_loops_over_pixels(stride: int) -> None:
+    torch.manual_seed(0)
+    (rows, columns), dim, channels, width = (2, 3), 6, 3, 5
+    s = 8 // stride
+    head = ConvHead(dim, channels, 8, stride, width, 0.5)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.uniform_(-1, 1)
+    tokens = torch.randn(2, rows * columns, dim)
+    weight = head.output.weight.detach()
+    found = head(tokens, (rows, columns), None)
+    with torch.no_grad():
+        outputs = head.linear(head.norm(tokens)).relu().reshape(2, rows, columns, s, s, width)
+    for y in range(rows * s):
+        for x in range(columns * s):
+            expected = head.output.bias.detach().expand(2, -1).clone()
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    if 0 <= y + dy < rows * s and 0 <= x + dx < columns * s:
+                        (row, i), (column, j) = divmod(y + dy, s), divmod(x + dx, s)
+                        expected += outputs[:, row, column, i, j] @ weight[:, :, dy + 1, dx + 1].T
+            torch.testing.assert_close(found[:, :, y, x], expected)
+    resized = F.interpolate(found, size=(16, 24), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(head(tokens, (rows, columns), (16, 24)), resized)
+
+
+def test_parameters_and_macs_by_hand() -> None:
+    report = profile(replace(CONFIG, head_stride=2, head_args={"width": 6}))
+    tokens, s = 3 * 5, 4
+    for task, channels in (("semseg", 40), ("edge", 1)):
+        entry = report["tasks"][task]
+        assert entry["macs"]["parts"]["heads"] == tokens * s * s * (32 * 6 + 9 * 6 * channels)
+        parameters = 2 * 32 + 33 * s * s * 6 + (9 * 6 + 1) * channels
+        assert entry["activated"]["parts"]["heads"] == parameters
+
+
+def test_a_new_head_predicts_its_bias() -> None:
+    model = MultiTaskModel(CONFIG).eval()
+    logits = model(torch.zeros(1, 3, 24, 40)).logits
+    biases = {task: float(model.heads[task].output.bias.detach().mean()) for task in CONFIG.tasks}
+    assert biases["edge"] != 0 == biases["semseg"]
+    for task, value in logits.items():
+        assert (value - biases[task]).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_stride": 3}, r"model\.head_stride is 3: give a divisor of the trunk's patch size 8"),
+        ({"head_args": {"width": 0}}, r"model\.head_args\.width is 0: give a whole number of 1 to 1024"),
+        ({"head_args": {"width": "wide"}}, r"width is 'wide': give a whole number"),
+        ({"head_args": {"depth": 2}}, "head conv takes width"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        MultiTaskModel(replace(CONFIG, **changes))
