@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from m3vit.commands.data import Check, Prepare, Synth
+from m3vit.commands.routing import Panel, Routing
 from m3vit.data.synthetic.dataset import synthesize
 from m3vit.data.tools.check import check
 from m3vit.data.tools.prepare import prepare_nyud
@@ -18,6 +19,8 @@ from m3vit.export.hls.project import export_project
 from m3vit.export.runtime.options import Loading
 from m3vit.export.runtime.package import Package
 from m3vit.options import Positive, Size, Value, add_options, options
+from m3vit.report.panel import write_panel
+from m3vit.report.routed import measure
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,15 @@ def test_what_cannot_be(parser: argparse.ArgumentParser, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("declared", "function"),
-    [(Loading, Package.load), (Synth, synthesize), (Prepare, prepare_nyud), (Check, check), (Request, export_project)],
+    [
+        (Loading, Package.load),
+        (Synth, synthesize),
+        (Prepare, prepare_nyud),
+        (Check, check),
+        (Request, export_project),
+        (Routing, measure),
+        (Panel, write_panel),
+    ],
 )
 def test_functions_have_the_same_names_and_defaults(declared: type, function: Callable[..., Any]) -> None:
     taken = {name: given.default for name, given in signature(function).parameters.items()}

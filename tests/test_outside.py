@@ -36,6 +36,7 @@ def test_the_whole_path(cli: Callable, data: Path, tmp_path: Path) -> None:
         ("data", "check", data),
         ("train", *words, "--out", run),
         ("eval", run),
+        ("routing", run, "--maps", 0),
         ("export", "onnx", run, "--out", package),
         ("predict", package, "--task", "wetness", data / "photos" / "x.png", "--raw", "--out", out),
         ("predict", package, "--task", "height", data / "photos" / "x.png", "--overlay", "--out", out),
@@ -48,5 +49,7 @@ def test_the_whole_path(cli: Callable, data: Path, tmp_path: Path) -> None:
     assert wetness.shape == (32, 48) and 0 < wetness.min() and wetness.max() < 1
     scores = json.loads((run / "report.json").read_text())["tasks"]
     assert abs(scores["wetness"]["torch"] - scores["wetness"]["onnx"]) < 0.01 and scores["height"]["metric"] == "rmse"
+    routed = json.loads((run / "routing" / "routing.json").read_text())
+    assert routed["tasks"] == ["height", "wetness"] and list(routed["labels"]) == ["height"]  # of the new kind no bins
     for command in (("eval", run), ("predict", package, data, "--task", "height", "--out", out)):
         refused(cli(*command), "unknown.* kind|of the kind share.*plug-in.*fields.py")

@@ -187,3 +187,16 @@ def test_predictions_of_a_whole_photograph(cli: Cli, package: Path, data: Path, 
     legend = {tuple(colour) for colour in picture[480:].reshape(-1, 3).tolist()}
     shown = {palette(NYUD_CLASSES)[index] for index in np.unique(classes)}
     assert shown <= legend, "each class in the picture is in its legend"
+
+
+def test_routing_of_photographs(cli: Cli, run: Path, tmp_path: Path) -> None:
+    """Patches are sorted by the classes and depths of real labels; the photograph itself is in no picture."""
+    succeed(cli("routing", run, "--maps", 1, "--out", tmp_path / "routing"))
+    found = read_sealed_json(tmp_path / "routing" / "routing.json", "")
+    classes, depths = found["labels"]["semseg"], found["labels"]["depth"]
+    patches = dict(zip(classes["bins"], classes["patches"], strict=True))
+    assert patches["wall"] > 20 and 4 * 48 * 0.5 < sum(patches.values()) <= 4 * 48
+    assert sum(depths["patches"]) == 4 * 48, "depth is filled everywhere"
+    photograph = Path(found["data"]["root"]) / "images" / "0001.jpg"
+    succeed(cli("panel", run, photograph, "--no-input", "--out", tmp_path / "panel.png"))
+    assert (tmp_path / "panel.png").stat().st_size <= 150_000

@@ -153,12 +153,18 @@ def test_a_panel_of_a_package(cli: Cli, onnx_package: Path, tiny_data: Path, tmp
 def test_a_panel_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     tiles, image = Tiles([Tile("depth", noise, False)]), Tile("input", noise, False)
-    for limit, narrower in ((200_000, False), (30_000, True)):
-        monkeypatch.setattr(panel, "MAX_BYTES", limit)
-        found = panel.shrunk(tiles, image, 0.75, 500)
-        assert found is not None and len(found[1]) <= limit and (found[0].width < 490) == narrower
+    whole = panel.draw(tiles, image, 0.75, 350)
+    few = panel.encode(whole, panel.COLOURS)
+    found = panel.shrunk(tiles, image, 0.75, 350)
+    assert found is not None and found[1] == panel.encode(whole, None)
+    monkeypatch.setattr(panel, "MAX_BYTES", len(few))
+    found = panel.shrunk(tiles, image, 0.75, 350)
+    assert found is not None and found[1] == few
+    monkeypatch.setattr(panel, "MAX_BYTES", len(few) - 1)
+    found = panel.shrunk(tiles, image, 0.75, 350)
+    assert found is not None and len(found[1]) < len(few) and 300 <= found[0].width < 320
     monkeypatch.setattr(panel, "MAX_BYTES", 1000)
-    assert panel.shrunk(tiles, image, 0.75, 400) is None
+    assert panel.shrunk(tiles, image, 0.75, 350) is None
 
 
 def test_what_a_panel_refuses(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def labels_chart(figures: dict[str, Any], labelled: str, block: str) -> Figure:
     if len(table["bins"]) > 10:  # classes have no order of their own
         kept.sort(key=lambda place: (int(own[place].argmax()), -float(own[place].max())))
     experts = figures["experts"]
-    size = (max(1.6, 0.19 * experts) * len(tasks) + 1.3, 0.155 * len(kept) + 0.9)
+    size = (max(1.6, 0.19 * experts) * len(tasks) + 1.3, max(0.155 * len(kept), 0.8) + 0.9)
     figure, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True, layout="constrained")
     norm, colour_map = TwoSlopeNorm(0, -LIFT, LIFT), plt.get_cmap("RdBu_r").with_extremes(bad="#c9cfd5")
     for axis, task in zip(axes[0], tasks, strict=True):
@@ -185,7 +185,7 @@ def information_chart(figures: dict[str, Any]) -> Figure:
     """Draw how much of the choice of experts each task's labels explain: a panel for each labelled task."""
     labels, tasks, blocks = figures["labels"], figures["tasks"], list(figures["use"])
     figure, axes = plt.subplots(
-        1, len(labels), figsize=(2.1 * len(labels), 2.1), squeeze=False, sharey=True, layout="constrained"
+        1, len(labels), figsize=(2 * len(labels) + 1.9, 2.1), squeeze=False, sharey=True, layout="constrained"
     )
     colours = plt.get_cmap("Dark2")
     for axis, (labelled, table) in zip(axes[0], labels.items(), strict=True):
@@ -280,10 +280,12 @@ def page_charts(figures: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         )
     for labelled in labels:
         block = best_block(figures, labelled)
+        meaning = (
+            ": how many times as often as of all patches an expert is chosen for those of a label (colour), and the "
+            "share of the label's choices (%, where above 1.5 times). Grey: dead for the task"
+        )
         yield (
-            f"Labels of {labelled} and experts of block {block}: how many times as often as of all patches an expert "
-            "is chosen for those of a label (colour), and the share of the label's choices (%, where above 1.5 times). "
-            "Grey: dead for the task.",
+            f"Labels of {labelled} and experts of block {block}{meaning if labelled == labels[0] else ''}.",
             labels_chart(figures, labelled, block),
         )
 
