@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from m3vit.kinds import KINDS
+from m3vit.kinds.pictures import Place
 from m3vit.kinds.pictures import Range as Range
 from m3vit.kinds.pictures import Scale as Scale
 from m3vit.kinds.pictures import Swatches as Swatches
@@ -81,7 +82,7 @@ def overlay(
     depth_range: Range | None = None,
     rows: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Lay a prediction over its image and add a legend below: uint8 [H', W', 3].
+    """Lay a prediction over its image and add a legend below: uint8 [H', W', 3]. Larger areas of a class are named.
 
     Small images are enlarged by a whole number first, smoothly, so that the legend is readable. `depth_range` and
     `rows` as in `legend`; with `rows`, all pictures of one image size have one size.
@@ -97,16 +98,39 @@ def overlay(
         shown = np.asarray(Image.fromarray(image).resize(larger, Image.Resampling.BICUBIC))
         drawn = kind.enlarged(array, factor)
     picture = blend(shown, drawn, entry["decode"], entry.get("palette", ()), depth_range)
+    if rows is None:  # in a film names would jump about
+        picture = _named(picture, kind.places(array, entry), factor)
     panel = _draw(legend(array, task, entry, depth_range, rows), max(width * factor, _MIN_WIDTH))
     beside = panel.shape[1] - picture.shape[1]
     padded = np.pad(picture, ((0, 0), (beside // 2, beside - beside // 2), (0, 0)), constant_values=255)
     return np.concatenate([padded, panel])
 
 
+def _named(picture: NDArray[np.uint8], places: Sequence[Place], factor: int) -> NDArray[np.uint8]:
+    """Write names into a picture that was enlarged by `factor`, where there is room for them."""
+    size = _text_size(picture.shape[1])
+    drawn, font = Image.fromarray(picture), _font(size)
+    draw = ImageDraw.Draw(drawn)
+    for place in places:
+        side, length = place.side * factor, font.getlength(place.name)
+        x, y = place.column * factor, place.row * factor
+        if side >= max(2 * size, length / 2) and length / 2 < min(x, picture.shape[1] - x):
+            draw.text((x, y), place.name, _PAPER, font, anchor="mm", stroke_width=size // 6, stroke_fill=_INK)
+    return np.asarray(drawn)
+
+
+def _text_size(width: int) -> int:
+    return min(max(width // 45, 12), 32)  # pixels
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
 def _draw(content: Swatches | Scale, width: int) -> NDArray[np.uint8]:
     """Draw a legend as a panel of this width."""
-    size = min(max(width // 45, 12), 32)  # of the text, pixels
-    font: Any = ImageFont.load_default(size)
+    size = _text_size(width)
+    font = _font(size)
     if isinstance(content, Scale):
         return _draw_scale(content, width, size, font)
     return _draw_swatches(content, width, size, font)

@@ -74,7 +74,7 @@ def print_routing(found: dict[str, Any]) -> None:
         told = [labels["blocks"][block][task] for block in blocks]
         table.add_row(f"{task}: labels tell of experts (%)", *(_percent(one["information"]) for one in told))
         table.add_row("  labels of another image", *(_percent(one["information_elsewhere"]) for one in told))
-    console(max(console().width, 100)).print(table)
+    console(max(console().width, 48 + 13 * len(blocks))).print(table)
     say(sentence(found))
 
 

@@ -6,6 +6,7 @@ Shapes: N images, L blocks with experts, R tasks, P pairs of tasks, T patches of
 token, E experts, C bins of a task's labels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -85,6 +86,7 @@ class RoutingSums:
     weights_LRE: Floats  # summed over the patches that chose it
     entropy_LR: Floats  # summed over patches, nats
     pairs: PairSums
+    whole_LR: dict[int, Ints]  # by size: patches whose experts are whole groups of so many neighbours
     labels: dict[str, LabelSums] = field(default_factory=dict)
 
     @property
@@ -191,6 +193,8 @@ def gather(
     ids: list[str] = []
     chosen, first, pairs = [], [], []
     weights, entropy = np.zeros((*shape, experts)), np.zeros(shape)
+    divisor = math.gcd(experts, *top_k.flat)
+    whole = {size: np.zeros(shape, np.int64) for size in range(2, divisor + 1) if divisor % size == 0}
     both = np.zeros((len(blocks), len(tasks) * (len(tasks) - 1) // 2, experts, experts), np.int64)
     before: tuple[Choices, dict[str, NDArray[np.uint8]]] | None = None
     for start in range(0, len(order), batch):
@@ -202,6 +206,9 @@ def gather(
             first.append(_one_hot(one.first_LRT, experts).sum(axis=2, dtype=np.int64))
             weights += one.weights_LRTE.sum(axis=2, dtype=np.float64)
             entropy += one.entropy_LRT.sum(axis=2, dtype=np.float64)
+            for size, counts in whole.items():
+                grouped = one.chosen_LRTE.reshape(*one.first_LRT.shape, experts // size, size)
+                counts += (grouped.all(axis=-1) == grouped.any(axis=-1)).all(axis=-1).sum(axis=-1)
             pairs.append(_compare(one, before and before[0], top_k))
             for pair, (a, b) in enumerate(combinations(range(len(tasks)), 2)):
                 first_LTE, second_LTE = (one.chosen_LRTE[:, task].astype(np.float32) for task in (a, b))
@@ -211,14 +218,14 @@ def gather(
             before = one, bins
         if progress:
             progress(len(ids), len(order))
-    by_image = [np.stack([pair[place] for pair in pairs]) for place in range(3)]
-    elsewhere = [
-        np.stack([pair[place] for pair in pairs[1:]]) if pairs[1:] else np.zeros((0, *by_image[0].shape[1:]))
-        for place in (3, 4)
-    ]
+    shared, jaccard, same_first = (np.stack([pair[place] for pair in pairs]) for place in range(3))
+    shared_elsewhere, jaccard_elsewhere = (
+        np.array([pair[place] for pair in pairs[1:]]).reshape(len(pairs) - 1, *shared.shape[1:]) for place in (3, 4)
+    )
+    compared = PairSums(shared, jaccard, same_first, shared_elsewhere, jaccard_elsewhere, both)
     return RoutingSums(
         tasks, tuple(blocks), experts, top_k, grid, ids, np.stack(chosen), np.stack(first), weights, entropy,
-        PairSums(*by_image, *elsewhere, both), labels,
+        compared, whole, labels,
     )  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def figures(sums: RoutingSums) -> dict[str, Any]:
         },
         "intervals": f"95 %, bootstrap over images ({RESAMPLES} resamples)",
         "dead_below": DEAD,
+        "groups_of": group_size(sums),
         "use": use(sums),
         "apart": apart(sums),
         "labels": {task: _labels(sums, task, found) for task, found in sums.labels.items()},
@@ -87,6 +88,7 @@ def use(sums: RoutingSums) -> dict[str, Any]:
                     rounded(weight / count) if count else None
                     for weight, count in zip(sums.weights_LRE[at], counts, strict=True)
                 ],
+                "in_groups": {str(size): rounded(counts[at] / patches) for size, counts in sums.whole_LR.items()},
                 "weight_of_chosen": rounded(sums.weights_LRE[at].sum() / patches),
                 "entropy": rounded(entropy(share_LRE[at]) / widest),
                 "gate_entropy": rounded(sums.entropy_LR[at] / patches / widest),
@@ -179,6 +181,15 @@ def apart(sums: RoutingSums) -> dict[str, Any]:
         tasks_SL.mean(axis=1),
     )
     return {"blocks": blocks, "all": everything}
+
+
+def group_size(sums: RoutingSums) -> int:
+    """Return how many neighbouring experts most patches choose all together or not at all; 1: they choose singly.
+
+    Up-cycled experts begin so, as the parts of one MLP (m3vit/models/upcycling.py).
+    """
+    patches = len(sums.ids) * sums.grid[0] * sums.grid[1]
+    return max((size for size, counts in sums.whole_LR.items() if counts.mean() > patches / 2), default=1)
 
 
 def _renamed(sums: RoutingSums) -> Floats:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from m3vit.kinds import decoding
 from m3vit.kinds.kind import IGNORE, Kind, Look
-from m3vit.kinds.pictures import Colour, Range, Scale, Swatches, rounded
+from m3vit.kinds.pictures import Colour, Place, Range, Scale, Swatches, rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from m3vit.evaluation.meters import Meter, Scoring
     from m3vit.tasks import Task
 
+_GRID = 96  # rows or columns, the fewer of both, that places of names are looked for on
 _OTHER_CLASSES: Colour = (0, 0, 0)
 NOT_LABELLED: Colour = (224, 224, 192)  # PASCAL VOC's, for its 255
 
@@ -101,6 +102,23 @@ class Classes(Kind):
             longest = tuple(texts.values())
         colours = {index: tuple(palette[index]) if index < len(palette) else _OTHER_CLASSES for index in present}
         return Swatches(tuple((texts[index], colours[index]) for index in present), longest, rows)
+
+    def places(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> Sequence[Place]:
+        """Return for each class the largest square of its pixels, found on a grid of about `_GRID` rows."""
+        names, step = class_names(entry), max(1, min(prediction.shape) // _GRID)
+        coarse = prediction[step // 2 :: step, step // 2 :: step]
+        found = []
+        for index in np.unique(coarse):
+            corners, side = coarse == index, 0  # upper left ones of squares that are the class's
+            while corners.any():
+                left, side = corners, side + 1
+                corners = left[1:, 1:] & left[:-1, 1:] & left[1:, :-1] & left[:-1, :-1]
+            if index < len(names):
+                rows, columns = np.nonzero(left)
+                middle = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
+                row, column = (float(places[middle]) + side / 2 for places in (rows, columns))
+                found.append(Place(names[index], row * step, column * step, side * step))
+        return found
 
     def summary(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> dict[str, Any]:
         """Return `classes`, the largest first, with pixels and share."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3vit.kinds.pictures import Range, Scale, Swatches, grey_blend
+from m3vit.kinds.pictures import Place, Range, Scale, Swatches, grey_blend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,6 +179,10 @@ class Kind:
     ) -> Swatches | Scale:
         """Return what the colours of `blend` mean or, if `plain`, those of `paint`; `entry`: the manifest's."""
         raise NotImplementedError
+
+    def places(self, prediction: NDArray[Any], entry: Mapping[str, Any]) -> Sequence[Place]:
+        """Return where names can stand in the picture of a prediction, none by default; `entry`: the manifest's."""
+        return ()
 
     def drawable(self, label: NDArray[Any]) -> NDArray[Any]:
         """Return a label as `paint` takes predictions."""

@@ -35,6 +35,16 @@ class Swatches:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A name and where it can stand in a picture: the centre of a square of pixels that it is the name of."""
+
+    name: str
+    row: float
+    column: float
+    side: float
+
+
+@dataclass(frozen=True)
 class Scale:
     """A legend of a continuous value: colours from left to right, and the values where they are."""
 

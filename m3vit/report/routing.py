@@ -50,13 +50,15 @@ def sentence(figures: dict[str, Any]) -> str:
     """Say in words how far the tasks' choices are apart, over all pairs of tasks and blocks."""
     if not figures["apart"]:
         return "The run has one task: there is nothing to compare."
-    found = figures["apart"]["all"]
+    found, size = figures["apart"]["all"], figures["groups_of"]
+    experts = f"groups of {size} experts" if size > 1 else "experts"
+    shared, renamed, by_use = (_percent(found[key]) for key in ("shared", "shared_renamed", "shared_by_use"))
     return (
-        f"For the same patch, two tasks have {_percent(found['shared'])} of their experts in common. With each task's "
-        f"experts named at random it would be {_percent(found['shared_renamed'])}: the tasks choose "
-        f"{VERDICTS[found['verdict']]}. Choice by each task's own use of the experts, whatever the patch, would give "
-        f"{_percent(found['shared_by_use'])}. Their use of the experts is {_percent(found['similarity_of_use'])} alike, "
-        f"and an expert tells {_percent(found['information'])} of which task chose it."
+        f"For the same patch, two tasks have {shared} of their experts in common. With each task's {experts} named at "
+        f"random it would be {renamed}: the tasks choose {VERDICTS[found['verdict']]}. Choice by each task's own use "
+        f"of the experts, whatever the patch, would give {by_use}. Their use of the experts is "
+        f"{_percent(found['similarity_of_use'])} alike, and an expert tells {_percent(found['information'])} of which "
+        "task chose it."
     )
 
 

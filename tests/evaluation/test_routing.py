@@ -14,7 +14,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import normalised
 from m3vit.evaluation.protocols import network_image
 from m3vit.evaluation.routing import Choices, check_routed, choices, gather, patch_bins
-from m3vit.evaluation.routing_figures import even_jaccard, figures, information
+from m3vit.evaluation.routing_figures import _renamed, even_jaccard, figures, information
 from m3vit.kinds import IGNORE, KINDS
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig
@@ -257,6 +257,24 @@ def test_gates_that_never_saw_one_another_are_no_different_from_chance() -> None
         assert everything["shared_renamed"]["value"] == pytest.approx(everything["shared_evenly"], abs=0.01)
         verdicts.append(everything["verdict"])
     assert verdicts.count("as by chance") >= 8  # of ten, at 95 %
+
+
+def test_experts_that_are_chosen_together_are_renamed_together() -> None:
+    model = make(num_experts=8, top_k=4)
+    for block in (1, 3):
+        for gate in model.backbone.trunk.blocks[block].mlp.router.gates:
+            with torch.no_grad():
+                gate.copy_(torch.randn(2, 16).repeat_interleave(4, dim=0))
+    sums = gather(model, Rooms(), range(3))  # type: ignore[arg-type]
+    found = figures(sums)
+    assert found["groups_of"] == 4
+    for use in found["use"].values():
+        assert all(task["in_groups"] == {"2": 1.0, "4": 1.0} for task in use["tasks"].values())
+    # Two groups: in each block a pair of tasks has its patches' overlap, or what is left of it.
+    renamed = _renamed(sums)[:, 0, 0] / (3 * math.prod(GRID) * 4)
+    shared = found["apart"]["blocks"]["1"]["pairs"][0]["shared"]["value"]
+    assert {round(float(value), 5) for value in renamed} == {round(shared, 5), round(1 - shared, 5)}
+    assert figures(gather(make(num_experts=8, top_k=4), Rooms(), range(3)))["groups_of"] == 1  # type: ignore[arg-type]
 
 
 def test_one_task_of_one_image() -> None:

@@ -104,7 +104,7 @@ def test_overlay_is_the_blend_above_the_legend() -> None:
 def test_small_images_are_enlarged_by_a_whole_number() -> None:
     image = np.random.default_rng(1).integers(0, 256, (50, 100, 3), dtype=np.uint8)
     ids = np.zeros((50, 100), np.uint8)
-    drawn = overlay(image, ids, "semseg", MANIFEST)
+    drawn = overlay(image, ids, "semseg", MANIFEST, rows=1)  # without names
     larger = np.asarray(Image.fromarray(image).resize((400, 200), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(
         drawn[:200, :400], blend(larger, ids.repeat(16).reshape(200, 400), "argmax", SEMSEG["palette"])
@@ -121,6 +121,39 @@ def test_enlarged_classes_have_borders_without_steps() -> None:
     inside = (np.minimum(row, column) > 8) & (np.maximum(row, column) < 152)
     assert (found == np.where(beside > 0, 7, 255))[inside & (np.abs(beside) > 2)].all()
     assert (KINDS["argmax"].enlarged(np.full((3, 4), 9, np.uint8), 2) == 9).all()
+
+
+def test_areas_of_classes_are_named_where_there_is_room() -> None:
+    image, ids = np.full((200, 400, 3), 128, np.uint8), np.zeros((200, 400), np.uint8)
+    ids[:, 200:], ids[90:96, 300:306] = 1, 2  # halves, and a spot too small for its name
+    plain = blend(image, ids, "argmax", SEMSEG["palette"])
+    changed = (overlay(image, ids, "semseg", MANIFEST)[:200] != plain).any(axis=-1)
+    rows, columns = np.nonzero(changed)
+    assert set(ids[changed].tolist()) == {0, 1}, "a name stays in its area"
+    left, right = columns[columns < 200], columns[columns >= 200]
+    assert np.ptp(left) < 40 < np.ptp(right) < 80, '"wall" is shorter than "floor mat"'
+    assert abs(left.mean() - 100) < 15 and abs(rows[columns < 200].mean() - 100) < 15, "in the middle of its half"
+    film = overlay(image, ids, "semseg", MANIFEST, rows=1)[:200]
+    np.testing.assert_array_equal(film, plain)
+
+
+def test_the_place_of_a_name_is_in_the_largest_square() -> None:
+    """Against the plain search over all squares."""
+    rng = np.random.default_rng(0)
+    ids = (rng.random((23, 31)) < 0.15).astype(np.uint8).cumsum(axis=1).astype(np.uint8) % 3
+    for place in KINDS["argmax"].places(ids, SEMSEG):
+        index = [name.replace("_", " ") for name in CLASSES].index(place.name)
+        sides = [
+            side
+            for side in range(1, 24)
+            for row in range(24 - side)
+            for column in range(32 - side)
+            if (ids[row : row + side, column : column + side] == index).all()
+        ]
+        assert place.side == max(sides)
+        top, left = round(place.row - place.side / 2), round(place.column - place.side / 2)
+        assert (ids[top : top + max(sides), left : left + max(sides)] == index).all()
+    assert len(KINDS["argmax"].places(np.full((4, 4), 200, np.uint8), SEMSEG)) == 0, "a class without a name"
 
 
 def test_blend_by_hand() -> None:
