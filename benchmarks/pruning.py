@@ -42,7 +42,7 @@ def main() -> None:
     for name, keys in MODELS.items():
         folder = args.out / name
         keys = [*keys, "--model.num_experts=16", f"--train.epochs={args.epochs}", "--train.eval_epochs=0"]
-        keys += ["--train.threads=1"]  # the same weights on every run
+        keys += ["--model.head=linear", "--train.threads=1"]  # the same weights on every run
         run("train", "synthetic-tiny", *keys, f"--data.root={data}", "--out", folder, "--resume")
         whole: dict[str, int] = {}
         for coverage in COVERAGES:

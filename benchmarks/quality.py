@@ -53,7 +53,7 @@ def train_and_score(out: Path, row: str, index: int, seed: int, epochs: int) -> 
     if (folder / "eval.json").exists():
         return
     keys = [*ROWS[row][index], f"--train.epochs={epochs}", f"--train.seed={seed}", "--train.threads=1"]
-    keys += ["--train.eval_epochs=0", f"--data.root={out / 'data'}"]
+    keys += ["--model.head=linear", "--train.eval_epochs=0", f"--data.root={out / 'data'}"]
     start = time.perf_counter()
     run("train", "synthetic-tiny", *keys, "--out", folder, "--resume")
     run("eval", folder, "--workers", 1)

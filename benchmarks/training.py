@@ -47,8 +47,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     config = read_config(recipe_path(args.recipe))
     height, width = (int(part) for part in args.size.split("x"))
     config.model.pretrained, config.model.image_size = False, (height, width)
-    if args.head == "linear":
-        config.model.head, config.model.distillation = "linear", []
+    if args.head != "pup":
+        config.model.head, config.model.distillation = args.head, []
     for key, value in WAYS[args.way].items():
         setattr(config.train, key, value)
     config.train.accelerator = args.device
@@ -91,7 +91,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--recipe", default="nyud-small")
     parser.add_argument("--size", default="240x320", help="HEIGHTxWIDTH; the recipe's own is 4 times as many pixels")
-    parser.add_argument("--head", default="linear", choices=["linear", "pup"], help="pup: the recipe's own")
+    parser.add_argument("--head", default="linear", choices=["linear", "conv", "pup"], help="pup: the recipe's own")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="cpu")

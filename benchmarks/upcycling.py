@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     for name, count, seed in (("first", 800, 1), ("second", 200, 0)):
         run("data", "synth", "--out", args.out / name, "--train", count, "--val", 100, "--seed", seed)
-    common = ["synthetic-tiny", "--train.threads=1", "--train.eval_epochs=0", "--resume"]
+    common = ["synthetic-tiny", "--model.head=linear", "--train.threads=1", "--train.eval_epochs=0", "--resume"]
     source = args.out / "pretrained"
     dense = ["--model.moe_blocks=none", f"--train.epochs={2 * args.epochs}", f"--data.root={args.out / 'first'}"]
     run("train", *common, *dense, "--out", source)

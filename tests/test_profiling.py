@@ -101,7 +101,7 @@ def flops(config: ModelConfig, tasks: list[str] | None = None, training: bool = 
     return counter.get_total_flops() + 2 * tokens * config.top_k * model.backbone.dim
 
 
-@pytest.mark.parametrize("head", ["linear", "pup"])
+@pytest.mark.parametrize("head", ["linear", "conv", "pup"])
 @pytest.mark.parametrize("changes", [{}, {"router": "single"}, {"moe_blocks": "none"}], ids=str)
 def test_macs_agree_with_torch(head: str, changes: dict[str, Any]) -> None:
     config = small(head=head, **changes)
@@ -202,7 +202,7 @@ def test_command_prints_and_writes_json(cli: Cli, tmp_path: Path) -> None:
 def test_command_takes_a_run_folder_and_dotted_keys(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     bare = cli("profile", tiny_run)
     assert bare.returncode == 0 and "GMAC" in bare.stdout, bare.stderr
-    for words, head in (((), "linear"), (("--model.head", "pup"), "pup")):
+    for words, head in (((), "conv"), (("--model.head", "pup"), "pup")):
         file = tmp_path / f"{head}.json"
         result = cli("profile", tiny_run, "--json", file, *words)
         assert result.returncode == 0, result.stderr

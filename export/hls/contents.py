@@ -126,3 +126,9 @@ def check_replaceable(out: Path) -> None:
         return BUILT | set(files) | built
 
     require_replaceable(out, "project", MANIFEST, own)
+
+
+def order_of_outputs(manifest: dict[str, Any]) -> str:
+    """Return how the outputs of one token are ordered, in words for a project's README."""
+    side = manifest["upscale"]
+    return f"[{side}, {side}, C]: pixel by pixel" if manifest["pixels_first"] else f"[C, {side}, {side}]: by channel"

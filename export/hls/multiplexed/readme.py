@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from m3vit.export.hls.contents import EDITING
+from m3vit.export.hls.contents import EDITING, order_of_outputs
 
 
 def readme(manifest: dict[str, Any]) -> str:
@@ -63,8 +63,8 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 - `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16};
   `wide_in`, `wide`: one of int32. Scratch: nothing in them outlasts a frame.
 - `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {manifest["outputs"]}], raw words with the
-  fractional bits below; a pixel shuffle by {manifest["upscale"]} and a bilinear resize make them logits
-  (`host/m3vit_decoding.py`).
+  fractional bits below; a token's are {order_of_outputs(manifest)}.
+  A pixel shuffle and a bilinear resize make them logits (`host/m3vit_decoding.py`).
 
 | task id | task | channels | outputs per token | fractional bits |
 |---|---|---|---|---|

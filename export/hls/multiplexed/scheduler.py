@@ -269,20 +269,18 @@ class Scheduler:
         features, outputs: maps and the fractions of what they give. A convolution's weights are [C, 9 M], in the order
         [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side.
         """
-        pitch = upscale**2 * max(len(weight) for weight, _ in outputs[0])
-        for task, ((weight, bias), frac) in enumerate(zip(*features, strict=True)):
-            only = task if len(outputs[0]) > 1 else -1
-            pixels = self._tensor(False, x.rows, len(weight), frac)
-            fields = self._store(f"{name}.features{task}", self._words(f"{name}.features{task}", weight, bias, x, frac))
-            shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
-            self._add(isa.Linear(task=only, mode=Mode.NARROW, **shape, **fields), x, pixels)
-            kernel, bias = outputs[0][task]
-            fields = self._store(
-                f"{name}.{task}", self._words(f"{name}.{task}", kernel, bias, pixels, outputs[1][task])
-            )
+        (maps, fracs), (kernels, output_fracs) = features, outputs
+        pitch = upscale**2 * max(len(kernel) for kernel, _ in kernels)
+        for task, ((weight, bias), (kernel, kernel_bias)) in enumerate(zip(maps, kernels, strict=True)):
+            only = task if len(maps) > 1 else -1
+            pixels = self._tensor(False, x.rows, len(weight), fracs[task])
+            words = self._words(f"{name}.features{task}", weight, bias, x, fracs[task])
+            shape: dict[str, Any] = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight), "mode": Mode.NARROW}
+            self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.features{task}", words)), x, pixels)
+            words = self._words(f"{name}.{task}", kernel, kernel_bias, pixels, output_fracs[task])
             shape = {"rows": x.rows * upscale**2, "n_in": kernel.shape[1], "n_out": len(kernel)}
             shape |= {"columns": columns, "upscale": upscale, "dst_pitch": pitch}
-            self._add(isa.Conv(task=only, **shape, **fields), pixels, None)
+            self._add(isa.Conv(task=only, **shape, **self._store(f"{name}.{task}", words)), pixels, None)
         self.output_size = x.rows * pitch
 
     @property

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from m3vit.export.hls.contents import EDITING
+from m3vit.export.hls.contents import EDITING, order_of_outputs
 
 
 def readme(manifest: dict[str, Any]) -> str:
@@ -10,7 +10,8 @@ def readme(manifest: dict[str, Any]) -> str:
     tasks = "\n".join(f"| {t['id']} | {t['name']} | {t['channels']} | {t['outputs']} |" for t in manifest["tasks"])
     rows, columns = manifest["grid"]
     height, width = manifest["image_size"]
-    patch = manifest["patch_size"]
+    patch, precision = manifest["patch_size"], manifest["precision"]
+    last = precision.get("pixel_head", precision["head"])
     return f"""# m3vit: an hls4ml project
 
 Written by m3vit {manifest["m3vit"]} with hls4ml {manifest["hls4ml"]} (backend Vitis, io_stream). One accelerator for
@@ -41,9 +42,9 @@ In Python, from this folder: `hls4ml.converters.link_existing_project('.')`, the
   image of {height} x {width} pixels cut into {rows} x {columns} patches of {patch} x {patch}, row by row; a token
   is one patch in the order colour, y, x; a value is pixel / 256. Normalisation is folded into the weights.
 - `task` [1], `{manifest["precision"]["task"]["result"]}`: the task id (an unknown one counts as 0).
-- output [{manifest["tokens"]}, {manifest["outputs"]}], `{manifest["precision"]["head"]["result"]}`: for each
-  token the outputs of the task, zeros beyond its own. A pixel shuffle by {manifest["upscale"]} makes them
-  the logits.
+- output [{manifest["tokens"]}, {manifest["outputs"]}], `{last["result"]}`: for each
+  token the outputs of the task, {order_of_outputs(manifest)}; zeros beyond
+  its own. A pixel shuffle makes them the logits.
 
 | task id | task | channels | outputs per token |
 |---|---|---|---|
