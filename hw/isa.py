@@ -25,6 +25,7 @@ CONTEXT_DROP = 8  # bits of a context sum left out before its division
 MAX_RISE = 60  # of the maximum of the scores from one block of keys to the next: beyond, nothing is left of the sums
 KEY_BLOCK = 64  # keys an attention step takes at once; decides how sums are rounded
 PIXEL_ZERO = 128  # subtracted from a pixel, so that it fits 8 signed bits
+TAPS = 9  # pixels that a convolution reads for one
 
 
 class Op(IntEnum):
@@ -39,6 +40,7 @@ class Op(IntEnum):
     ATTENTION = 6
     ROUTE = 7
     EXPERTS = 8
+    CONV = 9
 
 
 class Mode(IntEnum):
@@ -276,8 +278,32 @@ class Experts(Instruction):
     hidden_pitch: Unsigned
 
 
+@dataclass(kw_only=True)
+class Conv(Instruction):
+    """3x3 convolution of a head's pixels, after ReLU and with zeros outside, narrow to the output.
+
+    A token holds upscale^2 pixels, line by line, of n_in / 9 features each, and `columns` tokens are side by side. The
+    rows are the pixels, token after token; n_in is what one reads: the features of its neighbours, line by line. Pixel
+    p of token t is written to dst + t dst_pitch + p n_out.
+    """
+
+    op = Op.CONV
+    rows: Unsigned
+    n_in: Unsigned
+    n_out: Unsigned
+    src: Unsigned = 0
+    src_pitch: Unsigned = 0
+    dst: Unsigned = 0
+    dst_pitch: Unsigned = 0
+    weights: Unsigned
+    params: Unsigned
+    mode: Target = Mode.OUTPUT
+    columns: Unsigned
+    upscale: Unsigned
+
+
 INSTRUCTIONS: dict[Op, type[Instruction]] = {
-    kind.op: kind for kind in (End, Patches, Linear, Gate, Position, Norm, Attention, Route, Experts)
+    kind.op: kind for kind in (End, Patches, Linear, Gate, Position, Norm, Attention, Route, Experts, Conv)
 }
 
 

@@ -12,12 +12,13 @@ from m3vit.hw.weights_file import HEADER_WORDS, Header
 HEADER = "m3vit_isa.h"
 CONSTANTS = (
     *("ACCUMULATOR_BITS", "ROW_WORDS", "SHIFT_OFFSET", "BIAS_SHIFT_LIMIT", "SCORE_FRAC", "SCORE_BITS"),
-    *("CONTEXT_DROP", "MAX_RISE", "PIXEL_ZERO"),
+    *("CONTEXT_DROP", "MAX_RISE", "PIXEL_ZERO", "TAPS"),
 )
 # What each engine reads: the fields of its opcodes together.
 READERS: dict[str, tuple[isa.Op, ...]] = {
     "image": (isa.Op.IMAGE,),
     "linear": (isa.Op.LINEAR, isa.Op.GATE, isa.Op.EXPERTS),
+    "conv": (isa.Op.CONV,),  # read by the linear engine beside the fields above, which it has too
     "position": (isa.Op.POSITION,),
     "norm": (isa.Op.NORM,),
     "attention": (isa.Op.ATTENTION,),

@@ -61,6 +61,7 @@ def _sizes(manifest: dict[str, Any]) -> bool:
         and manifest["token_width"] == 3 * patch**2
         and _whole(manifest["prefix_tokens"], 0, 1 << 16)
         and _whole(manifest["upscale"], 1, patch)
+        and type(manifest.get("pixels_first", False)) is bool
     )
 
 

@@ -18,8 +18,10 @@ from m3vit.hw.isa import (
     INSTRUCTIONS,
     KEY_BLOCK,
     ROW_WORDS,
+    TAPS,
     WORDS,
     Attention,
+    Conv,
     Experts,
     Gate,
     Instruction,
@@ -239,7 +241,7 @@ def gate_memories(h: Hardware) -> list[OnChip]:
     ]
 
 
-def tiles(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) -> Iterator[Tile]:
+def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Iterator[Tile]:
     """Yield the tiles of an instruction as next_tile does; of a gate all tokens are one block, read for each tile."""
     kept = not isinstance(i, Gate)
     size = h.tile_out if kept else h.gate_out
@@ -255,7 +257,7 @@ def tiles(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) -> Iterato
                 yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), fresh, adds, mode)
 
 
-def linear_cycles(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) -> int:
+def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> int:
     """linear: load_tile of the next tile beside compute_tile of this one; weights, inputs and results one by one."""
     loads, computes = [], []
     for tile in tiles(i, h, queue):
@@ -272,7 +274,13 @@ def linear_cycles(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) ->
     return ping_pong(loads, computes)
 
 
-def linear_traffic(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) -> Bytes:
+def inside(i: Conv) -> int:
+    """Return how many of the TAPS pixels that each pixel reads lie in the image, all pixels together."""
+    width = i.columns * i.upscale
+    return (3 * width - 2) * (3 * (i.rows // width) - 2)
+
+
+def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Bytes:
     weights, bits = ("gates", GATE_BITS) if isinstance(i, Gate) else ("weights", h.weight_word)
     act = h.act_word // 8
     ports = {Mode.NARROW: ("narrow_write", act), Mode.OUTPUT: ("output", WORD_BYTES)}
@@ -285,11 +293,18 @@ def linear_traffic(i: Linear | Gate | Experts, h: Hardware, queue: Queue = ()) -
         moved["narrow_read"] += tile.fresh * tile.tokens * tile.n_in * act
         moved["wide_read"] += tile.adds * results * WORD_BYTES
         moved[port] += results * size
+    if isinstance(i, Conv):
+        moved["narrow_read"] = inside(i) * i.n_in // TAPS * act
     return {port: count for port, count in moved.items() if count}
 
 
-def linear_needs(i: Linear | Gate | Experts) -> dict[str, int]:
+def linear_needs(i: Linear | Gate | Experts | Conv) -> dict[str, int]:
     return {"max_in": max(i.n_in, i.n_out) if isinstance(i, Experts) else i.n_in}
+
+
+def conv_needs(i: Conv) -> dict[str, int]:
+    """As of a linear map; its rows are pixels, which the queues of experts need no place for."""
+    return {"max_in": i.n_in, "max_rows": i.rows // i.upscale**2}
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -311,6 +326,7 @@ OPS = {
     Op.ATTENTION: OpSpec(Attention, "attention", attention_cycles, attention_traffic, attention_needs),
     Op.ROUTE: OpSpec(Route, "router", route_cycles, route_traffic, route_needs),
     Op.EXPERTS: OpSpec(Experts, "linear", linear_cycles, linear_traffic, linear_needs),
+    Op.CONV: OpSpec(Conv, "linear", linear_cycles, linear_traffic, conv_needs),
 }
 assert [OPS[op].instruction for op in OPS] == [INSTRUCTIONS[op] for op in Op if op != Op.END]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -42,6 +42,14 @@ COMMANDS: dict[str, Command] = {
         evaluation.add_eval,
         evaluation.run_eval,
     ),
+    "routing": (
+        "Measure and draw which experts a run's tasks use on a split (into its routing/).",
+        *command(routing.Routing, routing.run_routing),
+    ),
+    "panel": (
+        "Draw one small picture of an image: its predictions side by side, and which experts made them.",
+        *command(routing.Panel, routing.run_panel),
+    ),
     "export onnx": (
         "Write one small ONNX graph per task around one weights.bin.",
         onnx.add_export_onnx,
@@ -70,7 +78,18 @@ COMMANDS: dict[str, Command] = {
 }
 
 # Commands that take --plugin and look for installed plug-ins. Packages are predicted without, unless one is asked for.
-PLUGGABLE = ("train", "init", "profile", "eval", "export onnx", "export hls", "hw csim", "report", "data check")
+PLUGGABLE = (
+    "train",
+    "init",
+    "profile",
+    "eval",
+    "routing",
+    "export onnx",
+    "export hls",
+    "hw csim",
+    "report",
+    "data check",
+)
 ASKED = ("predict", "serve")
 
 # The extra (pyproject.toml) that brings a module; of others it is `train`.

@@ -17,6 +17,7 @@ def commands(out: Path, seed: int) -> list[list[str]]:
         # --resume: a demo that was interrupted goes on where it stopped.
         ["train", "synthetic-tiny", "--data.root", data, "--train.seed", str(seed), "--out", trained, "--resume"],
         ["eval", trained],
+        ["routing", trained],
         ["export", "onnx", trained, "--out", onnx, "--precision", "fp32", "int8"],
         # --force: those of an earlier demo.
         ["predict", onnx, "--task", "all", *images, "--overlay", "--out", str(out / "predictions"), "--force"],

@@ -38,6 +38,8 @@ def call(words: tuple[object, ...], env: Mapping[str, str] | None = None) -> sub
     `env` are variables set or, if empty, taken away for the call.
     """
     argv = [str(word) for word in words]
+    gc.collect()
+    gc.freeze()  # what is there now, modules above all, would take the collection below half a second to look through
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         with kept_state(), redirected(1, "stdout", output), redirected(2, "stderr", errors):
             os.environ.update(env or {})
@@ -127,7 +129,8 @@ def kept_state() -> Iterator[None]:
                 signal.signal(kind, handler)
             warnings.formatwarning = formatting
             for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+                if (logger := logging.getLogger(name)).level != level:  # setting it visits all loggers
+                    logger.setLevel(level)
             _restore(drawn)
             torch.set_num_threads(threads)
             torch.set_default_dtype(dtype)

@@ -1,5 +1,7 @@
 """Refuse to test code that is not this checkout's; fixtures shared by all folders."""
 
+import functools
+import gc
 import hashlib
 import os
 import subprocess
@@ -31,7 +33,7 @@ SLOW_FIXTURES = {"onnx_package", "hls_project", "builds"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their fixtures, and put the files with most slow tests first: two workers then end together."""
+    """Mark tests by their fixtures, and put the files with most slow tests first: the workers then end together."""
     slow: Counter[Path] = Counter()
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
@@ -41,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
         slow[item.path] += any(item.iter_markers("slow")) or any(item.iter_markers("process"))
     items.sort(key=lambda item: -slow[item.path])  # stable
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the collector need not look through a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:
@@ -101,7 +109,10 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         return
     import onnx
+    from torch.onnx._internal.exporter import _registration
 
+    # What torch asks onnxscript for at each export, each time the same: half a second.
+    _registration.onnxscript_apis.get_torchlib_ops = functools.cache(_registration.onnxscript_apis.get_torchlib_ops)
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     folder.mkdir(exist_ok=True)

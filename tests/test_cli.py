@@ -37,6 +37,7 @@ def test_the_start_loads_little() -> None:
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stdout == "\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_complete_and_needs_no_torch(command: str) -> None:
     program = "import sys; sys.modules['torch'] = None; from m3vit.cli import main; sys.exit(main(sys.argv[1:]))"

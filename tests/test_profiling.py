@@ -30,6 +30,7 @@ def recipe(name: str, **changes: Any) -> ModelConfig:
     return replace(config.model, **changes)
 
 
+@pytest.mark.slow
 # GMAC as the paper's tables have them: one task, backbone and head (M3ViT arXiv 2210.14793). They are rounded to whole
 # GMAC and do not say for which task; heads differ by up to 0.77 GMAC in their last convolution, so the mean over the
 # recipe's tasks must round to the figure, and each task be within 1 GMAC of it.
@@ -41,6 +42,7 @@ def test_macs_of_the_paper(name: str, gmacs: int) -> None:
         assert abs(entry["macs"]["total"] / 1e9 - gmacs) < 1
 
 
+@pytest.mark.slow
 def test_shares_of_the_paper_model() -> None:
     # The derivation for 480x640, T = 30 x 40 patches + 1 class token; D = 384. By hand, MACs:
     T, D = 1201, 384
@@ -64,6 +66,7 @@ def test_parameters_of_the_paper() -> None:
         assert round(paper["mib_fp16"], 3) == mib
 
 
+@pytest.mark.slow
 def test_our_own_count_differs_from_the_paper_by_what_is_said() -> None:
     report = profile(recipe("nyud-small"))
     T, D = 1201, 384

@@ -78,6 +78,21 @@ def _task_head(module: leaf.VitTaskHead, shape: Shape) -> tuple[Description, Sha
     return {**description, **weights}, [shape[0], shape[1] - module.prefix, description["n_out"]]
 
 
+def _pixel_head(module: leaf.VitPixelHead, shape: Shape) -> tuple[Description, Shape]:
+    description = {
+        "n_tok": shape[1],
+        "n_dim": shape[2],
+        "n_row": module.grid[0],
+        "n_column": module.grid[1],
+        "n_scale": module.upscale,
+        "n_out": max(module.widths),
+        "n_task": len(module.widths),
+        "channels": list(module.channels),
+    }
+    weights = {"weight_data": _array(module.weight), "bias_data": _array(module.bias)}
+    return {**description, **weights}, [*shape[:2], description["n_out"]]
+
+
 HANDLERS: dict[str, Callable[[Any, Shape], tuple[Description, Shape]]] = {
     "VitLinear": _linear,
     "VitGelu": _gelu,
@@ -86,6 +101,7 @@ HANDLERS: dict[str, Callable[[Any, Shape], tuple[Description, Shape]]] = {
     "VitAttention": _attention,
     "VitMoE": _moe,
     "VitTaskHead": _task_head,
+    "VitPixelHead": _pixel_head,
 }
 
 

@@ -98,4 +98,27 @@ class VitTaskHead(VitLayer):
         return [self.attributes["n_tok"] - self.attributes["n_prefix"], self.attributes["n_out"]]
 
 
-LAYERS: tuple[type[VitLayer], ...] = (VitGelu, VitLayerNorm, VitPosition, VitAttention, VitMoE, VitTaskHead)
+class VitPixelHead(VitLayer):
+    """[N, n_dim] and the task id -> [N, n_out]: ReLU and the 3x3 convolution of that task, padded with zeros.
+
+    N = n_row * n_column tokens, each of n_scale^2 pixels.
+    """
+
+    WEIGHTS: ClassVar[dict[str, str]] = {"weight": "w", "bias": "b"}
+    _expected_attributes: ClassVar[list[Attribute]] = _attributes(
+        WEIGHTS, (), "n_tok", "n_dim", "n_row", "n_column", "n_scale", "n_out", "n_task"
+    )
+
+    def output_shape(self) -> list[int]:
+        return [self.attributes["n_tok"], self.attributes["n_out"]]
+
+
+LAYERS: tuple[type[VitLayer], ...] = (
+    VitGelu,
+    VitLayerNorm,
+    VitPosition,
+    VitAttention,
+    VitMoE,
+    VitTaskHead,
+    VitPixelHead,
+)

@@ -25,6 +25,7 @@ from m3vit.errors import InputError
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import TokenHead
+from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
 from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -163,6 +164,32 @@ class VitTaskHead(Leaf):
         return out
 
 
+class VitPixelHead(Leaf):
+    """ReLU and the 3x3 convolution of the task on the pixels of all tokens: weight [sum C_r, 3, 3, M], bias [sum C_r].
+
+    In and out, a token holds upscale^2 pixels, [upscale, upscale, M] and [upscale, upscale, C_r]; outputs are padded
+    with zeros to those of the widest task. widths: C_r * upscale^2.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, channels: Sequence[int], grid: tuple[int, int], upscale: int
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.channels, self.grid, self.upscale = tuple(channels), grid, upscale
+        self.widths = tuple(count * upscale**2 for count in channels)
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        pixels = assemble_pixels(x, self.grid, self.upscale).relu()
+        out = x.new_zeros(*x.shape[:2], max(self.widths))
+        for image, row in enumerate(task[:, 0].long().tolist()):
+            rows = slice(sum(self.channels[:row]), sum(self.channels[: row + 1]))
+            weight = self.weight[rows].permute(0, 3, 1, 2)
+            y = F.conv2d(pixels[image : image + 1], weight, self.bias[rows], padding=1)
+            out[image, :, : self.widths[row]] = self.observe(f"output{row}", divide_pixels(y, self.upscale)[0])
+        return out
+
+
 class LoweredBlock(nn.Module):
     """One transformer block, dense or with experts."""
 
@@ -196,6 +223,7 @@ class LoweredModel(nn.Module):
     norm_pre: VitLayerNorm  # only some trunks have it
     blocks: nn.ModuleList
     head: VitTaskHead
+    pixel_head: VitPixelHead  # where the heads have convolutions
 
     def __init__(self, tasks: Sequence[str], grid: tuple[int, int], patch: int, **layers: nn.Module) -> None:
         super().__init__()
@@ -213,7 +241,13 @@ class LoweredModel(nn.Module):
             x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x, task)
-        return self.head(x, task)
+        y = self.head(x, task)
+        return self.pixel_head(y, task) if hasattr(self, "pixel_head") else y
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Outputs of a token, by task."""
+        return self.pixel_head.widths if hasattr(self, "pixel_head") else self.head.widths
 
 
 def _refuse(what: str) -> InputError:
@@ -311,7 +345,7 @@ def token_heads(model: MultiTaskModel) -> dict[str, TokenHead]:
     if heads is None:
         raise InputError(
             f"cannot export to HLS: the model has {model.config.head} heads, and {model.heads.no_hls}: train with "
-            "model.head linear"
+            "model.head linear or conv"
         )
     return heads
 
@@ -322,6 +356,16 @@ def _head(model: MultiTaskModel, prefix: int) -> VitTaskHead:
     biases = [head.linear.bias + head.linear.weight @ head.norm.bias for head in heads]
     widths = [head.linear.out_features for head in heads]
     return VitTaskHead(torch.cat(weights), torch.cat(biases), widths, prefix, heads[0].norm.eps)
+
+
+def _pixel_head(model: MultiTaskModel, grid: tuple[int, int]) -> VitPixelHead | None:
+    heads = [token_heads(model)[task] for task in model.config.tasks]
+    convs = [head.conv for head in heads if head.conv is not None]
+    if not convs:
+        return None
+    weights = torch.cat([conv.weight.permute(0, 2, 3, 1) for conv in convs])
+    biases = torch.cat([conv.bias for conv in convs if conv.bias is not None])
+    return VitPixelHead(weights, biases, [conv.out_channels for conv in convs], grid, heads[0].upscale)
 
 
 def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
@@ -365,6 +409,8 @@ def _build(model: MultiTaskModel, budget: Budget) -> LoweredModel:
         _block(block, index, top_ks, num_tasks) for index, block in enumerate(trunk.blocks)
     )
     layers["head"] = _head(model, position.prefix)
+    if (conv := _pixel_head(model, grid)) is not None:
+        layers["pixel_head"] = conv
     return LoweredModel(model.config.tasks, grid, backbone.patch_size, **layers)
 
 
@@ -375,7 +421,11 @@ def reference_outputs(
     """Return the per-token outputs [B, T, C_r] of a task for normalised images, and its routings, from the model."""
     features, routings = model.backbone(images, (model.task_id(task),), uses=model.uses(budget, [task]))
     head = token_heads(model)[task]
-    return head.linear(head.norm(features.last[0])), routings
+    outputs = head.linear(head.norm(features.last[0]))
+    if head.conv is not None:
+        pixels = assemble_pixels(outputs, features.grid, head.upscale).relu()
+        outputs = divide_pixels(head.conv(pixels), head.upscale)
+    return outputs, routings
 
 
 def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dtype = torch.float32) -> Tensor:

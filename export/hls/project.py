@@ -95,7 +95,7 @@ def _check_images(model: MultiTaskModel, calibration: np.ndarray, samples: Sampl
 
 
 def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, Any]:
-    widths, config = lowered.head.widths, model.config
+    widths, config = lowered.widths, model.config
     rows, columns = lowered.grid
     return {
         "format": FORMAT,
@@ -113,6 +113,9 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
         "token_width": 3 * lowered.patch**2,
         "outputs": max(widths),
         "upscale": leaf.token_heads(model)[config.tasks[0]].upscale,
+        "pixels_first": hasattr(
+            lowered, "pixel_head"
+        ),  # a token's outputs are [upscale, upscale, C], else channels first
         "tasks": [
             {
                 "name": task,

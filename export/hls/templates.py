@@ -69,16 +69,23 @@ def _moe_constants(node: Layer) -> list[str]:
 
 
 def _head_constants(node: Layer) -> list[str]:
-    widths: list[int] = node.get_attr("widths")
+    return [*_norm_constants(node), *_rows_by_task(node.get_attr("widths"))]
+
+
+def _pixel_head_constants(node: Layer) -> list[str]:
+    return _rows_by_task(node.get_attr("channels"))
+
+
+def _rows_by_task(widths: list[int]) -> list[str]:
     first = ", ".join(str(sum(widths[:task])) for task in range(len(widths) + 1))
     return [
-        *_norm_constants(node),
         f"static const unsigned n_rows = {sum(widths)};",
         f"static unsigned first_row(unsigned task) {{ static const unsigned t[n_task + 1] = {{{first}}}; "
         "return t[task]; }",
     ]
 
 
+PIXEL_HEAD_SIZES = ("n_tok", "n_dim", "n_row", "n_column", "n_scale", "n_out", "n_task")
 MOE_SIZES = ("n_tok", "n_dim", "n_hid", "n_exp", "n_top", "n_task")
 KERNELS = (
     Kernel(ir.VitGelu, "gelu", "gelu", ("n_tok", "n_dim")),
@@ -87,6 +94,7 @@ KERNELS = (
     Kernel(ir.VitAttention, "attention", "attention", ("n_tok", "n_dim", "n_head")),
     Kernel(ir.VitMoE, "moe", "moe", MOE_SIZES, _moe_constants),
     Kernel(ir.VitTaskHead, "task_head", "head", ("n_tok", "n_dim", "n_prefix", "n_out", "n_task"), _head_constants),
+    Kernel(ir.VitPixelHead, "pixel_head", "pixel_head", PIXEL_HEAD_SIZES, _pixel_head_constants),
 )
 # What hls4ml's register_template calls to make each.
 TEMPLATES = tuple(partial(template, kernel) for template in (ConfigTemplate, CallTemplate) for kernel in KERNELS)

@@ -24,6 +24,8 @@ from m3vit.files import atomic_path
 from m3vit.hw.manifest import SAMPLES
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.compiler import require_writable
+from m3vit.models.decoders.base import resize
+from m3vit.models.decoders.conv import assemble_pixels
 from m3vit.models.decoders.linear import assemble_tokens
 from m3vit.staging import sigterm_as_exit
 
@@ -91,7 +93,10 @@ def simulated(names: list[str]) -> list[str]:
 def logits_of(outputs: np.ndarray, manifest: dict[str, Any]) -> Tensor:
     """Return logits [B, C, H, W] at the model's image size from token outputs [B, T, C_r]."""
     (rows, columns), (height, width) = manifest["grid"], manifest["image_size"]
-    return assemble_tokens(torch.from_numpy(outputs), (rows, columns), manifest["upscale"], (height, width))
+    tokens, upscale = torch.from_numpy(outputs), manifest["upscale"]
+    if manifest.get("pixels_first", False):
+        return resize(assemble_pixels(tokens, (rows, columns), upscale), (height, width))
+    return assemble_tokens(tokens, (rows, columns), upscale, (height, width))
 
 
 def _score(task: str, outputs: np.ndarray, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> dict[str, float]:

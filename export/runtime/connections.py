@@ -27,6 +27,7 @@ from m3vit.errors import InputError
 HEAD_S = 10.0  # for a request's head to arrive, and for what is left of a body that nobody waits for
 STALL_S = 10.0  # without a byte of an answer being taken
 MAX_CONNECTIONS = 256
+WAITING = 4096  # to be accepted, if the system allows (net.core.somaxconn); one too many would try again after 1 s
 CLOSING = 8  # connections that may be on their way out beside those
 SPARE_DESCRIPTORS = 12  # for what the process opens now and then: /proc, a graph
 KERNEL_BYTES = 1 << 18  # of a connection, each way; by itself the kernel keeps megabytes for one that does not read
@@ -357,7 +358,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket, or raise InputError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.create_server((host, port), family=family, backlog=256)
+        listening = socket.create_server((host, port), family=family, backlog=WAITING)
     except OSError as error:
         # Of a name that is unknown, the number means something else.
         known = error.errno and not isinstance(error, socket.gaierror)

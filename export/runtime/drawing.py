@@ -52,8 +52,8 @@ def blend(
 ) -> NDArray[np.uint8]:
     """Lay a prediction over its image, uint8 [H, W, 3]; arguments as those of `paint`.
 
-    Classes, depth and normals keep their colours over a grey image. A probability is the opacity of one strong colour
-    over the image as it is, so that what is improbable stays visible.
+    Classes, depth and normals keep their colours over a grey image. A probability, squared, is the opacity of one
+    strong colour over the image as it is, so that what is improbable stays visible.
     """
     return KINDS[kind].blend(image, array, palette, depth_range)
 
@@ -84,17 +84,22 @@ def overlay(
 ) -> NDArray[np.uint8]:
     """Lay a prediction over its image and add a legend below: uint8 [H', W', 3]. Larger areas of a class are named.
 
-    Small images are enlarged by a whole number first, so that the legend is readable. `depth_range` and `rows` as in
-    `legend`; with `rows`, all pictures of one image size have one size.
+    Small images are enlarged by a whole number first, smoothly, so that the legend is readable. `depth_range` and
+    `rows` as in `legend`; with `rows`, all pictures of one image size have one size.
     """
     entry = manifest["tasks"][task]
-    depth_range = depth_range or KINDS[entry["decode"]].limits(array)
-    picture = blend(image, array, entry["decode"], entry.get("palette", ()), depth_range)
-    height, width = picture.shape[:2]
+    kind = KINDS[entry["decode"]]
+    depth_range = depth_range or kind.limits(array)
+    height, width = image.shape[:2]
     factor = max(1, min(math.ceil(_MIN_WIDTH / width), _MAX_SIDE // height))
-    picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    shown, drawn = image, array
+    if factor > 1:
+        larger = (width * factor, height * factor)
+        shown = np.asarray(Image.fromarray(image).resize(larger, Image.Resampling.BICUBIC))
+        drawn = kind.enlarged(array, factor)
+    picture = blend(shown, drawn, entry["decode"], entry.get("palette", ()), depth_range)
     if rows is None:  # in a film names would jump about
-        picture = _named(picture, KINDS[entry["decode"]].places(array, entry), factor)
+        picture = _named(picture, kind.places(array, entry), factor)
     panel = _draw(legend(array, task, entry, depth_range, rows), max(width * factor, _MIN_WIDTH))
     beside = panel.shape[1] - picture.shape[1]
     padded = np.pad(picture, ((0, 0), (beside // 2, beside - beside // 2), (0, 0)), constant_values=255)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3vit.errors import InputError
@@ -117,7 +118,7 @@ class Emulator:
     def _prepare(self, i: isa.Instruction) -> Any:
         image = self.image
         match i:
-            case isa.Linear() | isa.Gate():
+            case isa.Linear() | isa.Gate() | isa.Conv():
                 weights = image.gates if isinstance(i, isa.Gate) else image.weights
                 return self._linear(weights, i.weights, i.params, i.n_in, i.n_out)
             case isa.Experts():
@@ -196,6 +197,8 @@ class Emulator:
             case isa.Gate():
                 y = self._multiply(_rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in), self.prepared[pc])
                 _rows(state.wide, i.dst, i.dst_pitch, *y.shape).copy_(self._hold(state, pc, y, 32))
+            case isa.Conv():
+                self._conv(state, pc, i)
             case isa.Position():
                 rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_out)
                 rows[: i.prefix] = 0
@@ -246,6 +249,17 @@ class Emulator:
         memory = state.output if i.mode == Mode.OUTPUT else state.wide
         rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
         rows.copy_(self._hold(state, pc, y.add_(rows) if i.mode == Mode.RESIDUAL else y, 32))
+
+    def _conv(self, state: _State, pc: int, i: isa.Conv) -> None:
+        s, columns, tokens = i.upscale, i.columns, i.rows // i.upscale**2
+        features = i.n_in // isa.TAPS
+        x = _rows(state.narrow, i.src, i.src_pitch, tokens, s * s * features).clamp(min=0)
+        lines = x.reshape(-1, columns, s, s, features).transpose(1, 2).reshape(-1, columns * s, features)
+        padded = F.pad(lines, (0, 0, 1, 1, 1, 1))
+        around = padded.unfold(0, 3, 1).unfold(1, 3, 1).permute(0, 1, 3, 4, 2)  # [lines, columns, 3, 3, features]
+        y = self._hold(state, pc, self._multiply(around.reshape(-1, i.n_in), self.prepared[pc]), 32)
+        by_token = y.reshape(-1, s, columns, s, i.n_out).transpose(1, 2).reshape(tokens, -1)
+        _rows(state.output, i.dst, i.dst_pitch, *by_token.shape).copy_(by_token)
 
     def _norm(self, state: _State, pc: int, i: isa.Norm) -> None:
         scale, bias = self.prepared[pc]

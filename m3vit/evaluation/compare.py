@@ -119,7 +119,7 @@ def compare(folders: list[Path], protocol: str | None = None, baseline: str | No
     if baseline:
         reference = find_baseline(baseline, protocol, first.label_set, (folders[0], results[0], first))
         layouts = [layout for layout in LAYOUTS.values() if layout.label_set == first.label_set]
-        published = next((layout.published["val"] for layout in layouts if layout.published), None)
+        published = next((layout.published["val"] for layout in layouts if "val" in layout.published), None)
         if reference.name in BASELINES and (results[0].get("origin") or len(first.ids) != published):
             where = results[0].get("origin") or f"{len(first.ids)} images"
             notes.append(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from m3vit.kinds import decoding
 from m3vit.kinds.kind import IGNORE, Kind, Look
@@ -46,6 +47,17 @@ class Classes(Kind):
         from torch.nn import functional as F
 
         return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / counts[0].clamp(min=1)
+
+    def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[np.uint8]:
+        """Return at each point the class that is most of its surroundings: borders without steps."""
+        present = np.unique(prediction)
+        size = (prediction.shape[1] * factor, prediction.shape[0] * factor)
+        best = share = np.zeros(size[::-1], np.uint8)
+        for index in present:
+            mask = Image.fromarray((prediction == index).astype(np.uint8) * np.uint8(255))
+            here = np.asarray(mask.resize(size, Image.Resampling.BILINEAR))
+            best, share = np.where(here > share, index, best), np.maximum(here, share)
+        return best
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
         return decoding.argmax(logits)
@@ -160,6 +172,12 @@ class Classes(Kind):
             "ignored_share": float(pixels[IGNORE] / pixels.sum()),
             "pixel_shares": {name: float(pixels[i] / pixels.sum()) for i, name in enumerate(classes)},
         }
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name.replace("_", " ") for name in classes)
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        return label.astype(np.uint8)
 
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         return classes[int(value)]

@@ -73,9 +73,15 @@ def resize_bilinear(values: NDArray[np.float32], size: tuple[int, int]) -> NDArr
 
 
 def assemble(
-    outputs: NDArray[np.float32], grid: tuple[int, int], upscale: int, size: tuple[int, int]
+    outputs: NDArray[np.float32], grid: tuple[int, int], upscale: int, size: tuple[int, int], pixels_first: bool = False
 ) -> NDArray[np.float32]:
-    """Lay the outputs [T, C s^2] of a linear head's tokens out as logits [C, *size] (pixel shuffle, bilinear)."""
+    """Lay a head's outputs [T, C s^2] of each token out as logits [C, *size] (pixel shuffle, bilinear).
+
+    pixels_first: a token's outputs are ordered [s, s, C], else [C, s, s].
+    """
     rows, columns = grid
-    parts = outputs.reshape(rows, columns, -1, upscale, upscale).transpose(2, 0, 3, 1, 4)
+    if pixels_first:
+        parts = outputs.reshape(rows, columns, upscale, upscale, -1).transpose(4, 0, 2, 1, 3)
+    else:
+        parts = outputs.reshape(rows, columns, -1, upscale, upscale).transpose(2, 0, 3, 1, 4)
     return resize_bilinear(parts.reshape(-1, rows * upscale, columns * upscale), size)

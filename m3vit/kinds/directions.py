@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3vit.kinds import decoding
-from m3vit.kinds.kind import Kind, Look
+from m3vit.kinds.kind import IGNORE, Kind, Look
 from m3vit.kinds.pictures import Colour, Range, Scale, Swatches, rounded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from m3vit.evaluation.meters import Meter, Scoring
+    from m3vit.tasks import Task
 
 SAME_DIRECTION = 1e-3  # closer than that, in each component, is one value
 # What the colours of a picture, (n + 1) / 2, mean.
@@ -118,6 +119,13 @@ class Directions(Kind):
         # One axis after the other: the first tells nearly always.
         one = share > 0 and all(np.ptp(label[..., axis][has]) <= SAME_DIRECTION for axis in range(3))
         return Look(share, tuple(round(float(part), 3) for part in label[has][0]) if one else None)
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name, _ in KEY)
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the direction of `KEY` that is nearest."""
+        return np.where(label.any(axis=-1), (label @ _DIRECTIONS.T).argmax(axis=-1), IGNORE).astype(np.uint8)
 
 
 def _axes(like: "Tensor", y_down: bool) -> "Tensor":

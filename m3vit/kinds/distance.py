@@ -1,13 +1,14 @@
 """A distance from the camera a pixel, in the task's unit: greater than 0, and 0 where it is not known."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3vit.kinds import decoding
-from m3vit.kinds.kind import Kind, Look
+from m3vit.kinds.kind import IGNORE, Kind, Look
 from m3vit.kinds.pictures import Range, Scale, Swatches, histogram, ramp, rounded
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
 SAME_DISTANCE = 1e-3  # closer than that is one value; sensors and 8-bit codes spread more
 REACH_PERCENT = 95
+BINS = (
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    8.0,
+)  # where one ends and the next begins: even steps, about, of a room's log depth
 
 
 class Distance(Kind):
@@ -112,6 +122,13 @@ class Distance(Kind):
             "max_m": max(one.max_m for one in looks),
             "reach_m": float(np.median([one.reach_m for one in looks if one.valid_share] or [0])),
         }
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        between = (f"{low:g} to {high:g} {task.value_unit}" for low, high in pairwise(BINS))
+        return (f"below {BINS[0]:g} {task.value_unit}", *between, f"from {BINS[-1]:g} {task.value_unit}")
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.where(_is_valid(label), np.searchsorted(BINS, label, side="right"), IGNORE).astype(np.uint8)
 
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         return f"{value:.3g} {task.value_unit}"

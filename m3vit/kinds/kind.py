@@ -54,6 +54,7 @@ class Kind:
     loss_options: names of the options of `loss`, which a task may set.
     own_range: a picture shows its values over a range of its own (`limits`), such as depth's.
     dark_on_white: a picture is ink on paper, so that laid over the image it darkens it.
+    last_bin_marks: one pixel of the last of `bins` makes a whole patch one of it, since it is rare and thin.
     """
 
     name: str = ""
@@ -67,6 +68,7 @@ class Kind:
     loss_options: tuple[str, ...] = ()
     own_range: bool = False
     dark_on_white: bool = False
+    last_bin_marks: bool = False
 
     # --- labels ---
 
@@ -121,6 +123,10 @@ class Kind:
             return np.stack([self.resized(part, size) for part in parts], axis=-1)
         how = Image.Resampling.NEAREST if self.nearest else Image.Resampling.BILINEAR
         return np.asarray(Image.fromarray(prediction).resize(size[::-1], how))
+
+    def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[Any]:
+        """Return a prediction to be drawn `factor` times as large, without steps where it is smooth."""
+        return self.resized(prediction, (prediction.shape[0] * factor, prediction.shape[1] * factor))
 
     def stored(self, logits: "Tensor", y_down: bool) -> "Tensor":
         """Turn one image's logits [C, H, W] into what the published code stores [D or 1, H, W], before it resizes it.
@@ -222,6 +228,16 @@ class Kind:
     def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         """Return figures over all labels of a task; shares are means over images."""
         return {"invalid_share": float(np.mean([1 - one.valid_share for one in looks]))}
+
+    # --- what routing is told apart by ---
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the bins, at most 254, that `binned` sorts pixels into; none: labels are not sorted."""
+        return ()
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        """Return the bin of each pixel [H, W], `IGNORE` where it is not labelled."""
+        raise NotImplementedError
 
     def says(self, value: Any, classes: Sequence[str], task: "Task") -> str:
         """Return a label's value (`Look.value`) in words."""

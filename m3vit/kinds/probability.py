@@ -17,8 +17,15 @@ from m3vit.kinds.pictures import Colour, Range, Scale, Swatches, histogram, roun
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from m3vit.tasks import Task
+
 
 _MARK: Colour = (255, 0, 160)  # of what is probable over the image: a colour that photographs seldom hold
+
+
+def _opacity(probability: NDArray[Any]) -> NDArray[Any]:
+    """Return how opaque a probability is drawn: squared, since edges are learnt with weights that raise every one."""
+    return probability**2
 
 
 class Probability(Kind):
@@ -30,6 +37,7 @@ class Probability(Kind):
     fill = IGNORE
     loss_options = ("positive_weight",)
     dark_on_white = True
+    last_bin_marks = True
 
     def valid(self, label: "Tensor") -> "Tensor":
         return label != IGNORE
@@ -79,8 +87,8 @@ class Probability(Kind):
         palette: Sequence[Sequence[int]] = (),
         limits: Range | None = None,
     ) -> NDArray[np.uint8]:
-        """Lay one strong colour over the image as it is, as opaque as the pixel is probable."""
-        share = np.clip(prediction, 0, 1)[..., None].astype(np.float32)
+        """Lay one strong colour over the image as it is, the more opaque the more probable the pixel is."""
+        share = _opacity(np.clip(prediction, 0, 1)[..., None].astype(np.float32))
         return np.rint(image + share * (np.array(_MARK, np.float32) - image)).astype(np.uint8)
 
     def legend(
@@ -92,7 +100,10 @@ class Probability(Kind):
         rows: int | None = None,
         plain: bool = False,
     ) -> Swatches | Scale:
-        colours = np.linspace((255, 255, 255), (0, 0, 0) if plain else _MARK, 256)
+        shares = np.linspace(0, 1, 256)
+        shares = shares if plain else _opacity(shares)
+        white, full = np.array([255.0, 255.0, 255.0]), np.array((0, 0, 0) if plain else _MARK)
+        colours = white + shares[:, None] * (full - white)
         return Scale(f"{task}, probability", np.rint(colours).astype(np.uint8), 0, 1)
 
     def drawable(self, label: NDArray[Any]) -> NDArray[Any]:
@@ -124,3 +135,9 @@ class Probability(Kind):
 
     def statistics(self, looks: Sequence[Look], classes: Sequence[str]) -> dict[str, Any]:
         return {"positive_share": float(np.mean([one.positive_share for one in looks]))}
+
+    def bins(self, task: "Task", classes: Sequence[str]) -> tuple[str, ...]:
+        return f"no {task.name}", task.name
+
+    def binned(self, label: NDArray[Any]) -> NDArray[np.uint8]:
+        return np.where(label == IGNORE, IGNORE, label > 0).astype(np.uint8)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from m3vit.tasks import TASKS
 
 plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "m3vit"})
-EXPERT_COLOURS = plt.get_cmap("tab20")  # distinct for up to 20 experts; repeats beyond
+_COLOURS = plt.get_cmap("tab20")  # ten hues, then their lighter shades; repeats beyond
 
 
 def svg(figure: Figure) -> str:
@@ -76,5 +76,6 @@ def expert_usage(load_LRE: NDArray[np.float64], layers: list[int], tasks: list[s
 
 def expert_colour(expert: int) -> tuple[int, int, int]:
     """Return the colour an expert has in maps and legend."""
-    red, green, blue, _ = EXPERT_COLOURS(expert % 20)
+    shade, hue = divmod(expert % 20, 10)
+    red, green, blue, _ = _COLOURS(2 * hue + shade)
     return round(255 * red), round(255 * green), round(255 * blue)

@@ -28,6 +28,7 @@ from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.meters import TRAINED
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
+from m3vit.evaluation.routing import spread
 from m3vit.export.runtime.package import Package
 from m3vit.files import atomic_path, write_json
 from m3vit.kinds.classes import NOT_LABELLED
@@ -36,6 +37,7 @@ from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.report.routing import page_charts, read_routing, sentence
 from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
 from m3vit.training.checkpoint import read_metrics
@@ -115,7 +117,11 @@ def write_report(
         "all_metrics": scores,
         "notes": notes,
     }
-    page = render(run, split, predictors, project, protocol, spread(project.drawable, num_images), report)
+    routing, unrouted = read_routing(run.folder, run.info["weights_sha256"])
+    if routing and routing["apart"]:
+        report["routing"] = {"images": routing["images"], **routing["apart"]["all"]}
+    routed = whole_split(routing) if routing else {"note": unrouted}
+    page = render(run, split, predictors, project, protocol, spread(project.drawable, num_images), report, routed)
     with atomic_path(out) as path:
         path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), report)
@@ -134,11 +140,6 @@ def check_same_tasks(run: Run, package: Package) -> None:
 def columns_of(report: dict[str, Any]) -> list[str]:
     """Return the columns of the metric table: those that any run can have, and the emulator's where it was scored."""
     return [name for name in COLUMNS if name != "emulator" or name in report["all_metrics"]]
-
-
-def spread(indices: list[int], number: int) -> list[int]:
-    """Return up to `number` of the indices, evenly spread."""
-    return [indices[i] for i in np.linspace(0, len(indices) - 1, min(number, len(indices))).round().astype(int)]
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -243,6 +244,20 @@ def expert_map(experts: NDArray[np.int64]) -> str:
     return data_url(colours[experts], enlarge=8)
 
 
+def whole_split(routing: dict[str, Any]) -> dict[str, Any]:
+    """Return what the page shows of the routing over a split: its charts with their captions."""
+    data = routing["data"]
+    made = f" ({data['origin']})" if data["origin"] else ""
+    return {
+        "note": "",
+        "data": f"{routing['images']} images of {data['release']}{made}, {data['split']}",
+        "less": any(routing["budget"].values()),
+        "commit": routing["commit"],
+        "sentence": sentence(routing),
+        "charts": [(caption, charts.svg(figure)) for caption, figure in page_charts(routing)],
+    }
+
+
 def swatch(name: str, colour: Sequence[int]) -> tuple[str, str, str]:
     """Return (name, CSS colour, CSS colour of readable text on it)."""
     red, green, blue = colour
@@ -258,8 +273,9 @@ def render(
     protocol: str,
     shown: list[int],
     report: dict[str, Any],
+    routed: dict[str, Any],
 ) -> str:
-    """Return the page's HTML."""
+    """Return the page's HTML. `routed`: of `whole_split`, or the `note` that stands in its place."""
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
     named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
     by_column = {column: predictor for column, predictor in named.items() if predictor is not None}
@@ -325,4 +341,5 @@ def render(
         usage=charts.expert_usage(total_load.astype(float), layers, tasks) if total_load is not None else "",
         experts=[swatch(f"expert {e}", charts.expert_colour(e)) for e in range(run.config.model.num_experts)],
         top_k=run.config.model.top_k,
+        routed=routed,
     )

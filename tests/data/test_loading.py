@@ -2,13 +2,13 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from m3vit.data.loading import EpochBatches, TrainingSet, make_loader
 from m3vit.data.network_input import network_input
@@ -130,13 +130,13 @@ class Failing(NYUD):
     ],
 )
 def test_what_fails_in_a_loader_process_is_the_last_batch(
-    tiny_data: Path, way: str, words: str, capfd: pytest.CaptureFixture[str]
+    tiny_data: Path, way: str, words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Torch looks every 5 s whether its processes live.
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
     split = Failing(tiny_data, "train")
     split.way = way
-    begin = time.monotonic()
     *_, last = make_loader(TrainingSet(split, (32, 48), 0, IMAGENET), EpochBatches(10, 2, seed=0), workers=2)
-    assert time.monotonic() - begin < 20
     assert words in last.failure and "or 0 (the training process loads)" in last.failure and "\n" not in last.failure
     assert last.images is None and not last.errors
     assert "Traceback" not in "".join(capfd.readouterr())

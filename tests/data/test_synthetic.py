@@ -270,6 +270,7 @@ def test_missing_renderer_is_explained(tmp_path: Path, monkeypatch: pytest.Monke
         synthesize(tmp_path / "set")
 
 
+@pytest.mark.process
 def test_torch_is_not_imported() -> None:
     modules = "m3vit.data.synthetic.dataset, m3vit.data.synthetic.scenes.rendering"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

@@ -201,6 +201,7 @@ def test_saliency_by_hand() -> None:
     assert not saliency([], size).any()
 
 
+@pytest.mark.slow
 def test_saliency_share(scenes: list[PascalScene]) -> None:
     shares = np.array([(scene.saliency > 0.5).mean() for scene in scenes])
     assert shares.min() > 0 and shares.max() < 0.8
@@ -209,6 +210,7 @@ def test_saliency_share(scenes: list[PascalScene]) -> None:
         assert not scene.saliency[scene.voc == 0].any()
 
 
+@pytest.mark.slow
 def test_people_and_classes(scenes: list[PascalScene]) -> None:
     names = [{thing.name for thing in scene.objects} for scene in scenes]
     assert 0.4 < np.mean(["person" in of_scene for of_scene in names]) < 0.8  # 0.6 of 48: +- 2.8 sigma
@@ -223,6 +225,7 @@ def test_people_and_classes(scenes: list[PascalScene]) -> None:
     assert len(seen & {"head", "hair", "torso", "luarm", "rlarm", "luleg", "rlleg", "lhand", "rfoot"}) == 9
 
 
+@pytest.mark.slow
 def test_views_are_not_dull(scenes: list[PascalScene]) -> None:
     for scene in scenes:
         assert scene.image.std() > 12

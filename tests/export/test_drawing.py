@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from m3vit.export.runtime.drawing import Scale, Swatches, blend, legend, overlay, paint, ticks
 from m3vit.export.runtime.summary import summarise
@@ -102,10 +103,24 @@ def test_overlay_is_the_blend_above_the_legend() -> None:
 
 def test_small_images_are_enlarged_by_a_whole_number() -> None:
     image = np.random.default_rng(1).integers(0, 256, (50, 100, 3), dtype=np.uint8)
-    depth = np.arange(1, 5001, dtype=np.float32).reshape(50, 100)
-    drawn = overlay(image, depth, "depth", MANIFEST)
-    expected = blend(image, depth, "identity").repeat(4, axis=0).repeat(4, axis=1)
-    np.testing.assert_array_equal(drawn[:200, :400], expected)
+    ids = np.zeros((50, 100), np.uint8)
+    drawn = overlay(image, ids, "semseg", MANIFEST, rows=1)  # without names
+    larger = np.asarray(Image.fromarray(image).resize((400, 200), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(
+        drawn[:200, :400], blend(larger, ids.repeat(16).reshape(200, 400), "argmax", SEMSEG["palette"])
+    )
+
+
+def test_enlarged_classes_have_borders_without_steps() -> None:
+    """A diagonal border: the enlarged one is never more than a pixel from the straight line."""
+    row, column = np.mgrid[:20, :20]
+    found = KINDS["argmax"].enlarged(np.where(column > row, 7, 255).astype(np.uint8), 8)
+    row, column = np.mgrid[:160, :160]
+    beside = column - row - 4  # pixels from the line
+    assert set(np.unique(found)) == {7, 255}
+    inside = (np.minimum(row, column) > 8) & (np.maximum(row, column) < 152)
+    assert (found == np.where(beside > 0, 7, 255))[inside & (np.abs(beside) > 2)].all()
+    assert (KINDS["argmax"].enlarged(np.full((3, 4), 9, np.uint8), 2) == 9).all()
 
 
 def test_areas_of_classes_are_named_where_there_is_room() -> None:

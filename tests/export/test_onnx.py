@@ -227,7 +227,13 @@ def test_findings_of_a_comparison() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"class_token": False}, {"moe_blocks": "none"}, {"router": "task_conditioned"}, {"num_experts": 1, "top_k": 1}],
+    [
+        {"class_token": False},
+        {"moe_blocks": "none"},
+        {"router": "task_conditioned"},
+        {"num_experts": 1, "top_k": 1},
+        {"head": "conv", "head_stride": 2, "head_args": {"width": 6}},
+    ],
     ids=str,
 )
 def test_other_models_at_sizes_not_traced(changes: dict[str, Any]) -> None:

@@ -174,6 +174,7 @@ def test_command_line(cli: Cli, package: Path, tmp_path: Path) -> None:
         assert refused.returncode == 2 and match in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
+@pytest.mark.process
 def test_without_torch_and_without_pyav(package: Path, tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "clip.mp4").write_bytes(b"")
@@ -339,6 +340,7 @@ def predict_stream(package: Path, data: bytes, out: Path, *words: str) -> subpro
     return subprocess.run([*command, *words], input=data, capture_output=True, timeout=60)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["mjpeg", "y4m", "mpegts", "matroska", "png"])
 def test_streams_on_standard_input(package: Path, tmp_path: Path, kind: str) -> None:
     frames = pictures(8)
@@ -367,6 +369,7 @@ def test_streams_on_standard_input(package: Path, tmp_path: Path, kind: str) -> 
         assert (np.diff(brightness) > 0)[2:].all()
 
 
+@pytest.mark.process
 def test_streams_that_are_none(package: Path, tmp_path: Path) -> None:
     for data in (b"", b"hello", bytes(100_000)):
         result = predict_stream(package, data, tmp_path / "out")
@@ -377,6 +380,7 @@ def test_streams_that_are_none(package: Path, tmp_path: Path) -> None:
     assert result.returncode == 0 and read_film(tmp_path / "out" / "stdin_depth.mp4")[2] == 50
 
 
+@pytest.mark.process
 def test_nothing_on_standard_input(package: Path, tmp_path: Path) -> None:
     words = f"'{sys.executable}' -m m3vit.cli predict '{package}' - --task depth --out '{tmp_path / 'out'}' <&-"
     result = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=60)
@@ -390,6 +394,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_streams_leave_a_playable_file(package: Path, tmp_path: Path, kind: signal.Signals) -> None:
     out = tmp_path / "out"
@@ -408,6 +413,7 @@ def test_interrupted_streams_leave_a_playable_file(package: Path, tmp_path: Path
     assert 1 <= len(read_film(out / "stdin_depth.mp4")[0]) <= 20
 
 
+@pytest.mark.process
 def test_interrupted_video_files_leave_nothing(package: Path, tmp_path: Path) -> None:
     film = write_film(tmp_path / "clip.mp4", pictures(40, 240, 320) * 50)
     done, out = save(tmp_path / "a.png"), tmp_path / "out"

@@ -80,8 +80,8 @@ def test_weights_by_hand() -> None:
     np.testing.assert_allclose(scale, [0.01, 1, 4 / 127], rtol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def graph() -> ModelProto:
+@pytest.fixture(scope="module", params=["linear", "conv"])
+def graph(request: pytest.FixtureRequest) -> ModelProto:
     torch.manual_seed(0)
     trunk_args = dict(patch_size=8, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
     config = ModelConfig(
@@ -91,6 +91,7 @@ def graph() -> ModelProto:
         tasks=["depth", "semseg"],
         num_experts=4,
         top_k=2,
+        head=request.param,
     )
     return export_task(MultiTaskModel(config).eval(), "semseg")
 

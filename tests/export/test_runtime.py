@@ -310,6 +310,7 @@ print(resident_mib() - before)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_memory_goes_back_to_the_system() -> None:
     kept, given = (

@@ -371,10 +371,11 @@ def test_shutdown_answers_what_is_in_flight(package: Path, kind: signal.Signals)
         (connection,) = hold(server, 1)
         idle = socket.create_connection(("127.0.0.1", server.port))
         server.process.send_signal(kind)
-        time.sleep(0.3)
-        assert server.process.poll() is None, "it waits for the request"
         with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.1", server.port), timeout=2)
+            for _ in range(300):  # until it has taken notice
+                socket.create_connection(("127.0.0.1", server.port), timeout=2).close()
+                time.sleep(0.1)
+        assert server.process.poll() is None, "it waits for the request"
         connection.sendall(png(8, 12))
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert server.process.wait(10) == 0

@@ -3,8 +3,9 @@
 import asyncio
 import io
 import json
-import os
+import select
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,7 +26,6 @@ from m3vit.export.runtime.admission import Allowance, Places
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
 from m3vit.export.runtime.hosts import Hosts, is_host_pattern
 from m3vit.export.runtime.package import Package
-from m3vit.pool import usable_cores
 from tests.export.attacks import Watch, attacked, post
 from tests.export.serving import serving
 from tests.export.test_runtime import CHANNELS, make_package
@@ -210,6 +210,15 @@ async def small_app(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def test_many_may_wait_to_be_accepted() -> None:
+    """More than there may be connections. One too many would try again after 1 s; here it never gets through."""
+    most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    with listen("127.0.0.1", 0) as listening:
+        clients = [connect(listening.getsockname()[1]) for _ in range(min(most, 2 * connections.MAX_CONNECTIONS))]
+        for client in clients:
+            client.close()
+
+
 @contextmanager
 def answering(limit: int = 8) -> Iterator[tuple[int, list[str]]]:
     """Run the small application in a thread; yields its port, and why connections were cut."""
@@ -262,22 +271,23 @@ def test_heads_that_do_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
         silent, half, second = connect(port), connect(port, b"GET / HT"), connect(port, GET % b"")
         assert answer(second).startswith(b"HTTP/1.1 200")
         second.sendall(b"GET /again")
-        start = time.monotonic()
-        for _ in range(4):  # which does not prolong it
-            time.sleep(0.1)
+        end = time.monotonic() + 30
+        while not select.select([half], [], [], 0.1)[0]:
+            assert time.monotonic() < end, "a byte now and then prolongs it"
             half.send(b"T")
         for connection in (silent, half, second):
             refusal = everything(connection)
             assert refusal.startswith(b"HTTP/1.1 408") and b'{"error": ' in refusal
-        assert time.monotonic() - start < 3 and counted == ["head"] * 3
+        assert counted == ["head"] * 3
 
 
 def test_answers_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "STALL_S", 0.4)
     with answering() as (port, counted):
         stalled, reading = connect(port, GET % b"large"), connect(port, GET % b"large")
-        received, end = 0, time.monotonic() + 1.5
-        while time.monotonic() < end:  # slowly, but on and on
+        received, start = 0, time.monotonic()
+        while not counted or time.monotonic() < start + 1.5:  # slowly, but on and on
+            assert time.monotonic() < start + 30
             received += len(reading.recv(1 << 16))
             time.sleep(0.05)
         assert counted == ["stalled"]
@@ -405,7 +415,8 @@ def test_a_place_is_held_until_the_answer_is_taken(package: Path) -> None:
 def test_slow_clients_of_all_kinds_at_once(package: Path) -> None:
     """Readers, heads and bodies, more of each than the service takes, for 12 s.
 
-    Measured on two cores with eleven other jobs: memory 1.5 times idle, the slowest of 282 answers in 0.4 s.
+    Measured on two cores with eleven other jobs: memory 1.5 times idle, the slowest of 282 answers in 0.4 s. An answer
+    that waits for one of these clients waits for 10 s (`HEAD_S`, `PATIENCE_S`); other jobs make it wait for less.
     """
     image = picture(480, 640)
     with serving(package) as server:
@@ -425,8 +436,7 @@ def test_slow_clients_of_all_kinds_at_once(package: Path) -> None:
             for reason in ("crowded", "slow answer", "slow body"):
                 assert server.metric(f'm3vit_cut_total{{reason="{reason}"}}') > 0, reason
         most = max(memory.stop())
-        # Where other jobs wait for the cores, so do the answers.
-        assert max(waits) < max(1, os.getloadavg()[0] / usable_cores() / 2), f"{max(waits):.2f} s"
+        assert statistics.median(waits) < 1 and max(waits) < 8, f"{statistics.median(waits):.2f}, {max(waits):.2f} s"
         assert most < 2 * idle, f"{most:.0f} MiB, {idle:.0f} when idle"
         end = time.monotonic() + 20
         while server.post("/predict/depth", picture(8, 12))[0] != 200:

@@ -344,6 +344,43 @@ def run_experts(i: isa.Experts, m: Machine, pixels: np.ndarray) -> None:
                 m.wide[at] = m.hold(int(m.wide[at]) + shifted(m.hold(y, 32) * score, PROB_FRAC), 32)
 
 
+# --- convolution of heads -------------------------------------------------------------------------------------------
+
+
+def make_conv(b: Bench) -> Iterator[isa.Instruction]:
+    for upscale in (1, 2, 3):
+        lines, columns, features = b.between(1, 5), b.between(1, 5), b.between(1, b.h.max_in // isa.TAPS)
+        tokens, n_in, n_out = lines * columns, isa.TAPS * features, b.between(1, 40)
+        places = b.src("narrow", tokens, upscale**2 * features) | b.linear("weights", n_out, n_in)
+        places |= b.dst("output", tokens, upscale**2 * n_out + b.between(0, 5))
+        sizes = {"rows": tokens * upscale**2, "n_in": n_in, "n_out": n_out, "columns": columns, "upscale": upscale}
+        yield isa.Conv(task=b.task(), **sizes, **places)
+
+
+def run_conv(i: isa.Conv, m: Machine, pixels: np.ndarray) -> None:
+    s, features = i.upscale, i.n_in // 9
+    width, height = i.columns * s, i.rows // (i.columns * s)
+
+    def place(y: int, x: int) -> tuple[int, int]:
+        """Return the token that holds a pixel, and which one of its pixels that is."""
+        return y // s * i.columns + x // s, y % s * s + x % s
+
+    for y in range(height):
+        for x in range(width):
+            taps: list[int] = []
+            for row in (y - 1, y, y + 1):
+                for column in (x - 1, x, x + 1):
+                    if 0 <= row < height and 0 <= column < width:
+                        token, pixel = place(row, column)
+                        found = m.narrow[i.src + token * i.src_pitch + pixel * features :][:features]
+                        taps += [max(value, 0) for value in found.tolist()]
+                    else:
+                        taps += [0] * features
+            token, pixel = place(y, x)
+            for o, value in enumerate(m.sums("weights", i.weights, i.params, taps, i.n_out)):
+                m.output[i.dst + token * i.dst_pitch + pixel * i.n_out + o] = m.hold(value, 32)
+
+
 class Opcode(NamedTuple):
     """How an opcode is tested: random instances, and a reference that executes one."""
 
@@ -360,4 +397,5 @@ OPCODES = {
     Op.ATTENTION: Opcode(make_attention, run_attention),
     Op.ROUTE: Opcode(make_route, run_route),
     Op.EXPERTS: Opcode(make_experts, run_experts),
+    Op.CONV: Opcode(make_conv, run_conv),
 }

@@ -46,6 +46,7 @@ class Shape:
     weight_bits: int = 16
     finer: int = 0  # narrow fractions this much finer than fits: values saturate
     wide_frac: int = 16
+    upscale: int = 0  # pixels of a token and side for heads with a convolution; 0: linear heads
 
 
 def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
@@ -83,7 +84,15 @@ def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
             x = scheduler.linear_added("fc2", y, draw(dim, s.mlp), draw(dim, std=0.1), x)
     y = scheduler.norm("head.norm", x, np.ones(dim), np.zeros(dim), 1e-6, frac, skip=s.prefix)
     widths = [3 + 4 * task for task in range(s.tasks)]
-    scheduler.head("head", y, draw(sum(widths), dim), draw(sum(widths), std=0.1), widths, [16] * s.tasks)
+    fracs = [16] * s.tasks
+    if s.upscale:
+        feature_maps = [(draw(s.upscale**2 * 5, dim), draw(s.upscale**2 * 5, std=0.1)) for _ in widths]
+        kernels = [(draw(width, 9 * 5), draw(width, std=0.1)) for width in widths]
+        pixels = {"columns": s.grid[1], "upscale": s.upscale}
+        scheduler.pixel_head("head", y, (feature_maps, [frac] * s.tasks), (kernels, fracs), **pixels)
+    else:
+        maps = [(draw(width, dim), draw(width, std=0.1)) for width in widths]
+        scheduler.head("head", y, maps, fracs)
     return scheduler.build(), scheduler.limits
 
 

@@ -161,6 +161,7 @@ def random_shape(seed: int) -> Shape:
         act_bits=act_bits,
         weight_bits=weight_bits,
         finer=int(rng.choice([0, 0, 2])),
+        upscale=int(rng.choice([0, 1, 2])),
     )
 
 
@@ -231,7 +232,7 @@ def norm_of(table: np.ndarray, frac: int, wide_frac: int, eps: float = 1e-6) -> 
     x = scheduler.embed("embed", scheduler.image((1, 1), 1), np.zeros((dim, 3)), np.zeros(dim), rows - 1)
     x = scheduler.position("position", x, table, rows)
     y = scheduler.norm("norm", x, np.ones(dim), np.zeros(dim), eps, frac)
-    scheduler.head("head", y, np.eye(dim), np.zeros(dim), [dim], [frac])
+    scheduler.head("head", y, [(np.eye(dim), np.zeros(dim))], [frac])
     return scheduler.build()
 
 
@@ -267,7 +268,7 @@ def test_attention_is_softmax_attention(tokens: int, std: float) -> None:
     weight = rng.normal(0, std / math.sqrt(dim), (3 * dim, dim))
     qkv = scheduler.linear("qkv", y, weight, np.zeros(3 * dim), np.array([frac, frac, frac]))
     seen = scheduler.attention("attention", qkv, heads, frac)
-    scheduler.head("head", seen, np.eye(dim), np.zeros(dim), [dim], [frac])
+    scheduler.head("head", seen, [(np.eye(dim), np.zeros(dim))], [frac])
     emulator = Emulator(scheduler.build())
     captured = []
     original = emulator._attention

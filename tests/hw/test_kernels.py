@@ -242,6 +242,27 @@ def test_task_head_drops_the_prefix_and_pads_with_zeros(kernel: Kernel, rng: np.
         assert not y[:, width:].any()
 
 
+def test_pixel_head_is_exact_until_its_result_is_rounded_and_saturated(
+    kernel: Kernel, rng: np.random.Generator
+) -> None:
+    """4 x 6 tokens of 2 x 2 pixels with 3 features; tasks of 1, 3 and 2 channels."""
+    x = quantise(rng.uniform(-30, 30, (T, D)), DATA_LSB)
+    weight, bias = quantise(rng.normal(0, 0.7, (6, 3, 3, 3)), WEIGHT_LSB), quantise(rng.normal(0, 0.5, 6), BIAS_LSB)
+    pixels = torch.from_numpy(x.reshape(4, 6, 2, 2, 3).transpose(4, 0, 2, 1, 3).reshape(1, 3, 8, 12).clip(0))
+    first, largest = (0, 1, 4, 6), 0.0
+    for task in range(3):
+        rows = slice(first[task], first[task + 1])
+        kernels = torch.from_numpy(weight[rows].transpose(0, 3, 1, 2).copy())
+        exact = F.conv2d(pixels, kernels, torch.from_numpy(bias[rows]), padding=1).numpy()
+        largest = max(largest, float(np.abs(exact).max()))
+        by_token = exact.reshape(-1, 4, 2, 6, 2).transpose(1, 3, 2, 4, 0).reshape(T, -1)
+        expected = quantise(by_token, DATA_LSB).clip(-128, 128 - DATA_LSB)
+        y = kernel("pixel_head", weight, bias, task, x).reshape(T, 12)
+        np.testing.assert_array_equal(y[:, : by_token.shape[1]], expected)
+        assert not y[:, by_token.shape[1] :].any()
+    assert largest > 128, "some results are beyond ap_fixed<20, 8>"
+
+
 def test_top_k_with_ties(kernel: Kernel, rng: np.random.Generator) -> None:
     logits = rng.integers(-3, 4, (500, 8))  # 7 values for 8 experts: ties in every row
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :3]

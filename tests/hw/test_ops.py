@@ -150,6 +150,9 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
         [3],
         72 + 288 + 84,
     ),
+    # 8 pixels of 2 tokens; 9 x 2 features are padded to 32. Load: 3 x (32 + 2) = 102. Reading 32 + 2, multiplying 2,
+    # writing 3: 34 + 2 + 3 + 7 x 34 = 277.
+    Op.CONV: (isa.Conv(rows=8, n_in=18, n_out=3, columns=1, upscale=2, **NOWHERE), [], 102 + 277),
 }  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def test_batch_norm_becomes_synchronised() -> None:
 
 
 def test_hls_refuses_pup_heads() -> None:
-    with pytest.raises(InputError, match="pup heads, and the FPGA flow has linear ones"):
+    with pytest.raises(InputError, match="pup heads, and the FPGA flow has linear and conv ones"):
         lower(make())
 
 

@@ -14,7 +14,7 @@ from hls4ml.model.flow import register_flow
 from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.scheduler import Scheduler, Tensor
+from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor
 from m3vit.hw.boards import TILES_OUT, find_board, fit
 from m3vit.hw.hardware import TILE_IN, Hardware
 from m3vit.hw.program import Image
@@ -32,6 +32,7 @@ class Planned:
     hardware: Hardware
     tensors: list[dict[str, Any]]  # of weights_map.json
     sum_bits: int
+    output_fracs: list[int]  # of each task
 
 
 class VitisMoEBackend(VitisBackend):
@@ -83,6 +84,11 @@ def _linear(node: Any) -> tuple[np.ndarray, np.ndarray]:
     return _values(node, "weight").reshape(-1, len(bias)).T, bias
 
 
+def split_rows(values: np.ndarray, counts: list[int]) -> list[np.ndarray]:
+    """Return the first `counts[0]` rows, the next `counts[1]`, ..."""
+    return np.split(values, np.cumsum(counts)[:-1])
+
+
 class _Planner:
     """Walks a ModelGraph once and tells the scheduler its layers.
 
@@ -102,6 +108,7 @@ class _Planner:
         self.last_use = {name: place for place, node in enumerate(self.nodes) for name in node.inputs}
         weight_bits, act_bits = self.formats["weight_bits"], self.formats["act_bits"]
         self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"])
+        self.output_fracs: list[int] = []
 
     def frac(self, node: Any, kind: str = "result") -> int:
         """Return the fraction chosen for a layer."""
@@ -126,6 +133,7 @@ class _Planner:
             "Merge": self.add,
             "VitMoE": self.moe,
             "VitTaskHead": self.head,
+            "VitPixelHead": self.pixel_head,
         }
         for place, node in enumerate(self.nodes):
             if node.class_name in LINEAR:
@@ -138,7 +146,8 @@ class _Planner:
         limits = scheduler.limits
         hardware = hardware_of(limits, scheduler.weight_bits, scheduler.act_bits)
         hardware = fit(hardware, find_board(self.settings["board"]))
-        return Planned(scheduler.build(), hardware, scheduler.named_tensors(), scheduler.largest_sum_bits)
+        facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs)
+        return Planned(scheduler.build(), hardware, *facts)
 
     def take_linear(self, node: Any, name: str) -> Any:
         """Return the held-back Linear that computes an input of `node`, which must be its only consumer."""
@@ -213,10 +222,34 @@ class _Planner:
         return self.scheduler.moe_added(node.name, x, *arguments)
 
     def head(self, node: Any, place: int) -> None:
+        if any(other.class_name == "VitPixelHead" for other in self.consumers(node)):
+            self.pending[node.outputs[0]] = node
+        else:
+            normed, maps = self.head_maps(node)
+            self.output_fracs = self.output_fracs_of(node)
+            self.scheduler.head(node.name, normed, maps, self.output_fracs)
+
+    def pixel_head(self, node: Any, place: int) -> None:
+        head = self.pending.pop(node.inputs[0], None)
+        if head is None:
+            raise self.refuse(node, "without the heads' Linears before it")
+        normed, maps = self.head_maps(head)
+        channels = list(node.get_attr("channels"))
+        weight, bias = _values(node, "weight").reshape(sum(channels), -1), _values(node, "bias").ravel()
+        self.output_fracs = self.output_fracs_of(node)
+        convs = list(zip(split_rows(weight, channels), split_rows(bias, channels), strict=True))
+        pixels = {"columns": node.get_attr("n_column"), "upscale": node.get_attr("n_scale")}
+        features = (maps, self.output_fracs_of(head))
+        self.scheduler.pixel_head(node.name, normed, features, (convs, self.output_fracs), **pixels)
+
+    def output_fracs_of(self, node: Any) -> list[int]:
+        return [self.frac(node, f"output{task}") for task in range(self.tasks)]
+
+    def head_maps(self, node: Any) -> tuple[Tensor, Maps]:
+        """Schedule the heads' LayerNorm; return its tokens, and the Linear of each task."""
         widths, dim = list(node.get_attr("widths")), node.get_attr("n_dim")
         x = self.stream(node, node.inputs[0])
         plain = (np.ones(dim), np.zeros(dim), node.get_attr("eps"), self.frac(node, "normed"))
         normed = self.scheduler.norm(f"{node.name}.norm", x, *plain, skip=node.get_attr("n_prefix"))
         weight, bias = _values(node, "weight").reshape(sum(widths), dim), _values(node, "bias").ravel()
-        fracs = [self.frac(node, f"output{task}") for task in range(self.tasks)]
-        self.scheduler.head(node.name, normed, weight, bias, widths, fracs)
+        return normed, list(zip(split_rows(weight, widths), split_rows(bias, widths), strict=True))

@@ -26,7 +26,8 @@ class Formats(NamedTuple):
     """Fractional bits: `wide` of the residual stream; `layers` {hls4ml layer: {kind: fraction}}.
 
     Kinds: result (of narrow outputs); query, key, value (attention's input); input (before GELU); logit, hidden, active
-    (MoE: router, before and after GELU); normed (head), output0, output1, ... (each task's outputs).
+    (MoE: router, before and after GELU); normed (head), output0, output1, ... (each task's outputs; of a head with a
+    convolution, its features).
     """
 
     weight_bits: int
@@ -72,6 +73,12 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats
             kinds |= {name: narrow_frac(inner[name], act_bits) for name in ("hidden", "active")}
         elif isinstance(module, leaf.VitTaskHead):
             kinds["normed"] = narrow_frac(inner["normed"], act_bits)
+            for task in range(len(module.widths)):
+                largest = inner[f"output{task}"]
+                # With a convolution after it, its outputs are inputs of products.
+                last = "pixel_head" not in calibration.inner
+                kinds[f"output{task}"] = wide_frac(largest, WIDE_FRAC_LIMIT) if last else narrow_frac(largest, act_bits)
+        elif isinstance(module, leaf.VitPixelHead):
             for task in range(len(module.widths)):
                 kinds[f"output{task}"] = wide_frac(inner[f"output{task}"], WIDE_FRAC_LIMIT)
         elif isinstance(module, leaf.VitPosition) or node.name == "norm_pre":

@@ -54,6 +54,8 @@ def needed_hardware(model: leaf.LoweredModel, options: Options) -> Hardware:
     for module in model.modules():
         if isinstance(module, leaf.VitLinear):
             reach(max_in=module.weight.shape[1])
+        elif isinstance(module, leaf.VitPixelHead):
+            reach(max_in=module.weight[0].numel())
         elif isinstance(module, leaf.VitMoE):
             experts, hidden, dim = module.w1.shape
             reach(max_in=max(hidden, dim), max_experts=experts, max_top=module.top_k)
@@ -112,7 +114,7 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         },
         "board": options.board,
         "hardware": asdict(schedule.hardware),
-        "output_fracs": [kinds["head"][f"output{task}"] for task in range(len(model.tasks))],
+        "output_fracs": schedule.output_fracs,
     }
 
 

@@ -21,6 +21,7 @@ from m3vit.hw.weights_file import ALIGNMENT
 PIXEL_FRAC = 8
 WIDE_BITS = 32
 Fracs = NDArray[np.int64] | int
+Maps = list[tuple[Floats, Floats]]  # the weight [C, D] and bias [C] of each task
 
 
 @dataclass
@@ -243,17 +244,45 @@ class Scheduler:
         shape = {"rows": x.rows, "n_in": dim, "n_out": width}
         self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
 
-    def head(self, name: str, x: Tensor, weight: Floats, bias: Floats, widths: list[int], fracs: list[int]) -> None:
-        """The Linear of each task, weight [sum of widths, D], to the output memory; task r's outputs have fracs[r]."""
-        pitch, first = max(widths), 0
-        for task, (width, frac) in enumerate(zip(widths, fracs, strict=True)):
-            rows = slice(first, first + width)
-            words = self._words(f"{name}.{task}", weight[rows], bias[rows], x, frac)
-            shape: dict[str, Any] = {"rows": x.rows, "n_in": x.columns, "n_out": width}
+    def head(self, name: str, x: Tensor, maps: Maps, fracs: list[int]) -> None:
+        """The Linear of each task to the output memory; task r's outputs have fracs[r]."""
+        pitch = max(len(weight) for weight, _ in maps)
+        for task, ((weight, bias), frac) in enumerate(zip(maps, fracs, strict=True)):
+            words = self._words(f"{name}.{task}", weight, bias, x, frac)
+            shape: dict[str, Any] = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
             shape |= {"mode": Mode.OUTPUT, "dst_pitch": pitch}
-            only = task if len(widths) > 1 else -1
+            only = task if len(maps) > 1 else -1
             self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
-            first += width
+        self.output_size = x.rows * pitch
+
+    def pixel_head(
+        self,
+        name: str,
+        x: Tensor,
+        features: tuple[Maps, list[int]],
+        outputs: tuple[Maps, list[int]],
+        columns: int,
+        upscale: int,
+    ) -> None:
+        """The Linear of each task, and the convolution of what it gives, to the output memory.
+
+        features, outputs: maps and the fractions of what they give. A convolution's weights are [C, 9 M], in the order
+        [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side.
+        """
+        pitch = upscale**2 * max(len(weight) for weight, _ in outputs[0])
+        for task, ((weight, bias), frac) in enumerate(zip(*features, strict=True)):
+            only = task if len(outputs[0]) > 1 else -1
+            pixels = self._tensor(False, x.rows, len(weight), frac)
+            fields = self._store(f"{name}.features{task}", self._words(f"{name}.features{task}", weight, bias, x, frac))
+            shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+            self._add(isa.Linear(task=only, mode=Mode.NARROW, **shape, **fields), x, pixels)
+            kernel, bias = outputs[0][task]
+            fields = self._store(
+                f"{name}.{task}", self._words(f"{name}.{task}", kernel, bias, pixels, outputs[1][task])
+            )
+            shape = {"rows": x.rows * upscale**2, "n_in": kernel.shape[1], "n_out": len(kernel)}
+            shape |= {"columns": columns, "upscale": upscale, "dst_pitch": pitch}
+            self._add(isa.Conv(task=only, **shape, **fields), pixels, None)
         self.output_size = x.rows * pitch
 
     @property

@@ -110,10 +110,9 @@ void m3vit({TOP_ARGUMENTS});
 """
 
 
-def model_text(settings: dict[str, Any]) -> str:
+def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
     """Return firmware/model.h: what the bridge to hls4ml's predict() knows of the model."""
-    (rows, columns), head = settings["grid"], settings["formats"]["layers"]["head"]
-    fracs = [str(head[f"output{task}"]) for task in range(sum(name.startswith("output") for name in head))]
+    rows, columns = settings["grid"]
     return "\n".join(
         [
             NOTICE,
@@ -123,7 +122,7 @@ def model_text(settings: dict[str, Any]) -> str:
             "struct vit_model {",
             f"    static const int rows = {rows}, columns = {columns}, patch = {settings['patch']};",
             "    static int output_frac(unsigned task) {",
-            f"        static const int frac[] = {{{', '.join(fracs)}}};",
+            f"        static const int frac[] = {{{', '.join(map(str, output_fracs))}}};",
             "        return frac[task];",
             "    }",
             "};",
@@ -187,7 +186,7 @@ class VitisMoEWriter(VitisWriter):
         self.write_build_script(model)
         self.write_board_script_override(model)
         self.write_yml(model)
-        (firmware / "model.h").write_text(model_text(settings))
+        (firmware / "model.h").write_text(model_text(settings, model.schedule.output_fracs))
         (out / "vivado_synth.tcl").unlink()  # hls4ml's, for its own top level
         for path in sorted(project.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:

@@ -142,6 +142,11 @@ class Chooser:
         sum_format((math.sqrt(dim), NORM_FRAC), module.weight, weight, module.bias, "the task head")
         return {"weight": weight, "bias": _weights(module.bias, self.act_bits)}
 
+    def pixel_head(self, node: fx.Node, module: leaf.VitPixelHead) -> dict[str, Fixed]:
+        weight = _weights(module.weight, self.weight_bits)
+        sum_format(self.source(node), module.weight.flatten(1), weight, module.bias, "the convolution of the heads")
+        return {"weight": weight, "bias": _weights(module.bias, self.act_bits)}
+
     def _check_norm(self, node: fx.Node, dim: int) -> None:
         source = self.results[first_input(node)]
         if dim**3 >= 2 ** (63 - 2 * (source.width - 1)):
@@ -159,6 +164,7 @@ class Chooser:
             leaf.VitAttention: self.attention,
             leaf.VitMoE: self.moe,
             leaf.VitTaskHead: self.task_head,
+            leaf.VitPixelHead: self.pixel_head,
         }
         formats = {}
         for node in self.calibration.graph.graph.nodes:

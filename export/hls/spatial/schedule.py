@@ -31,11 +31,14 @@ Formats = dict[str, dict[str, Fixed]]
 def lower(model: MultiTaskModel, budget: Budget = FULL) -> leaf.LoweredModel:
     """Lower a model whose task id goes to MoE layers and heads as a stream. Raises InputError if there are too many."""
     layers = len(model.backbone.moe_indices)
-    if layers + 1 > MAX_TASK_CONSUMERS:
+    convolutions = any(head.conv is not None for head in leaf.token_heads(model).values())
+    most = MAX_TASK_CONSUMERS - (2 if convolutions else 1)
+    if layers > most:
+        heads = "the heads and their convolutions" if convolutions else "the heads"
         raise InputError(
             f"cannot export to HLS: the model has {layers} MoE layers, and hls4ml can send the task id to "
-            f"{MAX_TASK_CONSUMERS - 1} of them and the heads; set model.moe_blocks to at most {MAX_TASK_CONSUMERS - 1} "
-            "blocks, or give --schedule multiplexed, which has no such limit"
+            f"{most} of them and {heads}; set model.moe_blocks to at most {most} blocks, or give --schedule "
+            "multiplexed, which has no such limit"
         )
     return leaf.lower(model, budget)
 

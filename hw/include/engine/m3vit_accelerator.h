@@ -52,12 +52,13 @@ Program:
             break;
         case op_linear:
         case op_experts:
-            linear<C, typename C::wt_t, C::tile_out, C::token_block>(linear_of(w), queue, weights, params, narrow_in,
-                                                                     narrow_out, wide_in, wide, output);
+        case op_conv:
+            linear<C, typename C::wt_t, C::tile_out, C::token_block>(linear_of(w), conv_of(w), queue, weights, params,
+                                                                     narrow_in, narrow_out, wide_in, wide, output);
             break;
         case op_gate:
-            linear<C, int16_t, C::gate_out, 0>(linear_of(w), queue, gates, params, narrow_in, narrow_out, wide_in, wide,
-                                               output);
+            linear<C, int16_t, C::gate_out, 0>(linear_of(w), conv_of(w), queue, gates, params, narrow_in, narrow_out,
+                                               wide_in, wide, output);
             break;
         case op_position:
             position<C>(position_of(w), params, wide_in, wide);

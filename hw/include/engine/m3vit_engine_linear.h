@@ -1,4 +1,5 @@
-// The linear engine: one array of tile_in x tile_out multipliers for dense layers, experts, embedding and heads.
+// The linear engine: one array of tile_in x tile_out multipliers for dense layers, experts, embedding and heads, and for
+// the convolution of heads, whose inputs are gathered as they are read.
 //
 // Work is a sequence of tiles: `tile_out` outputs of one linear map, for up to token_block tokens. While the array works on
 // one tile, the weights of the next are loaded into the other of two buffers (ping and pong). For experts the sequence
@@ -18,9 +19,10 @@ namespace vit {
 
 // `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the
 // token at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
+// conv: row base + n is a pixel, and its inputs are those of its neighbours.
 struct tile_job {
     bool valid, fresh;
-    bool gather;
+    bool gather, conv;
     unsigned weights, params, n_in, outputs;
     unsigned base, first, count;
     unsigned src, src_pitch, dst, dst_pitch;
@@ -49,6 +51,7 @@ tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &q
     job.weights = I.weights + place.row * job.n_in;
     job.params = I.params + row_words * place.row;
     job.gather = experts && !second;
+    job.conv = I.op == op_conv;
     const unsigned tokens = experts ? queue.start[e + 1] - queue.start[e] : I.rows;
     job.base = place.base;
     job.first = experts ? queue.start[e] + place.base : 0;
@@ -125,9 +128,9 @@ Parameter:
     M3VIT_COUNT(params, job.outputs * 8);
 }
 
-// What one token's results need: the row of dst, and the router's weight (mode to_queue).
+// What one token's results need: where their row of dst begins, and the router's weight (mode to_queue).
 struct token_place {
-    unsigned row;
+    unsigned at;
     int score;
 };
 
@@ -137,9 +140,39 @@ template <class C, unsigned TB> struct token_cache {
     typename C::act_t x[rows][C::max_in];
 };
 
+// The features of the 3 x 3 pixels around pixel `n`, line by line, after ReLU; zeros outside the image. A token holds
+// upscale^2 pixels, line by line, and tokens are G.columns side by side.
+// Cycles: n_in.
+template <class C>
+void read_neighbours(const tile_job &job, const conv_fields &G, unsigned n, const typename C::act_t *narrow,
+                     typename C::act_t x[C::max_in]) {
+    #pragma HLS INLINE
+    const unsigned s = G.upscale, features = job.n_in / taps;
+    const unsigned width = G.columns * s, height = G.rows / width;
+    const unsigned token = n / (s * s), pixel = n % (s * s);
+    const unsigned row = token / G.columns * s + pixel / s, column = token % G.columns * s + pixel % s;
+    unsigned i = 0;
+Tap:
+    for (unsigned tap = 0; tap < taps; tap++) {
+        // From one line above and one column before on: below 0 wraps around to beyond the image.
+        const unsigned y = row + tap / 3 - 1, v = column + tap % 3 - 1;
+        const bool inside = y < height && v < width;
+        const unsigned from = (y / s * G.columns + v / s) * job.src_pitch + (y % s * s + v % s) * features;
+    Feature:
+        for (unsigned f = 0; f < features; f++) {
+            #pragma HLS PIPELINE II=1
+            const typename C::act_t value = inside ? narrow[job.src + from + f] : 0;
+            x[i++] = value > 0 ? value : 0;
+        }
+        if (inside)
+            M3VIT_COUNT(narrow_read, features * sizeof(typename C::act_t));
+    }
+}
+
 // The input of token n of a job, padded with zeros to whole tiles, and the place of its results (for both its readers).
 template <class C, unsigned TB>
-void read_token(const tile_job &job, unsigned n, const queues<C> &queue, const typename C::act_t *narrow,
+void read_token(const tile_job &job, const conv_fields &G, unsigned n, const queues<C> &queue,
+                const typename C::act_t *narrow,
                 token_cache<C, TB> &cache, typename C::act_t x[C::max_in], token_place &read_place,
                 token_place &write_place) {
     #pragma HLS INLINE off
@@ -148,23 +181,29 @@ void read_token(const tile_job &job, unsigned n, const queues<C> &queue, const t
     const unsigned token = queued ? queue.token[job.first + n] : job.base + n;
     const unsigned offset = job.src + (job.gather ? token : job.base + n) * job.src_pitch;
     const unsigned kept = TB == 0 ? 0 : n;
-    place.row = job.mode == to_queue ? token : job.base + n;
+    const unsigned row = job.mode == to_queue ? token : job.base + n;
+    const unsigned pixels = job.conv ? G.upscale * G.upscale : 1; // of a row of dst
+    place.at = job.dst + row / pixels * job.dst_pitch + row % pixels * G.n_out;
     place.score = job.mode == to_queue ? queue.weight[job.first + n] : 0;
     read_place = place;
     write_place = place;
     const unsigned padded = (job.n_in + C::tile_in - 1) / C::tile_in * C::tile_in;
     if (job.fresh) {
-    Read:
-        for (unsigned i = 0; i < job.n_in; i++) {
-            #pragma HLS PIPELINE II=1
-            cache.x[kept][i] = narrow[offset + i];
+        if (job.conv) {
+            read_neighbours<C>(job, G, row, narrow, cache.x[kept]);
+        } else {
+        Read:
+            for (unsigned i = 0; i < job.n_in; i++) {
+                #pragma HLS PIPELINE II=1
+                cache.x[kept][i] = narrow[offset + i];
+            }
+            M3VIT_COUNT(narrow_read, job.n_in * sizeof(typename C::act_t));
         }
     Pad:
         for (unsigned i = job.n_in; i < padded; i++) {
             #pragma HLS PIPELINE II=1
             cache.x[kept][i] = 0;
         }
-        M3VIT_COUNT(narrow_read, job.n_in * sizeof(typename C::act_t));
     }
 Copy:
     for (unsigned i = 0; i < padded; i += C::tile_in) {
@@ -209,7 +248,7 @@ void read_before(const tile_job &job, const token_place &token, const int32_t *w
     #pragma HLS INLINE off
     if (job.mode != to_residual && job.mode != to_queue)
         return;
-    const unsigned place = job.dst + token.row * job.dst_pitch;
+    const unsigned place = token.at;
 Before:
     for (unsigned o = 0; o < job.outputs; o++) {
         #pragma HLS PIPELINE II=1
@@ -224,7 +263,7 @@ void write_row(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const s
                const int32_t before[TO], const token_place &token, typename C::act_t *narrow, int32_t *wide,
                int32_t *output) {
     #pragma HLS INLINE off
-    const unsigned place = job.dst + token.row * job.dst_pitch;
+    const unsigned place = token.at;
 Write:
     for (unsigned o = 0; o < job.outputs; o++) {
         #pragma HLS PIPELINE II=1
@@ -252,8 +291,8 @@ Write:
 }
 
 template <class C, class w_t, unsigned TO, unsigned TB>
-void compute_tile(const tile_job &job, const weight_tile<C, w_t, TO> &tile, const queues<C> &queue,
-                  token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out,
+void compute_tile(const tile_job &job, const conv_fields &G, const weight_tile<C, w_t, TO> &tile,
+                  const queues<C> &queue, token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out,
                   const int32_t *wide_in, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
 Token:
@@ -265,7 +304,7 @@ Token:
         #pragma HLS ARRAY_PARTITION variable=sum complete
         int32_t before[TO];
         token_place read_place, write_place;
-        read_token<C, TB>(job, n, queue, narrow_in, cache, x, read_place, write_place);
+        read_token<C, TB>(job, G, n, queue, narrow_in, cache, x, read_place, write_place);
         read_before<C, TO>(job, read_place, wide_in, before);
         multiply<C, w_t, TO>(x, tile, job.n_in, sum);
         write_row<C, w_t, TO>(job, tile, sum, before, write_place, narrow_out, wide, output);
@@ -275,19 +314,20 @@ Token:
 // The two run at the same time: they share no buffer.
 template <class C, class w_t, unsigned TO, unsigned TB>
 void load_and_compute(const tile_job &next, weight_tile<C, w_t, TO> &filled, const w_t *weights, const int32_t *params,
-                      const tile_job &now, const weight_tile<C, w_t, TO> &used, const queues<C> &queue,
+                      const tile_job &now, const conv_fields &G, const weight_tile<C, w_t, TO> &used,
+                      const queues<C> &queue,
                       token_cache<C, TB> &cache, const typename C::act_t *narrow_in, typename C::act_t *narrow_out,
                       const int32_t *wide_in, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
     #pragma HLS DATAFLOW
     load_tile<C, w_t, TO>(next, filled, weights, params);
-    compute_tile<C, w_t, TO, TB>(now, used, queue, cache, narrow_in, narrow_out, wide_in, wide, output);
+    compute_tile<C, w_t, TO, TB>(now, G, used, queue, cache, narrow_in, narrow_out, wide_in, wide, output);
 }
 
 template <class C, class w_t, unsigned TO, unsigned TB>
-void linear(const linear_fields &I, const queues<C> &queue, const w_t *weights, const int32_t *params,
-            const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
-            int32_t *output) {
+void linear(const linear_fields &I, const conv_fields &G, const queues<C> &queue, const w_t *weights,
+            const int32_t *params, const typename C::act_t *narrow_in, typename C::act_t *narrow_out,
+            const int32_t *wide_in, int32_t *wide, int32_t *output) {
     #pragma HLS INLINE off
     // One array for both calls below: it is the buffers that take turns.
     #pragma HLS ALLOCATION function instances=load_and_compute<C, w_t, TO, TB> limit=1
@@ -320,11 +360,11 @@ Tile:
             M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(w_t));
 #endif
         if (in_ping)
-            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, ping, queue, cache, narrow_in,
-                                             narrow_out, wide_in, wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, pong, weights, params, now, G, ping, queue, cache,
+                                             narrow_in, narrow_out, wide_in, wide, output);
         else
-            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, pong, queue, cache, narrow_in,
-                                             narrow_out, wide_in, wide, output);
+            load_and_compute<C, w_t, TO, TB>(next, ping, weights, params, now, G, pong, queue, cache,
+                                             narrow_in, narrow_out, wide_in, wide, output);
         in_ping = !in_ping;
         now = next;
     }

@@ -19,6 +19,7 @@ static const int score_bits = 30;
 static const int context_drop = 8;
 static const int max_rise = 60;
 static const int pixel_zero = 128;
+static const int taps = 9;
 static const unsigned key_block = 64;
 
 enum opcode {
@@ -31,6 +32,7 @@ enum opcode {
     op_attention = 6,
     op_route = 7,
     op_experts = 8,
+    op_conv = 9,
 };
 
 enum output_mode {
@@ -131,6 +133,43 @@ inline linear_fields linear_of(const int32_t w[instruction_words]) {
     f.params_step = w[16];
     f.hidden = w[17];
     f.hidden_pitch = w[18];
+    return f;
+}
+
+// conv: 3x3 convolution of a head's pixels, after ReLU and with zeros outside, narrow to the output.
+struct conv_fields {
+    int op;
+    int task;
+    unsigned rows;
+    unsigned n_in;
+    unsigned n_out;
+    unsigned src;
+    unsigned src_pitch;
+    unsigned dst;
+    unsigned dst_pitch;
+    unsigned weights;
+    unsigned params;
+    int mode;
+    unsigned columns;
+    unsigned upscale;
+};
+inline conv_fields conv_of(const int32_t w[instruction_words]) {
+    #pragma HLS INLINE
+    conv_fields f;
+    f.op = w[0];
+    f.task = w[1];
+    f.rows = w[2];
+    f.n_in = w[3];
+    f.n_out = w[4];
+    f.src = w[5];
+    f.src_pitch = w[6];
+    f.dst = w[7];
+    f.dst_pitch = w[8];
+    f.weights = w[9];
+    f.params = w[10];
+    f.mode = w[11];
+    f.columns = w[14];
+    f.upscale = w[15];
     return f;
 }
 

@@ -137,7 +137,8 @@ class Accelerator:
         """
         rows, columns = self.manifest["grid"]
         height, width = self.manifest["image_size"]
-        logits = assemble(self.run(image), (rows, columns), self.manifest["upscale"], (height, width))
+        form = {"upscale": self.manifest["upscale"], "pixels_first": self.manifest.get("pixels_first", False)}
+        logits = assemble(self.run(image), (rows, columns), size=(height, width), **form)
         return decode(logits[None], self.manifest["tasks"][self.task]["decode"])[0]
 
     def _buffer(self, name: str, size: int, kind: Any) -> Any:

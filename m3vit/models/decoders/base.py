@@ -51,11 +51,16 @@ class Decoded(NamedTuple):
 
 
 class TokenHead(NamedTuple):
-    """A head that works token by token: LayerNorm -> Linear(D, C * upscale^2), then a pixel shuffle by `upscale`."""
+    """A head as the accelerator has it: LayerNorm -> Linear(D, C * upscale^2) for each token, then a pixel shuffle.
+
+    With `conv`, the Linear gives upscale^2 pixels of M features, [upscale, upscale, M], and ReLU and a 3x3 convolution
+    M -> C with zeros outside make the outputs.
+    """
 
     norm: nn.LayerNorm
     linear: nn.Linear
     upscale: int
+    conv: nn.Conv2d | None = None
 
 
 class Decoder(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from m3vit.errors import InputError, short
 from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
-from m3vit.models.decoders.base import Decoder, PerTask, Size, resize
+from m3vit.models.decoders.base import Decoder, PerTask, Size, TokenHead, resize
 
 WIDTHS = (1, 1024)  # fewest and most features
 
@@ -67,11 +67,20 @@ def conv(config: ModelConfig, backbone: Any, *, width: int = 32) -> Decoder:
 class Conv(PerTask):
     """A ConvHead for each task."""
 
-    no_hls = "the FPGA flow has linear ones"
+    def token_heads(self) -> dict[str, TokenHead]:
+        """Return the norm, the Linear and the convolution of each task."""
+        heads = {task: self[task] for task in self.tasks}
+        return {task: TokenHead(head.norm, head.linear, head.upscale, head.output) for task, head in heads.items()}
 
 
 def assemble_pixels(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int) -> Tensor:
     """Lay per-token outputs [B, T, s^2 * M], s = `upscale`, out as pixels [B, M, h * s, w * s], channels last."""
-    batch, (rows, columns) = len(outputs_BTC), grid
-    pixels = outputs_BTC.reshape(batch, rows, columns, upscale, upscale, -1).transpose(2, 3)
-    return pixels.reshape(batch, rows * upscale, columns * upscale, -1).permute(0, 3, 1, 2)
+    features = outputs_BTC.shape[-1] // upscale**2
+    pixels = outputs_BTC.unflatten(2, (upscale, upscale, features)).unflatten(1, grid)  # [B, h, w, s, s, M]
+    return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def divide_pixels(pixels_BMHW: Tensor, upscale: int) -> Tensor:
+    """Return the pixels [B, M, h * s, w * s] of each token, [B, T, s^2 * M]: the inverse of `assemble_pixels`."""
+    blocks = pixels_BMHW.unflatten(3, (-1, upscale)).unflatten(2, (-1, upscale))  # [B, M, h, s, w, s]
+    return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -5,6 +5,7 @@
 #include "m3vit_gelu.h"
 #include "m3vit_head.h"
 #include "m3vit_moe.h"
+#include "m3vit_pixel_head.h"
 #include "m3vit_position.h"
 
 #include <cstdio>
@@ -195,6 +196,29 @@ void head() {
     print(y);
 }
 
+struct pixel_head_config {
+    static const unsigned n_tok = T, n_dim = D, n_row = 4, n_column = 6, n_scale = 2, n_out = 12, n_task = 3, n_rows = 6;
+    typedef ::weight_t weight_t;
+    typedef ::bias_t bias_t;
+    static unsigned first_row(unsigned task) {
+        static const unsigned t[n_task + 1] = {0, 1, 4, 6};
+        return t[task];
+    }
+};
+void pixel_head() {
+    hls::stream<token> x;
+    hls::stream<word<data_t, 12>> y;
+    hls::stream<word<ap_uint<8>, 1>> task;
+    weight_t w[6 * 9 * 3];
+    bias_t b[6];
+    read(w);
+    read(b);
+    feed_task(task);
+    feed(x, T);
+    nnet::vit::pixel_head<token, word<ap_uint<8>, 1>, word<data_t, 12>, pixel_head_config>(x, task, y, w, b);
+    print(y);
+}
+
 void top_k() { // many rows of 8 logits
     unsigned rows;
     std::cin >> rows;
@@ -224,6 +248,8 @@ int main() {
             moe();
         else if (kernel == "head")
             head();
+        else if (kernel == "pixel_head")
+            pixel_head();
         else if (kernel == "top_k")
             top_k();
         else

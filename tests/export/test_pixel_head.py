@@ -1,0 +1,73 @@
+"""Heads with a convolution through both HLS schedules, and the layouts of their pixels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from m3vit.errors import InputError
+from m3vit.export.hls import leaf
+from m3vit.export.hls.project import export_project
+from m3vit.export.hls.spatial.schedule import lower
+from m3vit.export.hls.verify import logits_of, verify_project
+from m3vit.hw.isa import Op
+from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.program import Image
+from m3vit.kinds.decoding import assemble
+from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
+from tests.export.models import make_images, make_model, make_samples
+
+HEAD = {"head": "conv", "head_args": {"width": 6}}
+
+
+def test_pixels_by_hand() -> None:
+    """Two tokens side by side, of 2 x 2 pixels with one feature."""
+    tokens = torch.arange(8.0).reshape(1, 2, 4)
+    pixels = assemble_pixels(tokens, (1, 2), 2)
+    assert pixels.tolist() == [[[[0, 1, 4, 5], [2, 3, 6, 7]]]]
+    torch.testing.assert_close(divide_pixels(pixels, 2), tokens)
+
+
+def test_pixels_there_and_back() -> None:
+    outputs = torch.randn(2, 3 * 4, 5 * 9)
+    torch.testing.assert_close(divide_pixels(assemble_pixels(outputs, (3, 4), 3), 3), outputs)
+    manifest = {"grid": [3, 4], "image_size": [24, 32], "upscale": 3, "pixels_first": True}
+    expected = logits_of(outputs.numpy(), manifest)[1].numpy()
+    found = assemble(outputs[1].numpy(), (3, 4), 3, (24, 32), pixels_first=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["spatial", "multiplexed"])
+def test_simulation_agrees_with_torch(schedule: str, tmp_path: Path) -> None:
+    model, project = make_model(**HEAD), tmp_path / "project"
+    data = {"calibration": make_images(4, seed=9), "samples": make_samples()}
+    manifest = export_project(model, project, schedule=schedule, **data)
+    assert manifest["pixels_first"] and [task["outputs"] for task in manifest["tasks"]] == [4, 160, 4]
+    report = verify_project(project, 1)  # of the multiplexed schedule, with every word compared with the emulator's
+    for result in report["tasks"].values():
+        assert result["mean_error_relative"] < 1e-3 and result["flips"] == 0
+    if schedule == "multiplexed":
+        program = Image.read(project / WEIGHTS).program
+        assert [i.op for i in program[-7:]] == [Op.NORM, *3 * [Op.LINEAR, Op.CONV]]
+
+
+def test_one_task_less_to_tell() -> None:
+    """Of 7 layers that hls4ml can send the task id to, heads with a convolution take two."""
+    experts = {"trunk_args": {"depth": 6}, "moe_blocks": list(range(6))}
+    with pytest.raises(
+        InputError, match="6 MoE layers, and hls4ml can send the task id to 5 of them and the heads and"
+    ):
+        lower(make_model(**experts, **HEAD))
+    assert leaf.token_heads(make_model(**experts))["depth"].conv is None
+
+
+def test_pixels_are_what_the_head_of_the_model_sees() -> None:
+    model = make_model(**HEAD)
+    lowered = leaf.lower(model)  # which compares outputs
+    weight = lowered.pixel_head.weight
+    conv = model.heads["semseg"].output
+    assert isinstance(conv, nn.Conv2d) and weight.shape == (1 + 40 + 1, 3, 3, 6)
+    torch.testing.assert_close(weight[1:41].permute(0, 3, 1, 2), conv.weight)
