@@ -1,11 +1,13 @@
 """Batches for training, in an order that depends on the seed alone: not on workers, processes or resuming."""
 
 import multiprocessing
+import os
 import pickle
 import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -22,6 +24,8 @@ from m3vit.data.augment import Pair, training_pair
 from m3vit.data.sample import Sample, Split
 from m3vit.errors import InputError
 from m3vit.normalisation import Normalisation
+
+CACHE_SHARE = 0.4  # of the machine's memory: the model, other processes and the system need the rest
 
 
 class Batch(NamedTuple):
@@ -85,6 +89,7 @@ class TrainingSet(Dataset):
         self.normalisation = normalisation
         self.options: dict[str, Any] = {"ranges": split.m3vit_ranges, "flip": flip, "colour": colour}
         self.cache: dict[int, Sample] | None = {} if cache else None
+        self.room = CACHE_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # for the cache, bytes
 
     def __len__(self) -> int:
         return len(self.split)
@@ -106,9 +111,22 @@ class TrainingSet(Dataset):
     def _sample(self, index: int) -> Sample:
         if self.cache is None:
             return self.split.load(index)
-        if index not in self.cache:
-            self.cache[index] = self.split.load(index)
-        return self.cache[index]
+        if index in self.cache:
+            return self.cache[index]
+        sample = self.split.load(index)
+        size = sample.image.nbytes + sum(label.nbytes for label in sample.labels.values())
+        if size <= self.room:
+            self.cache[index] = sample
+            self.room -= size
+        elif self.room:  # the first
+            self.room = 0
+            warnings.warn(
+                f"data.cache keeps {len(self.cache)} of {len(self)} training images, which take {CACHE_SHARE:.0%} of "
+                f"this machine's memory; the others are read in each epoch (of {size / 2**20:.1f} MiB each): resize "
+                "them, or give --data.cache false and --data.workers",
+                stacklevel=2,
+            )
+        return sample
 
 
 def collate(examples: list[tuple[Pair | str, dict[str, str]]]) -> Batch:

@@ -68,7 +68,7 @@ def untrained(task: str, label_set: str, train: Sequence[Look], val: Sequence[Lo
     """Return, in words, the classes of a task that the labels of val have and those of train lack; empty if none."""
     names = LABEL_SETS[label_set].classes.get(task, ())
     trained, wanted = (
-        np.sum([one.pixels for one in looks if one.pixels is not None] or [np.zeros(256)], axis=0)[: len(names)]
+        sum((one.pixels for one in looks if one.pixels is not None), np.zeros(256, np.int64))[: len(names)]
         for looks in (train, val)
     )
     missing = [place for place in range(len(names)) if wanted[place] and not trained[place]]

@@ -120,9 +120,9 @@ def untrained_in(
 
 def with_trained(scores: Scores, label_set: str, untrained: dict[str, list[str]] | None) -> Scores:
     """Return scores with those over the classes that training labels have, where it is known which these are."""
-    classes = LABEL_SETS[label_set].classes
+    classes, absent = LABEL_SETS[label_set].classes, untrained or {}
     return {
-        task: over_trained(metrics, classes[task], untrained[task]) if task in (untrained or {}) else metrics
+        task: over_trained(metrics, classes[task], absent[task]) if task in absent else metrics
         for task, metrics in scores.items()
     }
 
@@ -132,8 +132,8 @@ def without_untrained(untrained: dict[str, list[str]] | None) -> dict[str, str]:
     words = {}
     for task, names in (untrained or {}).items():
         named = ", ".join(name.replace("_", " ") for name in names[:MOST_NAMES])
-        if more := len(names) - MOST_NAMES if len(names) > MOST_NAMES else 0:
-            named += f" and {more} more"
+        if len(names) > MOST_NAMES:
+            named += f" and {len(names) - MOST_NAMES} more"
         if names:
             words[task] = f"{TRAINED}: over the {task} classes that training labels have, without {named}"
     return words

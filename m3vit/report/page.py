@@ -100,7 +100,7 @@ def write_report(
     scores = {name: scoring.with_trained(one, label_set, untrained) for name, one in scores.items()}
     for task, words in scoring.without_untrained(untrained).items():
         figures = ", ".join(f"{name} {one[task][TRAINED]:.3f}" for name, one in scores.items() if TRAINED in one[task])
-        notes.append(f"{words}: {figures}.")
+        notes += [f"{words}: {figures}."] if figures else []
     report = {
         "protocol": PROTOCOLS[protocol],
         "images": len(indices),

@@ -38,7 +38,8 @@ class DataConfig:
             is found out from the files.
         root: the data set's folder, the one that holds gt_sets/ (nyud) or ImageSets/ (pascal).
         workers: loader processes; 0 loads in the training process.
-        cache: keep decoded samples in memory after the first epoch (small data sets only; workers 0).
+        cache: keep decoded samples in memory after the first epoch, as many as 40 % of it holds (workers 0): 6.4 MB for
+            a photograph of 480 x 640 with its four labels.
         pipeline: how training images are changed: simple (resize, colour), m3vit (zoom and rotation, resize) or invpt
             (scaling, crop, photometric distortion, padding), both as published.
         flip: mirror half of the training images.

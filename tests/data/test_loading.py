@@ -53,6 +53,20 @@ def test_processes_share_every_batch() -> None:
         EpochBatches(10, 4, seed=0, rank=0, processes=3)
 
 
+def test_a_cache_without_room_reads_again_and_says_so_once(tiny_data: Path) -> None:
+    """Photographs of 480 x 640 with their labels are 6.4 MB each: a machine may not hold them all."""
+    split = NYUD(tiny_data, "train")
+    plain, cached = (TrainingSet(split, (32, 48), 0, IMAGENET, cache=cache) for cache in (False, True))
+    assert 0 < cached.room < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cached.room = 2.5 * 32 * 48 * (3 + 1 + 4 + 12 + 1)
+    with pytest.warns(UserWarning, match="^data.cache keeps 2 of 10 training images") as said:
+        for epoch in range(2):
+            for index in range(4):
+                (image, _), (again, _) = plain[epoch, index], cached[epoch, index]
+                assert torch.equal(image, again)
+    assert len(said) == 1 and sorted(cached.cache or ()) == [0, 1]
+
+
 def test_cached_samples_give_the_same_batches(tiny_data: Path) -> None:
     split = NYUD(tiny_data, "train")
     plain, cached = (TrainingSet(split, (32, 48), 0, IMAGENET, "m3vit", cache=cache) for cache in (False, True))
