@@ -18,8 +18,9 @@ from _bench import arguments, child, machine, save
 
 ROWS: dict[str, list[str]] = {
     "nyud-vits14": [],
-    "head linear": ["--model.head=linear"],
-    "moe_blocks [10, 11]": ["--model.moe_blocks=[10,11]"],
+    "head linear": ["--model.head=linear", "--model.head_args={}"],
+    "head_stride 2": ["--model.head_stride=2"],
+    "moe_blocks [9, 11]": ["--model.moe_blocks=[9,11]"],
     "moe_blocks [11]": ["--model.moe_blocks=[11]"],
     "moe_blocks [11], 32-true": ["--model.moe_blocks=[11]", "--train.precision=32-true"],
     "dense": ["--model.moe_blocks=none"],
