@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.export.hls.leaf import lower
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.layered import tapped_blocks
 from m3vit.models.decoders.multiscale import Scale
@@ -18,11 +20,13 @@ from m3vit.models.decoders.taskexpert import GATES, Experts, Gate, Step, assembl
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import meta_model
 from m3vit.profiling import count_macs, profile
-from m3vit.training.config import Config, TrainConfig, recipe_path
+from m3vit.training.config import Config, DataConfig, TrainConfig, recipe_path
 from m3vit.training.launch import Fabric
+from m3vit.training.loop import train
 from m3vit.training.optim import make_optimizer
 from m3vit.training.step import Stepper
 from m3vit.training.weighting import make_weighting
+from tests.training.runs import same_bits
 
 GRID = (2, 3)
 TRUNK = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
@@ -385,3 +389,39 @@ def test_a_task_without_labels_changes_nothing_of_its_own(weighting: str) -> Non
     assert all(grad.isfinite().all() for grad in grads.values())
     own = [name for name in grads if name.startswith(("heads.own.depth", "heads.outputs.depth"))]
     assert all(grads[name].abs().max() == 0 for name in own)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("head", "arguments"), HEADS)
+def test_a_run_stopped_with_parts_frozen_ends_in_the_same_bits(
+    head: str, arguments: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = Config(
+        model=config(head=head, head_args=arguments, image_size=(32, 48), router_noise=1.0),
+        data=DataConfig(root=str(tiny_data), workers=0),
+        train=TrainConfig(
+            accelerator="cpu", epochs=2, batch_size=4, threads=1, checkpoint_steps=1, log_steps=1, tasks_per_step=2
+        ),
+    )
+    settings.train.freeze, settings.train.freeze_epochs = ["embed", "blocks.0"], {"heads": 1}
+    train(settings, tmp_path / "unbroken")
+
+    def stop(step: int, of: int, text: str) -> None:
+        if step == of // 2 + 1:  # the heads have been trained for a step
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(settings, tmp_path / "broken", progress=stop)
+    train(settings, tmp_path / "broken", resume=True)
+    same_bits(tmp_path / "unbroken", tmp_path / "broken")
+    text = (tmp_path / "unbroken" / "metrics.jsonl").read_text()
+    assert "/preliminary0" in text and "/preliminary3" not in text
+
+
+@pytest.mark.parametrize(("head", "arguments"), HEADS)
+def test_the_accelerator_is_refused_with_the_reason(head: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{head} heads, and the FPGA flow has heads that read the last block alone"):
+        lower(make(head=head, head_args=arguments))
