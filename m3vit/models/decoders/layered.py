@@ -39,7 +39,7 @@ class Layered(Decoder):
     Modules: `shared`, what all tasks run through; `own`, what is a task's own, by its name; `outputs`, its head.
     """
 
-    no_hls = "the FPGA flow has heads that read the last block alone: linear and conv"
+    no_hls = "the FPGA flow has heads that read the last block alone"
 
     def __init__(
         self,
