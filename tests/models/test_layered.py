@@ -227,14 +227,13 @@ def test_preliminary_outputs_are_of_training(head: str, arguments: dict[str, Any
         assert not any("training_only" in name for name, _ in without.named_parameters())
 
 
-@pytest.mark.parametrize("changes", [{}, {"memory": False}, {"gates": "token"}, {"gates": "static"}], ids=str)
-@pytest.mark.parametrize(("head", "arguments"), HEADS)
-def test_what_a_task_uses_is_what_its_prediction_reaches(
-    head: str, arguments: dict[str, Any], changes: dict[str, Any]
-) -> None:
-    if changes and head != "taskexpert":
-        pytest.skip("of taskexpert")
-    model = make(head=head, head_args=arguments | changes)
+@pytest.mark.parametrize(
+    ("head", "arguments"),
+    HEADS
+    + [("taskexpert", TASKEXPERT | changes) for changes in ({"memory": False}, *({"gates": g} for g in GATES[1:]))],
+)
+def test_what_a_task_uses_is_what_its_prediction_reaches(head: str, arguments: dict[str, Any]) -> None:
+    model = make(head=head, head_args=arguments)
     for task in model.config.tasks:
         model.zero_grad()
         model.eval()(torch.randn(2, 3, 24, 40)).logits[task].square().sum().backward()
