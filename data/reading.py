@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,3 +280,12 @@ def fitted(path: Path, label: NDArray, size: Size) -> NDArray:
 def _nearest(length: int, wanted: int) -> NDArray[np.intp]:
     # In double precision like OpenCV, which so misses some whole results by one: 103 * 1355 / 515 = 271 becomes 270.
     return np.minimum(np.floor(np.arange(wanted) * (1.0 / (wanted / length))), length - 1).astype(np.intp)
+
+
+def __getattr__(name: str) -> Any:
+    """Give read_mat its public name among the readers; its module builds on this one."""
+    if name == "read_mat":
+        from m3vit.data.matlab import read_mat
+
+        return read_mat
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

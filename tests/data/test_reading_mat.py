@@ -206,3 +206,9 @@ def test_label_maps(tmp_path: Path) -> None:
     for bad in ("text", np.zeros((2, 3, 4)), np.zeros((0, 0)), {"a": 1}):
         scipy.io.savemat(path, {"LabelMap": bad})
         refuses(read_label_map, path, "expected LabelMap to be a matrix")
+
+
+def test_it_is_among_the_readers() -> None:
+    from m3vit.data import reading
+
+    assert reading.read_mat is read_mat and not hasattr(reading, "read_math")

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.runtime.package import FORMAT, FORMAT_VERSION, Package, colourise
+from m3vit.kinds.classes import NOT_LABELLED
 from m3vit.kinds.decoding import decode
 from m3vit.tasks import palette
 
@@ -280,7 +281,7 @@ def test_colours(folder: Path) -> None:
     manifest = Package.load(folder).manifest
     ids = np.array([[0, 2, 255]], np.uint8)
     assert colourise(ids, "semseg", manifest).tolist() == [
-        [list(palette("abc")[0]), list(palette("abc")[2]), [0, 0, 0]]
+        [list(palette("abc")[0]), list(palette("abc")[2]), list(NOT_LABELLED)]
     ]
     edges = np.array([[0, 1]], np.float32)
     assert colourise(edges, "edge", manifest).tolist() == [[[255] * 3, [0] * 3]]
