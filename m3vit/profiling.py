@@ -49,7 +49,7 @@ PARTS = {
     "experts": "experts",
     "norms": "norms",
     "heads": "heads",
-    "distillation": "distillation (training only)",
+    "distillation": "training only",
 }
 
 # Of a parameter or module within a block, by a word in its name. The projections that timm's parallel blocks share
@@ -89,7 +89,7 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str]) -> di
         }
         for name in chosen
     }
-    distilling = count_macs(model, config.tasks, training=True) if config.distillation else stored
+    distilling = count_macs(model, config.tasks, training=True) if stored["distillation"] else stored
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

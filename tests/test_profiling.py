@@ -101,7 +101,7 @@ def flops(config: ModelConfig, tasks: list[str] | None = None, training: bool = 
     return counter.get_total_flops() + 2 * tokens * config.top_k * model.backbone.dim
 
 
-@pytest.mark.parametrize("head", ["linear", "conv", "pup"])
+@pytest.mark.parametrize("head", ["linear", "conv", "pup", "multiscale", "taskexpert"])
 @pytest.mark.parametrize("changes", [{}, {"router": "single"}, {"moe_blocks": "none"}], ids=str)
 def test_macs_agree_with_torch(head: str, changes: dict[str, Any]) -> None:
     config = small(head=head, **changes)
@@ -143,8 +143,9 @@ def test_profile_needs_no_weights() -> None:
     assert given == profile(small())
 
 
-def test_macs_of_distillation_agree_with_torch() -> None:
-    config = small(head="pup", distillation=[0, 1])
+@pytest.mark.parametrize("changes", [{"head": "pup", "distillation": [0, 1]}, {"head": "taskexpert"}], ids=str)
+def test_macs_of_what_only_trains_agree_with_torch(changes: dict[str, Any]) -> None:
+    config = small(**changes)
     report = profile(config)
     total = report["all_tasks_in_one_pass"]["macs"]["total"] + report["distillation"]["macs"]
     assert 2 * total == flops(config, training=True)

@@ -72,12 +72,18 @@ class ModelConfig:
             token, through softplus, scales the noise (Shazeer et al., arXiv 1701.06538; router_noise 1 is theirs).
         experts_per_task: the experts that a task may use, such as {depth: [0, 1, 2, 3]}; tasks not named use all.
         head: the decoder, kind of the task heads: linear (a linear map of each token: the cheapest, and the one that
-            also goes on the FPGA), conv (the same, then a 3x3 convolution, which hides the patches' borders) or pup
-            (SETR-PUP, as in M3ViT: the dearest), or the name of one that was added.
+            also goes on the FPGA), conv (the same, then a 3x3 convolution, which hides the patches' borders), pup
+            (SETR-PUP, as in M3ViT: the dearest), multiscale (features of several blocks for each task) or taskexpert
+            (TaskExpert-style: each task's features assembled from experts over several blocks), or the name of one
+            that was added.
         head_args: keyword arguments of the decoder: conv takes width, the features of a pixel that its convolution
-            reads (default 32); linear and pup take none.
-        head_stride: pixels of the image per output of a linear or conv head, before the final bilinear resize; pup
-            heads have half their patch size, halved down to 2 or less.
+            reads (default 32); multiscale takes blocks (how many evenly spaced ones it reads, or their indices;
+            default 4), width (channels of a task's feature, default 64), head_width (as conv's width) and preliminary
+            (whether features before the last are supervised too, default true); taskexpert takes these, experts (of
+            each block, default 5), memory (default true) and gates (both, token, sample or static); linear and pup
+            take none.
+        head_stride: pixels of the image per output of a head, before the final bilinear resize; pup heads have half
+            their patch size, halved down to 2 or less.
         distillation: stages of the pup heads whose features also train further outputs for each task, made from the
             features of all tasks (M3ViT's TAM): 0 is the one after the first upsampling. In training only: not
             exported, and nothing of it is needed to predict.

@@ -233,6 +233,7 @@ def test_findings_of_a_comparison() -> None:
         {"router": "task_conditioned"},
         {"num_experts": 1, "top_k": 1},
         {"head": "conv", "head_stride": 2, "head_args": {"width": 6}},
+        {"head": "taskexpert", "head_args": {"blocks": [1], "width": 6, "memory": False, "gates": "token"}},
     ],
     ids=str,
 )
@@ -277,6 +278,24 @@ def test_pup_heads_and_no_distillation(tmp_path: Path) -> None:
         own = sum(parameter.numel() for name, parameter in model.named_parameters() if own_part(name, task))
         floats = sum(array.size for array in arrays.values() if array.dtype == np.float32)
         assert floats < own + 10_000  # constants and running statistics; one 3x3 convolution has 589,824
+
+
+@pytest.mark.parametrize("head", ["multiscale", "taskexpert"])
+def test_heads_that_read_several_blocks(head: str, tmp_path: Path) -> None:
+    arguments = {"blocks": 2, "width": 6, "head_width": 5} | ({"experts": 3} if head == "taskexpert" else {})
+    model = make_model(tasks=["depth", "normals"], head=head, head_args=arguments)
+    with torch.no_grad():  # no two are the same
+        for parameter in model.heads.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    export_package(model, tmp_path / "package", Content(tasks=("depth",), one_backbone=True), info={})
+    report = check_parity(model, tmp_path / "package", make_images(2))
+    assert report["depth"]["worst_relative_error"] < LIMIT
+    used, arrays = {id(p) for p in model.heads.used_by("depth")}, arrays_of(tmp_path / "package" / "depth.onnx")
+    for name, parameter in model.heads.named_parameters():
+        if id(parameter) not in used:
+            assert not contains(arrays, parameter), name
+        elif parameter.ndim > 1:
+            assert contains(arrays, parameter), name
 
 
 def own_part(name: str, task: str) -> bool:

@@ -133,7 +133,7 @@ def test_refusals(added: None) -> None:
             try_out(ModelConfig(**SMALL | {"image_size": (32, 48)} | changes))
 
     fails(r"model\.head_args is \{'width': 8\}, and head linear takes none", head="linear", head_args={"width": 8})
-    fails("choose from linear, conv, pup, three", head="thre")
+    fails("choose from linear, conv, pup, multiscale, taskexpert, three", head="thre")
     fails("it needs pup heads", head="three", distillation=[0])
     fails("reads the blocks 0, 1, -1|reads the blocks -1, 0, 1", head="three", trunk_args={**TRUNK, "depth": 2})
     for name, build, words in (

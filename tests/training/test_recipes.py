@@ -18,7 +18,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config, DataConfig, TrainConfig, read_config, recipe_names, recipe_path
 from m3vit.training.parts import frozen_epochs
 
-OWN = ("synthetic-tiny", "synthetic-pascal-tiny", "nyud-vits14")  # of no publication
+OWN = ("synthetic-tiny", "synthetic-pascal-tiny", "synthetic-taskexpert-tiny", "nyud-vits14")  # of no publication
 PUBLISHED = [name for name in recipe_names() if name not in OWN]
 
 

@@ -27,6 +27,8 @@ DECODERS: dict[str, Entry] = {
     "linear": Entry("m3vit.models.decoders.linear:linear", ("head_stride",)),
     "conv": Entry("m3vit.models.decoders.conv:conv", ("head_stride",)),
     "pup": Entry("m3vit.models.decoders.pup:pup", ("distillation",)),
+    "multiscale": Entry("m3vit.models.decoders.multiscale:multiscale", ("head_stride",)),
+    "taskexpert": Entry("m3vit.models.decoders.taskexpert:taskexpert", ("head_stride",)),
 }
 READABLE = ("head_stride", "distillation")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders import builder
 
@@ -134,3 +134,9 @@ def make_decoder(config: ModelConfig, backbone: Any) -> Decoder:
 def resize(logits: Tensor, size: Size) -> Tensor:
     """Return logits [B, C, h, w] bilinearly resized to [B, C, *size], or as they are if `size` is None."""
     return logits if size is None else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def whole_number(name: str, value: object, limits: tuple[int, int]) -> None:
+    """Raise InputError unless an argument of a decoder is a whole number within limits, which count as within."""
+    if type(value) is not int or not limits[0] <= value <= limits[1]:
+        raise InputError(f"model.head_args.{name} is {short(value)}: give a whole number of {limits[0]} to {limits[1]}")

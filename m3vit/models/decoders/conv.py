@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m3vit.errors import InputError, short
+from m3vit.errors import InputError
 from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
-from m3vit.models.decoders.base import Decoder, PerTask, Size, TokenHead, resize
+from m3vit.models.decoders.base import Decoder, PerTask, Size, TokenHead, resize, whole_number
 
 WIDTHS = (1, 1024)  # fewest and most features
 
@@ -46,9 +46,7 @@ class ConvHead(nn.Module):
 
 def conv(config: ModelConfig, backbone: Any, *, width: int = 32) -> Decoder:
     """Build the decoder. width: features of a pixel (M), out of which the convolution makes the channels of a task."""
-    least, most = WIDTHS
-    if isinstance(width, bool) or not isinstance(width, int) or not least <= width <= most:
-        raise InputError(f"model.head_args.width is {short(width)}: give a whole number of {least} to {most}")
+    whole_number("width", width, WIDTHS)
     return Conv(
         {
             task.name: ConvHead(

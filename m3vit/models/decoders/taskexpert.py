@@ -1,0 +1,175 @@
+"""The decoder `taskexpert`, TaskExpert-style: each task's features assembled from experts over several blocks.
+
+After TaskExpert (Ye & Xu, ICCV 2023, arXiv 2307.15324), of which there is no code. What its abstract and the caption
+of its figure 2 state, and what we chose where they are silent:
+
+    the paper                                         here
+    modules at several layers of the backbone         `blocks`: four, evenly spaced, the last one among them
+    expert networks decompose the feature of a        LayerNorm, Linear(D, W), then `experts` 3x3 convolutions W -> W
+      layer into task-generic features                  with GELU, without normalisation over batch or pixels; 5
+    dynamic gates of each task assemble them          logits of each token (a Linear of it) + logits of the image (a
+                                                        Linear of the mean token) + a bias, softmax over the experts;
+                                                        they read the projected feature + the memory read
+    the memory of a task is one more expert of        its LayerNorm, as it is, weighed by one more gate
+      the mixture
+    the assembled feature updates the memory of       memory + Linear(W, W) of the assembled feature; a learned vector
+      the task at each layer                            of the task stands in it at first, at all tokens
+    the last memory makes the prediction              LayerNorm, Linear to pixels, ReLU, 3x3 convolution (`ConvHead`)
+    all tasks in one forward pass                     so; experts run once for all tasks
+    (preliminary decoders, as its predecessors)       LayerNorm, Linear of the memory after each block but the last
+
+On a trunk with experts the tokens of the tasks differ behind the first router. A task must not depend on which others
+are asked for, so the tasks' tokens are not averaged: there, what is task-generic are the expert networks, not what
+they see. They run once for all tasks on blocks where the tasks are still the same (all of a dense trunk's), and on each
+task's tokens otherwise.
+
+Shapes: as in layered.py; Q = 1 where the tasks' tokens are the same, R where they differ; E experts; K = E + 1 parts of
+a mixture, the memory the last, or E without memory.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig
+from m3vit.models.decoders.base import Features, whole_number
+from m3vit.models.decoders.layered import Layered, check_widths, tapped_blocks
+from m3vit.values import not_among
+
+GATES = ("both", "token", "sample", "static")
+EXPERTS = (1, 256)  # fewest and most
+
+
+class Experts(nn.Module):
+    """Decompose: the expert networks of one block, shared by all tasks."""
+
+    def __init__(self, dim: int, width: int, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.project = nn.Linear(dim, width)
+        self.bank = nn.Conv2d(width, experts * width, 3, padding=1)  # the experts' convolutions, one after the other
+
+    def forward(self, tokens_QBTD: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the projected feature [Q, B, T, W] and its decomposition [Q, B, T, E, W]."""
+        projected = self.project(self.norm(tokens_QBTD))
+        maps = projected.flatten(0, 1).mT.unflatten(2, grid)
+        parts = F.gelu(self.bank(maps)).flatten(2).mT.unflatten(2, (self.experts, -1))
+        return projected, parts.unflatten(0, (len(tokens_QBTD), -1))
+
+
+class Gate(nn.Module):
+    """Gate: the weights of one task's mixture after one block, [B, T, K], of sum 1. `kind` is one of GATES."""
+
+    def __init__(self, width: int, parts: int, kind: str) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(parts))
+        self.token = nn.Linear(width, parts, bias=False) if kind in ("both", "token") else None
+        self.sample = nn.Linear(width, parts, bias=False) if kind in ("both", "sample") else None
+        for layer in (self.token, self.sample):
+            if layer is not None:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        """Return the weights for what the gate reads."""
+        logits = self.bias.expand(*x_BTW.shape[:2], -1)
+        if self.token is not None:
+            logits = logits + self.token(x_BTW)
+        if self.sample is not None:
+            logits = logits + self.sample(x_BTW.mean(1, keepdim=True))
+        return logits.softmax(-1)
+
+
+def assemble(weights_BTK: Tensor, parts_BTEW: Tensor, read_BTW: Tensor | None) -> Tensor:
+    """Return the weighted sum [B, T, W] of the experts' features, and of what is read of the memory if there is one."""
+    experts = parts_BTEW.shape[2]
+    assembled = (weights_BTK[:, :, None, :experts] @ parts_BTEW).squeeze(2)
+    return assembled if read_BTW is None else assembled + weights_BTK[:, :, experts:] * read_BTW
+
+
+class Step(nn.Module):
+    """What is one task's own after one block: how it reads its memory, its gate, and the update of the memory."""
+
+    def __init__(self, width: int, experts: int, memory: bool, gates: str) -> None:
+        super().__init__()
+        self.read = nn.LayerNorm(width, eps=1e-6) if memory else None
+        self.gate = Gate(width, experts + memory, gates)
+        self.write = nn.Linear(width, width)
+
+    def forward(self, memory_BTW: Tensor, projected_BTW: Tensor, parts_BTEW: Tensor) -> Tensor:
+        """Return the memory [B, T, W] after the block."""
+        read = None if self.read is None else self.read(memory_BTW)
+        weights = self.gate(projected_BTW if read is None else projected_BTW + read)
+        return self.update(memory_BTW, assemble(weights, parts_BTEW, read))
+
+    def update(self, memory_BTW: Tensor, assembled_BTW: Tensor) -> Tensor:
+        """Return the memory with the assembled feature written to it."""
+        return memory_BTW + self.write(assembled_BTW)
+
+
+class Memory(nn.Module):
+    """One task's memory: what it holds at first [W], and its step after each block."""
+
+    def __init__(self, width: int, experts: int, blocks: int, memory: bool, gates: str) -> None:
+        super().__init__()
+        self.start = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        self.steps = nn.ModuleList(Step(width, experts, memory, gates) for _ in range(blocks))
+
+
+class TaskExpert(Layered):
+    """`Experts` of each block for all tasks, a `Memory` of each task, and a head on its last state.
+
+    A block costs T (D W + 9 E W^2) MACs an image once (for each task where the tokens differ), and each task
+    T (W^2 + E W), and T K W for gates of tokens; beside the heads.
+    """
+
+    def __init__(self, shared: Sequence[Experts], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.shared = nn.ModuleList(shared)
+
+    def features(self, features: Features, tasks: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Return the memory [B, T, W] of each task after each tapped block."""
+        found: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        for place, block in enumerate(self.blocks):
+            projected, parts = self.shared[place](features.tokens[block], features.grid)
+            for position, task in enumerate(tasks):
+                own: Any = self.own[task]
+                mine = position if len(parts) > 1 else 0
+                memory = found[task][-1] if place else torch.zeros_like(projected[mine]) + own.start
+                found[task].append(own.steps[place](memory, projected[mine], parts[mine]))
+        return found
+
+
+def taskexpert(
+    config: ModelConfig,
+    backbone: Any,
+    *,
+    blocks: int | list[int] = 4,
+    experts: int = 5,
+    width: int = 64,
+    memory: bool = True,
+    gates: str = "both",
+    head_width: int = 32,
+    preliminary: bool = True,
+) -> TaskExpert:
+    """Build the decoder.
+
+    blocks: as of `tapped_blocks`. experts: E, of each block. width: W. memory: whether mixtures and gates read it;
+    without, what is left of it is the sum of what was written. gates: token (weights differ between tokens), sample
+    (between images), both (their logits are added) or static (neither). head_width: features of a pixel in the heads,
+    as `conv`'s width. preliminary: whether the memories before the last are supervised too.
+    """
+    check_widths(width, head_width)
+    whole_number("experts", experts, EXPERTS)
+    if gates not in GATES:
+        raise InputError(not_among("model.head_args.gates", gates, GATES))
+    if type(memory) is not bool:
+        raise InputError(f"model.head_args.memory is {memory!r}: give true or false")
+    count = len(tapped_blocks(blocks, len(backbone.trunk.blocks)))
+    shared = [Experts(backbone.dim, width, experts) for _ in range(count)]
+    own = {task: Memory(width, experts, count, memory, gates) for task in config.tasks}
+    return TaskExpert(shared, config, backbone, blocks, width, head_width, preliminary, own)
