@@ -190,6 +190,14 @@ def begin_worker(_: int) -> None:
         signal.signal(kind, signal.SIG_IGN)
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch would print lines of its own beside ours
     sys.excepthook = lambda *_: None  # of the thread that hands out shared memory: the other end tells of it
+    if (training := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+
+
+def _end_with(training: Any) -> None:
+    """End this process when the training process has: torch looks at the parent, which may be a fork server."""
+    wait([training.sentinel])
+    os._exit(1)
 
 
 def describe(error: BaseException) -> str:

@@ -154,9 +154,16 @@ def test_all_end_when_one_is_killed(uneven_data: Path, tmp_path: Path, what: str
     started.wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
     pid = started.processes[1].pid
     if what == "process":
+        loaders = set(children_of(pid))
+        while not loaders:  # a new one comes with each epoch
+            loaders = set(children_of(pid))
         os.kill(pid, signal.SIGKILL)
         assert started.wait(60) == [2, -signal.SIGKILL], started.text
         assert "another process of this training ended" in started.text
+        deadline = time.monotonic() + 60
+        while left := [loader for loader in loaders if Path(f"/proc/{loader}").exists()]:
+            assert time.monotonic() < deadline, f"{left} load data for nobody"
+            time.sleep(0.05)
     else:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:  # a new one comes with each epoch
