@@ -1,16 +1,16 @@
 """How much of the grid of patches predictions show: steps across the borders of patches, over those within patches.
 
-    python benchmarks/patch_grid.py RUN [RUN ...] [--images 20] [--data.root DIR]
+    python benchmarks/patch_grid.py RUN [RUN ...] [--images 20] [--data.root DIR] [--json FILE]
 
 For each run and task, the mean |difference| of neighbouring logits, at the head's own resolution, where the two are of
 different patches, over the same where they are of one: 1 where patches leave no trace, and 3 where a border is three
 times as steep as what is beside it. Images: the first of val.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
+from _bench import arguments, save
 from torch import Tensor
 
 from m3vit.data.network_input import network_input
@@ -30,11 +30,12 @@ def steepness(logits: Tensor, columns: int) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--data.root", dest="root", help="default: the data that a run was trained on")
     args = parser.parse_args()
+    figures = {}
     for folder in args.runs:
         run = load_run(folder)
         model, config = run.model.eval(), run.config
@@ -46,6 +47,8 @@ def main() -> None:
         columns = size[1] // model.backbone.patch_size
         found = {task: steepness(value, columns) for task, value in model(images, native=tasks).logits.items()}
         print(f"{folder}, {config.model.head}: " + ", ".join(f"{task} {value:.2f}" for task, value in found.items()))
+        figures[str(folder)] = found
+    save(args.json, figures)
 
 
 if __name__ == "__main__":

@@ -29,16 +29,13 @@ ROWS: dict[str, list[str]] = {
     "MoE, specialised": ["--train.balance_weight=0", "--train.specialise_weight=0.1"],
 }
 METRICS = {"semseg": ("mIoU", "mIoU_trained"), "depth": ("rmse", "delta1"), "normals": ("mErr",), "edge": ("odsF",)}
-EXPORTS: dict[str, tuple[list[str], list[str]]] = {  # name -> arguments of m3vit export, of m3vit eval
-    "ONNX, fp32": (["onnx"], []),
-    "ONNX, int8": (["onnx", "--precision", "int8"], []),
-    "ONNX, pruned 0.99": (["onnx", "--prune", "coverage=0.99"], []),
-    "ONNX, pruned 0.99, int8": (["onnx", "--prune", "coverage=0.99", "--precision", "int8"], []),
-    "ZCU104, 16-bit": (["hls", "--schedule", "multiplexed", "--samples", "4"], []),
-    "ZCU104, W8A8": (
-        ["hls", "--schedule", "multiplexed", "--samples", "4", "--weight-bits", "8", "--act-bits", "8"],
-        [],
-    ),
+EXPORTS: dict[str, list[str]] = {  # name -> arguments of m3vit export
+    "ONNX, fp32": ["onnx"],
+    "ONNX, int8": ["onnx", "--precision", "int8"],
+    "ONNX, pruned 0.99": ["onnx", "--prune", "coverage=0.99"],
+    "ONNX, pruned 0.99, int8": ["onnx", "--prune", "coverage=0.99", "--precision", "int8"],
+    "ZCU104, 16-bit": ["hls", "--schedule", "multiplexed", "--samples", "4"],
+    "ZCU104, W8A8": ["hls", "--schedule", "multiplexed", "--samples", "4", "--weight-bits", "8", "--act-bits", "8"],
 }
 
 
@@ -104,12 +101,12 @@ def exports(args: Any) -> dict[str, Any]:
     print("| | " + " | ".join(headings()) + " |\n|---|" + "---:|" * len(headings()))
     table = {"torch": figures(source)}
     print("| torch | " + " | ".join(cells(table["torch"])) + " |")
-    for name, (words, options) in EXPORTS.items():
+    for name, words in EXPORTS.items():
         folder = folder_of(args.out, name)
         if not folder.exists():
             run("export", words[0], source, "--out", folder, *words[1:])
         if not (folder / "eval.json").exists():
-            run("eval", folder, "--data.root", args.data, *options)
+            run("eval", folder, "--data.root", args.data)
         table[name] = figures(folder)
         print(f"| {name} | " + " | ".join(cells(table[name])) + " |", flush=True)
     return table

@@ -195,7 +195,10 @@ def begin_worker(_: int) -> None:
 
 
 def _end_with(training: Any) -> None:
-    """End this process when the training process has: torch looks at the parent, which may be a fork server."""
+    """End this process when the training process has.
+
+    torch looks at the parent now and then, but not while a batch waits to be handed over, and it may be a fork server.
+    """
     wait([training.sentinel])
     os._exit(1)
 

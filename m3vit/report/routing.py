@@ -249,12 +249,17 @@ def laid_over(image: NDArray[np.uint8], patches: NDArray[np.uint8]) -> NDArray[n
     return grey_blend(image, patches[down][:, across])
 
 
+def labelled_tasks(figures: dict[str, Any]) -> list[str]:
+    """Return the tasks with labelled patches."""
+    return [task for task, table in figures["labels"].items() if any(table["patches"])]
+
+
 def charts(figures: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     """Yield all charts of a split's figures with the names of their files; of labels, each block's."""
     yield "use", use_chart(figures)
     if figures["apart"]:
         yield "shared", shared_chart(figures)
-    labels = [task for task, table in figures["labels"].items() if any(table["patches"])]
+    labels = labelled_tasks(figures)
     if labels:
         yield "information", information_chart(figures)
     for labelled in labels:
@@ -271,7 +276,7 @@ def page_charts(figures: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
             "would be (95 %) with each task's experts named at random.",
             shared_chart(figures),
         )
-    labels = [task for task, table in figures["labels"].items() if any(table["patches"])]
+    labels = labelled_tasks(figures)
     if labels:
         yield (
             "How much of the choice of experts the labels explain (mutual information, as a share of the choice's "
