@@ -232,7 +232,7 @@ def test_findings_of_a_comparison() -> None:
         {"moe_blocks": "none"},
         {"router": "task_conditioned"},
         {"num_experts": 1, "top_k": 1},
-        {"head": "conv", "head_stride": 2, "head_args": {"width": 6}},
+        {"head": "conv", "head_stride": 2, "head_args": {"width": 6, "blocks": 2}},
         {"head": "taskexpert", "head_args": {"blocks": [1], "width": 6, "memory": False, "gates": "token"}},
     ],
     ids=str,
