@@ -11,7 +11,7 @@ scale and bias of each head's LayerNorm into its Linear.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -419,7 +419,7 @@ def _build(model: MultiTaskModel, budget: Budget) -> LoweredModel:
     norms, linears = (model.heads.fusion.norms, model.heads.fusion.linears) if model.heads.fusion else ((), ())
     named = [(str(block), norm, linear) for block, norm, linear in zip(earlier, norms, linears, strict=True)]
     layers["fusion_norms"] = nn.ModuleDict({name: _norm(norm, f"norm {name} of the heads") for name, norm, _ in named})
-    layers["fusion_linears"] = nn.ModuleDict({name: _linear(linear) for name, _, linear in named})
+    layers["fusion_linears"] = nn.ModuleDict({name: _linear(cast(nn.Linear, linear)) for name, _, linear in named})
     layers["head"] = _head(model, position.prefix)
     if (conv := _pixel_head(model, grid)) is not None:
         layers["pixel_head"] = conv
