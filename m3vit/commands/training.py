@@ -132,7 +132,7 @@ def run_init(argv: Sequence[str]) -> None:
     check_given(config, argv)
     from m3vit.training.loop import initialise
 
-    initialise(config, args.out)
+    initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")
 
 

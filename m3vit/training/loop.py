@@ -15,7 +15,7 @@ from m3vit.data.opening import open_split
 from m3vit.errors import InputError, WriteError, first_line
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
-from m3vit.models.initialise import RANDOM, new_model
+from m3vit.models.initialise import RANDOM, new_model, not_taken
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import current_names
 from m3vit.models.trial import try_out
@@ -73,9 +73,11 @@ def build(config: Config) -> MultiTaskModel:
     return model
 
 
-def initialise(config: Config, out: Path) -> None:
-    """Write a run folder with untrained weights (`m3vit init`)."""
+def initialise(config: Config, out: Path, say: Callable[[str], None] | None = None) -> None:
+    """Write a run folder with untrained weights (`m3vit init`); `say` gets lines about what did not fit."""
     model = build(config)
+    for line in not_taken(model) if say else ():
+        say(line)
     prepare_folder(replace(config, model=model.config), out, resume=False)
     save_model(out, model, epoch=0)
 
@@ -101,6 +103,8 @@ def train(
             say(f"images are normalised with {training.model.normalisation}")
             if named := [name for name in dict.fromkeys(training.model.origins["from"].values()) if name != RANDOM]:
                 say(f"weights begin as {' and '.join(named)}, the rest at random (model.json has the list)")
+            for line in not_taken(training.model):
+                say(line)
             say(table(config.train, training.model))
         training.run()
     except (InputError, Stopped) as error:
