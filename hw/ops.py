@@ -1,10 +1,10 @@
 """Each opcode with its engine, and what both cost: memories, multipliers, cycles and bytes. No torch.
 
 Cycles are those of the loops of hw/include/engine as they are written: trips times II, and stages of a dataflow region
-side by side (side_by_side, ping_pong); a test counts trips and entries of loops in the C++. What a loop costs beside its
-trips (depth of the pipeline, latency of memory) no one has measured: Timing has what is assumed of it, LOOPS nothing,
-which makes a lower bound. Bytes are those that C-simulation counts (M3VIT_COUNT); a test compares them, instruction by
-instruction. Fetching the instruction itself is `fetch` and FETCH_BYTES, also for one that is skipped.
+side by side (side_by_side, ping_pong); a test counts trips and entries of loops in the C++. What a loop costs beside
+its trips (depth of the pipeline, latency of memory) no one has measured: Timing has what is assumed of it, LOOPS
+nothing, which makes a lower bound. Bytes are those that C-simulation counts (M3VIT_COUNT); a test compares them,
+instruction by instruction. Fetching the instruction itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
