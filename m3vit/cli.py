@@ -67,6 +67,7 @@ COMMANDS: dict[str, Command] = {
         hls.run_export_hls,
     ),
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", *command(hls.Csim, hls.run_csim)),
+    "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
     "report": (
         "Draw one self-contained HTML page about a run and its exports, and write its figures as JSON.",
         *command(report.Report, report.run_report),
@@ -87,6 +88,7 @@ PLUGGABLE = (
     "export onnx",
     "export hls",
     "hw csim",
+    "hw cost",
     "report",
     "data check",
 )
