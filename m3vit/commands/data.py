@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from m3vit.commands.terminal import progress_bar, say
 from m3vit.errors import InputError
-from m3vit.options import File, Number, Positive, Size, Value
+from m3vit.options import File, Number, Positive, Size, Value, words
 
 
 def _writers() -> list[str]:
@@ -51,13 +51,15 @@ class Check:
     """Options of m3vit data check.
 
     Attributes:
-        root: the data set's folder, which holds gt_sets/ or ImageSets/
+        root: the data set's folder, which holds gt_sets/, ImageSets/ or data.yaml
+        tasks: look at these alone, such as semseg,depth (default: all)
         json: write the whole report as JSON (default: none)
         workers: processes (default: one a core)
         quick: compare lists and names alone, open no file
     """
 
     root: Annotated[Path, Value(metavar="ROOT", positional=True)]
+    tasks: Annotated[tuple[str, ...], Value(words, "TASK,...")] | None = None
     json: File | None = None
     workers: Positive | None = None
     quick: bool = False
@@ -69,7 +71,7 @@ def run_check(wanted: Check) -> int:
     if wanted.quick and wanted.workers:
         raise InputError("--quick opens no file, and --workers are processes that open them: leave one of them out")
     with progress_bar("checking samples") as bar:
-        report = check(wanted.root, quick=wanted.quick, workers=wanted.workers, progress=bar)
+        report = check(wanted.root, quick=wanted.quick, tasks=wanted.tasks, workers=wanted.workers, progress=bar)
     if wanted.json is not None:
         from m3vit.files import write_json
 

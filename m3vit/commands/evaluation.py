@@ -106,8 +106,14 @@ def run_eval(args: argparse.Namespace) -> None:
         columns = ("trivial", "torch") if is_run else (predictor.name,)
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
+        if labelled := result.get("labelled"):
+            caption += "\nimages with a label: " + ", ".join(f"{task} {count}" for task, count in labelled.items())
         beside = without_untrained(result["untrained"])  # but for tasks whose own meter has no such figure
-        beside = {task: words for task, words in beside.items() if TRAINED in result["tasks"][task][columns[-1]]}
+        beside = {
+            task: words
+            for task, words in beside.items()
+            if task in result["tasks"] and TRAINED in result["tasks"][task][columns[-1]]
+        }
         caption += "".join(f"\n{words}" for words in beside.values())
         print_scores(result["tasks"], columns, caption, wanted.all_metrics, dict.fromkeys(beside, TRAINED))
         say_changed(info.get("changed_files", []))

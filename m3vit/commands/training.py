@@ -35,7 +35,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     start = None
     if recipe and command in OPENING_RUNS and recipe not in recipe_names() and Path(recipe).is_dir():
         start = Path(recipe) / "config.yaml"
-        read_run_config(Path(recipe))  # its messages are clearer than those of the parser below
+        run = read_run_config(Path(recipe))  # its messages are clearer than those of the parser below
+        _know_labels(Path(recipe), run.model)
     elif recipe:
         start = recipe_path(recipe)
     parser = jsonargparse.ArgumentParser(
@@ -86,6 +87,18 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
             parsed[name] = Path(parsed[name])
     recall(parsed.plugins, str(start))
     return Config(parsed.model, parsed.data, parsed.train, loaded()), parsed
+
+
+def _know_labels(run: Path, model: Any) -> None:
+    """Make known the classes and tasks that a run describes, where they are of data of somebody's own."""
+    from m3vit.digests import read_sealed_json
+    from m3vit.label_sets import LABEL_SETS, declare
+
+    info = run / "model.json"
+    if model.label_set not in LABEL_SETS and info.is_file():
+        described = read_sealed_json(info, "part of a run folder").get("labels")
+        if described is not None:
+            declare(described, str(info), model.tasks)
 
 
 def _split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -234,7 +234,7 @@ class TrivialPredictor:
                     raise
                 left_out += len(split.tasks)
                 continue
-            left_out += len(sample.unlabelled)
+            left_out += sum(bool(text) for text in sample.unlabelled.values())
             for task, label in sample.labels.items():
                 sums[task] = sums.get(task, 0) + kind_of(task).tally(label)
             if progress:

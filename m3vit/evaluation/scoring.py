@@ -87,10 +87,19 @@ def score(
     if not trivial:
         untrained = untrained_in(layout, root, tasks, label_set, stage(progress, "training labels"))
     scores = {name: with_trained(evaluation.scores(), label_set, untrained) for name, evaluation in evaluations.items()}
+    labelled = {
+        task: len(split) - len(messages)
+        for task, messages in evaluations[predictor.name].unlabelled.items()
+        if messages
+    }
+    if bare := [task for task, count in labelled.items() if not count]:
+        warnings.warn(f"no val image of {root} is labelled for {', '.join(bare)}: no figure of it", stacklevel=2)
+        tasks = [task for task in tasks if task not in bare]
     result = {
         "protocol": PROTOCOLS[protocol],
         "split": "val",
         "images": len(split),
+        **({"labelled": labelled} if labelled else {}),
         "data": str(Path(root).resolve()),
         "label_set": label_set,
         "labels": describe(label_set),

@@ -58,8 +58,8 @@ class ModelConfig:
             {mean: [R, G, B], std: [R, G, B]} of images in 0 to 1. The run keeps the numbers.
         image_size: (height, width) in pixels that the position embedding is made for.
         label_set: whose classes and tasks the outputs have: nyud or pascal (or one of a plug-in); auto is that of
-            data.layout.
-        tasks: names of the tasks, in the order of their task ids.
+            data.layout, or what data.yaml describes.
+        tasks: names of the tasks, in the order of their task ids; [all] is those of the data, with label_set auto.
         moe_blocks: which blocks get experts instead of their MLP: "odd" (M3ViT), "none" or a list of indices.
         num_experts: experts in each bank (E).
         top_k: experts per token (K).

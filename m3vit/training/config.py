@@ -13,6 +13,7 @@ import yaml
 from m3vit.digests import check_sealed
 from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
+from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
 from m3vit.tasks import TASKS
@@ -34,9 +35,9 @@ class DataConfig:
     """Where the data are and how they are loaded.
 
     Attributes:
-        layout: how the data set lies in files: nyud or pascal (or one of a plug-in). Which of its releases lies in root
-            is found out from the files.
-        root: the data set's folder, the one that holds gt_sets/ (nyud) or ImageSets/ (pascal).
+        layout: how the data set lies in files: nyud, pascal (or one of a plug-in), or folder: data of your own, which a
+            data.yaml describes (m3vit data init). Which release of nyud lies in root is found out from the files.
+        root: the data set's folder, the one that holds gt_sets/ (nyud), ImageSets/ (pascal) or data.yaml (folder).
         workers: loader processes; 0 loads in the training process.
         cache: keep decoded samples in memory after the first epoch, as many as 40 % of it holds (workers 0): 6.4 MB for
             a photograph of 480 x 640 with its four labels.
@@ -176,7 +177,17 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.model.label_set == "auto":
-            self.model = replace(self.model, label_set=self._layout().label_set)
+            self._take_labels()
+
+    def _take_labels(self) -> None:
+        """Fill in what the data say of themselves: the label set, its tasks for "all", and special mean and std."""
+        layout, root = self._layout(), self.data.root
+        label_set = layout.label_set_of(root)
+        tasks = list(LABEL_SETS[label_set].tasks) if self.model.tasks == ["all"] else self.model.tasks
+        normalisation = self.model.normalisation
+        if normalisation == "auto" and (special := layout.normalisation_of(root)):
+            normalisation = special.plain()
+        self.model = replace(self.model, label_set=label_set, tasks=tasks, normalisation=normalisation)
 
     def _layout(self) -> "type[FileSplit]":
         from m3vit.data.opening import layout_named  # with numpy and Pillow, which --help needs not
@@ -192,7 +203,7 @@ class Config:
         if train.best not in (choices := ("mean", *self.model.tasks)):
             raise InputError(not_among("train.best", train.best, choices))
         layout = self._layout()
-        layout.check_fits(self.model.labels, self.model.tasks)
+        layout.check_fits(self.model.labels, self.model.tasks, self.data.root)
         if self.data.pipeline == "m3vit" and layout.m3vit_ranges is None:
             raise InputError(
                 "data.pipeline is m3vit, whose zooms and turns are those published for a data set, and data.layout "

@@ -11,8 +11,9 @@ import torch
 
 from m3vit.collectives import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
-from m3vit.data.opening import open_split
+from m3vit.data.opening import check_masks, open_split
 from m3vit.errors import InputError, WriteError, first_line
+from m3vit.evaluation.scoring import default_workers
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
 from m3vit.models.initialise import RANDOM, new_model, not_taken
@@ -100,6 +101,8 @@ def train(
     try:
         training = Training(fabric, config, out, resume, progress)
         if say and rank() == 0:
+            if training.coverage:
+                say(training.coverage)
             say(f"images are normalised with {training.model.normalisation}")
             if named := [name for name in dict.fromkeys(training.model.origins["from"].values()) if name != RANDOM]:
                 say(f"weights begin as {' and '.join(named)}, the rest at random (model.json has the list)")
@@ -145,6 +148,9 @@ class Training:
             ]
         )
         train_split, self.val_split = splits
+        self.coverage = "; ".join(words for split in splits if (words := split.coverage()))
+        if not resume and options.on_error == "stop":
+            agree(lambda: None if rank() else check_masks(splits, default_workers()))
         agree(lambda: check_scored(config.model.tasks, config.model.label_set))
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
         if both:
