@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, sweep, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "train": (training.TITLES["train"], None, training.run_train),
     "init": (training.TITLES["init"], None, training.run_init),
     "profile": (training.TITLES["profile"], None, training.run_profile),
+    "sweep": (sweep.TITLE, None, sweep.run_sweep),
     "eval": (
         "Score a run, an ONNX package or an HLS project on the val split (into its eval.json); compare scores.",
         evaluation.add_eval,
@@ -83,6 +84,7 @@ PLUGGABLE = (
     "train",
     "init",
     "profile",
+    "sweep",
     "eval",
     "routing",
     "export onnx",
@@ -97,6 +99,7 @@ ASKED = ("predict", "serve")
 # The extra (pyproject.toml) that brings a module; of others it is `train`.
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "hls4ml"), "export"),
+    "optuna": "sweep",
     "av": "video",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }
