@@ -100,6 +100,7 @@ ASKED = ("predict", "serve")
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "hls4ml"), "export"),
     "optuna": "sweep",
+    **dict.fromkeys(("wandb", "mlflow", "pytorch_lightning"), "loggers"),
     "av": "video",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.on_error",
     "train.log_steps",
+    "train.loggers",
     "train.checkpoint_activations",
     "train.checkpoint_steps",
     "train.strategy",

@@ -21,7 +21,6 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import current_names
 from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
-from m3vit.training.board import Board
 from m3vit.training.checkpoint import (
     MetricsLog,
     as_started,
@@ -35,6 +34,7 @@ from m3vit.training.checkpoint import (
 )
 from m3vit.training.config import Config
 from m3vit.training.launch import Fabric, launch, synchronise
+from m3vit.training.loggers import Loggers, open_loggers
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.parts import freeze, frozen_epochs, table
 from m3vit.training.sharding import (
@@ -77,8 +77,9 @@ def build(config: Config) -> MultiTaskModel:
 def initialise(config: Config, out: Path, say: Callable[[str], None] | None = None) -> None:
     """Write a run folder with untrained weights (`m3vit init`); `say` gets lines about what did not fit."""
     model = build(config)
-    for line in not_taken(model) if say else ():
-        say(line)
+    if say:
+        for line in not_taken(model):
+            say(line)
     prepare_folder(replace(config, model=model.config), out, resume=False)
     save_model(out, model, epoch=0)
 
@@ -218,7 +219,7 @@ class Training:
             self.restore(state)
         # Of the first process, which alone writes.
         self.log = cast(MetricsLog, agree(lambda: None if rank() else self.open_log(state)))
-        self.board = cast(Board, agree(lambda: None if rank() else self.open_board()))
+        self.loggers = cast(Loggers, agree(lambda: None if rank() else open_loggers(config, out, self.step + 1)))
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
             self.record("resumed", values, "on another number of processes: the same up to rounding and random draws")
@@ -237,10 +238,6 @@ class Training:
             return MetricsLog(self.out, 0)
         return MetricsLog(self.out, self.step, state.get("log_lines", 0))
 
-    def open_board(self) -> Board:
-        """Return TensorBoard's log to go on with."""
-        return Board(self.out / "tensorboard", first_step=self.step + 1)
-
     @property
     def trained(self) -> MultiTaskModel:
         """The model that is evaluated and saved: the moving average, if there is one."""
@@ -256,7 +253,7 @@ class Training:
                     break
                 self.run_epoch()
         if rank() == 0:
-            self.board.close()
+            self.loggers.close()
 
     def run_epoch(self) -> None:
         """Train to the end of the epoch, and save."""
@@ -372,7 +369,7 @@ class Training:
         self.record("val", values)
 
     def record(self, kind: str, values: dict[str, float], message: str | None = None) -> None:
-        """Write a line of metrics.jsonl, and its values for TensorBoard."""
+        """Write a line of metrics.jsonl, and its values for `train.loggers`."""
         words = {"message": message} if message else {}
         words |= {"protocol": PROTOCOL} if kind == "val" else {}
         line = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words}
@@ -382,19 +379,19 @@ class Training:
                 return
             with writing(self.log.path, "its earlier lines are kept"):
                 self.log.write(line)
-            self.board.write({f"{kind}/{name}": value for name, value in values.items()}, self.step)
+            self.loggers.write({f"{kind}/{name}": value for name, value in values.items()}, self.step)
 
         agree(write)
 
     def chart(self, gradient_norm: float) -> None:
-        """Draw in TensorBoard what differs from machine to machine, and so has no place in metrics.jsonl."""
+        """Log what differs from machine to machine, and so has no place in metrics.jsonl."""
         (start, step), now = self.clock, time.perf_counter()
         self.clock = (now, self.step)
         images = (self.step - step) * self.config.train.batch_size
         values = {"train/gradient_norm": gradient_norm, "speed/images_per_s": images / (now - start)}
         if self.fabric.device.type == "cuda":
             values["speed/peak_gib"] = torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
-        agree(lambda: None if rank() else self.board.write(values, self.step))
+        agree(lambda: None if rank() else self.loggers.write(values, self.step))
 
     def save_trained(self, folder: Path, epoch: int, config: Config | None = None) -> None:
         """Write the model that is evaluated, as a run folder with `config`; all call this, the first process writes."""
