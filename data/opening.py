@@ -67,6 +67,11 @@ def layouts_of(root: Path) -> list[str]:
     return found if found == [Folder.name] else [name for name in found if name != Folder.name]
 
 
+def layout_of(root: str | Path) -> str:
+    """Return the layout that `root` is in, its data.yaml before anything else, or raise InputError."""
+    return Folder.name if str(root) and Folder.recognises(Path(root)) else recognise(root)[0]
+
+
 def recognise(root: str | Path) -> tuple[str, str]:
     """Return the layout (its name) and the release of the data set in a folder, or raise InputError."""
     if not str(root):
@@ -92,9 +97,11 @@ def recognise(root: str | Path) -> tuple[str, str]:
     return layout.name, layout.detect(root, present)
 
 
-def expected() -> str:
+def expected(between: str = ", ") -> str:
     """Return in words what the layouts are recognised by."""
-    return ", ".join(f"{layout.listings}{'' if layout is Folder else '/'} ({name})" for name, layout in LAYOUTS.items())
+    return between.join(
+        f"{layout.listings}{'' if layout is Folder else '/'} ({name})" for name, layout in LAYOUTS.items()
+    )
 
 
 def origin(root: str | Path) -> str | None:

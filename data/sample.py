@@ -70,6 +70,10 @@ class Split(Protocol):
         """Return in words how many images have a label of each task; "" where all are to have all."""
         ...
 
+    def has(self, index: int, kind: str) -> bool:
+        """Return whether an image is to have such a file."""
+        ...
+
     def path(self, index: int, kind: str) -> Path:
         """Return the file of an image or label, which need not exist."""
         ...

@@ -30,9 +30,17 @@ COMMANDS: dict[str, Command] = {
         "Make NYUD_MT's files from the official NYU Depth v2 release.",
         *command(data.Prepare, data.run_prepare),
     ),
+    "data init": (
+        "Look at a folder of your own data and write a first data.yaml, which describes it.",
+        *command(data.Begin, data.run_begin),
+    ),
     "data check": (
         "Open every file of a data set and report what is wrong with it. Exit code 1 if anything is.",
         *command(data.Check, data.run_check),
+    ),
+    "data show": (
+        "Draw a contact sheet of a data set: images, labels in their colours, class shares, coverage.",
+        *command(data.Show, data.run_show),
     ),
     "train": (training.TITLES["train"], None, training.run_train),
     "init": (training.TITLES["init"], None, training.run_init),
@@ -93,6 +101,7 @@ PLUGGABLE = (
     "hw cost",
     "report",
     "data check",
+    "data show",
 )
 ASKED = ("predict", "serve")
 

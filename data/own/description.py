@@ -31,7 +31,7 @@ MOST_PROBLEMS = 20  # that one error names
 KINDS = {"classes": "argmax", "depth": "identity", "normals": "unit_vector", "probability": "sigmoid"}
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 AXES = ("right left", "up down", "towards away")  # one word of each pair, in any order
-KEYS = ("name", "images", "tasks", "splits", "unlabelled", "mean", "std")
+KEYS = ("name", "root", "images", "tasks", "splits", "unlabelled", "mean", "std")
 TASK_KEYS = {
     "classes": ("classes", "ignore", "remap", "segments"),
     "depth": ("unit", "invalid", "farthest"),
@@ -51,7 +51,7 @@ class TaskFiles:
 
     ids: by the stored id, the class's place or IGNORE. metres: of one stored step; invalid: stored values; farthest:
     depths beyond it, in metres, are not labelled (None: they are refused). axes: what the three stored components point
-    to. segments: a COCO panoptic JSON that says which class a segment is of.
+    to. segments: COCO panoptic JSON files that say which class a segment is of.
     """
 
     name: str
@@ -59,7 +59,7 @@ class TaskFiles:
     patterns: tuple[str, ...]
     classes: tuple[str, ...] = ()
     ids: Mapping[int, int] = field(default_factory=dict)
-    segments: str = ""
+    segments: tuple[str, ...] = ()
     metres: float = 1.0
     invalid: tuple[float, ...] = (0.0,)
     farthest: float | None = None
@@ -82,8 +82,12 @@ class Splits:
 
 @dataclass(frozen=True)
 class Description:
-    """A data.yaml without problems. `unlabelled` says what becomes of images without any label."""
+    """A data.yaml without problems: the folder that it is in, and `root`, where the files are (the same, mostly).
 
+    `unlabelled` says what becomes of images without any label.
+    """
+
+    folder: Path
     root: Path
     name: str
     images: tuple[str, ...]
@@ -105,7 +109,7 @@ class Description:
         parts = asdict(labels)
         parts["name"] = f"{self.name}-{zlib.crc32(dumps([parts, rows]).encode()):08x}"
         return declare(
-            {"version": VERSION, "label_set": parts, "tasks": rows}, str(self.root / FILE), tuple(self.tasks)
+            {"version": VERSION, "label_set": parts, "tasks": rows}, str(self.folder / FILE), tuple(self.tasks)
         )
 
 
@@ -202,6 +206,10 @@ def _describe(root: Path, values: dict[str, Any], notes: _Notes) -> Description:
     for key in ("images", "tasks", "splits"):
         if values.get(key) is None:
             notes.add((), f"{key} is missing: give it")
+    elsewhere = values.get("root", ".")
+    files = root / str(elsewhere)
+    if not isinstance(elsewhere, str) or not files.is_dir():
+        notes.add(("root",), f"is {short(elsewhere)}: give the folder that the files are in, or leave it out")
     name = values.get("name", re.sub(r"[^\w-]+", "-", root.resolve().name).strip("-") or "own")
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,80}", name):
         notes.add(("name",), f"is {short(name)}: give a word of letters, digits, - and _")
@@ -212,13 +220,13 @@ def _describe(root: Path, values: dict[str, Any], notes: _Notes) -> Description:
     else:
         for task, entry in given.items():
             if (found := _task(task, entry, notes)) is not None:
-                tasks[found.name] = replace(found, segments=found.segments and str(root / found.segments))
+                tasks[found.name] = replace(found, segments=tuple(str(files / one) for one in found.segments))
     unlabelled = values.get("unlabelled", "refuse")
     if unlabelled not in UNLABELLED:
         notes.add(("unlabelled",), f"is {short(unlabelled)}: choose from {', '.join(UNLABELLED)}")
     images = _patterns(values.get("images"), ("images",), notes) if "images" in values else ()
     splits = _splits(values.get("splits") or {}, notes)
-    return Description(root, str(name), images, tasks, splits, str(unlabelled), _normalisation(values, notes))
+    return Description(root, files, str(name), images, tasks, splits, str(unlabelled), _normalisation(values, notes))
 
 
 def _only(values: Mapping[Any, Any], keys: Sequence[str], key: Key, notes: _Notes) -> None:
@@ -327,10 +335,11 @@ def _classes(entry: dict[str, Any], key: Key, notes: _Notes) -> dict[str, Any]:
         if stored in ids:
             notes.add((*key, "ignore"), f"has {stored}, which is {names[ids[stored]]} above: give it in one of them")
         ids[stored] = IGNORE
-    segments = entry.get("segments", "")
-    if not isinstance(segments, str) or segments.startswith("/") or ".." in segments:
-        notes.add((*key, "segments"), f"is {short(segments)}: name a COCO panoptic JSON file in the folder")
-    return {"classes": names, "ids": ids, "segments": str(segments)}
+    segments = entry.get("segments", [])
+    segments = segments if isinstance(segments, list) else [segments]
+    if wrong := [one for one in segments if not isinstance(one, str) or one.startswith("/") or ".." in one]:
+        notes.add((*key, "segments"), f"has {short(wrong[0])}: name COCO panoptic JSON files in the folder")
+    return {"classes": names, "ids": ids, "segments": tuple(map(str, segments))}
 
 
 def _depth(entry: dict[str, Any], key: Key, notes: _Notes) -> dict[str, Any]:

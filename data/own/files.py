@@ -243,6 +243,6 @@ def refuse(description: Description, faults: Sequence[Fault], more: str = "") ->
     advice = "; give unlabelled: leave_out to do without such images" if "no_label" in kinds else ""
     count = f"{len(faults)} problems" if len(faults) > 1 else "a problem"
     raise InputError(
-        f"{description.root} has {count}: {'; '.join(parts)}{advice}{more}; m3vit data check {description.root} lists "
-        "them all"
+        f"{description.folder} has {count}: {'; '.join(parts)}{advice}{more}; m3vit data check {description.folder} "
+        "lists them all"
     )

@@ -124,14 +124,16 @@ def _segment_ids(path: Path, stored: NDArray[Any], task: TaskFiles) -> NDArray[A
     """
     if stored.ndim != 3 or stored.dtype != np.uint8:
         raise Impossible("expected a COCO panoptic png of RGB")
-    categories = segments_of(task.segments)
-    if path.name not in categories:
-        raise Impossible(f"{task.segments} names no annotation with this file_name")
+    # The same name may be in two files, of two splits: that of the png's folder is the JSON file's own.
+    files = sorted(task.segments, key=lambda file: Path(file).stem not in path.parts)
+    source = next((file for file in files if path.name in segments_of(file)), None)
+    if source is None:
+        raise Impossible(f"{', '.join(Path(file).name for file in files)} has no annotation with its file_name")
     numbers = stored.astype(np.int64) @ np.array([1, 256, 65536])
-    table = categories[path.name]
+    table = segments_of(source)[path.name]
     found, inverse = np.unique(numbers, return_inverse=True)
     if missing := [int(one) for one in found if one and int(one) not in table]:
-        raise Impossible(f"{task.segments} names no segment {missing[0]} of it")
+        raise Impossible(f"{source} names no segment {missing[0]} of it")
     return np.array([table.get(int(one), 0) for one in found], np.int64)[inverse].reshape(numbers.shape)
 
 

@@ -73,7 +73,7 @@ class Folder(FileSplit):
     def of(cls, description: Description, found: Found, split: str, tasks: Sequence[str]) -> "Folder":
         """Return a split of what was found, whatever is wrong with it: for the doctor, who says so."""
         self = object.__new__(cls)
-        self.root, self.split, self.partial = description.root, split, False
+        self.root, self.split, self.partial = description.folder, split, False
         self.description, self.label_set, self.tasks = description, description.label_set(), tuple(tasks)
         self._take(found)
         return self
@@ -132,7 +132,7 @@ class Folder(FileSplit):
         """Return the file of an image or label, which need not exist."""
         name = self.ids[index]
         file = self.files[kind].get(name) or self.description.tasks[kind].patterns[0].replace("{id}", name)
-        return self.root / file
+        return self.description.root / file
 
     def read(self, index: int, kind: str, size: Size | None = None) -> NDArray:
         """Read an image or label as `load` returns it; `size` is the image's, read from its header if not given."""

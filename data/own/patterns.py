@@ -1,7 +1,8 @@
 """Patterns of names: photos/{id}.* and their like, and the files of a folder that fit them. No torch.
 
-{id} stands for one or more characters, folders included; * for any within one folder; ** for any at all. An ending is
-taken in small and large letters, and .* for any ending that such files have.
+{id} stands for one or more characters, folders included; * for any within one folder; ** for any at all. {folder}, of
+patterns like {folder}/images/{id}.*, is the first part of an id: train/0001. An ending is taken in small and large
+letters, and .* for any ending that such files have.
 """
 
 import os
@@ -16,7 +17,8 @@ LABEL_ENDINGS = ("png", "npy", "tif", "tiff")
 
 def pattern_problem(pattern: Any) -> str:
     """Return what is wrong with a pattern of files, and what to do; nothing if it is one."""
-    if not isinstance(pattern, str) or pattern.count("{id}") != 1 or "{" in pattern.replace("{id}", ""):
+    plain = pattern.replace("{folder}", "", 1).replace("{id}", "", 1) if isinstance(pattern, str) else "{"
+    if "{" in plain or "{id}" not in pattern:
         return "give a pattern with {id} once, such as photos/{id}.*"
     if pattern.startswith("/") or ".." in pattern.split("/") or "\\" in pattern:
         return "give a pattern within the folder, with / between folders"
@@ -31,8 +33,9 @@ def as_regex(pattern: str, endings: Sequence[str] = ()) -> re.Pattern[str]:
     elif endings and (found := re.search(r"\.\w+$", pattern)):
         body, ending = pattern[: found.start()], rf"(?i:{re.escape(found[0])})"
     text = ""
-    for part in re.split(r"(\{id\}|\{group\}|\*\*|\*)", body):
+    for part in re.split(r"(\{\w+\}|\*\*|\*)", body):
         stands = {"{id}": "(?P<id>.+)", "{group}": "(?P<group>.+)", "**": ".*", "*": "[^/]*"}
+        stands["{folder}"] = "(?P<folder>.+)"
         text += stands.get(part, re.escape(part))
     return re.compile(text + ending, re.DOTALL)
 
@@ -48,7 +51,8 @@ def matches(files: Sequence[str], pattern: str, endings: Sequence[str]) -> Itera
     regex, start = as_regex(pattern, endings), fixed_folder(pattern)
     for file in files:
         if file.startswith(start) and (found := regex.fullmatch(file)):
-            yield found["id"], file
+            parts = found.groupdict()
+            yield f"{parts['folder']}/{parts['id']}" if "folder" in parts else parts["id"], file
 
 
 def files_in(root: Path, folders: Sequence[str]) -> list[str]:

@@ -94,7 +94,7 @@ def _data_root(archive: Path, folder: Path) -> Path:
         for _ in range(MAX_ROOT_DEPTH):  # say what is in the only folder
             inner = list(folder.iterdir())
             folder = inner[0] if len(inner) == 1 and inner[0].is_dir() else folder
-        why = f"is no data set: it holds {held(folder)}, expected a folder with one of {expected()}"
+        why = f"is no data set: it holds {held(folder)}, expected a folder with {expected(' or ')}"
     raise InputError(f"{archive} {why}: nothing was unpacked, use tar or unzip if it is the right archive all the same")
 
 

@@ -95,10 +95,12 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON report."""
         counts = Counter(problem.severity for problem in self.problems)
+        fields = asdict(self)
+        del fields["label_set"]  # the layout says it
         return {
             "format": FORMAT,
             "version": VERSION,
-            **asdict(self),
+            **fields,
             "counts": {severity: counts[severity] for severity in SEVERITIES},
             "ok": self.ok,
         }
@@ -277,7 +279,8 @@ def _compare_names(splits: dict[str, FileSplit], problems: list[Problem]) -> Non
 
 
 def _relative(loader: FileSplit, index: int, kind: str) -> str:
-    return loader.path(index, kind).relative_to(loader.root).as_posix()
+    path = loader.path(index, kind)
+    return path.relative_to(loader.root).as_posix() if path.is_relative_to(loader.root) else str(path)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
