@@ -33,8 +33,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "head_stride": (1, 1024),
 }
 INIT_WORDS = ("random", "upcycle")
-INIT_FORMS = {"run": "{}"}  # of model.init, what stands behind the colon
-INIT_SHOWN = {"run": "RUN"}
+INIT_FORMS = {"run": "{}", "merge": "[{}]"}  # of model.init, what stands behind the colon
+INIT_SHOWN = {"run": "RUN", "merge": "RUN_A, RUN_B"}
 SIDE_LIMIT = 2**15  # pixels
 TRUNK_LIMITS: dict[str, tuple[float, float]] = {"depth": (1, 1000), "num_heads": (1, 1024), "embed_dim": (1, 2**16)}
 LARGEST = 10**6  # any number in trunk_args
@@ -68,8 +68,10 @@ class ModelConfig:
             MLPs of the trunk, pretrained or not, so that the model first computes what the dense trunk does (arXiv
             2410.07524); it needs the MLP's width to be a multiple G of an expert's, and num_experts and top_k to be
             multiples of G. run:RUN takes what fits of a trained run, the heads too, and names what does not: tasks,
-            classes, image_size, num_experts and router may be others, and a dense run is up-cycled. It stands for
-            pretrained and weights, which then do nothing.
+            classes, image_size, num_experts and router may be others, and a dense run is up-cycled. merge:[RUN_A,
+            RUN_B] makes one model of dense runs of one architecture, each of tasks of its own (Branch-Train-MiX, arXiv
+            2403.07816): their MLPs become experts, which their tasks start with, and the rest of the trunk their mean.
+            Both stand for pretrained and weights, which then do nothing.
         upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
             starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single (one
@@ -143,7 +145,6 @@ class ModelConfig:
         """Raise InputError for values that no model can be built from."""
         normalisation.check(self.normalisation)
         check_values("model", self)
-        init_sources(self.init)
         resolve(self.tasks, self.label_set)
         if self.head not in DECODERS:
             raise InputError(not_among("model.head", self.head, tuple(DECODERS)))
@@ -170,9 +171,12 @@ class ModelConfig:
                     f"({', '.join(self.tasks)}), and for each at least top_k ({self.top_k}) different experts, 0 to "
                     f"{self.num_experts - 1}"
                 )
-        if self.experts_per_task and self.init == "upcycle":
+        kind, given = init_sources(self.init)
+        if kind == "merge" and len({*given}) < max(2, len(given)):
+            raise InputError(f"model.init is {self.init!r}: name two runs or more, each once")
+        if self.experts_per_task and kind in ("upcycle", "merge"):
             raise InputError(
-                "model.init upcycle makes copies of an MLP that every task must be able to reach: leave out "
+                f"model.init {kind} makes copies of an MLP that every task must be able to reach: leave out "
                 "model.experts_per_task, or start at random"
             )
         if self.experts_per_task and self.router == "single":

@@ -106,7 +106,7 @@ def take(model: MultiTaskModel, run: Trained, *, heads: bool = True) -> Taken:
     for index in model.backbone.moe_indices:
         _take_experts(model, run, index, taken)
     if heads:
-        _take_heads(model, run, taken)
+        take_heads(model, run, taken)
     if not any(fate == "" and name.startswith(TRUNK) for name, fate in taken.fates.items()):
         raise InputError(
             f"nothing of the trunk of {run.folder} fits model.trunk {model.config.trunk} with trunk_args "
@@ -119,6 +119,14 @@ def take(model: MultiTaskModel, run: Trained, *, heads: bool = True) -> Taken:
 
 
 # -------------------------------------------------------------------------------------------------------------- trunk
+
+
+def dense_tensors(model: MultiTaskModel) -> dict[str, Tensor]:
+    """Return the tensors of the trunk by timm's names, where there are experts those of the MLP they replaced."""
+    replaced = {f"blocks.{index}.mlp.": mlp for index, mlp in model.backbone.replaced.items()}
+    own = model.backbone.trunk.state_dict()
+    tensors = {name: value for name, value in own.items() if not name.startswith(tuple(replaced))}
+    return tensors | {f"{prefix}{name}": v for prefix, mlp in replaced.items() for name, v in mlp.state_dict().items()}
 
 
 def _take_trunk(model: MultiTaskModel, run: Trained, taken: Taken) -> None:
@@ -304,7 +312,7 @@ def _gate(run: Trained, prefix: str, kind: str, task: str, dim: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ decoder
 
 
-def _take_heads(model: MultiTaskModel, run: Trained, taken: Taken) -> None:
+def take_heads(model: MultiTaskModel, run: Trained, taken: Taken) -> None:
     """Take what fits of the decoder, if it is of the same kind; outputs of classes by the names of these."""
     given = {name: value for name, value in run.state.items() if name.startswith(HEADS)}
     if run.config.head != model.config.head:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig, init_sources
-from m3vit.models.from_run import TRUNK, Taken, Trained, read_trained, take
+from m3vit.models.from_run import TRUNK, Taken, Trained, dense_tensors, read_trained, take
+from m3vit.models.merging import merge
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm, run_with_experts
 from m3vit.models.saved import WEIGHTS
@@ -43,10 +44,13 @@ class Source(NamedTuple):
     fill: Callable[[MultiTaskModel], Filled]
 
 
-def new_model(config: ModelConfig) -> MultiTaskModel:
-    """Build a model and initialise it as its configuration says; the default generator draws what is random."""
+def new_model(config: ModelConfig, *, bare: bool = False) -> MultiTaskModel:
+    """Build a model and initialise it as its configuration says; the default generator draws what is random.
+
+    bare: at random alone.
+    """
     model = MultiTaskModel(config)
-    model.origins = initialise(model, sources(config))
+    model.origins = initialise(model, [] if bare else sources(config))
     return model
 
 
@@ -55,6 +59,8 @@ def sources(config: ModelConfig) -> list[Source]:
     kind, given = init_sources(config.init)
     if kind == "run":
         return [Source(config.portable().init, partial(_from_run, given[0]))]
+    if kind == "merge":
+        return [Source(config.portable().init, partial(_merged, given))]
     found = []
     if config.pretrained:
         found.append(Source(f"timm's {config.trunk}", lambda model: fill_trunk(model, of_timm(config))))
@@ -110,14 +116,6 @@ def of_run(name: str, state: Mapping[str, Tensor]) -> Source:
     return Source(name, fill)
 
 
-def dense_tensors(model: MultiTaskModel) -> dict[str, Tensor]:
-    """Return the tensors of the trunk by timm's names, where there are experts those of the MLP they replaced."""
-    replaced = {f"blocks.{index}.mlp.": mlp for index, mlp in model.backbone.replaced.items()}
-    own = model.backbone.trunk.state_dict()
-    tensors = {name: value for name, value in own.items() if not name.startswith(tuple(replaced))}
-    return tensors | {f"{prefix}{name}": v for prefix, mlp in replaced.items() for name, v in mlp.state_dict().items()}
-
-
 @torch.no_grad()
 def fill_trunk(model: MultiTaskModel, weights: Weights) -> Filled:
     """Copy weights that fit into the dense trunk."""
@@ -159,9 +157,19 @@ def _from_run(given: str, model: MultiTaskModel) -> Filled:
     return _filled(take(model, run), run)
 
 
+def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
+    runs = [read_trained(one, "model.init merge: ") for one in given]
+    values, taken = merge(model, runs)
+    left_out = [f"{run.name}: {words}" for run, one in zip(runs, taken, strict=True) for words in _left_out(one)]
+    return Filled(list(values), left_out, runs[0].images)
+
+
 def _filled(taken: Taken, run: Trained) -> Filled:
-    left_out = [f"{part} ({fate})" for part, fate in _parts(taken.fates, "*").items() if fate]
-    return Filled(list(taken.values), left_out, run.images)
+    return Filled(list(taken.values), _left_out(taken), run.images)
+
+
+def _left_out(taken: Taken) -> list[str]:
+    return [f"{part} ({fate})" for part, fate in _parts(taken.fates, "*").items() if fate]
 
 
 def _upcycled(model: MultiTaskModel) -> Filled:

@@ -41,7 +41,7 @@ def without_effect(config: Config) -> dict[str, str]:
     model, train, found = config.model, config.train, {}
     if "head_stride" not in DECODERS[model.head].reads:
         found["model.head_stride"] = f"{model.head} heads have a stride of their own"
-    if model.init != "upcycle" and not model.started:
+    if model.init != "upcycle" and not model.init.startswith("run:"):
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if model.started:
         found |= dict.fromkeys(WEIGHTS, f"model.init is {model.init}, which all weights come from")

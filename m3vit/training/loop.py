@@ -1,6 +1,5 @@
 """The training loop: short enough to read. What one step does is in step.py, what a checkpoint holds below."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,16 +29,18 @@ from m3vit.training.checkpoint import (
     prepare_folder,
     read_metrics,
     save_state,
+    started_as,
     write_config,
 )
 from m3vit.training.config import Config
+from m3vit.training.divergence import check_finite, check_weights
+from m3vit.training.extending import KIND, check_finished, epochs_before, is_noted, words
 from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.loggers import Loggers, open_loggers
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.parts import freeze, frozen_epochs, table
 from m3vit.training.sharding import (
     gathered,
-    largest_values,
     load_optimizer,
     load_weights,
     shard,
@@ -64,12 +65,15 @@ class LeftOut:
     labels: dict[str, set[str]] = field(default_factory=dict)
 
 
-def build(config: Config) -> MultiTaskModel:
-    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none."""
+def build(config: Config, *, bare: bool = False) -> MultiTaskModel:
+    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none.
+
+    bare: its weights are all random, for a checkpoint to be put over them; what they began as is not read again.
+    """
     config.check()
     try_out(config.model)
     torch.manual_seed(config.train.seed)
-    model = new_model(config.model)
+    model = new_model(config.model, bare=bare)
     frozen_epochs(config.train, model)  # refuses blocks that there are not
     return model
 
@@ -107,7 +111,7 @@ def train(
             say(f"images are normalised with {training.model.normalisation}")
             if named := [name for name in dict.fromkeys(training.model.origins["from"].values()) if name != RANDOM]:
                 say(f"weights begin as {' and '.join(named)}, the rest at random (model.json has the list)")
-            for line in not_taken(training.model):
+            for line in [*not_taken(training.model), *training.extended]:
                 say(line)
             say(table(config.train, training.model))
         training.run()
@@ -171,7 +175,9 @@ class Training:
                 "of each process in a batch",
                 everywhere=True,
             )
-        self.model = agree(lambda: build(config))
+        # A checkpoint has all weights: what they began as may be gone by now.
+        goes_on = bool(gather(resume and (out / "last" / "state.pt").exists())[0])
+        self.model = agree(lambda: build(config, bare=goes_on))
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
@@ -217,19 +223,38 @@ class Training:
         state = agree(lambda: load_state(out)) if resume else None
         if state:
             self.restore(state)
+        before = gather(epochs_before(self.config, out) if resume and not rank() else 0)[0]
+        self.extended = [words(self.config, before, self.steps_per_epoch)] if before else []
         # Of the first process, which alone writes.
         self.log = cast(MetricsLog, agree(lambda: None if rank() else self.open_log(state)))
         self.loggers = cast(Loggers, agree(lambda: None if rank() else open_loggers(config, out, self.step + 1)))
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
             self.record("resumed", values, "on another number of processes: the same up to rounding and random draws")
+        if before:
+            check_finished(out, before, self.step, self.steps_per_epoch)
+            self.lengthen(before)
 
     def claim(self, resume: bool) -> IO[str] | None:
         """Make the run folder, in the first process, and keep others out of it until this one ends."""
         if rank():
             return None
-        prepare_folder(self.config, self.out, resume)
+        prepare_folder(self.config, self.out, resume, more_epochs=bool(resume and epochs_before(self.config, self.out)))
         return lock_folder(self.out)
+
+    def lengthen(self, before: int) -> None:
+        """Note that the run, finished `before`, is one of more epochs: a line in its log, then its config.yaml."""
+        if not gather(rank() == 0 and is_noted(self.out, self.config.train.epochs))[0]:
+            epochs = {"epochs": float(self.config.train.epochs), "epochs_before": float(before)}
+            self.record(KIND, epochs, self.extended[0])
+
+        def write() -> IO[str] | None:
+            if rank():
+                return None
+            write_config(self.config, self.out)
+            return lock_folder(self.out)  # of the new file; who waits for the old one still waits
+
+        self.locks = (self.lock, agree(write))
 
     def open_log(self, state: dict[str, Any] | None) -> MetricsLog:
         """Return the log to go on with, or raise InputError if it is damaged or knows of a checkpoint that is gone."""
@@ -421,6 +446,7 @@ class Training:
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
             "average": None if self.average is None else gathered(self.average.state_dict()),
             "random": random_states,
+            "origins": self.model.origins,
             "log_lines": None if rank() else self.log.lines,
         }
         agree(lambda: None if rank() else save_state(self.out, state))
@@ -449,6 +475,7 @@ class Training:
         """Take over a checkpoint. A process that was not there then keeps the random state of its seed."""
         load_weights(self.model, current_names(state["model"]))
         load_optimizer(self.optimizer, state["optimizer"])  # after setup: it takes its tensors to the device
+        self.model.origins = state.get("origins") or started_as(self.out)
         self.weighting.load_state_dict(state["weighting"])
         if state.get("precision"):
             self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -462,22 +489,3 @@ class Training:
         self.step = state["step"]
         if not 0 < self.step <= self.steps or not state["processes"] > 0:
             raise ValueError(f"step {self.step} of {self.steps}")
-
-
-def check_finite(values: dict[str, float], step: int, out: Path) -> None:
-    """Stop a diverged run before it overwrites its last good checkpoint."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        kept = "The last checkpoint is kept" if (out / "last" / "state.pt").exists() else "There is no checkpoint yet"
-        raise InputError(
-            f"training diverged at step {step}: {', '.join(broken)} not finite. {kept} in {out}; start again with a "
-            "lower --train.lr or with --train.grad_clip",
-            everywhere=True,
-        )
-
-
-def check_weights(model: MultiTaskModel, step: int, out: Path) -> None:
-    """Stop before weights that are not finite are written or evaluated."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    largest = largest_values(parameters).tolist()
-    check_finite(dict(zip(names, largest, strict=True)), step, out)
