@@ -22,7 +22,7 @@ from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
 
-NUMBER = "m3vit.task"  # no task's name
+NUMBER = "task.number"  # no name of a task
 
 
 class _Tasks(nn.Module):
