@@ -153,7 +153,7 @@ class Training:
             ]
         )
         train_split, self.val_split = splits
-        self.coverage = "; ".join(words for split in splits if (words := split.coverage()))
+        self.coverage = "; ".join(said for split in splits if (said := split.coverage()))
         if not resume and options.on_error == "stop":
             agree(lambda: None if rank() else check_masks(splits, default_workers()))
         agree(lambda: check_scored(config.model.tasks, config.model.label_set))
