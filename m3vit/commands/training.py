@@ -53,6 +53,13 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
+        parser.add_argument(
+            "--device",
+            default=None,
+            metavar="NAME",
+            help="with --train alone, which predicts the memory of a training step: the largest batch that fits: "
+            "A100-40GB, H100, RTX4090, ..., or a size such as 24GB",
+        )
     if command == "hw cost":
         add_cost_options(parser)
     if command in OPENING_RUNS:
@@ -155,17 +162,40 @@ def run_init(argv: Sequence[str]) -> None:
     say(f"untrained weights: {args.out}")
 
 
+def _take_flag(name: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Return whether a word stands by itself, without a value, and the other words."""
+    places = [
+        place
+        for place, (word, following) in enumerate(zip(argv, [*argv[1:], "-"], strict=True))
+        if word == name and following.startswith("-")
+    ]
+    return bool(places), [word for place, word in enumerate(argv) if place not in places]
+
+
 def run_profile(argv: Sequence[str]) -> None:
+    training, argv = _take_flag("--train", argv)  # jsonargparse has --train FILE, of the section's keys
     config, args = config_from("profile", argv)
     from m3vit.training.effects import check_given
 
     config.check()
-    check_given(config, argv, "profile")
+    check_given(config, argv, "train" if training else "profile")
     from m3vit.profiling import profile, render
 
+    if args.device and not training:
+        raise InputError("--device is of a training: give --train too")
+    if args.device:
+        from m3vit.training.memory import device_bytes
+
+        device_bytes(args.device)
     report = profile(config.model, args.task)
+    if training:
+        from m3vit.training.memory import predict, said
+
+        report["training"] = predict(config, args.device)
     if args.json is not None:
         from m3vit.files import write_json
 
         write_json(args.json, report)
     say(render(report))
+    if training:
+        say(said(report["training"]))
