@@ -279,7 +279,8 @@ def _describe(root: Path, images: Series, labels: Sequence[Series], result: Gues
         comments["tasks"].append("no labels were recognised: describe them here (docs/own-data.md)")
 
 
-def _semseg(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, str]]:
+def look_for_ids(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the keys of a task with classes, from the ids in its masks, and questions by key."""
     counts: Counter[int] = Counter()
     some = _sample(series.files, MASKS)
     for file in some:
@@ -340,7 +341,7 @@ def _probability(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, 
 
 
 ENTRIES = {
-    "semseg": _semseg,
+    "semseg": look_for_ids,
     "depth": _depth,
     "normals": _normals,
     "edge": _probability,

@@ -137,10 +137,16 @@ def _segment_ids(path: Path, stored: NDArray[Any], task: TaskFiles) -> NDArray[A
     return np.array([table.get(int(one), 0) for one in found], np.int64)[inverse].reshape(numbers.shape)
 
 
-@lru_cache(4)
 def segments_of(file: str) -> dict[str, dict[int, int]]:
     """Return by file name which category each segment is of, or raise InputError."""
     path = Path(file)
+    with naming(path):
+        found = path.stat()
+    return _segments(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(4)
+def _segments(path: Path, _changed: int, _size: int) -> dict[str, dict[int, int]]:
     try:
         with open_regular(path) as opened:
             content = json.load(opened)
