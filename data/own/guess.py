@@ -288,8 +288,8 @@ def look_for_ids(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, 
             with naming(root / file):
                 values = stored_values(root / file)
                 values = values[..., 0] if values.ndim == 3 else values
-            ids, numbers = np.unique(values, return_counts=True)
-            counts.update({int(one): int(count) for one, count in zip(ids, numbers, strict=True)})
+            found, numbers = np.unique(values, return_counts=True)
+            counts.update({int(one): int(count) for one, count in zip(found, numbers, strict=True)})
         except InputError:
             continue  # m3vit data check names it
     ignore = [IGNORE] if IGNORE in counts and len(counts) > 2 else []
@@ -351,7 +351,7 @@ ENTRIES = {
 
 def split_up(root: Path, ids: Sequence[str], comments: dict[str, list[str]]) -> dict[str, Any]:
     """Return how images are divided: by list files or folders that are there, else by share."""
-    lists = {}
+    lists: dict[str, Any] = {}
     for name in files_in(root, [""]):
         stem = Path(name).stem.lower()
         if name.endswith(".txt") and stem in ("train", "val", "valid", "validation", "test"):
