@@ -4,9 +4,12 @@ Everything about resources here is modelled, not synthesised. Budgets are shares
 DMA, interconnect and placement (70 % of LUTs, 80 % of the rest, as FINN's platforms file has them).
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
 
 from m3vit.errors import InputError
 from m3vit.hw.hardware import LUT_RAM_DEPTH, TILE_IN, TOKEN_BLOCKS, Hardware
@@ -25,26 +28,34 @@ ARRAYS = ("linear", "gate")  # engines of which LUT_PER_MULTIPLIER was seen
 
 @dataclass(frozen=True)
 class Board:
-    """A board: its part, PL clock in MHz, and what the part holds."""
+    """A board: its part, PL clock in MHz, and what the part and its memory hold.
+
+    system: what vivado_design.tcl can build around the accelerator, `zynq_ultrascale`, or `other`. products_a_dsp: of
+    int8 values. ports: to memory, of port_bits each; bandwidth_gb_s: of the memory, at its peak.
+    """
 
     name: str
     part: str
     board_part: str
+    system: str
     clock_mhz: int
     lut: int
     bram36: int
     dsp: int
     uram: int
+    products_a_dsp: int
+    port_bits: int
+    ports: int
+    bandwidth_gb_s: float
 
 
-# As AMD states them (DS891 for the Zynq UltraScale+ devices, DS987 for the K26 module).
+def _read(path: Path) -> Board:
+    """Return the board of a file: for each figure its value, and the source that it is from."""
+    return Board(path.stem, **{k: v["value"] for k, v in json.loads(path.read_text()).items()})
+
+
 BOARDS = {
-    board.name: board
-    for board in (
-        Board("kv260", "xck26-sfvc784-2LV-c", "xilinx.com:kv260_som:part0:1.4", 200, 117_120, 144, 1_248, 64),
-        Board("zcu104", "xczu7ev-ffvc1156-2-e", "xilinx.com:zcu104:part0:1.1", 300, 230_400, 312, 1_728, 96),
-        Board("zcu102", "xczu9eg-ffvb1156-2-e", "xilinx.com:zcu102:part0:3.4", 300, 274_080, 912, 2_520, 0),
-    )
+    board.name: board for board in map(_read, sorted((Path(str(files("m3vit.hw"))) / "board_files").glob("*.json")))
 }
 
 

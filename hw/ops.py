@@ -1,10 +1,10 @@
 """Each opcode with its engine, and what both cost: memories, multipliers, cycles and bytes. No torch.
 
-Cycles are those of the loops of hw/include/engine as they are written: trips times II, which a test counts in the C++,
-and stages of a dataflow region side by side (side_by_side, ping_pong). They leave out the depth of pipelines and the
-latency of memory, which no one has measured: a lower bound of what the C++ asks for. Bytes are those that C-simulation
-counts (M3VIT_COUNT); a test compares them, instruction by instruction. Fetching the instruction itself is FETCH_CYCLES
-and FETCH_BYTES, also for one that is skipped.
+Cycles are those of the loops of hw/include/engine as they are written: trips times II, and stages of a dataflow region
+side by side (side_by_side, ping_pong); a test counts trips and entries of loops in the C++. What a loop costs beside
+its trips (depth of the pipeline, latency of memory) no one has measured: Timing has what is assumed of it, LOOPS
+nothing, which makes a lower bound. Bytes are those that C-simulation counts (M3VIT_COUNT); a test compares them,
+instruction by instruction. Fetching the instruction itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
@@ -38,13 +38,27 @@ from m3vit.hw.tables import PROB_FRAC, TABLES
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
-FETCH_CYCLES = WORDS  # read_instruction: II=1
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
 TABLE_BITS = max(value.bit_length() for table in TABLES for value in table.values())
 TABLE_ENTRIES = max(table.intervals for table in TABLES) + 1
 
 Queue = Sequence[int]
 Bytes = dict[str, int]
+
+
+class Timing(NamedTuple):
+    """Cycles that each entry of a pipelined loop costs beside its trips; reads, writes: if it begins bursts of them."""
+
+    depth: int = 0
+    read: int = 0
+    write: int = 0
+
+    def loop(self, trips: int, ii: int = 1, reads: bool = False, writes: bool = False) -> int:
+        """Return the cycles of one pass of a pipelined loop."""
+        return trips * ii + self.depth + reads * self.read + writes * self.write
+
+
+LOOPS = Timing()  # trips alone
 
 
 class OnChip(NamedTuple):
@@ -67,14 +81,15 @@ class Engine(NamedTuple):
 class OpSpec(NamedTuple):
     """An opcode: its fields, the engine that it runs on (a key of ENGINES), its cycles and the bytes by port.
 
-    needs: the least buffers of Hardware for an instruction, but for max_rows.
+    needs: the least buffers of Hardware for an instruction, but for max_rows. macs: multiply-accumulates.
     """
 
     instruction: type[Instruction]
     engine: str
-    cycles: Callable[[Any, Hardware, Queue], int]
+    cycles: Callable[[Any, Hardware, Queue, Timing], int]
     traffic: Callable[[Any, Hardware, Queue], Bytes]
     needs: Callable[[Any], dict[str, int]] = lambda i: {}
+    macs: Callable[[Any, Queue], int] = lambda i, queue: 0
 
 
 def side_by_side(times: int, *stages: int) -> int:
@@ -95,18 +110,18 @@ def _tables(copies: int) -> OnChip:
 # --- image and position: m3vit_engine_norm.h ------------------------------------------------------------------------
 
 
-def image_cycles(i: Patches, h: Hardware, queue: Queue = ()) -> int:
-    """read_image: one pixel value an iteration."""
-    return i.rows * i.n_in
+def image_cycles(i: Patches, h: Hardware, queue: Queue, t: Timing) -> int:
+    """read_image: one pixel value an iteration, a loop for each line of a patch."""
+    return i.rows * i.patch * t.loop(3 * i.patch, reads=True, writes=True)
 
 
 def image_traffic(i: Patches, h: Hardware, queue: Queue = ()) -> Bytes:
     return {"image": i.rows * i.n_in, "narrow_write": i.rows * i.n_in * h.act_word // 8}
 
 
-def position_cycles(i: Position, h: Hardware, queue: Queue = ()) -> int:
+def position_cycles(i: Position, h: Hardware, queue: Queue, t: Timing) -> int:
     """position: one channel an iteration."""
-    return i.rows * i.n_out
+    return i.rows * t.loop(i.n_out, reads=True, writes=True)
 
 
 def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -126,9 +141,10 @@ def norm_memories(h: Hardware) -> list[OnChip]:
     ]
 
 
-def norm_cycles(i: Norm, h: Hardware, queue: Queue = ()) -> int:
+def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
     """layernorm: Load at II=2, then by token read_wide, normalise_row (Sum, Centre, Square, Scale), write_norm."""
-    return 2 * i.n_in + side_by_side(i.rows, i.n_in, 4 * i.n_in, i.n_in)
+    stages = (t.loop(i.n_in, reads=True), 4 * t.loop(i.n_in), t.loop(i.n_in, writes=True))
+    return t.loop(i.n_in, 2, reads=True) + side_by_side(i.rows, *stages)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -163,14 +179,15 @@ def attention_steps(i: Attention, h: Hardware) -> Iterator[tuple[int, int, bool,
             yield *sizes, key == 0, key + KEY_BLOCK >= i.rows
 
 
-def attention_cycles(i: Attention, h: Hardware, queue: Queue = ()) -> int:
+def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
     """attention: load_keys of the next step beside compute_step of this one, in which Weight follows Score."""
     width = i.n_out // i.heads
     steps = i.heads * list(attention_steps(i, h))
-    loads = [keys * (width + h.max_head) for _, keys, _, _ in steps]  # k; v and the rest of max_head for both
+    moved, padded = t.loop(width, reads=True), t.loop(h.max_head - width)
+    loads = [keys * (2 * moved + padded) for _, keys, _, _ in steps]  # k, v, and the rest of max_head for both
     computes = [
-        queries * (first * h.max_head + 2 * keys + last * width)  # the query; Score, Weight; Divide
-        for queries, keys, first, last in steps
+        queries * (first * (moved + padded) + 2 * t.loop(keys) + last * t.loop(width, writes=True))
+        for queries, keys, first, last in steps  # the query; Score, Weight; Divide
     ]
     return ping_pong(loads, computes)
 
@@ -178,6 +195,10 @@ def attention_cycles(i: Attention, h: Hardware, queue: Queue = ()) -> int:
 def attention_traffic(i: Attention, h: Hardware, queue: Queue = ()) -> Bytes:
     read = sum(2 * keys + first * queries for queries, keys, first, _ in attention_steps(i, h)) * i.n_out
     return {"narrow_read": read * h.act_word // 8, "narrow_write": i.rows * i.n_out * h.act_word // 8}
+
+
+def attention_macs(i: Attention, queue: Queue) -> int:
+    return 2 * i.rows**2 * i.n_out
 
 
 def attention_needs(i: Attention) -> dict[str, int]:
@@ -195,9 +216,10 @@ def route_memories(h: Hardware) -> list[OnChip]:
     ]
 
 
-def route_cycles(i: Route, h: Hardware, queue: Queue = ()) -> int:
+def route_cycles(i: Route, h: Hardware, queue: Queue, t: Timing) -> int:
     """route: Reset; by token Logit, Softmax, Choose; Start; Place at II=2."""
-    return i.n_in + i.rows * (2 * i.n_in + i.top_k) + i.n_in + 2 * i.rows * i.top_k
+    token = t.loop(i.n_in, reads=True) + t.loop(i.n_in) + t.loop(i.top_k)
+    return 2 * t.loop(i.n_in) + i.rows * (token + t.loop(i.top_k, 2))
 
 
 def route_traffic(i: Route, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -257,18 +279,21 @@ def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> 
                 yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), fresh, adds, mode)
 
 
-def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> int:
+def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
     """linear: load_tile of the next tile beside compute_tile of this one; weights, inputs and results one by one."""
     loads, computes = [], []
     for tile in tiles(i, h, queue):
         steps = -(-tile.n_in // h.tile_in)
         padded = steps * h.tile_in
-        loads.append(tile.outputs * (padded + ROW_WORDS))  # Weight and Pad; Parameter at II=2
+        pad = t.loop(padded - tile.n_in)
+        weights = t.loop(tile.outputs * tile.n_in, reads=True) + tile.outputs * pad
+        loads.append(weights + t.loop(tile.outputs, ROW_WORDS, reads=True))
+        taps = TAPS if isinstance(i, Conv) else 1  # loops of a row's inputs
         stages = (
-            tile.fresh * padded + steps,  # read_token: Read and Pad, Copy
-            tile.adds * tile.outputs,  # read_before
-            steps,  # multiply
-            tile.outputs,  # write_row
+            tile.fresh * (taps * t.loop(tile.n_in // taps, reads=True) + pad) + t.loop(steps),  # read_token, Copy
+            tile.adds * t.loop(tile.outputs, reads=True),  # read_before
+            t.loop(steps),  # multiply
+            t.loop(tile.outputs, writes=True),  # write_row
         )
         computes.append(side_by_side(tile.tokens, *stages))
     return ping_pong(loads, computes)
@@ -298,6 +323,10 @@ def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue 
     return {port: count for port, count in moved.items() if count}
 
 
+def linear_macs(i: Linear | Gate | Experts | Conv, queue: Queue) -> int:
+    return i.n_in * i.n_out * (2 * sum(queue) if isinstance(i, Experts) else i.rows)
+
+
 def linear_needs(i: Linear | Gate | Experts | Conv) -> dict[str, int]:
     return {"max_in": max(i.n_in, i.n_out) if isinstance(i, Experts) else i.n_in}
 
@@ -319,14 +348,14 @@ ENGINES = {
 }
 OPS = {
     Op.IMAGE: OpSpec(Patches, "stream", image_cycles, image_traffic),
-    Op.LINEAR: OpSpec(Linear, "linear", linear_cycles, linear_traffic, linear_needs),
-    Op.GATE: OpSpec(Gate, "gate", linear_cycles, linear_traffic, linear_needs),
+    Op.LINEAR: OpSpec(Linear, "linear", linear_cycles, linear_traffic, linear_needs, linear_macs),
+    Op.GATE: OpSpec(Gate, "gate", linear_cycles, linear_traffic, linear_needs, linear_macs),
     Op.POSITION: OpSpec(Position, "stream", position_cycles, position_traffic),
     Op.NORM: OpSpec(Norm, "norm", norm_cycles, norm_traffic, norm_needs),
-    Op.ATTENTION: OpSpec(Attention, "attention", attention_cycles, attention_traffic, attention_needs),
+    Op.ATTENTION: OpSpec(Attention, "attention", attention_cycles, attention_traffic, attention_needs, attention_macs),
     Op.ROUTE: OpSpec(Route, "router", route_cycles, route_traffic, route_needs),
-    Op.EXPERTS: OpSpec(Experts, "linear", linear_cycles, linear_traffic, linear_needs),
-    Op.CONV: OpSpec(Conv, "linear", linear_cycles, linear_traffic, conv_needs),
+    Op.EXPERTS: OpSpec(Experts, "linear", linear_cycles, linear_traffic, linear_needs, linear_macs),
+    Op.CONV: OpSpec(Conv, "linear", linear_cycles, linear_traffic, conv_needs, linear_macs),
 }
 assert [OPS[op].instruction for op in OPS] == [INSTRUCTIONS[op] for op in Op if op != Op.END]
 
@@ -346,9 +375,20 @@ def memories(hardware: Hardware) -> list[OnChip]:
     return [memory for engine in ENGINES.values() for memory in engine.memories(hardware)]
 
 
-def cycles(instruction: Instruction, hardware: Hardware, queue: Queue = ()) -> int:
-    """Return the cycles of an instruction that is executed, its fetch included."""
-    return FETCH_CYCLES + OPS[instruction.op].cycles(instruction, hardware, queue)
+def fetch(timing: Timing = LOOPS) -> int:
+    """Return the cycles of fetching an instruction: read_instruction."""
+    return timing.loop(WORDS, reads=True)
+
+
+def cycles(
+    instruction: Instruction,
+    hardware: Hardware,
+    queue: Queue = (),
+    timing: Timing = LOOPS,
+    skipped: bool = False,
+) -> int:
+    """Return the cycles of an instruction, its fetch included; `skipped`: nothing else."""
+    return fetch(timing) + (0 if skipped else OPS[instruction.op].cycles(instruction, hardware, queue, timing))
 
 
 def traffic(instruction: Instruction, hardware: Hardware, queue: Queue = (), skipped: bool = False) -> Bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, sweep, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "train": (training.TITLES["train"], None, training.run_train),
     "init": (training.TITLES["init"], None, training.run_init),
     "profile": (training.TITLES["profile"], None, training.run_profile),
+    "sweep": (sweep.TITLE, None, sweep.run_sweep),
     "eval": (
         "Score a run, an ONNX package or an HLS project on the val split (into its eval.json); compare scores.",
         evaluation.add_eval,
@@ -75,6 +76,7 @@ COMMANDS: dict[str, Command] = {
         hls.run_export_hls,
     ),
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", *command(hls.Csim, hls.run_csim)),
+    "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
     "report": (
         "Draw one self-contained HTML page about a run and its exports, and write its figures as JSON.",
         *command(report.Report, report.run_report),
@@ -90,11 +92,13 @@ PLUGGABLE = (
     "train",
     "init",
     "profile",
+    "sweep",
     "eval",
     "routing",
     "export onnx",
     "export hls",
     "hw csim",
+    "hw cost",
     "report",
     "data check",
     "data show",
@@ -104,6 +108,8 @@ ASKED = ("predict", "serve")
 # The extra (pyproject.toml) that brings a module; of others it is `train`.
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "hls4ml"), "export"),
+    "optuna": "sweep",
+    **dict.fromkeys(("wandb", "mlflow", "pytorch_lightning"), "loggers"),
     "av": "video",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }

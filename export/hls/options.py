@@ -24,7 +24,7 @@ class Request:
         samples: validation images to store for m3vit hw csim (default: 100, or all if there are fewer)
         schedule: spatial: a kernel for each layer, for models that fit on chip; multiplexed: one engine of each kind
             and weights in DDR, for models of any depth and any number of experts
-        board: of the multiplexed schedule alone: zcu104, zcu102 or kv260 (default: zcu104)
+        board: of the multiplexed schedule alone, such as zcu104, zcu102, kv260 or u50 (default: zcu104)
         weight_bits: width of weights: spatial 6 to 24, multiplexed 8, 12 or 16
         act_bits: width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)
     """

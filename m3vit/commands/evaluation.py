@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from m3vit.commands.terminal import console, print_scores, progress_bar, say_changed
+from m3vit.commands.terminal import console, print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import DataRoot, Positive, Value, add_options, options
+from m3vit.options import DataRoot, File, Positive, Value, add_options, options
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Eval:
         compare: show two or more folders that were evaluated in one table; evaluates nothing
         baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
             ({baselines}) (default: no delta_m)
+        out: with --compare: write the table too: FILE.json, .csv, .md or .tex (LaTeX, booktabs)
     """
 
     folders: tuple[Annotated[Path, Value(metavar="DIR", positional=True)], ...]
@@ -39,6 +40,7 @@ class Eval:
     all_metrics: bool = False
     compare: bool = False
     baseline: Annotated[str, Value(metavar="NAME")] | None = None
+    out: File | None = None
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +58,18 @@ def run_eval(args: argparse.Namespace) -> None:
                 "--device and --batch"
             )
         from m3vit.evaluation.compare import compare
+        from m3vit.evaluation.tables import form_of, write_comparison
 
-        print_comparison(compare(list(wanted.folders), wanted.protocol, wanted.baseline))
+        if wanted.out:
+            form_of(wanted.out)  # refuses other endings before the work
+        comparison = compare(list(wanted.folders), wanted.protocol, wanted.baseline)
+        print_comparison(comparison)
+        if wanted.out:
+            write_comparison(comparison, wanted.out)
+            say(str(wanted.out))
         return
-    if len(wanted.folders) > 1 or wanted.baseline:
-        raise InputError("give one folder to evaluate; --compare shows several that were evaluated, and delta_m")
+    if len(wanted.folders) > 1 or wanted.baseline or wanted.out:
+        raise InputError("give one folder to evaluate; --compare shows several that were evaluated, delta_m and --out")
     (folder,) = wanted.folders
     from m3vit.collectives import rank
     from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor

@@ -1,11 +1,13 @@
-"""m3vit export hls, hw csim."""
+"""m3vit export hls, hw csim, hw cost."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from m3vit.commands.terminal import print_scores, progress_bar, say, say_changed
+from m3vit.errors import InputError
 from m3vit.options import Positive, RunFolder, Value, add_options, options
 
 
@@ -74,3 +76,46 @@ def run_csim(wanted: Csim) -> None:
     for line in schedule_of(read_manifest(wanted.project)).said(report):
         say(line)
     say_changed(report["changed_files"])
+
+
+def add_cost_options(parser: Any) -> None:
+    """Add what `m3vit hw cost` takes beside a recipe's keys; parser: argparse's or jsonargparse's."""
+    parser.add_argument("--board", type=str, default=None, metavar="NAME", help="default: the project's, else zcu104")
+    parser.add_argument("--task", type=str, default=None, help="the task of the frame (default: the first)")
+    for name in ("weight", "act"):
+        default = "default: the project's, else 16"
+        parser.add_argument(f"--{name}-bits", type=int, default=None, metavar="BITS", help=f"({default})")
+
+
+def run_cost(argv: Sequence[str]) -> None:
+    """Print what a project, a run or a recipe costs on a board."""
+    from m3vit.commands.terminal import OneLineParser
+    from m3vit.hw.cost import render
+    from m3vit.hw.manifest import MANIFEST
+
+    if argv and (Path(argv[0]) / MANIFEST).is_file():
+        from m3vit.export.hls.multiplexed.costing import of_project
+
+        parser = OneLineParser(prog="m3vit hw cost", allow_abbrev=False)
+        parser.add_argument("project", type=Path)
+        add_cost_options(parser)
+        parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+        args: Any = parser.parse_args(list(argv))
+        if args.weight_bits or args.act_bits:
+            raise InputError(f"{args.project} was exported with its bits: leave out --weight-bits and --act-bits")
+        report = of_project(args.project, args.board, args.task)
+    else:
+        from m3vit.commands.training import config_from
+        from m3vit.training.effects import check_given
+
+        config, args = config_from("hw cost", argv)
+        config.check()
+        check_given(config, argv, "profile")
+        from m3vit.export.hls.multiplexed.costing import of_model
+
+        report = of_model(config.model, args.weight_bits, args.act_bits, args.board, args.task)
+    if args.json is not None:
+        from m3vit.files import write_json
+
+        write_json(Path(args.json), report)
+    say(render(report))

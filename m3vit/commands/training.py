@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from m3vit.commands.hls import add_cost_options
 from m3vit.commands.terminal import PLUGIN_HELP, progress_bar, say
 from m3vit.errors import InputError
 from m3vit.plugins import loaded, recall
@@ -17,7 +18,9 @@ TITLES = {
     "train": "Train a recipe into a run folder.",
     "init": "Write the run folder of a recipe with untrained weights.",
     "profile": "Count parameters and multiply-accumulates of a recipe or a run.",
+    "hw cost": "Model what an accelerator costs on a board, of a recipe, a run or an HLS project.",
 }
+OPENING_RUNS = ("profile", "hw cost")  # take a run folder in place of a recipe
 
 
 def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
@@ -30,7 +33,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
 
     recipe = argv[0] if argv and not argv[0].startswith("-") else None
     start = None
-    if recipe and command == "profile" and recipe not in recipe_names() and Path(recipe).is_dir():
+    if recipe and command in OPENING_RUNS and recipe not in recipe_names() and Path(recipe).is_dir():
         start = Path(recipe) / "config.yaml"
         run = read_run_config(Path(recipe))  # its messages are clearer than those of the parser below
         _know_labels(Path(recipe), run.model)
@@ -50,6 +53,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
+    if command == "hw cost":
+        add_cost_options(parser)
+    if command in OPENING_RUNS:
         parser.add_argument("--json", type=str, default=None, metavar="FILE", help="write the figures as JSON")
     else:
         parser.add_argument("--out", type=str, required=True, metavar="RUN", help="the run folder to write")
@@ -59,7 +65,7 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         if section.name in SECTIONS:
             parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
     if recipe is None and not {"-h", "--help"} & set(argv):
-        rest = " (or a run folder)" if command == "profile" else " --out RUN"
+        rest = " (or a run folder)" if command in OPENING_RUNS else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
     words = list(argv[1:] if recipe else argv)
     configs, others = _split_configs(words)
@@ -145,7 +151,7 @@ def run_init(argv: Sequence[str]) -> None:
     check_given(config, argv)
     from m3vit.training.loop import initialise
 
-    initialise(config, args.out)
+    initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")
 
 

@@ -118,6 +118,7 @@ class TrainConfig:
         best: which evaluation's weights best/ keeps: the best headline metric of a task, by its name, or mean: the mean
             over tasks of the headline metric's change since the first evaluation, as a share of the larger of the two.
         log_steps: steps between lines of metrics.jsonl.
+        loggers: where the values of metrics.jsonl go as well: tensorboard, wandb (Weights & Biases), mlflow.
     """
 
     epochs: int = 100
@@ -154,6 +155,7 @@ class TrainConfig:
     eval_epochs: int = 0
     best: str = "mean"
     log_steps: int = 10
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=lambda: ["tensorboard"])
 
     def routing_weights(self) -> dict[str, float]:
         """Return the weight of each routing loss that has one, by its name in metrics.jsonl."""

@@ -41,11 +41,13 @@ def without_effect(config: Config) -> dict[str, str]:
     model, train, found = config.model, config.train, {}
     if "head_stride" not in DECODERS[model.head].reads:
         found["model.head_stride"] = f"{model.head} heads have a stride of their own"
-    if model.init != "upcycle":
+    if model.init != "upcycle" and not model.init.startswith("run:"):
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
+    if model.started:
+        found |= dict.fromkeys(WEIGHTS, f"model.init is {model.init}, which all weights come from")
     if model.moe_blocks in ("none", []):
         reason = "model.moe_blocks leaves no block with experts"
-        found |= dict.fromkeys(OF_EXPERTS, reason)
+        found |= {key: reason for key in OF_EXPERTS if key != "model.init" or not model.started}
         for key in ("lr_scale", "freeze", "freeze_epochs"):
             found |= {f"train.{key}.{part}": reason for part in getattr(train, key) if part in ("experts", "routers")}
     if train.optimizer != "sgd":

@@ -100,7 +100,7 @@ def test_what_is_no_schedule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ("spatial", (16, 25, None), "act_bits is 25: the spatial schedule has 8 to 24"),
         ("spatial", (16, None, "zcu104"), "(its part is in project.tcl): leave it out or give --schedule multiplexed"),
         ("multiplexed", (16, 9, None), "act_bits is 9: the multiplexed schedule has 8, 10, 12, 14, 16"),
-        ("multiplexed", (16, 9, "zcu1"), "--board zcu1: choose from kv260, zcu104, zcu102"),
+        ("multiplexed", (16, 9, "zcu1"), "--board zcu1: choose from kv260, pynq-z2, u280"),
     ],
 )  # fmt: skip
 def test_options_that_a_schedule_has_not(schedule: str, options: tuple, message: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from m3vit.errors import InputError
 from m3vit.hw import isa, ops
 from m3vit.hw.isa import WORDS, Instruction, Mode, Op, decode
-from m3vit.hw.ops import ENGINES, OPS, PORTS
+from m3vit.hw.ops import ENGINES, LOOPS, OPS, PORTS, Timing
 from m3vit.hw.sim.emulator import Emulator
 from tests.hw.opcodes import OPCODES, PIXELS, Bench, Machine
 from tests.hw.programs import FORMATS, HARDWARE, Builds, Simulator
@@ -158,12 +158,15 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
 
 @pytest.fixture(scope="session")
 def trips(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
-    """A simulator that counts, in place of expert_loads, the iterations of pipelined loops times their II."""
+    """A simulator that counts, in place of expert_loads, the iterations of pipelined loops times their II, and in place
+    of saturated values the entries of these loops."""
 
     def edit(text: str) -> str:
         text = text.replace("M3VIT_COUNT(expert_loads, queue.num_active)", "M3VIT_COUNT(expert_loads, 0)")
+        text = text.replace("M3VIT_COUNT(saturated, 1)", "M3VIT_COUNT(saturated, 0)")
         if "Fetch:" in text:  # of every instruction, before it is known
             return text
+        text = re.sub(r"(for \([^\n]*\n +#pragma HLS PIPELINE II)", r"M3VIT_COUNT(saturated, 1); \1", text)
         return re.sub(r"#pragma HLS PIPELINE II=(\d+)", r"M3VIT_COUNT(expert_loads, \1);", text)
 
     return Simulator.build(tmp_path_factory.mktemp("trips") / "build", HARDWARE, ["-O2"], edit)
@@ -173,7 +176,7 @@ def trips(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
 def test_cycles_are_the_trips_of_the_loops(
     trips: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: Op
 ) -> None:
-    """The C++ counts the iterations: the cycles as if nothing ran side by side."""
+    """The C++ counts iterations and entries: the cycles as if nothing ran side by side."""
     bench = Bench(HARDWARE, seed=100 + op)
     program = [instruction for _ in range(INSTANCES) for instruction in OPCODES[op].make(bench)]
     image, start = bench.image(program), bench.start()
@@ -187,8 +190,9 @@ def test_cycles_are_the_trips_of_the_loops(
             OPCODES[Op.ROUTE].run(instruction, machine, pixels)
         queue = [len(tokens) for tokens in machine.queue if tokens]
         skipped = instruction.task not in (-1, TASK)
-        cycles = 0 if skipped else ops.cycles(instruction, HARDWARE, queue) - ops.FETCH_CYCLES
-        assert line["expert_loads"] == cycles, instruction
+        for timing, counted in ((LOOPS, 0), (Timing(depth=1), line["saturated"])):
+            cycles = ops.cycles(instruction, HARDWARE, queue, timing, skipped) - ops.fetch(timing)
+            assert line["expert_loads"] + counted == cycles, instruction
 
 
 @parametrise_ops

@@ -3,6 +3,10 @@
 from typing import Any
 
 from m3vit.export.hls.contents import EDITING, order_of_outputs
+from m3vit.hw.boards import find_board
+
+BITSTREAM = "vivado -mode batch -source vivado_design.tcl -tclargs bitstream      # m3vit.bit, m3vit.hwh"
+NO_DESIGN = "# the block design around the IP is yours to make: the one that we have is for Zynq UltraScale+ boards"
 
 
 def readme(manifest: dict[str, Any]) -> str:
@@ -42,7 +46,7 @@ faster.
 
 ```
 vitis_hls -f build_prj.tcl                              # C-simulation, synthesis, IP
-vivado -mode batch -source vivado_design.tcl -tclargs bitstream      # m3vit.bit, m3vit.hwh
+{BITSTREAM if find_board(manifest["board"]).system == "zynq_ultrascale" else NO_DESIGN}
 ```
 
 Part and clock are in `project.tcl`. On the board, with PYNQ (`host/m3vit_driver.py` says more):

@@ -25,6 +25,7 @@ HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/
 HEAD = ("weight_bits", "act_bits", "uram")  # of Hardware: written in other words than as constants
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
+BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
@@ -189,7 +190,8 @@ class VitisMoEWriter(VitisWriter):
         (firmware / "model.h").write_text(model_text(settings, model.schedule.output_fracs))
         (out / "vivado_synth.tcl").unlink()  # hls4ml's, for its own top level
         for path in sorted(project.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
+            wanted = path.name != BLOCK_DESIGN or BOARDS[settings["board"]].system == SYSTEM
+            if path.is_file() and "__pycache__" not in path.parts and wanted:
                 target = out / path.relative_to(project)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)

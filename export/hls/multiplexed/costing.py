@@ -1,0 +1,88 @@
+"""`m3vit hw cost`: what a model would cost in the multiplexed schedule, from its sizes; or what a project costs."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3vit.errors import InputError
+from m3vit.export.hls.contents import open_project
+from m3vit.export.hls.leaf import token_heads
+from m3vit.export.hls.multiplexed.backend import hardware_of
+from m3vit.export.hls.schedules import choose_options
+from m3vit.hw.boards import check_tokens, find_board, fit
+from m3vit.hw.cost import cost
+from m3vit.hw.hardware import Hardware
+from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.network import Head, Network, program_of
+from m3vit.hw.ops import needs
+from m3vit.hw.program import Image
+from m3vit.models.config import ModelConfig
+from m3vit.models.moe import MoELayer
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.trial import meta_model, refusing
+
+
+def _task(name: str | None, tasks: list[str]) -> int:
+    if name is not None and name not in tasks:
+        raise InputError(f"--task is {name!r}: this model has {', '.join(tasks)}")
+    return tasks.index(name) if name else 0
+
+
+def network_of(model: MultiTaskModel) -> Network:
+    """Return the sizes of a model. Raises InputError for heads that the accelerator does not have."""
+    backbone, config = model.backbone, model.config
+    blocks: list[Any] = list(backbone.trunk.blocks)
+    experts = [block.mlp.experts if isinstance(block.mlp, MoELayer) else None for block in blocks]
+    heads = token_heads(model)
+    rows, columns = (side // backbone.patch_size for side in config.image_size)
+    return Network(
+        grid=(rows, columns),
+        patch=backbone.patch_size,
+        prefix=backbone.trunk.num_prefix_tokens,
+        dim=backbone.dim,
+        heads=blocks[0].attn.num_heads,
+        mlps=[
+            block.mlp.fc1.out_features if bank is None else bank.w1.shape[1]
+            for block, bank in zip(blocks, experts, strict=True)
+        ],
+        top_ks=[0 if bank is None else config.top_k for bank in experts],
+        experts=config.num_experts,
+        tasks=[
+            Head(head.linear.out_features, head.conv.out_channels if head.conv is not None else 0)
+            for head in (heads[task] for task in config.tasks)
+        ],
+        upscale=heads[config.tasks[0]].upscale,
+        same_gates=config.router == "single",
+        pre_norm=not isinstance(backbone.trunk.norm_pre, torch.nn.Identity),
+    )
+
+
+def of_model(
+    config: ModelConfig, weight_bits: int | None, act_bits: int | None, board: str | None, task: str | None
+) -> dict[str, Any]:
+    """Return the cost of a model that need not be trained. Raises InputError for one that cannot be exported."""
+    options = choose_options("multiplexed", weight_bits or 16, act_bits, board)
+    with refusing(config):
+        network = network_of(meta_model(config))
+    check_tokens(network.grid[0] * network.grid[1] + network.prefix)
+    program, chosen = program_of(network), find_board(str(options.board))
+    hardware = fit(hardware_of(needs(program), options.weight_bits, options.act_bits), chosen)
+    return cost(program, hardware, chosen, _task(task, config.tasks))
+
+
+def of_project(project: Path, board: str | None, task: str | None) -> dict[str, Any]:
+    """Return the cost of a project: of its own engines, or with another `board` of those that fit there."""
+    manifest, _ = open_project(project)
+    if manifest.get("schedule") != "multiplexed":
+        raise InputError(
+            f"{project} is of the spatial schedule, which has no program: give one of --schedule multiplexed"
+        )
+    program = Image.read(project / WEIGHTS).program
+    known = {field.name for field in fields(Hardware)}
+    hardware = Hardware(**{name: value for name, value in manifest["hardware"].items() if name in known})
+    chosen = find_board(board or manifest["board"])
+    if chosen.name != manifest["board"]:
+        hardware = fit(hardware, chosen)
+    return cost(program, hardware, chosen, _task(task, [entry["name"] for entry in manifest["tasks"]]))

@@ -1,0 +1,86 @@
+"""The program of a network by its sizes alone, as the exporter would write it, without weights. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m3vit.hw import isa
+from m3vit.hw.isa import TAPS, Instruction, Mode
+
+
+@dataclass(frozen=True)
+class Head:
+    """Of one task: outputs of the Linear on a token; with a convolution (channels > 0), its channels."""
+
+    outputs: int
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class Network:
+    """Sizes of a ViT.
+
+    prefix: class and register tokens. mlps: of each block the hidden width, with experts that of one of them; top_ks:
+    of each block the experts a token has, 0 in a dense one. same_gates: all tasks share one router. pre_norm:
+    LayerNorm before the blocks. upscale: outputs of a head a token and side.
+    """
+
+    grid: tuple[int, int]
+    patch: int
+    prefix: int
+    dim: int
+    heads: int
+    mlps: Sequence[int]
+    top_ks: Sequence[int]
+    experts: int
+    tasks: Sequence[Head]
+    upscale: int
+    same_gates: bool = False
+    pre_norm: bool = False
+
+
+def program_of(n: Network) -> list[Instruction]:
+    """Return the program; its offsets, shifts and fractions are 0."""
+    found: list[Instruction] = []
+    nowhere: dict[str, int] = {"weights": 0, "params": 0}
+    patches, dim, several = n.grid[0] * n.grid[1], n.dim, len(n.tasks) > 1
+    rows = patches + n.prefix
+
+    def linear(count: int, n_in: int, n_out: int, mode: Mode, gelu: int = -1, task: int = -1) -> None:
+        sizes = {"rows": count, "n_in": n_in, "n_out": n_out}
+        found.append(isa.Linear(mode=mode, gelu_in=gelu, task=task, **sizes, **nowhere))
+
+    def norm(count: int, mode: Mode = Mode.NARROW) -> None:
+        scaling = {"params": 0, "shift": 0, "bias_shift": 0, "sqrt_dim": 0, "eps": 1}
+        found.append(isa.Norm(rows=count, n_in=dim, n_out=dim, mode=mode, **scaling))
+
+    found.append(isa.Patches(rows=patches, n_in=3 * n.patch**2, patch=n.patch, columns=n.grid[1]))
+    linear(patches, 3 * n.patch**2, dim, Mode.WIDE)
+    found.append(isa.Position(rows=rows, n_out=dim, params=0, prefix=n.prefix))
+    if n.pre_norm:
+        norm(rows, Mode.WIDE)
+    for hidden, top_k in zip(n.mlps, n.top_ks, strict=True):
+        norm(rows)
+        linear(rows, dim, 3 * dim, Mode.NARROW)
+        found.append(isa.Attention(rows=rows, n_in=3 * dim, n_out=dim, heads=n.heads, score_shift=0, value_shift=0))
+        linear(rows, dim, dim, Mode.RESIDUAL)
+        norm(rows)
+        if not top_k:
+            linear(rows, dim, hidden, Mode.NARROW, gelu=0)
+            linear(rows, hidden, dim, Mode.RESIDUAL)
+            continue
+        for task in [-1] if n.same_gates or not several else range(len(n.tasks)):
+            found.append(isa.Gate(task=task, rows=rows, n_in=dim, n_out=n.experts, **nowhere))
+        found.append(isa.Route(rows=rows, n_in=n.experts, top_k=top_k, logit_frac=0))
+        steps = {"weights_step": 0, "params_step": 0, "hidden_pitch": hidden, "gelu_in": 0, "gelu_out": 0}
+        found.append(isa.Experts(rows=rows, n_in=dim, n_out=hidden, experts=n.experts, **steps, **nowhere))
+    norm(patches)
+    for place, head in enumerate(n.tasks):
+        task = place if several else -1
+        if not head.channels:
+            linear(patches, dim, head.outputs, Mode.OUTPUT, task=task)
+            continue
+        linear(patches, dim, head.outputs, Mode.NARROW, task=task)
+        pixels = {"columns": n.grid[1], "upscale": n.upscale}
+        sizes = {"rows": patches * n.upscale**2, "n_in": TAPS * head.outputs // n.upscale**2, "n_out": head.channels}
+        found.append(isa.Conv(task=task, **sizes, **pixels, **nowhere))
+    return found
