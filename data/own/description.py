@@ -189,7 +189,7 @@ def _plain(node: yaml.Node, key: Key, notes: _Notes, loader: yaml.SafeLoader, se
     found: dict[Any, Any] = {}
     for name_node, value_node in node.value:
         scalar = isinstance(name_node, yaml.ScalarNode)
-        name = loader.construct_object(name_node) if scalar else None  # type: ignore[no-untyped-call]
+        name: Any = loader.construct_object(name_node) if scalar else None  # type: ignore[no-untyped-call]
         if type(name) not in (str, int):
             line = name_node.start_mark.line + 1
             notes.add(key, f"has the key {short(getattr(name_node, 'value', '?'))} (line {line}): quote it")
@@ -344,7 +344,7 @@ def _classes(entry: dict[str, Any], key: Key, notes: _Notes) -> dict[str, Any]:
 
 def _depth(entry: dict[str, Any], key: Key, notes: _Notes) -> dict[str, Any]:
     unit = entry.get("unit")
-    metres = UNITS.get(unit) if isinstance(unit, str) else unit
+    metres: Any = UNITS.get(unit) if isinstance(unit, str) else unit
     if type(metres) not in (int, float) or not 0 < metres < 1e6:
         said = "lacks unit" if unit is None else f"unit is {short(unit)}"
         where = key if unit is None else (*key, "unit")
@@ -354,9 +354,7 @@ def _depth(entry: dict[str, Any], key: Key, notes: _Notes) -> dict[str, Any]:
     invalid = entry.get("invalid", [0])
     invalid = invalid if isinstance(invalid, list) else [invalid]
     if wrong := [one for one in invalid if type(one) not in (int, float) or not math.isfinite(one)]:
-        notes.add(
-            (*key, "invalid"), f"has {short(wrong[0])}: give the stored numbers that mean unknown (nan always does)"
-        )
+        notes.add((*key, "invalid"), f"has {short(wrong[0])}: give stored numbers that mean unknown (nan always does)")
         invalid = []
     farthest = entry.get("farthest")
     if farthest is not None and (type(farthest) not in (int, float) or not 0 < farthest < math.inf):
@@ -434,7 +432,7 @@ def _normalisation(values: dict[str, Any], notes: _Notes) -> Normalisation | Non
         return None
     numbers = {}
     for name, (least, most) in LIMITS.items():
-        given = values.get(name)
+        given: Any = values.get(name)
         fits = isinstance(given, list) and len(given) == 3
         if not fits or not all(type(one) in (int, float) and least <= one <= most for one in given):
             said = "is missing beside the other" if given is None else f"is {short(given)}"

@@ -279,7 +279,8 @@ def _describe(root: Path, images: Series, labels: Sequence[Series], result: Gues
         comments["tasks"].append("no labels were recognised: describe them here (docs/own-data.md)")
 
 
-def _semseg(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, str]]:
+def look_for_ids(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the keys of a task with classes, from the ids in its masks, and questions by key."""
     counts: Counter[int] = Counter()
     some = _sample(series.files, MASKS)
     for file in some:
@@ -287,8 +288,8 @@ def _semseg(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, str]]
             with naming(root / file):
                 values = stored_values(root / file)
                 values = values[..., 0] if values.ndim == 3 else values
-            ids, numbers = np.unique(values, return_counts=True)
-            counts.update({int(one): int(count) for one, count in zip(ids, numbers, strict=True)})
+            found, numbers = np.unique(values, return_counts=True)
+            counts.update({int(one): int(count) for one, count in zip(found, numbers, strict=True)})
         except InputError:
             continue  # m3vit data check names it
     ignore = [IGNORE] if IGNORE in counts and len(counts) > 2 else []
@@ -340,7 +341,7 @@ def _probability(root: Path, series: Series) -> tuple[dict[str, Any], dict[str, 
 
 
 ENTRIES = {
-    "semseg": _semseg,
+    "semseg": look_for_ids,
     "depth": _depth,
     "normals": _normals,
     "edge": _probability,
@@ -350,7 +351,7 @@ ENTRIES = {
 
 def split_up(root: Path, ids: Sequence[str], comments: dict[str, list[str]]) -> dict[str, Any]:
     """Return how images are divided: by list files or folders that are there, else by share."""
-    lists = {}
+    lists: dict[str, Any] = {}
     for name in files_in(root, [""]):
         stem = Path(name).stem.lower()
         if name.endswith(".txt") and stem in ("train", "val", "valid", "validation", "test"):

@@ -6,6 +6,7 @@ Files are png, npy or tiff, told apart by their content; whatever is wrong with 
 import io
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from m3vit.data.own.description import AXES, TaskFiles
 from m3vit.data.reading import Impossible, Size, check_pixels, contents, fitted, label_png, naming
 from m3vit.errors import Defect, InputError
 from m3vit.files import open_regular
-from m3vit.images import png_bits
+from m3vit.images import orientation, png_bits
 from m3vit.tasks import IGNORE
 
 OUT_OF_RANGE = -1
@@ -30,7 +31,7 @@ def read_label(path: Path, task: TaskFiles, size: Size) -> NDArray[Any]:
     """Return a label in the conventions of m3vit.tasks, at its image's size: the nearest pixel where it has another."""
     with naming(path):
         stored = stored_values(path)
-        label = READERS[task.kind](path, stored, task)
+        label: NDArray[Any] = READERS[task.kind](path, stored, task)
     return fitted(path, label, size)
 
 
@@ -39,11 +40,14 @@ def stored_values(path: Path) -> NDArray[Any]:
     data = contents(path)
     if data.startswith(b"\x93NUMPY"):
         return _npy(data)
+    picture: Image.Image
     if data.startswith((b"II*\0", b"MM\0*")):
         picture = Image.open(io.BytesIO(data), formats=("TIFF",))
         check_pixels(*picture.size)
-        picture.load()  # type: ignore[no-untyped-call]
+        picture.load()
         bits = 8
+        if (turn := orientation(picture)) != 1:
+            raise Impossible(f"expected a label stored upright, found orientation {turn}")
     else:
         picture, bits = label_png(data)
     if picture.mode not in ("1", "L", "P", "I", "F", "I;16", "I;16L", "I;16B", "LA", "RGB", "RGBA"):
@@ -124,8 +128,8 @@ def _segment_ids(path: Path, stored: NDArray[Any], task: TaskFiles) -> NDArray[A
     """
     if stored.ndim != 3 or stored.dtype != np.uint8:
         raise Impossible("expected a COCO panoptic png of RGB")
-    # The same name may be in two files, of two splits: that of the png's folder is the JSON file's own.
-    files = sorted(task.segments, key=lambda file: Path(file).stem not in path.parts)
+    # The same name may be in the files of two splits: one that is called as the png's folder is of it.
+    files = [file for file in task.segments if Path(file).stem in path.parts] or task.segments
     source = next((file for file in files if path.name in segments_of(file)), None)
     if source is None:
         raise Impossible(f"{', '.join(Path(file).name for file in files)} has no annotation with its file_name")
@@ -137,10 +141,16 @@ def _segment_ids(path: Path, stored: NDArray[Any], task: TaskFiles) -> NDArray[A
     return np.array([table.get(int(one), 0) for one in found], np.int64)[inverse].reshape(numbers.shape)
 
 
-@lru_cache(4)
 def segments_of(file: str) -> dict[str, dict[int, int]]:
     """Return by file name which category each segment is of, or raise InputError."""
     path = Path(file)
+    with naming(path):
+        found = path.stat()
+    return _segments(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(4)
+def _segments(path: Path, _changed: int, _size: int) -> dict[str, dict[int, int]]:
     try:
         with open_regular(path) as opened:
             content = json.load(opened)
@@ -199,4 +209,9 @@ def read_probability(path: Path, stored: NDArray[Any], task: TaskFiles) -> NDArr
     return label
 
 
-READERS = {"classes": read_classes, "depth": read_depth, "normals": read_normals, "probability": read_probability}
+READERS: dict[str, Callable[[Path, NDArray[Any], TaskFiles], NDArray[Any]]] = {
+    "classes": read_classes,
+    "depth": read_depth,
+    "normals": read_normals,
+    "probability": read_probability,
+}

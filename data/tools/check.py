@@ -128,12 +128,12 @@ def check(
     if len(layouts_of(root) if root.is_dir() else []) != 1:
         recognise(root)  # raises, and says why
     layout = LAYOUTS[layouts_of(root)[0]]
-    kinds = {"image", *chosen_tasks(tasks, LABEL_SETS[layout.label_set].tasks, str(root))}
-    kinds |= {kind for task in kinds for kind in layout.needs.get(task, ())}
+    wanted = {"image", *chosen_tasks(tasks, LABEL_SETS[layout.label_set].tasks, str(root))}
+    wanted |= {kind for task in wanted for kind in layout.needs.get(task, ())}
     problems: list[Problem] = []
     ids = {split: _read_list(root, layout, split, problems) for split in SPLITS}
     _compare_lists(ids, problems)
-    kinds = _present_kinds(root, layout, kinds, problems)
+    kinds = _present_kinds(root, layout, wanted, problems)
     release = _release(root, layout, kinds)
     splits = {}
     if "image" in kinds:

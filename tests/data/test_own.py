@@ -364,3 +364,13 @@ def test_a_model_fits_the_classes_it_was_trained_on_alone(tmp_path: Path) -> Non
         open_split("folder", root, "val", ["semseg"], label_set=label_set)
     described(root, DESCRIPTION.replace("farthest", "").replace("unit: mm", "unit: mm\n    farthest: 90"))
     assert open_split("folder", root, "val", ["semseg"], label_set=label_set).label_set == label_set
+
+
+def test_the_example_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    description, problems = read_description(described(tmp_path, example))
+    assert description is not None, problems
+    assert list(description.tasks) == ["semseg", "depth", "normals", "edge"]
+    assert description.tasks["semseg"].ids == {0: 0, 1: 1, 2: 2, 12: 1, 255: IGNORE}
+    assert description.normalisation is not None and description.splits.groups == "{group}_*"
