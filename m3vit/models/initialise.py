@@ -19,6 +19,7 @@ from m3vit.models.from_run import TRUNK, Taken, Trained, dense_tensors, read_tra
 from m3vit.models.merging import merge
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm, run_with_experts
+from m3vit.models.released import read_released
 from m3vit.models.saved import WEIGHTS
 from m3vit.models.upcycling import upcycle
 
@@ -61,6 +62,8 @@ def sources(config: ModelConfig) -> list[Source]:
         return [Source(config.portable().init, partial(_from_run, given[0]))]
     if kind == "merge":
         return [Source(config.portable().init, partial(_merged, given))]
+    if kind == "m3vit":
+        return [Source(config.portable().init, partial(_released, given[0]))]
     found = []
     if config.pretrained:
         found.append(Source(f"timm's {config.trunk}", lambda model: fill_trunk(model, of_timm(config))))
@@ -162,6 +165,13 @@ def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
     values, taken = merge(model, runs)
     left_out = [f"{run.name}: {words}" for run, one in zip(runs, taken, strict=True) for words in _left_out(one)]
     return Filled(list(values), left_out, runs[0].images)
+
+
+def _released(given: str, model: MultiTaskModel) -> Filled:
+    run, besides = read_released(given, model.config)
+    filled = _filled(take(model, run), run)
+    others = [f"{part} (not in this model)" for part in _parts(dict.fromkeys(besides, ""), "*")] if besides else []
+    return filled._replace(left_out=[*filled.left_out, *others])
 
 
 def _filled(taken: Taken, run: Trained) -> Filled:
