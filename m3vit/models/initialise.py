@@ -5,6 +5,7 @@ weights of the dense trunk, then up-cycling; or what fits of a trained run. `ini
 source fills tensors of the model, and says which, and what of its own it left out.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -170,8 +171,8 @@ def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
 def _released(given: str, model: MultiTaskModel) -> Filled:
     run, besides = read_released(given, model.config)
     filled = _filled(take(model, run), run)
-    others = [f"{part} (not in this model)" for part in _parts(dict.fromkeys(besides, ""), "*")] if besides else []
-    return filled._replace(left_out=[*filled.left_out, *others])
+    starred = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in besides)
+    return filled._replace(left_out=[*filled.left_out, *(f"{name} (not in this model)" for name in starred)])
 
 
 def _filled(taken: Taken, run: Trained) -> Filled:
@@ -179,7 +180,8 @@ def _filled(taken: Taken, run: Trained) -> Filled:
 
 
 def _left_out(taken: Taken) -> list[str]:
-    return [f"{part} ({fate})" for part, fate in _parts(taken.fates, "*").items() if fate]
+    fates = {part: fate.removeprefix(" and ") for part, fate in _parts(taken.fates, "*").items()}
+    return [f"{part} ({fate})" for part, fate in fates.items() if fate]  # "" is what was taken, of several of a part
 
 
 def _upcycled(model: MultiTaskModel) -> Filled:

@@ -148,7 +148,8 @@ def test_other_models_take_what_fits(tmp_path: Path) -> None:
     assert torch.equal(gate.detach(), state["backbone.blocks.1.mlp.gate.2.w_gate"].T)
     lines = not_taken(model)
     assert "heads (pup heads, here linear)" in lines[0]
-    assert "gate.0.w_noise (not in this model)" in lines[0] and "gates.0 (not a task of this model)" in lines[0]
+    assert "backbone.blocks.*.mlp.gate.*.w_noise (not in this model)" in lines[0]
+    assert "router.gates.* (not a task of this model)" in lines[0]
     with pytest.raises(InputError, match=r"pascal.pth has 6 experts a block, and model.num_experts is 4: give 6"):
         model_of(path, "multi", num_experts=4)
 
