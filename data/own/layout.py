@@ -21,6 +21,7 @@ from m3vit.normalisation import Normalisation
 from m3vit.pool import run_jobs
 
 MASKS_PER_JOB = 32
+FEW_JOBS = 16  # sooner done here than processes are started
 
 
 class Folder(FileSplit):
@@ -187,6 +188,7 @@ def refuse_masks(splits: Sequence[Folder], workers: int, progress: Callable[[int
         for start in range(0, len(split), MASKS_PER_JOB)
     ]
     faults = []
+    workers = workers if len(jobs) >= FEW_JOBS else 1
     with closing(run_jobs(_read_masks, jobs, workers, initializer=_begin, initargs=(list(splits),))) as finished:
         for done, found in enumerate(finished, 1):
             faults += found
