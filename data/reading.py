@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import Defect, InputError
 from m3vit.files import not_there, open_regular
-from m3vit.images import Unfit, UnfitPixels, check_png, decode, header_size, orientation, png_bits, pointer
+from m3vit.images import FORMATS, Unfit, UnfitPixels, check_png, decode, header_size, orientation, png_bits, pointer
 from m3vit.tasks import IGNORE
 
 Size = tuple[int, int]  # height, width
@@ -110,6 +110,12 @@ def image_size(path: Path) -> Size:
     with naming(path), open_regular(path) as file:
         _check_bytes(file)
         return header_size(file, MAX_PIXELS)
+
+
+def image_turn(path: Path) -> int:
+    """Return the EXIF orientation of an image, by which `read_image` turns it upright; 1: it is."""
+    with naming(path), Image.open(io.BytesIO(contents(path)), formats=FORMATS) as picture:
+        return orientation(picture)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:

@@ -25,14 +25,28 @@ from m3vit.tasks import IGNORE
 OUT_OF_RANGE = -1
 MAX_METRES = 1000.0  # beyond it the unit is another
 NAMED_IDS = 6  # of those out of range
+# EXIF orientations that swap rows and columns -> what makes an array [H, W] upright.
+ON_ITS_SIDE: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    5: lambda values: values.T,
+    6: lambda values: np.rot90(values, -1),
+    7: lambda values: np.rot90(values, 2).T,
+    8: lambda values: np.rot90(values, 1),
+}
 
 
-def read_label(path: Path, task: TaskFiles, size: Size) -> NDArray[Any]:
-    """Return a label in the conventions of m3vit.tasks, at its image's size: the nearest pixel where it has another."""
+def read_label(path: Path, task: TaskFiles, size: Size, turn: Callable[[], int] = lambda: 1) -> NDArray[Any]:
+    """Return a label in the conventions of m3vit.tasks, at its image's size: the nearest pixel where it has another.
+
+    `turn` gives the EXIF orientation of the image. Of one stored on its side, a label that fits it as stored is turned
+    as the image is: a program that drew it did not look at EXIF. Vectors would turn with it, and are refused.
+    """
     with naming(path):
         stored = stored_values(path)
         label: NDArray[Any] = READERS[task.kind](path, stored, task)
-    return fitted(path, label, size)
+    lies = (label.shape[0] > label.shape[1]) != (size[0] > size[1]) and label.shape[0] != label.shape[1]
+    if lies and task.kind != "normals":
+        label = ON_ITS_SIDE.get(turn(), lambda values: values)(label)
+    return fitted(path, np.ascontiguousarray(label), size)
 
 
 def stored_values(path: Path) -> NDArray[Any]:

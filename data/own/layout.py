@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from m3vit.data.own.description import FILE, Description, open_description
 from m3vit.data.own.files import Fault, Found, find, refuse
 from m3vit.data.own.labels import read_label
-from m3vit.data.reading import Size, image_size, read_image
+from m3vit.data.reading import Size, image_size, image_turn, read_image
 from m3vit.data.sample import FileSplit, Sample, check_shape, no_label
 from m3vit.data.thinning import thin
 from m3vit.errors import Defect, InputError
@@ -20,6 +21,7 @@ from m3vit.normalisation import Normalisation
 from m3vit.pool import run_jobs
 
 MASKS_PER_JOB = 32
+FEW_JOBS = 16  # sooner done here than processes are started
 
 
 class Folder(FileSplit):
@@ -143,7 +145,9 @@ class Folder(FileSplit):
             raise InputError(
                 f"{path} not found: the image is not labelled", defect=Defect(path, "missing", "not found")
             )
-        return read_label(path, self.description.tasks[kind], size or image_size(self.path(index, "image")))
+        image = self.path(index, "image")
+        turn = partial(image_turn, image)
+        return read_label(path, self.description.tasks[kind], size or image_size(image), turn)
 
     def edge_truth(self, index: int) -> NDArray[np.bool_]:
         """Return the edges [H, W] of the labels, thinned."""
@@ -184,6 +188,7 @@ def refuse_masks(splits: Sequence[Folder], workers: int, progress: Callable[[int
         for start in range(0, len(split), MASKS_PER_JOB)
     ]
     faults = []
+    workers = workers if len(jobs) >= FEW_JOBS else 1
     with closing(run_jobs(_read_masks, jobs, workers, initializer=_begin, initargs=(list(splits),))) as finished:
         for done, found in enumerate(finished, 1):
             faults += found

@@ -85,6 +85,23 @@ def test_a_photograph_on_its_side_fits_its_upright_label(own: Path) -> None:
     assert sample.image[1, 20, 2] > 200 and abs(int(sample.image[-2, 20, 2]) - 90) < 40  # sky above, road below
 
 
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+def test_labels_drawn_on_the_photograph_as_stored_are_turned_with_it(turn: int, tmp_path: Path) -> None:
+    """A photograph whose pixels are its mask's: they stay together, whichever way the camera was held."""
+    ids = np.random.default_rng(turn).integers(0, 2, (20, 30)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for name in "ab":
+        Image.fromarray(np.repeat(ids[..., None] * np.uint8(255), 3, axis=-1)).save(tmp_path / f"{name}.png", exif=exif)
+        np.save(tmp_path / f"{name}.npy", ids)
+    described(
+        tmp_path, "images: '{id}.png'\nsplits: {val: 0.5}\ntasks: {semseg: {files: '{id}.npy', classes: [x, y]}}\n"
+    )
+    sample = Folder(tmp_path, "train").load(0)
+    assert sample.image.shape[:2] == (30, 20)
+    np.testing.assert_array_equal(sample.labels["semseg"], sample.image[..., 0] // 255)
+
+
 def test_damaged_labels_are_errors_unless_they_are_skipped(tmp_path: Path) -> None:
     root = write_own(tmp_path)
     name = Folder(root, "train", ["semseg"]).ids[0]
