@@ -40,7 +40,7 @@ def configure(recipe: str, keys: Mapping[str, Any] | None = None) -> "Config":
 
     plugins.load_installed()
     values = yaml.safe_load(recipe_path(recipe).read_text())
-    sections = dict(zip(SECTIONS, (ModelConfig, DataConfig, TrainConfig), strict=True))
+    sections: dict[str, Any] = dict(zip(SECTIONS, (ModelConfig, DataConfig, TrainConfig), strict=True))
     known = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
     for key, value in (keys or {}).items():
         section, name, *entry = [*key.split(".", 2), ""][: max(2, key.count(".") + 1)]
@@ -51,7 +51,8 @@ def configure(recipe: str, keys: Mapping[str, Any] | None = None) -> "Config":
             own[name] = {**own.get(name, {}), entry[0]: value}
         else:
             own[name] = value
-    config = Config(*(kind(**values.get(section, {})) for section, kind in sections.items()), plugins.loaded())
+    model, data, settings = (kind(**values.get(section, {})) for section, kind in sections.items())
+    config = Config(model, data, settings, plugins.loaded())
     config.check()
     return config
 
