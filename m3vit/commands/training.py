@@ -75,6 +75,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         rest = " (or a run folder)" if command in OPENING_RUNS else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
     words = list(argv[1:] if recipe else argv)
+    if command == "train" and "--resume" in words:
+        recall_of(words)
     configs, others = _split_configs(words)
     for word, following in zip(configs, [*configs, ""][1:], strict=True):
         option, _, value = word.partition("=")
@@ -106,6 +108,29 @@ def _know_labels(run: Path, model: Any) -> None:
         described = read_sealed_json(info, "part of a run folder").get("labels")
         if described is not None:
             declare(described, str(info), model.tasks)
+
+
+def recall_of(words: Sequence[str]) -> None:
+    """Note which plug-ins the run to resume was trained with: an error then says which of them are missing.
+
+    They are not imported: a run folder must not make a program run what its user did not name.
+    """
+    from yaml import YAMLError, safe_load
+
+    from m3vit.training.config import yaml_text
+
+    given = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--out"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--out=")]
+    path = Path(given[-1]) / "config.yaml" if given else Path()
+    if not path.is_file():
+        return
+    try:
+        found = safe_load(yaml_text(path, "a run folder"))
+        recorded = found.get("plugins", []) if isinstance(found, dict) else []
+    except (YAMLError, InputError):  # what is wrong with it is said when the run is opened
+        return
+    if isinstance(recorded, list) and all(isinstance(one, str) for one in recorded):
+        recall(recorded, given[-1])
 
 
 def _split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
