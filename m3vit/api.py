@@ -101,12 +101,14 @@ def evaluate(
     precision: str | None = None,
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Score a run, an ONNX package or an HLS project on the val split, add the result to its eval.json, return it.
 
     The scores are in result["tasks"][task]["torch" or "onnx" or ...], by metric; of a run "trivial" stands beside it.
     protocol: A or B (docs/datasets.md). device, batch: of a run. precision: of a package that holds several. workers:
-    processes that match edges. Under torchrun, processes other than the first get {}.
+    processes that match edges. predictions: a new folder for the files that the published code stores and scores.
+    Under torchrun, processes other than the first get {}.
     """
     from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
     from m3vit.evaluation.scoring import score
@@ -131,6 +133,7 @@ def evaluate(
         info=info,
         workers=workers,
         progress=progress,
+        predictions=predictions,
     )
     return found or {}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from m3vit.commands.terminal import console, print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import DataRoot, File, Positive, Value, add_options, options
+from m3vit.options import DataRoot, File, Folder, Positive, Value, add_options, options
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Eval:
         precision: of an ONNX package: one it holds, such as int8 (default: its first)
         batch: of a run alone: images it takes at once (default: 1)
         workers: processes that match edges (default: one a core)
+        predictions: write the predictions too, into a new folder: the files that the published code of protocol A
+            stores and scores (semseg/ID.png, depth/ID.mat, edge/ID.png, ...)
         all_metrics: print every metric, not only the main one of each task
         compare: show two or more folders that were evaluated in one table; evaluates nothing
         baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
@@ -37,6 +39,7 @@ class Eval:
     precision: str | None = None
     batch: Positive | None = None
     workers: Positive | None = None
+    predictions: Folder | None = None
     all_metrics: bool = False
     compare: bool = False
     baseline: Annotated[str, Value(metavar="NAME")] | None = None
@@ -52,10 +55,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     wanted = options(Eval, args)
     if wanted.compare:
-        if any((wanted.data_root, wanted.workers, wanted.all_metrics, wanted.precision, wanted.device, wanted.batch)):
+        others = (wanted.data_root, wanted.workers, wanted.all_metrics, wanted.precision, wanted.device, wanted.batch)
+        if any((*others, wanted.predictions)):
             raise InputError(
                 "--compare shows what was evaluated: leave out --data.root, --workers, --all-metrics, --precision, "
-                "--device and --batch"
+                "--device, --batch and --predictions"
             )
         from m3vit.evaluation.compare import compare
         from m3vit.evaluation.tables import form_of, write_comparison
@@ -92,6 +96,7 @@ def run_eval(args: argparse.Namespace) -> None:
             precision=wanted.precision,
             workers=wanted.workers,
             progress=bar,
+            predictions=wanted.predictions,
         )
     if result:  # nothing in all but the first of several processes
         columns = ("trivial", "torch") if result["predictor"] == "torch" else (result["predictor"],)

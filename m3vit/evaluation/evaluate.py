@@ -16,7 +16,7 @@ from m3vit.data.sample import Sample, Split
 from m3vit.errors import InputError
 from m3vit.evaluation.edge_pool import EdgeScorer
 from m3vit.evaluation.meters import Statistics, check_meter, make_meter
-from m3vit.evaluation.protocols import NetworkImage, network_image, prediction
+from m3vit.evaluation.protocols import NetworkImage, as_read, as_stored, network_image
 from m3vit.kinds import as_json
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.finite import is_finite
@@ -26,6 +26,7 @@ from m3vit.tasks import TASKS, kind_of
 
 Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
 Progress = Callable[[int, int], None]
+Keep = Callable[[str, str, Tensor, NDArray[Any]], None]  # takes id, task, what is stored (`as_stored`), label
 
 
 @dataclass
@@ -113,12 +114,13 @@ def evaluate(
     skip_unreadable: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> Evaluation:
     """Return the statistics of the predictor's tasks over the images `indices` (default: all) of a split.
 
     `quick` scores edges pixel by pixel instead of by odsF. An unreadable file raises InputError naming it, or with
     `skip_unreadable` its image is left out and the message kept; the labels that an image of a partial split lacks are
-    left out of their task's statistics. Edges are matched in `workers` processes.
+    left out of their task's statistics. Edges are matched in `workers` processes. `keep` gets every prediction.
     """
     if predictor.label_set != split.label_set:
         raise InputError(
@@ -159,7 +161,10 @@ def evaluate(
                     if task in sample.unlabelled:
                         result.unlabelled[task].append(sample.unlabelled[task])
                     size = sample.image.shape[:2]
-                    guess = prediction(protocol, task, logits[task][place], image, size, y_down=y_down)
+                    stored = as_stored(protocol, task, logits[task][place], image, size, y_down=y_down)
+                    guess = as_read(protocol, task, stored, y_down=y_down)
+                    if keep:
+                        keep(sample.id, task, stored, sample.labels[task])
                     if task in edges and task in sample.unlabelled:
                         edges[task].leave_out()
                     elif task in edges:

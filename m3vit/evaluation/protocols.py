@@ -80,15 +80,12 @@ def network_image(protocol: str, name: str, image: NDArray[np.uint8], size: tupl
     return NetworkImage(name, pixels, rows, columns)
 
 
-def prediction(
+def as_stored(
     protocol: str, task: str, logits: Tensor, place: NetworkImage, label_size: tuple[int, int], *, y_down: bool = False
-) -> NDArray[np.generic]:
-    """Turn one image's logits [C, H, W] (any resolution: resized to H x W first) into a prediction [h, w].
+) -> Tensor:
+    """Turn one image's logits [C, H, W] (any resolution: resized to H x W first) into what is stored [D or 1, h, w].
 
-    Classes: ids uint8. depth: metres float32. normals: float32 [h, w, 3], unit length. saliency, edge: probability
-    float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact. `y_down` says
-    that the published code stores this data set's normals with y down (LabelSet.normals_y_down): truncation to 8 bits
-    then pulls y up, not down.
+    Before it becomes 8 bits, where it does. `y_down`: as of `prediction`.
     """
     height, width = place.pixels.shape[:2]
     if logits.shape[-2:] != (height, width):
@@ -100,5 +97,24 @@ def prediction(
         # OpenCV's INTER_NEAREST takes pixel floor(x * scale), as torch's "nearest" does.
         mode = {"mode": "nearest"} if kind.nearest else {"mode": "bilinear", "align_corners": False}
         values = F.interpolate(values[None], size=tuple(label_size), **mode)[0]  # type: ignore[arg-type]
+    return values
+
+
+def as_read(protocol: str, task: str, stored: Tensor, *, y_down: bool = False) -> NDArray[np.generic]:
+    """Return the prediction [h, w] or [h, w, 3] that is read from what was stored."""
     # 8 bits: .astype(np.uint8) in the published code: truncated, not rounded
-    return kind.restored(values, protocol == "A" or TASKS[task].stored_in_8_bits, y_down)
+    return kind_of(task).restored(stored, protocol == "A" or TASKS[task].stored_in_8_bits, y_down)
+
+
+def prediction(
+    protocol: str, task: str, logits: Tensor, place: NetworkImage, label_size: tuple[int, int], *, y_down: bool = False
+) -> NDArray[np.generic]:
+    """Turn one image's logits [C, H, W] into a prediction [h, w], by way of what is stored.
+
+    Classes: ids uint8. depth: metres float32. normals: float32 [h, w, 3], unit length. saliency, edge: probability
+    float32 in steps of 1/255 (A, and edges in B, whose maps are stored as png) or exact. `y_down` says
+    that the published code stores this data set's normals with y down (LabelSet.normals_y_down): truncation to 8 bits
+    then pulls y up, not down.
+    """
+    stored = as_stored(protocol, task, logits, place, label_size, y_down=y_down)
+    return as_read(protocol, task, stored, y_down=y_down)

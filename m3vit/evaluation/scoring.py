@@ -19,6 +19,7 @@ from m3vit.digests import changed, check_sealed, read_sealed_json, seal, write_s
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import (
     Evaluation,
+    Keep,
     Predictor,
     Scores,
     TrivialPredictor,
@@ -26,6 +27,7 @@ from m3vit.evaluation.evaluate import (
     read_untrained_classes,
 )
 from m3vit.evaluation.meters import TRAINED, over_trained, try_meter
+from m3vit.evaluation.predictions import Store
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
 from m3vit.files import atomic_path, sha256_file, write_json
 from m3vit.label_sets import LABEL_SETS, declare, describe
@@ -53,11 +55,13 @@ def score(
     info: dict[str, Any] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    predictions: Path | None = None,
 ) -> dict[str, Any] | None:
     """Score a predictor on the val split of `root`, and add the result to the eval.json of `folder`.
 
     `trivial` scores the trivial predictor too, fitted on the train split; `partial`: on those of its labels that can be
-    read, as the run was trained (`data.on_error` skip). `info` becomes part of the result. Under
+    read, as the run was trained (`data.on_error` skip). `info` becomes part of the result. `predictions`: a folder for
+    the files of m3vit/evaluation/predictions.py. Under
     torchrun each process scores its share of the images; the result, the same to the last bit, is written and returned
     by the first process, the others return None.
 
@@ -70,7 +74,12 @@ def score(
     split = open_split(layout, root, "val", tasks, label_set=label_set)
     with process_group():
         agree(lambda: None if rank() else stored(folder))  # damaged, it is refused now rather than after the evaluation
-        evaluations = {predictor.name: share(split, predictor, protocol, workers, stage(progress, predictor.name))}
+        store = Store(predictions) if predictions else None
+        agree(lambda: None if rank() or store is None else store.prepare(protocol, tasks))
+        keep = store.write if store else None
+        evaluations = {
+            predictor.name: share(split, predictor, protocol, workers, stage(progress, predictor.name), keep=keep)
+        }
         constants = untrained = None
         if trivial:
             train = open_split(layout, root, "train", tasks, partial, label_set)
@@ -163,12 +172,13 @@ def share(
     *,
     quick: bool = False,
     skip_unreadable: bool = False,
+    keep: Keep | None = None,
 ) -> Evaluation:
     """Evaluate this process's images, and return the statistics of all, in the order of the split."""
     if world_size() > len(split):
         raise InputError(f"{world_size()} processes for {len(split)} images: start fewer")
     mine = range(rank(), len(split), world_size())
-    options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress}
+    options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress, "keep": keep}
     workers = workers or default_workers()
     found = agree(lambda: evaluate(split, predictor, protocol, indices=mine, workers=workers, **options))
     parts = gather((found.ids, found.statistics, found.errors, found.fingerprints, found.unlabelled, found.breakdowns))

@@ -35,6 +35,7 @@ class Distance(Kind):
 
     name = "identity"
     own_range = True
+    stored_file = ".mat"
 
     def zoomed(self, values: "Tensor", factor: float) -> "Tensor":
         """Divide by the factor: a camera that is that much nearer."""

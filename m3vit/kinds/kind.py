@@ -54,6 +54,7 @@ class Kind:
     loss_options: names of the options of `loss`, which a task may set.
     own_range: a picture shows its values over a range of its own (`limits`), such as depth's.
     dark_on_white: a picture is ink on paper, so that laid over the image it darkens it.
+    stored_file: ending of the files that published code stores predictions in: .png (8 bits) or .mat (as they are).
     last_bin_marks: one pixel of the last of `bins` makes a whole patch one of it, since it is rare and thin.
     """
 
@@ -68,6 +69,7 @@ class Kind:
     loss_options: tuple[str, ...] = ()
     own_range: bool = False
     dark_on_white: bool = False
+    stored_file: str = ".png"
     last_bin_marks: bool = False
 
     # --- labels ---

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import loadmat
 
+from m3vit.data.opening import open_split
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
@@ -19,7 +21,7 @@ from m3vit.evaluation.compare import bootstrap_weights, compare
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.gain import BASELINES, delta_m
 from m3vit.evaluation.meters import make_meter
-from m3vit.label_sets import NYUD_CLASSES
+from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES
 from tests.conftest import TINY
 from tests.test_cli import refused
 
@@ -319,3 +321,38 @@ def test_bootstrap_draws_as_many_images_as_there_are() -> None:
     assert weights.shape == (1000, 7)
     assert (weights.sum(axis=1) == 7).all()
     assert weights.mean(axis=0) == pytest.approx(np.ones(7), abs=0.15)  # 5 standard errors of 0.93 / sqrt(1000)
+
+
+def test_stored_predictions_score_as_published_code_reads_them(
+    cli: Cli, run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "predictions"
+    result = cli("eval", run, "--predictions", out)
+    assert result.returncode == 0, result.stderr
+    refused(cli("eval", run, "--predictions", out), "is not empty: give a new or empty folder")
+    refused(cli("eval", run, "--predictions", tmp_path / "b", "--protocol", "B"), "give --protocol A")
+    refused(cli("eval", run, run, "--compare", "--predictions", tmp_path / "b"), "leave out .* --predictions")
+    split = open_split("nyud", str(tiny_data), "val", ("semseg", "depth", "normals", "edge"))
+    assert sorted(path.relative_to(out).as_posix() for path in out.glob("*/*")) == sorted(
+        f"{task}/{name}.{'mat' if task == 'depth' else 'png'}" for task in split.tasks for name in split.ids
+    )
+    sums: dict[str, Any] = {}
+    for index, name in enumerate(split.ids):
+        sample = split.load(index)
+        # evaluation/eval_*.py of Multi-Task-Learning-PyTorch
+        read = {
+            "semseg": np.asarray(Image.open(out / "semseg" / f"{name}.png")),
+            "depth": loadmat(out / "depth" / f"{name}.mat")["depth"],
+            "normals": 2.0 * np.asarray(Image.open(out / "normals" / f"{name}.png")) / 255 - 1,
+        }
+        read["normals"] *= [1, -1 if LABEL_SETS["nyud"].normals_y_down else 1, 1]
+        for task, values in read.items():
+            assert values.shape[:2] == sample.image.shape[:2]
+            row = make_meter(task, "nyud", "A").image(values, sample.labels[task])
+            sums[task] = sums.get(task, 0) + row
+        edges = np.asarray(Image.open(out / "edge" / f"{name}.png"))
+        assert edges.shape == sample.image.shape[:2] and edges.dtype == np.uint8
+    stored = results(run)["A"]["tasks"]
+    for task, metric in (("semseg", "mIoU"), ("depth", "rmse"), ("normals", "mErr")):
+        found = float(make_meter(task, "nyud", "A").compute(sums[task])[metric])
+        assert found == pytest.approx(stored[task]["torch"][metric], rel=1e-5), task
