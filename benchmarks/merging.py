@@ -81,10 +81,7 @@ def main() -> None:
     metrics = {task: TASKS[task].metric for task in NAMES}
     means = {t: (metric, statistics.mean(s[t][metric] for s in rows["from scratch"])) for t, metric in metrics.items()}
     baseline = Baseline("from scratch", "nyud", "A", "this run", means)
-    print(
-        f"{args.before} epochs before, {args.after} after, {args.train} scenes, {args.seeds} seeds, protocol A; "
-        "mean ± sd"
-    )
+    print(f"{args.before} epochs before, {args.after} after, {args.train} scenes, {args.seeds} seeds, protocol A")
     heads = [f"{task} {metric} {'↑' if TASKS[task].higher_is_better else '↓'}" for task, metric in metrics.items()]
     print("| | " + " | ".join([*heads, "delta_m % ↑"]) + " |\n|---|" + "---:|" * (len(NAMES) + 1))
     table: dict[str, dict[str, list[float]]] = {}

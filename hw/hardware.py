@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 TILE_IN = 16
 GATE_OUT = 8
-QUERY_BLOCK = 64
+QUERY_BLOCK = 128
+PORT_BITS = 128  # of most boards
+PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
 TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first
 LUT_RAM_DEPTH = 64  # words of a memory that goes into LUTs
 
@@ -24,21 +26,38 @@ class Hardware:
     max_head: int
     token_block: int = TOKEN_BLOCKS[-1]
     uram: bool = False  # the inputs of a block of tokens lie in URAM
+    tiles_in_lut: bool = False  # weight tiles lie in LUTs
     tile_in: int = TILE_IN
     gate_out: int = GATE_OUT
     query_block: int = QUERY_BLOCK
+    query_lanes: int = 8  # queries that attention works on at once
+    port_bits: int = PORT_BITS
 
     @property
     def weight_word(self) -> int:
         """Bits that a weight is stored in."""
-        return 8 if self.weight_bits <= 8 else 16
+        return stored_bits(self.weight_bits)
 
     @property
     def act_word(self) -> int:
         """Bits that a narrow value is stored in."""
-        return 8 if self.act_bits <= 8 else 16
+        return stored_bits(self.act_bits)
 
-    @property
-    def tiles_in_lut(self) -> bool:
-        """Whether weight tiles are so few words deep that they lie in LUTs."""
-        return self.max_in // self.tile_in <= LUT_RAM_DEPTH
+    def lanes(self, bits: int) -> int:
+        """Return how many values of `bits` stored bits a word of a port holds."""
+        return self.port_bits // bits
+
+
+def row_unit(weight_word: int, act_word: int, port_bits: int = PORT_BITS) -> int:
+    """Return tile_in, the values that rows are filled up to: a step of the array, at least a word of any port."""
+    return max(TILE_IN, port_bits // min(weight_word, act_word))
+
+
+def stored_bits(bits: int) -> int:
+    """Return the bits that a weight or a narrow value of `bits` is stored in."""
+    return 8 if bits <= 8 else 16
+
+
+def round_up(count: int, unit: int) -> int:
+    """Return the least multiple of `unit` that is not below `count`."""
+    return -(-count // unit) * unit

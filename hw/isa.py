@@ -197,9 +197,10 @@ class Position(Instruction):
 
 @dataclass(kw_only=True)
 class Norm(Instruction):
-    """LayerNorm of n_in channels, wide to narrow or wide; params: scales, then biases times 2^bias_shift.
+    """LayerNorm of n_in channels, wide to narrow or wide; params: scales, from `biases` on biases times 2^bias_shift.
 
     shift: of the result; sqrt_dim: sqrt(n_in) * 2^16; eps: n_in^3 eps * 2^(2 fractional bits of the input), at least 1.
+    biases: from the scales on; 0 in older programs, where it is n_in.
     """
 
     op = Op.NORM
@@ -215,6 +216,7 @@ class Norm(Instruction):
     shift: Signed
     bias_shift: Signed
     sqrt_dim: Signed
+    biases: Unsigned = 0
     eps: Long
 
 

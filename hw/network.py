@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m3vit.hw import isa
+from m3vit.hw.hardware import round_up, row_unit, stored_bits
 from m3vit.hw.isa import TAPS, Instruction, Mode
+from m3vit.hw.weights_file import ALIGNMENT
+
+PARAMS_UNIT = ALIGNMENT // 4  # rows of tables in params begin at its multiples: words of any port
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,17 @@ class Network:
     pre_norm: bool = False
 
 
-def program_of(n: Network) -> list[Instruction]:
-    """Return the program; its offsets, shifts and fractions are 0."""
+def program_of(n: Network, weight_bits: int, act_bits: int, port_bits: int) -> list[Instruction]:
+    """Return the program; its offsets, shifts and fractions are 0. Sizes are filled up as the exporter does."""
     found: list[Instruction] = []
     nowhere: dict[str, int] = {"weights": 0, "params": 0}
     patches, dim, several = n.grid[0] * n.grid[1], n.dim, len(n.tasks) > 1
     rows = patches + n.prefix
+    unit = row_unit(stored_bits(weight_bits), stored_bits(act_bits), port_bits)
+    seen = n.heads * round_up(dim // n.heads, port_bits // stored_bits(act_bits))  # by attention
 
     def linear(count: int, n_in: int, n_out: int, mode: Mode, gelu: int = -1, task: int = -1) -> None:
-        sizes = {"rows": count, "n_in": n_in, "n_out": n_out}
+        sizes = {"rows": count, "n_in": round_up(n_in, unit), "n_out": n_out}
         found.append(isa.Linear(mode=mode, gelu_in=gelu, task=task, **sizes, **nowhere))
 
     def norm(count: int, mode: Mode = Mode.NARROW) -> None:
@@ -55,32 +61,35 @@ def program_of(n: Network) -> list[Instruction]:
 
     found.append(isa.Patches(rows=patches, n_in=3 * n.patch**2, patch=n.patch, columns=n.grid[1]))
     linear(patches, 3 * n.patch**2, dim, Mode.WIDE)
-    found.append(isa.Position(rows=rows, n_out=dim, params=0, prefix=n.prefix))
+    found.append(isa.Position(rows=rows, n_out=round_up(dim, PARAMS_UNIT), params=0, prefix=n.prefix))
     if n.pre_norm:
         norm(rows, Mode.WIDE)
     for hidden, top_k in zip(n.mlps, n.top_ks, strict=True):
         norm(rows)
-        linear(rows, dim, 3 * dim, Mode.NARROW)
-        found.append(isa.Attention(rows=rows, n_in=3 * dim, n_out=dim, heads=n.heads, score_shift=0, value_shift=0))
-        linear(rows, dim, dim, Mode.RESIDUAL)
+        linear(rows, dim, 3 * seen, Mode.NARROW)
+        shifts = {"score_shift": 0, "value_shift": 0}
+        found.append(isa.Attention(rows=rows, n_in=3 * seen, n_out=seen, heads=n.heads, **shifts))
+        linear(rows, seen, dim, Mode.RESIDUAL)
         norm(rows)
         if not top_k:
             linear(rows, dim, hidden, Mode.NARROW, gelu=0)
             linear(rows, hidden, dim, Mode.RESIDUAL)
             continue
         for task in [-1] if n.same_gates or not several else range(len(n.tasks)):
-            found.append(isa.Gate(task=task, rows=rows, n_in=dim, n_out=n.experts, **nowhere))
+            found.append(isa.Gate(task=task, rows=rows, n_in=round_up(dim, unit), n_out=n.experts, **nowhere))
         found.append(isa.Route(rows=rows, n_in=n.experts, top_k=top_k, logit_frac=0))
-        steps = {"weights_step": 0, "params_step": 0, "hidden_pitch": hidden, "gelu_in": 0, "gelu_out": 0}
-        found.append(isa.Experts(rows=rows, n_in=dim, n_out=hidden, experts=n.experts, **steps, **nowhere))
+        steps = {"weights_step": 0, "params_step": 0, "hidden_pitch": 0, "gelu_in": 0, "gelu_out": 0}
+        sizes = {"rows": rows, "n_in": round_up(dim, unit), "n_out": round_up(hidden, unit)}
+        found.append(isa.Experts(experts=n.experts, **sizes, **steps, **nowhere))
     norm(patches)
     for place, head in enumerate(n.tasks):
         task = place if several else -1
         if not head.channels:
             linear(patches, dim, head.outputs, Mode.OUTPUT, task=task)
             continue
-        linear(patches, dim, head.outputs, Mode.NARROW, task=task)
+        features = round_up(head.outputs // n.upscale**2, unit)
+        linear(patches, dim, features * n.upscale**2, Mode.NARROW, task=task)
         pixels = {"columns": n.grid[1], "upscale": n.upscale}
-        sizes = {"rows": patches * n.upscale**2, "n_in": TAPS * head.outputs // n.upscale**2, "n_out": head.channels}
+        sizes = {"rows": patches * n.upscale**2, "n_in": TAPS * features, "n_out": head.channels}
         found.append(isa.Conv(task=task, **sizes, **pixels, **nowhere))
     return found

@@ -1,10 +1,10 @@
 """Each opcode with its engine, and what both cost: memories, multipliers, cycles and bytes. No torch.
 
-Cycles are those of the loops of hw/include/engine as they are written: trips times II, and stages of a dataflow region
-side by side (side_by_side, ping_pong); a test counts trips and entries of loops in the C++. What a loop costs beside
-its trips (depth of the pipeline, latency of memory) no one has measured: Timing has what is assumed of it, LOOPS
-nothing, which makes a lower bound. Bytes are those that C-simulation counts (M3VIT_COUNT); a test compares them,
-instruction by instruction. Fetching the instruction itself is `fetch` and FETCH_BYTES, also for one that is skipped.
+Cycles are those of the loops of hw/include/engine as they are written, trips times II, one loop after the other; a test
+counts trips and entries of loops in the C++. What a loop costs beside its trips (depth of the pipeline, latency of
+memory) no one has measured: Timing has what is assumed of it, LOOPS nothing, which makes a lower bound. Bytes are
+those that C-simulation counts (M3VIT_COUNT); a test compares them, instruction by instruction. Fetching the instruction
+itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
@@ -18,6 +18,7 @@ from m3vit.hw.isa import (
     INSTRUCTIONS,
     KEY_BLOCK,
     ROW_WORDS,
+    SCORE_BITS,
     TAPS,
     WORDS,
     Attention,
@@ -36,6 +37,8 @@ from m3vit.hw.isa import (
 from m3vit.hw.tables import PROB_FRAC, TABLES
 
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
+WIDE_BITS = 32
+ROUTE_ROWS = 16  # tokens whose logits the router reads at once
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
@@ -62,20 +65,25 @@ LOOPS = Timing()  # trips alone
 
 
 class OnChip(NamedTuple):
-    """Memories of one shape: how many, bits a word, words; "any": where they fit best, by depth."""
+    """Memories of one shape: how many, bits a word, words; "any": in LUTs if they are few words, else in BRAM."""
 
     name: str
     copies: int
     bits: int
     words: int
-    kind: str = "any"  # or bram, or uram
+    kind: str = "any"  # or lut, bram, uram
 
 
 class Engine(NamedTuple):
-    """A part of the hardware, of which there is one: its memories and multipliers for a configuration."""
+    """A part of the hardware, of which there is one: its memories and multipliers for a configuration.
+
+    dsps: what products beside the array take. shifters: values that are rounded and held side by side in a cycle.
+    """
 
     memories: Callable[[Hardware], list[OnChip]]
     multipliers: Callable[[Hardware], int] = lambda h: 0
+    dsps: Callable[[Hardware], int] = lambda h: 0
+    shifters: Callable[[Hardware], int] = lambda h: 0
 
 
 class OpSpec(NamedTuple):
@@ -92,40 +100,38 @@ class OpSpec(NamedTuple):
     macs: Callable[[Any, Queue], int] = lambda i, queue: 0
 
 
-def side_by_side(times: int, *stages: int) -> int:
-    """Return the cycles of a dataflow region in a loop: the slowest stage sets the pace, the others fill it once."""
-    return sum(stages) + (times - 1) * max(stages) if times else 0
-
-
-def ping_pong(loads: list[int], computes: list[int]) -> int:
-    """Return the cycles of steps of which each is computed while the next is loaded."""
-    following = [*loads[1:], 0]
-    return sum(loads[:1]) + sum(max(compute, load) for compute, load in zip(computes, following, strict=False))
-
-
 def _tables(copies: int) -> OnChip:
     return OnChip("look-up tables", copies, TABLE_BITS, TABLE_ENTRIES)
+
+
+def _words(h: Hardware, count: int, bits: int) -> int:
+    """Return the words of a port that `count` values of `bits` take."""
+    return -(-count // h.lanes(bits))
+
+
+def _bytes(h: Hardware, words: int) -> int:
+    return words * h.port_bits // 8
 
 
 # --- image and position: m3vit_engine_norm.h ------------------------------------------------------------------------
 
 
 def image_cycles(i: Patches, h: Hardware, queue: Queue, t: Timing) -> int:
-    """read_image: one pixel value an iteration, a loop for each line of a patch."""
-    return i.rows * i.patch * t.loop(3 * i.patch, reads=True, writes=True)
+    """read_image: one pixel value an iteration, a loop for each patch."""
+    return i.rows * t.loop(i.n_in, reads=True, writes=True)
 
 
 def image_traffic(i: Patches, h: Hardware, queue: Queue = ()) -> Bytes:
-    return {"image": i.rows * i.n_in, "narrow_write": i.rows * i.n_in * h.act_word // 8}
+    return {"image": i.rows * i.n_in, "narrow_write": _bytes(h, i.rows * _words(h, i.n_in, h.act_word))}
 
 
 def position_cycles(i: Position, h: Hardware, queue: Queue, t: Timing) -> int:
-    """position: one channel an iteration."""
-    return i.rows * t.loop(i.n_out, reads=True, writes=True)
+    """position: one word an iteration."""
+    return t.loop(i.rows * _words(h, i.n_out, WIDE_BITS), reads=True, writes=True)
 
 
 def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
-    row = i.n_out * WORD_BYTES
+    row = _bytes(h, _words(h, i.n_out, WIDE_BITS))
     return {"params": i.rows * row, "wide_read": (i.rows - i.prefix) * row, "wide_write": i.rows * row}
 
 
@@ -133,25 +139,26 @@ def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
 
 
 def norm_memories(h: Hardware) -> list[OnChip]:
+    lanes, words = h.lanes(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
     return [
-        OnChip("a row, in and out, double for dataflow", 2, 32, h.max_dim),
-        OnChip("differences from the mean", 3, 48, h.max_dim),
-        OnChip("scales, biases", 2, 32, h.max_dim),
+        OnChip("rows that are summed and centred", 1, 32 * lanes, 4 * words),
+        OnChip("differences from the mean", 2, 48 * lanes, 4 * words),
+        OnChip("scales, biases", 2, 32 * lanes, words),
         _tables(2),  # both of 1/sqrt
     ]
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load at II=2, then by token read_wide, normalise_row (Sum, Centre, Square, Scale), write_norm."""
-    stages = (t.loop(i.n_in, reads=True), 4 * t.loop(i.n_in), t.loop(i.n_in, writes=True))
-    return t.loop(i.n_in, 2, reads=True) + side_by_side(i.rows, *stages)
+    """layernorm: Load, then Row: a word an iteration, three rows more than there are to drain its stages."""
+    words = _words(h, i.n_in, WIDE_BITS)
+    return t.loop(2 * words, reads=True) + t.loop((i.rows + 3) * words, reads=True, writes=True)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
-    values = i.rows * i.n_in
-    to_narrow = {"narrow_write": values * h.act_word // 8}
-    written = to_narrow if i.mode == Mode.NARROW else {"wide_write": values * WORD_BYTES}
-    return {"params": 2 * i.n_in * WORD_BYTES, "wide_read": values * WORD_BYTES, **written}
+    row = _bytes(h, _words(h, i.n_in, WIDE_BITS))
+    to_narrow = {"narrow_write": i.rows * _bytes(h, _words(h, i.n_in, h.act_word))}
+    written = to_narrow if i.mode == Mode.NARROW else {"wide_write": i.rows * row}
+    return {"params": 2 * row, "wide_read": i.rows * row, **written}
 
 
 def norm_needs(i: Norm) -> dict[str, int]:
@@ -162,12 +169,13 @@ def norm_needs(i: Norm) -> dict[str, int]:
 
 
 def attention_memories(h: Hardware) -> list[OnChip]:
-    head = h.max_head * h.act_word
+    head, groups = h.max_head * h.act_word, h.query_block // h.query_lanes
     return [
-        OnChip("keys and values, ping and pong", 4, head, KEY_BLOCK),
-        OnChip("queries", 1, head, h.query_block),
-        OnChip("context, total and maximum", 1, (h.max_head + 2) * ACCUMULATOR_BITS, h.query_block),
-        _tables(2),  # 2^-x, 1/x
+        OnChip("keys and values, two blocks", 4, head, KEY_BLOCK),
+        OnChip("queries", h.query_lanes, head, groups),
+        OnChip("context, total and maximum", h.query_lanes, (h.max_head + 2) * ACCUMULATOR_BITS, groups),
+        OnChip("scores of two groups", 2 * h.query_lanes, SCORE_BITS, KEY_BLOCK),
+        _tables(h.query_lanes + 1),  # 2^-x of each query, 1/x
     ]
 
 
@@ -180,16 +188,17 @@ def attention_steps(i: Attention, h: Hardware) -> Iterator[tuple[int, int, bool,
 
 
 def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
-    """attention: load_keys of the next step beside compute_step of this one, in which Weight follows Score."""
-    width = i.n_out // i.heads
+    """attention: Rest; First; of each step Query if it is the first of its queries, Step beside the next one's keys,
+    Divide if it is the last."""
+    words = i.n_out // i.heads // h.lanes(h.act_word)
     steps = i.heads * list(attention_steps(i, h))
-    moved, padded = t.loop(width, reads=True), t.loop(h.max_head - width)
-    loads = [keys * (2 * moved + padded) for _, keys, _, _ in steps]  # k, v, and the rest of max_head for both
-    computes = [
-        queries * (first * (moved + padded) + 2 * t.loop(keys) + last * t.loop(width, writes=True))
-        for queries, keys, first, last in steps  # the query; Score, Weight; Divide
-    ]
-    return ping_pong(loads, computes)
+    loads = [2 * keys * words for _, keys, _, _ in steps]
+    cycles = t.loop(max(KEY_BLOCK, h.query_block)) + t.loop(loads[0], reads=True)
+    for (queries, keys, first, last), following in zip(steps, [*loads[1:], 0], strict=True):
+        groups = -(-queries // h.query_lanes)
+        cycles += first * t.loop(queries * words, reads=True) + last * t.loop(queries * words, writes=True)
+        cycles += t.loop(max((groups + 1) * keys, following), reads=True)
+    return cycles
 
 
 def attention_traffic(i: Attention, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -210,6 +219,7 @@ def attention_needs(i: Attention) -> dict[str, int]:
 
 def route_memories(h: Hardware) -> list[OnChip]:
     return [
+        OnChip("logits", 1, h.port_bits, ROUTE_ROWS * _words(h, h.max_experts, WIDE_BITS)),
         OnChip("choices, queues", 2, 16 + PROB_FRAC + 1, h.max_rows * h.max_top),
         OnChip("counts, starts, active experts", 3, 16, h.max_experts),
         _tables(2),  # 2^-x, 1/x
@@ -217,13 +227,15 @@ def route_memories(h: Hardware) -> list[OnChip]:
 
 
 def route_cycles(i: Route, h: Hardware, queue: Queue, t: Timing) -> int:
-    """route: Reset; by token Logit, Softmax, Choose; Start; Place at II=2."""
-    token = t.loop(i.n_in, reads=True) + t.loop(i.n_in) + t.loop(i.top_k)
-    return 2 * t.loop(i.n_in) + i.rows * (token + t.loop(i.top_k, 2))
+    """route: Reset; for ROUTE_ROWS tokens Read; by token Logit, Softmax, Choose; Start; Place at II=2."""
+    words = _words(h, i.n_in, WIDE_BITS)
+    blocks = [min(ROUTE_ROWS, i.rows - start) for start in range(0, i.rows, ROUTE_ROWS)]
+    token = 2 * t.loop(i.n_in) + t.loop(i.top_k) + t.loop(i.top_k, 2)
+    return 2 * t.loop(i.n_in) + sum(t.loop(rows * words, reads=True) for rows in blocks) + i.rows * token
 
 
 def route_traffic(i: Route, h: Hardware, queue: Queue = ()) -> Bytes:
-    return {"wide_read": i.rows * i.n_in * WORD_BYTES}
+    return {"wide_read": i.rows * _bytes(h, _words(h, i.n_in, WIDE_BITS))}
 
 
 def route_needs(i: Route) -> dict[str, int]:
@@ -244,23 +256,24 @@ class Tile(NamedTuple):
     mode: Mode
 
 
+def _weight_tiles(h: Hardware, outputs: int, bits: int) -> OnChip:
+    """Memories of a word each, of every output of two tiles: so many of them that a step of inputs is read at once."""
+    kind = "lut" if h.tiles_in_lut else "bram"
+    joined = h.tile_in // h.lanes(bits)
+    return OnChip("weights of two tiles", 2 * joined * outputs, h.port_bits, h.max_in // h.tile_in, kind)
+
+
 def linear_memories(h: Hardware) -> list[OnChip]:
-    steps = h.max_in // h.tile_in
-    width = h.tile_in * h.act_word
+    joined, kind = h.tile_in // h.lanes(h.act_word), "uram" if h.uram else "bram"
     return [
-        OnChip("inputs of a block of tokens", 1, width, h.token_block * steps, "uram" if h.uram else "bram"),
-        OnChip("weight tiles, ping and pong", 2, h.tile_out * h.tile_in * h.weight_word, steps),
-        OnChip("a token's inputs, double for dataflow", 2, width, steps),
-        _tables(1),  # GELU
+        OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
+        _weight_tiles(h, h.tile_out, h.weight_word),
+        _tables(h.lanes(h.act_word)),  # GELU
     ]
 
 
 def gate_memories(h: Hardware) -> list[OnChip]:
-    steps = h.max_in // h.tile_in
-    return [
-        OnChip("gate tiles, ping and pong", 2, h.gate_out * h.tile_in * GATE_BITS, steps),
-        OnChip("a token's inputs, double for dataflow", 2, h.tile_in * h.act_word, steps),
-    ]
+    return [_weight_tiles(h, h.gate_out, GATE_BITS)]
 
 
 def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Iterator[Tile]:
@@ -279,24 +292,25 @@ def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> 
                 yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), fresh, adds, mode)
 
 
+def _results(tile: Tile, h: Hardware) -> int:
+    """Return the steps in which a token's results are written: words, to the output single values."""
+    bits = {Mode.NARROW: h.act_word, Mode.OUTPUT: h.port_bits}.get(tile.mode, WIDE_BITS)
+    return _words(h, tile.outputs, bits)
+
+
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
-    """linear: load_tile of the next tile beside compute_tile of this one; weights, inputs and results one by one."""
-    loads, computes = [], []
+    """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
+    bits = GATE_BITS if isinstance(i, Gate) else h.weight_word
+    loads, spans = [], []
     for tile in tiles(i, h, queue):
-        steps = -(-tile.n_in // h.tile_in)
-        padded = steps * h.tile_in
-        pad = t.loop(padded - tile.n_in)
-        weights = t.loop(tile.outputs * tile.n_in, reads=True) + tile.outputs * pad
-        loads.append(weights + t.loop(tile.outputs, ROW_WORDS, reads=True))
-        taps = TAPS if isinstance(i, Conv) else 1  # loops of a row's inputs
-        stages = (
-            tile.fresh * (taps * t.loop(tile.n_in // taps, reads=True) + pad) + t.loop(steps),  # read_token, Copy
-            tile.adds * t.loop(tile.outputs, reads=True),  # read_before
-            t.loop(steps),  # multiply
-            t.loop(tile.outputs, writes=True),  # write_row
-        )
-        computes.append(side_by_side(tile.tokens, *stages))
-    return ping_pong(loads, computes)
+        params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
+        loads.append(max(tile.outputs * tile.n_in // h.lanes(bits), params))
+        steps = tile.n_in // (h.lanes(h.act_word) if tile.fresh else h.tile_in)
+        spans.append((tile.tokens + 1) * max(steps, _results(tile, h)))
+    cycles = t.loop(loads[0] if loads else 0, reads=True)
+    for span, following in zip(spans, [*loads[1:], 0], strict=False):
+        cycles += t.loop(max(span, following), reads=True, writes=True)
+    return cycles
 
 
 def inside(i: Conv) -> int:
@@ -308,16 +322,17 @@ def inside(i: Conv) -> int:
 def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Bytes:
     weights, bits = ("gates", GATE_BITS) if isinstance(i, Gate) else ("weights", h.weight_word)
     act = h.act_word // 8
-    ports = {Mode.NARROW: ("narrow_write", act), Mode.OUTPUT: ("output", WORD_BYTES)}
     moved = dict.fromkeys(PORTS, 0)
     for tile in tiles(i, h, queue):
-        results = tile.tokens * tile.outputs
-        port, size = ports.get(tile.mode, ("wide_write", WORD_BYTES))
+        results = tile.tokens * _results(tile, h)
         moved[weights] += tile.outputs * tile.n_in * bits // 8
-        moved["params"] += tile.outputs * ROW_WORDS * WORD_BYTES
+        moved["params"] += _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
         moved["narrow_read"] += tile.fresh * tile.tokens * tile.n_in * act
-        moved["wide_read"] += tile.adds * results * WORD_BYTES
-        moved[port] += results * size
+        moved["wide_read"] += tile.adds * _bytes(h, results)
+        if tile.mode == Mode.OUTPUT:
+            moved["output"] += results * WORD_BYTES
+        else:
+            moved["narrow_write" if tile.mode == Mode.NARROW else "wide_write"] += _bytes(h, results)
     if isinstance(i, Conv):
         moved["narrow_read"] = inside(i) * i.n_in // TAPS * act
     return {port: count for port, count in moved.items() if count}
@@ -338,11 +353,30 @@ def conv_needs(i: Conv) -> dict[str, int]:
 
 # --- the tables -----------------------------------------------------------------------------------------------------
 
+
+def _written(h: Hardware) -> int:
+    """Return how many results of a linear map are made in a cycle: those of narrow and of wide words each their own."""
+    return h.lanes(h.act_word) + h.lanes(WIDE_BITS)
+
+
+# DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times
+# the factor 4, times the scale 2.
 ENGINES = {
-    "linear": Engine(linear_memories, lambda h: h.tile_in * h.tile_out),
-    "gate": Engine(gate_memories, lambda h: h.tile_in * h.gate_out),  # the linear engine's code with 16-bit weights
-    "attention": Engine(attention_memories, lambda h: 2 * h.max_head),
-    "norm": Engine(norm_memories),
+    "linear": Engine(
+        linear_memories,
+        lambda h: h.tile_in * h.tile_out,
+        lambda h: h.lanes(h.act_word) + 2 * h.lanes(WIDE_BITS),
+        _written,
+    ),
+    # The linear engine's code with 16-bit weights.
+    "gate": Engine(gate_memories, lambda h: h.tile_in * h.gate_out, lambda h: 0, lambda h: h.lanes(WIDE_BITS)),
+    "attention": Engine(
+        attention_memories,
+        lambda h: 2 * h.max_head * h.query_lanes,
+        lambda h: h.query_lanes + 4 * h.lanes(h.act_word),
+        lambda h: h.query_lanes + h.lanes(h.act_word),
+    ),
+    "norm": Engine(norm_memories, lambda h: 0, lambda h: 10 * h.lanes(WIDE_BITS), lambda h: 3 * h.lanes(WIDE_BITS)),
     "router": Engine(route_memories),
     "stream": Engine(lambda h: []),  # passes over tokens: image, position
 }
@@ -375,9 +409,9 @@ def memories(hardware: Hardware) -> list[OnChip]:
     return [memory for engine in ENGINES.values() for memory in engine.memories(hardware)]
 
 
-def fetch(timing: Timing = LOOPS) -> int:
+def fetch(hardware: Hardware, timing: Timing = LOOPS) -> int:
     """Return the cycles of fetching an instruction: read_instruction."""
-    return timing.loop(WORDS, reads=True)
+    return timing.loop(_words(hardware, WORDS, WIDE_BITS), reads=True)
 
 
 def cycles(
@@ -388,7 +422,9 @@ def cycles(
     skipped: bool = False,
 ) -> int:
     """Return the cycles of an instruction, its fetch included; `skipped`: nothing else."""
-    return fetch(timing) + (0 if skipped else OPS[instruction.op].cycles(instruction, hardware, queue, timing))
+    return fetch(hardware, timing) + (
+        0 if skipped else OPS[instruction.op].cycles(instruction, hardware, queue, timing)
+    )
 
 
 def traffic(instruction: Instruction, hardware: Hardware, queue: Queue = (), skipped: bool = False) -> Bytes:

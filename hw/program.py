@@ -113,6 +113,8 @@ class Builder:
         room = program_words(len(program))
         words = np.stack([instruction.encode() for instruction in [*program, End()]])
         words[:-1, SHARED["params"]] += room  # an opcode without params does not read it
+        for name in self.kinds:  # a port reads whole words
+            self.put(name, np.zeros(0))
         params, weights, gates = (np.concatenate(self.sections[name]) for name in self.kinds)
         head = np.pad(words.ravel(), (0, room - words.size))
         return Image(np.concatenate([head, params]), weights, gates, memory, self.act_bits)

@@ -27,10 +27,11 @@ inline bool read_file(const char *path, std::vector<char> &data) {
 // DDR as the accelerator sees it.
 struct device_memory {
     nnet::vit::file_header head;
-    std::vector<int32_t> params, wide, output;
-    std::vector<vit_cfg::wt_t> weights;
-    std::vector<int16_t> gates;
-    std::vector<vit_cfg::act_t> narrow;
+    std::vector<vit_words::wide> params, wide;
+    std::vector<int32_t> output;
+    std::vector<vit_words::weights> weights;
+    std::vector<vit_words::gates> gates;
+    std::vector<vit_words::narrow> narrow;
 
     bool load(const char *path) {
         std::vector<char> data;
@@ -42,19 +43,19 @@ struct device_memory {
                     (int)head.weight_bits, (int)head.act_bits);
             return false;
         }
-        section(data, head.params_at, head.params_words, params);
-        section(data, head.weights_at, head.weights_words, weights);
-        section(data, head.gates_at, head.gates_words, gates);
-        narrow.resize((size_t)head.narrow);
-        wide.resize((size_t)head.wide);
+        section(data, head.params_at, head.params_words * (int64_t)sizeof(int32_t), params);
+        section(data, head.weights_at, head.weights_words * (int64_t)sizeof(vit_cfg::wt_t), weights);
+        section(data, head.gates_at, head.gates_words * (int64_t)sizeof(int16_t), gates);
+        narrow.resize(whole<vit_words::narrow>(head.narrow * (int64_t)sizeof(vit_cfg::act_t)));
+        wide.resize(whole<vit_words::wide>(head.wide * (int64_t)sizeof(int32_t)));
         output.resize((size_t)head.output);
         return true;
     }
 
     // Fill the memories with a pattern: nothing of the frame before can be read.
     void fill(int pattern) {
-        memset(narrow.data(), 0x5a + pattern, narrow.size() * sizeof(vit_cfg::act_t));
-        memset(wide.data(), 0x35 + pattern, wide.size() * sizeof(int32_t));
+        memset((void *)narrow.data(), 0x5a + pattern, narrow.size() * sizeof(vit_words::narrow));
+        memset((void *)wide.data(), 0x35 + pattern, wide.size() * sizeof(vit_words::wide));
     }
 
     // Run one frame.
@@ -65,10 +66,13 @@ struct device_memory {
     }
 
   private:
+    // How many words of a port hold so many bytes.
+    template <class T> static size_t whole(int64_t bytes) { return ((size_t)bytes + sizeof(T) - 1) / sizeof(T); }
+
     template <class T>
-    static void section(const std::vector<char> &data, int64_t place, int64_t words, std::vector<T> &part) {
-        part.resize((size_t)words + 1); // one more: an empty section has an address too
-        memcpy(part.data(), data.data() + place, (size_t)words * sizeof(T));
+    static void section(const std::vector<char> &data, int64_t place, int64_t bytes, std::vector<T> &part) {
+        part.resize(whole<T>(bytes) + 1); // one more: an empty section has an address too
+        memcpy((void *)part.data(), data.data() + place, (size_t)bytes);
     }
 };
 

@@ -32,8 +32,8 @@ int main(int argc, char **argv) {
         return 2;
     if (check && !read_file("tb_data/expected_outputs.bin", expected))
         return 2;
-    const size_t narrow_bytes = memory.narrow.size() * sizeof(vit_cfg::act_t);
-    const size_t wide_bytes = memory.wide.size() * sizeof(int32_t);
+    const size_t narrow_bytes = (size_t)memory.head.narrow * sizeof(vit_cfg::act_t);
+    const size_t wide_bytes = (size_t)memory.head.wide * sizeof(int32_t);
     if (argc > 8 && (!read_file(argv[8], start) || start.size() != narrow_bytes + wide_bytes)) {
         fprintf(stderr, "csim: %s is not %zu bytes of memories\n", argv[8], narrow_bytes + wide_bytes);
         return 2;
@@ -62,8 +62,8 @@ int main(int argc, char **argv) {
         memset(counts.data(), 0, counts.size() * sizeof(counters));
         memory.fill((int)frame);
         if (!start.empty()) {
-            memcpy(memory.narrow.data(), start.data(), narrow_bytes);
-            memcpy(memory.wide.data(), start.data() + narrow_bytes, wide_bytes);
+            memcpy((void *)memory.narrow.data(), start.data(), narrow_bytes);
+            memcpy((void *)memory.wide.data(), start.data() + narrow_bytes, wide_bytes);
         }
         const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
         memory.run((const uint8_t *)images.data() + frame * frame_bytes, (unsigned char)tasks[frame]);

@@ -127,8 +127,8 @@ class Emulator:
                 table = image.params[i.params : i.params + i.rows * i.n_out].reshape(i.rows, i.n_out)
                 return torch.from_numpy(table).double()
             case isa.Norm():
-                values = image.params[i.params : i.params + 2 * i.n_in].reshape(2, i.n_in)
-                scale, bias = torch.from_numpy(values).double()
+                starts = (i.params, i.params + (i.biases or i.n_in))
+                scale, bias = (torch.from_numpy(image.params[at : at + i.n_in]).double() for at in starts)
                 return scale, bias * 2.0**i.bias_shift
         return None
 

@@ -71,39 +71,30 @@ def run_eval(args: argparse.Namespace) -> None:
     if len(wanted.folders) > 1 or wanted.baseline or wanted.out:
         raise InputError("give one folder to evaluate; --compare shows several that were evaluated, delta_m and --out")
     (folder,) = wanted.folders
+    from m3vit.api import evaluate
     from m3vit.collectives import rank
-    from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
+    from m3vit.evaluation.artefacts import is_export
     from m3vit.evaluation.meters import TRAINED
-    from m3vit.evaluation.scoring import score, without_untrained
-    from m3vit.tasks import TASKS
-    from m3vit.training.config import read_run_config
+    from m3vit.evaluation.scoring import without_untrained
 
     if is_export(folder) and (wanted.device or wanted.batch):
         raise InputError(
             f"--device and --batch are of a run, and {folder} is an export, which runs on the CPU, an image at a time: "
             "leave them out"
         )
-    device = choose_device(wanted.device or "auto")
-    predictor, info, root = open_predictor(folder, device, wanted.batch or 1, wanted.precision)
-    if wanted.workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
-        raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
-    if not (wanted.data_root or root):
-        raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
-    is_run = predictor.name == "torch"
     with progress_bar("evaluating", visible=rank() == 0) as bar:
-        result = score(
-            predictor,
+        result = evaluate(
             folder,
-            wanted.data_root or root,
             wanted.protocol or "A",
-            trivial=is_run,
-            partial=is_run and read_run_config(folder).data.on_error == "skip",
-            info=info,
+            data_root=wanted.data_root,
+            device=wanted.device or "auto",
+            batch=wanted.batch or 1,
+            precision=wanted.precision,
             workers=wanted.workers,
             progress=bar,
         )
-    if result:  # None in all but the first of several processes
-        columns = ("trivial", "torch") if is_run else (predictor.name,)
+    if result:  # nothing in all but the first of several processes
+        columns = ("trivial", "torch") if result["predictor"] == "torch" else (result["predictor"],)
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
         if labelled := result.get("labelled"):
@@ -116,7 +107,7 @@ def run_eval(args: argparse.Namespace) -> None:
         }
         caption += "".join(f"\n{words}" for words in beside.values())
         print_scores(result["tasks"], columns, caption, wanted.all_metrics, dict.fromkeys(beside, TRAINED))
-        say_changed(info.get("changed_files", []))
+        say_changed(result.get("changed_files", []))
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "head_stride": (1, 1024),
 }
 INIT_WORDS = ("random", "upcycle")
-INIT_FORMS = {"run": "{}", "merge": "[{}]"}  # of model.init, what stands behind the colon
-INIT_SHOWN = {"run": "RUN", "merge": "RUN_A, RUN_B"}
+INIT_FORMS = {"run": "{}", "merge": "[{}]", "m3vit": "{}"}  # of model.init, what stands behind the colon
+INIT_SHOWN = {"run": "RUN", "merge": "RUN_A, RUN_B", "m3vit": "FILE"}
 SIDE_LIMIT = 2**15  # pixels
 TRUNK_LIMITS: dict[str, tuple[float, float]] = {"depth": (1, 1000), "num_heads": (1, 1024), "embed_dim": (1, 2**16)}
 LARGEST = 10**6  # any number in trunk_args
@@ -71,7 +71,8 @@ class ModelConfig:
             classes, image_size, num_experts and router may be others, and a dense run is up-cycled. merge:[RUN_A,
             RUN_B] makes one model of dense runs of one architecture, each of tasks of its own (Branch-Train-MiX, arXiv
             2403.07816): their MLPs become experts, which their tasks start with, and the rest of the trunk their mean.
-            Both stand for pretrained and weights, which then do nothing.
+            m3vit:FILE reads a checkpoint of M3ViT's released code (or a folder of one file a process). These stand
+            for pretrained and weights, which then do nothing.
         upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
             starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single (one

@@ -234,6 +234,8 @@ def _which(run: Trained, block: int, there: int, wanted: int, tasks: list[str]) 
     """Return which of the run's experts become those of the model, in order."""
     if wanted >= there:
         return [expert % there for expert in range(wanted)]
+    if not run.folder.is_dir() or not run.digest:
+        raise InputError(f"{run.folder} has {there} experts a block, and model.num_experts is {wanted}: give {there}")
     path = run.folder / "routing" / "routing.json"
     how = f"m3vit routing {run.folder} writes it; or keep model.num_experts {there}"
     if not path.is_file():

@@ -5,6 +5,7 @@ weights of the dense trunk, then up-cycling; or what fits of a trained run. `ini
 source fills tensors of the model, and says which, and what of its own it left out.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from m3vit.models.from_run import TRUNK, Taken, Trained, dense_tensors, read_tra
 from m3vit.models.merging import merge
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm, run_with_experts
+from m3vit.models.released import read_released
 from m3vit.models.saved import WEIGHTS
 from m3vit.models.upcycling import upcycle
 
@@ -61,6 +63,8 @@ def sources(config: ModelConfig) -> list[Source]:
         return [Source(config.portable().init, partial(_from_run, given[0]))]
     if kind == "merge":
         return [Source(config.portable().init, partial(_merged, given))]
+    if kind == "m3vit":
+        return [Source(config.portable().init, partial(_released, given[0]))]
     found = []
     if config.pretrained:
         found.append(Source(f"timm's {config.trunk}", lambda model: fill_trunk(model, of_timm(config))))
@@ -164,12 +168,20 @@ def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
     return Filled(list(values), left_out, runs[0].images)
 
 
+def _released(given: str, model: MultiTaskModel) -> Filled:
+    run, besides = read_released(given, model.config)
+    filled = _filled(take(model, run), run)
+    starred = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in besides)
+    return filled._replace(left_out=[*filled.left_out, *(f"{name} (not in this model)" for name in starred)])
+
+
 def _filled(taken: Taken, run: Trained) -> Filled:
     return Filled(list(taken.values), _left_out(taken), run.images)
 
 
 def _left_out(taken: Taken) -> list[str]:
-    return [f"{part} ({fate})" for part, fate in _parts(taken.fates, "*").items() if fate]
+    fates = {part: fate.removeprefix(" and ") for part, fate in _parts(taken.fates, "*").items()}
+    return [f"{part} ({fate})" for part, fate in fates.items() if fate]  # "" is what was taken, of several of a part
 
 
 def _upcycled(model: MultiTaskModel) -> Filled:

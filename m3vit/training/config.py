@@ -14,6 +14,7 @@ from m3vit.digests import check_sealed
 from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
 from m3vit.label_sets import LABEL_SETS
+from m3vit.losses import LOSSES
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
 from m3vit.tasks import TASKS
@@ -101,6 +102,7 @@ class TrainConfig:
             stays that of all; 0 is all tasks.
         task_weights: weight of each task's loss, where it differs from the task table (M3ViT's weights).
         edge_positive_weight: weight of edge pixels in the balanced BCE, 1 minus it for the others (M3ViT: 0.95).
+        losses: loss of a task, where it is not its kind's, by the name that a plug-in gave it (docs/plugins.md).
         native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
             times cheaper than at the image's.
         seed: of weights, data order, augmentation and noise.
@@ -144,6 +146,7 @@ class TrainConfig:
     tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
     edge_positive_weight: float = 0.95
+    losses: dict[str, str] = field(default_factory=dict)
     native_losses: list[str] = field(default_factory=list)
     seed: int = 0
     threads: int = 0
@@ -278,7 +281,12 @@ class Config:
             )
         self._check_parts()
         # Tasks that exist but are not this model's may stay: a recipe's values survive --model.tasks=[depth].
-        for key in ("task_weights", "native_losses"):
+        for task, name in train.losses.items():
+            if name not in LOSSES:
+                raise InputError(
+                    not_among(f"train.losses.{task}", name, tuple(LOSSES) or ("none (no plug-in has any)",))
+                )
+        for key in ("task_weights", "native_losses", "losses"):
             unknown = [task for task in getattr(train, key) if task not in TASKS]
             if unknown:
                 raise InputError(f"train.{key} names {', '.join(unknown)}: choose from {', '.join(TASKS)}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3vit.hw import arithmetic, isa
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.hardware import Hardware, round_up
 from m3vit.hw.isa import KEY_BLOCK, SCORE_BITS, SCORE_FRAC, Mode, Op
 from m3vit.hw.program import Builder, Image, Memory, row_words
 from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
@@ -38,11 +38,18 @@ class Bench:
         extreme = self.rng.choice([-(1 << bits - 1), (1 << bits - 1) - 1], size)
         return np.where(self.rng.random(size) < 0.02, extreme, values)
 
+    def sized(self, most: int) -> int:
+        """Return a whole number of the array's steps, up to `most` values."""
+        return self.h.tile_in * self.between(1, most // self.h.tile_in)
+
     def region(self, memory: str, rows: int, columns: int, values: np.ndarray | None = None) -> dict[str, int]:
-        """Return offset and pitch of rows in a memory, which hold `values` or anything."""
-        pitch, gap = columns + self.between(0, 5), self.between(0, 9)
+        """Return offset and pitch of rows in a memory, which hold `values` or anything (0 in a last word's rest)."""
+        unit, stored = self.h.tile_in, self.h.act_word if memory == "narrow" else 32
+        pitch, gap = round_up(columns, unit) + unit * self.between(0, 1), unit * self.between(0, 2)
         words = self.signed(self.h.act_bits if memory == "narrow" else 32, rows, pitch)
-        if values is not None:
+        if values is None:
+            words[:, columns : round_up(columns, self.h.lanes(stored))] = 0
+        else:
             words[:, :columns] = values
         offset = sum(part.size for part in self.parts[memory]) + gap
         self.parts[memory] += [np.zeros(gap, np.int64), words.ravel()]
@@ -153,7 +160,7 @@ def run_image(i: isa.Patches, m: Machine, pixels: np.ndarray) -> None:
 
 
 def make_position(b: Bench) -> Iterator[isa.Instruction]:
-    rows, n_out = b.between(1, 40), b.between(1, 48)
+    rows, n_out = b.between(1, 40), b.sized(48)
     params = b.builder.put("params", b.signed(32, rows, n_out))
     place = b.dst("wide", rows, n_out)
     yield isa.Position(task=b.task(), rows=rows, n_out=n_out, params=params, prefix=b.between(0, min(rows, 3)), **place)
@@ -171,7 +178,7 @@ def run_position(i: isa.Position, m: Machine, pixels: np.ndarray) -> None:
 
 
 def make_linear(b: Bench) -> Iterator[isa.Instruction]:
-    rows, n_in, n_out = b.between(1, 80), b.between(1, b.h.max_in), b.between(1, 70)
+    rows, n_in, n_out = b.between(1, 80), b.sized(b.h.max_in), b.between(1, 70)
     for mode in (Mode.NARROW, Mode.WIDE, Mode.RESIDUAL, Mode.OUTPUT):
         memory = {Mode.NARROW: "narrow", Mode.OUTPUT: "output"}.get(mode, "wide")
         gelu = b.gelu() if mode == Mode.NARROW and b.rng.random() < 0.6 else {}
@@ -195,7 +202,7 @@ def run_linear(i: isa.Linear | isa.Gate, m: Machine, pixels: np.ndarray) -> None
 
 
 def make_gate(b: Bench) -> Iterator[isa.Instruction]:
-    rows, n_in, n_out = b.between(1, 80), b.between(1, b.h.max_in), b.between(1, 40)
+    rows, n_in, n_out = b.between(1, 80), b.sized(b.h.max_in), b.between(1, 40)
     places = {**b.src("narrow", rows, n_in), **b.dst("wide", rows, n_out), **b.linear("gates", n_out, n_in)}
     yield isa.Gate(task=b.task(), rows=rows, n_in=n_in, n_out=n_out, **places)
 
@@ -208,15 +215,17 @@ def make_norm(b: Bench) -> Iterator[isa.Instruction]:
         rows, n = b.between(1, 40), b.between(1, b.h.max_dim)
         values = b.signed(32, rows, n) >> b.rng.integers(0, 31, (rows, 1))
         values[b.between(0, rows - 1)] = b.between(-5000, 5000)  # the variance is 0
-        table = np.concatenate([b.signed(18, n), b.signed(31, n)])
+        biases = round_up(n, b.h.tile_in)
+        table = np.concatenate([np.pad(b.signed(18, n), (0, biases - n)), b.signed(31, n)])
         places = {**b.src("wide", rows, n, values), **b.dst("narrow" if mode == Mode.NARROW else "wide", rows, n)}
         scaling = {"shift": b.between(2, 28), "bias_shift": b.between(0, 6), "sqrt_dim": round(n**0.5 * 2**16)}
+        scaling["biases"] = biases
         sizes = {"rows": rows, "n_in": n, "n_out": n, "eps": max(1, int(2.0 ** b.rng.uniform(0, 60)))}
         yield isa.Norm(task=b.task(), mode=mode, params=b.builder.put("params", table), **sizes, **places, **scaling)
 
 
 def run_norm(i: isa.Norm, m: Machine, pixels: np.ndarray) -> None:
-    scales, biases = m.image.params[i.params :][: 2 * i.n_in].reshape(2, -1).tolist()
+    scales, biases = (m.image.params[i.params + start :][: i.n_in].tolist() for start in (0, i.biases))
     for t in range(i.rows):
         x = m.wide[i.src + t * i.src_pitch :][: i.n_in].tolist()
         d = [i.n_in * value - sum(x) for value in x]
@@ -243,7 +252,7 @@ def make_attention(b: Bench) -> Iterator[isa.Instruction]:
     # Scores of every size, and scores of which most are beyond SCORE_BITS.
     for least, most in ((bits - 8, 2 * bits - 4), (2 * bits - 36, 2 * bits - 32)):
         heads, rows = b.between(1, 3), int(b.rng.choice([1, 20, 64, 65, 130]))
-        n_out = heads * b.between(1, b.h.max_head)
+        n_out = heads * b.sized(b.h.max_head)
         places = {**b.src("narrow", rows, 3 * n_out), **b.dst("narrow", rows, n_out)}
         shifts = {"score_shift": b.between(least, most), "value_shift": b.between(-4, 6)}
         yield isa.Attention(task=b.task(), rows=rows, n_in=3 * n_out, n_out=n_out, heads=heads, **places, **shifts)
@@ -312,14 +321,14 @@ def run_route(i: isa.Route, m: Machine, pixels: np.ndarray) -> None:
 
 def make_experts(b: Bench) -> Iterator[isa.Instruction]:
     """With the route that fills their queues: both for all tasks, since queues outlast an instruction."""
-    rows, n_in, n_out, experts = b.between(1, 70), b.between(1, 40), b.between(1, 40), b.between(1, 6)
+    rows, n_in, n_out, experts = b.between(1, 70), b.sized(48), b.sized(48), b.between(1, 6)
     yield _route(b, rows, experts, -1)
     maps = [(n_out, n_in), (n_in, n_out)]
     packed: dict[str, list[np.ndarray]] = {"weights": [], "params": []}
     for _ in range(experts):
         packed["weights"].append(np.concatenate([b.signed(b.h.weight_bits, *shape).ravel() for shape in maps]))
         packed["params"].append(np.concatenate([b.linear_params(shape[0]) for shape in maps]))
-    gap = b.between(0, 7)
+    gap = b.h.tile_in * b.between(0, 1)
     files: dict[str, int] = {}
     for name, parts in packed.items():
         files[name] = b.builder.put(name, np.stack([np.pad(part, (0, gap)) for part in parts]))
@@ -349,7 +358,7 @@ def run_experts(i: isa.Experts, m: Machine, pixels: np.ndarray) -> None:
 
 def make_conv(b: Bench) -> Iterator[isa.Instruction]:
     for upscale in (1, 2, 3):
-        lines, columns, features = b.between(1, 5), b.between(1, 5), b.between(1, b.h.max_in // isa.TAPS)
+        lines, columns, features = b.between(1, 5), b.between(1, 5), b.sized(b.h.max_in // isa.TAPS)
         tokens, n_in, n_out = lines * columns, isa.TAPS * features, b.between(1, 40)
         places = b.src("narrow", tokens, upscale**2 * features) | b.linear("weights", n_out, n_in)
         places |= b.dst("output", tokens, upscale**2 * n_out + b.between(0, 5))

@@ -22,7 +22,17 @@ SANITIZERS = ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 # One configuration serves every random model: sizes are run-time values up to these.
 HARDWARE = Hardware(
-    16, 16, 16, max_in=96, max_dim=64, max_rows=200, max_experts=256, max_top=8, max_head=32, token_block=32
+    16,
+    16,
+    16,
+    max_in=144,
+    max_dim=64,
+    max_rows=200,
+    max_experts=256,
+    max_top=8,
+    max_head=32,
+    token_block=32,
+    query_block=64,
 )
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 
@@ -65,7 +75,7 @@ def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
     for block in range(s.depth):
         y = scheduler.norm("norm1", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
         fracs = np.array([frac, frac - 1, frac])
-        y = scheduler.linear("qkv", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs)
+        y = scheduler.qkv("qkv", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs, s.heads)
         y = scheduler.attention("attention", y, s.heads, frac + 1)
         x = scheduler.linear_added("proj", y, draw(dim, dim), draw(dim, std=0.1), x)
         y = scheduler.norm("norm2", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
@@ -121,7 +131,7 @@ class Simulator:
         (firmware / "parameters.h").write_text(parameters_text(hardware))
         (firmware / "m3vit.h").write_text(HEADER_TEXT)
         ports = ("image", "weights", "gates", "params", "keys", "narrow_in", "narrow_out", "wide_in", "wide", "output")
-        (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(ports, 1)))
+        (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(ports, 1), hardware.port_bits))
         (folder / "m3vit_host.h").symlink_to(ROOT / "hw" / "project" / "m3vit_host.h")
         sources = [str(ROOT / "hw" / "project" / "m3vit_test.cpp"), str(firmware / "m3vit.cpp")]
         binary = folder / "csim.exe"

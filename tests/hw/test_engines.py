@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
+from m3vit.export.hls.multiplexed.writer import PORTS as PORT_BUNDLES
+from m3vit.export.hls.multiplexed.writer import TOP_ARGUMENTS, top_text
 from m3vit.hw import arithmetic, isa_header
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import WORDS, End, Mode, Op, Route
@@ -95,6 +97,24 @@ def test_no_float_and_no_allocation_in_the_engines() -> None:
         code = "\n".join(line.split("//")[0] for line in path.read_text().splitlines())
         for word in ("float", "double", "malloc", "new ", "std::"):
             assert word not in code, f"{word} in {path.name}"
+
+
+# Ports that move single values: lines of patches and rows of outputs begin anywhere.
+SINGLE = {"image", "output"}
+
+
+def test_every_port_moves_whole_words() -> None:
+    """A loop that reads or writes a port moves what it is typed as: in the emitted C++, a word of its width."""
+    top = top_text(dict.fromkeys(PORT_BUNDLES, 1), 128)
+    declared = {name: kind for kind, name in re.findall(r"((?:vit_words::)?\w+) \*(\w+)", TOP_ARGUMENTS)}
+    assert set(declared) == set(PORT_BUNDLES)
+    for name, kind in declared.items():
+        assert f"port={name} " in top and (kind.startswith("vit_words::") != (name in SINGLE)), f"{kind} *{name}"
+    for path in (INCLUDE / "engine").glob("m3vit_engine_*.h"):
+        text = "\n".join(line.split("//")[0] for line in path.read_text().splitlines())
+        for kind, name in re.findall(r"([\w:<>, ]*?[\w>]) \*(\w+)[,)]", text):
+            if name in PORT_BUNDLES or name == "narrow":
+                assert "words<C>::" in kind or "word<w_t" in kind or name in SINGLE, f"{path.name}: {kind} *{name}"
 
 
 def test_integer_functions_are_those_of_the_headers(tmp_path: Path) -> None:
@@ -196,7 +216,9 @@ def test_every_instruction_word_for_word(builds: Builds, tmp_path: Path, name: s
             instruction.op in (Op.LINEAR, Op.NORM) and mode == Mode.NARROW
         )
         rows = instruction.dst + np.arange(instruction.rows)[:, None] * instruction.dst_pitch
-        places = rows + np.arange(instruction.dst_pitch)
+        # Of rows that are filled up to steps of the array, what the network has.
+        width = instruction.n_in if instruction.op == Op.IMAGE else instruction.n_out
+        places = rows + np.arange(shape.dim if instruction.op in (Op.POSITION, Op.EXPERTS) else width)
         written, wanted = (narrow, state.narrow) if in_narrow else (wide, state.wide)
         np.testing.assert_array_equal(written[places], wanted.numpy()[places], err_msg=f"{pc}: {instruction}")
         compared += 1
@@ -274,8 +296,9 @@ def test_attention_is_softmax_attention(tokens: int, std: float) -> None:
     original = emulator._attention
 
     def capture(state: object, pc: int, i: object) -> None:
-        place = emulator.program[pc].src
-        captured.append(state.narrow[place : place + 3 * dim * tokens].clone())  # type: ignore[attr-defined]
+        rows: Any = emulator.program[pc]
+        seen = state.narrow.as_strided((tokens, 3 * dim), (rows.src_pitch, 1), rows.src)  # type: ignore[attr-defined]
+        captured.append(seen.clone())
         original(state, pc, i)  # type: ignore[arg-type]
 
     emulator._attention = capture  # type: ignore[assignment,method-assign]
@@ -343,7 +366,8 @@ def test_each_used_expert_is_loaded_once(builds: Builds, tmp_path: Path) -> None
     experts = counters[place]
     used = len(np.unique(routing))
     assert experts["expert_loads"] == used < 33
-    assert experts["weights"] == used * 2 * shape.dim * shape.hidden * 2  # at most 25 tokens each: one block
+    # At most 25 tokens each: one block. 24 channels and 20 hidden ones fill 32 places.
+    assert experts["weights"] == used * 2 * 32 * 32 * 2
 
 
 @pytest.mark.parametrize("experts", [4, 16, 64, 256])
@@ -351,8 +375,9 @@ def test_any_number_of_experts_in_the_same_buffers(builds: Builds, tmp_path: Pat
     check_words(builds, Shape(grid=(6, 7), experts=experts, top_k=4, tasks=2), tmp_path)  # one binary for all
     few, many = (memories(replace(HARDWARE, max_experts=n)) for n in (4, experts))
     changed = [(a, b) for a, b in zip(few, many, strict=True) if a != b]
-    # Counts, starts and the list of active experts: 16 bits an expert each.
-    assert [(a[1:4], b[1:4]) for a, b in changed] in ([], [((3, 16, 4), (3, 16, experts))])
+    # The logits of 16 tokens, 4 in a word; counts, starts and the list of active experts: 16 bits an expert each.
+    grown = [((1, 128, 16), (1, 128, 4 * experts)), ((3, 16, 4), (3, 16, experts))]
+    assert [(a[1:4], b[1:4]) for a, b in changed] == (grown if experts > 4 else [])
 
 
 # --- sizes of the paper ----------------------------------------------------------------------------------------------

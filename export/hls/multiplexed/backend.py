@@ -15,8 +15,9 @@ from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor
-from m3vit.hw.boards import TILES_OUT, find_board, fit
-from m3vit.hw.hardware import TILE_IN, Hardware
+from m3vit.hw.boards import find_board
+from m3vit.hw.fit import fit
+from m3vit.hw.hardware import Hardware
 from m3vit.hw.program import Image
 
 NAME = "VitisMoE"
@@ -68,12 +69,6 @@ class VitisMoEBackend(VitisBackend):
         return False
 
 
-def hardware_of(limits: dict[str, int], weight_bits: int, act_bits: int) -> Hardware:
-    """Return the smallest hardware that holds what a scheduler met."""
-    sizes: dict[str, Any] = {**limits, "max_in": -(-limits["max_in"] // TILE_IN) * TILE_IN}
-    return Hardware(weight_bits, act_bits, TILES_OUT[-1], **sizes)
-
-
 def _values(node: Any, name: str) -> np.ndarray:
     return np.asarray(node.get_weights(name).data_unquantized, dtype=np.float64)
 
@@ -107,7 +102,8 @@ class _Planner:
         self.pending: dict[str, Any] = {}  # output name -> node whose work its consumer will order
         self.last_use = {name: place for place, node in enumerate(self.nodes) for name in node.inputs}
         weight_bits, act_bits = self.formats["weight_bits"], self.formats["act_bits"]
-        self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"])
+        self.board = find_board(settings["board"])
+        self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"], self.board.port_bits)
         self.output_fracs: list[int] = []
 
     def frac(self, node: Any, kind: str = "result") -> int:
@@ -143,11 +139,10 @@ class _Planner:
             elif node.name not in self.inputs:
                 raise self.refuse(node, "at all")
         scheduler = self.scheduler
-        limits = scheduler.limits
-        hardware = hardware_of(limits, scheduler.weight_bits, scheduler.act_bits)
-        hardware = fit(hardware, find_board(self.settings["board"]))
+        image = scheduler.build()
+        hardware = fit(image.program, scheduler.weight_bits, scheduler.act_bits, self.board)
         facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs)
-        return Planned(scheduler.build(), hardware, *facts)
+        return Planned(image, hardware, *facts)
 
     def take_linear(self, node: Any, name: str) -> Any:
         """Return the held-back Linear that computes an input of `node`, which must be its only consumer."""
@@ -191,8 +186,8 @@ class _Planner:
     def attention(self, node: Any, place: int) -> None:
         linear = self.take_linear(node, node.inputs[0])
         fracs = np.array([self.frac(node, kind) for kind in ("query", "key", "value")])
-        qkv = self.scheduler.linear(linear.name, self.stream(linear, linear.inputs[0]), *_linear(linear), fracs)
         heads, frac = node.get_attr("n_head"), self.frac(node)
+        qkv = self.scheduler.qkv(linear.name, self.stream(linear, linear.inputs[0]), *_linear(linear), fracs, heads)
         self.tensors[node.outputs[0]] = self.scheduler.attention(node.name, qkv, heads, frac)
 
     def moe(self, node: Any, place: int) -> None:

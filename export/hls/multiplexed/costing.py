@@ -9,14 +9,13 @@ import torch
 from m3vit.errors import InputError
 from m3vit.export.hls.contents import open_project
 from m3vit.export.hls.leaf import token_heads
-from m3vit.export.hls.multiplexed.backend import hardware_of
 from m3vit.export.hls.schedules import choose_options
-from m3vit.hw.boards import check_tokens, find_board, fit
+from m3vit.hw.boards import find_board
 from m3vit.hw.cost import cost
+from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.network import Head, Network, program_of
-from m3vit.hw.ops import needs
 from m3vit.hw.program import Image
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
@@ -67,8 +66,9 @@ def of_model(
     with refusing(config):
         network = network_of(meta_model(config))
     check_tokens(network.grid[0] * network.grid[1] + network.prefix)
-    program, chosen = program_of(network), find_board(str(options.board))
-    hardware = fit(hardware_of(needs(program), options.weight_bits, options.act_bits), chosen)
+    chosen = find_board(str(options.board))
+    program = program_of(network, options.weight_bits, options.act_bits, chosen.port_bits)
+    hardware = fit(program, options.weight_bits, options.act_bits, chosen)
     return cost(program, hardware, chosen, _task(task, config.tasks))
 
 
@@ -80,9 +80,14 @@ def of_project(project: Path, board: str | None, task: str | None) -> dict[str, 
             f"{project} is of the spatial schedule, which has no program: give one of --schedule multiplexed"
         )
     program = Image.read(project / WEIGHTS).program
-    known = {field.name for field in fields(Hardware)}
-    hardware = Hardware(**{name: value for name, value in manifest["hardware"].items() if name in known})
-    chosen = find_board(board or manifest["board"])
+    if set(manifest["hardware"]) != {field.name for field in fields(Hardware)}:
+        raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
+    hardware, chosen = Hardware(**manifest["hardware"]), find_board(board or manifest["board"])
+    if chosen.port_bits != hardware.port_bits:
+        raise InputError(
+            f"--board {board} has ports of {chosen.port_bits} bits, and {project} was written for "
+            f"{hardware.port_bits}: export it with --board {board}"
+        )
     if chosen.name != manifest["board"]:
-        hardware = fit(hardware, chosen)
+        hardware = fit(program, hardware.weight_bits, hardware.act_bits, chosen)
     return cost(program, hardware, chosen, _task(task, [entry["name"] for entry in manifest["tasks"]]))

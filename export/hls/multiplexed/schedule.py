@@ -14,14 +14,16 @@ from m3vit.export.hls import leaf
 from m3vit.export.hls.calibration import calibrate
 from m3vit.export.hls.conversion import convert
 from m3vit.export.hls.multiplexed import plugin
-from m3vit.export.hls.multiplexed.backend import NAME, hardware_of
+from m3vit.export.hls.multiplexed.backend import NAME
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
 from m3vit.export.hls.multiplexed.readme import readme
 from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
 from m3vit.export.hls.schedules import Options, Runner
-from m3vit.hw.boards import check_tokens, find_board, fit
+from m3vit.hw.boards import find_board
+from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.network import Head, Network, program_of
 from m3vit.hw.sim.csim import tokenise
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
@@ -43,28 +45,44 @@ def write(
     return lowered, write_project(lowered, calibration, options, folder)
 
 
+def sizes_of(model: leaf.LoweredModel) -> Network:
+    """Return the sizes of a lowered model."""
+    blocks: list[Any] = list(model.blocks)
+    banks = [block.moe if block.is_moe else None for block in blocks]
+    dim = model.position.table.shape[1]
+    if hasattr(model, "pixel_head"):
+        upscale, features = model.pixel_head.upscale, model.head.widths
+        tasks = [Head(width, count) for width, count in zip(features, model.pixel_head.channels, strict=True)]
+    else:
+        upscale, tasks = 1, [Head(width) for width in model.head.widths]
+    gates = [bank for bank in banks if bank is not None]
+    same = all(
+        (bank.router_w == bank.router_w[:1]).all() and (bank.router_b == bank.router_b[:1]).all() for bank in gates
+    )
+    return Network(
+        grid=model.grid,
+        patch=model.patch,
+        prefix=model.head.prefix,
+        dim=dim,
+        heads=blocks[0].attn.num_heads,
+        mlps=[
+            block.fc1.weight.shape[0] if bank is None else bank.w1.shape[1]
+            for block, bank in zip(blocks, banks, strict=True)
+        ],
+        top_ks=[0 if bank is None else bank.top_k for bank in banks],
+        experts=max((bank.w1.shape[0] for bank in gates), default=1),
+        tasks=tasks,
+        upscale=upscale,
+        same_gates=same,
+        pre_norm=hasattr(model, "norm_pre"),
+    )
+
+
 def needed_hardware(model: leaf.LoweredModel, options: Options) -> Hardware:
     """Return the engines for a model, fitted to the board; raises InputError before any work if they do not fit."""
-    limits = {"max_in": 1, "max_dim": 1, "max_experts": 1, "max_top": 1, "max_head": 1, "max_rows": 1}
-
-    def reach(**values: int) -> None:
-        for name, value in values.items():
-            limits[name] = max(limits[name], value)
-
-    for module in model.modules():
-        if isinstance(module, leaf.VitLinear):
-            reach(max_in=module.weight.shape[1])
-        elif isinstance(module, leaf.VitPixelHead):
-            reach(max_in=module.weight[0].numel())
-        elif isinstance(module, leaf.VitMoE):
-            experts, hidden, dim = module.w1.shape
-            reach(max_in=max(hidden, dim), max_experts=experts, max_top=module.top_k)
-        elif isinstance(module, leaf.VitPosition):
-            reach(max_rows=module.table.shape[0], max_dim=module.table.shape[1])
-    for block in model.blocks:
-        attention: Any = block.attn
-        reach(max_head=limits["max_dim"] // attention.num_heads)
-    return fit(hardware_of(limits, options.weight_bits, options.act_bits), find_board(str(options.board)))
+    board = find_board(str(options.board))
+    program = program_of(sizes_of(model), options.weight_bits, options.act_bits, board.port_bits)
+    return fit(program, options.weight_bits, options.act_bits, board)
 
 
 def _precisions(formats: Formats, config: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ A scheduler is told the layers in the order they run. Tensors are narrow (inputs
 stream, logits); a tensor's buffer is taken from its first use to its last, and others reuse its place.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from m3vit.export.hls.multiplexed.words import Floats, LinearWords, linear_words, norm_words, rounded
 from m3vit.hw import isa
+from m3vit.hw.hardware import PORT_BITS, round_up, row_unit, stored_bits
 from m3vit.hw.isa import PIXEL_ZERO, ROW_WORDS, SCORE_FRAC, Instruction, Mode
+from m3vit.hw.network import PARAMS_UNIT
 from m3vit.hw.ops import GATE_BITS, needs
 from m3vit.hw.program import Builder, Image, Memory, allocate, program_words
 from m3vit.hw.tables import NORM_FRAC
@@ -36,13 +38,33 @@ class Buffer:
 
 @dataclass
 class Tensor:
-    """rows x columns in a buffer, from its row `start` on; `frac` of all columns, or (q, k, v) of attention's input."""
+    """rows x columns in a buffer, from its row `start` on; `frac` of all columns, or (q, k, v) of attention's input.
+
+    pitch: from one row to the next. groups: the columns lie in so many groups of `group` places, the first ones of each
+    filled (heads of attention begin at words of a port); 0: side by side.
+    """
 
     buffer: Buffer
     rows: int
     columns: int
     frac: Fracs
+    pitch: int
     start: int = 0
+    groups: int = 0
+    group: int = 0
+
+    @property
+    def places(self) -> int:
+        """Places of a row that hold its columns, those between groups included."""
+        return self.groups * self.group or self.columns
+
+
+def spread(values: Floats, count: int, place: int, axis: int) -> Floats:
+    """Return values with zeros after each `count` along an axis, so that each group of them takes `place`."""
+    groups = values.shape[axis] // count
+    apart = values.reshape(*values.shape[:axis], groups, count, *values.shape[axis + 1 :])
+    padded = np.pad(apart, [(0, place - count if at == axis + 1 else 0) for at in range(apart.ndim)])
+    return padded.reshape(*values.shape[:axis], groups * place, *values.shape[axis + 1 :])
 
 
 @dataclass
@@ -54,9 +76,14 @@ class _Step:
 
 
 class Scheduler:
-    """Collects the program of one model. `wide_frac`: of every wide tensor but logits and outputs."""
+    """Collects the program of one model. `wide_frac`: of every wide tensor but logits and outputs.
 
-    def __init__(self, tasks: int, weight_bits: int, act_bits: int, wide_frac: int) -> None:
+    port_bits: of the ports that will read it: rows begin at their words, inputs of products fill steps of the array.
+    """
+
+    def __init__(self, tasks: int, weight_bits: int, act_bits: int, wide_frac: int, port_bits: int = PORT_BITS) -> None:
+        act_word = stored_bits(act_bits)
+        self.unit, self.lanes = row_unit(stored_bits(weight_bits), act_word, port_bits), port_bits // act_word
         self.tasks, self.weight_bits, self.act_bits, self.wide_frac = tasks, weight_bits, act_bits, wide_frac
         self.steps: list[_Step] = []
         self.buffers: list[Buffer] = []
@@ -67,20 +94,22 @@ class Scheduler:
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
-    def _tensor(self, wide: bool, rows: int, columns: int, frac: Fracs, start: int = 0) -> Tensor:
+    def _tensor(
+        self, wide: bool, rows: int, columns: int, frac: Fracs, start: int = 0, groups: int = 0, group: int = 0
+    ) -> Tensor:
         """Return a new tensor that lies after `start` rows of its buffer."""
-        step = len(self.steps)
-        buffer = Buffer(wide, (start + rows) * columns, step, step)
+        step, pitch = len(self.steps), round_up(groups * group or columns, self.unit)
+        buffer = Buffer(wide, (start + rows) * pitch, step, step)
         self.buffers.append(buffer)
-        return Tensor(buffer, rows, columns, frac, start)
+        return Tensor(buffer, rows, columns, frac, pitch, start, groups, group)
 
     def _add(self, instruction: Instruction, src: Tensor | None, dst: Tensor | None, **others: Buffer) -> None:
         """Append an instruction that reads src and writes dst."""
         places = dict(others)
         for name, tensor in (("src", src), ("dst", dst)):
             if tensor is not None:
-                setattr(instruction, name, tensor.start * tensor.columns)
-                setattr(instruction, f"{name}_pitch", tensor.columns)
+                setattr(instruction, name, tensor.start * tensor.pitch)
+                setattr(instruction, f"{name}_pitch", tensor.pitch)
                 places[name] = tensor.buffer
         for buffer in places.values():
             buffer.last = len(self.steps)
@@ -92,6 +121,9 @@ class Scheduler:
     def _words(self, name: str, weight: Floats, bias: Floats, x: Tensor, y_frac: Fracs, **options: Any) -> LinearWords:
         bits = options.pop("bits", self.weight_bits)
         assert isinstance(x.frac, int)
+        if x.groups:
+            weight = spread(weight, x.columns // x.groups, x.group, 1)
+        weight = np.pad(weight, ((0, 0), (0, round_up(weight.shape[1], self.unit) - weight.shape[1])))
         words = linear_words(weight, bias, bits, (self.act_bits, x.frac), y_frac, name, **options)
         self.largest_sum_bits = max(self.largest_sum_bits, words.sum_bits)
         return words
@@ -120,16 +152,17 @@ class Scheduler:
         dst = self._tensor(True, x.rows, len(weight), self.wide_frac, prefix)
         words = self._words(name, weight, bias, x, self.wide_frac, missing=PIXEL_ZERO)
         fields = self._store(name, words)
-        shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+        shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
         self._add(isa.Linear(mode=Mode.WIDE, **shape, **fields), x, dst)
-        return Tensor(dst.buffer, x.rows + prefix, len(weight), self.wide_frac)
+        return Tensor(dst.buffer, x.rows + prefix, len(weight), self.wide_frac, dst.pitch)
 
     def position(self, name: str, x: Tensor, table: Floats, prefix: int) -> Tensor:
         """Prefix tokens and position embedding, in place: table [N, D]."""
         words = rounded(table, self.wide_frac, WIDE_BITS)
+        words = np.pad(words, ((0, 0), (0, round_up(x.columns, PARAMS_UNIT) - x.columns)))
         params = self.builder.put("params", words)
-        self._note(f"{name}.table", "params", params, table.shape, frac=self.wide_frac)
-        self._add(isa.Position(rows=x.rows, n_out=x.columns, params=params, prefix=prefix), None, x)
+        self._note(f"{name}.table", "params", params, words.shape, frac=self.wide_frac)
+        self._add(isa.Position(rows=x.rows, n_out=words.shape[1], params=params, prefix=prefix), None, x)
         return x
 
     def norm(
@@ -148,14 +181,15 @@ class Scheduler:
         rows, n = x.rows - skip, x.columns
         out_frac = self.wide_frac if wide else frac
         words = norm_words(scale, bias, eps, x.frac, out_frac, NORM_FRAC)
-        params = self.builder.put("params", words.params)
-        self._note(f"{name}.scale_bias", "params", params, (2, n))
-        source = Tensor(x.buffer, rows, n, x.frac, x.start + skip)
+        biases = round_up(n, PARAMS_UNIT)
+        params = self.builder.put("params", np.pad(words.params.reshape(2, n), ((0, 0), (0, biases - n))))
+        self._note(f"{name}.scale_bias", "params", params, (2, biases))
+        source = Tensor(x.buffer, rows, n, x.frac, x.pitch, x.start + skip)
         dst = self._tensor(wide, rows, n, out_frac)
         names = ("shift", "bias_shift", "sqrt_dim", "eps")
         fields = {name: getattr(words, name) for name in names}
         mode = Mode.WIDE if wide else Mode.NARROW
-        self._add(isa.Norm(rows=rows, n_in=n, n_out=n, mode=mode, params=params, **fields), source, dst)
+        self._add(isa.Norm(rows=rows, n_in=n, n_out=n, mode=mode, params=params, biases=biases, **fields), source, dst)
         return dst
 
     def linear(
@@ -166,7 +200,7 @@ class Scheduler:
         dst = self._tensor(False, x.rows, len(weight), gelu[1] if gelu else frac)
         fields = self._store(name, words)
         fields |= {"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {}
-        shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+        shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
         self._add(isa.Linear(mode=Mode.NARROW, **shape, **fields), x, dst)
         return dst
 
@@ -177,17 +211,26 @@ class Scheduler:
 
     def linear_added(self, name: str, x: Tensor, weight: Floats, bias: Floats, residual: Tensor) -> Tensor:
         """Linear, added to the residual stream in place."""
-        fields = self._store(name, self._words(name, weight, bias, x, self.wide_frac))
-        shape = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+        words = self._words(name, weight, bias, x, self.wide_frac)
+        fields = self._store(name, words)
+        shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
         self._add(isa.Linear(mode=Mode.RESIDUAL, **shape, **fields), x, residual)
         return residual
+
+    def qkv(self, name: str, x: Tensor, weight: Floats, bias: Floats, fracs: Fracs, heads: int) -> Tensor:
+        """Linear to (q | k | v), each head at words of its own: what it leaves of the last one is 0."""
+        width = len(weight) // (3 * heads)
+        group = round_up(width, self.lanes)
+        weight, bias = (spread(values, width, group, 0) for values in (weight, bias))
+        y = self.linear(name, x, weight, bias, fracs)
+        return replace(y, columns=3 * heads * width, groups=3 * heads, group=group)
 
     def attention(self, name: str, qkv: Tensor, heads: int, frac: int) -> Tensor:
         """Self-attention of (q | k | v) tokens to narrow tokens of `frac`."""
         assert not isinstance(qkv.frac, int)
         q_frac, k_frac, v_frac = (int(value) for value in qkv.frac)
-        dim = qkv.columns // 3
-        dst = self._tensor(False, qkv.rows, dim, frac)
+        dim = qkv.places // 3
+        dst = self._tensor(False, qkv.rows, qkv.columns // 3, frac, groups=heads, group=dim // heads)
         fields = {"heads": heads, "score_shift": q_frac + k_frac - SCORE_FRAC, "value_shift": v_frac - frac}
         self._add(isa.Attention(rows=qkv.rows, n_in=3 * dim, n_out=dim, **fields), qkv, dst)
         return dst
@@ -208,13 +251,13 @@ class Scheduler:
         `hidden`: fractions of the hidden channels before and after GELU.
         """
         gates, biases = weights["router_w"], weights["router_b"]
-        tasks, experts, dim = gates.shape
+        tasks, experts, _ = gates.shape
         logits = self._tensor(True, x.rows, experts, logit_frac)
         same = tasks > 1 and all(np.array_equal(gates[0], g) for g in gates) and not np.ptp(biases, axis=0).any()
         for task in range(1 if same or tasks == 1 else tasks):
             words = self._words(f"{name}.gate{task}", gates[task], biases[task], x, logit_frac, bits=GATE_BITS)
             fields = self._store(f"{name}.gate{task}", words, "gates")
-            shape = {"rows": x.rows, "n_in": dim, "n_out": experts}
+            shape = {"rows": x.rows, "n_in": words.inputs, "n_out": experts}
             only = -1 if same or tasks == 1 else task
             self._add(isa.Gate(task=only, **shape, **fields), x, logits)
         route = isa.Route(rows=x.rows, n_in=experts, top_k=top_k, logit_frac=logit_frac)
@@ -227,7 +270,11 @@ class Scheduler:
     ) -> None:
         w1, b1, w2, b2 = (weights[key] for key in ("w1", "b1", "w2", "b2"))
         experts, width, dim = w1.shape
-        inner = self._tensor(False, x.rows, width, hidden[1])
+        filled, inputs = round_up(width, self.unit), round_up(dim, self.unit)  # also outputs of one map, of the other
+        w1, b1 = (np.pad(values, [(0, 0), (0, filled - width), (0, 0)][: values.ndim]) for values in (w1, b1))
+        w2, b2 = (np.pad(values, [(0, 0), (0, inputs - dim), (0, 0)][: values.ndim]) for values in (w2, b2))
+        w2 = np.pad(w2, ((0, 0), (0, 0), (0, filled - width)))
+        inner = self._tensor(False, x.rows, filled, hidden[1])
         packed: dict[str, list[np.ndarray]] = {"weights": [], "params": []}
         for e in range(experts):
             first = self._words(f"{name}.expert{e}.w1", w1[e], b1[e], x, hidden[0])
@@ -240,8 +287,8 @@ class Scheduler:
             fields[section] = self.builder.put(section, np.concatenate([np.pad(p, (0, size - len(p))) for p in parts]))
             fields[f"{section}_step"] = size
             self._note(f"{name}.experts", section, fields[section], (experts, size))
-        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": width}
-        shape = {"rows": x.rows, "n_in": dim, "n_out": width}
+        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": inner.pitch}
+        shape = {"rows": x.rows, "n_in": inputs, "n_out": filled}
         self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
 
     def head(self, name: str, x: Tensor, maps: Maps, fracs: list[int]) -> None:
@@ -249,7 +296,7 @@ class Scheduler:
         pitch = max(len(weight) for weight, _ in maps)
         for task, ((weight, bias), frac) in enumerate(zip(maps, fracs, strict=True)):
             words = self._words(f"{name}.{task}", weight, bias, x, frac)
-            shape: dict[str, Any] = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight)}
+            shape: dict[str, Any] = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
             shape |= {"mode": Mode.OUTPUT, "dst_pitch": pitch}
             only = task if len(maps) > 1 else -1
             self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
@@ -273,9 +320,14 @@ class Scheduler:
         pitch = upscale**2 * max(len(kernel) for kernel, _ in kernels)
         for task, ((weight, bias), (kernel, kernel_bias)) in enumerate(zip(maps, kernels, strict=True)):
             only = task if len(maps) > 1 else -1
+            # The features of a pixel fill steps of the array too: what is added to them is 0.
+            count = len(weight) // upscale**2
+            filled = round_up(count, self.unit)
+            weight, bias = (spread(values, count, filled, 0) for values in (weight, bias))
+            kernel = spread(kernel, count, filled, 1)
             pixels = self._tensor(False, x.rows, len(weight), fracs[task])
             words = self._words(f"{name}.features{task}", weight, bias, x, fracs[task])
-            shape: dict[str, Any] = {"rows": x.rows, "n_in": x.columns, "n_out": len(weight), "mode": Mode.NARROW}
+            shape: dict[str, Any] = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight), "mode": Mode.NARROW}
             self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.features{task}", words)), x, pixels)
             words = self._words(f"{name}.{task}", kernel, kernel_bias, pixels, output_fracs[task])
             shape = {"rows": x.rows * upscale**2, "n_in": kernel.shape[1], "n_out": len(kernel)}

@@ -31,6 +31,11 @@ class LinearWords(NamedTuple):
     params: NDArray[np.int32]
     sum_bits: int
 
+    @property
+    def inputs(self) -> int:
+        """n_in."""
+        return self.weights.shape[1]
+
 
 def check_finite(values: Floats) -> None:
     """Raise InputError for weights that are not finite."""

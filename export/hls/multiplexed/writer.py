@@ -18,20 +18,22 @@ from m3vit.hw import boards
 from m3vit.hw.boards import BOARDS, BUDGETS
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import BLANK, Mode
+from m3vit.hw.ops import GATE_BITS
 from m3vit.hw.program import Image
 from m3vit.hw.weights_file import HEADER_WORDS
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
-HEAD = ("weight_bits", "act_bits", "uram")  # of Hardware: written in other words than as constants
+HEAD = ("weight_bits", "act_bits", "uram", "tiles_in_lut")  # of Hardware: written in other words than as constants
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
-TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_cfg::wt_t *weights,
-           const int16_t *gates, const int32_t *params, const vit_cfg::act_t *keys, const vit_cfg::act_t *narrow_in,
-           vit_cfg::act_t *narrow_out, const int32_t *wide_in, int32_t *wide, int32_t *output"""
+TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
+           const vit_words::gates *gates, const vit_words::wide *params, const vit_words::narrow *keys,
+           const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out, const vit_words::wide *wide_in,
+           vit_words::wide *wide, int32_t *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
@@ -67,6 +69,7 @@ def parameters_text(hardware: Hardware) -> str:
             f"    static const int act_bits = {hardware.act_bits};",
             *lines,
             "};",
+            "typedef nnet::vit::words<vit_cfg> vit_words; // of each memory: what a port moves at once",
             "",
             "#endif",
             "",
@@ -74,11 +77,11 @@ def parameters_text(hardware: Hardware) -> str:
     )
 
 
-def top_text(depths: dict[str, int]) -> str:
-    """Return firmware/m3vit.cpp; `depths`: elements of each memory, for co-simulation."""
+def top_text(depths: dict[str, int], port_bits: int) -> str:
+    """Return firmware/m3vit.cpp; `depths`: words of each memory, for co-simulation."""
     pragmas = [
         f"    #pragma HLS INTERFACE m_axi port={port} offset=slave bundle={bundle} depth={depths[port]} "
-        "max_widen_bitwidth=128 max_read_burst_length=64 max_write_burst_length=64"
+        f"max_widen_bitwidth={port_bits} num_read_outstanding=64 num_write_outstanding=64"
         for port, bundle in PORTS.items()
     ]
     scalars = [f"    #pragma HLS INTERFACE s_axilite port={port}" for port in ("task", "num_tasks", "return")]
@@ -134,11 +137,13 @@ def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
     )
 
 
-def depths_of(image: Image) -> dict[str, int]:
-    """Return the elements that each port of the accelerator reaches."""
+def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
+    """Return the words that each port of the accelerator reaches; of image and output single values."""
     memory = image.memory
-    narrow, wide = dict.fromkeys(("keys", "narrow_in", "narrow_out"), memory.narrow), memory.wide
-    sections = {name: max(1, getattr(image, name).size) for name in ("weights", "gates", "params")}
+    lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
+    narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.lanes(hardware.act_word)))
+    wide = -(-memory.wide // hardware.lanes(32))
+    sections = {name: max(1, -(-getattr(image, name).size // hardware.lanes(bits))) for name, bits in lanes.items()}
     return {"image": memory.image, **sections, **narrow, "wide_in": wide, "wide": wide, "output": memory.output}
 
 
@@ -180,7 +185,9 @@ class VitisMoEWriter(VitisWriter):
             shutil.copyfile(header, firmware / "nnet_utils" / header.name)
         (firmware / "parameters.h").write_text(parameters_text(schedule.hardware))
         (firmware / "m3vit.h").write_text(HEADER_TEXT)
-        (firmware / "m3vit.cpp").write_text(top_text(depths_of(schedule.image)))
+        (firmware / "m3vit.cpp").write_text(
+            top_text(depths_of(schedule.image, schedule.hardware), schedule.hardware.port_bits)
+        )
         schedule.image.write(firmware / "weights" / "weights.bin")
         write_json(out / "weights_map.json", weights_map(schedule))
         write_json(out / "resources.json", resources(schedule.hardware, settings["board"]))

@@ -25,10 +25,11 @@ inline counters *&program_counters() {
 // keys, narrow_in and narrow_out are the same memory, as are wide_in and wide: each port has one user at a time.
 // An unknown task id is 0.
 template <class C>
-void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const typename C::wt_t *weights,
-                 const int16_t *gates, const int32_t *params, const typename C::act_t *keys,
-                 const typename C::act_t *narrow_in, typename C::act_t *narrow_out, const int32_t *wide_in, int32_t *wide,
-                 int32_t *output) {
+void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const typename words<C>::weights *weights,
+                 const typename words<C>::gates *gates, const typename words<C>::wide *params,
+                 const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
+                 typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
+                 typename words<C>::wide *wide, int32_t *output) {
     static queues<C> queue;
     const int wanted = task < num_tasks ? (int)task : 0;
 Program:
@@ -36,7 +37,7 @@ Program:
         #pragma HLS PIPELINE off
         int32_t w[instruction_words];
         #pragma HLS ARRAY_PARTITION variable=w complete
-        read_instruction(params, pc, w);
+        read_instruction<C>(params, pc, w);
         if (w[opcode_word] == op_end)
             break;
 #ifndef __SYNTHESIS__

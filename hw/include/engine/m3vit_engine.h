@@ -9,12 +9,17 @@
 // chosen by calibration; wide tensors (the residual stream, router logits, outputs) are 32 bits; accumulators are
 // exact. All rounding is half up, and everything saturates; C-simulation counts how often.
 //
+// Memory is read and written in whole words: a port's type is a word of several values, and a loop moves one an
+// iteration. So rows begin at words, inputs of products fill whole steps of tile_in (the exporter pads both, with weights
+// of 0), tile_out is a multiple of the values in a word, and what a row's last word holds beyond the row is written as 0.
+//
 // C, the configuration of the hardware (firmware/parameters.h of a project), has
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
 //   widths     act_bits
+//   memory     port_bits: the width of a port; a word is what it moves in a cycle
 //   array      tile_in x tile_out multipliers of the linear engine, gate_out outputs a tile of the router's; token_block
 //              tokens whose inputs are kept on chip
-//   attention  query_block (tokens), max_head (head width)
+//   attention  query_block (tokens), query_lanes (of them worked on at once), max_head (head width)
 //   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
 #define M3VIT_ENGINE_H_
@@ -44,12 +49,40 @@ typedef long long sum_t;
 namespace nnet {
 namespace vit {
 
+// What a port of BITS bits moves at once.
+template <class T, unsigned BITS> struct word {
+    static const unsigned lanes = BITS / (8 * sizeof(T));
+    T lane[lanes];
+};
+
+// The words of each memory.
+template <class C> struct words {
+    typedef word<uint8_t, C::port_bits> image;
+    typedef word<typename C::wt_t, C::port_bits> weights;
+    typedef word<int16_t, C::port_bits> gates;
+    typedef word<typename C::act_t, C::port_bits> narrow;
+    typedef word<int32_t, C::port_bits> wide; // and params
+    static const unsigned narrow_lanes = narrow::lanes, wide_lanes = wide::lanes;
+};
+
+// How many words `count` values take.
+template <unsigned LANES> inline unsigned words_of(unsigned count) {
+    #pragma HLS INLINE
+    return (count + LANES - 1) / LANES;
+}
+
 // Read the words of instruction `pc`; m3vit_isa.h takes the fields out of them.
-inline void read_instruction(const int32_t *params, unsigned pc, int32_t w[instruction_words]) {
+template <class C>
+void read_instruction(const typename words<C>::wide *params, unsigned pc, int32_t w[instruction_words]) {
+    static const unsigned lanes = words<C>::wide_lanes;
 Fetch:
-    for (int i = 0; i < instruction_words; i++) {
+    for (unsigned i = 0; i < instruction_words / lanes; i++) {
         #pragma HLS PIPELINE II=1
-        w[i] = params[pc * instruction_words + i];
+        const typename words<C>::wide values = params[pc * (instruction_words / lanes) + i];
+        for (unsigned j = 0; j < lanes; j++) {
+            #pragma HLS UNROLL
+            w[i * lanes + j] = values.lane[j];
+        }
     }
 }
 

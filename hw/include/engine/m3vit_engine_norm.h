@@ -8,138 +8,207 @@ namespace nnet {
 namespace vit {
 
 // Cut the image uint8 [rows p, columns p, 3] into patches in the order (y, x, colour); pixel - 128 fits 8 signed bits.
+// Lines of a patch begin anywhere in a word of the image, so its port moves single values.
 // Cycles: rows * n_in.
-template <class C> void read_image(const image_fields &I, const uint8_t *image, typename C::act_t *narrow) {
+template <class C>
+void read_image(const image_fields &I, const uint8_t *image, typename words<C>::narrow *narrow) {
     #pragma HLS INLINE off
+    static const unsigned lanes = words<C>::narrow_lanes;
     const unsigned p = I.patch, columns = I.columns, line = 3 * p * columns;
 Patch:
     for (unsigned t = 0; t < I.rows; t++) {
         const unsigned corner = t / columns * p * line + t % columns * 3 * p;
-        for (unsigned y = 0; y < p; y++) {
-            for (unsigned x = 0; x < 3 * p; x++) {
-                #pragma HLS PIPELINE II=1
-                narrow[I.dst + t * I.dst_pitch + y * 3 * p + x] =
-                    (typename C::act_t)((int)image[corner + y * line + x] - pixel_zero);
+        typename words<C>::narrow values;
+        #pragma HLS ARRAY_PARTITION variable=values.lane complete
+        unsigned x = 0, y = 0, l = 0, w = 0;
+    Pixel:
+        for (unsigned i = 0; i < I.n_in; i++) {
+            #pragma HLS PIPELINE II=1
+            values.lane[l] = (typename C::act_t)((int)image[corner + y * line + x] - pixel_zero);
+            if (++l == lanes || i == I.n_in - 1) {
+                for (unsigned rest = 0; rest < lanes; rest++) {
+                    #pragma HLS UNROLL
+                    if (rest >= l)
+                        values.lane[rest] = 0;
+                }
+                narrow[(I.dst + t * I.dst_pitch) / lanes + w++] = values;
+                l = 0;
+            }
+            if (++x == 3 * p) {
+                x = 0;
+                y++;
             }
         }
     }
     M3VIT_COUNT(image, I.rows * I.n_in);
-    M3VIT_COUNT(narrow_write, I.rows * I.n_in * sizeof(typename C::act_t));
+    M3VIT_COUNT(narrow_write, I.rows * words_of<lanes>(I.n_in) * sizeof(typename words<C>::narrow));
 }
 
 // The first `prefix` tokens become those of the table, the others get it added.
-// Cycles: rows * n_out.
-template <class C> void position(const position_fields &I, const int32_t *params, const int32_t *wide_in, int32_t *wide) {
+// Cycles: rows * n_out / values in a word.
+template <class C>
+void position(const position_fields &I, const typename words<C>::wide *params, const typename words<C>::wide *wide_in,
+              typename words<C>::wide *wide) {
     #pragma HLS INLINE off
+    static const unsigned lanes = words<C>::wide_lanes;
+    const unsigned count = words_of<lanes>(I.n_out);
+    unsigned t = 0, w = 0;
 Token:
-    for (unsigned t = 0; t < I.rows; t++) {
-        for (unsigned d = 0; d < I.n_out; d++) {
-            #pragma HLS PIPELINE II=1
-            const unsigned place = I.dst + t * I.dst_pitch + d;
-            const long long before = t < I.prefix ? 0 : wide_in[place];
-            wide[place] = (int32_t)saturate<32>(before + params[I.params + t * I.n_out + d]);
+    for (unsigned n = 0; n < I.rows * count; n++) {
+        #pragma HLS PIPELINE II=1
+        const unsigned place = (I.dst + t * I.dst_pitch) / lanes + w;
+        const typename words<C>::wide added = params[I.params / lanes + n];
+        typename words<C>::wide values;
+        if (t >= I.prefix)
+            values = wide_in[place];
+        for (unsigned l = 0; l < lanes; l++) {
+            #pragma HLS UNROLL
+            const long long before = t < I.prefix ? 0 : values.lane[l];
+            values.lane[l] = w * lanes + l < I.n_out ? (int32_t)saturate<32>(before + added.lane[l]) : 0;
+        }
+        wide[place] = values;
+        if (++w == count) {
+            w = 0;
+            t++;
         }
     }
-    M3VIT_COUNT(params, I.rows * I.n_out * 4);
-    M3VIT_COUNT(wide_read, (I.rows - I.prefix) * I.n_out * 4);
-    M3VIT_COUNT(wide_write, I.rows * I.n_out * 4);
+    M3VIT_COUNT(params, I.rows * count * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(wide_read, (I.rows - I.prefix) * count * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
 }
 
-template <class C> void read_wide(const int32_t *wide, unsigned offset, unsigned n, int x[C::max_dim]) {
-    #pragma HLS INLINE off
-Read:
-    for (unsigned i = 0; i < n; i++) {
-        #pragma HLS PIPELINE II=1
-        x[i] = wide[offset + i];
-    }
-    M3VIT_COUNT(wide_read, n * 4);
-}
+// What one stage of LayerNorm hands to the next of a row.
+struct norm_row {
+    long long sum;
+    unsigned long long any; // all bits that occur in a magnitude
+    int drop;
+    unsigned long long squares;
+    long long factor;
+    int shift;
+};
 
-// LayerNorm of one token without its affine part, y with norm_frac fractional bits.
+// LayerNorm of rows, its affine part, rounding, and to memory. params: scales, and from `biases` on biases (a bias counts
+// 2^bias_shift).
 //
 // With S = sum x and d_i = n x_i - S, (x_i - mean) / sqrt(var + eps) is d_i sqrt(n) / sqrt(sum d^2 + n^3 eps). The
 // d_i are first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit
 // inputs. sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
+// One loop passes over the words of all rows: while it sums a row it centres the one before, squares the one before that
+// and scales and writes a fourth. A stage's result for a row is used from the next row on.
+// Cycles: (rows + 3) * n_in / values in a word.
 template <class C>
-void normalise_row(const int x[C::max_dim], unsigned n, int sqrt_dim, long long eps, int y[C::max_dim]) {
+void layernorm(const norm_fields &I, const typename words<C>::wide *params, const typename words<C>::wide *wide_in,
+               typename words<C>::narrow *narrow, typename words<C>::wide *wide_out) {
     #pragma HLS INLINE off
-    long long d[C::max_dim];
-    long long sum = 0;
-Sum:
-    for (unsigned i = 0; i < n; i++) {
+    static const unsigned lanes = words<C>::wide_lanes, most = (C::max_dim + lanes - 1) / lanes;
+    static const unsigned joined = words<C>::narrow_lanes / lanes; // wide words whose values a narrow one holds
+    static int scale[most][lanes], bias[most][lanes], x[4][most][lanes];
+    static long long centred[4][most][lanes], shifted[4][most][lanes];
+    #pragma HLS ARRAY_RESHAPE variable=scale dim=2 complete
+    #pragma HLS ARRAY_RESHAPE variable=bias dim=2 complete
+    #pragma HLS ARRAY_RESHAPE variable=x dim=3 complete
+    #pragma HLS ARRAY_RESHAPE variable=centred dim=3 complete
+    #pragma HLS ARRAY_RESHAPE variable=shifted dim=3 complete
+    const unsigned n = I.n_in, count = words_of<lanes>(n);
+Load:
+    for (unsigned w = 0; w < 2 * count; w++) {
         #pragma HLS PIPELINE II=1
-        sum += x[i];
+        const bool second = w >= count;
+        const unsigned place = second ? w - count : w;
+        const typename words<C>::wide values = params[(I.params + (second ? I.biases : 0)) / lanes + place];
+        for (unsigned l = 0; l < lanes; l++) {
+            #pragma HLS UNROLL
+            if (second)
+                bias[place][l] = values.lane[l];
+            else
+                scale[place][l] = values.lane[l];
+        }
     }
-    unsigned long long any = 1; // all bits that occur in a magnitude
-Centre:
-    for (unsigned i = 0; i < n; i++) {
+    M3VIT_COUNT(params, 2 * count * sizeof(typename words<C>::wide));
+    norm_row summed, centring, squared, scaling; // of the rows t, t - 1, t - 2, t - 3
+    summed.sum = centring.any = squared.squares = 0;
+    scaling.factor = scaling.shift = squared.drop = 0;
+    typename words<C>::narrow gathered;
+    #pragma HLS ARRAY_PARTITION variable=gathered.lane complete
+    unsigned t = 0, w = 0;
+Row:
+    for (unsigned k = 0; k < (I.rows + 3) * count; k++) {
         #pragma HLS PIPELINE II=1
-        d[i] = (long long)x[i] * n - sum;
-        any |= (unsigned long long)(d[i] < 0 ? -d[i] : d[i]);
+        #pragma HLS DEPENDENCE variable=x inter false
+        #pragma HLS DEPENDENCE variable=centred inter false
+        #pragma HLS DEPENDENCE variable=shifted inter false
+        if (w == 0) { // each stage takes the row that the one before it has finished
+            const scaled inverse = rsqrt(squared.squares > 0 ? squared.squares : 1);
+            scaling.factor = shift_round(inverse.mantissa * (long long)I.sqrt_dim, 16);
+            scaling.shift = inverse.shift;
+            const int exponent = normalise(centring.any | 1).exponent;
+            squared.drop = exponent > 23 ? exponent - 23 : 0;
+            squared.squares = squared.drop < 32 ? (unsigned long long)I.eps >> (2 * squared.drop) : 0;
+            centring.sum = summed.sum;
+            centring.any = 1;
+            summed.sum = 0;
+        }
+        if (t < I.rows) {
+            const typename words<C>::wide values = wide_in[(I.src + t * I.src_pitch) / lanes + w];
+            for (unsigned l = 0; l < lanes; l++) {
+                #pragma HLS UNROLL
+                const int value = w * lanes + l < n ? values.lane[l] : 0;
+                x[t & 3][w][l] = value;
+                summed.sum += value;
+            }
+        }
+        if (t >= 1 && t < I.rows + 1) {
+            for (unsigned l = 0; l < lanes; l++) {
+                #pragma HLS UNROLL
+                const long long d = w * lanes + l < n ? (long long)x[(t - 1) & 3][w][l] * n - centring.sum : 0;
+                centred[(t - 1) & 3][w][l] = d;
+                centring.any |= (unsigned long long)(d < 0 ? -d : d);
+            }
+        }
+        if (t >= 2 && t < I.rows + 2) {
+            for (unsigned l = 0; l < lanes; l++) {
+                #pragma HLS UNROLL
+                const long long d = shift_round(centred[(t - 2) & 3][w][l], squared.drop);
+                shifted[(t - 2) & 3][w][l] = d;
+                squared.squares += (unsigned long long)(d * d);
+            }
+        }
+        if (t >= 3) {
+            typename words<C>::wide values;
+            for (unsigned l = 0; l < lanes; l++) {
+                #pragma HLS UNROLL
+                const long long y = (int)shift_round(shifted[(t - 3) & 3][w][l] * scaling.factor, 20 + scaling.shift - norm_frac);
+                const long long z = shift_round(y * scale[w][l] + bias[w][l] * (1LL << I.bias_shift), I.shift);
+                const bool inside = w * lanes + l < n;
+                if (I.mode == to_narrow)
+                    gathered.lane[w % joined * lanes + l] = inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
+                else
+                    values.lane[l] = inside ? (int32_t)saturate<32>(z) : 0;
+            }
+            const unsigned place = I.dst + (t - 3) * I.dst_pitch + w * lanes;
+            if (I.mode != to_narrow) {
+                wide_out[place / lanes] = values;
+            } else if (w % joined == joined - 1 || w == count - 1) {
+                for (unsigned l = 0; l < joined * lanes; l++) {
+                    #pragma HLS UNROLL
+                    if (l >= (w % joined + 1) * lanes)
+                        gathered.lane[l] = 0;
+                }
+                narrow[place / (joined * lanes)] = gathered;
+            }
+        }
+        if (++w == count) {
+            w = 0;
+            t++;
+        }
     }
-    const int exponent = normalise(any).exponent;
-    const int drop = exponent > 23 ? exponent - 23 : 0;
-    unsigned long long squares = drop < 32 ? (unsigned long long)eps >> (2 * drop) : 0;
-Square:
-    for (unsigned i = 0; i < n; i++) {
-        #pragma HLS PIPELINE II=1
-        d[i] = shift_round(d[i], drop);
-        squares += (unsigned long long)(d[i] * d[i]);
-    }
-    const scaled inverse = rsqrt(squares);
-    const long long factor = shift_round(inverse.mantissa * (long long)sqrt_dim, 16);
-Scale:
-    for (unsigned i = 0; i < n; i++) {
-        #pragma HLS PIPELINE II=1
-        y[i] = (int)shift_round(d[i] * factor, 20 + inverse.shift - norm_frac);
-    }
-}
-
-// Affine part, rounding, and to memory. scale and bias: of each channel (a bias counts 2^bias_shift).
-template <class C>
-void write_norm(const norm_fields &I, unsigned row, const int y[C::max_dim], const int scale[C::max_dim],
-                const int bias[C::max_dim], typename C::act_t *narrow, int32_t *wide) {
-    #pragma HLS INLINE off
-Write:
-    for (unsigned i = 0; i < I.n_in; i++) {
-        #pragma HLS PIPELINE II=1
-        const unsigned place = I.dst + row * I.dst_pitch + i;
-        const long long z = shift_round(y[i] * (long long)scale[i] + bias[i] * (1LL << I.bias_shift), I.shift);
-        if (I.mode == to_narrow)
-            narrow[place] = (typename C::act_t)saturate<C::act_bits>(z);
-        else
-            wide[place] = (int32_t)saturate<32>(z);
-    }
+    M3VIT_COUNT(wide_read, I.rows * count * sizeof(typename words<C>::wide));
 #ifndef __SYNTHESIS__
     if (I.mode == to_narrow)
-        M3VIT_COUNT(narrow_write, I.n_in * sizeof(typename C::act_t));
+        M3VIT_COUNT(narrow_write, I.rows * words_of<words<C>::narrow_lanes>(n) * sizeof(typename words<C>::narrow));
     else
-        M3VIT_COUNT(wide_write, I.n_in * 4);
+        M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
 #endif
-}
-
-// params: scales, then biases.
-// Cycles: 4 * n_in a token, rows overlapped.
-template <class C>
-void layernorm(const norm_fields &I, const int32_t *params, const int32_t *wide_in, typename C::act_t *narrow,
-               int32_t *wide_out) {
-    #pragma HLS INLINE off
-    int scale[C::max_dim], bias[C::max_dim];
-Load:
-    for (unsigned i = 0; i < I.n_in; i++) {
-        #pragma HLS PIPELINE II=2
-        scale[i] = params[I.params + i];
-        bias[i] = params[I.params + I.n_in + i];
-    }
-    M3VIT_COUNT(params, I.n_in * 8);
-Token:
-    for (unsigned t = 0; t < I.rows; t++) {
-        #pragma HLS DATAFLOW
-        int x[C::max_dim], y[C::max_dim];
-        read_wide<C>(wide_in, I.src + t * I.src_pitch, I.n_in, x);
-        normalise_row<C>(x, I.n_in, I.sqrt_dim, I.eps, y);
-        write_norm<C>(I, t, y, scale, bias, narrow, wide_out);
-    }
 }
 
 } // namespace vit

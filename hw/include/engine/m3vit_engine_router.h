@@ -3,7 +3,8 @@
 // Logits (base 2) come from the gate, one row a token. The k largest are kept in order as they arrive, ties to the lowest
 // expert id; weights are not renormalised. The queues are one list of rows * k entries sorted by expert (counting sort),
 // so their size does not depend on the number of experts; `active` lists the experts with tokens.
-// Cycles: rows * (2 * experts + 3 * k) + 2 * experts.
+// Logits are read for route_rows tokens at once.
+// Cycles: rows * (words of experts + 2 * experts + 3 * k) + 2 * experts.
 #ifndef M3VIT_ENGINE_ROUTER_H_
 #define M3VIT_ENGINE_ROUTER_H_
 
@@ -45,8 +46,12 @@ void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsign
     }
 }
 
-template <class C> void route(const route_fields &I, const int32_t *wide, queues<C> &queue) {
+static const unsigned route_rows = 16; // tokens whose logits are read at once
+
+template <class C> void route(const route_fields &I, const typename words<C>::wide *wide, queues<C> &queue) {
     #pragma HLS INLINE off
+    static const unsigned lanes = words<C>::wide_lanes, most = (C::max_experts + lanes - 1) / lanes;
+    static typename words<C>::wide logits[route_rows][most];
     static uint16_t choice[C::max_rows * C::max_top];
     static int score[C::max_rows * C::max_top];
     const unsigned E = I.n_in, K = I.top_k;
@@ -56,8 +61,22 @@ Reset:
         #pragma HLS PIPELINE II=1
         fill[e] = 0;
     }
+    const unsigned count = words_of<lanes>(E);
 Token:
     for (unsigned t = 0; t < I.rows; t++) {
+        if (t % route_rows == 0) {
+            const unsigned tokens = I.rows - t < route_rows ? I.rows - t : route_rows;
+            unsigned r = 0, w = 0;
+        Read:
+            for (unsigned n = 0; n < tokens * count; n++) {
+                #pragma HLS PIPELINE II=1
+                logits[r][w] = wide[(I.src + (t + r) * I.src_pitch) / lanes + w];
+                if (++w == count) {
+                    w = 0;
+                    r++;
+                }
+            }
+        }
         int logit[C::max_experts];
         long long best[C::max_top];
         unsigned expert[C::max_top];
@@ -71,7 +90,7 @@ Token:
     Logit:
         for (unsigned e = 0; e < E; e++) {
             #pragma HLS PIPELINE II=1
-            logit[e] = wide[I.src + t * I.src_pitch + e];
+            logit[e] = logits[t % route_rows][e / lanes].lane[e % lanes];
             insert_best<C>(best, expert, K, logit[e], e);
         }
         long long total = 0;
@@ -90,7 +109,7 @@ Token:
             fill[expert[i]]++;
         }
     }
-    M3VIT_COUNT(wide_read, I.rows * E * 4);
+    M3VIT_COUNT(wide_read, I.rows * count * sizeof(typename words<C>::wide));
 #ifndef __SYNTHESIS__
     if (routing_log())
         fwrite(choice, sizeof(uint16_t), I.rows * K, routing_log());

@@ -198,7 +198,7 @@ inline position_fields position_of(const int32_t w[instruction_words]) {
     return f;
 }
 
-// norm: LayerNorm of n_in channels, wide to narrow or wide; params: scales, then biases times 2^bias_shift.
+// norm: LayerNorm of n_in channels, wide to narrow or wide; params: scales, from `biases` on biases times 2^bias_shift.
 struct norm_fields {
     int op;
     int task;
@@ -214,6 +214,7 @@ struct norm_fields {
     int shift;
     int bias_shift;
     int sqrt_dim;
+    unsigned biases;
     long long eps;
 };
 inline norm_fields norm_of(const int32_t w[instruction_words]) {
@@ -233,6 +234,7 @@ inline norm_fields norm_of(const int32_t w[instruction_words]) {
     f.shift = w[14];
     f.bias_shift = w[15];
     f.sqrt_dim = w[16];
+    f.biases = w[17];
     f.eps = (long long)(uint32_t)w[19] | ((long long)w[20] << 32);
     return f;
 }

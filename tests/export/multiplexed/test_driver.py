@@ -37,9 +37,9 @@ class ModelledDevice:
         wrapper = project / "wrapper.cpp"
         wrapper.write_text(
             '#include "firmware/m3vit.h"\nextern "C" void call(void **p, unsigned task, unsigned tasks) {\n'
-            "    typedef vit_cfg::wt_t wt; typedef vit_cfg::act_t act;\n"
-            "    m3vit((uint8_t *)p[0], task, tasks, (wt *)p[1], (int16_t *)p[2], (int32_t *)p[3], (act *)p[4],\n"
-            "          (act *)p[5], (act *)p[6], (int32_t *)p[7], (int32_t *)p[8], (int32_t *)p[9]);\n}\n"
+            "    typedef vit_words w; typedef w::narrow act; typedef w::wide wide;\n"
+            "    m3vit((uint8_t *)p[0], task, tasks, (w::weights *)p[1], (w::gates *)p[2], (wide *)p[3], (act *)p[4],\n"
+            "          (act *)p[5], (act *)p[6], (wide *)p[7], (wide *)p[8], (int32_t *)p[9]);\n}\n"
         )
         library = project / "libm3vit.so"
         sources = [str(wrapper), str(project / "firmware" / "m3vit.cpp")]

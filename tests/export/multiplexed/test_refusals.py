@@ -14,9 +14,11 @@ from m3vit.export.hls.multiplexed import schedule
 from m3vit.export.hls.project import Samples
 from m3vit.export.hls.spatial import schedule as spatial
 from m3vit.export.hls.verify import verify_project
-from m3vit.hw.boards import BOARDS, BUDGETS, find_board, fit, resources
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.boards import BUDGETS, find_board, resources
+from m3vit.hw.fit import fit
+from m3vit.hw.isa import Instruction
 from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.network import Head, Network, program_of
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
@@ -61,27 +63,29 @@ def test_more_moe_layers_than_streams_can_feed(tmp_path: Path) -> None:
     assert verify_project(tmp_path / "out", 1)["different_words"] == 0
 
 
+def program(tokens: int = 1024, dim: int = 384, mlp: int = 1536, board: str = "zcu104") -> list[Instruction]:
+    """The program of a ViT of one block with experts, 16-bit."""
+    sizes = {"grid": (1, tokens), "patch": 16, "prefix": 1, "dim": dim, "heads": 6, "mlps": [mlp], "top_ks": [4]}
+    network = Network(**sizes, experts=16, tasks=[Head(21)], upscale=1)
+    return program_of(network, 16, 16, find_board(board).port_bits)
+
+
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = Hardware(16, 16, 16, max_in=12288, max_dim=64, max_rows=8000, max_experts=16, max_top=8, max_head=64)
-    with pytest.raises(
-        InputError,
-        match=r"does not fit kv260 \(modelled\).*bram36 of 115; give --board u280 or",
-    ):
-        fit(wide, find_board("kv260"))
+    with pytest.raises(InputError, match=r"does not fit ultra96 \(modelled\).*dsp of 288.*; give --board .*zcu104"):
+        fit(program(), 16, 16, find_board("ultra96"))
     with pytest.raises(InputError, match="8193 tokens, and the queues of the multiplexed schedule hold 8192"):
-        fit(Hardware(16, 16, 16, 64, 64, 8193, 16, 2, 16), find_board("zcu104"))
-    small = Hardware(16, 16, 8, 1536, 384, 1025, 16, 4, 64)
-    with pytest.raises(InputError, match=r"does not fit kv260.*give --board .*--board zcu102 or --board zcu104"):
-        fit(small, find_board("kv260"))
-    for board in (BOARDS["zcu104"], BOARDS["zcu102"]):  # ViT-S
-        chosen = fit(small, board)
-        for name, value in resources(chosen).items():
-            assert value <= BUDGETS[name] * getattr(board, name)
+        fit(program(8192), 16, 16, find_board("zcu104"))
+    with pytest.raises(InputError, match=r"does not fit zcu104 .*uram of 76.*; no board here holds it"):
+        fit(program(mlp=1 << 20), 16, 16, find_board("zcu104"))
+    for name in ("zcu104", "zcu102", "u50"):  # ViT-S
+        board = find_board(name)
+        chosen = fit(program(board=name), 16, 16, board)
+        for kind, value in resources(chosen).items():
+            assert value <= BUDGETS[kind] * getattr(board, kind)
     called = []
     monkeypatch.setattr(schedule, "write_project", lambda *arguments: called.append(1))
     with pytest.raises(InputError, match="does not fit"):
-        monkeypatch.setattr(schedule, "hardware_of", lambda *arguments: wide)
-        export(make_model(), tmp_path / "out", board="kv260")
+        export(make_model(), tmp_path / "out", board="pynq-z2")
     assert not called and os.listdir(tmp_path) == []
 
 
