@@ -98,6 +98,9 @@ def write_report(
             raise other_images(hls, split)
         scores[name], evaluations[name] = found.scores(), found
     scores |= {name: stored.scores() for name, stored in project.stored.items()}
+    if bare := [task for task in tasks if task not in evaluated["tasks"]]:
+        notes.append(f"No val image is labelled for {', '.join(bare)}: no figure of it.")
+        scores = {name: {task: one[task] for task in one if task not in bare} for name, one in scores.items()}
     untrained = evaluated.get("untrained")
     scores = {name: scoring.with_trained(one, label_set, untrained) for name, one in scores.items()}
     for task, words in scoring.without_untrained(untrained).items():
@@ -115,6 +118,7 @@ def write_report(
                 **{name: values[task][TASKS[task].metric] for name, values in scores.items()},
             }
             for task in tasks
+            if task not in bare
         },
         "all_metrics": scores,
         "breakdown": evaluations["torch"].explained(),
