@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """Augmented images [B, 3, H, W] and labels by task, or None if no sample could be read; and the errors.
 
     Errors are carried as text, one a sample that is left out: raised in a loader process they would arrive as a stack
-    trace. `unlabelled` has (task, text) of each label that an image of a partial split lacks. `failure` says why there
+    trace. `unlabelled` has (task, text) of each label that cannot be read (partial splits). `failure` says why there
     is no batch, nor one after it: a loader process failed or was killed.
     """
 
@@ -136,7 +136,8 @@ def collate(examples: list[tuple[Pair | str, dict[str, str]]]) -> Batch:
     if not pairs:
         return Batch(None, {}, errors)
     images, labels = default_collate(pairs)
-    return Batch(images, labels, errors, [pair for _, unlabelled in examples for pair in unlabelled.items()])
+    missing = [pair for _, unlabelled in examples for pair in unlabelled.items() if pair[1]]
+    return Batch(images, labels, errors, missing)
 
 
 class EpochBatches(Sampler):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m3vit.data.nyud import NYUD
+from m3vit.data.own.description import FILE, open_description
+from m3vit.data.own.layout import Folder, refuse_masks
 from m3vit.data.pascal_context import PASCALContext
 from m3vit.data.sample import FileSplit, Split, held, names_in
 from m3vit.errors import InputError
@@ -46,6 +48,7 @@ def add_layout(layout: type[FileSplit]) -> None:
 
 for _layout in (NYUD, PASCALContext):
     add_layout(_layout)
+LAYOUTS[Folder.name] = Folder  # its data.yaml says what other layouts say of themselves
 
 
 def layout_named(name: str) -> type[FileSplit]:
@@ -56,8 +59,17 @@ def layout_named(name: str) -> type[FileSplit]:
 
 
 def layouts_of(root: Path) -> list[str]:
-    """Return the layouts whose folders `root` has: none, or one unless two data sets were mixed up."""
-    return [name for name, layout in LAYOUTS.items() if layout.recognises(root)]
+    """Return the layouts whose folders `root` has: none, or one unless two data sets were mixed up.
+
+    A data.yaml counts where there is nothing else: a published data set may have one too.
+    """
+    found = [name for name, layout in LAYOUTS.items() if layout.recognises(root)]
+    return found if found == [Folder.name] else [name for name in found if name != Folder.name]
+
+
+def layout_of(root: str | Path) -> str:
+    """Return the layout that `root` is in, its data.yaml before anything else, or raise InputError."""
+    return Folder.name if str(root) and Folder.recognises(Path(root)) else recognise(root)[0]
 
 
 def recognise(root: str | Path) -> tuple[str, str]:
@@ -74,11 +86,22 @@ def recognise(root: str | Path) -> tuple[str, str]:
         deeper = [root / name for name in names_in(root) if layouts_of(root / name)]
         if deeper:
             raise InputError(f"{root} is no data set, but holds one: give {deeper[0]}")
-        expected = ", ".join(f"{loader.listings}/ ({layout})" for layout, loader in LAYOUTS.items())
-        raise InputError(f"{root} is no data set: it holds {held(root)}, expected one of {expected}")
+        raise InputError(
+            f"{root} is no data set: it holds {held(root)}, expected one of {expected()}; for data of your own, "
+            f"m3vit data init {root} writes a first {FILE}"
+        )
     layout = LAYOUTS[layouts[0]]
+    if layout is Folder:
+        return layout.name, open_description(root).name
     present = [kind for kind, folders in layout.folders.items() if kind == "image" or (root / folders[0]).is_dir()]
     return layout.name, layout.detect(root, present)
+
+
+def expected(between: str = ", ") -> str:
+    """Return in words what the layouts are recognised by."""
+    return between.join(
+        f"{layout.listings}{'' if layout is Folder else '/'} ({name})" for name, layout in LAYOUTS.items()
+    )
 
 
 def origin(root: str | Path) -> str | None:
@@ -93,9 +116,19 @@ def layout_for(label_set: str, root: str | Path, tasks: Sequence[str]) -> str:
     is none.
     """
     found = layouts_of(Path(root)) if str(root) else []
-    fitting = [name for name in found if not LAYOUTS[name].misfit(LABEL_SETS[label_set], tasks)]
+    if str(root) and Folder.recognises(Path(root)):
+        found.append(Folder.name)
+    fitting = [name for name in found if not LAYOUTS[name].misfit(LABEL_SETS[label_set], tasks, root)]
     own = [name for name, layout in LAYOUTS.items() if layout.label_set == label_set]
     return (fitting or own or [recognise(root)[0]])[0]
+
+
+def check_masks(splits: Sequence[Split], workers: int) -> None:
+    """Raise one InputError with all masks of a folder with a data.yaml that have other ids than it names, if any has.
+
+    Of published data sets, whose classes are fixed, nothing is opened.
+    """
+    refuse_masks([split for split in splits if isinstance(split, Folder)], workers)
 
 
 def open_split(
@@ -111,7 +144,7 @@ def open_split(
         raise InputError(NO_ROOT)
     root = Path(root)
     others = layouts_of(root)
-    if others and layout not in others:
+    if others and not LAYOUTS[layout].recognises(root):
         raise InputError(
             f"{root} looks like {LAYOUTS[others[0]].title}: take a recipe or a run of the layout {others[0]} "
             f"(--data.layout {others[0]}), or give another --data.root"

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from m3vit.errors import Defect, InputError
 from m3vit.files import not_there, open_regular
-from m3vit.images import Unfit, UnfitPixels, check_png, decode, header_size, orientation, png_bits, pointer
+from m3vit.images import FORMATS, Unfit, UnfitPixels, check_png, decode, header_size, orientation, png_bits, pointer
 from m3vit.tasks import IGNORE
 
 Size = tuple[int, int]  # height, width
@@ -96,7 +96,8 @@ def _check_bytes(file: BinaryIO) -> int:
     return size
 
 
-def _check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
+    """Raise ValueError for no pixels, or more than may be decoded."""
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"it has {height} x {width} pixels, expected 1 to {MAX_PIXELS}")
 
@@ -111,20 +112,25 @@ def image_size(path: Path) -> Size:
         return header_size(file, MAX_PIXELS)
 
 
+def image_turn(path: Path) -> int:
+    """Return the EXIF orientation of an image, by which `read_image` turns it upright; 1: it is."""
+    with naming(path), Image.open(io.BytesIO(contents(path)), formats=FORMATS) as picture:
+        return orientation(picture)
+
+
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Return an image as RGB [H, W, 3], upright; m3vit.images decides about every other kind of pixel."""
     with naming(path):
         return decode(contents(path), MAX_PIXELS)
 
 
-def _label(path: Path) -> tuple[Image.Image, int]:
-    """Return a decoded label png and the bits per channel in the file."""
-    data = contents(path)
+def label_png(data: bytes) -> tuple[Image.Image, int]:
+    """Return the decoded png that a label file holds, and the bits per channel in it."""
     try:
         picture = Image.open(io.BytesIO(data), formats=("PNG",))
     except UnidentifiedImageError:
         raise ValueError("it is not a PNG picture") from None
-    _check_pixels(*picture.size)
+    check_pixels(*picture.size)
     check_png(data)
     picture.load()
     if (turn := orientation(picture)) != 1:
@@ -136,7 +142,7 @@ def _label(path: Path) -> tuple[Image.Image, int]:
 def read_ids(path: Path, highest: int, ignored: bool = False) -> NDArray[np.uint8]:
     """Return the ids [H, W] of a label png: 0..highest, and 255 if `ignored`; of a palette png, the indices."""
     with naming(path):
-        picture, bits = _label(path)
+        picture, bits = label_png(contents(path))
         # Grey of fewer bits would come out of Pillow stretched to 0..255; palette indices come out as they are.
         if not (picture.mode == "P" or (picture.mode == "L" and bits == 8)):
             raise Impossible(f"expected 8-bit ids in one channel, found {bits} bits a channel (mode {picture.mode})")
@@ -153,7 +159,7 @@ def read_ids(path: Path, highest: int, ignored: bool = False) -> NDArray[np.uint
 def read_grey(path: Path) -> NDArray[np.uint8]:
     """Return the values 0..255 [H, W] of a png of one channel."""
     with naming(path):
-        picture, bits = _label(path)
+        picture, bits = label_png(contents(path))
         if bits > 8 or picture.mode not in ("L", "P", "1"):
             raise Impossible(f"expected one channel of 8 bits, found {bits} bits a channel (mode {picture.mode})")
         if picture.mode == "1":
@@ -171,7 +177,7 @@ def read_normals_png(path: Path) -> NDArray[np.float32]:
     in every channel, 0.007) and black (1.73).
     """
     with naming(path):
-        picture, bits = _label(path)
+        picture, bits = label_png(contents(path))
         if bits != 8 or picture.mode != "RGB":
             raise Impossible(f"expected RGB of 8 bits a channel, found {bits} (mode {picture.mode})")
         codes = np.asarray(picture)
@@ -208,7 +214,7 @@ def _array(path: Path, kinds: str, ndim: int) -> NDArray[np.float32]:
         promised, found = math.prod(shape) * dtype.itemsize, size - file.tell()
         if promised != found:
             raise ValueError(f"its header promises {promised} bytes ({shape} of {dtype}), it holds {found}")
-        _check_pixels(shape[1], shape[0])
+        check_pixels(shape[1], shape[0])
         stored = np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran_order else "C")
     with np.errstate(over="ignore"):  # beyond float32 is infinity, refused below
         array = stored.astype(np.float32, order="C")

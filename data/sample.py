@@ -15,6 +15,7 @@ from m3vit.data.reading import Size, ending, naming, other_spelling
 from m3vit.errors import Defect, InputError
 from m3vit.files import not_there, read_bounded, special
 from m3vit.label_sets import LABEL_SETS, LabelSet, resolve
+from m3vit.normalisation import Normalisation
 from m3vit.tasks import TASKS, kind_of
 
 
@@ -24,7 +25,7 @@ class Sample:
 
     semseg, human_parts, saliency, edge [H, W] uint8; depth [H, W] float32; normals [H, W, 3] float32. Where the label
     of a task is missing or cannot be read (`Split.partial`), it is ignored or invalid everywhere, and `unlabelled` says
-    why.
+    why: nothing, where data of one's own (m3vit.data.own) just have none.
     """
 
     id: str
@@ -64,6 +65,14 @@ class Split(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+    def coverage(self) -> str:
+        """Return in words how many images have a label of each task; "" where all are to have all."""
+        ...
+
+    def has(self, index: int, kind: str) -> bool:
+        """Return whether an image is to have such a file."""
+        ...
 
     def path(self, index: int, kind: str) -> Path:
         """Return the file of an image or label, which need not exist."""
@@ -123,7 +132,7 @@ class FileSplit(ABC):
         self.tasks = tuple(self.labels.tasks if tasks is None else tasks)
         if self.tasks:  # none: images alone
             resolve(self.tasks, self.label_set)
-            self.check_fits(self.labels, self.tasks)
+            self.check_fits(self.labels, self.tasks, self.root)
         if not self.root.is_dir():
             raise InputError(
                 f"data root {self.root} not found: give the folder that holds {self.listings}/ with --data.root"
@@ -139,14 +148,27 @@ class FileSplit(ABC):
         return LABEL_SETS[self.label_set]
 
     @classmethod
-    def check_fits(cls, labels: LabelSet, tasks: Sequence[str]) -> None:
+    def label_set_of(cls, root: str | Path) -> str:
+        """Return the label set of the files in `root`: the layout's, unless they describe one of their own."""
+        return cls.label_set
+
+    @classmethod
+    def normalisation_of(cls, root: str | Path) -> Normalisation | None:
+        """Return the mean and std of images that the files in `root` ask for; None: the model's."""
+        return None
+
+    @classmethod
+    def check_fits(cls, labels: LabelSet, tasks: Sequence[str], root: str | Path = "") -> None:
         """Raise InputError unless the files label these tasks of a label set: each one, in as many classes."""
-        if reason := cls.misfit(labels, tasks):
+        if reason := cls.misfit(labels, tasks, root):
             raise InputError(f"model.label_set {labels.name} does not fit data.layout {cls.name}: {reason}")
 
     @classmethod
-    def misfit(cls, labels: LabelSet, tasks: Sequence[str]) -> str:
-        """Return why the files do not label these tasks of a label set, and what to do; nothing if they do."""
+    def misfit(cls, labels: LabelSet, tasks: Sequence[str], root: str | Path = "") -> str:
+        """Return why the files in `root` do not label these tasks of a label set, and what to do; nothing if they do.
+
+        What the layout says holds for every root.
+        """
         own = LABEL_SETS[cls.label_set]
         if absent := [task for task in tasks if task not in own.tasks]:
             return f"it has no files for {', '.join(absent)}: leave them out of model.tasks ({', '.join(own.tasks)})"
@@ -270,6 +292,18 @@ class FileSplit(ABC):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def coverage(self) -> str:
+        """Return in words how many images have a label of each task; "" where all are to have all."""
+        return ""
+
+    def has(self, index: int, kind: str) -> bool:
+        """Return whether an image is to have such a file; in a published data set each has all."""
+        return True
+
+    def place(self, kind: str) -> str:
+        """Return in words where the files of images or of a task are, from the root."""
+        return f"{self.folders[kind][0]}/"
 
     def path(self, index: int, kind: str) -> Path:
         """Return the file of an image or label, which need not exist."""

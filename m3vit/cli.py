@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, sweep, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -30,13 +30,22 @@ COMMANDS: dict[str, Command] = {
         "Make NYUD_MT's files from the official NYU Depth v2 release.",
         *command(data.Prepare, data.run_prepare),
     ),
+    "data init": (
+        "Look at a folder of your own data and write a first data.yaml, which describes it.",
+        *command(data.Begin, data.run_begin),
+    ),
     "data check": (
         "Open every file of a data set and report what is wrong with it. Exit code 1 if anything is.",
         *command(data.Check, data.run_check),
     ),
+    "data show": (
+        "Draw a contact sheet of a data set: images, labels in their colours, class shares, coverage.",
+        *command(data.Show, data.run_show),
+    ),
     "train": (training.TITLES["train"], None, training.run_train),
     "init": (training.TITLES["init"], None, training.run_init),
     "profile": (training.TITLES["profile"], None, training.run_profile),
+    "sweep": (sweep.TITLE, None, sweep.run_sweep),
     "eval": (
         "Score a run, an ONNX package or an HLS project on the val split (into its eval.json); compare scores.",
         evaluation.add_eval,
@@ -83,6 +92,7 @@ PLUGGABLE = (
     "train",
     "init",
     "profile",
+    "sweep",
     "eval",
     "routing",
     "export onnx",
@@ -91,12 +101,15 @@ PLUGGABLE = (
     "hw cost",
     "report",
     "data check",
+    "data show",
 )
 ASKED = ("predict", "serve")
 
 # The extra (pyproject.toml) that brings a module; of others it is `train`.
 EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "hls4ml"), "export"),
+    "optuna": "sweep",
+    **dict.fromkeys(("wandb", "mlflow", "pytorch_lightning"), "loggers"),
     "av": "video",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client"), "serve"),
 }

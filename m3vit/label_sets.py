@@ -35,7 +35,7 @@ class LabelSet:
 
     `edge_max_dist` is the largest distance of matching edge pixels, as a share of the image diagonal (odsF).
     `normals_y_down` says that the files' normals have y down, and are turned up on reading.
-    `tolerated`: as a task's (m3vit.tasks), by task, where this data set differs.
+    `tolerated`, `reach`: as a task's (m3vit.tasks), by task, where this data set differs.
     """
 
     name: str
@@ -44,6 +44,7 @@ class LabelSet:
     edge_max_dist: float = 0.0
     normals_y_down: bool = False
     tolerated: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reach: Mapping[str, tuple[float, float, str]] = field(default_factory=dict)
 
     def channels(self, task: str) -> int:
         """Return the number of outputs of a task."""

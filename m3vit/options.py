@@ -46,6 +46,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def words(text: str) -> tuple[str, ...]:
+    """Parse names between commas."""
+    found = tuple(word.strip() for word in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give names with commas between them, such as semseg,depth")
+    return found
+
+
 def count(text: str) -> int:
     """Parse an integer of 0 or more."""
     if not text.isdigit():

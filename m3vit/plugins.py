@@ -1,8 +1,9 @@
-"""Plug-ins: modules that add tasks, kinds, label sets, layouts and decoders when they are imported. No torch.
+"""Plug-ins: modules that add tasks, kinds, label sets, layouts, decoders and losses when they are imported. No torch.
 
 A plug-in is named as a module or as the path of a .py file: with `--plugin`, or by an installed package, as an entry
-point of the group m3vit.plugins. A run records those it was trained with. Only those of installed packages are imported
-when it is opened: a run folder from elsewhere must not make a program run what its user did not name.
+point of the group m3vit.plugins, or of one of `THINGS`, which names the one thing that it adds. A run records those it
+was trained with. Only those of installed packages are imported when it is opened: a run folder from elsewhere must not
+make a program run what its user did not name.
 """
 
 import importlib
@@ -11,10 +12,13 @@ import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from m3vit.errors import InputError, one_line
 
 GROUP = "m3vit.plugins"
+# Groups whose entry points name what they add: tasks, label sets and layouts, decoders, losses; in this order.
+THINGS = ("m3vit.tasks", "m3vit.datasets", "m3vit.decoders", "m3vit.losses")
 
 _loaded: dict[str, str] = {}  # name of the module -> as it was given, a file as its absolute path
 _missing: dict[str, str] = {}  # as a run has it -> the run
@@ -78,6 +82,46 @@ def load_installed() -> None:
         except InputError as error:
             package = entry.dist.name if entry.dist else "a package"
             raise InputError(f"{error}; {package} brings it (entry point {entry.name} of {GROUP})") from error
+    for group in THINGS:
+        for entry in entry_points(group=group):
+            _add_thing(group, entry)
+
+
+def _add_thing(group: str, entry: Any) -> None:
+    """Add what an entry point of `THINGS` names, once, or raise InputError saying which package brings it."""
+    recorded = f"{group}:{entry.name}"
+    if recorded in _loaded:
+        return
+    try:
+        _add(group, entry)
+    except Exception as error:  # of any kind: it is somebody's program
+        package = entry.dist.name if entry.dist else "a package"
+        words = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {one_line(error, 300)}"
+        raise InputError(f"{words}; {package} brings it (entry point {entry.name} of {group}): mend it") from error
+    _loaded[recorded] = recorded
+    _missing.pop(recorded, None)
+
+
+def _add(group: str, entry: Any) -> None:
+    from m3vit.data.opening import add_layout
+    from m3vit.label_sets import LabelSet, add_label_set
+    from m3vit.losses import add_loss
+    from m3vit.models.decoders import add_decoder
+    from m3vit.tasks import add_task
+
+    if group == "m3vit.decoders":  # where it is: with torch, and so imported when it is used
+        add_decoder(entry.name, entry.value, ("head_stride",))
+    elif group == "m3vit.losses":
+        add_loss(entry.name, entry.value)
+    else:
+        found = entry.load()
+        for one in found if isinstance(found, list | tuple) else (found,):
+            if group == "m3vit.tasks":
+                add_task(one)
+            elif isinstance(one, LabelSet):
+                add_label_set(one)
+            else:
+                add_layout(one)
 
 
 def loaded() -> list[str]:
@@ -94,11 +138,14 @@ def recall(recorded: Sequence[str], where: str) -> None:
     from importlib.metadata import entry_points
 
     brought = {entry.module for entry in entry_points(group=GROUP)}
+    things = {f"{group}:{entry.name}": (group, entry) for group in THINGS for entry in entry_points(group=group)}
     for given in recorded:
         if _name(given) in _loaded:
             continue
         if given in brought:
             load(given)
+        elif given in things:
+            _add_thing(*things[given])
         elif where:
             _missing[given] = where
 
@@ -106,7 +153,9 @@ def recall(recorded: Sequence[str], where: str) -> None:
 def advice() -> str:
     """Return, to be added to an error, which plug-ins of the runs that were opened are missing; empty if none is."""
     return "".join(
-        f"; {where} was trained with the plug-in {given}: give --plugin" for given, where in _missing.items()
+        f"; {where} was trained with the plug-in {given}: "
+        + ("install the package that brings it" if given.startswith(THINGS) else "give --plugin")
+        for given, where in _missing.items()
     )
 
 

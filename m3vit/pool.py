@@ -133,7 +133,10 @@ def _begin(
     from m3vit import label_sets, plugins
 
     for one in given:
-        plugins.load(one)
+        if one.startswith(plugins.THINGS):
+            plugins.recall([one], "")
+        else:
+            plugins.load(one)
     for description in declared:
         label_sets.declare(description, "another process", ())
     if initializer:

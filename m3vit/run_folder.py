@@ -66,8 +66,8 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
     with atomic_path(folder / WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
         digest = sha256_file(path)
-    # Copied into exported packages: the name of a weights file, not where it lies on this disk.
-    architecture = plain(asdict(replace(model.config, weights=Path(model.config.weights).name)))
+    # Copied into exported packages: the names of weights, not where they lie on this disk.
+    architecture = plain(asdict(model.config.portable()))
     # Last, with the digest of the weights: a kill in between leaves what `load_run` refuses, not a mixture.
     write_sealed_json(
         folder / INFO,
@@ -100,7 +100,7 @@ def load_run(folder: Path) -> Run:
     }
     if "labels" in info:  # not of runs from before they described themselves: they have the names of a table's
         fresh["label_set"] = declare(info["labels"], str(folder / INFO), config.model.tasks)
-    config.model = replace(config.model, **fresh, weights=Path(config.model.weights).name)
+    config.model = replace(config.model, **fresh).portable()
     try:
         architecture = ModelConfig(**info["architecture"] | fresh)
         check_same(folder, config.model, architecture)

@@ -26,6 +26,7 @@ from m3vit.cli import main
 from m3vit.data.opening import LAYOUTS
 from m3vit.kinds import KINDS
 from m3vit.label_sets import DECLARED, LABEL_SETS
+from m3vit.losses import LOSSES
 from m3vit.models.decoders import DECODERS
 from m3vit.tasks import TASKS
 
@@ -98,6 +99,7 @@ def kept_state() -> Iterator[None]:
         DECODERS,
         LABEL_SETS,
         LAYOUTS,
+        LOSSES,
         plugins._loaded,
         plugins._missing,
     )
@@ -116,7 +118,7 @@ def kept_state() -> Iterator[None]:
             sys.stdin, sys.argv = stdin, argv
             os.chdir(folder)
             for name in set(plugins.STATE[0]) - modules:
-                del sys.modules[name]
+                sys.modules.pop(name, None)  # entry points of one thing have a name of their own
             for table, before in zip(tables, rows, strict=True):
                 table.clear()
                 table.update(before)

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 from m3vit.cli import COMMANDS, EXTRAS
@@ -38,8 +39,11 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, "".join(map(str, parts))
 
 
-MODULES = sorted(path for folder in ("m3vit", "export", "hw", "data") for path in (ROOT / folder).rglob("*.py"))
-SAID = [(path, line, text) for path in MODULES for line, text in texts(path)]
+@cache
+def said() -> list[tuple[Path, int, str]]:
+    """Return every such string of the project: module, line, text."""
+    modules = sorted(path for folder in ("m3vit", "export", "hw", "data") for path in (ROOT / folder).rglob("*.py"))
+    return [(path, line, text) for path in modules for line, text in texts(path)]
 
 
 def options() -> set[str]:
@@ -58,7 +62,7 @@ def options() -> set[str]:
 
 def test_options_in_messages_exist() -> None:
     known, found = options(), 0
-    for path, line, text in SAID:
+    for path, line, text in said():
         if re.fullmatch(r"--\S+", text):  # an argument itself, of our parser or another program
             continue
         for option in re.findall(OPTION, text):
@@ -69,7 +73,7 @@ def test_options_in_messages_exist() -> None:
 
 def test_commands_in_messages_exist() -> None:
     found = 0
-    for path, line, text in SAID:
+    for path, line, text in said():
         for words in re.findall(r"\bm3vit ([a-z]+(?: [a-z]+)?)", text):
             first = words.split()[0]
             known = words in COMMANDS or first in COMMANDS
@@ -79,7 +83,7 @@ def test_commands_in_messages_exist() -> None:
 
 
 def test_names_in_messages_exist() -> None:
-    for path, line, text in SAID:
+    for path, line, text in said():
         for name in re.findall(r"\bm3vit(?:\.[a-z_]+)+\b", text):
             module, _, attribute = name.rpartition(".")
             if attribute in FILES:
@@ -92,7 +96,7 @@ def test_names_in_messages_exist() -> None:
 
 def test_extras_in_messages_exist() -> None:
     declared = (ROOT / "pyproject.toml").read_text()
-    for extra in {*EXTRAS.values(), *(name for _, _, text in SAID for name in re.findall(r"m3vit\[(\w+)\]", text))}:
+    for extra in {*EXTRAS.values(), *(name for _, _, text in said() for name in re.findall(r"m3vit\[(\w+)\]", text))}:
         assert re.search(rf"^{extra} = \[", declared, re.MULTILINE), extra
 
 

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ def _at_import(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _at_import(node)
 
 
+@cache
 def _sources() -> dict[str, ast.Module]:
     found = {}
     for folder in ("m3vit", *LINKED):
@@ -56,9 +58,16 @@ def _sources() -> dict[str, ast.Module]:
     return found
 
 
-SOURCES = _sources()
-ANY = {name: _names(ast.walk(tree)) for name, tree in SOURCES.items()}
-EAGER = {name: _names(_at_import(tree)) for name, tree in SOURCES.items()}
+@cache
+def _any() -> dict[str, set[str]]:
+    """Return what each module imports, within functions or not."""
+    return {name: _names(ast.walk(tree)) for name, tree in _sources().items()}
+
+
+@cache
+def _eager() -> dict[str, set[str]]:
+    """Return what importing each module imports."""
+    return {name: _names(_at_import(tree)) for name, tree in _sources().items()}
 
 
 def _room(name: str) -> str:
@@ -67,15 +76,15 @@ def _room(name: str) -> str:
 
 def _needs(name: str) -> set[str]:
     """Return the modules of ours that importing this one imports: those it names, and the packages around them."""
-    named = {one for one in EAGER[name] if one in SOURCES}
+    named = {one for one in _eager()[name] if one in _sources()}
     around = {".".join(one.split(".")[:depth]) for one in named for depth in range(1, one.count(".") + 1)}
     return named | around
 
 
 def test_imports_point_one_way() -> None:
     """Those within functions are for what is only sometimes needed: a kind's meter, an HLS project that is scored."""
-    for name, imported in EAGER.items():
-        for other in imported & set(SOURCES):
+    for name, imported in _eager().items():
+        for other in imported & set(_sources()):
             if (name, other) != PACKAGES_AS_PREDICTORS:
                 assert RANKS.get(_room(other), -1) <= RANKS.get(_room(name), -1), f"{name} imports {other}"
 
@@ -86,12 +95,12 @@ def test_no_import_ends_where_it_began() -> None:
     def follow(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, " > ".join([*path, name])
         if name not in done:
-            for other in sorted({one for one in EAGER[name] if one in SOURCES}):
+            for other in sorted({one for one in _eager()[name] if one in _sources()}):
                 if not name.startswith(f"{other}."):  # a part of it
                     follow(other, (*path, name))
             done.add(name)
 
-    for name in SOURCES:
+    for name in _sources():
         follow(name, ())
 
 
@@ -101,16 +110,16 @@ def test_what_is_to_work_without_torch_imports_none() -> None:
     def reached(name: str, seen: set[str]) -> Iterator[str]:
         if name not in seen:
             seen.add(name)
-            for other in EAGER[name]:
+            for other in _eager()[name]:
                 if other.split(".")[0] in HEAVY:
                     yield f"{name} imports {other}"
             for other in _needs(name):
                 yield from reached(other, seen)
 
     free = ("kinds", "tasks", "label_sets", "plugins", "data", "hw", "commands", "cli", "images", "normalisation")
-    for name in set(SOURCES) - WITH_TORCH:
+    for name in set(_sources()) - WITH_TORCH:
         runs_packages = name.startswith("m3vit.export.runtime")
         if runs_packages or _room(name) in free:
             assert not (found := list(reached(name, set()))), (name, found)
         if runs_packages or _room(name) == "hw":
-            assert not {one.split(".")[0] for one in ANY[name]} & HEAVY, name
+            assert not {one.split(".")[0] for one in _any()[name]} & HEAVY, name

@@ -5,6 +5,7 @@ import math
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,19 @@ def recipe(name: str, **changes: Any) -> ModelConfig:
     return replace(config.model, **changes)
 
 
+@cache
+def paper(name: str) -> dict[str, Any]:
+    """The profile of a recipe of the paper's models: seconds each."""
+    return profile(recipe(name))
+
+
 @pytest.mark.slow
 # GMAC as the paper's tables have them: one task, backbone and head (M3ViT arXiv 2210.14793). They are rounded to whole
 # GMAC and do not say for which task; heads differ by up to 0.77 GMAC in their last convolution, so the mean over the
 # recipe's tasks must round to the figure, and each task be within 1 GMAC of it.
 @pytest.mark.parametrize(("name", "gmacs"), [("pascal-small", 84), ("nyud-small", 100), ("nyud-base", 191)])
 def test_macs_of_the_paper(name: str, gmacs: int) -> None:
-    report = profile(recipe(name))
+    report = paper(name)
     assert round(report["as_the_paper_counts"]["gmacs"]) == gmacs
     for entry in report["tasks"].values():
         assert abs(entry["macs"]["total"] / 1e9 - gmacs) < 1
@@ -46,7 +53,7 @@ def test_macs_of_the_paper(name: str, gmacs: int) -> None:
 def test_shares_of_the_paper_model() -> None:
     # The derivation for 480x640, T = 30 x 40 patches + 1 class token; D = 384. By hand, MACs:
     T, D = 1201, 384
-    parts = profile(recipe("nyud-small"), "semseg")["tasks"]["semseg"]["macs"]["parts"]
+    parts = paper("nyud-small")["tasks"]["semseg"]["macs"]["parts"]
     assert parts["embedding"] == 1200 * 16 * 16 * 3 * D
     assert parts["attention"] == 12 * (4 * T * D * D + 2 * T * T * D)
     assert parts["dense_mlps"] == 6 * 8 * T * D * D
@@ -61,14 +68,14 @@ def test_shares_of_the_paper_model() -> None:
 def test_parameters_of_the_paper() -> None:
     # The memory column of the paper's hardware table, to its last digit: ViT-S 42.058 MiB, MoE ViT-S 82.747 MiB.
     for name, parameters, mib in (("nyud-small-dense", 22_050_664, 42.058), ("pascal-small", 43_383_400, 82.747)):
-        paper = profile(recipe(name))["as_the_paper_counts"]
-        assert paper["parameters"] == parameters
-        assert round(paper["mib_fp16"], 3) == mib
+        counted = paper(name)["as_the_paper_counts"]
+        assert counted["parameters"] == parameters
+        assert round(counted["mib_fp16"], 3) == mib
 
 
 @pytest.mark.slow
 def test_our_own_count_differs_from_the_paper_by_what_is_said() -> None:
-    report = profile(recipe("nyud-small"))
+    report = paper("nyud-small")
     T, D = 1201, 384
     classifier, final_norm = D * 1000 + 1000, 2 * D
     ours = report["stored"]["without_heads"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from m3vit.data.opening import open_split
@@ -63,13 +64,24 @@ def test_report_holds_every_column_on_the_same_images(
         assert row["trivial"] >= 0
     text = page.read_text()
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", text), "nothing is fetched"
-    # 2 images x (input + 4 tasks x (truth, torch, ONNX, C-sim)), and 2 x 1 MoE layer x (input + 4 tasks)
-    assert text.count("<img ") == 2 * (1 + 4 * 4) + 2 * 5
-    assert text.count('src="data:image/jpeg;') == 2 * 2, "photographs alone"
+    # 2 images x (input + 4 tasks x (truth, torch, ONNX, C-sim)), and 2 x 1 MoE layer x (input + 4 tasks), and the worst
+    # and the best image of 4 tasks x (input, truth, torch)
+    assert text.count("<img ") == 2 * (1 + 4 * 4) + 2 * 5 + 2 * 4 * 3
+    assert text.count('src="data:image/jpeg;') == 2 * 2 + 2 * 4, "photographs alone"
     assert text.count('<div class="scale"') == 2 * 2 and "<span>2</span><span>4 m</span>" not in text
     legend = text[text.index('<p class="legend">semseg') :]
     assert "towards the camera" in legend and "not labelled" not in legend
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 4
+    pixels = np.array(report["breakdown"]["semseg"]["pixels"])
+    iou = pixels.diagonal() / np.maximum(pixels.sum(axis=0) + pixels.sum(axis=1) - pixels.diagonal(), 1)
+    assert 100 * iou.mean() == pytest.approx(report["tasks"]["semseg"]["torch"])
+    ranges = report["breakdown"]["depth"]["ranges"]
+    squared = sum(row["pixels"] * row["rmse"] ** 2 for row in ranges) / sum(row["pixels"] for row in ranges)
+    assert squared**0.5 == pytest.approx(report["tasks"]["depth"]["torch"], rel=1e-4)
+    for task, found in report["images_by_error"].items():
+        (worst,), (best,) = found["worst"], found["best"]
+        assert worst["id"] != best["id"] and f'id="{task}-{worst["id"]}"' in text
+        assert (worst["value"] <= best["value"]) == TABLE[task].higher_is_better or worst["value"] == best["value"]
 
 
 def test_report_refuses_exports_of_other_weights(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from m3vit.data.opening import LAYOUTS, layouts_of
+from m3vit.data.opening import expected, layouts_of
 from m3vit.data.sample import held
 from m3vit.errors import InputError
 from m3vit.files import atomic_folder, not_there, open_regular, require_new, special
@@ -94,8 +94,7 @@ def _data_root(archive: Path, folder: Path) -> Path:
         for _ in range(MAX_ROOT_DEPTH):  # say what is in the only folder
             inner = list(folder.iterdir())
             folder = inner[0] if len(inner) == 1 and inner[0].is_dir() else folder
-        expected = " or ".join(f"{loader.listings}/ ({layout})" for layout, loader in LAYOUTS.items())
-        why = f"is no data set: it holds {held(folder)}, expected a folder with {expected}"
+        why = f"is no data set: it holds {held(folder)}, expected a folder with {expected(' or ')}"
     raise InputError(f"{archive} {why}: nothing was unpacked, use tar or unzip if it is the right archive all the same")
 
 

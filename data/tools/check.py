@@ -7,13 +7,14 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m3vit.data.opening import LAYOUTS, layouts_of, origin, recognise
+from m3vit.data.own.layout import Folder
 from m3vit.data.reading import ending
 from m3vit.data.sample import FileSplit, check_shape, is_id
 from m3vit.data.tools.plausibility import REACH_PERCENT, Look, look, oddities, statistics, untrained
@@ -31,10 +32,14 @@ EXAMPLES = 4  # of each kind of problem in the summary
 SEVERITIES = ("error", "warning", "note")
 # Kind of problem -> what it is, for the summary. The kinds are part of the JSON report's format.
 PROBLEMS = {
+    "description": "things wrong in data.yaml",
     "missing_list": "lists of images that are not there or not readable",
     "bad_id": "lines of a list that are no ids",
     "duplicate_id": "ids listed more than once in a split",
     "shared_id": "ids in both splits",
+    "groups": "ids that the groups of data.yaml do not fit",
+    "two_files": "ids with more than one file",
+    "no_label": "images and splits without labels",
     "missing_folder": "folders that are not there",
     "mixed_release": "files of another release",
     "missing": "files that are not there",
@@ -67,16 +72,20 @@ class Problem:
 
 @dataclass
 class Report:
-    """What the doctor found. `splits`: listed, whole (no error in any file), published (or None), by split."""
+    """What the doctor found. `splits`: listed, whole (no error in any file), published (or None), by split.
+
+    Of a folder with a data.yaml also how many images have a label, by task.
+    """
 
     root: str
     layout: str
     release: str
     origin: str | None  # who made it, where a file says so
     quick: bool
-    splits: dict[str, dict[str, int | None]]
+    splits: dict[str, dict[str, Any]]
     problems: list[Problem] = field(default_factory=list)
     statistics: dict[str, Any] = field(default_factory=dict)
+    label_set: str = ""
 
     @property
     def ok(self) -> bool:
@@ -86,10 +95,12 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON report."""
         counts = Counter(problem.severity for problem in self.problems)
+        fields = asdict(self)
+        del fields["label_set"]  # the layout says it
         return {
             "format": FORMAT,
             "version": VERSION,
-            **asdict(self),
+            **fields,
             "counts": {severity: counts[severity] for severity in SEVERITIES},
             "ok": self.ok,
         }
@@ -99,23 +110,30 @@ def check(
     root: str | Path,
     *,
     quick: bool = False,
+    tasks: Sequence[str] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Examine the data set in `root`, or raise InputError if there is none.
 
-    `quick` looks at names only. Else every file of both splits is decoded, in `workers` processes (default: one a core;
-    they are spawned, so a script must call this below `if __name__ == "__main__":`); `progress` is called with the
-    samples done and their total.
+    `quick` looks at names only; `tasks`: those whose files are looked at (default: all). Else every file of both splits
+    is decoded, in `workers` processes (default: one a core; they are spawned, so a script must call this below
+    `if __name__ == "__main__":`); `progress` is called with the samples done and their total.
     """
     root = Path(root)
+    if Folder.recognises(root):
+        from m3vit.data.tools.check_own import check_own
+
+        return check_own(root, tasks, quick, workers or usable_cores(), progress)
     if len(layouts_of(root) if root.is_dir() else []) != 1:
         recognise(root)  # raises, and says why
     layout = LAYOUTS[layouts_of(root)[0]]
+    wanted = {"image", *chosen_tasks(tasks, LABEL_SETS[layout.label_set].tasks, str(root))}
+    wanted |= {kind for task in wanted for kind in layout.needs.get(task, ())}
     problems: list[Problem] = []
     ids = {split: _read_list(root, layout, split, problems) for split in SPLITS}
     _compare_lists(ids, problems)
-    kinds = _present_kinds(root, layout, problems)
+    kinds = _present_kinds(root, layout, wanted, problems)
     release = _release(root, layout, kinds)
     splits = {}
     if "image" in kinds:
@@ -129,9 +147,10 @@ def check(
         quick=quick,
         splits={},
         problems=problems,
+        label_set=layout.label_set,
     )
     if splits and not quick:
-        _read_all(splits, report, workers or usable_cores(), progress)
+        read_all(splits, report, workers or usable_cores(), progress)
     for split in SPLITS:
         published = layout.published.get(split)
         broken = {p.id for p in problems if p.severity == "error" and p.split == split and p.id}
@@ -140,9 +159,21 @@ def check(
         if published is not None and len(ids[split]) != published and ids[split]:
             message = f"{len(ids[split])} images, the published release has {published}"
             problems.append(Problem("note", "counts", split, "", "", message))
-    order = list(PROBLEMS)
-    problems.sort(key=lambda p: (SEVERITIES.index(p.severity), order.index(p.kind)))  # else as found
+    sort(problems)
     return report
+
+
+def sort(problems: list[Problem]) -> None:
+    """Put problems in the order of their severity and kind, else as found."""
+    order = list(PROBLEMS)
+    problems.sort(key=lambda p: (SEVERITIES.index(p.severity), order.index(p.kind)))
+
+
+def chosen_tasks(tasks: Sequence[str] | None, there: Sequence[str], where: str) -> list[str]:
+    """Return the tasks to look at, or raise InputError for one that there is not."""
+    if unknown := [task for task in tasks or () if task not in there]:
+        raise InputError(f"--tasks names {', '.join(unknown)}: those of {where} are {', '.join(there)}")
+    return [task for task in there if tasks is None or task in tasks]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -176,10 +207,10 @@ def _compare_lists(ids: dict[str, list[str]], problems: list[Problem]) -> None:
             problems.append(Problem("error", "shared_id", "train", name, "", "listed in train and in val"))
 
 
-def _present_kinds(root: Path, layout: type[FileSplit], problems: list[Problem]) -> list[str]:
-    """Return "image" and the tasks whose folders are there, and those of the tasks they need."""
+def _present_kinds(root: Path, layout: type[FileSplit], wanted: set[str], problems: list[Problem]) -> list[str]:
+    """Return "image" and the wanted tasks whose folders are there, and those of the tasks they need."""
     kinds = []
-    for kind, folders in layout.folders.items():
+    for kind, folders in ((kind, folders) for kind, folders in layout.folders.items() if kind in wanted):
         if any((root / folder).is_dir() for folder in folders):
             kinds.append(kind)
         else:
@@ -248,7 +279,8 @@ def _compare_names(splits: dict[str, FileSplit], problems: list[Problem]) -> Non
 
 
 def _relative(loader: FileSplit, index: int, kind: str) -> str:
-    return loader.path(index, kind).relative_to(loader.root).as_posix()
+    path = loader.path(index, kind)
+    return path.relative_to(loader.root).as_posix() if path.is_relative_to(loader.root) else str(path)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -279,7 +311,7 @@ def _read_job(job: tuple[str, int, int]) -> list[Finding]:
     return [_read_sample(_splits[split], index) for index in range(start, stop)]
 
 
-def _read_all(
+def read_all(
     splits: dict[str, FileSplit],
     report: Report,
     workers: int,
@@ -303,13 +335,13 @@ def _read_all(
         report.problems += [p for p in finding.problems if (p.split, p.file) not in missing]
     _judge_labels(splits, findings, report.problems)
     _compare_images(splits, findings, report.problems)
-    report.statistics = _statistics(LAYOUTS[report.layout].label_set, findings)
+    report.statistics = _statistics(report.label_set, findings)
 
 
 def _read_sample(loader: FileSplit, index: int) -> Finding:
     finding = Finding(loader.split, index, [])
     size = None
-    for kind in loader.kinds:
+    for kind in (kind for kind in loader.kinds if loader.has(index, kind)):
         path, file = loader.path(index, kind), _relative(loader, index, kind)
         try:
             array = loader.read(index, kind, size or NO_SIZE)
@@ -357,16 +389,15 @@ def _judge_labels(splits: dict[str, FileSplit], findings: list[Finding], problem
             some = [finding for finding in findings if finding.split == split and task in finding.looks]
             ids = [loader.ids[finding.index] for finding in some]
             for kind, message in oddities(task, loader.label_set, ids, [finding.looks[task] for finding in some]):
-                folder = loader.folders[task][0]
-                problems.append(Problem("warning", kind, split, "", f"{folder}/", f"{task}: {message}"))
-    if len(splits) < len(SPLITS):
+                problems.append(Problem("warning", kind, split, "", loader.place(task), f"{task}: {message}"))
+    if not {*SPLITS} <= splits.keys():
         return
     loader = splits["train"]
     for task in loader.tasks:
         looks = [[one.looks[task] for one in findings if one.split == split and task in one.looks] for split in SPLITS]
         if words := untrained(task, loader.label_set, *looks):
             message = f"{task}: {words} of val's labelled pixels; m3vit eval gives mIoU_trained too, without them"
-            problems.append(Problem("note", "untrained", "train", "", f"{loader.folders[task][0]}/", message))
+            problems.append(Problem("note", "untrained", "train", "", loader.place(task), message))
 
 
 def _statistics(label_set: str, findings: list[Finding]) -> dict[str, Any]:
@@ -403,7 +434,9 @@ def render(report: Report) -> str:
         published = "as published" if count["listed"] == count["published"] else f"published: {count['published']}"
         published = "" if count["published"] is None else f" ({published})"
         whole = "" if report.quick else f", {count['whole']} whole"
-        lines.append(f"  {split:<6}{count['listed']} images{whole}{published}")
+        labelled = ", ".join(f"{task} {number}" for task, number in count.get("labelled", {}).items())
+        labelled = labelled and f"; with a label of {labelled}"
+        lines.append(f"  {split:<6}{count['listed']} images{whole}{published}{labelled}")
     groups: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     for problem in report.problems:
         if problem.kind != "counts":  # said above
@@ -412,7 +445,7 @@ def render(report: Report) -> str:
         lines.append(f"{severity}: {PROBLEMS[kind]}: {len(some)}")
         for problem in some[:EXAMPLES]:
             where = " ".join(part for part in (problem.split, problem.file or problem.id) if part)
-            lines.append(f"  {where}: {problem.message}")
+            lines.append(f"  {where}: {problem.message}" if where else f"  {problem.message}")
         if len(some) > EXAMPLES:
             lines.append(f"  and {len(some) - EXAMPLES} more (--json FILE lists all)")
     lines += _render_statistics(report)
@@ -440,7 +473,7 @@ def _render_statistics(report: Report) -> list[str]:
             if key in found:
                 words.append(f"{100 * found[key]:.1f} {text}")
         if "ids_present" in found:
-            classes = LABEL_SETS[LAYOUTS[report.layout].label_set].classes[task]
+            classes = LABEL_SETS[report.label_set].classes[task]
             words.append(f"{len(found['ids_present'])} of {len(classes)} classes seen")
             if 0 < len(found["ids_absent"]) <= 5:
                 words[-1] += f" (not {', '.join(classes[index] for index in found['ids_absent'])})"

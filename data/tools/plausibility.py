@@ -44,7 +44,7 @@ def oddities(task: str, label_set: str, ids: Sequence[str], looks: Sequence[Look
 
     Kinds: "blank", no label at any pixel; "constant", one value everywhere; "unit", depths that are hardly metres.
     """
-    found, reach = [], TASKS[task].reach
+    found, reach = [], _reach(task, label_set)
     # A split of which every image is so is told in any case.
     tolerated = {**TASKS[task].tolerated, **LABEL_SETS[label_set].tolerated.get(task, {})}
     tests: dict[str, Callable[[Look], bool]] = {
@@ -77,12 +77,16 @@ def untrained(task: str, label_set: str, train: Sequence[Look], val: Sequence[Lo
     return ", ".join(words) + (f" and {len(missing) - CLASSES} more" if len(missing) > CLASSES else "")
 
 
+def _reach(task: str, label_set: str) -> tuple[float, float, str] | None:
+    return LABEL_SETS[label_set].reach.get(task, TASKS[task].reach)
+
+
 def _words(kind: str, task: str, label_set: str, odd: Sequence[Look]) -> str:
     """Return the values found, to follow the number of images."""
     if kind == "blank":
         return ""
     if kind == "unit":
-        reaches, expected = [one.reach_m for one in odd], TASKS[task].reach
+        reaches, expected = [one.reach_m for one in odd], _reach(task, label_set)
         assert expected is not None
         return (
             f" have {REACH_PERCENT} % of their depths below {np.median(reaches):.3g} (median; {min(reaches):.3g} to "

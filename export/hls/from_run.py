@@ -48,10 +48,12 @@ def export_run(
     tokens = size[0] * size[1] // run.model.backbone.patch_size**2
     images = min(CALIBRATION_IMAGES, len(train), max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
     calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
-    chosen = [val.load(index) for index in range(samples)]
-    for index, sample in enumerate(chosen):
+    # First those with all labels, where some images lack one.
+    order = sorted(range(len(val)), key=lambda index: sum(not val.has(index, task) for task in tasks))[:samples]
+    chosen = [val.load(index) for index in order]
+    for index, sample in zip(order, chosen, strict=True):
         for task in tasks:
-            if TASKS[task].matches_edges:
+            if TASKS[task].matches_edges and task not in sample.unlabelled:
                 sample.labels[task] = val.edge_truth(index)
     return export_project(
         run.model,

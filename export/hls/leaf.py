@@ -11,7 +11,7 @@ scale and bias of each head's LayerNorm into its Linear.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -222,6 +222,8 @@ class LoweredModel(nn.Module):
     position: VitPosition
     norm_pre: VitLayerNorm  # only some trunks have it
     blocks: nn.ModuleList
+    fusion_norms: nn.ModuleDict  # by the block they follow, as the Linears that add what they give to the last tokens
+    fusion_linears: nn.ModuleDict
     head: VitTaskHead
     pixel_head: VitPixelHead  # where the heads have convolutions
 
@@ -239,8 +241,13 @@ class LoweredModel(nn.Module):
         x = self.position(self.embed(tokens))
         if hasattr(self, "norm_pre"):
             x = self.norm_pre(x)
-        for block in self.blocks:
+        normed = {}
+        for index, block in enumerate(self.blocks):
             x = block(x, task)
+            if str(index) in self.fusion_norms:
+                normed[str(index)] = self.fusion_norms[str(index)](x)
+        for name, linear in self.fusion_linears.items():
+            x = x + linear(normed[name])
         y = self.head(x, task)
         return self.pixel_head(y, task) if hasattr(self, "pixel_head") else y
 
@@ -405,9 +412,14 @@ def _build(model: MultiTaskModel, budget: Budget) -> LoweredModel:
     }
     if not isinstance(trunk.norm_pre, nn.Identity):
         layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
+    *earlier, last = model.heads.blocks or (len(trunk.blocks) - 1,)
     layers["blocks"] = nn.ModuleList(
-        _block(block, index, top_ks, num_tasks) for index, block in enumerate(trunk.blocks)
+        _block(block, index, top_ks, num_tasks) for index, block in enumerate(trunk.blocks[: last + 1])
     )
+    norms, linears = (model.heads.fusion.norms, model.heads.fusion.linears) if model.heads.fusion else ((), ())
+    named = [(str(block), norm, linear) for block, norm, linear in zip(earlier, norms, linears, strict=True)]
+    layers["fusion_norms"] = nn.ModuleDict({name: _norm(norm, f"norm {name} of the heads") for name, norm, _ in named})
+    layers["fusion_linears"] = nn.ModuleDict({name: _linear(cast(nn.Linear, linear)) for name, _, linear in named})
     layers["head"] = _head(model, position.prefix)
     if (conv := _pixel_head(model, grid)) is not None:
         layers["pixel_head"] = conv
@@ -419,9 +431,9 @@ def reference_outputs(
     model: MultiTaskModel, images: Tensor, task: str, budget: Budget = FULL
 ) -> tuple[Tensor, list[Any]]:
     """Return the per-token outputs [B, T, C_r] of a task for normalised images, and its routings, from the model."""
-    features, routings = model.backbone(images, (model.task_id(task),), uses=model.uses(budget, [task]))
+    features, routings = model.backbone(images, (model.task_id(task),), model.heads.blocks, model.uses(budget, [task]))
     head = token_heads(model)[task]
-    outputs = head.linear(head.norm(features.last[0]))
+    outputs = head.linear(head.norm(model.heads.fused(features).last[0]))
     if head.conv is not None:
         pixels = assemble_pixels(outputs, features.grid, head.upscale).relu()
         outputs = divide_pixels(head.conv(pixels), head.upscale)

@@ -28,6 +28,7 @@ from m3vit.models.decoders.base import resize
 from m3vit.models.decoders.conv import assemble_pixels
 from m3vit.models.decoders.linear import assemble_tokens
 from m3vit.staging import sigterm_as_exit
+from m3vit.tasks import IGNORE, TASKS
 
 REPORT, OUTPUTS = "csim.json", "tb_data/csim_outputs.npz"
 COMPILED = (".h", ".cpp", ".sh")
@@ -105,11 +106,14 @@ def _score(task: str, outputs: np.ndarray, arrays: dict[str, np.ndarray], manife
     total = None
     for index, tokens in enumerate(outputs):
         label, pixels = arrays[f"label_{task}_{index}"], arrays["images"][index]
+        if TASKS[task].matches_edges and (label == IGNORE).all():
+            continue  # what edges are matched with has nothing ignored: this image has no label
         place = NetworkImage("", pixels, slice(0, pixels.shape[0]), slice(0, pixels.shape[1]))
         guess = prediction(PROTOCOL, task, logits_of(tokens[None], manifest)[0], place, label.shape[:2])
         row = meter.image(guess, label)
         total = row if total is None else total + row
-    assert total is not None, "verify_project refuses projects without samples"
+    if total is None:
+        raise InputError(f"no stored image has a label of {task}: export the project with more --samples")
     return {name: float(value) for name, value in meter.compute(total).items()}
 
 

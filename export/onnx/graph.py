@@ -1,9 +1,9 @@
-"""Tracing of one task of a model, or of its parts, to an ONNX graph."""
+"""Tracing of the tasks of a model, or of its parts, to ONNX graphs."""
 
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,22 +16,26 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, lower_moe
+from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
 
+NUMBER = "task.number"  # no name of a task
 
-class _OneTask(nn.Module):
-    """The model as a function of the image alone."""
 
-    def __init__(self, model: MultiTaskModel, task: str) -> None:
+class _Tasks(nn.Module):
+    """The model as a function of the image and the number of a task: what each head makes of that task's tokens."""
+
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.task = model, task
+        self.model, self.tasks = model, tasks
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model(image, [self.task]).logits[self.task]
+    def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:
+        features, _ = self.model.backbone(image, task, self.model.heads.blocks)
+        size = (image.shape[-2], image.shape[-1])
+        return tuple(self.model.heads(features, {name: size}).logits[name] for name in self.tasks)
 
 
 class _Features(nn.Module):
@@ -74,6 +78,46 @@ def require_onnx(model: MultiTaskModel) -> None:
         raise InputError(f"cannot export to ONNX: the model has {model.config.head} heads, and {reason}")
 
 
+def trace_tasks(
+    model: MultiTaskModel,
+    tasks: Sequence[str],
+    *,
+    opset: int = MIN_OPSET,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+) -> onnx.ModelProto:
+    """Return one graph of several tasks, for `of_task` to take each task's out of: tracing is what takes long.
+
+    What differs between tasks are their gates, picked by the task's number as in `trace_backbone`, and their heads.
+    Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. The rest as in `trace_task`.
+    """
+    require_onnx(model)
+    for task in tasks:
+        model.task_id(task)
+    shape = _example_shape(model, opset, size)
+    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
+    inputs = {"image": _zeros(model, batch or 2, 3, *shape), NUMBER: _zeros(model, 1).long()}
+    return _trace(model, _Tasks(model, tasks), inputs, axes, tasks, opset)
+
+
+def of_task(traced: onnx.ModelProto, model: MultiTaskModel, task: str) -> onnx.ModelProto:
+    """Return the graph of one task, `image` -> its logits, out of `trace_tasks`'s, which stays as it is.
+
+    The number of the task becomes a constant. `lower_moe` computes the gate from it, and drops what the task's graph
+    does not need of the others.
+    """
+    graph = copied(traced)
+    graph.graph.name = f"m3vit_{task}"
+    nodes = reachable(list(graph.graph.node), [task])
+    inputs = [value for value in graph.graph.input if value.name != NUMBER]
+    outputs = [value for value in graph.graph.output if value.name == task]
+    for name, content in (("node", nodes), ("input", inputs), ("output", outputs)):
+        graph.graph.ClearField(name)
+        getattr(graph.graph, name).extend(content)
+    graph.graph.initializer.append(numpy_helper.from_array(np.array([model.task_id(task)]), NUMBER))
+    return graph
+
+
 def trace_task(
     model: MultiTaskModel,
     task: str,
@@ -90,11 +134,7 @@ def trace_task(
 
     Raises InputError for an unknown task, a `size` that the patch size does not divide, and an unsupported opset.
     """
-    require_onnx(model)
-    model.task_id(task)
-    shape = _example_shape(model, opset, size)
-    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
-    return _trace(model, _OneTask(model, task), {"image": _zeros(model, batch or 2, 3, *shape)}, axes, task, opset)
+    return of_task(trace_tasks(model, [task], opset=opset, size=size, batch=batch), model, task)
 
 
 def export_task(
@@ -122,7 +162,7 @@ def trace_backbone(
     shape = _example_shape(model, opset, size)
     axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
     inputs = {"image": _zeros(model, 2, 3, *shape), "task": _zeros(model, 1).long()}
-    return _trace(model, _Features(model), inputs, axes, "features", opset)
+    return _trace(model, _Features(model), inputs, axes, ["features"], opset)
 
 
 def trace_head(
@@ -133,7 +173,7 @@ def trace_head(
     patch, dim = model.backbone.patch_size, model.backbone.dim * len(tapped(model))
     grid = [side // patch for side in _example_shape(model, opset, size)]
     axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
-    return _trace(model, _Head(model, task), {"features": _zeros(model, 2, dim, *grid)}, axes, task, opset)
+    return _trace(model, _Head(model, task), {"features": _zeros(model, 2, dim, *grid)}, axes, [task], opset)
 
 
 def _zeros(model: MultiTaskModel, *shape: int) -> Tensor:
@@ -145,7 +185,7 @@ def _trace(
     function: nn.Module,
     inputs: dict[str, Tensor],
     axes: list[tuple[int, str]],
-    output: str,
+    outputs: Sequence[str],
     opset: int,
 ) -> onnx.ModelProto:
     """Return the graph of `function`; `axes` of its 4-D inputs are dynamic, and named in the graph."""
@@ -160,7 +200,7 @@ def _trace(
                 verbose=False,
                 opset_version=opset,
                 input_names=list(inputs),
-                output_names=[output],
+                output_names=list(outputs),
                 dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
                 custom_translation_table={torch.ops.m3vit.moe.default: _moe_node},
             )
@@ -168,7 +208,7 @@ def _trace(
         model.train(was_training)
     assert program is not None
     graph = program.model_proto
-    graph.graph.name = f"m3vit_{output}"
+    graph.graph.name = f"m3vit_{'_'.join(outputs)}"
     for value in (*graph.graph.input, *graph.graph.output):
         dimensions = value.type.tensor_type.shape.dim
         for axis, name in axes if len(dimensions) == 4 else []:

@@ -20,7 +20,7 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
-from m3vit.export.onnx.graph import require_onnx, trace_backbone, trace_head, trace_task
+from m3vit.export.onnx.graph import of_task, require_onnx, trace_backbone, trace_head, trace_tasks
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.options import Content
 from m3vit.export.onnx.quantize import FLOAT, quantize
@@ -70,18 +70,7 @@ def export_package(
     names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
     model.uses(content.budget, names)  # refuses what the model does not have before the long work
     with atomic_folder(out) as folder:
-        with open(folder / WEIGHTS, "wb") as file:
-            writer = _Writer(folder, _WeightsFile(file), content)
-            tasks: dict[str, Any] = {}
-            for number, task in enumerate(resolve(names, model.config.label_set), start=1):
-                say(f"exporting {task.name} ({number} of {len(names)})")
-                tasks[task.name] = {"graphs": writer.task(model, task.name), **_task_entry(model, task, content)}
-                tasks[task.name]["macs"] = _macs(model, task.name, content)
-            backbone = None
-            if content.one_backbone:
-                say("exporting the backbone of all tasks, and the heads")
-                backbone = writer.parts(model, tasks)
-            _flush(file)
+        tasks, backbone = _write_graphs(model, names, folder, content, say)
         say("checking the graphs and hashing the files")
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -114,19 +103,38 @@ def export_package(
     return manifest
 
 
+def _write_graphs(
+    model: MultiTaskModel, names: Sequence[str], folder: Path, content: Content, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Write the graphs and their weights; return the manifest's entries of the tasks and of one backbone for all."""
+    with open(folder / WEIGHTS, "wb") as file:
+        writer = _Writer(folder, _WeightsFile(file), content)
+        batch = 1 if content.static else None
+        traced = trace_tasks(model, names, opset=content.opset, size=content.size, batch=batch)
+        tasks: dict[str, Any] = {}
+        for number, task in enumerate(resolve(names, model.config.label_set), start=1):
+            say(f"exporting {task.name} ({number} of {len(names)})")
+            graphs = writer.task(model, of_task(traced, model, task.name), task.name)
+            tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, content)}
+            tasks[task.name]["macs"] = _macs(model, task.name, content)
+        backbone = None
+        if content.one_backbone:
+            say("exporting the backbone of all tasks, and the heads")
+            backbone = writer.parts(model, tasks)
+        _flush(file)
+    return tasks, backbone
+
+
 class _Writer:
-    """Traces graphs and writes them, in all precisions, around one file of weights."""
+    """Lowers graphs and writes them, in all precisions, around one file of weights."""
 
     def __init__(self, folder: Path, weights: "_WeightsFile", content: Content) -> None:
         self.folder, self.weights, self.content = folder, weights, content
 
-    def task(self, model: MultiTaskModel, task: str) -> dict[str, Any]:
-        """Write the graphs of one task, and return their entries of the manifest, by precision."""
-        content = self.content
-        batch = 1 if content.static else None
-        graph = trace_task(model, task, opset=content.opset, size=content.size, batch=batch)
-        budgets = content.budget.layers(task, model.backbone.moe_indices)
-        lower_moe(graph, budgets, "wide" if content.static else "sparse")
+    def task(self, model: MultiTaskModel, graph: ModelProto, task: str) -> dict[str, Any]:
+        """Write the graphs of one task, given as traced, and return their entries of the manifest, by precision."""
+        budgets = self.content.budget.layers(task, model.backbone.moe_indices)
+        lower_moe(graph, budgets, "wide" if self.content.static else "sparse")
         return self.variants(graph, task)
 
     def parts(self, model: MultiTaskModel, tasks: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from m3vit.export.onnx.from_run import (
     data_of,
     score,
 )
-from m3vit.export.onnx.graph import trace_task
+from m3vit.export.onnx.graph import of_task, trace_tasks
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.pruning import gate_mass, pruned
 from m3vit.export.onnx.quantize import FLOAT, quantize
@@ -82,8 +82,9 @@ def sweep(
     everything = {block: tuple(range(config.num_experts)) for block in blocks}
     total, done = len(config.tasks) * len(grid), 0
     tasks: dict[str, list[dict[str, Any]]] = {}
+    traced_all = trace_tasks(run.model, config.tasks, opset=opset, size=size)
     for task in config.tasks:
-        traced = trace_task(run.model, task, opset=opset, size=size)
+        traced = of_task(traced_all, run.model, task)
         reference = _session(lower_moe(copied(traced)))
         points: list[dict[str, Any]] = []
         tried: set[Any] = set()

@@ -1,4 +1,4 @@
-"""m3vit data: synth, extract, prepare, check."""
+"""m3vit data: synth, extract, prepare, init, check, show."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from m3vit.commands.terminal import progress_bar, say
 from m3vit.errors import InputError
-from m3vit.options import File, Number, Positive, Size, Value
+from m3vit.options import File, Folder, Number, Positive, Size, Value, words
 
 
 def _writers() -> list[str]:
@@ -47,17 +47,43 @@ def run_synth(wanted: Synth) -> None:
 
 
 @dataclass(frozen=True)
+class Begin:
+    """Options of m3vit data init.
+
+    Attributes:
+        root: the folder that holds photographs and labels
+        out: write data.yaml into this folder, where ROOT cannot be written to (default: ROOT)
+        overwrite: replace the data.yaml that is there
+    """
+
+    root: Annotated[Path, Value(metavar="ROOT", positional=True)]
+    out: Folder | None = None
+    overwrite: bool = False
+
+
+def run_begin(wanted: Begin) -> None:
+    from m3vit.data.tools.begin import begin
+
+    with progress_bar("looking at files") as bar:
+        path, lines = begin(wanted.root, out=wanted.out, overwrite=wanted.overwrite, progress=bar)
+    say("\n".join([f"{path}: read its comments, mend what is wrong", *(f"  {line}" for line in lines)]))
+    say(f"then: m3vit data check {path.parent}")
+
+
+@dataclass(frozen=True)
 class Check:
     """Options of m3vit data check.
 
     Attributes:
-        root: the data set's folder, which holds gt_sets/ or ImageSets/
+        root: the data set's folder, which holds gt_sets/, ImageSets/ or data.yaml
+        tasks: look at these alone, such as semseg,depth (default: all)
         json: write the whole report as JSON (default: none)
         workers: processes (default: one a core)
         quick: compare lists and names alone, open no file
     """
 
     root: Annotated[Path, Value(metavar="ROOT", positional=True)]
+    tasks: Annotated[tuple[str, ...], Value(words, "TASK,...")] | None = None
     json: File | None = None
     workers: Positive | None = None
     quick: bool = False
@@ -69,13 +95,39 @@ def run_check(wanted: Check) -> int:
     if wanted.quick and wanted.workers:
         raise InputError("--quick opens no file, and --workers are processes that open them: leave one of them out")
     with progress_bar("checking samples") as bar:
-        report = check(wanted.root, quick=wanted.quick, workers=wanted.workers, progress=bar)
+        report = check(wanted.root, quick=wanted.quick, tasks=wanted.tasks, workers=wanted.workers, progress=bar)
     if wanted.json is not None:
         from m3vit.files import write_json
 
         write_json(wanted.json, report.to_dict())
     say(render(report))
     return 0 if report.ok else 1
+
+
+@dataclass(frozen=True)
+class Show:
+    """Options of m3vit data show.
+
+    Attributes:
+        root: the data set's folder, which holds gt_sets/, ImageSets/ or data.yaml
+        out: the png to write; one that is there is replaced (default: ROOT's name and -sheet.png, here)
+        images: images on the sheet, of train and val
+        tasks: these alone, such as semseg,depth (default: all)
+    """
+
+    root: Annotated[Path, Value(metavar="ROOT", positional=True)]
+    out: File | None = None
+    images: Positive = 8
+    tasks: Annotated[tuple[str, ...], Value(words, "TASK,...")] | None = None
+
+
+def run_show(wanted: Show) -> None:
+    from m3vit.report.sheet import show
+
+    out = wanted.out or Path(f"{wanted.root.resolve().name}-sheet.png")
+    with progress_bar("reading labels") as bar:
+        lines = show(wanted.root, out, images=wanted.images, tasks=wanted.tasks, progress=bar)
+    say("\n".join([str(out), *(f"  {line}" for line in lines)]))
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from m3vit.commands.terminal import console, print_scores, progress_bar, say_changed
+from m3vit.commands.terminal import console, print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import DataRoot, Positive, Value, add_options, options
+from m3vit.options import DataRoot, File, Positive, Value, add_options, options
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Eval:
         compare: show two or more folders that were evaluated in one table; evaluates nothing
         baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
             ({baselines}) (default: no delta_m)
+        out: with --compare: write the table too: FILE.json, .csv, .md or .tex (LaTeX, booktabs)
     """
 
     folders: tuple[Annotated[Path, Value(metavar="DIR", positional=True)], ...]
@@ -39,6 +40,7 @@ class Eval:
     all_metrics: bool = False
     compare: bool = False
     baseline: Annotated[str, Value(metavar="NAME")] | None = None
+    out: File | None = None
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -56,52 +58,56 @@ def run_eval(args: argparse.Namespace) -> None:
                 "--device and --batch"
             )
         from m3vit.evaluation.compare import compare
+        from m3vit.evaluation.tables import form_of, write_comparison
 
-        print_comparison(compare(list(wanted.folders), wanted.protocol, wanted.baseline))
+        if wanted.out:
+            form_of(wanted.out)  # refuses other endings before the work
+        comparison = compare(list(wanted.folders), wanted.protocol, wanted.baseline)
+        print_comparison(comparison)
+        if wanted.out:
+            write_comparison(comparison, wanted.out)
+            say(str(wanted.out))
         return
-    if len(wanted.folders) > 1 or wanted.baseline:
-        raise InputError("give one folder to evaluate; --compare shows several that were evaluated, and delta_m")
+    if len(wanted.folders) > 1 or wanted.baseline or wanted.out:
+        raise InputError("give one folder to evaluate; --compare shows several that were evaluated, delta_m and --out")
     (folder,) = wanted.folders
+    from m3vit.api import evaluate
     from m3vit.collectives import rank
-    from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
+    from m3vit.evaluation.artefacts import is_export
     from m3vit.evaluation.meters import TRAINED
-    from m3vit.evaluation.scoring import score, without_untrained
-    from m3vit.tasks import TASKS
-    from m3vit.training.config import read_run_config
+    from m3vit.evaluation.scoring import without_untrained
 
     if is_export(folder) and (wanted.device or wanted.batch):
         raise InputError(
             f"--device and --batch are of a run, and {folder} is an export, which runs on the CPU, an image at a time: "
             "leave them out"
         )
-    device = choose_device(wanted.device or "auto")
-    predictor, info, root = open_predictor(folder, device, wanted.batch or 1, wanted.precision)
-    if wanted.workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
-        raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
-    if not (wanted.data_root or root):
-        raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
-    is_run = predictor.name == "torch"
     with progress_bar("evaluating", visible=rank() == 0) as bar:
-        result = score(
-            predictor,
+        result = evaluate(
             folder,
-            wanted.data_root or root,
             wanted.protocol or "A",
-            trivial=is_run,
-            partial=is_run and read_run_config(folder).data.on_error == "skip",
-            info=info,
+            data_root=wanted.data_root,
+            device=wanted.device or "auto",
+            batch=wanted.batch or 1,
+            precision=wanted.precision,
             workers=wanted.workers,
             progress=bar,
         )
-    if result:  # None in all but the first of several processes
-        columns = ("trivial", "torch") if is_run else (predictor.name,)
+    if result:  # nothing in all but the first of several processes
+        columns = ("trivial", "torch") if result["predictor"] == "torch" else (result["predictor"],)
         made = f" ({result['origin']})" if result["origin"] else ""
         caption = f"{result['images']} val images of {result['release']}{made}; protocol {result['protocol']}"
+        if labelled := result.get("labelled"):
+            caption += "\nimages with a label: " + ", ".join(f"{task} {count}" for task, count in labelled.items())
         beside = without_untrained(result["untrained"])  # but for tasks whose own meter has no such figure
-        beside = {task: words for task, words in beside.items() if TRAINED in result["tasks"][task][columns[-1]]}
+        beside = {
+            task: words
+            for task, words in beside.items()
+            if task in result["tasks"] and TRAINED in result["tasks"][task][columns[-1]]
+        }
         caption += "".join(f"\n{words}" for words in beside.values())
         print_scores(result["tasks"], columns, caption, wanted.all_metrics, dict.fromkeys(beside, TRAINED))
-        say_changed(info.get("changed_files", []))
+        say_changed(result.get("changed_files", []))
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:

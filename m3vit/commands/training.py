@@ -35,7 +35,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     start = None
     if recipe and command in OPENING_RUNS and recipe not in recipe_names() and Path(recipe).is_dir():
         start = Path(recipe) / "config.yaml"
-        read_run_config(Path(recipe))  # its messages are clearer than those of the parser below
+        run = read_run_config(Path(recipe))  # its messages are clearer than those of the parser below
+        _know_labels(Path(recipe), run.model)
     elif recipe:
         start = recipe_path(recipe)
     parser = jsonargparse.ArgumentParser(
@@ -52,6 +53,13 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     parser.add_argument("--config", action="config", help="YAML file of the same keys, read after the recipe")
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
+        parser.add_argument(
+            "--device",
+            default=None,
+            metavar="NAME",
+            help="with --train alone, which predicts the memory of a training step: the largest batch that fits: "
+            "A100-40GB, H100, RTX4090, ..., or a size such as 24GB",
+        )
     if command == "hw cost":
         add_cost_options(parser)
     if command in OPENING_RUNS:
@@ -67,6 +75,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         rest = " (or a run folder)" if command in OPENING_RUNS else " --out RUN"
         raise InputError(f"give a recipe first: m3vit {command} RECIPE{rest}, with one of {', '.join(recipe_names())}")
     words = list(argv[1:] if recipe else argv)
+    if command == "train" and "--resume" in words:
+        recall_of(words)
     configs, others = _split_configs(words)
     for word, following in zip(configs, [*configs, ""][1:], strict=True):
         option, _, value = word.partition("=")
@@ -86,6 +96,41 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
             parsed[name] = Path(parsed[name])
     recall(parsed.plugins, str(start))
     return Config(parsed.model, parsed.data, parsed.train, loaded()), parsed
+
+
+def _know_labels(run: Path, model: Any) -> None:
+    """Make known the classes and tasks that a run describes, where they are of data of somebody's own."""
+    from m3vit.digests import read_sealed_json
+    from m3vit.label_sets import LABEL_SETS, declare
+
+    info = run / "model.json"
+    if model.label_set not in LABEL_SETS and info.is_file():
+        described = read_sealed_json(info, "part of a run folder").get("labels")
+        if described is not None:
+            declare(described, str(info), model.tasks)
+
+
+def recall_of(words: Sequence[str]) -> None:
+    """Note which plug-ins the run to resume was trained with: an error then says which of them are missing.
+
+    They are not imported: a run folder must not make a program run what its user did not name.
+    """
+    from yaml import YAMLError, safe_load
+
+    from m3vit.training.config import yaml_text
+
+    given = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--out"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--out=")]
+    path = Path(given[-1]) / "config.yaml" if given else Path()
+    if not path.is_file():
+        return
+    try:
+        found = safe_load(yaml_text(path, "a run folder"))
+        recorded = found.get("plugins", []) if isinstance(found, dict) else []
+    except (YAMLError, InputError):  # what is wrong with it is said when the run is opened
+        return
+    if isinstance(recorded, list) and all(isinstance(one, str) for one in recorded):
+        recall(recorded, given[-1])
 
 
 def _split_configs(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -138,21 +183,44 @@ def run_init(argv: Sequence[str]) -> None:
     check_given(config, argv)
     from m3vit.training.loop import initialise
 
-    initialise(config, args.out)
+    initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")
 
 
+def _take_flag(name: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Return whether a word stands by itself, without a value, and the other words."""
+    places = [
+        place
+        for place, (word, following) in enumerate(zip(argv, [*argv[1:], "-"], strict=True))
+        if word == name and following.startswith("-")
+    ]
+    return bool(places), [word for place, word in enumerate(argv) if place not in places]
+
+
 def run_profile(argv: Sequence[str]) -> None:
+    training, argv = _take_flag("--train", argv)  # jsonargparse has --train FILE, of the section's keys
     config, args = config_from("profile", argv)
     from m3vit.training.effects import check_given
 
     config.check()
-    check_given(config, argv, "profile")
+    check_given(config, argv, "train" if training else "profile")
     from m3vit.profiling import profile, render
 
+    if args.device and not training:
+        raise InputError("--device is of a training: give --train too")
+    if args.device:
+        from m3vit.training.memory import device_bytes
+
+        device_bytes(args.device)
     report = profile(config.model, args.task)
+    if training:
+        from m3vit.training.memory import predict, said
+
+        report["training"] = predict(config, args.device)
     if args.json is not None:
         from m3vit.files import write_json
 
         write_json(args.json, report)
     say(render(report))
+    if training:
+        say(said(report["training"]))

@@ -49,7 +49,8 @@ class Evaluation:
     """Per-image statistics of each task [n, K], in the order of `ids`, and how they were made.
 
     `fingerprints` [n] tell images apart: the CRC of an image's pixels. `errors` are messages of images left out,
-    `unlabelled` by task those of missing labels, whose images' statistics are all zero.
+    `unlabelled` by task those of missing labels, whose images' statistics are all zero. `breakdowns` are sums of
+    `Meter.breakdown` over the images, by task that has one; none if `quick`.
     """
 
     protocol: str
@@ -60,6 +61,12 @@ class Evaluation:
     errors: list[str] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
     unlabelled: dict[str, list[str]] = field(default_factory=dict)
+    breakdowns: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def explained(self) -> dict[str, dict[str, Any]]:
+        """Return the breakdown of errors of each task that has one, as `Meter.explained` does."""
+        meters = {task: make_meter(task, self.label_set, self.protocol) for task in self.breakdowns}
+        return {task: meters[task].explained(total) for task, total in self.breakdowns.items()}
 
     def scores(self) -> Scores:
         """Return the metrics of each task over all images."""
@@ -159,6 +166,9 @@ def evaluate(
                         edges[task].submit(index, guess)
                     else:
                         rows[task].append(meters[task].image(guess, sample.labels[task]))
+                        broken = None if quick else meters[task].breakdown(guess, sample.labels[task])
+                        if broken is not None:
+                            result.breakdowns[task] = result.breakdowns.get(task, 0) + broken
             if progress:
                 progress(min(start + predictor.batch, len(chosen)), len(chosen))
         rows |= {task: scorer.results() for task, scorer in edges.items()}
@@ -224,7 +234,7 @@ class TrivialPredictor:
                     raise
                 left_out += len(split.tasks)
                 continue
-            left_out += len(sample.unlabelled)
+            left_out += sum(bool(text) for text in sample.unlabelled.values())
             for task, label in sample.labels.items():
                 sums[task] = sums.get(task, 0) + kind_of(task).tally(label)
             if progress:

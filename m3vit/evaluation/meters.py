@@ -47,6 +47,17 @@ class Meter(ABC):
     def compute(self, totals: Statistics) -> Metrics:
         """Return the metrics [...] of sums of contributions [..., K]."""
 
+    def breakdown(self, prediction: NDArray[Any], label: NDArray[Any]) -> NDArray[np.int64] | None:
+        """Return what one image adds to a breakdown of the errors, of any shape; None: the task has none.
+
+        Integers, so that the sum over images is the same in any order and over any number of processes.
+        """
+        return None
+
+    def explained(self, total: NDArray[np.int64]) -> dict[str, Any]:
+        """Return the breakdown of a sum over images as JSON values, "kind" among them."""
+        raise NotImplementedError
+
 
 TRAINED = "mIoU_trained"  # beside the published mIoU, never in its place
 
@@ -69,10 +80,7 @@ class ClassMeter(Meter):
 
     def image(self, prediction: NDArray[np.uint8], label: NDArray[np.uint8]) -> Statistics:
         """Return true positives, predicted and labelled pixels of each class: [3 C]."""
-        count = len(self.classes)
-        valid = label != IGNORE
-        pairs = label[valid].astype(np.int64) * count + prediction[valid]
-        confusion = np.bincount(pairs, minlength=count * count).reshape(count, count)
+        confusion = self.breakdown(prediction, label)
         return np.concatenate([confusion.diagonal(), confusion.sum(axis=0), confusion.sum(axis=1)]).astype(np.float64)
 
     def compute(self, totals: Statistics) -> Metrics:
@@ -82,6 +90,17 @@ class ClassMeter(Meter):
         present = labelled > 0
         result = {"mIoU": iou.mean(axis=-1), "mIoU_present": ratio((iou * present).sum(axis=-1), present.sum(axis=-1))}
         return result | {f"IoU_{name}": iou[..., index] for index, name in enumerate(self.classes)}
+
+    def breakdown(self, prediction: NDArray[np.uint8], label: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Return pixels by labelled and predicted class: [C, C]."""
+        count = len(self.classes)
+        valid = label != IGNORE
+        pairs = label[valid].astype(np.int64) * count + prediction[valid]
+        return np.bincount(pairs, minlength=count * count).reshape(count, count)
+
+    def explained(self, total: NDArray[np.int64]) -> dict[str, Any]:
+        """Return {"kind": "confusion", "classes": names, "pixels": [labelled][predicted]}."""
+        return {"kind": "confusion", "classes": list(self.classes), "pixels": total.tolist()}
 
 
 def over_trained(metrics: dict[str, float], classes: Sequence[str], untrained: Collection[str]) -> dict[str, float]:
@@ -99,6 +118,8 @@ class DepthMeter(Meter):
     Predictions at or below zero become 1e-9 m first, as published.
     """
 
+    RANGES = 2.0 ** (np.arange(-8, 17) / 2)  # borders of the breakdown by true depth: 0.06 to 256 m
+
     def image(self, prediction: NDArray[np.float32], label: NDArray[np.float32]) -> Statistics:
         """Return pixels, and sums of squared error, squared log error, relative error, delta < 1.25, 1.25^2, 1.25^3."""
         valid = label > 0
@@ -114,6 +135,27 @@ class DepthMeter(Meter):
         result = {"rmse": ratio(squared, count) ** 0.5, "log_rmse": ratio(log_squared, count) ** 0.5}
         result["abs_rel"] = ratio(relative, count)
         return result | {f"delta{power}": 100 * ratio(n, count) for power, n in enumerate(within, start=1)}
+
+    def breakdown(self, prediction: NDArray[np.float32], label: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return pixels, summed errors and squared errors (in 1e-6 m, m^2) by range of the true depth: [R, 3]."""
+        valid = label > 0
+        truth = label[valid].astype(np.float64)
+        error = np.maximum(prediction[valid].astype(np.float64), 1e-9) - truth
+        place = np.searchsorted(self.RANGES, truth, side="right")
+        bins = len(self.RANGES) + 1
+        count = np.bincount(place, minlength=bins)
+        sums = [np.bincount(place, weights=values, minlength=bins) for values in (error, error**2)]
+        return np.stack([count, *(np.rint(1e6 * values).astype(np.int64) for values in sums)], axis=1)
+
+    def explained(self, total: NDArray[np.int64]) -> dict[str, Any]:
+        """Return {"kind": "ranges", "ranges": rows} of true depth with their pixels, bias and rmse, in metres."""
+        edges = [0.0, *self.RANGES.tolist(), None]
+        rows = [
+            {"from": low, "to": high, "pixels": int(n), "bias": error / 1e6 / n, "rmse": (squared / 1e6 / n) ** 0.5}
+            for low, high, (n, error, squared) in zip(edges[:-1], edges[1:], total.tolist(), strict=True)
+            if n
+        ]
+        return {"kind": "ranges", "ranges": rows}
 
 
 class NormalsMeter(Meter):

@@ -27,7 +27,10 @@ PROTOCOLS = {
 }
 
 # What `m3vit eval` leaves in the folder of a run, a package or a project: the exporters may replace it.
-EVALUATION_FILES = ("eval.json", *(f"eval-{name}.npz" for name in PROTOCOLS))
+EVALUATION_FILES = (
+    "eval.json",
+    *(name for protocol in PROTOCOLS for name in (f"eval-{protocol}.npz", f"breakdown-{protocol}.json")),
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`m3vit eval`: score a run, an ONNX package or an HLS project, and write eval.json into its folder.
 
 eval.json holds {"format": 3, "protocols": {name: result}}, one result for each protocol evaluated under; the
-per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`. Both carry digests.
+per-image statistics of a result are in eval-<protocol>.npz, for `m3vit eval --compare`. Both carry digests. Where the
+errors are, such as which class is taken for which, is in breakdown-<protocol>.json, by task (`Meter.explained`).
 """
 
 import warnings
@@ -26,7 +27,7 @@ from m3vit.evaluation.evaluate import (
 )
 from m3vit.evaluation.meters import TRAINED, over_trained, try_meter
 from m3vit.evaluation.protocols import PROTOCOLS, check_protocol
-from m3vit.files import atomic_path, sha256_file
+from m3vit.files import atomic_path, sha256_file, write_json
 from m3vit.label_sets import LABEL_SETS, declare, describe
 from m3vit.launched import place
 from m3vit.pool import usable_cores
@@ -86,10 +87,19 @@ def score(
     if not trivial:
         untrained = untrained_in(layout, root, tasks, label_set, stage(progress, "training labels"))
     scores = {name: with_trained(evaluation.scores(), label_set, untrained) for name, evaluation in evaluations.items()}
+    labelled = {
+        task: len(split) - len(messages)
+        for task, messages in evaluations[predictor.name].unlabelled.items()
+        if messages
+    }
+    if bare := [task for task, count in labelled.items() if not count]:
+        warnings.warn(f"no val image of {root} is labelled for {', '.join(bare)}: no figure of it", stacklevel=2)
+        tasks = [task for task in tasks if task not in bare]
     result = {
         "protocol": PROTOCOLS[protocol],
         "split": "val",
         "images": len(split),
+        **({"labelled": labelled} if labelled else {}),
         "data": str(Path(root).resolve()),
         "label_set": label_set,
         "labels": describe(label_set),
@@ -161,7 +171,7 @@ def share(
     options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress}
     workers = workers or default_workers()
     found = agree(lambda: evaluate(split, predictor, protocol, indices=mine, workers=workers, **options))
-    parts = gather((found.ids, found.statistics, found.errors, found.fingerprints, found.unlabelled))
+    parts = gather((found.ids, found.statistics, found.errors, found.fingerprints, found.unlabelled, found.breakdowns))
     ids = [name for names, *_ in parts for name in names]
     place = {name: index for index, name in enumerate(split.ids)}
     order = np.argsort([place[name] for name in ids], kind="stable")
@@ -172,7 +182,8 @@ def share(
     prints = [value for part in parts for value in part[3]]
     names, prints = ([values[index] for index in order] for values in (ids, prints))
     unlabelled = {task: [text for part in parts for text in part[4][task]] for task in found.unlabelled}
-    return Evaluation(protocol, split.label_set, names, statistics, quick, errors, prints, unlabelled)
+    breakdowns = {task: sum(part[5][task] for part in parts if task in part[5]) for task in found.breakdowns}
+    return Evaluation(protocol, split.label_set, names, statistics, quick, errors, prints, unlabelled, breakdowns)
 
 
 def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evaluation) -> None:
@@ -186,6 +197,7 @@ def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evalu
         result = {**result, "statistics_sha256": sha256_file(path)}
         if results.pop(protocol, None):
             write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": results})
+    write_json(folder / f"breakdown-{protocol}.json", {"images": len(evaluation.ids), "tasks": evaluation.explained()})
     # The newest last: it is what `m3vit report` shows.
     write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": {**results, protocol: result}})
 

@@ -1,7 +1,8 @@
 """The model's configuration. No torch: `m3vit train --help` reads it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, Literal
 
 from m3vit import normalisation
@@ -31,6 +32,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "expert_ratio": (1e-6, 1e3),
     "head_stride": (1, 1024),
 }
+INIT_WORDS = ("random", "upcycle")
+INIT_FORMS = {"run": "{}", "merge": "[{}]", "m3vit": "{}"}  # of model.init, what stands behind the colon
+INIT_SHOWN = {"run": "RUN", "merge": "RUN_A, RUN_B", "m3vit": "FILE"}
 SIDE_LIMIT = 2**15  # pixels
 TRUNK_LIMITS: dict[str, tuple[float, float]] = {"depth": (1, 1000), "num_heads": (1, 1024), "embed_dim": (1, 2**16)}
 LARGEST = 10**6  # any number in trunk_args
@@ -54,15 +58,21 @@ class ModelConfig:
             {mean: [R, G, B], std: [R, G, B]} of images in 0 to 1. The run keeps the numbers.
         image_size: (height, width) in pixels that the position embedding is made for.
         label_set: whose classes and tasks the outputs have: nyud or pascal (or one of a plug-in); auto is that of
-            data.layout.
-        tasks: names of the tasks, in the order of their task ids.
+            data.layout, or what data.yaml describes.
+        tasks: names of the tasks, in the order of their task ids; [all] is those of the data, with label_set auto.
         moe_blocks: which blocks get experts instead of their MLP: "odd" (M3ViT), "none" or a list of indices.
         num_experts: experts in each bank (E).
         top_k: experts per token (K).
         expert_ratio: hidden width of an expert as a multiple of the embedding dimension (M3ViT: 1).
-        init: how experts start: random, or upcycle (from the MLPs of the trunk, pretrained or not, so that the model
-            first computes what the dense trunk does; arXiv 2410.07524). upcycle needs the MLP's width to be a
-            multiple G of an expert's, and num_experts and top_k to be multiples of G.
+        init: what the model starts from. random or upcycle say it of the experts alone: upcycle makes them of the
+            MLPs of the trunk, pretrained or not, so that the model first computes what the dense trunk does (arXiv
+            2410.07524); it needs the MLP's width to be a multiple G of an expert's, and num_experts and top_k to be
+            multiples of G. run:RUN takes what fits of a trained run, the heads too, and names what does not: tasks,
+            classes, image_size, num_experts and router may be others, and a dense run is up-cycled. merge:[RUN_A,
+            RUN_B] makes one model of dense runs of one architecture, each of tasks of its own (Branch-Train-MiX, arXiv
+            2403.07816): their MLPs become experts, which their tasks start with, and the rest of the trunk their mean.
+            m3vit:FILE reads a checkpoint of M3ViT's released code (or a folder of one file a process). These stand
+            for pretrained and weights, which then do nothing.
         upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
             starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single (one
@@ -103,7 +113,7 @@ class ModelConfig:
     num_experts: int = 16
     top_k: int = 4
     expert_ratio: float = 1.0
-    init: Literal["random", "upcycle"] = "random"
+    init: str = "random"
     upcycle_gates: float = 1e-6
     router: Literal["multi", "task_conditioned", "single"] = "multi"
     router_noise: float = 0.0
@@ -119,6 +129,18 @@ class ModelConfig:
     def labels(self) -> LabelSet:
         """The label set, by its name."""
         return LABEL_SETS[self.label_set]
+
+    @property
+    def started(self) -> bool:
+        """Whether model.init names what all of the model starts from."""
+        return self.init not in INIT_WORDS
+
+    def portable(self) -> "ModelConfig":
+        """Return it with the names of what its weights were started from, not where that lies on this disk."""
+        kind, given = init_sources(self.init)
+        names = [PurePath(one).name or one for one in given]
+        init = kind if not given else f"{kind}:{INIT_FORMS[kind].format(', '.join(names))}"
+        return replace(self, weights=PurePath(self.weights).name, init=init)
 
     def check(self) -> None:
         """Raise InputError for values that no model can be built from."""
@@ -150,14 +172,17 @@ class ModelConfig:
                     f"({', '.join(self.tasks)}), and for each at least top_k ({self.top_k}) different experts, 0 to "
                     f"{self.num_experts - 1}"
                 )
-        if self.experts_per_task and self.init == "upcycle":
+        kind, given = init_sources(self.init)
+        if kind == "merge" and len({*given}) < max(2, len(given)):
+            raise InputError(f"model.init is {self.init!r}: name two runs or more, each once")
+        if self.experts_per_task and kind in ("upcycle", "merge"):
             raise InputError(
-                "model.init upcycle makes copies of an MLP that every task must be able to reach: leave out "
+                f"model.init {kind} makes copies of an MLP that every task must be able to reach: leave out "
                 "model.experts_per_task, or start at random"
             )
         if self.experts_per_task and self.router == "single":
             raise InputError("model.experts_per_task needs a router that knows the task: multi or task_conditioned")
-        if self.pretrained and self.weights:
+        if self.pretrained and self.weights and not self.started:
             raise InputError(f"model.weights {self.weights} and model.pretrained exclude each other: give one of them")
         if not 0 < self.upcycle_gates <= 1:
             raise InputError(f"model.upcycle_gates is {self.upcycle_gates}: give a number above 0, at most 1")
@@ -190,6 +215,26 @@ class ModelConfig:
         if wrong:
             raise InputError(f"model.moe_blocks names {wrong}: the trunk has blocks 0 to {depth - 1}")
         return sorted({int(index) for index in self.moe_blocks})
+
+
+def init_sources(init: str) -> tuple[str, list[str]]:
+    """Return the word of model.init, and the folders or files that it names; raise InputError if it is none.
+
+    random, upcycle, run:RUN, ...
+    """
+    if init in INIT_WORDS:
+        return init, []
+    kind, _, given = init.partition(":")
+    if kind in INIT_FORMS:
+        before, after = INIT_FORMS[kind].split("{}")
+        given = given.strip()
+        if given.startswith(before) and given.endswith(after):
+            found = given[len(before) : len(given) - len(after)]
+            names = [one.strip() for one in found.split(",")] if before else [found]
+            if all(names):
+                return kind, names
+    forms = [f"{kind}:{form.format(INIT_SHOWN[kind])}" for kind, form in INIT_FORMS.items()]
+    raise InputError(not_among("model.init", init, (*INIT_WORDS, *forms)))
 
 
 def _check_number(key: str, value: Any, limits: tuple[float, float], where: str = "", *, whole: bool = False) -> None:

@@ -1,10 +1,11 @@
 """What a model's weights begin as: a model is shapes, and named sources fill it, in order.
 
 Construction draws random weights, as torch's modules do (none on the meta device). `sources` says what goes over them:
-weights of the dense trunk, then up-cycling. `initialise` applies any list of sources: a source fills tensors of the
-model, strictly (one that does not fit raises InputError), and says which, and what of its own it left out.
+weights of the dense trunk, then up-cycling; or what fits of a trained run. `initialise` applies any list of sources: a
+source fills tensors of the model, and says which, and what of its own it left out.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m3vit.models.config import ModelConfig
+from m3vit.errors import InputError
+from m3vit.models.config import ModelConfig, init_sources
+from m3vit.models.from_run import TRUNK, Taken, Trained, dense_tensors, read_trained, take
+from m3vit.models.merging import merge
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm
+from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm, run_with_experts
+from m3vit.models.released import read_released
+from m3vit.models.saved import WEIGHTS
 from m3vit.models.upcycling import upcycle
 
 RANDOM = "random"
-TRUNK = "backbone.trunk."
 
 
 class Filled(NamedTuple):
@@ -41,15 +46,25 @@ class Source(NamedTuple):
     fill: Callable[[MultiTaskModel], Filled]
 
 
-def new_model(config: ModelConfig) -> MultiTaskModel:
-    """Build a model and initialise it as its configuration says; the default generator draws what is random."""
+def new_model(config: ModelConfig, *, bare: bool = False) -> MultiTaskModel:
+    """Build a model and initialise it as its configuration says; the default generator draws what is random.
+
+    bare: at random alone.
+    """
     model = MultiTaskModel(config)
-    model.origins = initialise(model, sources(config))
+    model.origins = initialise(model, [] if bare else sources(config))
     return model
 
 
 def sources(config: ModelConfig) -> list[Source]:
     """Return the sources that a configuration names, in order."""
+    kind, given = init_sources(config.init)
+    if kind == "run":
+        return [Source(config.portable().init, partial(_from_run, given[0]))]
+    if kind == "merge":
+        return [Source(config.portable().init, partial(_merged, given))]
+    if kind == "m3vit":
+        return [Source(config.portable().init, partial(_released, given[0]))]
     found = []
     if config.pretrained:
         found.append(Source(f"timm's {config.trunk}", lambda model: fill_trunk(model, of_timm(config))))
@@ -84,6 +99,17 @@ def initialise(model: MultiTaskModel, sources: Iterable[Source]) -> dict[str, An
     return {"from": _parts(origins, "*"), "left_out": left_out}
 
 
+def not_taken(model: MultiTaskModel) -> list[str]:
+    """Return, in lines for people, what a model left out of the run it was started from, and what of it is random."""
+    if not model.config.started:
+        return []
+    lines = [f"not taken of {source}: {'; '.join(parts)}" for source, parts in model.origins["left_out"].items()]
+    origins = {part: source.split(" and ") for part, source in model.origins["from"].items()}
+    if fresh := [part if len(of) == 1 else f"{part} (some)" for part, of in origins.items() if RANDOM in of]:
+        lines.append(f"at random: {', '.join(fresh)}")
+    return lines
+
+
 def of_run(name: str, state: Mapping[str, Tensor]) -> Source:
     """Return the source that is a saved model of the same architecture: every tensor, and no other."""
 
@@ -92,14 +118,6 @@ def of_run(name: str, state: Mapping[str, Tensor]) -> Source:
         return Filled(list(state))
 
     return Source(name, fill)
-
-
-def dense_tensors(model: MultiTaskModel) -> dict[str, Tensor]:
-    """Return the tensors of the trunk by timm's names, where there are experts those of the MLP they replaced."""
-    replaced = {f"blocks.{index}.mlp.": mlp for index, mlp in model.backbone.replaced.items()}
-    own = model.backbone.trunk.state_dict()
-    tensors = {name: value for name, value in own.items() if not name.startswith(tuple(replaced))}
-    return tensors | {f"{prefix}{name}": v for prefix, mlp in replaced.items() for name, v in mlp.state_dict().items()}
 
 
 @torch.no_grad()
@@ -115,7 +133,55 @@ def fill_trunk(model: MultiTaskModel, weights: Weights) -> Filled:
 
 
 def _from_file(file: str, model: MultiTaskModel) -> Filled:
+    if run := run_with_experts(file):
+        return _trunk_of_run(model, read_trained(str(run), "model.weights "))
     return fill_trunk(model, of_file(model.backbone.trunk, dense_tensors(model), file))
+
+
+def _trunk_of_run(model: MultiTaskModel, run: Trained) -> Filled:
+    """Take the trunk of a run with experts, with these: all of it, or raise InputError."""
+    advice = f"--model.init=run:{run.folder} takes what fits"
+    if model.config.init == "upcycle":
+        raise InputError(
+            f"model.init upcycle would make new experts over those of model.weights {run.folder / WEIGHTS}: give "
+            f"--model.init=random to keep them; {advice}"
+        )
+    taken = take(model, run, heads=False)
+    if missing := [name for name in model.state_dict() if name.startswith(TRUNK) and name not in taken.values]:
+        why = next((fate for name, fate in taken.fates.items() if fate and name in missing), "the run has none")
+        raise InputError(
+            f"model.weights {run.folder / WEIGHTS} does not fit the model: it lacks {len(missing)} tensors of the "
+            f"trunk, such as {missing[0]} ({why}); {advice}"
+        )
+    return _filled(taken, run)
+
+
+def _from_run(given: str, model: MultiTaskModel) -> Filled:
+    run = read_trained(given)
+    return _filled(take(model, run), run)
+
+
+def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
+    runs = [read_trained(one, "model.init merge: ") for one in given]
+    values, taken = merge(model, runs)
+    left_out = [f"{run.name}: {words}" for run, one in zip(runs, taken, strict=True) for words in _left_out(one)]
+    return Filled(list(values), left_out, runs[0].images)
+
+
+def _released(given: str, model: MultiTaskModel) -> Filled:
+    run, besides = read_released(given, model.config)
+    filled = _filled(take(model, run), run)
+    starred = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in besides)
+    return filled._replace(left_out=[*filled.left_out, *(f"{name} (not in this model)" for name in starred)])
+
+
+def _filled(taken: Taken, run: Trained) -> Filled:
+    return Filled(list(taken.values), _left_out(taken), run.images)
+
+
+def _left_out(taken: Taken) -> list[str]:
+    fates = {part: fate.removeprefix(" and ") for part, fate in _parts(taken.fates, "*").items()}
+    return [f"{part} ({fate})" for part, fate in fates.items() if fate]  # "" is what was taken, of several of a part
 
 
 def _upcycled(model: MultiTaskModel) -> Filled:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from timm.models import eva, load_state_dict, vision_transformer
 from torch import Tensor, nn
@@ -77,6 +78,30 @@ def of_file(trunk: Any, dense: Mapping[str, Tensor], file: str) -> Weights:
     if broken := not_finite(weights.state):
         raise InputError(f"model.weights {file} holds {broken}: give weights of a training that did not diverge")
     return weights
+
+
+def run_with_experts(file: str) -> Path | None:
+    """Return the folder of the run that a weights file is of, if it has experts; None for any other file.
+
+    Raises InputError for such a file without its model.json, which says whose the gates are.
+    """
+    path = Path(file).expanduser()
+    check_content(path, "model.weights")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as opened:
+            names = list(opened.keys())
+    except Exception:  # of a damaged file, of which `of_file` says more
+        return None
+    if not any(name.startswith(RUN_PREFIX) and ".mlp.experts." in name for name in names):
+        return None
+    if path.name != WEIGHTS or not path.with_name(INFO).is_file():
+        raise InputError(
+            f"model.weights {file} holds experts, and no {INFO} beside it says of which tasks: give the {WEIGHTS} in "
+            "its run folder, or --model.init=run:RUN"
+        )
+    return path.parent
 
 
 def of_timm(config: ModelConfig) -> Weights:

@@ -40,37 +40,52 @@ def upcycle(layer: MoELayer, mlp: nn.Module, gates: float, where: str) -> None:
     Raises InputError, naming the block `where`, if the layer cannot then compute what the MLP does.
     """
     bank, router = layer.experts, layer.router
-    (num_experts, hidden, _), top_k = bank.w1.shape, router.top_k
-    dense = _plain_mlp(mlp, where)
-    width = dense.fc1.out_features
-    shards = width // hidden
-    if width % hidden or num_experts % max(shards, 1) or top_k % max(shards, 1):
-        raise InputError(
-            f"model.init upcycle: the MLP of {where} is {width} wide and an expert {hidden} (model.expert_ratio), so "
-            f"{width / hidden:g} experts make up the MLP; that must be a whole number that divides model.num_experts "
-            f"({num_experts}) and model.top_k ({top_k})"
-        )
-    if router.noise > 0 and shards > 1:
-        raise InputError(
-            f"model.init upcycle: model.router_noise {router.noise} would pick parts of different copies of the MLP; "
-            f"give 0, or experts as wide as the MLP (model.expert_ratio {width / bank.w1.shape[2]:g})"
-        )
+    num_experts, top_k = len(bank.w1), router.top_k
+    dense = plain_mlp(mlp, where)
+    shards = count_shards(layer, dense, where)
     copies = num_experts // shards
-    scale = num_experts * shards / top_k  # E / m
-    # Expert c * G + g: where scores tie (in ONNX, with tiny gates), the first ones win, again whole copies.
-    bank.w1.copy_(dense.fc1.weight.unflatten(0, (shards, hidden)).repeat(copies, 1, 1))
-    bank.w2.copy_(dense.fc2.weight.unflatten(1, (shards, hidden)).transpose(0, 1).repeat(copies, 1, 1) * scale)
-    bank.b1.zero_()
-    bank.b2.zero_()
-    if dense.fc1.bias is not None:
-        bank.b1.copy_(dense.fc1.bias.unflatten(0, (shards, hidden)).repeat(copies, 1))
-    if dense.fc2.bias is not None:
-        bank.b2.copy_((dense.fc2.bias * (scale / shards)).expand_as(bank.b2))
+    put_copies(layer, slice(None), dense, shards, num_experts * shards / top_k)  # times E / m
     for gate in router.gates:
         gate.copy_(gate[:copies].repeat_interleave(shards, dim=0) * gates)
 
 
-def _plain_mlp(mlp: nn.Module, where: str) -> Any:
+def count_shards(layer: MoELayer, dense: Any, where: str, mlps: int = 1) -> int:
+    """Return G, how many experts make up an MLP, or raise InputError if the layer cannot hold `mlps` MLPs in copies."""
+    (num_experts, hidden, _), top_k = layer.experts.w1.shape, layer.router.top_k
+    width = dense.fc1.out_features
+    shards = width // hidden
+    if width % hidden or num_experts % max(shards * mlps, 1) or top_k % max(shards, 1):
+        several = f" (for {mlps} of them, {shards * mlps} must divide it)" if mlps > 1 else ""
+        raise InputError(
+            f"up-cycling: the MLP of {where} is {width} wide and an expert {hidden} (model.expert_ratio), so "
+            f"{width / hidden:g} experts make up the MLP; that must be a whole number that divides model.num_experts "
+            f"({num_experts}){several} and model.top_k ({top_k})"
+        )
+    if layer.router.noise > 0 and shards > 1:
+        raise InputError(
+            f"up-cycling: model.router_noise {layer.router.noise} would pick parts of different copies of the "
+            f"MLP; give 0, or experts as wide as the MLP (model.expert_ratio {width / layer.experts.w1.shape[2]:g})"
+        )
+    return shards
+
+
+@torch.no_grad()
+def put_copies(layer: MoELayer, rows: slice, dense: Any, shards: int, scale: float) -> None:
+    """Set some of the experts to copies of the shards of a dense MLP, its second Linear times `scale`."""
+    w1, b1, w2, b2 = (getattr(layer.experts, name)[rows] for name in ("w1", "b1", "w2", "b2"))
+    copies, hidden = len(w1) // shards, w1.shape[1]
+    # Expert c * G + g: where scores tie (in ONNX, with tiny gates), the first ones win, again whole copies.
+    w1.copy_(dense.fc1.weight.unflatten(0, (shards, hidden)).repeat(copies, 1, 1))
+    w2.copy_(dense.fc2.weight.unflatten(1, (shards, hidden)).transpose(0, 1).repeat(copies, 1, 1) * scale)
+    b1.zero_()
+    b2.zero_()
+    if dense.fc1.bias is not None:
+        b1.copy_(dense.fc1.bias.unflatten(0, (shards, hidden)).repeat(copies, 1))
+    if dense.fc2.bias is not None:
+        b2.copy_((dense.fc2.bias * (scale / shards)).expand_as(b2))
+
+
+def plain_mlp(mlp: nn.Module, where: str) -> Any:
     """Return `mlp` if it is Linear, exact GELU, Linear, as an expert is; raise InputError otherwise."""
     act, norm = getattr(mlp, "act", nn.Identity()), getattr(mlp, "norm", nn.Identity())
     # timm and torch have several classes for GELU, and approximations of it: compare what it computes.
@@ -78,7 +93,7 @@ def _plain_mlp(mlp: nn.Module, where: str) -> Any:
     plain = type(mlp) is Mlp and isinstance(norm, nn.Identity) and torch.equal(act(probe), F.gelu(probe))
     if not plain:
         raise InputError(
-            f"model.init upcycle: {where} has a {type(mlp).__name__} with {type(act).__name__} and "
+            f"up-cycling: {where} has a {type(mlp).__name__} with {type(act).__name__} and "
             f"{type(norm).__name__}, and experts are Linear, exact GELU, Linear without a norm: give a trunk of such "
             "MLPs, or model.init random"
         )

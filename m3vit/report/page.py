@@ -25,7 +25,7 @@ from m3vit.data.sample import Sample, Split, no_label
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.evaluation.artefacts import onnx_predictor
-from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate, torch_predictor
+from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.meters import TRAINED
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
 from m3vit.evaluation.routing import spread
@@ -35,7 +35,7 @@ from m3vit.kinds.classes import NOT_LABELLED
 from m3vit.kinds.pictures import Range, Scale, Swatches
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
-from m3vit.report import charts
+from m3vit.report import charts, errors
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.report.routing import page_charts, read_routing, sentence
 from m3vit.run_folder import Run
@@ -44,6 +44,7 @@ from m3vit.training.checkpoint import read_metrics
 
 Progress = Callable[[int, int, str], None]
 WIDEST_PX = 400  # of a picture of a prediction: twice what a column of the page is wide
+SMALL_PX = 220  # of one among the best and worst
 COLUMNS = ("trivial", "torch", "onnx", "csim", "emulator")
 
 
@@ -89,12 +90,13 @@ def write_report(
     indices = project.indices
 
     scores: dict[str, dict[str, dict[str, float]]] = {}
+    evaluations: dict[str, Evaluation] = {}
     for name, predictor in predictors.items():
         step = (lambda done, total, name=name: progress(done, total, f"scoring {name}")) if progress else None
         found = evaluate(split, predictor, protocol, indices=indices, workers=scoring.default_workers(), progress=step)
         if any(stored.fingerprints != found.fingerprints for stored in project.stored.values()):
             raise other_images(hls, split)
-        scores[name] = found.scores()
+        scores[name], evaluations[name] = found.scores(), found
     scores |= {name: stored.scores() for name, stored in project.stored.items()}
     untrained = evaluated.get("untrained")
     scores = {name: scoring.with_trained(one, label_set, untrained) for name, one in scores.items()}
@@ -115,13 +117,17 @@ def write_report(
             for task in tasks
         },
         "all_metrics": scores,
+        "breakdown": evaluations["torch"].explained(),
+        "images_by_error": errors.ranked(evaluations["torch"], tasks),
         "notes": notes,
     }
     routing, unrouted = read_routing(run.folder, run.info["weights_sha256"])
     if routing and routing["apart"]:
         report["routing"] = {"images": routing["images"], **routing["apart"]["all"]}
     routed = whole_split(routing) if routing else {"note": unrouted}
-    page = render(run, split, predictors, project, protocol, spread(project.drawable, num_images), report, routed)
+    wrong = where_wrong(split, predictors["torch"], evaluations["torch"], indices)
+    shown = spread(project.drawable, num_images)
+    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong)
     with atomic_path(out) as path:
         path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), report)
@@ -159,12 +165,12 @@ def data_url(picture: NDArray[np.uint8], enlarge: int = 1) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def picture(task: str, label_set: str, array: NDArray[Any], limits: Range | None) -> str:
+def picture(task: str, label_set: str, array: NDArray[Any], limits: Range | None, widest_px: int = WIDEST_PX) -> str:
     """Draw a prediction with the runtime's colours, values over a range; reduced to about what the page shows."""
     classes = LABEL_SETS[label_set].classes.get(task)
     drawn = Image.fromarray(kind_of(task).paint(array, palette(classes) if classes else (), limits))
     how = Image.Resampling.NEAREST if kind_of(task).nearest else Image.Resampling.BOX  # no colours between classes
-    factor = -(-drawn.width // WIDEST_PX)
+    factor = -(-drawn.width // widest_px)
     return data_url(np.asarray(drawn.resize((drawn.width // factor, drawn.height // factor), how)))
 
 
@@ -258,6 +264,39 @@ def whole_split(routing: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def where_wrong(split: Split, predictor: Predictor, evaluation: Evaluation, indices: Sequence[int]) -> dict[str, Any]:
+    """Return what the page shows of the model's errors: breakdowns, and the worst and best images of each task.
+
+    indices: places in the split of the evaluated images.
+    """
+    protocol, label_set, tasks = evaluation.protocol, evaluation.label_set, list(evaluation.statistics)
+    loaded: dict[int, tuple[Sample, dict[str, NDArray[Any]]]] = {}
+
+    def draw(place: int, task: str) -> dict[str, str]:
+        if place not in loaded:
+            sample = split.load(indices[place])
+            image = network_image(protocol, sample.id, sample.image, predictor.size)
+            logits, size = predictor.run([image]), sample.image.shape[:2]
+            loaded[place] = sample, {name: prediction(protocol, name, logits[name][0], image, size) for name in tasks}
+        sample, guesses = loaded[place]
+        truth = sample.labels[task]
+        limits = kind_of(task).limits(truth) or (0.0, 1.0)
+        painted = {"ground truth": kind_of(task).drawable(truth), "torch": guesses[task]}
+        pictures = {name: picture(task, label_set, array, limits, SMALL_PX) for name, array in painted.items()}
+        return {"input": photo_url(small(sample.image)), **pictures}
+
+    return {
+        "breakdowns": [errors.breakdown_parts(found, task) for task, found in evaluation.explained().items()],
+        "tasks": errors.cards(evaluation, tasks, draw),
+    }
+
+
+def small(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a photograph [H, W, 3] at most about SMALL_PX wide."""
+    factor = -(-image.shape[1] // SMALL_PX)
+    return np.asarray(Image.fromarray(image).resize((image.shape[1] // factor, image.shape[0] // factor)))
+
+
 def swatch(name: str, colour: Sequence[int]) -> tuple[str, str, str]:
     """Return (name, CSS colour, CSS colour of readable text on it)."""
     red, green, blue = colour
@@ -274,8 +313,9 @@ def render(
     shown: list[int],
     report: dict[str, Any],
     routed: dict[str, Any],
+    wrong: dict[str, Any],
 ) -> str:
-    """Return the page's HTML. `routed`: of `whole_split`, or the `note` that stands in its place."""
+    """Return the page's HTML. `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`."""
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
     named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
     by_column = {column: predictor for column, predictor in named.items() if predictor is not None}
@@ -342,4 +382,5 @@ def render(
         experts=[swatch(f"expert {e}", charts.expert_colour(e)) for e in range(run.config.model.num_experts)],
         top_k=run.config.model.top_k,
         routed=routed,
+        wrong=wrong,
     )

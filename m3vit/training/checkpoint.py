@@ -13,9 +13,10 @@ from typing import IO, Any
 
 import torch
 
-from m3vit.digests import check_sealed, read_sealed_lines, seal, sealed_line
+from m3vit.digests import check_sealed, read_sealed_json, read_sealed_lines, seal, sealed_line
 from m3vit.errors import InputError, first_line
 from m3vit.files import atomic_path, require_empty
+from m3vit.models.saved import INFO
 from m3vit.training.config import Config, differences, read_run_config
 
 # Keys that may change between a run and its continuation: they do not change what is computed.
@@ -25,19 +26,23 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.on_error",
     "train.log_steps",
+    "train.loggers",
     "train.checkpoint_activations",
     "train.checkpoint_steps",
     "train.strategy",
 )
 
 
-def prepare_folder(config: Config, out: Path, resume: bool) -> None:
-    """Make the run folder and its config.yaml, or raise InputError rather than touch another run."""
+def prepare_folder(config: Config, out: Path, resume: bool, *, more_epochs: bool = False) -> None:
+    """Make the run folder and its config.yaml, or raise InputError rather than touch another run.
+
+    `more_epochs`: a run to resume may be one of fewer epochs.
+    """
     config.check()
     if resume and (out / "config.yaml").exists():
-        changed = differences(read_run_config(out), config, FREE_TO_CHANGE)
+        free = (*FREE_TO_CHANGE, "train.epochs") if more_epochs else FREE_TO_CHANGE
+        changed = differences(read_run_config(out), config, free)
         if changed:
-            # The schedule too depends on the number of epochs: more of them would have been other ones from the start.
             raise InputError(
                 f"{out} was started with other values of {', '.join(changed)}: resume with the same ones, or train "
                 "into another folder"
@@ -55,6 +60,13 @@ def as_started(config: Config, out: Path) -> Config:
     if config.model.normalisation != "auto" or not path.exists():
         return config
     return replace(config, model=replace(config.model, normalisation=read_run_config(out).model.normalisation))
+
+
+def started_as(out: Path) -> dict[str, Any]:
+    """Return what a run's weights began as by its model.json, for checkpoints that do not have it."""
+    path = out / INFO
+    found = read_sealed_json(path, "part of a run folder").get("initialised") if path.is_file() else None
+    return found or {"from": {}, "left_out": {}}
 
 
 def lock_folder(out: Path, wait_s: float = 15) -> IO[str]:

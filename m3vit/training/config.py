@@ -13,6 +13,8 @@ import yaml
 from m3vit.digests import check_sealed
 from m3vit.errors import InputError, one_line
 from m3vit.files import read_text
+from m3vit.label_sets import LABEL_SETS
+from m3vit.losses import LOSSES
 from m3vit.models.config import ModelConfig
 from m3vit.normalisation import recorded
 from m3vit.tasks import TASKS
@@ -34,9 +36,9 @@ class DataConfig:
     """Where the data are and how they are loaded.
 
     Attributes:
-        layout: how the data set lies in files: nyud or pascal (or one of a plug-in). Which of its releases lies in root
-            is found out from the files.
-        root: the data set's folder, the one that holds gt_sets/ (nyud) or ImageSets/ (pascal).
+        layout: how the data set lies in files: nyud, pascal (or one of a plug-in), or folder: data of your own, which a
+            data.yaml describes (m3vit data init). Which release of nyud lies in root is found out from the files.
+        root: the data set's folder, the one that holds gt_sets/ (nyud), ImageSets/ (pascal) or data.yaml (folder).
         workers: loader processes; 0 loads in the training process.
         cache: keep decoded samples in memory after the first epoch, as many as 40 % of it holds (workers 0): 6.4 MB for
             a photograph of 480 x 640 with its four labels.
@@ -100,6 +102,7 @@ class TrainConfig:
             stays that of all; 0 is all tasks.
         task_weights: weight of each task's loss, where it differs from the task table (M3ViT's weights).
         edge_positive_weight: weight of edge pixels in the balanced BCE, 1 minus it for the others (M3ViT: 0.95).
+        losses: loss of a task, where it is not its kind's, by the name that a plug-in gave it (docs/plugins.md).
         native_losses: tasks whose loss is taken at the head's own resolution, with subsampled labels: several
             times cheaper than at the image's.
         seed: of weights, data order, augmentation and noise.
@@ -117,6 +120,7 @@ class TrainConfig:
         best: which evaluation's weights best/ keeps: the best headline metric of a task, by its name, or mean: the mean
             over tasks of the headline metric's change since the first evaluation, as a share of the larger of the two.
         log_steps: steps between lines of metrics.jsonl.
+        loggers: where the values of metrics.jsonl go as well: tensorboard, wandb (Weights & Biases), mlflow.
     """
 
     epochs: int = 100
@@ -142,6 +146,7 @@ class TrainConfig:
     tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
     edge_positive_weight: float = 0.95
+    losses: dict[str, str] = field(default_factory=dict)
     native_losses: list[str] = field(default_factory=list)
     seed: int = 0
     threads: int = 0
@@ -153,6 +158,7 @@ class TrainConfig:
     eval_epochs: int = 0
     best: str = "mean"
     log_steps: int = 10
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=lambda: ["tensorboard"])
 
     def routing_weights(self) -> dict[str, float]:
         """Return the weight of each routing loss that has one, by its name in metrics.jsonl."""
@@ -176,7 +182,17 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.model.label_set == "auto":
-            self.model = replace(self.model, label_set=self._layout().label_set)
+            self._take_labels()
+
+    def _take_labels(self) -> None:
+        """Fill in what the data say of themselves: the label set, its tasks for "all", and special mean and std."""
+        layout, root = self._layout(), self.data.root
+        label_set = layout.label_set_of(root)
+        tasks = list(LABEL_SETS[label_set].tasks) if self.model.tasks == ["all"] else self.model.tasks
+        normalisation = self.model.normalisation
+        if normalisation == "auto" and (special := layout.normalisation_of(root)):
+            normalisation = special.plain()
+        self.model = replace(self.model, label_set=label_set, tasks=tasks, normalisation=normalisation)
 
     def _layout(self) -> "type[FileSplit]":
         from m3vit.data.opening import layout_named  # with numpy and Pillow, which --help needs not
@@ -192,7 +208,7 @@ class Config:
         if train.best not in (choices := ("mean", *self.model.tasks)):
             raise InputError(not_among("train.best", train.best, choices))
         layout = self._layout()
-        layout.check_fits(self.model.labels, self.model.tasks)
+        layout.check_fits(self.model.labels, self.model.tasks, self.data.root)
         if self.data.pipeline == "m3vit" and layout.m3vit_ranges is None:
             raise InputError(
                 "data.pipeline is m3vit, whose zooms and turns are those published for a data set, and data.layout "
@@ -265,7 +281,12 @@ class Config:
             )
         self._check_parts()
         # Tasks that exist but are not this model's may stay: a recipe's values survive --model.tasks=[depth].
-        for key in ("task_weights", "native_losses"):
+        for task, name in train.losses.items():
+            if name not in LOSSES:
+                raise InputError(
+                    not_among(f"train.losses.{task}", name, tuple(LOSSES) or ("none (no plug-in has any)",))
+                )
+        for key in ("task_weights", "native_losses", "losses"):
             unknown = [task for task in getattr(train, key) if task not in TASKS]
             if unknown:
                 raise InputError(f"train.{key} names {', '.join(unknown)}: choose from {', '.join(TASKS)}")

@@ -41,19 +41,22 @@ def without_effect(config: Config) -> dict[str, str]:
     model, train, found = config.model, config.train, {}
     if "head_stride" not in DECODERS[model.head].reads:
         found["model.head_stride"] = f"{model.head} heads have a stride of their own"
-    if model.init != "upcycle":
+    if model.init != "upcycle" and not model.init.startswith("run:"):
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
+    if model.started:
+        found |= dict.fromkeys(WEIGHTS, f"model.init is {model.init}, which all weights come from")
     if model.moe_blocks in ("none", []):
         reason = "model.moe_blocks leaves no block with experts"
-        found |= dict.fromkeys(OF_EXPERTS, reason)
+        found |= {key: reason for key in OF_EXPERTS if key != "model.init" or not model.started}
         for key in ("lr_scale", "freeze", "freeze_epochs"):
             found |= {f"train.{key}.{part}": reason for part in getattr(train, key) if part in ("experts", "routers")}
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
     for task in TASKS.values():
-        if task.name not in model.tasks:
+        if task.name not in model.tasks or task.name in train.losses:
+            why = "is not among model.tasks" if task.name not in model.tasks else "has another loss (train.losses)"
             settings = [value for value in task.loss_options.values() if isinstance(value, str)]
-            found |= {f"train.{name}": f"{task.name} is not among model.tasks" for name in settings}
+            found |= {f"train.{name}": f"{task.name} {why}" for name in settings}
     if len(model.tasks) == 1 and train.weighting in ("dwa", *GRADIENT_METHODS):
         found["train.weighting"] = f"{train.weighting} weighs tasks against each other, and model.tasks has one"
     found |= {f"train.lr_scale.{part}": f"train.freeze has {part}" for part in train.lr_scale if part in train.freeze}
@@ -63,7 +66,8 @@ def without_effect(config: Config) -> dict[str, str]:
         found["model.router_noise"] = "train.freeze has routers, which then run without noise"
     if not train.eval_epochs or train.eval_epochs >= train.epochs:
         found["train.best"] = "only the last epoch is evaluated (train.eval_epochs)"
-    for key, tasks in (("task_weights", train.task_weights), ("native_losses", train.native_losses)):
+    for key in ("task_weights", "native_losses", "losses"):
+        tasks = getattr(train, key)
         absent = [task for task in tasks if task not in model.tasks]
         found |= {f"train.{key}.{task}": f"{task} is not among model.tasks" for task in absent}
     return found

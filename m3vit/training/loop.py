@@ -1,6 +1,5 @@
 """The training loop: short enough to read. What one step does is in step.py, what a checkpoint holds below."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,16 +10,16 @@ import torch
 
 from m3vit.collectives import agree, gather, is_lost, leave_group, rank, total, world_size
 from m3vit.data.loading import Batch, EpochBatches, TrainingSet, make_loader
-from m3vit.data.opening import open_split
+from m3vit.data.opening import check_masks, open_split
 from m3vit.errors import InputError, WriteError, first_line
+from m3vit.evaluation.scoring import default_workers
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
-from m3vit.models.initialise import RANDOM, new_model
+from m3vit.models.initialise import RANDOM, new_model, not_taken
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import current_names
 from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
-from m3vit.training.board import Board
 from m3vit.training.checkpoint import (
     MetricsLog,
     as_started,
@@ -30,15 +29,18 @@ from m3vit.training.checkpoint import (
     prepare_folder,
     read_metrics,
     save_state,
+    started_as,
     write_config,
 )
 from m3vit.training.config import Config
+from m3vit.training.divergence import check_finite, check_weights
+from m3vit.training.extending import KIND, check_finished, epochs_before, is_noted, words
 from m3vit.training.launch import Fabric, launch, synchronise
+from m3vit.training.loggers import Loggers, open_loggers
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.parts import freeze, frozen_epochs, table
 from m3vit.training.sharding import (
     gathered,
-    largest_values,
     load_optimizer,
     load_weights,
     shard,
@@ -63,19 +65,25 @@ class LeftOut:
     labels: dict[str, set[str]] = field(default_factory=dict)
 
 
-def build(config: Config) -> MultiTaskModel:
-    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none."""
+def build(config: Config, *, bare: bool = False) -> MultiTaskModel:
+    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none.
+
+    bare: its weights are all random, for a checkpoint to be put over them; what they began as is not read again.
+    """
     config.check()
     try_out(config.model)
     torch.manual_seed(config.train.seed)
-    model = new_model(config.model)
+    model = new_model(config.model, bare=bare)
     frozen_epochs(config.train, model)  # refuses blocks that there are not
     return model
 
 
-def initialise(config: Config, out: Path) -> None:
-    """Write a run folder with untrained weights (`m3vit init`)."""
+def initialise(config: Config, out: Path, say: Callable[[str], None] | None = None) -> None:
+    """Write a run folder with untrained weights (`m3vit init`); `say` gets lines about what did not fit."""
     model = build(config)
+    if say:
+        for line in not_taken(model):
+            say(line)
     prepare_folder(replace(config, model=model.config), out, resume=False)
     save_model(out, model, epoch=0)
 
@@ -98,9 +106,13 @@ def train(
     try:
         training = Training(fabric, config, out, resume, progress)
         if say and rank() == 0:
+            if training.coverage:
+                say(training.coverage)
             say(f"images are normalised with {training.model.normalisation}")
             if named := [name for name in dict.fromkeys(training.model.origins["from"].values()) if name != RANDOM]:
                 say(f"weights begin as {' and '.join(named)}, the rest at random (model.json has the list)")
+            for line in [*not_taken(training.model), *training.extended]:
+                say(line)
             say(table(config.train, training.model))
         training.run()
     except (InputError, Stopped) as error:
@@ -141,6 +153,9 @@ class Training:
             ]
         )
         train_split, self.val_split = splits
+        self.coverage = "; ".join(said for split in splits if (said := split.coverage()))
+        if not resume and options.on_error == "stop":
+            agree(lambda: None if rank() else check_masks(splits, default_workers()))
         agree(lambda: check_scored(config.model.tasks, config.model.label_set))
         both = sorted(set(train_split.ids) & set(self.val_split.ids))
         if both:
@@ -160,7 +175,9 @@ class Training:
                 "of each process in a batch",
                 everywhere=True,
             )
-        self.model = agree(lambda: build(config))
+        # A checkpoint has all weights: what they began as may be gone by now.
+        goes_on = bool(gather(resume and (out / "last" / "state.pt").exists())[0])
+        self.model = agree(lambda: build(config, bare=goes_on))
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
@@ -206,19 +223,38 @@ class Training:
         state = agree(lambda: load_state(out)) if resume else None
         if state:
             self.restore(state)
+        before = gather(epochs_before(self.config, out) if resume and not rank() else 0)[0]
+        self.extended = [words(self.config, before, self.steps_per_epoch)] if before else []
         # Of the first process, which alone writes.
         self.log = cast(MetricsLog, agree(lambda: None if rank() else self.open_log(state)))
-        self.board = cast(Board, agree(lambda: None if rank() else self.open_board()))
+        self.loggers = cast(Loggers, agree(lambda: None if rank() else open_loggers(config, out, self.step + 1)))
         if state and state["processes"] != world_size():
             values = {"processes": world_size(), "processes_before": state["processes"]}
             self.record("resumed", values, "on another number of processes: the same up to rounding and random draws")
+        if before:
+            check_finished(out, before, self.step, self.steps_per_epoch)
+            self.lengthen(before)
 
     def claim(self, resume: bool) -> IO[str] | None:
         """Make the run folder, in the first process, and keep others out of it until this one ends."""
         if rank():
             return None
-        prepare_folder(self.config, self.out, resume)
+        prepare_folder(self.config, self.out, resume, more_epochs=bool(resume and epochs_before(self.config, self.out)))
         return lock_folder(self.out)
+
+    def lengthen(self, before: int) -> None:
+        """Note that the run, finished `before`, is one of more epochs: a line in its log, then its config.yaml."""
+        if not gather(rank() == 0 and is_noted(self.out, self.config.train.epochs))[0]:
+            epochs = {"epochs": float(self.config.train.epochs), "epochs_before": float(before)}
+            self.record(KIND, epochs, self.extended[0])
+
+        def write() -> IO[str] | None:
+            if rank():
+                return None
+            write_config(self.config, self.out)
+            return lock_folder(self.out)  # of the new file; who waits for the old one still waits
+
+        self.locks = (self.lock, agree(write))
 
     def open_log(self, state: dict[str, Any] | None) -> MetricsLog:
         """Return the log to go on with, or raise InputError if it is damaged or knows of a checkpoint that is gone."""
@@ -226,10 +262,6 @@ class Training:
             check_lost(self.out, self.steps_per_epoch)
             return MetricsLog(self.out, 0)
         return MetricsLog(self.out, self.step, state.get("log_lines", 0))
-
-    def open_board(self) -> Board:
-        """Return TensorBoard's log to go on with."""
-        return Board(self.out / "tensorboard", first_step=self.step + 1)
 
     @property
     def trained(self) -> MultiTaskModel:
@@ -246,7 +278,7 @@ class Training:
                     break
                 self.run_epoch()
         if rank() == 0:
-            self.board.close()
+            self.loggers.close()
 
     def run_epoch(self) -> None:
         """Train to the end of the epoch, and save."""
@@ -362,7 +394,7 @@ class Training:
         self.record("val", values)
 
     def record(self, kind: str, values: dict[str, float], message: str | None = None) -> None:
-        """Write a line of metrics.jsonl, and its values for TensorBoard."""
+        """Write a line of metrics.jsonl, and its values for `train.loggers`."""
         words = {"message": message} if message else {}
         words |= {"protocol": PROTOCOL} if kind == "val" else {}
         line = {"kind": kind, "step": self.step, "epoch": self.step / self.steps_per_epoch, **values, **words}
@@ -372,19 +404,19 @@ class Training:
                 return
             with writing(self.log.path, "its earlier lines are kept"):
                 self.log.write(line)
-            self.board.write({f"{kind}/{name}": value for name, value in values.items()}, self.step)
+            self.loggers.write({f"{kind}/{name}": value for name, value in values.items()}, self.step)
 
         agree(write)
 
     def chart(self, gradient_norm: float) -> None:
-        """Draw in TensorBoard what differs from machine to machine, and so has no place in metrics.jsonl."""
+        """Log what differs from machine to machine, and so has no place in metrics.jsonl."""
         (start, step), now = self.clock, time.perf_counter()
         self.clock = (now, self.step)
         images = (self.step - step) * self.config.train.batch_size
         values = {"train/gradient_norm": gradient_norm, "speed/images_per_s": images / (now - start)}
         if self.fabric.device.type == "cuda":
             values["speed/peak_gib"] = torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
-        agree(lambda: None if rank() else self.board.write(values, self.step))
+        agree(lambda: None if rank() else self.loggers.write(values, self.step))
 
     def save_trained(self, folder: Path, epoch: int, config: Config | None = None) -> None:
         """Write the model that is evaluated, as a run folder with `config`; all call this, the first process writes."""
@@ -414,6 +446,7 @@ class Training:
             "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed
             "average": None if self.average is None else gathered(self.average.state_dict()),
             "random": random_states,
+            "origins": self.model.origins,
             "log_lines": None if rank() else self.log.lines,
         }
         agree(lambda: None if rank() else save_state(self.out, state))
@@ -442,6 +475,7 @@ class Training:
         """Take over a checkpoint. A process that was not there then keeps the random state of its seed."""
         load_weights(self.model, current_names(state["model"]))
         load_optimizer(self.optimizer, state["optimizer"])  # after setup: it takes its tensors to the device
+        self.model.origins = state.get("origins") or started_as(self.out)
         self.weighting.load_state_dict(state["weighting"])
         if state.get("precision"):
             self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -455,22 +489,3 @@ class Training:
         self.step = state["step"]
         if not 0 < self.step <= self.steps or not state["processes"] > 0:
             raise ValueError(f"step {self.step} of {self.steps}")
-
-
-def check_finite(values: dict[str, float], step: int, out: Path) -> None:
-    """Stop a diverged run before it overwrites its last good checkpoint."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        kept = "The last checkpoint is kept" if (out / "last" / "state.pt").exists() else "There is no checkpoint yet"
-        raise InputError(
-            f"training diverged at step {step}: {', '.join(broken)} not finite. {kept} in {out}; start again with a "
-            "lower --train.lr or with --train.grad_clip",
-            everywhere=True,
-        )
-
-
-def check_weights(model: MultiTaskModel, step: int, out: Path) -> None:
-    """Stop before weights that are not finite are written or evaluated."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    largest = largest_values(parameters).tolist()
-    check_finite(dict(zip(names, largest, strict=True)), step, out)

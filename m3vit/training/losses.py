@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3vit.collectives import total
 from m3vit.errors import InputError
+from m3vit.losses import loss_named
 from m3vit.tasks import TASKS, kind_of
 from m3vit.training.config import TrainConfig
 
@@ -58,16 +59,24 @@ class BatchCounts:
 
 
 def task_loss(
-    task: str, logits: Tensor, label: Tensor, options: Mapping[str, float], counts: BatchCounts | None = None
+    task: str,
+    logits: Tensor,
+    label: Tensor,
+    options: Mapping[str, float],
+    counts: BatchCounts | None = None,
+    named: str = "",
 ) -> Tensor:
     """Return the unweighted loss of a task; labels are subsampled if the logits are coarser.
 
     `options`: of its kind's loss (`loss_options`). With `counts`, the contribution of these images to the loss of the
-    batch counted there.
+    batch counted there. `named`: a loss of m3vit.losses that takes the place of the kind's.
     """
     kind, size = kind_of(task), (logits.shape[-2], logits.shape[-1])
     parts = subsample(label, size)
     of_batch = counts.of(task, size) if counts else [kind.counts(part) for part in parts]
+    if named:
+        loss, pairs = loss_named(named), zip(parts, of_batch, strict=True)
+        return torch.stack([loss(logits, one, kind.valid(one), n[0].clamp(min=1)) for one, n in pairs]).mean()
     losses = [kind.loss(logits, part, count, **options) for part, count in zip(parts, of_batch, strict=True)]
     return torch.stack(losses).mean()
 

@@ -66,7 +66,8 @@ def step_losses(
     losses = {}
     for name, logits in outputs.items():
         task = task_of(name)
-        losses[name] = task_loss(task, logits.float(), labels[task], loss_options(task, config.train), counts)
+        options, named = loss_options(task, config.train), config.train.losses.get(task, "")
+        losses[name] = task_loss(task, logits.float(), labels[task], options, counts, named)
     loss = torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum()
     routing_weights = config.train.routing_weights()
     if output.routings and routing_weights:

@@ -40,6 +40,26 @@ def test_classes() -> None:
     assert [result[f"IoU_{name}"] for name in "abcd"] == pytest.approx([100 / 3, 200 / 3, 0, 0])
 
 
+def test_a_breakdown_of_classes_has_the_pixels_of_each_pair() -> None:
+    guess, label = np.array([[0, 1, 1], [1, 0, 3]], np.uint8), np.array([[0, 0, 1], [1, 2, IGNORE]], np.uint8)
+    meter = ClassMeter("abcd")
+    found = meter.explained(meter.breakdown(guess, label) + meter.breakdown(guess[:1], label[:1]))
+    assert found["classes"] == list("abcd")
+    assert found["pixels"] == [[2, 2, 0, 0], [0, 3, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a_breakdown_of_depth_goes_by_the_true_depth() -> None:
+    # 1.2 and 1.4 lie between 1 and sqrt(2), 4 between 4 and 4 sqrt(2); 0 is no label.
+    guess, label = np.array([[1.0, 1.5, 3.0, 9.0]], np.float32), np.array([[1.2, 1.4, 4.0, 0.0]], np.float32)
+    meter = DepthMeter()
+    near, far = meter.explained(meter.breakdown(guess, label))["ranges"]
+    assert (near["from"], near["pixels"], far["from"], far["pixels"]) == (1.0, 2, 4.0, 1)
+    assert near["to"] == pytest.approx(2**0.5) and far["to"] == pytest.approx(4 * 2**0.5)
+    assert near["bias"] == pytest.approx(-0.05, abs=1e-5) and far["bias"] == pytest.approx(-1)
+    assert near["rmse"] == pytest.approx((0.05 / 2) ** 0.5, abs=1e-5) and far["rmse"] == pytest.approx(1)
+    assert EdgeMeter(0.01).breakdown(guess, label) is None
+
+
 def test_the_mean_without_untrained_classes_stands_beside_the_published_one() -> None:
     # As above: IoU 1/3, 2/3, 0, 0. Without class 2, which nothing trains: (1/3 + 2/3 + 0) / 3. Its one pixel, where 0
     # is predicted, stays an error of class 0, which would have 1/2 else.

@@ -140,9 +140,13 @@ def test_hls_project_is_scored_by_the_same_meters(cli: Cli, run: Path, tiny_data
     assert cli("export", "hls", run, "--out", project, "--samples", 1).returncode == 0
 
 
-def test_comparison(cli: Cli, run: Path, untrained: Path) -> None:
-    result = cli("eval", "--compare", run, untrained, "--baseline", untrained)
+def test_comparison(cli: Cli, run: Path, untrained: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    refused(cli("eval", "--compare", run, untrained, "--out", tmp_path / "table.doc"), "ends in .json, .csv, .md, .tex")
+    refused(cli("eval", run, "--out", table), "--compare shows several")
+    result = cli("eval", "--compare", run, untrained, "--baseline", untrained, "--out", table)
     assert result.returncode == 0, result.stderr
+    assert json.loads(table.read_text()) == compare([run, untrained], baseline=str(untrained))
     assert "delta_m" in result.stdout and "protocol A" in result.stdout
     found = compare([run, untrained, run], baseline=str(untrained))
     trained, fresh, again = found["rows"]

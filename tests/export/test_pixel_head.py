@@ -1,6 +1,7 @@
 """Heads with a convolution through both HLS schedules, and the layouts of their pixels."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
 from tests.export.models import make_images, make_model, make_samples
 
 HEAD = {"head": "conv", "head_args": {"width": 6}}
+FUSED = {"head": "conv", "head_args": {"width": 6, "blocks": 2}}
 
 
 def test_pixels_by_hand() -> None:
@@ -40,9 +42,9 @@ def test_pixels_there_and_back() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["spatial", "multiplexed"])
-def test_simulation_agrees_with_torch(schedule: str, tmp_path: Path) -> None:
-    model, project = make_model(**HEAD), tmp_path / "project"
+@pytest.mark.parametrize(("schedule", "head"), [("spatial", FUSED), ("multiplexed", HEAD), ("multiplexed", FUSED)])
+def test_simulation_agrees_with_torch(schedule: str, head: dict[str, Any], tmp_path: Path) -> None:
+    model, project = make_model(**head), tmp_path / "project"
     data = {"calibration": make_images(4, seed=9), "samples": make_samples()}
     manifest = export_project(model, project, schedule=schedule, **data)
     assert manifest["pixels_first"] and [task["outputs"] for task in manifest["tasks"]] == [4, 160, 4]
@@ -50,8 +52,9 @@ def test_simulation_agrees_with_torch(schedule: str, tmp_path: Path) -> None:
     for result in report["tasks"].values():
         assert result["mean_error_relative"] < 1e-3 and result["flips"] == 0
     if schedule == "multiplexed":
-        program = Image.read(project / WEIGHTS).program
-        assert [i.op for i in program[-7:]] == [Op.NORM, *3 * [Op.LINEAR, Op.CONV]]
+        *trunk, before = [i.op for i in Image.read(project / WEIGHTS).program[:-7]]
+        assert [i.op for i in Image.read(project / WEIGHTS).program[-7:]] == [Op.NORM, *3 * [Op.LINEAR, Op.CONV]]
+        assert before == (Op.LINEAR if head is FUSED else Op.EXPERTS) and trunk.count(Op.NORM) == 4 + (head is FUSED)
 
 
 def test_one_task_less_to_tell() -> None:

@@ -62,6 +62,33 @@ def test_parameters_and_macs_by_hand() -> None:
         assert entry["activated"]["parts"]["heads"] == parameters
 
 
+@torch.no_grad()
+def test_blocks_before_the_last_are_added_to_it() -> None:
+    torch.manual_seed(0)
+    config = replace(
+        CONFIG, trunk_args=TRUNK | {"depth": 4}, moe_blocks=[2], head_args={"width": 6, "blocks": [0, 2, 3]}
+    )
+    model, images = MultiTaskModel(config).eval(), torch.randn(2, 3, 24, 40)
+    fusion: Any = model.heads.fusion
+    for parameter in fusion.parameters():
+        parameter.uniform_(-1, 1)
+    features, _ = model.backbone(images, (0, 1), (0, 2, 3))
+    logits = model(images).logits
+    for task_id, task in enumerate(config.tasks):
+        total = features.of(3)[task_id]
+        for place, block in enumerate((0, 2)):  # before and after the tasks part
+            total = total + fusion.linears[place](fusion.norms[place](features.of(block)[task_id]))
+        torch.testing.assert_close(logits[task], model.heads[task](total, features.grid, (24, 40)))
+        alone = model(images, [task]).logits[task]
+        torch.testing.assert_close(alone, logits[task])
+        own = {name for name, p in model.heads.named_parameters() if any(p is one for one in model.heads.used_by(task))}
+        assert {name.split(".")[0] for name in own} == {task, "fusion"}
+    report = profile(config)
+    tokens, dim, pixels = 15, 32, 15 * 4
+    expected = 2 * tokens * dim**2 + pixels * (dim * 6 + 9 * 6 * 40)
+    assert report["tasks"]["semseg"]["macs"]["parts"]["heads"] == expected
+
+
 def test_a_new_head_predicts_its_bias() -> None:
     model = MultiTaskModel(CONFIG).eval()
     logits = model(torch.zeros(1, 3, 24, 40)).logits
@@ -77,7 +104,8 @@ def test_a_new_head_predicts_its_bias() -> None:
         ({"head_stride": 3}, r"model\.head_stride is 3: give a divisor of the trunk's patch size 8"),
         ({"head_args": {"width": 0}}, r"model\.head_args\.width is 0: give a whole number of 1 to 1024"),
         ({"head_args": {"width": "wide"}}, r"width is 'wide': give a whole number"),
-        ({"head_args": {"depth": 2}}, "head conv takes width"),
+        ({"head_args": {"depth": 2}}, "head conv takes width, blocks"),
+        ({"head_args": {"blocks": 3}}, "blocks is 3: give how many of the trunk's 2 blocks"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 Shapes: R tasks, B images, T = h * w patch tokens of an (h, w) grid, D embedding dimension, C channels of a task.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,29 @@ class TokenHead(NamedTuple):
     conv: nn.Conv2d | None = None
 
 
+class Fusion(nn.Module):
+    """Adds the tokens of earlier blocks to the last one's: x_last + sum of Linear_b(LayerNorm_b(x_b)), for all tasks.
+
+    It costs T D^2 MACs a block and image (and task, from the first block with experts on). An accelerator has what it
+    takes: each is one more LayerNorm and one more Linear that adds to the residual stream.
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for _ in range(count))
+        self.linears = nn.ModuleList(nn.Linear(dim, dim) for _ in range(count))
+        for linear in self.linears:
+            nn.init.trunc_normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Sequence[Tensor]) -> Tensor:
+        """Fuse the tokens [.., B, T, D] of all tapped blocks, the last one's last."""
+        *earlier, fused = tokens
+        for norm, linear, one in zip(self.norms, self.linears, earlier, strict=True):
+            fused = fused + linear(norm(one))
+        return fused
+
+
 class Decoder(nn.Module):
     """Base of all decoders.
 
@@ -75,6 +98,17 @@ class Decoder(nn.Module):
     training_only: nn.ModuleDict
     no_onnx = ""
     no_hls = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fusion: Fusion | None = None  # what makes one set of tokens of several blocks', before all else
+
+    def fused(self, features: Features) -> Features:
+        """Return the features with the tokens of one block alone: the last one's, or the fused ones."""
+        if self.fusion is None:
+            return features
+        blocks = sorted(features.tokens)
+        return features._replace(tokens={blocks[-1]: self.fusion([features.tokens[block] for block in blocks])})
 
     def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
         """Return the logits of the tasks that `sizes` names: any of the model's, in the order of the features' R.
@@ -114,6 +148,22 @@ class PerTask(Decoder):
     def used_by(self, task: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of the task's head."""
         yield from self[task].parameters()
+
+
+def tapped_blocks(blocks: int | list[int], depth: int) -> tuple[int, ...]:
+    """Return the indices of the blocks that a decoder reads, or raise InputError.
+
+    blocks: how many, evenly spaced, the last one among them (4 of 12: 2, 5, 8, 11), or their indices, rising.
+    """
+    if type(blocks) is int and 1 <= blocks <= depth:
+        return tuple((place + 1) * depth // blocks - 1 for place in range(blocks))
+    if isinstance(blocks, list) and blocks and all(type(one) is int and 0 <= one < depth for one in blocks):
+        if sorted(set(blocks)) == blocks:
+            return tuple(blocks)
+    raise InputError(
+        f"model.head_args.blocks is {short(blocks)}: give how many of the trunk's {depth} blocks the head reads, "
+        f"1 to {depth}, or a rising list of their indices, 0 to {depth - 1}"
+    )
 
 
 def make_decoder(config: ModelConfig, backbone: Any) -> Decoder:

@@ -1,8 +1,11 @@
 """The decoder `conv`: a Linear for each task, on each token, then a 3x3 convolution over the pixels of all tokens.
 
+It reads the last block's tokens, to which those of earlier blocks can be added (`Fusion`).
+
 Shapes: as in base.py; s outputs a token and side, M features of a pixel.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +13,18 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
-from m3vit.models.decoders.base import Decoder, PerTask, Size, TokenHead, resize, whole_number
+from m3vit.models.decoders.base import (
+    Decoded,
+    Decoder,
+    Features,
+    Fusion,
+    PerTask,
+    Size,
+    TokenHead,
+    resize,
+    tapped_blocks,
+    whole_number,
+)
 
 WIDTHS = (1, 1024)  # fewest and most features
 
@@ -44,31 +58,51 @@ class ConvHead(nn.Module):
         return resize(self.output(features.relu()), size)
 
 
-def conv(config: ModelConfig, backbone: Any, *, width: int = 32) -> Decoder:
-    """Build the decoder. width: features of a pixel (M), out of which the convolution makes the channels of a task."""
+def conv(config: ModelConfig, backbone: Any, *, width: int = 32, blocks: int | list[int] = 1) -> Decoder:
+    """Build the decoder.
+
+    width: features of a pixel (M), out of which the convolution makes the channels of a task. blocks: whose tokens are
+    read, as of `tapped_blocks`; with more than one, those before the last are added to the last one's by a `Fusion`.
+    """
     whole_number("width", width, WIDTHS)
-    return Conv(
-        {
-            task.name: ConvHead(
-                backbone.dim,
-                config.labels.channels(task.name),
-                backbone.patch_size,
-                config.head_stride,
-                width,
-                task.output_bias,
-            )
-            for task in resolve(config.tasks, config.label_set)
-        }
-    )
+    heads = {
+        task.name: ConvHead(
+            backbone.dim,
+            config.labels.channels(task.name),
+            backbone.patch_size,
+            config.head_stride,
+            width,
+            task.output_bias,
+        )
+        for task in resolve(config.tasks, config.label_set)
+    }
+    tapped = tapped_blocks(blocks, len(backbone.trunk.blocks))
+    return Conv(heads, tapped, Fusion(backbone.dim, len(tapped) - 1) if len(tapped) > 1 else None)
 
 
 class Conv(PerTask):
-    """A ConvHead for each task."""
+    """A ConvHead for each task, on the tokens of one block or on several fused."""
+
+    def __init__(self, heads: Mapping[str, nn.Module], blocks: tuple[int, ...], fusion: Fusion | None) -> None:
+        if fusion is not None and "fusion" in heads:
+            raise InputError("a task is called fusion, as a part of the conv head that reads several blocks is: rename")
+        super().__init__(heads)
+        self.blocks, self.fusion = blocks, fusion
+
+    def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
+        """Return each task's logits, of its own head."""
+        return super().forward(self.fused(features), sizes)
 
     def token_heads(self) -> dict[str, TokenHead]:
         """Return the norm, the Linear and the convolution of each task."""
         heads = {task: self[task] for task in self.tasks}
         return {task: TokenHead(head.norm, head.linear, head.upscale, head.output) for task, head in heads.items()}
+
+    def used_by(self, task: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the task's head and of the fusion."""
+        yield from super().used_by(task)
+        if self.fusion is not None:
+            yield from self.fusion.parameters()
 
 
 def assemble_pixels(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from m3vit.errors import InputError, short
 from m3vit.label_sets import resolve
 from m3vit.models.config import ModelConfig
-from m3vit.models.decoders.base import Decoded, Decoder, Features, Size, resize, whole_number
+from m3vit.models.decoders.base import Decoded, Decoder, Features, Size, resize, tapped_blocks, whole_number
 from m3vit.models.decoders.conv import ConvHead
 
 WIDTHS = (1, 4096)  # fewest and most channels of a task's feature
@@ -99,22 +99,6 @@ class Layered(Decoder):
             part, owner = name.split(".")[:2]
             if part == "shared" or (part in ("own", "outputs") and owner == task):
                 yield parameter
-
-
-def tapped_blocks(blocks: int | list[int], depth: int) -> tuple[int, ...]:
-    """Return the indices of the blocks that a decoder reads, or raise InputError.
-
-    blocks: how many, evenly spaced, the last one among them (4 of 12: 2, 5, 8, 11), or their indices, rising.
-    """
-    if type(blocks) is int and 1 <= blocks <= depth:
-        return tuple((place + 1) * depth // blocks - 1 for place in range(blocks))
-    if isinstance(blocks, list) and blocks and all(type(one) is int and 0 <= one < depth for one in blocks):
-        if sorted(set(blocks)) == blocks:
-            return tuple(blocks)
-    raise InputError(
-        f"model.head_args.blocks is {short(blocks)}: give how many of the trunk's {depth} blocks the head reads, "
-        f"1 to {depth}, or a rising list of their indices, 0 to {depth - 1}"
-    )
 
 
 def check_widths(width: int, head_width: int) -> None:

@@ -1,0 +1,98 @@
+"""What is a merged model worth after as much further training as others? One start against the others, small scale.
+
+    python benchmarks/merging.py --out runs/merging [--before 20] [--after 20] [--seeds 2] [--jobs 1] [--json FILE]
+
+Dense models are trained for --before epochs: one for each task, and one for all of them. Then multi-task models with
+experts are trained for --after epochs on the same scenes: merged from the single-task ones (model.init merge:, each
+task starting with the experts of its own run), up-cycled from the multi-task one (model.init run:), and from scratch.
+"at once" is each before any further training. Nothing but public commands, recipe synthetic-tiny with linear heads;
+what was trained before is not trained again. delta_m is over the means of the models from scratch, by seed. Rendered
+scenes and small models.
+"""
+
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from _bench import arguments, machine, save
+from quality import run  # beside this file
+
+from m3vit.evaluation.gain import Baseline, delta_m
+from m3vit.evaluation.scoring import read
+from m3vit.label_sets import LABEL_SETS
+from m3vit.tasks import TASKS
+
+NAMES = LABEL_SETS["nyud"].tasks
+ROWS = ("merged, at once", "up-cycled, at once", "from scratch", "up-cycled", "merged")
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--before", type=int, default=20, help="epochs of the dense models")
+    parser.add_argument("--after", type=int, default=20, help="epochs of the models with experts")
+    parser.add_argument("--train", type=int, default=400, help="scenes")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="models trained at a time, on one thread each")
+    args = parser.parse_args()
+    found = machine()
+    data = args.out / "data"
+    run("data", "synth", "--out", data, "--train", args.train, "--val", 100, "--seed", 0)
+    common = ["synthetic-tiny", "--model.head=linear", f"--data.root={data}"]
+    training = ["--train.threads=1", "--train.eval_epochs=0", "--resume"]
+
+    def folder(row: str, seed: int) -> Path:
+        return args.out / f"{row.replace(',', '').replace(' ', '-')}-{seed}"
+
+    def dense(job: tuple[int, str]) -> None:
+        seed, tasks = job
+        keys = ["--model.moe_blocks=none", f"--model.tasks=[{tasks}]", f"--train.seed={seed}"]
+        run(
+            "train", *common, *training, *keys, f"--train.epochs={args.before}", "--out", folder(f"dense {tasks}", seed)
+        )
+
+    def routed(job: tuple[int, str]) -> None:
+        seed, row = job
+        if (folder(row, seed) / "eval.json").exists():
+            return
+        singles = ", ".join(str(folder(f"dense {task}", seed)) for task in NAMES)
+        start = {"merged": f"merge:[{singles}]", "up-cycled": f"run:{folder(f'dense {every}', seed)}"}
+        keys = [*common, f"--train.seed={seed}", "--out", str(folder(row, seed))]
+        if row != "from scratch":
+            keys.append(f"--model.init={start[row.partition(',')[0]]}")
+        if row.endswith("at once"):
+            if not folder(row, seed).exists():
+                run("init", *keys)
+        else:
+            run("train", *keys, *training, f"--train.epochs={args.after}")
+        run("eval", folder(row, seed), "--workers", 1)
+
+    every = ",".join(NAMES)
+    seeds = range(args.seeds)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(dense, [(seed, tasks) for seed in seeds for tasks in (*NAMES, every)]))
+        list(pool.map(routed, [(seed, row) for seed in seeds for row in ROWS]))
+
+    def scores(row: str, seed: int) -> dict[str, dict[str, float]]:
+        _, result = read(folder(row, seed), "A")
+        return {task: values["torch"] for task, values in result["tasks"].items()}
+
+    rows = {row: [scores(row, seed) for seed in seeds] for row in ROWS}
+    metrics = {task: TASKS[task].metric for task in NAMES}
+    means = {t: (metric, statistics.mean(s[t][metric] for s in rows["from scratch"])) for t, metric in metrics.items()}
+    baseline = Baseline("from scratch", "nyud", "A", "this run", means)
+    print(f"{args.before} epochs before, {args.after} after, {args.train} scenes, {args.seeds} seeds, protocol A")
+    heads = [f"{task} {metric} {'↑' if TASKS[task].higher_is_better else '↓'}" for task, metric in metrics.items()]
+    print("| | " + " | ".join([*heads, "delta_m % ↑"]) + " |\n|---|" + "---:|" * (len(NAMES) + 1))
+    table: dict[str, dict[str, list[float]]] = {}
+    for row, runs in rows.items():
+        table[row] = {task: [s[task][metric] for s in runs] for task, metric in metrics.items()}
+        table[row]["delta_m"] = [delta_m({task: s[task] for task in NAMES}, baseline) for s in runs]
+        spread = statistics.stdev if args.seeds > 1 else lambda values: 0.0
+        cells = [f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for values in table[row].values()]
+        print(f"| {row} | " + " | ".join(cells) + " |")
+    save(args.json, {"machine": found, "before": args.before, "after": args.after, "rows": table})
+
+
+if __name__ == "__main__":
+    main()
