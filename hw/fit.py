@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from m3vit.errors import InputError
 from m3vit.hw.boards import BOARDS, BUDGETS, Board, fits, resources
@@ -17,7 +18,8 @@ QUERY_LANES = (32, 16, 8, 4, 2, 1)  # largest first
 
 def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board) -> Hardware:
     """Return the smallest engines that hold a program, with the board's ports."""
-    limits, least = needs(program), Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
+    limits: dict[str, Any] = needs(program)
+    least = Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
     unit = row_unit(least.weight_word, least.act_word, board.port_bits)
     limits["max_in"] = round_up(limits["max_in"], unit)
     return replace(least, tile_in=unit, port_bits=board.port_bits, query_lanes=QUERY_LANES[-1], **limits)
@@ -30,7 +32,8 @@ def _sizes(hardware: Hardware, board: Board) -> Iterator[Hardware]:
             for lanes in QUERY_LANES:
                 for block in TOKEN_BLOCKS:
                     for in_lut in (False, True):
-                        sizes = {"tile_out": tile, "query_lanes": lanes, "token_block": block, "tiles_in_lut": in_lut}
+                        sizes: dict[str, Any] = {"tile_out": tile, "query_lanes": lanes, "token_block": block}
+                        sizes["tiles_in_lut"] = in_lut
                         yield replace(hardware, uram=board.uram > 0, **sizes)
 
 

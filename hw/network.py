@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from m3vit.hw import isa
 from m3vit.hw.hardware import round_up, row_unit, stored_bits
@@ -45,7 +46,7 @@ class Network:
 def program_of(n: Network, weight_bits: int, act_bits: int, port_bits: int) -> list[Instruction]:
     """Return the program; its offsets, shifts and fractions are 0. Sizes are filled up as the exporter does."""
     found: list[Instruction] = []
-    nowhere: dict[str, int] = {"weights": 0, "params": 0}
+    nowhere: dict[str, Any] = {"weights": 0, "params": 0}
     patches, dim, several = n.grid[0] * n.grid[1], n.dim, len(n.tasks) > 1
     rows = patches + n.prefix
     unit = row_unit(stored_bits(weight_bits), stored_bits(act_bits), port_bits)
@@ -78,8 +79,8 @@ def program_of(n: Network, weight_bits: int, act_bits: int, port_bits: int) -> l
         for task in [-1] if n.same_gates or not several else range(len(n.tasks)):
             found.append(isa.Gate(task=task, rows=rows, n_in=round_up(dim, unit), n_out=n.experts, **nowhere))
         found.append(isa.Route(rows=rows, n_in=n.experts, top_k=top_k, logit_frac=0))
-        steps = {"weights_step": 0, "params_step": 0, "hidden_pitch": 0, "gelu_in": 0, "gelu_out": 0}
-        sizes = {"rows": rows, "n_in": round_up(dim, unit), "n_out": round_up(hidden, unit)}
+        steps: dict[str, Any] = {"weights_step": 0, "params_step": 0, "hidden_pitch": 0, "gelu_in": 0, "gelu_out": 0}
+        sizes: dict[str, Any] = {"rows": rows, "n_in": round_up(dim, unit), "n_out": round_up(hidden, unit)}
         found.append(isa.Experts(experts=n.experts, **sizes, **steps, **nowhere))
     norm(patches)
     for place, head in enumerate(n.tasks):
@@ -89,7 +90,7 @@ def program_of(n: Network, weight_bits: int, act_bits: int, port_bits: int) -> l
             continue
         features = round_up(head.outputs // n.upscale**2, unit)
         linear(patches, dim, features * n.upscale**2, Mode.NARROW, task=task)
-        pixels = {"columns": n.grid[1], "upscale": n.upscale}
+        pixels: dict[str, Any] = {"columns": n.grid[1], "upscale": n.upscale}
         sizes = {"rows": patches * n.upscale**2, "n_in": TAPS * features, "n_out": head.channels}
         found.append(isa.Conv(task=task, **sizes, **pixels, **nowhere))
     return found

@@ -288,7 +288,7 @@ class Scheduler:
             fields[f"{section}_step"] = size
             self._note(f"{name}.experts", section, fields[section], (experts, size))
         fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": inner.pitch}
-        shape = {"rows": x.rows, "n_in": inputs, "n_out": filled}
+        shape: dict[str, Any] = {"rows": x.rows, "n_in": inputs, "n_out": filled}
         self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
 
     def head(self, name: str, x: Tensor, maps: Maps, fracs: list[int]) -> None:
