@@ -168,3 +168,26 @@ def test_an_evaluation_of_something_else_is_not_shown(
     scoring.write(copy, "A", result, replace(evaluation, fingerprints=others))
     words = ("report", tiny_run, "--onnx", tmp_path / "none", "--out", tmp_path / "page.html", "--hls", copy)
     refused(cli(*words), "was evaluated on other images than the val split")
+
+
+def test_several_runs_share_a_page(cli: Cli, tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    other, page = tmp_path / "untrained", tmp_path / "runs.html"
+    assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", other).returncode == 0
+    assert cli("eval", other).returncode == 0
+    refused(cli("report", tiny_run, other), "give --out FILE.html")
+    refused(
+        cli("report", tiny_run, other, "--out", page, "--onnx", tmp_path), "--onnx and --hls are of one run's report"
+    )
+    refused(cli("report", tiny_run, tiny_run, "--out", page), "is given twice")
+    result = cli("report", tiny_run, other, "--images", 2, "--out", page)
+    assert result.returncode == 0, result.stderr
+    found, text = json.loads(page.with_suffix(".json").read_text()), page.read_text()
+    assert [row["name"] for row in found["rows"]] == [str(tiny_run), str(other)]
+    for task in TASKS:
+        values = [row["tasks"][task]["value"] for row in found["rows"]]
+        assert values[0] == scoring.read(tiny_run, "A")[1]["tasks"][task]["torch"][TABLE[task].metric]
+        best = max(values) if TABLE[task].higher_is_better else min(values)
+        assert f"<b>{best:.3f}</b>" in text
+    assert "<b>untrained</b>" not in text and text.count("<th>untrained</th>") == 2
+    assert text.count("<img ") == 2 * (1 + 4 * 3), "the input, and for each task the truth and both runs"
+    assert text.count("<svg") == 1 and not re.search(r"(src|href)=[\"']?(https?:)?//", text)

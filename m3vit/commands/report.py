@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from m3vit.commands.terminal import print_scores, progress_bar, say
+from m3vit.errors import InputError
 from m3vit.options import DataRoot, File, Folder, Number, Positive, RunFolder
 
 
@@ -15,16 +16,16 @@ class Report:
     """Options of m3vit report.
 
     Attributes:
-        run: run folder, evaluated with m3vit eval
+        runs: run folder, evaluated with m3vit eval; several are compared on one page
         onnx: ONNX package (default: onnx/ beside RUN)
         hls: HLS project that m3vit hw csim or m3vit eval was run on (default: hls/ beside RUN)
-        out: page to write; its figures go beside it, as .json (default: RUN/report.html)
+        out: page to write; its figures go beside it, as .json (default: RUN/report.html; of several, required)
         data_root: data set's folder (default: the one evaluated on)
         images: validation images to show
         protocol: of the figures (default: the last that the run was evaluated under)
     """
 
-    run: RunFolder
+    runs: tuple[RunFolder, ...]
     onnx: Folder | None = None
     hls: Folder | None = None
     out: File | None = None
@@ -37,12 +38,15 @@ def run_report(wanted: Report) -> None:
     from m3vit.report.page import columns_of, write_report
     from m3vit.run_folder import load_run
 
-    run = load_run(wanted.run)
+    if len(wanted.runs) > 1:
+        return compare_runs(wanted)
+    (folder,) = wanted.runs
+    run = load_run(folder)
     for option, given in (("--onnx", wanted.onnx), ("--hls", wanted.hls)):
         if given is not None and not given.exists():
             warnings.warn(f"{option} {given} not found: the report has no column of it", stacklevel=1)
-    onnx, hls = wanted.onnx or wanted.run.parent / "onnx", wanted.hls or wanted.run.parent / "hls"
-    out = wanted.out or wanted.run / "report.html"
+    onnx, hls = wanted.onnx or folder.parent / "onnx", wanted.hls or folder.parent / "hls"
+    out = wanted.out or folder / "report.html"
     with progress_bar("drawing report") as bar:
         report = write_report(run, onnx, hls, out, wanted.images, wanted.data_root, wanted.protocol, bar)
     print_scores(
@@ -51,6 +55,21 @@ def run_report(wanted: Report) -> None:
         f"{report['images']} val images; protocol {report['protocol']}",
     )
     say(str(out))
+
+
+def compare_runs(wanted: Report) -> None:
+    """Draw the page about several runs."""
+    from m3vit.commands.evaluation import print_comparison
+    from m3vit.report.several import write_comparison
+
+    if wanted.onnx or wanted.hls:
+        raise InputError("--onnx and --hls are of one run's report: leave them out, or give one run")
+    if wanted.out is None:
+        raise InputError("the page about several runs is in none of their folders: give --out FILE.html")
+    with progress_bar("drawing report") as bar:
+        found = write_comparison(wanted.runs, wanted.out, wanted.images, wanted.data_root, wanted.protocol, bar)
+    print_comparison(found)
+    say(str(wanted.out))
 
 
 @dataclass(frozen=True)
