@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAGIC = 0x3157544956334D  # "M3VITW1"
+MAGIC = 0x3257544956334D  # "M3VITW2": rows are filled up to whole words
+KNOWN = (MAGIC, 0x3157544956334D)  # "M3VITW1": one value after the other
 HEADER_WORDS = 20
 ALIGNMENT = 64  # bytes: one beat of the widest AXI port
 
@@ -40,7 +41,7 @@ class Header(NamedTuple):
     def read(cls, path: str | Path) -> "Header | None":
         """Return the header of a file, or None if it is not a weights file. Raises OSError if it cannot be read."""
         words = np.fromfile(path, np.int64, HEADER_WORDS).tolist()
-        if len(words) < HEADER_WORDS or words[0] != MAGIC:
+        if len(words) < HEADER_WORDS or words[0] not in KNOWN:
             return None
         header = cls(*words[: len(cls._fields)])
         return header if header.weight_bits in (8, 16) and min(header) >= 0 else None
