@@ -43,6 +43,10 @@ class Run:
     info: dict[str, Any]  # model.json
 
 
+# What safetensors (0.8) writes before it renames it: a process that was killed meanwhile leaves it behind.
+SAFETENSORS_OWN = ".tmp" + 6 * "[0-9A-Za-z]"
+
+
 def git_commit() -> str | None:
     """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout of it."""
 
@@ -63,6 +67,8 @@ def git_commit() -> str | None:
 def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
     """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
     state, tasks = model.state_dict() if weights is None else weights, model.config.tasks
+    for leftover in folder.glob(SAFETENSORS_OWN):
+        leftover.unlink(missing_ok=True)
     with atomic_path(folder / WEIGHTS) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
         digest = sha256_file(path)

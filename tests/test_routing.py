@@ -92,7 +92,7 @@ def test_the_report_shows_them(cli: Cli, routed: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert cli("report", routed, "--images", 1, "--out", page).returncode == 0
     text = page.read_text()
-    assert text.count("<svg") == 2 + 7 and "For the same patch, two tasks have" in text
+    assert text.count("<svg") == 2 + 2 + 7 and "For the same patch, two tasks have" in text
     everything = read(routed)["apart"]["all"]
     assert json.loads(page.with_suffix(".json").read_text())["routing"] == {"images": 3, **everything}
 

@@ -24,12 +24,13 @@ class Eval:
         batch: of a run alone: images it takes at once (default: 1)
         workers: processes that match edges (default: one a core)
         predictions: write the predictions too, into a new folder: the files that the published code of protocol A
-            stores and scores (semseg/ID.png, depth/ID.mat, edge/ID.png, ...)
+            stores and scores, semseg/ID.png, depth/ID.mat, edge/ID.png, ... (default: none is written)
         all_metrics: print every metric, not only the main one of each task
         compare: show two or more folders that were evaluated in one table; evaluates nothing
         baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
             ({baselines}) (default: no delta_m)
-        out: with --compare: write the table too: FILE.json, .csv, .md or .tex (LaTeX, booktabs)
+        out: with --compare: write the table too: FILE.json, .csv, .md or .tex, LaTeX with booktabs (default: it is
+            printed alone)
     """
 
     folders: tuple[Annotated[Path, Value(metavar="DIR", positional=True)], ...]

@@ -49,9 +49,21 @@ def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console(stderr=True), disable=not visible) as bar:
-        task = bar.add_task(title, total=None, text="")
-        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+    progress = Progress(*columns, console=console(stderr=True), disable=not visible)
+    task: Any = None
+
+    def update(done: int, total: int, text: str = "") -> None:
+        nonlocal task
+        if task is None:  # what is refused before anything is done shows no bar
+            progress.start()
+            task = progress.add_task(title, total=None, text="")
+        progress.update(task, completed=done, total=total, text=text)
+
+    try:
+        yield update
+    finally:
+        if task is not None:
+            progress.stop()
 
 
 def say(text: str) -> None:

@@ -191,7 +191,7 @@ def _take_flag(name: str, argv: Sequence[str]) -> tuple[bool, list[str]]:
     """Return whether a word stands by itself, without a value, and the other words."""
     places = [
         place
-        for place, (word, following) in enumerate(zip(argv, [*argv[1:], "-"], strict=True))
+        for place, (word, following) in enumerate(zip(argv, [*argv, "-"][1:], strict=True))
         if word == name and following.startswith("-")
     ]
     return bool(places), [word for place, word in enumerate(argv) if place not in places]

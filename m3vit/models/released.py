@@ -34,7 +34,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.finite import not_finite
 from m3vit.models.from_run import Trained
 from m3vit.models.router import EMBEDDING
-from m3vit.normalisation import IMAGENET
+from m3vit.normalisation import recorded
 from m3vit.pointers import check_content
 
 ORDER = ("semseg", "human_parts", "sal", "normals", "edge", "depth")  # of tasks (its code: utils/config.py)
@@ -93,7 +93,7 @@ def read_released(given: str, model: ModelConfig) -> tuple[Trained, list[str]]:
         head="pup" if any(name.startswith("decoders.") for name in theirs) else model.head,
         image_size=_image_size(given, state, model),
     )
-    return Trained(path.name, path, state, config, {}, IMAGENET.plain(), ""), besides
+    return Trained(path.name, path, state, config, {}, recorded(None, KEY).plain(), ""), besides
 
 
 def _gathered(path: Path) -> dict[str, Tensor]:
