@@ -179,8 +179,13 @@ def test_several_runs_share_a_page(cli: Cli, tiny_data: Path, tiny_run: Path, tm
         cli("report", tiny_run, other, "--out", page, "--onnx", tmp_path), "--onnx and --hls are of one run's report"
     )
     refused(cli("report", tiny_run, tiny_run, "--out", page), "is given twice")
+    assert cli("eval", other, "--protocol", "B").returncode == 0  # the last one, which the first run has not
     result = cli("report", tiny_run, other, "--images", 2, "--out", page)
     assert result.returncode == 0, result.stderr
+    figures = [scoring.read(folder, "A")[1]["tasks"]["semseg"]["torch"] for folder in (tiny_run, other)]
+    classes = [f"{one['IoU_wall']:.1f}" for one in figures]
+    row = re.search(r"<tr><td>wall</td><td></td>(.*?)</tr>", page.read_text())
+    assert row and re.findall(r"[\d.]+", row[1]) == classes
     found, text = json.loads(page.with_suffix(".json").read_text()), page.read_text()
     assert [row["name"] for row in found["rows"]] == [str(tiny_run), str(other)]
     for task in TASKS:

@@ -18,7 +18,7 @@ from m3vit import __version__
 from m3vit.data.opening import open_split
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
-from m3vit.evaluation.compare import compare
+from m3vit.evaluation.compare import common_protocol, compare
 from m3vit.evaluation.evaluate import torch_predictor
 from m3vit.evaluation.routing import spread
 from m3vit.files import atomic_path, write_json
@@ -44,6 +44,7 @@ def write_comparison(
     if out.suffix == ".json" or out.is_dir():
         raise InputError(f"--out {out}: give a file name for the page, such as runs.html; the numbers go beside it")
     runs = [load_run(folder) for folder in folders]
+    protocol = protocol or common_protocol(list(folders))
     found = compare(list(folders), protocol)
     results = [scoring.read(folder, protocol)[1] for folder in folders]
     tasks = list(found["rows"][0]["tasks"])
@@ -51,14 +52,13 @@ def write_comparison(
     label_set, first = runs[0].config.model.label_set, runs[0].config
     split = open_split(first.data.layout, data_root or results[0]["data"], "val", tasks, label_set=label_set)
     predictors = {name: torch_predictor(run.model) for name, run in zip(names, runs, strict=True)}
-    columns = ["ground truth", *names]
+    columns, classes = ["ground truth", *names], LABEL_SETS[label_set].classes
     shown = spread(list(range(len(split))), num_images)
-    letter = next(key for key, text in scoring.PROTOCOLS.items() if text == found["protocol"])
     examples = []
     for place, index in enumerate(shown):
         if progress:
             progress(place, len(shown), "drawing")
-        examples.append(example(split.load(index), predictors, columns, letter, label_set, {}))
+        examples.append(example(split.load(index), predictors, columns, protocol, label_set, {}))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("m3vit.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -69,11 +69,7 @@ def write_comparison(
         names=list(zip(names, map(str, folders), strict=True)),
         comparison=found,
         rows=[table_row(found, task) for task in tasks],
-        classes=[
-            class_table(results, task, LABEL_SETS[label_set].classes[task])
-            for task in tasks
-            if task in classes_of(label_set)
-        ],
+        classes=[class_table(results, task, classes[task]) for task in tasks if task in classes],
         curves=svg(curves(dict(zip(names, map(read_metrics, folders), strict=True)), tasks)),
         columns=columns,
         tasks=tasks,
@@ -83,11 +79,6 @@ def write_comparison(
         path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), found)
     return found
-
-
-def classes_of(label_set: str) -> Sequence[str]:
-    """Return the tasks of a label set that have classes."""
-    return list(LABEL_SETS[label_set].classes)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

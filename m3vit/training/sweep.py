@@ -24,14 +24,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from m3vit.errors import InputError, short
-from m3vit.files import write_json
+from m3vit.files import require_empty, write_json
 from m3vit.signals import StopSignals
 from m3vit.tasks import TASKS
+from m3vit.training.checkpoint import read_metrics
 from m3vit.training.stopping import SIGNALS
 from m3vit.training.validation import headline
 
 MEAN = "mean"
-STUDY, SETTINGS, RESULT = "study.log", "settings.json", "sweep.json"
+STUDY, SETTINGS, RESULT, METRICS = "study.log", "settings.json", "sweep.json", "metrics.jsonl"
 POLL_S = 0.5
 FAILURES = 3  # in a row from the first trial on: then something is wrong with all of them
 Say = Callable[[str], None]
@@ -167,9 +168,8 @@ class Sweep:
             if known != settings:
                 other = ", ".join(name for name in settings if known.get(name) != settings[name])
                 raise InputError(f"{self.folder} is of a sweep with another {other}: give the same, or another folder")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty and holds no sweep: give a new folder")
         else:
+            require_empty(self.folder, "sweep", "give a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -180,15 +180,16 @@ class Sweep:
             study_name="sweep",
             load_if_exists=True,
             direction="maximize" if higher else "minimize",
-            sampler=optuna.samplers.TPESampler(seed=seed + len(self.trials())),
             pruner=pruner,
         )
+        # Gone on with, it draws others than it drew before.
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed + len(self.trials()))
         if first is not None:
             self.study.enqueue_trial(first, skip_if_exists=True)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials so far."""
-        return self.study.get_trials(deepcopy=False) if hasattr(self, "study") else []
+        return self.study.get_trials(deepcopy=False)
 
     def run(self, count: int) -> None:
         """Train until `count` trials are at an end; raises `Stopped`, and InputError if the first ones all fail."""
@@ -238,13 +239,17 @@ class Sweep:
 
     def watch(self, trial: optuna.Trial, child: subprocess.Popen, out: Path, stop: StopSignals) -> bool:
         """Wait for a training, report its evaluations; return whether it was ended because others are better."""
-        told = 0
+        told = size = 0
+        log = out / METRICS
         while child.poll() is None:
             time.sleep(POLL_S)
             if stop.received:
                 child.terminate()
                 child.wait()
                 return False
+            before, size = size, log.stat().st_size if log.exists() else 0
+            if size == before:
+                continue
             found = evaluations_of(out)
             for place in range(told, min(len(found), self.evaluations - 1)):  # the last one is the result
                 value = self.figure(found[place])
@@ -314,13 +319,8 @@ class Sweep:
 
 
 def evaluations_of(run: Path) -> list[dict[str, Any]]:
-    """Return the evaluations in a run's metrics.jsonl so far, the last of each step."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0].splitlines()
-    lines = [json.loads(line) for line in whole if b'"kind": "val"' in line]
-    return list({line["step"]: line for line in lines}.values())
+    """Return the evaluations in a run's metrics.jsonl so far."""
+    return [line for line in read_metrics(run) if line["kind"] == "val"]
 
 
 def check_objective(objective: str, tasks: Sequence[str]) -> None:

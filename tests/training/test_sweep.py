@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.training.sweep import Axis, read_axis
+from m3vit.training.sweep import Axis, Sweep, read_axis
 from tests.conftest import TINY
 from tests.test_cli import refused
 
@@ -64,6 +64,18 @@ def test_what_no_axis_is(text: str, message: str) -> None:
 )
 def test_whether_the_recipe_lies_in_the_space(text: str, value: Any, found: Any) -> None:
     assert read_axis(text).holds(value) == found
+
+
+def test_a_sweep_that_is_gone_on_with_draws_other_values(tmp_path: Path) -> None:
+    drawn = []
+    for resume in (False, True, True):
+        axis = read_axis("train.lr=log:1e-4..1e-2")
+        sweep = Sweep(tmp_path / "sweep", ["synthetic-tiny"], [], [axis], ["depth"], "depth", 1, False, print)
+        sweep.open(resume, 0, None)
+        trial = sweep.study.ask()
+        drawn.append(axis.suggest(trial))
+        sweep.study.tell(trial, 1.0)
+    assert len({*drawn}) == 3
 
 
 @pytest.mark.slow
