@@ -10,17 +10,14 @@ what was trained before is not trained again. delta_m is over the means of the m
 scenes and small models.
 """
 
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from _bench import arguments, machine, save
-from quality import run  # beside this file
+from quality import beside, print_table, run  # beside this file
 
-from m3vit.evaluation.gain import Baseline, delta_m
 from m3vit.evaluation.scoring import read
 from m3vit.label_sets import LABEL_SETS
-from m3vit.tasks import TASKS
 
 NAMES = LABEL_SETS["nyud"].tasks
 ROWS = ("merged, at once", "up-cycled, at once", "from scratch", "up-cycled", "merged")
@@ -78,19 +75,9 @@ def main() -> None:
         return {task: values["torch"] for task, values in result["tasks"].items()}
 
     rows = {row: [scores(row, seed) for seed in seeds] for row in ROWS}
-    metrics = {task: TASKS[task].metric for task in NAMES}
-    means = {t: (metric, statistics.mean(s[t][metric] for s in rows["from scratch"])) for t, metric in metrics.items()}
-    baseline = Baseline("from scratch", "nyud", "A", "this run", means)
+    table = beside(rows, "from scratch")
     print(f"{args.before} epochs before, {args.after} after, {args.train} scenes, {args.seeds} seeds, protocol A")
-    heads = [f"{task} {metric} {'↑' if TASKS[task].higher_is_better else '↓'}" for task, metric in metrics.items()]
-    print("| | " + " | ".join([*heads, "delta_m % ↑"]) + " |\n|---|" + "---:|" * (len(NAMES) + 1))
-    table: dict[str, dict[str, list[float]]] = {}
-    for row, runs in rows.items():
-        table[row] = {task: [s[task][metric] for s in runs] for task, metric in metrics.items()}
-        table[row]["delta_m"] = [delta_m({task: s[task] for task in NAMES}, baseline) for s in runs]
-        spread = statistics.stdev if args.seeds > 1 else lambda values: 0.0
-        cells = [f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for values in table[row].values()]
-        print(f"| {row} | " + " | ".join(cells) + " |")
+    print_table(table, digits=3)
     save(args.json, {"machine": found, "before": args.before, "after": args.after, "rows": table})
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from _bench import arguments, save
 
@@ -69,6 +70,34 @@ def figures(out: Path, row: str, seed: int) -> dict[str, dict[str, float]]:
     return scores
 
 
+def beside(found: dict[str, list[Any]], reference: str) -> dict[str, dict[str, list[float]]]:
+    """Return {row: {task: headline metrics, delta_m: gains}} by seed, of {row: scores by seed}.
+
+    delta_m is over the means of the row `reference`.
+    """
+    metrics = {task: TASKS[task].metric for task in NAMES}
+    means = {t: (metric, statistics.mean(s[t][metric] for s in found[reference])) for t, metric in metrics.items()}
+    baseline = Baseline(reference, "nyud", "A", "this run", means)
+    return {
+        row: {task: [scores[task][metric] for scores in runs] for task, metric in metrics.items()}
+        | {"delta_m": [delta_m({task: scores[task] for task in NAMES}, baseline) for scores in runs]}
+        for row, runs in found.items()
+    }
+
+
+def print_table(table: dict[str, dict[str, list[float]]], digits: int | None = None) -> None:
+    """Print mean and standard deviation over the seeds; digits: None for two, three of means below 2."""
+    heads = [f"{task} {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}" for task in NAMES]
+    print("| | " + " | ".join([*heads, "delta_m % ↑"]) + " |\n|---|" + "---:|" * (len(NAMES) + 1))
+    for row, columns in table.items():
+        cells = []
+        for values in columns.values():
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            shown = digits or (3 if statistics.mean(values) < 2 and columns["delta_m"] is not values else 2)
+            cells.append(f"{statistics.mean(values):.{shown}f} ± {spread:.{shown}f}")
+        print(f"| {row} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -86,26 +115,9 @@ def main() -> None:
 
     seeds = range(args.seeds)
     found = {row: [figures(args.out, row, seed) for seed in seeds] for row in rows}
-    single = {
-        task: (TASKS[task].metric, statistics.mean(scores[task][TASKS[task].metric] for scores in found["single-task"]))
-        for task in NAMES
-    }
-    baseline = Baseline("single-task", "nyud", "A", "this run", single)
-    table: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        table[row] = {task: [scores[task][TASKS[task].metric] for scores in found[row]] for task in NAMES}
-        chosen = [{task: scores[task] for task in NAMES} for scores in found[row]]
-        table[row]["delta_m"] = [delta_m(scores, baseline) for scores in chosen]
+    table = beside(found, "single-task")
     print(f"{args.epochs} epochs, {args.seeds} seeds, protocol A, {platform.machine()}; mean ± standard deviation")
-    heads = [f"{task} {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}" for task in NAMES]
-    print("| | " + " | ".join([*heads, "delta_m % ↑"]) + " |\n|---|" + "---:|" * (len(NAMES) + 1))
-    for row, columns in table.items():
-        cells = []
-        for values in columns.values():
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            digits = 3 if statistics.mean(values) < 2 and columns["delta_m"] is not values else 2
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        print(f"| {row} | " + " | ".join(cells) + " |")
+    print_table(table)
     save(args.json, {"epochs": args.epochs, "rows": table})
 
 

@@ -9,17 +9,14 @@ synthetic-tiny; what was trained before is not trained again. delta_m is over th
 seed. Rendered scenes and small models.
 """
 
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from _bench import arguments, save
-from quality import run  # beside this file
+from quality import beside, print_table, run  # beside this file
 
-from m3vit.evaluation.gain import Baseline, delta_m
 from m3vit.evaluation.scoring import read
 from m3vit.label_sets import LABEL_SETS
-from m3vit.tasks import TASKS
 
 NAMES = LABEL_SETS["nyud"].tasks
 GATES = ("1e-6", "1e-3", "1e-2", "1e-1", "1")
@@ -63,19 +60,9 @@ def main() -> None:
         return {task: values["torch"] for task, values in result["tasks"].items()}
 
     found = {row: [scores(row, seed) for seed in range(args.seeds)] for row in rows}
-    metrics = {task: TASKS[task].metric for task in NAMES}
-    means = {t: (metric, statistics.mean(s[t][metric] for s in found["dense"])) for t, metric in metrics.items()}
-    baseline = Baseline("dense", "nyud", "A", "this run", means)
+    table = beside(found, "dense")
     print(f"{args.epochs} epochs, {args.seeds} seeds, protocol A; mean ± standard deviation")
-    heads = [f"{task} {metric} {'↑' if TASKS[task].higher_is_better else '↓'}" for task, metric in metrics.items()]
-    print("| | " + " | ".join([*heads, "delta_m % ↑"]) + " |\n|---|" + "---:|" * (len(NAMES) + 1))
-    table: dict[str, dict[str, list[float]]] = {}
-    for row, runs in found.items():
-        table[row] = {task: [s[task][metric] for s in runs] for task, metric in metrics.items()}
-        table[row]["delta_m"] = [delta_m({task: s[task] for task in NAMES}, baseline) for s in runs]
-        spread = statistics.stdev if args.seeds > 1 else lambda values: 0.0
-        cells = [f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for values in table[row].values()]
-        print(f"| {row} | " + " | ".join(cells) + " |")
+    print_table(table, digits=3)
     save(args.json, {"epochs": args.epochs, "rows": table})
 
 

@@ -127,12 +127,7 @@ class FileSplit(ABC):
         partial: bool = False,
         label_set: str = "",
     ) -> None:
-        self.label_set = label_set or type(self).label_set
-        self.root, self.split, self.partial = Path(root), split, partial
-        self.tasks = tuple(self.labels.tasks if tasks is None else tasks)
-        if self.tasks:  # none: images alone
-            resolve(self.tasks, self.label_set)
-            self.check_fits(self.labels, self.tasks, self.root)
+        self._begin(root, split, tasks, partial, label_set or type(self).label_set)
         if not self.root.is_dir():
             raise InputError(
                 f"data root {self.root} not found: give the folder that holds {self.listings}/ with --data.root"
@@ -141,6 +136,14 @@ class FileSplit(ABC):
         self.release = self.detect(self.root, self.kinds)
         self._check_folders()
         self._check_first()
+
+    def _begin(self, root: str | Path, split: str, tasks: Sequence[str] | None, partial: bool, label_set: str) -> None:
+        """Note what is asked for, or raise InputError if the files do not label it."""
+        self.root, self.split, self.partial, self.label_set = Path(root), split, partial, label_set
+        self.tasks = tuple(self.labels.tasks if tasks is None else tasks)
+        if self.tasks:  # none: images alone
+            resolve(self.tasks, self.label_set)
+            self.check_fits(self.labels, self.tasks, self.root)
 
     @property
     def labels(self) -> LabelSet:

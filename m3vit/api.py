@@ -198,6 +198,8 @@ def forward_intermediates(
     import numpy as np
     import torch
 
+    from m3vit.data.network_input import normalise
+
     names = list(model.config.tasks if tasks is None else tasks)
     depth = len(model.backbone.trunk.blocks)
     asked = range(depth) if indices is None else range(depth - indices, depth) if isinstance(indices, int) else indices
@@ -207,8 +209,7 @@ def forward_intermediates(
     if isinstance(images, np.ndarray):
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise InputError(f"images are {images.dtype} {list(images.shape)}: give uint8 [B, H, W, 3], or a tensor")
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in model.normalisation)
-        images = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        images = normalise(torch.from_numpy(images).permute(0, 3, 1, 2), model.normalisation)
     ids = tuple(model.task_id(name) for name in names)
     device = next(model.parameters()).device
     features, _ = model.backbone(images.to(device), ids, tuple(sorted(set(blocks))))

@@ -1,10 +1,10 @@
 """Losses from outside, by name: what `train.losses` may give a task instead of its kind's own. No torch."""
 
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from m3vit.errors import InputError, short
+from m3vit.values import function_at
 
 # name -> function(logits [B, C, H, W] float32, label, valid bool [B, H, W], count) -> the loss: a sum over the valid
 # pixels divided by `count`, how many of them the whole batch has; or where that function is, "module:function".
@@ -24,11 +24,4 @@ def add_loss(name: str, function: str | Callable[..., Any]) -> None:
 
 def loss_named(name: str) -> Callable[..., Any]:
     """Return a loss, or raise InputError if it cannot be imported."""
-    function = LOSSES[name]
-    if not isinstance(function, str):
-        return function
-    try:
-        found: Callable[..., Any] = pkgutil.resolve_name(function)
-        return found
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"loss {name}: {function} cannot be imported ({error})") from None
+    return function_at(f"loss {name}", LOSSES[name])

@@ -1,6 +1,7 @@
-"""Whether the values of a configuration are of its fields' types. No torch."""
+"""Whether the values of a configuration are of its fields' types; functions that are named. No torch."""
 
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -51,3 +52,14 @@ def fits(value: Any, hint: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return kind is Any or isinstance(value, kind)
+
+
+def function_at(what: str, function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function, or the one at "module:function"; raise InputError, which says of `what`, if there is none."""
+    if not isinstance(function, str):
+        return function
+    try:
+        found: Callable[..., Any] = pkgutil.resolve_name(function)
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{what}: {function} cannot be imported ({error})") from None

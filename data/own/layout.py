@@ -16,7 +16,7 @@ from m3vit.data.reading import Size, image_size, image_turn, read_image
 from m3vit.data.sample import FileSplit, Sample, check_shape, no_label
 from m3vit.data.thinning import thin
 from m3vit.errors import Defect, InputError
-from m3vit.label_sets import LabelSet, resolve
+from m3vit.label_sets import LabelSet
 from m3vit.normalisation import Normalisation
 from m3vit.pool import run_jobs
 
@@ -47,15 +47,11 @@ class Folder(FileSplit):
         partial: bool = False,
         label_set: str = "",
     ) -> None:
-        self.root, self.split, self.partial = Path(root), split, partial
-        if not self.root.is_dir():
-            raise InputError(f"data root {self.root} not found: give the folder that holds {FILE} with --data.root")
-        self.description = open_description(self.root)
-        self.label_set = label_set or self.description.label_set()
-        self.tasks = tuple(self.description.tasks if tasks is None else tasks)
-        if self.tasks:
-            resolve(self.tasks, self.label_set)
-            self.check_fits(self.labels, self.tasks, self.root)
+        if not Path(root).is_dir():
+            raise InputError(f"data root {Path(root)} not found: give the folder that holds {FILE} with --data.root")
+        self.description = open_description(Path(root))
+        tasks = tuple(self.description.tasks) if tasks is None else tasks
+        self._begin(root, split, tasks, partial, label_set or self.description.label_set())
         found = find(self.description, self.tasks)
         refuse(self.description, found.faults)
         if split not in found.splits:

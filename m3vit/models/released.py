@@ -64,9 +64,8 @@ def read_released(given: str, model: ModelConfig) -> tuple[Trained, list[str]]:
     tasks = [OURS.get(task, task) for task in ORDER if any(name.startswith(f"decoders.{task}.") for name in theirs)]
     multi = f"backbone.blocks.{blocks[0]}.mlp.gate.0.w_gate" in theirs
     dim = theirs["backbone.patch_embed.proj.weight"].shape[0]
-    tasks = tasks or list(
-        model.tasks
-    )  # a backbone alone, whose gates are taken to be in the order of the model's tasks
+    # Of a backbone alone, the gates are taken to be in the order of the model's tasks.
+    tasks = tasks or list(model.tasks)
     conditioned = not multi and len(theirs[f"backbone.blocks.{blocks[0]}.mlp.gate.w_gate"]) > dim
     state: dict[str, Tensor] = {}
     besides: list[str] = []

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from m3vit.tasks import TASKS
 
 plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "m3vit"})
+PALE, STRONG, WARNING = "#9bb8d3", "#1f5a8a", "#b5532a"
 _COLOURS = plt.get_cmap("tab20")  # ten hues, then their lighter shades; repeats beyond
 
 
@@ -36,10 +37,10 @@ def loss_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> str:
         values = [(line["epoch"], line[name]) for line in train if name in line]
         if values:
             epochs, losses = np.array(values).T
-            top.plot(epochs, losses, color="#9bb8d3", linewidth=0.8)
+            top.plot(epochs, losses, color=PALE, linewidth=0.8)
             width = max(1, len(losses) // 20)
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            top.plot(epochs[width - 1 :], smooth, color="#1f5a8a", linewidth=1.4)
+            top.plot(epochs[width - 1 :], smooth, color=STRONG, linewidth=1.4)
         top.set_title("weighted sum of losses" if name == "loss" else f"{name}: training loss")
         if name == "loss":
             bottom.axis("off")
@@ -47,7 +48,7 @@ def loss_curves(metrics: list[dict[str, Any]], tasks: list[str]) -> str:
         metric = TASKS[name].headline(quick=True)
         points = [(line["epoch"], line[f"{name}/{metric}"]) for line in val if f"{name}/{metric}" in line]
         if points:
-            bottom.plot(*np.array(points).T, "o-", color="#b5532a", markersize=3, linewidth=1.2)
+            bottom.plot(*np.array(points).T, "o-", color=WARNING, markersize=3, linewidth=1.2)
         arrow = "higher" if TASKS[name].higher_is_better else "lower"
         bottom.set_title(f"val {metric} ({TASKS[name].unit}), {arrow} is better")
         bottom.set_xlabel("epoch")

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from m3vit.evaluation.evaluate import Evaluation
 from m3vit.evaluation.meters import make_meter
-from m3vit.report.charts import plt, svg
+from m3vit.report.charts import PALE, WARNING, plt, svg
 from m3vit.tasks import TASKS
 
 ENDS = 3  # images shown of the worst, and of the best
 MANY = 60  # classes, beyond which a matrix has no names
-PALE, STRONG, WARNING = "#9bb8d3", "#1f5a8a", "#b5532a"
 
 
 class Ranking(NamedTuple):

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from m3vit.digests import read_sealed_json
 from m3vit.kinds.pictures import grey_blend
-from m3vit.report.charts import expert_colour, plt
+from m3vit.report.charts import PALE, STRONG, WARNING, expert_colour, plt
 
 FORMAT = 1
 FILE = Path("routing", "routing.json")  # in a run's folder
-PALE, STRONG, WARNING = "#9bb8d3", "#1f5a8a", "#b5532a"
 LIFT = 2.0  # powers of two that colours of a lift span, to either side
 FEWEST = 50  # patches of a bin, below which its row is left out of charts
 VERDICTS = {

@@ -17,7 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import refusing
-from m3vit.training.config import Config
+from m3vit.training.config import GRADIENT_METHODS, Config
 from m3vit.training.losses import BatchCounts
 from m3vit.training.parts import freeze, frozen_epochs
 from m3vit.training.step import choose_tasks, stand_in, step_losses
@@ -71,7 +71,7 @@ def predict_step(config: Config, images: int) -> Step:
     train = config.train
     if train.strategy == "fsdp":
         raise InputError("the memory of train.strategy fsdp is not predicted: it depends on what the processes share")
-    apart = train.weighting in ("pcgrad", "mgda", "aligned_mtl")
+    apart = train.weighting in GRADIENT_METHODS
     with refusing(config.model):
         with torch.device("meta"):
             model = MultiTaskModel(config.model)
@@ -150,12 +150,9 @@ def predict(config: Config, device: str | None) -> dict[str, Any]:
     }
     if device is not None:
         room = (device_bytes(device) - LIBRARIES) * (1 - SLACK)
-        found |= {"device": device, "device_bytes": device_bytes(device), "largest_batch": _fitting(room, fixed, each)}
+        largest = max(0, int((room - fixed) // max(each, 1)))
+        found |= {"device": device, "device_bytes": device_bytes(device), "largest_batch": largest}
     return found
-
-
-def _fitting(room: float, fixed: float, each: float) -> int:
-    return max(0, int((room - fixed) // max(each, 1)))
 
 
 def said(found: dict[str, Any]) -> str:

@@ -4,11 +4,11 @@ A decoder is a class of `base.Decoder`; `model.head` names it. One from outside 
 """
 
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from m3vit.errors import InputError, short
+from m3vit.values import function_at
 
 
 class Entry(NamedTuple):
@@ -48,14 +48,7 @@ def add_decoder(name: str, build: str | Callable[..., Any], reads: Sequence[str]
 
 def builder(name: str) -> Callable[..., Any]:
     """Return the function that builds a decoder, or raise InputError if it cannot be imported."""
-    build = DECODERS[name].build
-    if not isinstance(build, str):
-        return build
-    try:
-        found: Callable[..., Any] = pkgutil.resolve_name(build)
-        return found
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"decoder {name}: {build} cannot be imported ({error})") from None
+    return function_at(f"decoder {name}", DECODERS[name].build)
 
 
 def check_args(name: str, arguments: Mapping[str, Any]) -> None:
