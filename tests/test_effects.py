@@ -38,6 +38,12 @@ def make(**keys: Any) -> Config:
     [
         ({"model_head": "pup"}, "--model.head_stride=8", "pup heads have a stride of their own"),
         ({}, "--model.upcycle_gates=0.1", "model.init is random, not upcycle"),
+        ({"model_merge_coefficients": [1.0]}, "--model.merge_coefficients=[1]", "model.init is random, not merge:"),
+        (
+            {"model_init": "merge:[a, b]", "model_weights": "a.pth"},
+            "--model.weights=a.pth",
+            "which all weights come from",
+        ),
         ({}, "--train.momentum=0.5", "train.optimizer is adamw, not sgd"),
         ({"model_tasks": ["depth"]}, "--train.edge_positive_weight=0.9", "edge is not among model.tasks"),
         ({"model_tasks": ["depth"], "train_weighting": "dwa"}, "--train.weighting=dwa", "model.tasks has one"),

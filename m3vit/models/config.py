@@ -72,7 +72,10 @@ class ModelConfig:
             RUN_B] makes one model of dense runs of one architecture, each of tasks of its own (Branch-Train-MiX, arXiv
             2403.07816): their MLPs become experts, which their tasks start with, and the rest of the trunk their mean.
             m3vit:FILE reads a checkpoint of M3ViT's released code (or a folder of one file a process). These stand
-            for pretrained and weights, which then do nothing.
+            for pretrained and weights, which then do nothing (but under merge_coefficients).
+        merge_coefficients: with init merge:, a number for each run: the shared trunk is the weights that the runs began
+            from (model.weights or pretrained), plus each run's difference from them times its number (task arithmetic,
+            arXiv 2212.04089). Empty: the mean of the runs.
         upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
             starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single (one
@@ -114,6 +117,7 @@ class ModelConfig:
     top_k: int = 4
     expert_ratio: float = 1.0
     init: str = "random"
+    merge_coefficients: list[float] = field(default_factory=list)
     upcycle_gates: float = 1e-6
     router: Literal["multi", "task_conditioned", "single"] = "multi"
     router_noise: float = 0.0
@@ -175,6 +179,19 @@ class ModelConfig:
         kind, given = init_sources(self.init)
         if kind == "merge" and len({*given}) < max(2, len(given)):
             raise InputError(f"model.init is {self.init!r}: name two runs or more, each once")
+        if kind == "merge" and self.merge_coefficients:
+            for number in self.merge_coefficients:
+                _check_number("model.merge_coefficients", number, (-10, 10), f" in {self.merge_coefficients}")
+            if len(self.merge_coefficients) != len(given):
+                raise InputError(
+                    f"model.merge_coefficients are {self.merge_coefficients}: give one for each of the {len(given)} "
+                    "runs of model.init, or none for their mean"
+                )
+            if self.pretrained == bool(self.weights):
+                raise InputError(
+                    f"model.merge_coefficients are {self.merge_coefficients}: they scale what each run learnt beyond "
+                    "the weights that all began from; give these, model.weights FILE or model.pretrained"
+                )
         if self.experts_per_task and kind in ("upcycle", "merge"):
             raise InputError(
                 f"model.init {kind} makes copies of an MLP that every task must be able to reach: leave out "

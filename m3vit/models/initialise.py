@@ -163,9 +163,24 @@ def _from_run(given: str, model: MultiTaskModel) -> Filled:
 
 def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
     runs = [read_trained(one, "model.init merge: ") for one in given]
-    values, taken = merge(model, runs)
+    values, taken = merge(model, runs, _began_from(model))
     left_out = [f"{run.name}: {words}" for run, one in zip(runs, taken, strict=True) for words in _left_out(one)]
     return Filled(list(values), left_out, runs[0].images)
+
+
+def _began_from(model: MultiTaskModel) -> Mapping[str, Tensor] | None:
+    """Return the weights that runs to be merged with coefficients began from, by timm's names; None without these."""
+    config = model.config
+    if not config.merge_coefficients:
+        return None
+    if config.pretrained:
+        return of_timm(config).state
+    if run_with_experts(config.weights):
+        raise InputError(
+            f"model.weights {config.weights} has experts, and dense runs cannot have begun from it: give the weights "
+            "that they were all trained from, or leave out model.merge_coefficients"
+        )
+    return of_file(model.backbone.trunk, dense_tensors(model), config.weights).state
 
 
 def _released(given: str, model: MultiTaskModel) -> Filled:

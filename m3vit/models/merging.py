@@ -4,6 +4,9 @@ After Branch-Train-MiX (arXiv 2403.07816): each run's MLPs become experts, every
 the runs', heads stay those of their task. There the router starts at random; here each task first uses the experts of
 its own run.
 
+Given the weights B that all runs r began from, and coefficients c_r (model.merge_coefficients), the rest of the trunk
+is B + sum_r c_r (r - B) instead (task arithmetic, arXiv 2212.04089); c_r = 1 / N is the mean again, whatever B.
+
 A gate has no bias, but what it reads has passed a LayerNorm, x = w * z + b with sum_d z_d = 0: for u = 1 / w the sum
 u . x = sum_d b_d / w_d = c is the same for every token. A gate row LEAD * u / c hence adds LEAD to the logit of its
 expert, whatever the token. b is first shifted along w until |c| is 2 sqrt(D), which makes such rows of the size of
@@ -18,7 +21,7 @@ Shapes: D embedding dimension, E experts, H hidden width of an expert.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +39,12 @@ SMALL = 1e-2  # random gates, relative to the usual size: above what rounding ma
 
 
 @torch.no_grad()
-def merge(model: MultiTaskModel, runs: Sequence[Trained]) -> tuple[dict[str, Tensor], list[Taken]]:
+def merge(
+    model: MultiTaskModel, runs: Sequence[Trained], base: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[Taken]]:
     """Fill a model from dense runs; return the names and values it got, and the fates of each run's tensors.
+
+    base: what the runs began from, by timm's names, for the coefficients of the configuration; None for the mean.
 
     Raises InputError if the runs cannot be merged into this model; nothing of it is left out but what is no task of it.
     """
@@ -53,7 +60,8 @@ def merge(model: MultiTaskModel, runs: Sequence[Trained]) -> tuple[dict[str, Ten
     found: dict[str, Tensor] = {}
     for name in own:
         if values := [one.values[name] for one in taken if name in one.values]:
-            found[name] = torch.stack(values).mean(dim=0) if values[0].is_floating_point() else values[0]
+            began = base.get(name.removeprefix(TRUNK)) if base is not None and name.startswith(TRUNK) else None
+            found[name] = combined(values, began, model.config.merge_coefficients)
             own[name].copy_(found[name])
     for index in model.backbone.moe_indices:
         _mix(model, runs, owners, index)
@@ -62,6 +70,17 @@ def merge(model: MultiTaskModel, runs: Sequence[Trained]) -> tuple[dict[str, Ten
         for one in taken:
             one.fates |= {name: "" for name in one.fates if name.startswith(f"{TRUNK}blocks.{index}.mlp.")}
     return found, taken
+
+
+def combined(values: Sequence[Tensor], began: Tensor | None, coefficients: Sequence[float]) -> Tensor:
+    """Return the mean of several runs' values of one tensor; with what they began as, began + sum c (value - began)."""
+    if not values[0].is_floating_point():
+        return values[0]
+    if began is None:
+        return torch.stack(list(values)).mean(dim=0)
+    start = began.to(values[0])
+    vectors = torch.stack([value - start for value in values])
+    return start + torch.tensordot(torch.tensor(coefficients, dtype=start.dtype, device=start.device), vectors, dims=1)
 
 
 def check(model: MultiTaskModel, runs: Sequence[Trained]) -> dict[str, int]:

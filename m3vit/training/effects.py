@@ -43,7 +43,9 @@ def without_effect(config: Config) -> dict[str, str]:
         found["model.head_stride"] = f"{model.head} heads have a stride of their own"
     if model.init != "upcycle" and not model.init.startswith("run:"):
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
-    if model.started:
+    if not model.init.startswith("merge:"):
+        found["model.merge_coefficients"] = f"model.init is {model.init}, not merge:"
+    if model.started and not (model.init.startswith("merge:") and model.merge_coefficients):
         found |= dict.fromkeys(WEIGHTS, f"model.init is {model.init}, which all weights come from")
     if model.moe_blocks in ("none", []):
         reason = "model.moe_blocks leaves no block with experts"

@@ -100,6 +100,69 @@ def test_the_rest_is_the_mean(siblings: tuple[Path, Path], tmp_path: Path) -> No
     torch.testing.assert_close(dense[name], (first[name] + second[name]) / 2)
 
 
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A dense run, and two of one task each whose weights all differ from its."""
+    root = tmp_path_factory.mktemp("family")
+    trained(root / "base", moe_blocks="none", tasks=["normals"])
+    for seed, task in enumerate(("depth", "edge")):
+        torch.manual_seed(10 + seed)
+        model = trained(root / task, moe_blocks="none", tasks=[task])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1 * (seed + 1))
+        save_model(root / task, model, epoch=1)
+    return root / "base", root / "depth", root / "edge"
+
+
+@pytest.mark.parametrize("coefficients", [[0.5, 0.5], [0.0, 0.0], [0.0, 1.0], [0.3, -0.7]])
+@pytest.mark.parametrize("moe_blocks", ["none", "odd"])
+def test_task_arithmetic(family: tuple[Path, Path, Path], coefficients: list[float], moe_blocks: str) -> None:
+    base, *runs = family
+    plain = {"moe_blocks": moe_blocks, "router": "multi" if moe_blocks == "odd" else "single"}
+    model = merged(*runs, **plain, weights=str(base / "model.safetensors"), merge_coefficients=coefficients)
+    began, first, second = (load_run(folder).model.state_dict() for folder in family)
+    compared = 0
+    for name, value in model.state_dict().items():
+        if name.startswith("heads") or (moe_blocks == "odd" and (".mlp." in name or "norm2.bias" in name)):
+            continue
+        expected = began[name].clone()
+        for number, run in zip(coefficients, (first, second), strict=True):
+            expected += number * (run[name] - began[name])
+        torch.testing.assert_close(value, expected)
+        compared += 1
+    assert compared > 20
+    for run, task in ((first, "depth"), (second, "edge")):
+        for name in (name for name in run if name.startswith(f"heads.{task}.")):
+            torch.testing.assert_close(model.state_dict()[name], run[name])
+    assert not_taken(model) == []
+
+
+def test_halves_are_the_mean(family: tuple[Path, Path, Path]) -> None:
+    base, *runs = family
+    halves = merged(*runs, weights=str(base / "model.safetensors"), merge_coefficients=[0.5, 0.5]).state_dict()
+    for name, value in merged(*runs).state_dict().items():
+        torch.testing.assert_close(halves[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_coefficients_need_what_the_runs_began_from(family: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, *runs = family
+    weights = str(base / "model.safetensors")
+    for given, words in (
+        ({"merge_coefficients": [0.5, 0.5]}, "give these, model.weights FILE or model.pretrained"),
+        ({"merge_coefficients": [0.5], "weights": weights}, "one for each of the 2 runs"),
+        ({"merge_coefficients": [0.5, float("nan")], "weights": weights}, "merge_coefficients is nan"),
+    ):
+        with pytest.raises(InputError, match=words):
+            merged(*runs, **given)
+    trained(tmp_path / "moe", tasks=["edge"])
+    with pytest.raises(InputError, match="has experts, and dense runs cannot have begun from it"):
+        merged(*runs, merge_coefficients=[0.5, 0.5], weights=str(tmp_path / "moe" / "model.safetensors"))
+    trained(tmp_path / "wide", moe_blocks="none", tasks=["edge"], trunk_args=ARGS | {"mlp_ratio": 4})
+    with pytest.raises(InputError, match="does not fit the trunk"):
+        merged(*runs, merge_coefficients=[0.5, 0.5], weights=str(tmp_path / "wide" / "model.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
