@@ -60,7 +60,7 @@ def merge(
     found: dict[str, Tensor] = {}
     for name in own:
         if values := [one.values[name] for one in taken if name in one.values]:
-            began = base.get(name.removeprefix(TRUNK)) if base is not None and name.startswith(TRUNK) else None
+            began = base[name.removeprefix(TRUNK)] if base is not None and name.startswith(TRUNK) else None
             found[name] = combined(values, began, model.config.merge_coefficients)
             own[name].copy_(found[name])
     for index in model.backbone.moe_indices:
