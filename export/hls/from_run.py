@@ -75,6 +75,7 @@ def export_run(
         weight_bits=request.weight_bits,
         act_bits=request.act_bits,
         board=request.board,
+        engines=request.engines,
         budget=in_all_layers(top_k or {}, run.model.backbone.moe_indices),
         progress=progress,
     )
