@@ -16,6 +16,7 @@ from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import Experts, Instruction, Op, Route
 from m3vit.hw.ops import ENGINES, LOOPS, ON_ARRAY, OPS, PORTS, Timing
 
+PORTS_OF_WEIGHTS = {1: "one port", 2: "two ports"}
 LOOSE = 1.5  # an engine this far above its multipliers and its busiest port waits for its own loops
 
 
@@ -110,7 +111,8 @@ def floor(
     multipliers = int(BUDGETS["dsp"] * board.dsp) * products
     return {
         "multipliers": sum(line.macs for line in lines) / (multipliers * per_ms),
-        "weights through one port": weights / (board.port_bits // 8 * per_ms),
+        f"weights through {PORTS_OF_WEIGHTS[hardware.weight_ports]}": weights
+        / (hardware.weight_ports * board.port_bits // 8 * per_ms),
         "weights over all of the bandwidth": weights / (board.bandwidth_gb_s * 1e6 * assumed.efficiency),
     }
 

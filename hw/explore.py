@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from m3vit.errors import InputError
 from m3vit.hw.boards import BUDGETS, fits, resources
 from m3vit.hw.design import SIZES, Design
-from m3vit.hw.fit import check_tokens, frame_cycles, least_hardware, sizes_of
+from m3vit.hw.fit import FrameTimes, check_tokens, least_hardware, sizes_of
 from m3vit.hw.hardware import PORT_WIDTHS, Hardware
 from m3vit.hw.isa import Instruction
 
@@ -22,7 +22,7 @@ class Point(NamedTuple):
 
 
 def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) -> Iterator[Point]:
-    """Yield all engines that fit the design's board; of those that differ in what is no faster, the smaller one."""
+    """Yield all engines that fit the design's board."""
     widths = [design.target.port_bits] if design.port_bits else [w for w in PORT_WIDTHS if w <= design.target.port_bits]
     for weight_bits, act_bits in bits:
         for width in widths:
@@ -30,13 +30,10 @@ def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) 
             program = programs(weight_bits, act_bits, width)
             hardware = least_hardware(program, weight_bits, act_bits, board)
             check_tokens(hardware.max_rows)
-            cycles: dict[tuple[Any, ...], int] = {}
+            times = FrameTimes(program, board)
             for size in sizes_of(hardware, board, design.sizes):
                 if fits(size, board):
-                    key = tuple(getattr(size, name) for name in SIZES if name != "tiles_in_lut")  # no matter to time
-                    if key not in cycles:
-                        cycles[key] = frame_cycles(program, size, board)
-                    yield Point(cycles[key] / board.clock_mhz / 1e3, size, resources(size))
+                    yield Point(times.cycles(size) / board.clock_mhz / 1e3, size, resources(size))
 
 
 def front(found: Sequence[Point], resource: str) -> list[Point]:
@@ -91,7 +88,7 @@ def render(report: Mapping[str, Any]) -> str:
         step = max(1, -(-len(points_) // SHOWN))
         lines += [f"  {_line(point)}" for point in points_[::step]]
         if step > 1:
-            lines.append(f"  (every {step}th of {len(points_)}; --json has all)")
+            lines.append(f"  (one in {step} of {len(points_)}; --json has all)")
     return "\n".join([*lines, f"fastest: {_line(report['fastest'])}"])
 
 

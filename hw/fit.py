@@ -50,9 +50,27 @@ def fitting(hardware: Hardware, board: Board, fixed: Sizes) -> list[Hardware]:
     return list(found.values())
 
 
-def frame_cycles(program: Sequence[Instruction], hardware: Hardware, board: Board) -> int:
-    """Return the modelled cycles of a frame of the first task."""
-    return sum(line.cycles for line in lines_of(program, hardware, board))
+class FrameTimes:
+    """The modelled cycles of frames of a program's first task, for engines of many sizes.
+
+    What is on the array depends on some sizes each; the rest on none: each part is counted once for those.
+    """
+
+    def __init__(self, program: Sequence[Instruction], board: Board) -> None:
+        self.program, self.board = list(program), board
+        self.known: dict[tuple[Any, ...], int] = {}
+
+    def cycles(self, hardware: Hardware) -> int:
+        """Return the cycles of a frame."""
+        key = (hardware.tile_out, hardware.lanes, hardware.groups)
+        keys = {"attention": key, "linear": (hardware.tile_out, hardware.token_block, hardware.weight_ports), "": ()}
+        for name, sizes in keys.items():
+            if (name, *sizes) not in self.known:
+                lines = lines_of(self.program, hardware, self.board)
+                for part, others in keys.items():
+                    own = [line.cycles for line in lines if (line.engine if line.engine in keys else "") == part]
+                    self.known[(part, *others)] = sum(own)
+        return sum(self.known[(name, *sizes)] for name, sizes in keys.items())
 
 
 def check_tokens(tokens: int) -> None:
@@ -76,7 +94,8 @@ def fit(
     check_tokens(hardware.max_rows)
     found = fitting(hardware, board, fixed)
     if found:
-        return min(found, key=lambda size: frame_cycles(program, size, board))
+        times = FrameTimes(program, board)
+        return min(found, key=times.cycles)
     raise _nothing_fits(program, hardware, board, fixed)
 
 

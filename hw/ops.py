@@ -182,14 +182,15 @@ def norm_needs(i: Norm) -> dict[str, int]:
 
 def attention_memories(h: Hardware) -> list[OnChip]:
     """Width is what is read or written in a cycle, whichever is more; `rounds`: of groups of queries, two of them."""
-    rounds, sums = 2 * BATCH, ACCUMULATOR_BITS
+    rounds, sums = 2 * BATCH, h.context_bits
     keys, channels = h.group * KEY_BLOCK, h.group * h.head
+    some, outputs = min(KEY_BLOCK, h.tile_out), min(h.head, h.tile_out)  # keys and channels on the array at once
     values, weight_bits = h.value_queries * h.tile_in, (PACKED_PROB_FRAC if h.packed else PROB_FRAC) + 1
     return [
-        OnChip("keys", 1, KEY_BLOCK * h.tile_in * h.act_word, RING * h.head // h.tile_in, "lut"),
-        OnChip("values", 1, h.tile_in * h.head * h.act_word, RING * KEY_BLOCK // h.tile_in, "lut"),
+        OnChip("keys", 1, some * h.tile_in * h.act_word, RING * KEY_BLOCK * h.head // some // h.tile_in, "lut"),
+        OnChip("values", 1, h.tile_in * outputs * h.act_word, RING * KEY_BLOCK * h.head // outputs // h.tile_in, "lut"),
         OnChip("queries", h.score_queries, h.tile_in * h.act_word, h.groups * channels // h.score_queries // h.tile_in),
-        OnChip("products", 1, min(keys, h.tile_out) * sums, rounds * _times(keys, h.tile_out), "lut"),
+        OnChip("products", 1, min(keys, h.tile_out) * h.product_bits, rounds * _times(keys, h.tile_out), "lut"),
         OnChip("scores", 1, h.lanes * SCORE_BITS, rounds * keys // h.lanes, "lut"),
         OnChip("weights", 1, values * weight_bits, rounds * _times(keys, values), "lut"),
         OnChip("sums of before", 1, min(channels, h.tile_out) * sums, rounds * _times(channels, h.tile_out), "lut"),
@@ -204,7 +205,8 @@ def attention_turn(i: Attention, h: Hardware) -> int:
     width, keys = i.n_out // i.heads, min(i.rows, KEY_BLOCK)
     score = _times(h.group, h.score_queries) * _times(keys, h.tile_out) * _times(width, h.tile_in)
     value = _times(h.group, h.value_queries) * _times(keys, h.tile_in) * _times(width, h.tile_out)
-    return max(score + value, h.group * _times(max(keys, width), h.lanes), LEAST_TURN)
+    weighed = h.group * max(_times(keys, h.lanes), _times(width, h.shifted_lanes))
+    return max(score + value, weighed, LEAST_TURN)
 
 
 def query_blocks(i: Attention, h: Hardware) -> list[int]:

@@ -38,6 +38,8 @@ template <class C> struct attention_sums {
 template <class C> struct attention_sizes {
     static const unsigned score_queries = C::tile_out > key_block ? C::tile_out / key_block : 1; // on the array at once
     static const unsigned value_queries = C::tile_out > C::head ? C::tile_out / C::head : 1;
+    static const unsigned keys = C::tile_out < key_block ? C::tile_out : key_block; // and channels on the array at once
+    static const unsigned channels = C::tile_out < C::head ? C::tile_out : C::head;
 };
 
 template <class C> struct attention_buffers {

@@ -29,11 +29,11 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     #pragma HLS ARRAY_PARTITION variable=tile.bias_shift complete dim=0
     #pragma HLS ARRAY_PARTITION variable=tile.shift complete dim=0
     #pragma HLS ARRAY_PARTITION variable=cache.x dim=2 cyclic factor=linear_state<C>::joined
-    // Keys: all of a block, tile_in channels; values: tile_in keys, all channels.
-    #pragma HLS ARRAY_PARTITION variable=buffer.k dim=2 complete
+    // Keys: as many as there are outputs, tile_in channels; values: tile_in keys, as many channels as there are outputs.
+    #pragma HLS ARRAY_PARTITION variable=buffer.k dim=2 cyclic factor=attention_sizes<C>::keys
     #pragma HLS ARRAY_PARTITION variable=buffer.k dim=3 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.v dim=2 cyclic factor=C::tile_in
-    #pragma HLS ARRAY_PARTITION variable=buffer.v dim=3 complete
+    #pragma HLS ARRAY_PARTITION variable=buffer.v dim=3 cyclic factor=attention_sizes<C>::channels
     #pragma HLS ARRAY_PARTITION variable=buffer.q dim=2 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.q dim=3 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.product dim=3 complete

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from m3vit.commands.hls import run_cost
+from m3vit.commands.hls import run_cost, run_explore
 from m3vit.errors import InputError
 from m3vit.hw.boards import find_board
 from m3vit.hw.cost import lines_of
@@ -36,11 +36,25 @@ def test_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([*RECIPE, "--act-bits", "9"], "act_bits is 9: the multiplexed schedule has 8, 10"),
         ([*RECIPE, "--model.image_size=[96,32768]", "--model.trunk_args.patch_size=8"], "tokens, and the queues"),
         (["nowhere"], "unknown recipe 'nowhere'"),
+        ([*RECIPE, "--clock", "1"], "--clock 1: give 50 to 600 MHz"),
+        ([*RECIPE, "--engines", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run_cost(words)
+
+
+def test_what_is_explored_is_what_is_costed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, words = tmp_path / "engines.json", [*RECIPE, "--board", "kv260", "--port-bits", "64", "--weight-bits", "8"]
+    run_explore([*words, "--act-bits", "8", "--out", str(file), "--json", str(tmp_path / "fronts.json")])
+    assert f"{file}: the fastest" in capsys.readouterr().out
+    run_cost([*RECIPE, "--engines", str(file), "--json", str(tmp_path / "cost.json")])
+    fastest = json.loads((tmp_path / "fronts.json").read_text())["fastest"]
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert cost["ms"] == pytest.approx(fastest["ms"]) and cost["resources"] == fastest["takes"]
+    with pytest.raises(InputError, match="says all of the engines: leave out --weight-bits, --clock"):
+        run_cost([*RECIPE, "--engines", str(file), "--weight-bits", "8", "--clock", "200"])
 
 
 @pytest.mark.slow
