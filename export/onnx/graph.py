@@ -38,6 +38,18 @@ class _Tasks(nn.Module):
         return tuple(self.model.heads(features, {name: size}).logits[name] for name in self.tasks)
 
 
+class _AllTasks(nn.Module):
+    """The model as a function of the image alone: the logits of some tasks, what they have in common computed once."""
+
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.tasks = model, tasks
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits = self.model(image, self.tasks).logits
+        return tuple(logits[name] for name in self.tasks)
+
+
 class _Features(nn.Module):
     """The backbone as a function of the image and the number of the task; its tokens as a map [B, L * D, h, w]."""
 
@@ -98,6 +110,27 @@ def trace_tasks(
     axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
     inputs = {"image": _zeros(model, batch or 2, 3, *shape), NUMBER: _zeros(model, 1).long()}
     return _trace(model, _Tasks(model, tasks), inputs, axes, tasks, opset)
+
+
+def trace_all_tasks(
+    model: MultiTaskModel,
+    tasks: Sequence[str],
+    *,
+    opset: int = MIN_OPSET,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+) -> onnx.ModelProto:
+    """Return the graph of several tasks at once: `image` -> logits of each, outputs named like the tasks.
+
+    What comes before the first MoE layer is computed once; behind it the tokens of all tasks are one batch, of which
+    each expert gets its own at a time, as in training. The rest as in `trace_task`.
+    """
+    require_onnx(model)
+    for task in tasks:
+        model.task_id(task)
+    shape = _example_shape(model, opset, size)
+    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
+    return _trace(model, _AllTasks(model, tasks), {"image": _zeros(model, batch or 2, 3, *shape)}, axes, tasks, opset)
 
 
 def of_task(traced: onnx.ModelProto, model: MultiTaskModel, task: str) -> onnx.ModelProto:

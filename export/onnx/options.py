@@ -29,6 +29,7 @@ class Content:
         budget: the experts that each task's graph keeps and uses
         coverage: the share of the gate mass that these hold, by task and layer, for the manifest
         one_backbone: add one graph of the backbone for all tasks, and one of each head
+        all_tasks: add one graph of all tasks at once, which computes what they have in common once
     """
 
     tasks: tuple[Annotated[str, Value(metavar="T")], ...] = ()
@@ -39,6 +40,7 @@ class Content:
     budget: Annotated[Budget, Value(hidden=True)] = FULL
     coverage: Annotated[Mapping[str, Sequence[float]], Value(hidden=True)] = field(default_factory=dict)
     one_backbone: bool = False
+    all_tasks: bool = False
 
     def check(self) -> None:
         """Raise InputError for what cannot be exported."""

@@ -24,10 +24,10 @@ from m3vit.export.onnx.parity import (
     FORCES,
     LIMIT,
     NOISE_ROUNDS,
+    Record,
     _Batch,
     _compare,
     _near_ties,
-    _Record,
     check_parity,
 )
 from m3vit.export.runtime.package import Package, file_entries
@@ -205,8 +205,8 @@ def test_findings_of_a_comparison() -> None:
     right = make_images(3, (8, 8))
     wrong, broken = right + 0.1, np.full_like(right, np.nan)
 
-    def findings(runners: list[Any], ties: list[int]) -> tuple[_Record, str]:
-        record = _Record()
+    def findings(runners: list[Any], ties: list[int]) -> tuple[Record, str]:
+        record = Record()
         batch = _Batch(torch.from_numpy(right), alone=3)
         _compare(runners, "depth", batch, right, np.array(ties), record)
         return record, "; ".join(record.all_failures())
