@@ -1,4 +1,4 @@
-"""Lowering of m3vit::MoE, the one custom operator of an exported graph, to standard ONNX operators.
+"""Lowering of m3vit::MoE, a custom operator of an exported graph, to standard ONNX operators; with it attention.py.
 
 Two forms. `sparse`: NonZero dispatch, Split by runtime counts, one small MLP per expert, Concat, inverse Gather. Every
 token runs through its own K experts only, and an expert without tokens costs nothing. The combine step is a Gather and
@@ -21,6 +21,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.errors import InputError
+from m3vit.export.onnx.attention import FUSED_DOMAIN, drop_round_trips, lower_attention
+from m3vit.export.onnx.attention import OPERATOR as ATTENTION
 from m3vit.export.onnx.options import MIN_OPSET
 from m3vit.models.budget import LayerBudget
 
@@ -32,8 +34,12 @@ _NEVER = -1e30  # added to a logit: chosen after all others, and still a number
 _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 
 
-def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str = "sparse") -> ModelProto:
+def lower_moe(
+    graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str = "sparse", attention: str = "standard"
+) -> ModelProto:
     """Replace each m3vit::MoE node by standard operators, in one of FORMS; change `graph` in place and return it.
+
+    `attention`: the form of m3vit::Attention nodes (attention.py).
 
     `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained. Of a layer of
     several tasks (a gate [R, E, D], tokens [R * N, D]), one for each task.
@@ -60,8 +66,12 @@ def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
             nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values).expand(form)
             layer += 1
+        elif (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+            nodes += lower_attention(node, attention, values, _Nodes(node.output[0]))
         else:
             nodes.append(node)
+    if attention == "fused":
+        drop_round_trips(nodes)
     nodes = reachable(nodes, [output.name for output in graph.graph.output])
     used = {name for node in nodes for name in node.input} | {output.name for output in graph.graph.output}
     initializers = [tensor for tensor in graph.graph.initializer if tensor.name in used]
@@ -69,9 +79,10 @@ def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str
     for name, content in (("node", nodes), ("initializer", initializers)):
         graph.graph.ClearField(name)
         getattr(graph.graph, name).extend(content)
-    standard = [entry for entry in graph.opset_import if entry.domain != DOMAIN]
+    domains = {node.domain for node in nodes}
+    kept = [entry for entry in graph.opset_import if entry.domain != DOMAIN]
     graph.ClearField("opset_import")
-    graph.opset_import.extend(standard)
+    graph.opset_import.extend(kept + ([helper.make_opsetid(FUSED_DOMAIN, 1)] if FUSED_DOMAIN in domains else []))
     strip(graph)
     check(graph)
     return graph
@@ -118,7 +129,7 @@ def _strip_node(node: NodeProto) -> None:
 def check(graph: ModelProto) -> None:
     """Assert that the graph is valid, shapes included, and needs no custom operator (a defect of ours otherwise)."""
     custom = {node.domain for node in graph.graph.node} | {entry.domain for entry in graph.opset_import}
-    assert custom <= {"", "ai.onnx"}, f"custom operator domains left in the graph: {sorted(custom)}"
+    assert custom <= {"", "ai.onnx", FUSED_DOMAIN}, f"custom operator domains left in the graph: {sorted(custom)}"
     assert not graph.functions, "local functions left in the graph"
     # Larger ones are checked by path, once their weights are in a file of their own (package.py).
     if graph.ByteSize() < _CHECK_LIMIT:

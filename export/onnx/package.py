@@ -79,7 +79,8 @@ def export_package(
             "format_version": FORMAT_VERSION,
             "project_version": m3vit.__version__,
             "opset": content.opset,
-            "form": "wide" if content.static else "sparse",
+            "form": content.form,
+            "attention": content.attends,  # fused: the graphs need onnxruntime
             "precisions": list(content.precisions),
             "weights": {"file": WEIGHTS},
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
@@ -141,7 +142,7 @@ class _Writer:
     def task(self, model: MultiTaskModel, graph: ModelProto, task: str) -> dict[str, Any]:
         """Write the graphs of one task, given as traced, and return their entries of the manifest, by precision."""
         budgets = self.content.budget.layers(task, model.backbone.moe_indices)
-        lower_moe(graph, budgets, "wide" if self.content.static else "sparse")
+        lower_moe(graph, budgets, self.content.form, self.content.attends)
         return self.variants(graph, task)
 
     def parts(self, model: MultiTaskModel, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +151,8 @@ class _Writer:
         for task, entry in tasks.items():
             head = lower_moe(trace_head(model, task, **options))
             entry["heads"] = self.variants(head, f"{task}.head", required=False)
-        return {"graphs": self.variants(lower_moe(trace_backbone(model, **options)), "backbone")}
+        graph = lower_moe(trace_backbone(model, **options), attention=self.content.attends)
+        return {"graphs": self.variants(graph, "backbone")}
 
     def all_tasks(self, model: MultiTaskModel, tasks: Sequence[str]) -> dict[str, Any]:
         """Write the graphs of all tasks at once, and return their entries of the manifest, by precision."""
@@ -158,7 +160,7 @@ class _Writer:
         batch = 1 if content.static else None
         graph = trace_all_tasks(model, tasks, opset=content.opset, size=content.size, batch=batch)
         by_task = [content.budget.layers(task, model.backbone.moe_indices) for task in tasks]
-        lower_moe(graph, list(zip(*by_task, strict=True)), "wide" if content.static else "sparse")
+        lower_moe(graph, list(zip(*by_task, strict=True)), content.form, content.attends)
         return self.variants(graph, ALL)
 
     def variants(self, graph: onnx.ModelProto, name: str, *, required: bool = True) -> dict[str, Any]:
