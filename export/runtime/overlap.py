@@ -60,8 +60,8 @@ def ahead(items: Iterable[T], stop: threading.Event) -> Generator[T, None, None]
 class Behind:
     """Calls made one after the other in a thread of their own, ROOM of them waiting; used with `with`.
 
-    What a call raises is raised by a later `call`, or by `finish`, which waits for all; no other follows it. Leaving without it, because of
-    another exception, ends after the call that runs.
+    What a call raises is raised by a later `call`, or by `finish`, which waits for all; no other follows it. Leaving
+    without it, because of another exception, ends after the call that runs.
     """
 
     def __init__(self) -> None:
