@@ -181,7 +181,7 @@ def run_init(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv)
-    from m3vit.training.loop import initialise
+    from m3vit.training.starting import initialise
 
     initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")

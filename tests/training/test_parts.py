@@ -19,9 +19,10 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.training.config import PARTS, Config, DataConfig, TrainConfig
 from m3vit.training.launch import Fabric
-from m3vit.training.loop import build, train
+from m3vit.training.loop import train
 from m3vit.training.optim import make_optimizer
 from m3vit.training.parts import block_of, freeze, frozen_epochs, lr_factors, part_of, rows, table
+from m3vit.training.starting import build
 from m3vit.training.step import Labels, Stepper
 from m3vit.training.weighting import make_weighting
 from tests.conftest import TINY
