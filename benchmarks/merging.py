@@ -5,11 +5,11 @@
 Dense models are trained for --before epochs: one for each task, and one for all of them. Then multi-task models with
 experts are trained for --after epochs on the same scenes: merged from the single-task ones (model.init merge:, each
 task starting with the experts of its own run), up-cycled from the multi-task one (model.init run:), and from scratch.
-The trunk that merged models share is the runs' mean, or the weights that they began from (those of one seed begin alike)
-with 0.3 of what each run learnt (task arithmetic), or with as much of it as entropy asks for (AdaMerging). "at once" is
-each before any further training. Nothing but public commands, recipe synthetic-tiny with linear heads;
-what was trained before is not trained again. delta_m is over the means of the models from scratch, by seed. Rendered
-scenes and small models.
+The trunk that merged models share is the runs' mean, or the weights that they began from (those of one seed begin
+alike) with 0.3 of what each run learnt (task arithmetic), or with as much of it as entropy asks for (AdaMerging). "at
+once" is each before any further training. Nothing but public commands, recipe synthetic-tiny with linear heads; what
+was trained before is not trained again. delta_m is over the means of the models from scratch, by seed. Rendered scenes
+and small models.
 """
 
 from concurrent.futures import ThreadPoolExecutor
