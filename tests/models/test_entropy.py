@@ -217,6 +217,7 @@ def test_on_the_command_line(
     for more, words in (
         ((), "is not empty: continue it with m3vit train --resume"),
         (("--model.merge_coefficients=[0.3,0.3,0.3]",), "--model.merge_steps would have no effect"),
+        (("--model.merge_coefficients=guess",), "model.merge_coefficients is guess: give list[float] or entropy"),
         (("--model.init=random",), "--model.merge_coefficients would have no effect (model.init is random"),
     ):
         done = cli("init", "synthetic-tiny", *keys, *more, "--out", tmp_path / "run")

@@ -307,6 +307,7 @@ def test_the_table_says_what_is_trained() -> None:
         ({"freeze_epochs": {"gates": 1}}, "train.freeze_epochs names gates"),
         ({"freeze": ["heads"], "freeze_epochs": {"heads": 1}}, "train.freeze and train.freeze_epochs both name heads"),
         ({"freeze_epochs": {"heads": 0}}, "train.freeze_epochs gives heads 0 epochs: give 1 to 3"),
+        ({"freeze_epochs": {"heads": 1}, "epochs": 1}, "gives heads 1 epochs: of 1 in all; train.freeze is for all"),
         ({"freeze_epochs": {"heads": 4}}, "train.freeze_epochs gives heads 4 epochs"),
         ({"freeze_epochs": {"heads": 1}, "strategy": "fsdp"}, "fsdp does not go with train.freeze_epochs"),
     ],
