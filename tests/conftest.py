@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("CXX", str(ROOT / "tests" / "g++-O0.sh"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Making these takes seconds: tracing one task for ONNX takes four, g++ as many.
-SLOW_FIXTURES = {"onnx_package", "hls_project", "builds"}
+SLOW_FIXTURES = {"onnx_package", "hls_project", "spatial", "builds"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
