@@ -59,7 +59,7 @@ def configure(recipe: str, keys: Mapping[str, Any] | None = None) -> "Config":
 
 def build_model(config: "Config") -> "MultiTaskModel":
     """Return the model of a configuration, its weights drawn from train.seed and filled as model.init says."""
-    from m3vit.training.loop import build
+    from m3vit.training.starting import build
 
     return build(config)
 

@@ -19,6 +19,7 @@ from m3vit.files import atomic_path, require_empty
 from m3vit.models.saved import INFO
 from m3vit.training.config import Config, differences, read_run_config
 
+GO_ON = "continue it with m3vit train --resume, or choose another folder"
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = (
     "data.root",
@@ -48,8 +49,7 @@ def prepare_folder(config: Config, out: Path, resume: bool, *, more_epochs: bool
                 "into another folder"
             )
         return
-    go_on = "continue it with m3vit train --resume, or choose another folder"
-    require_empty(out, advice="it is not a run folder" if resume else go_on)
+    require_empty(out, advice="it is not a run folder" if resume else GO_ON)
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out)
 

@@ -45,6 +45,9 @@ def without_effect(config: Config) -> dict[str, str]:
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if not model.init.startswith("merge:"):
         found["model.merge_coefficients"] = f"model.init is {model.init}, not merge:"
+    if model.merge_coefficients != "entropy":
+        why = "model.merge_coefficients are not found (entropy)"
+        found |= dict.fromkeys(("model.merge_steps", "model.merge_images"), why)
     if model.started and not (model.init.startswith("merge:") and model.merge_coefficients):
         found |= dict.fromkeys(WEIGHTS, f"model.init is {model.init}, which all weights come from")
     if model.moe_blocks in ("none", []):
