@@ -16,13 +16,14 @@ from timm.models.vision_transformer import ResPostBlock
 from m3vit.cli import main
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.hls import leaf
+from m3vit.export.hls import from_run, leaf
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.spatial import fixed_point, schedule
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.hw.sim import csim
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS as TASK_TABLE
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 
@@ -350,3 +351,26 @@ def test_bad_inputs_of_a_simulation(report: dict[str, Any], project: Path) -> No
 def test_simulating_needs_neither_torch_nor_hls4ml() -> None:
     script = "import sys, m3vit.hw.sim.csim; sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml')))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_lowering_is_checked_on_a_part_of_large_images(model: MultiTaskModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid is the model's all the same; what lowering gets wrong is found on the part."""
+    whole = leaf.lower(model)
+    monkeypatch.setattr(leaf, "CHECKED_PATCHES", 2)
+    lowered = leaf.lower(model)
+    assert lowered.grid == whole.grid
+    assert all(torch.equal(a, b) for a, b in zip(lowered.parameters(), whole.parameters(), strict=True))
+    monkeypatch.setattr(leaf, "LOG2_E", 1.5)
+    with pytest.raises(AssertionError, match="lowering changed the outputs"):
+        leaf.lower(model)
+
+
+def test_fewer_samples_of_a_large_model(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run(tiny_run)
+    monkeypatch.setattr(from_run, "SAMPLES_WORK", 1)
+    monkeypatch.setattr(from_run, "SAMPLES_MIN", 1)
+    told: list[str] = []
+    from_run.export_run(run, tmp_path / "out", progress=lambda done, total, what: told.append(what))
+    with np.load(tmp_path / "out" / "tb_data" / "samples.npz") as stored:
+        assert len(stored["ids"]) == 1
+    assert any("calibration" in what for what in told) and any("samples" in what for what in told)
