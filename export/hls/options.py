@@ -21,7 +21,8 @@ class Request:
 
     Attributes:
         data_root: data set's folder (default: the one the run was trained on)
-        samples: validation images to store for m3vit hw csim (default: 100, or all if there are fewer)
+        samples: validation images to store for m3vit hw csim (default: 100, fewer of a large model, where each takes
+            torch seconds a task, and all if there are not so many)
         schedule: spatial: a kernel for each layer, for models that fit on chip; multiplexed: one engine of each kind
             and weights in DDR, for models of any depth and any number of experts
         board: of the multiplexed schedule alone, such as zcu104, zcu102, kv260 or u50 (default: zcu104)

@@ -28,17 +28,23 @@ SCHEDULES = {
 Progress = Callable[[int, int, str], None]  # done, of how many, what is being done
 
 
+def silent(done: int, total: int, what: str) -> None:
+    """Show no progress."""
+
+
 @dataclass
 class Options:
     """What a user chooses of a project.
 
-    board: a name, or None in a schedule that is for no board. budget: what is used of the experts.
+    board: a name, or None in a schedule that is for no board. budget: what is used of the experts. progress: told
+    of the long work.
     """
 
     weight_bits: int
     act_bits: int
     board: str | None
     budget: Budget = FULL
+    progress: Progress = silent
 
 
 class Simulated(NamedTuple):

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 from m3vit.errors import InputError
 from m3vit.export.runtime.drawing import Range, colourise, overlay
 from m3vit.export.runtime.options import Loading, Options
-from m3vit.export.runtime.package import Package
+from m3vit.export.runtime.package import ALL, Package
 from m3vit.export.runtime.sources import Found, Source, find_sources
 from m3vit.files import atomic_path
 from m3vit.images import read_image
@@ -26,7 +26,6 @@ from m3vit.signals import StopSignals
 if TYPE_CHECKING:  # PyAV is an extra
     from m3vit.export.runtime.video import Film, Frame
 
-ALL = "all"
 _LISTED = 5  # names in a message
 _FILM_ROWS = 3  # of the legend of classes: a film's pictures have one size, whatever they show
 _SMOOTHING = 0.05  # of the depth scale from frame to frame
@@ -187,8 +186,7 @@ class _Run:
     def image(self, source: Source) -> None:
         """Predict an image; its tasks' files appear as each is done."""
         pixels = read_image(source.path, self.options.max_pixels)
-        for task in self.tasks:
-            prediction = self.package.predict(pixels, task, resize=self.options.resize)
+        for task, prediction in self._predictions(pixels):
             picture, *values = output_paths(source, task, self.out, self.options)
             with atomic_path(picture) as temporary:
                 drawn = self._draw(pixels, prediction, task, self.options.depth_range)
@@ -216,8 +214,8 @@ class _Run:
                         raise Interrupted
                     writers = writers or [self._writer(source, task, film, files) for task in self.tasks]
                     try:
-                        for writer in writers:
-                            self._frame(frame, writer)
+                        for writer, (_, prediction) in zip(writers, self._predictions(frame.picture), strict=True):
+                            self._frame(frame, writer, prediction)
                     except InputError as error:
                         raise InputError(f"frame {count + 1}: {error}") from error
                     count += 1
@@ -237,8 +235,15 @@ class _Run:
         temporary = [files.enter_context(atomic_path(path)) for path in paths]
         return files.enter_context(_TaskWriter(task, film, paths, temporary, self.options.depth_range))
 
-    def _frame(self, frame: "Frame", writer: "_TaskWriter") -> None:
-        prediction = self.package.predict(frame.picture, writer.task, resize=self.options.resize)
+    def _predictions(self, picture: NDArray[np.uint8]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield each task and its prediction: one after the other, or all at once where the package can."""
+        if self.tasks == self.package.tasks and self.package.all_at_once:
+            yield from self.package.predict(picture, ALL, resize=self.options.resize).items()
+            return
+        for task in self.tasks:
+            yield task, self.package.predict(picture, task, resize=self.options.resize)
+
+    def _frame(self, frame: "Frame", writer: "_TaskWriter", prediction: NDArray[Any]) -> None:
         kind, scale = KINDS[self.package.entry(writer.task)["decode"]], None
         if kind.own_range:
             scale = writer.scale.follow(kind.limits(prediction))

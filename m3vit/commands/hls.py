@@ -42,7 +42,8 @@ def run_export_hls(args: argparse.Namespace) -> None:
     run = load_run(wanted.run)
     config = run.config.model
     top_k = read_top_k(wanted.top_k, config.tasks, config.num_experts) if wanted.top_k else None
-    info = export_run(run, wanted.out, options(Request, args), top_k=top_k)
+    with progress_bar("exporting") as bar:
+        info = export_run(run, wanted.out, options(Request, args), top_k=top_k, progress=bar)
     say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(config.tasks)}: {wanted.out}")
 
 

@@ -107,7 +107,9 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         plugin.register(
             register_backend=hls4ml.backends.register_backend, register_writer=hls4ml.writer.register_writer
         )
-    formats = choose(calibrate(model, tokenise(calibration, model.patch)), options.weight_bits, options.act_bits)
+    seen = calibrate(model, tokenise(calibration, model.patch), options.progress)
+    formats = choose(seen, options.weight_bits, options.act_bits)
+    options.progress(0, 1, "hls4ml's conversion, quantisation and the program")
     graph = convert(
         model,
         out,
