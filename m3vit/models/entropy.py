@@ -107,8 +107,8 @@ def find_coefficients(
         entropy = blend.add_gradient(coefficients, batch)
         if not math.isfinite(entropy):
             raise InputError(
-                f"model.merge_coefficients entropy: that of merged predictions is {entropy} in step {step + 1}: the runs do "
-                "not mix; give a number for each run, or none for their mean"
+                f"model.merge_coefficients entropy: that of merged predictions is {entropy} in step {step + 1}: the "
+                "runs do not mix; give a number for each run, or none for their mean"
             )
         if first is None:
             first, before = batch, entropy
