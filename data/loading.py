@@ -153,7 +153,7 @@ class EpochBatches(Sampler):
         self.epoch = self.start = 0
         if not len(self):
             raise InputError(
-                f"train.batch_size {batch_size} is more than the {length} training images: give at most that"
+                f"train.batch_size {batch_size} is more than the {length} training images: give at most {length}"
             )
         if batch_size % processes:
             raise InputError(
