@@ -61,6 +61,10 @@ def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., Non
 
     try:
         yield update
+    except BaseException:
+        if task is not None and not progress.console.is_terminal and not progress.tasks[0].completed:
+            progress.live.transient = True  # in a log, a bar of nothing done would stand before the one line of refusal
+        raise
     finally:
         if task is not None:
             progress.stop()
