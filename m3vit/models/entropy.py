@@ -14,6 +14,7 @@ good for others.
 Shapes: L layers, N runs, B images.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -104,6 +105,11 @@ def find_coefficients(
         batch = next(images).to(device)
         optimizer.zero_grad()
         entropy = blend.add_gradient(coefficients, batch)
+        if not math.isfinite(entropy):
+            raise InputError(
+                f"model.merge_coefficients entropy: that of merged predictions is {entropy} in step {step + 1}: the "
+                "runs do not mix; give a number for each run, or none for their mean"
+            )
         if first is None:
             first, before = batch, entropy
         assert coefficients.grad is not None

@@ -174,6 +174,14 @@ def test_refusals(family: Path, tasks: tuple[str, ...], changes: dict[str, Any],
         find_coefficients(merging(family, tasks, **changes), no_image)
 
 
+def test_runs_that_do_not_mix_are_told(family: Path) -> None:
+    def overflowing(_: Any) -> Iterator[Tensor]:
+        yield torch.full((2, 3, 32, 48), float("inf"))
+
+    with pytest.raises(InputError, match="that of merged predictions is nan in step 1: the runs do not mix"):
+        find_coefficients(merging(family), overflowing)
+
+
 def test_images_without_labels(make_data: Callable[..., Path], tmp_path: Path) -> None:
     split = open_split("nyud", make_data(tmp_path, train=5), "train", ["depth"])
 
