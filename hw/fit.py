@@ -12,8 +12,9 @@ from m3vit.hw.isa import Instruction
 from m3vit.hw.ops import needs
 from m3vit.hw.program import MAX_TOKENS
 
-TILES_OUT = (128, 96, 64, 48, 32, 16, 8)  # largest first
-QUERY_LANES = (32, 16, 8, 4, 2, 1)  # largest first
+TILES_OUT = (256, 192, 160, 128, 112, 96, 80, 64, 48, 32, 16)  # largest first
+GROUPS = (512, 256, 128, 64, 32)  # of queries on chip, largest first
+LANES = (64, 32, 16)  # of softmax, largest first
 
 
 def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board) -> Hardware:
@@ -22,27 +23,29 @@ def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: i
     least = Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
     unit = row_unit(least.weight_word, least.act_word, board.port_bits)
     limits["max_in"] = round_up(limits["max_in"], unit)
-    return replace(least, tile_in=unit, port_bits=board.port_bits, query_lanes=QUERY_LANES[-1], **limits)
+    return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], port_bits=board.port_bits, **limits)
 
 
 def _sizes(hardware: Hardware, board: Board) -> Iterator[Hardware]:
     """Yield the hardware with arrays of every size; of each, blocks of tokens from the largest on, in BRAM or LUTs."""
     for tile in TILES_OUT:
-        if tile % hardware.lanes(hardware.act_word) == 0:  # a tile's results are whole words
-            for lanes in QUERY_LANES:
-                for block in TOKEN_BLOCKS:
-                    for in_lut in (False, True):
-                        sizes: dict[str, Any] = {"tile_out": tile, "query_lanes": lanes, "token_block": block}
-                        sizes["tiles_in_lut"] = in_lut
-                        yield replace(hardware, uram=board.uram > 0, **sizes)
+        if tile % hardware.values(hardware.act_word) == 0:  # a tile's results are whole words
+            for lanes in LANES:
+                if lanes % hardware.tile_in == 0:  # weights of a step of values are made together
+                    for groups in GROUPS:
+                        for block in TOKEN_BLOCKS:
+                            for in_lut in (False, True):
+                                sizes: dict[str, Any] = {"tile_out": tile, "lanes": lanes, "groups": groups}
+                                sizes |= {"token_block": block, "tiles_in_lut": in_lut}
+                                yield replace(hardware, uram=board.uram > 0, **sizes)
 
 
 def _best_of_each_array(hardware: Hardware, board: Board) -> list[Hardware]:
     """Return for each array, of what fits, the one with the largest block of tokens, but none that another exceeds."""
-    found: dict[tuple[int, int], Hardware] = {}
+    found: dict[tuple[int, ...], Hardware] = {}
     for size in _sizes(hardware, board):
-        key = (size.tile_out, size.query_lanes)
-        beaten = any(tile >= key[0] and lanes >= key[1] for tile, lanes in found)
+        key = (size.tile_out, size.lanes, size.groups, size.token_block)
+        beaten = any(all(a >= b for a, b in zip(other, key, strict=True)) for other in found)
         if not beaten and fits(size, board):
             found[key] = size
     return list(found.values())
@@ -67,7 +70,7 @@ def fit(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: 
     found = _best_of_each_array(hardware, board)
     if found:
         return min(found, key=lambda size: sum(line.cycles for line in lines_of(program, size, board)))
-    smallest = min(_sizes(hardware, board), key=lambda size: (size.token_block, size.tile_out, size.query_lanes))
+    smallest = min(_sizes(hardware, board), key=lambda size: (size.token_block, size.tile_out, size.lanes, size.groups))
     over = ", ".join(
         f"{value} {name} of {int(BUDGETS[name] * getattr(board, name))}"
         for name, value in resources(smallest).items()

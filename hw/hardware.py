@@ -2,9 +2,16 @@
 
 from dataclasses import dataclass
 
+from m3vit.hw.isa import KEY_BLOCK
+
 TILE_IN = 16
-GATE_OUT = 8
-QUERY_BLOCK = 128
+GATE_OUT = 16
+LANES = 16
+BATCH = 8  # groups of queries of a round: m3vit_engine_attention.h
+STAGES = 4  # of attention
+LEAST_TURN = 4  # cycles of a group
+PACKED_PROB_FRAC = 8  # fractional bits of softmax weights where two products share a multiplier
+SPLIT_INPUTS = 512  # a linear map to wide tokens with more inputs is several, each adding to the one before
 PORT_BITS = 128  # of most boards
 PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
 TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first
@@ -28,10 +35,49 @@ class Hardware:
     uram: bool = False  # the inputs of a block of tokens lie in URAM
     tiles_in_lut: bool = False  # weight tiles lie in LUTs
     tile_in: int = TILE_IN
-    gate_out: int = GATE_OUT
-    query_block: int = QUERY_BLOCK
-    query_lanes: int = 8  # queries that attention works on at once
+    groups: int = 64  # of queries, that are kept on chip
+    lanes: int = LANES  # scores that are rounded, and weighed, in a cycle
     port_bits: int = PORT_BITS
+
+    @property
+    def packed(self) -> bool:
+        """Whether two products share a multiplier."""
+        return max(self.weight_bits, self.act_bits) <= 8
+
+    @property
+    def gate_out(self) -> int:
+        """Outputs a tile of the router; packed, its 16-bit weights take two products each."""
+        return min(GATE_OUT, self.tile_out // (2 if self.packed else 1))
+
+    @property
+    def head(self) -> int:
+        """The most channels of a head, filled up to whole steps of the array and a power of two."""
+        return max(self.tile_in, 1 << (self.max_head - 1).bit_length())
+
+    @property
+    def span(self) -> int:
+        """Outputs of the array that share their inputs."""
+        return min(self.head, KEY_BLOCK)
+
+    @property
+    def score_queries(self) -> int:
+        """Queries whose scores are multiplied at once."""
+        return max(1, self.tile_out // KEY_BLOCK)
+
+    @property
+    def value_queries(self) -> int:
+        """Queries whose weights are multiplied with values at once."""
+        return max(1, self.tile_out // self.head)
+
+    @property
+    def group(self) -> int:
+        """Queries that attention works on at once."""
+        return max(self.score_queries, self.value_queries)
+
+    @property
+    def multipliers(self) -> int:
+        """DSPs of the array."""
+        return self.tile_in * self.tile_out // (2 if self.packed else 1)
 
     @property
     def weight_word(self) -> int:
@@ -43,7 +89,7 @@ class Hardware:
         """Bits that a narrow value is stored in."""
         return stored_bits(self.act_bits)
 
-    def lanes(self, bits: int) -> int:
+    def values(self, bits: int) -> int:
         """Return how many values of `bits` stored bits a word of a port holds."""
         return self.port_bits // bits
 
@@ -56,6 +102,13 @@ def row_unit(weight_word: int, act_word: int, port_bits: int = PORT_BITS) -> int
 def stored_bits(bits: int) -> int:
     """Return the bits that a weight or a narrow value of `bits` is stored in."""
     return 8 if bits <= 8 else 16
+
+
+def split_inputs(inputs: int, unit: int) -> list[int]:
+    """Return the inputs of each part of a linear map to wide tokens: multiples of `unit`, SPLIT_INPUTS at most."""
+    parts = -(-inputs // max(SPLIT_INPUTS, unit))
+    size = round_up(-(-inputs // parts), unit)
+    return [min(size, inputs - start) for start in range(0, inputs, size)]
 
 
 def round_up(count: int, unit: int) -> int:

@@ -23,7 +23,8 @@ from m3vit.hw.program import Image
 from m3vit.hw.weights_file import HEADER_WORDS
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
-HEAD = ("weight_bits", "act_bits", "uram", "tiles_in_lut")  # of Hardware: written in other words than as constants
+HEAD = ("weight_bits", "act_bits", "max_head", "uram", "tiles_in_lut")  # of Hardware: written in other words
+DERIVED = ("gate_out", "head", "span", "group")  # of Hardware: what follows from its fields
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
@@ -52,6 +53,7 @@ PORTS = {
 def parameters_text(hardware: Hardware) -> str:
     """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
     constants = {name: value for name, value in asdict(hardware).items() if name not in HEAD}
+    constants |= {name: getattr(hardware, name) for name in DERIVED}
     lines = [f"    static const unsigned {name} = {value};" for name, value in constants.items()]
     return "\n".join(
         [
@@ -67,6 +69,7 @@ def parameters_text(hardware: Hardware) -> str:
             f"    typedef {TYPES[hardware.weight_word]} wt_t; // weights have {hardware.weight_bits} bits",
             f"    typedef {TYPES[hardware.act_word]} act_t;",
             f"    static const int act_bits = {hardware.act_bits};",
+            f"    static const bool packed = {str(hardware.packed).lower()};",
             *lines,
             "};",
             "typedef nnet::vit::words<vit_cfg> vit_words; // of each memory: what a port moves at once",
@@ -141,9 +144,9 @@ def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
     """Return the words that each port of the accelerator reaches; of image and output single values."""
     memory = image.memory
     lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
-    narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.lanes(hardware.act_word)))
-    wide = -(-memory.wide // hardware.lanes(32))
-    sections = {name: max(1, -(-getattr(image, name).size // hardware.lanes(bits))) for name, bits in lanes.items()}
+    narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.values(hardware.act_word)))
+    wide = -(-memory.wide // hardware.values(32))
+    sections = {name: max(1, -(-getattr(image, name).size // hardware.values(bits))) for name, bits in lanes.items()}
     return {"image": memory.image, **sections, **narrow, "wide_in": wide, "wide": wide, "output": memory.output}
 
 

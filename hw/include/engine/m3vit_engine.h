@@ -15,11 +15,13 @@
 //
 // C, the configuration of the hardware (firmware/parameters.h of a project), has
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
-//   widths     act_bits
+//   widths     act_bits; packed: two products share a multiplier (both have 8 bits)
 //   memory     port_bits: the width of a port; a word is what it moves in a cycle
-//   array      tile_in x tile_out multipliers of the linear engine, gate_out outputs a tile of the router's; token_block
-//              tokens whose inputs are kept on chip
-//   attention  query_block (tokens), query_lanes (of them worked on at once), max_head (head width)
+//   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; token_block tokens whose inputs
+//              are kept on chip
+//   attention  head: the most channels of a head, filled up to a power of two; span: outputs that share their inputs;
+//              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are rounded,
+//              weighed, and sums that are shifted in a cycle
 //   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
 #define M3VIT_ENGINE_H_
