@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from m3vit.hw.isa import KEY_BLOCK
+from m3vit.hw.tables import PROB_FRAC
 
 TILE_IN = 16
 GATE_OUT = 16
@@ -14,7 +15,11 @@ PACKED_PROB_FRAC = 8  # fractional bits of softmax weights where two products sh
 SPLIT_INPUTS = 512  # a linear map to wide tokens with more inputs is several, each adding to the one before
 PORT_BITS = 128  # of most boards
 PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
-TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first
+TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first, as all of these
+TILES_OUT = (256, 192, 160, 128, 112, 96, 80, 64, 48, 32, 16)
+GROUPS = (512, 256, 128, 64, 32)  # of queries on chip
+LANES_CHOICES = (64, 32, 16)  # of softmax
+WEIGHT_PORTS = (2, 1)
 LUT_RAM_DEPTH = 64  # words of a memory that goes into LUTs
 
 
@@ -38,6 +43,7 @@ class Hardware:
     groups: int = 64  # of queries, that are kept on chip
     lanes: int = LANES  # scores that are rounded, and weighed, in a cycle
     port_bits: int = PORT_BITS
+    weight_ports: int = 1
 
     @property
     def packed(self) -> bool:
@@ -73,6 +79,21 @@ class Hardware:
     def group(self) -> int:
         """Queries that attention works on at once."""
         return max(self.score_queries, self.value_queries)
+
+    @property
+    def shifted_lanes(self) -> int:
+        """Channels whose sums attention shifts in a cycle."""
+        return self.lanes * self.head // KEY_BLOCK if self.head < KEY_BLOCK else self.lanes
+
+    @property
+    def product_bits(self) -> int:
+        """Bits of an attention score before it is rounded."""
+        return 2 * self.act_bits + (self.head - 1).bit_length()
+
+    @property
+    def context_bits(self) -> int:
+        """Bits of a sum of weighted values, of weights of 1 each, and of the total of these: 48 at most."""
+        return PROB_FRAC + self.act_bits + self.max_rows.bit_length()
 
     @property
     def multipliers(self) -> int:

@@ -285,9 +285,9 @@ class Tile(NamedTuple):
 
 def _weight_tiles(h: Hardware, outputs: int, bits: int) -> OnChip:
     """Memories of a word each, of every output, with both tiles: so many that a step of inputs is read at once."""
-    kind = "lut" if h.tiles_in_lut else "bram"
-    joined = h.tile_in // h.values(bits)
-    return OnChip("weights of two tiles", joined * outputs, h.port_bits, 2 * h.max_in // h.tile_in, kind)
+    kind, together = "lut" if h.tiles_in_lut else "bram", h.tile_in // h.values(bits)
+    banks = together if bits == GATE_BITS else max(together, h.weight_ports)
+    return OnChip("weights of two tiles", banks * outputs, h.port_bits, 2 * h.max_in // h.values(bits) // banks, kind)
 
 
 def linear_memories(h: Hardware) -> list[OnChip]:
@@ -327,7 +327,8 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     loads, spans = [], []
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        loads.append(max(tile.outputs * tile.n_in // h.values(bits), params))
+        at_once = 1 if isinstance(i, Gate) else h.weight_ports
+        loads.append(max(tile.outputs * _times(tile.n_in // h.values(bits), at_once), params))
         together = 1 if isinstance(i, Conv) else min(2, h.tile_in // h.values(h.act_word))  # words that are read
         steps = tile.n_in // (together * h.values(h.act_word) if tile.fresh else h.tile_in)
         spans.append((tile.tokens + 1) * max(steps, _results(tile, h)))
@@ -383,6 +384,11 @@ def _written(h: Hardware) -> int:
     return h.values(h.act_word) + h.values(WIDE_BITS)
 
 
+def _shifted_in_attention(h: Hardware) -> int:
+    """Return the bits that attention shifts in a cycle: of scores, weights and sums of before."""
+    return h.lanes * (h.product_bits + PROB_FRAC + 6) + h.shifted_lanes * h.context_bits
+
+
 # DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times
 # the factor 4, times the scale 2. Linear maps, routers and attention have one array.
 ENGINES = {
@@ -397,9 +403,7 @@ ENGINES = {
     "attention": Engine(
         attention_memories,
         dsps=lambda h: h.lanes + 4 * h.values(h.act_word),
-        shifters=lambda h: (
-            round(h.lanes * (1 + (2 * h.act_bits + 6 + PROB_FRAC + 6) / ACCUMULATOR_BITS)) + h.values(h.act_word)
-        ),
+        shifters=lambda h: h.values(h.act_word) + _shifted_in_attention(h) // ACCUMULATOR_BITS,
     ),
     "norm": Engine(norm_memories, dsps=lambda h: 10 * h.values(WIDE_BITS), shifters=lambda h: 3 * h.values(WIDE_BITS)),
     "router": Engine(route_memories),

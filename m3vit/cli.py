@@ -81,6 +81,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", *command(hls.Csim, hls.run_csim)),
     "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
+    "hw explore": (training.TITLES["hw explore"], None, hls.run_explore),
     "report": (
         "Draw one self-contained HTML page about a run and its exports, and write its figures as JSON.",
         *command(report.Report, report.run_report),
@@ -104,6 +105,7 @@ PLUGGABLE = (
     "export hls",
     "hw csim",
     "hw cost",
+    "hw explore",
     "report",
     "data check",
     "data show",

@@ -21,11 +21,12 @@ inline counters *&program_counters() {
 #endif
 
 // Each engine has one place where it is called, hence one instance in hardware.
-// keys, narrow_in and narrow_out are the same memory, as are wide_in and wide.
+// keys, narrow_in and narrow_out are the same memory, as are wide_in and wide, weights and more_weights.
 // An unknown task id is 0.
 template <class C>
 void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const typename words<C>::weights *weights,
-                 const typename words<C>::gates *gates, const typename words<C>::wide *params,
+                 const typename words<C>::weights *more_weights, const typename words<C>::gates *gates,
+                 const typename words<C>::wide *params,
                  const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
                  typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
                  typename words<C>::wide *wide, int32_t *output) {
@@ -55,8 +56,8 @@ Program:
         case op_experts:
         case op_conv:
         case op_attention:
-            compute<C>(w[opcode_word] == op_attention, linear_of(w), conv_of(w), attention_of(w), queue, weights, gates,
-                       params, keys, narrow_in, narrow_out, wide_in, wide, output);
+            compute<C>(w[opcode_word] == op_attention, linear_of(w), conv_of(w), attention_of(w), queue, weights,
+                       more_weights, gates, params, keys, narrow_in, narrow_out, wide_in, wide, output);
             break;
         case op_position:
             position<C>(position_of(w), params, wide_in, wide);

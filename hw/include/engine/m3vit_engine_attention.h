@@ -27,6 +27,14 @@ static const unsigned stages = 4;    // and least rounds of a block of keys but 
 static const unsigned least_turn = 4;
 static const unsigned ring = 4; // blocks of keys and values on chip
 
+// Sums of scores and of weighted values, in the width that they need.
+template <class C> struct attention_sums {
+    typedef typename sums<C::product_bits>::type product;
+    typedef typename sums<C::context_bits>::type context;
+    // Channels whose sums of before are shifted in a cycle: a head's are done when key_block scores are.
+    static const unsigned lanes = C::head < key_block ? C::lanes * C::head / key_block : C::lanes;
+};
+
 template <class C> struct attention_sizes {
     static const unsigned score_queries = C::tile_out > key_block ? C::tile_out / key_block : 1; // on the array at once
     static const unsigned value_queries = C::tile_out > C::head ? C::tile_out / C::head : 1;
@@ -36,11 +44,11 @@ template <class C> struct attention_buffers {
     typename C::act_t k[ring][key_block][C::head], v[ring][key_block][C::head];
     typename C::act_t q[C::groups][C::group][C::head];
     // By round, odd or even: sums of products, rounded scores and their maxima, weights, and the sums before these.
-    sum_t product[2][batch][C::group][key_block];
+    typename attention_sums<C>::product product[2][batch][C::group][key_block];
     int score[2][batch][C::group][key_block], best[2][batch][C::group], weight[2][batch][C::group][key_block];
-    sum_t carried[2][batch][C::group][C::head];
+    typename attention_sums<C>::context carried[2][batch][C::group][C::head];
     long long top[C::groups][C::group];
-    sum_t total[C::groups][C::group], context[C::groups][C::group][C::head];
+    typename attention_sums<C>::context total[C::groups][C::group], context[C::groups][C::group][C::head];
 };
 
 // Where a stage stands: block of keys, and batch of groups of it.
@@ -61,10 +69,10 @@ template <class C> struct attention_state {
     // Loading: block, place of its word, and how many words are left of it.
     unsigned load_block, load_key, load_word;
     bool load_value;
-    sum_t score_sum[C::tile_out], value_sum[C::tile_out];
+    typename attention_sums<C>::product score_sum[C::tile_out];
+    typename attention_sums<C>::context value_sum[C::tile_out], total;
     int best;
     long long top;
-    sum_t total;
 };
 
 // How many keys block b has.
@@ -181,6 +189,13 @@ Divide:
     M3VIT_COUNT(narrow_write, state.queries * state.width * sizeof(typename C::act_t));
 }
 
+// The cycles in which the weights of a query are made, and its sums of before shifted.
+template <class C> unsigned weigh_turns(unsigned width, unsigned keys) {
+    #pragma HLS INLINE
+    const unsigned weights = times(keys, C::lanes), shifted = times(width, attention_sums<C>::lanes);
+    return weights > shifted ? weights : shifted;
+}
+
 // Begin an instruction. Blocks of queries are of one size.
 template <class C>
 void begin_attention(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer) {
@@ -194,8 +209,8 @@ void begin_attention(attention_state<C> &state, const attention_fields &I, atten
     const unsigned value = times(keys, C::tile_in) * times(state.width, C::tile_out);
     const unsigned on_array = times(C::group, attention_sizes<C>::score_queries) * score +
                               times(C::group, attention_sizes<C>::value_queries) * value;
-    const unsigned wide = times(keys > state.width ? keys : state.width, C::lanes) * C::group;
-    const unsigned turn = on_array > wide ? on_array : wide;
+    const unsigned weighed = weigh_turns<C>(state.width, keys) * C::group;
+    const unsigned turn = on_array > weighed ? on_array : weighed;
     state.turn = turn > least_turn ? turn : least_turn;
     state.length = batch * state.turn;
     clear_rest<C>(buffer, state.width);
@@ -309,8 +324,10 @@ template <class C>
 void weigh(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer, const stage_group &at,
            unsigned side) {
     #pragma HLS INLINE
-    const unsigned most = at.keys > state.width ? at.keys : state.width;
-    const unsigned turns = times(most, C::lanes), q = state.i / turns, e = state.i % turns * C::lanes;
+    static const unsigned shifted_lanes = attention_sums<C>::lanes;
+    typedef typename attention_sums<C>::context context_t;
+    const unsigned turns = weigh_turns<C>(state.width, at.keys), q = state.i / turns, turn = state.i % turns;
+    const unsigned e = turn * C::lanes;
     if (!at.valid || q >= C::group)
         return;
     const unsigned group = at.group, g = state.g;
@@ -319,9 +336,9 @@ void weigh(attention_state<C> &state, const attention_fields &I, attention_buffe
     const long long before = buffer.top[group][q];
     const bool higher = first || ceiling > before;
     const int rise = first || !higher ? 0 : ceiling - before > max_rise ? max_rise : (int)(ceiling - before);
-    if (e == 0) {
+    if (turn == 0) {
         state.top = higher ? ceiling : before;
-        state.total = first ? sum_t(0) : sum_t(shift_round((long long)buffer.total[group][q], rise));
+        state.total = first ? context_t(0) : context_t(shift_round((long long)buffer.total[group][q], rise));
     }
     long long added = 0;
     for (unsigned l = 0; l < C::lanes; l++) {
@@ -333,11 +350,16 @@ void weigh(attention_state<C> &state, const attention_fields &I, attention_buffe
             buffer.weight[side][g][q][j] = weight;
             added += weight;
         }
-        if (j < C::head)
-            buffer.carried[side][g][q][j] = first ? sum_t(0) : sum_t(shift_round((long long)buffer.context[group][q][j], rise));
+    }
+    for (unsigned l = 0; l < shifted_lanes; l++) {
+        #pragma HLS UNROLL
+        const unsigned c = turn * shifted_lanes + l;
+        if (c < C::head)
+            buffer.carried[side][g][q][c] =
+                first ? context_t(0) : context_t(shift_round((long long)buffer.context[group][q][c], rise));
     }
     state.total += added * (1LL << I.weight_drop);
-    if (e + C::lanes >= most) {
+    if (turn + 1 == turns) {
         buffer.top[group][q] = state.top;
         buffer.total[group][q] = state.total;
     }
@@ -418,7 +440,8 @@ void attention_after(attention_state<C> &state, const attention_fields &I, atten
     if (t.score) {
         for (unsigned o = 0; o < C::tile_out; o++) {
             #pragma HLS UNROLL
-            state.score_sum[o] = t.first ? sum_t(sum[o]) : sum_t(state.score_sum[o] + sum[o]);
+            typedef typename attention_sums<C>::product product_t;
+            state.score_sum[o] = t.first ? product_t(sum[o]) : product_t(state.score_sum[o] + sum[o]);
             const unsigned q = t.query + o / key_block, key = o % key_block + t.pass * C::tile_out;
             if (t.last && q < C::group && key < key_block)
                 buffer.product[now][g][q][key] = state.score_sum[o];
@@ -429,8 +452,9 @@ void attention_after(attention_state<C> &state, const attention_fields &I, atten
             #pragma HLS UNROLL
             const unsigned q = t.query + o / C::head, c = o % C::head + t.pass * C::tile_out;
             if (q < C::group && c < C::head) {
-                const sum_t added = sum_t(sum[o] * (1LL << I.weight_drop));
-                state.value_sum[o] = t.first ? sum_t(buffer.carried[before][g][q][c] + added) : sum_t(state.value_sum[o] + added);
+                typedef typename attention_sums<C>::context context_t;
+                const context_t sum_before = t.first ? buffer.carried[before][g][q][c] : state.value_sum[o];
+                state.value_sum[o] = context_t(sum_before + sum[o] * (1LL << I.weight_drop));
                 if (t.last)
                     buffer.context[group][q][c] = state.value_sum[o];
             }

@@ -12,8 +12,8 @@ namespace vit {
 // Run an instruction that multiplies; of the fields, I and G are of linear maps, A of attention.
 template <class C>
 void compute(bool attends, const linear_fields &I, const conv_fields &G, const attention_fields &A, const queues<C> &queue,
-             const typename words<C>::weights *weights, const typename words<C>::gates *gates,
-             const typename words<C>::wide *params, const typename words<C>::narrow *keys,
+             const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
+             const typename words<C>::gates *gates, const typename words<C>::wide *params, const typename words<C>::narrow *keys,
              const typename words<C>::narrow *narrow_in, typename words<C>::narrow *narrow_out,
              const typename words<C>::wide *wide_in, typename words<C>::wide *wide, int32_t *output) {
     #pragma HLS INLINE off
@@ -21,7 +21,7 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     static token_cache<C> cache;
     static attention_buffers<C> buffer;
     // A step of the array reads all outputs and tile_in inputs; one word is written.
-    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=2 cyclic factor=weight_tiles<C>::joined
+    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=2 cyclic factor=weight_tiles<C>::banks
     #pragma HLS ARRAY_PARTITION variable=tile.weight dim=3 complete
     #pragma HLS ARRAY_PARTITION variable=tile.gate dim=2 cyclic factor=weight_tiles<C>::gate_joined
     #pragma HLS ARRAY_PARTITION variable=tile.gate dim=3 complete
@@ -68,7 +68,7 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     if (attends)
         begin_attention<C>(attention, A, buffer);
     else
-        begin_linear<C>(linear, I, queue, tile, weights, gates, params);
+        begin_linear<C>(linear, I, queue, tile, weights, more_weights, gates, params);
     unsigned steps = attends ? next_attention<C>(attention, A, buffer, keys, narrow_in) : next_linear<C>(linear, I, queue);
 Work:
     while (steps > 0) {
@@ -100,8 +100,8 @@ Work:
             if (attends)
                 turn = attention_before<C>(attention, A, buffer, keys, step);
             else
-                linear_before<C>(linear, k, G, queue, tile, cache, step, weights, gates, params, keys, narrow_in,
-                                 narrow_out, wide_in, wide, output);
+                linear_before<C>(linear, k, G, queue, tile, cache, step, weights, more_weights, gates, params, keys,
+                                 narrow_in, narrow_out, wide_in, wide, output);
             if (step.used)
                 multiply<C>(step, sum);
             if (attends)

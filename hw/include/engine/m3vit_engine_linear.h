@@ -5,8 +5,8 @@
 // for up to token_block tokens; the blocks of a map are of one size. For experts the sequence runs through both maps of
 // every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4).
 // The loop of m3vit_engine_compute.h does all that a tile asks for at the same time: it multiplies a token's inputs,
-// tile_in a step; writes the results of the token before, a word a step; and loads the next tile, a word of weights a
-// step, into the other of two buffers, so the first tile of the next expert is fetched during the last of this one.
+// tile_in a step; writes the results of the token before, a word a step; and loads the next tile, a word of weights
+// from each of their ports a step, into the other of two buffers, so the first tile of the next expert is fetched during the last of this one.
 // The inputs of a block of tokens are read from DDR while its first tile is multiplied, two words a step through two
 // ports, and kept on chip for the others; so inputs pass once, and weights once for each block (for most experts there
 // is one).
@@ -41,6 +41,7 @@ struct tile_place {
 template <class C> tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &queue) {
     tile_job job;
     const bool experts = I.op == op_experts;
+    job.gate = I.op == op_gate;
     const bool second = experts && (place.map & 1);
     job.valid = place.map < (experts ? 2 * queue.num_active : 1);
     if (!job.valid)
@@ -48,7 +49,6 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     const unsigned e = experts ? queue.active[place.map >> 1] : 0;
     const unsigned n_out = second ? I.n_in : I.n_out; // of an expert: I.n_in channels -> I.n_out hidden -> I.n_in
     job.n_in = second ? I.n_out : I.n_in;
-    job.gate = I.op == op_gate;
     const unsigned size = job.gate ? C::gate_out : C::tile_out;
     job.outputs = n_out - place.row < size ? n_out - place.row : size;
     job.weights = I.weights + place.row * job.n_in;
@@ -96,6 +96,8 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
 // while the other is worked on.
 template <class C> struct weight_tiles {
     static const unsigned lanes = words<C>::weights::lanes, gate_lanes = words<C>::gates::lanes;
+    static const unsigned words = C::weight_ports; // loaded at once
+    static const unsigned banks = C::tile_in / lanes > words ? C::tile_in / lanes : words;
     static const unsigned joined = C::tile_in / lanes, gate_joined = C::tile_in / gate_lanes; // words of a step
     typename words<C>::weights weight[2][C::max_in / lanes][C::tile_out];
     typename words<C>::gates gate[2][C::max_in / gate_lanes][C::gate_out];
@@ -105,6 +107,7 @@ template <class C> struct weight_tiles {
 // Where the loading of a tile stands: word `w` of output `row`, and how many words of parameters have come.
 struct tile_progress {
     unsigned rows, words, params, row, w, param;
+    unsigned together; // words that are loaded at once
 };
 
 template <class C> tile_progress first_word(const tile_job &job) {
@@ -113,19 +116,20 @@ template <class C> tile_progress first_word(const tile_job &job) {
     place.words = !job.valid ? 0 : job.gate ? job.n_in / weight_tiles<C>::gate_lanes : job.n_in / weight_tiles<C>::lanes;
     place.params = job.valid ? words_of<words<C>::wide_lanes>(row_words * job.outputs) : 0;
     place.row = place.w = place.param = 0;
+    place.together = job.gate ? 1 : weight_tiles<C>::words;
     return place;
 }
 
 inline unsigned words_left(const tile_progress &place) {
     #pragma HLS INLINE
-    const unsigned weights = place.rows * place.words;
+    const unsigned weights = place.rows * ((place.words + place.together - 1) / place.together);
     return weights > place.params ? weights : place.params;
 }
 
 // Load one word of weights and one of parameters, if there are more. The rows of a tile are one run of addresses.
 template <class C>
 void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile, bool side,
-               const typename words<C>::weights *weights,
+               const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
                const typename words<C>::gates *gates, const typename words<C>::wide *params) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::wide_lanes, rows = lanes / row_words;
@@ -135,7 +139,10 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
             tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / weight_tiles<C>::gate_lanes + at];
         else
             tile.weight[side][place.w][place.row] = weights[job.weights / weight_tiles<C>::lanes + at];
-        if (++place.w == place.words) {
+        if (place.together == 2 && place.w + 1 < place.words)
+            tile.weight[side][place.w + 1][place.row] = more_weights[job.weights / weight_tiles<C>::lanes + at + 1];
+        place.w += place.together;
+        if (place.w >= place.words) {
             place.w = 0;
             place.row++;
         }
@@ -246,7 +253,7 @@ template <class C> struct linear_state {
 // Begin an instruction: load the first tile.
 template <class C>
 void begin_linear(linear_state<C> &state, const linear_fields &I, const queues<C> &queue, weight_tiles<C> &tile,
-               const typename words<C>::weights *weights,
+               const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
                const typename words<C>::gates *gates, const typename words<C>::wide *params) {
     #pragma HLS INLINE off
     state.place.map = state.place.base = state.place.row = 0;
@@ -257,7 +264,7 @@ void begin_linear(linear_state<C> &state, const linear_fields &I, const queues<C
 First:
     for (unsigned k = 0; k < loads; k++) {
         #pragma HLS PIPELINE II=1
-        load_word<C>(loading, state.next, tile, 0, weights, gates, params);
+        load_word<C>(loading, state.next, tile, 0, weights, more_weights, gates, params);
     }
 }
 
@@ -360,7 +367,7 @@ void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsig
 template <class C>
 void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, const queues<C> &queue, weight_tiles<C> &tile,
                    token_cache<C> &cache, operands<C> &step, const typename words<C>::weights *weights,
-                   const typename words<C>::gates *gates, const typename words<C>::wide *params,
+                   const typename words<C>::weights *more_weights, const typename words<C>::gates *gates, const typename words<C>::wide *params,
                    const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
                    typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
                    typename words<C>::wide *wide, int32_t *output) {
@@ -369,7 +376,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
     const tile_job &now = state.now;
     const unsigned n = state.n, i = state.i;
     if (k < state.loads)
-        load_word<C>(state.loading, state.next, tile, !state.side, weights, gates, params);
+        load_word<C>(state.loading, state.next, tile, !state.side, weights, more_weights, gates, params);
     step.used = false;
     if (k >= state.passes)
         return;
