@@ -8,7 +8,7 @@ Dynamic: the range of an input is measured in each run, so nothing has to be cal
 - int8: every linear layer but the routers. A router's output decides; rounding it would change the decision.
 - int8-mixed: the same, but neither the attention in front of a router nor the head, which ends in the prediction.
 - int8-experts: the experts alone, most of the bytes of a package.
-- int4-experts: as int8, but weights of experts have 4 bits and a scale for each 32 of an output, in onnxruntime's own
+- int4-experts: as int8, but weights of experts have 4 bits and a scale for each 128 of an output, in onnxruntime's own
   operator (MatMulNBits), whose products are of 8 bits. Fewer bytes, more time.
 
 fp16 quantises nothing: weights are stored in half the bytes, and made float32 when the graph is loaded.
@@ -34,7 +34,7 @@ from m3vit.export.runtime.manifest import FLOAT as FLOAT
 from m3vit.export.runtime.manifest import HALF
 from m3vit.export.runtime.manifest import PRECISIONS as PRECISIONS
 
-BLOCK = 32  # weights that have one scale, of those in 4 bits
+BLOCK = 128  # weights that have one scale, of those in 4 bits
 _MIDDLE = 8  # of the unsigned 4 bits, which stands for 0
 MIN_WEIGHT = 1024  # elements; below, the integer product costs more than it saves
 

@@ -163,18 +163,18 @@ def test_one_gelu_of_all_experts_changes_nothing_in_floats(graph: ModelProto) ->
 
 
 def test_weights_in_blocks_by_hand() -> None:
-    weight = np.zeros((40, 2), np.float32)
-    weight[0], weight[1], weight[33, 1] = (-8, 1), (3.6, -0.5), 2
+    weight = np.zeros((BLOCK + 8, 2), np.float32)
+    weight[0], weight[1], weight[BLOCK + 1, 1] = (-8, 1), (3.6, -0.5), 2
     packed, scale = quantize_blocks(weight)
     np.testing.assert_allclose(scale, [[1, 1], [-1 / 8, -1 / 4]])
-    assert packed.shape == (2, 2, 16) and packed.dtype == np.uint8
+    assert packed.shape == (2, 2, BLOCK // 2) and packed.dtype == np.uint8
     # -8 and 4 of the first output; 1 -> -8 and -0.5 -> 4 steps of -1/8; 2 -> -8 steps of -1/4; all else is 0.
     assert packed[0, 0, 0] == 0 | 12 << 4 and packed[1, 0, 0] == 0 | 12 << 4 and packed[1, 1, 0] == 8 | 0 << 4
     assert (packed[0, 1] == 0x88).all() and (packed[:, :, 1:] == 0x88).all()
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("inputs", [48, 32])
+@pytest.mark.parametrize("inputs", [48, BLOCK, BLOCK + 16])
 def test_a_layer_in_blocks_is_a_product_with_its_rounded_weights(inputs: int, with_bias: bool) -> None:
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((50, inputs), np.float32), rng.standard_normal((inputs, 40), np.float32)
