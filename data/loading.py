@@ -152,7 +152,9 @@ class EpochBatches(Sampler):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = self.start = 0
         if not len(self):
-            raise InputError(f"train.batch_size {batch_size} is more than the {length} training images")
+            raise InputError(
+                f"train.batch_size {batch_size} is more than the {length} training images: give at most {length}"
+            )
         if batch_size % processes:
             raise InputError(
                 f"train.batch_size {batch_size} is of all processes together: give a multiple of their number, "
