@@ -1,9 +1,11 @@
 """Write a trained model as an hls4ml project that can be C-simulated and judged from its folder alone."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,9 +51,10 @@ def export_project(
     samples: Samples,
     info: dict[str, Any] | None = None,
     schedule: str = "spatial",
-    weight_bits: int = 16,
+    weight_bits: int | None = None,
     act_bits: int | None = None,
     board: str | None = None,
+    engines: Mapping[str, Any] = MappingProxyType({}),
     budget: Budget = FULL,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -65,7 +68,8 @@ def export_project(
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     chosen = find_schedule(schedule)
-    options = replace(choose_options(schedule, weight_bits, act_bits, board), budget=budget, progress=progress)
+    options = choose_options(schedule, weight_bits, act_bits, board, engines)
+    options = replace(options, budget=budget, progress=progress)
     _check_images(model, calibration, samples)
     check_replaceable(out)
     require_finite(model)

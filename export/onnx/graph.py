@@ -180,10 +180,11 @@ def export_task(
     size: tuple[int, int] | None = None,
     budget: Budget = FULL,
     form: str = "sparse",
+    attention: str = "standard",
 ) -> onnx.ModelProto:
-    """Return the graph of one task, standard operators only: `trace_task`, then `lower_moe`, which say the rest."""
+    """Return the graph of one task: `trace_task`, then `lower_moe`, which say the rest."""
     traced = trace_task(model, task, opset=opset, size=size)
-    return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form)
+    return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form, attention)
 
 
 def trace_backbone(

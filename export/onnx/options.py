@@ -24,8 +24,8 @@ class Content:
         opset: ONNX opset
         size: the only image size of the graphs, in pixels (default: any)
         static: no shape depends on the data: all experts run; needs --size
-        precisions: fp32, int8 (all linear layers but routers), int8-mixed, int8-experts; several may share a package,
-            the first is its default
+        precisions: fp32, fp16 (weights as stored), int8 (all linear layers but routers), int8-mixed, int8-experts,
+            int4-experts (the rest as int8); several may share a package, the first is its default
         budget: the experts that each task's graph keeps and uses
         coverage: the share of the gate mass that these hold, by task and layer, for the manifest
         one_backbone: add one graph of the backbone for all tasks, and one of each head

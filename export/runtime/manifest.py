@@ -12,7 +12,8 @@ from m3vit.kinds import KINDS
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
 ALL: Final = "all"  # all tasks at once, where a task is named
 FLOAT = "fp32"
-PRECISIONS = (FLOAT, "int8", "int8-mixed", "int8-experts")  # that a package may hold
+HALF = "fp16"  # of weights as they are stored; what is computed is float32
+PRECISIONS = (FLOAT, HALF, "int8", "int8-mixed", "int8-experts", "int4-experts")  # that a package may hold
 
 _NO_PACKAGE = "give the folder that `m3vit export onnx` wrote, or export it again"
 

@@ -20,10 +20,10 @@ from m3vit.export.runtime.arrays import refusal, require_array
 from m3vit.export.runtime.drawing import colourise as colourise
 from m3vit.export.runtime.drawing import paint as paint
 from m3vit.export.runtime.manifest import ALL as ALL
+from m3vit.export.runtime.manifest import FLOAT, HALF, PRECISIONS, check_passed, package_digests, read_manifest
 from m3vit.export.runtime.manifest import FORMAT as FORMAT
 from m3vit.export.runtime.manifest import FORMAT_VERSION as FORMAT_VERSION
 from m3vit.export.runtime.manifest import MANIFEST as MANIFEST
-from m3vit.export.runtime.manifest import PRECISIONS, check_passed, package_digests, read_manifest
 from m3vit.export.runtime.manifest import file_entries as file_entries
 from m3vit.export.runtime.opened import OpenedFiles
 from m3vit.export.runtime.opened import PackageChanged as PackageChanged
@@ -125,7 +125,7 @@ class Package:
                 files.check(name)
         else:
             files.trust()
-        if precision != "fp32" and integers_saturate():
+        if precision not in (FLOAT, HALF) and integers_saturate():
             warnings.warn(SATURATES, stacklevel=2)
         threads = default_threads(manifest) if threads is None else threads or usable_cores()
         kept = None if cache is None else Cache(Path(cache), machine(), verify)

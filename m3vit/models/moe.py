@@ -33,10 +33,12 @@ class MoELayer(nn.Module):
         uses of the experts, None: as trained.
         """
         R, (_, B, T, D) = len(task_ids), x_RBTD.shape
-        x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
         if torch.compiler.is_exporting():
             assert uses is None, "a graph is traced as trained; lower_moe takes the budget"
-            return self._exported(x_RND, task_ids).view(R, B, T, D), None
+            # Nothing is expanded for one task: in a graph that would be a copy.
+            stacked = x_RBTD if R == 1 or len(x_RBTD) == R else x_RBTD.expand(R, -1, -1, -1)
+            return self._exported(stacked.reshape(-1, D), task_ids).view(R, B, T, D), None
+        x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
         assert not isinstance(task_ids, Tensor), "a task that is picked at run time is for exported graphs"
         routing = self.router(x_RND, task_ids, uses)
         # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
@@ -51,9 +53,9 @@ class MoELayer(nn.Module):
         experts, hidden, _ = self.experts.w1.shape
         return budget.resolve(experts, self.router.top_k, hidden)
 
-    def _exported(self, x_RND: Tensor, task_ids: TaskIds) -> Tensor:
+    def _exported(self, x_ND: Tensor, task_ids: TaskIds) -> Tensor:
         """One node in the exported graph; m3vit.export.onnx expands it to standard operators."""
-        bank, x_ND = self.experts, x_RND[0]
+        bank = self.experts
         if isinstance(task_ids, Tensor):
             weight, bias = self.router.picked_gate(task_ids)
         elif len(task_ids) == 1:
@@ -61,7 +63,6 @@ class MoELayer(nn.Module):
         else:
             gates = zip(*(self.router.gate(task) for task in task_ids), strict=True)
             weight, bias = (torch.stack(one) for one in gates)
-            x_ND = x_RND.reshape(-1, x_RND.shape[-1])
         return moe_op(x_ND, weight, bias, bank.w1, bank.b1, bank.w2, bank.b2, self.router.top_k)
 
 

@@ -69,13 +69,13 @@ def started_as(out: Path) -> dict[str, Any]:
     return found or {"from": {}, "left_out": {}}
 
 
-def lock_folder(out: Path, wait_s: float = 15) -> IO[str]:
-    """Return a file that keeps others from training into `out` while it is open, or raise InputError.
+def lock_folder(out: Path, wait_s: float = 15, name: str = "config.yaml") -> IO[str]:
+    """Return a file, `name` in `out`, that keeps others from training into `out` while it is open, or raise InputError.
 
     Killing torchrun leaves its processes alive: resumed beside them, two runs would write one folder. Waits a while,
     since the loader processes of a run that was killed take some seconds to notice.
     """
-    file, deadline = open(out / "config.yaml"), time.monotonic() + wait_s
+    file, deadline = open(out / name), time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
