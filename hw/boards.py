@@ -16,11 +16,14 @@ from m3vit.hw.ops import ENGINES, memories
 
 BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8, "uram": 0.8}
 FIXED_DSP = 20  # addresses
-# LUTs: with the 44 shifters of 16-bit activations and 128-bit ports, 50,000 and 40 a multiplier, near what UbiMoE
-# (arXiv 2502.05602) reports on a ZCU102: 123,400 with 1,850 DSPs.
-FIXED_LUT = 28_000
+# LUTs: with 44 shifters 50,000 and 40 a multiplier, near what UbiMoE (arXiv 2502.05602) reports on a ZCU102: 123,400
+# with 1,850 DSPs. Where two products share a multiplier, sums of four are made in the DSPs' cascade, and taking them
+# apart takes the place of an adder tree's first stages.
+FIXED_LUT = 36_000
 LUT_PER_MULTIPLIER = 40
-LUT_PER_SHIFTER = 500  # a sum shifted by a run-time distance, rounded and held: 6 stages of 48 bits and two adders
+LUT_PER_SHIFTER = (
+    300  # 48 bits shifted by a run-time distance (3 levels of 4 to 1), rounded and held (two adders, a choice)
+)
 BRAM_SHAPES = ((512, 72), (1024, 36), (2048, 18), (4096, 9))  # words and bits of a BRAM36
 # Memories up to LUT_RAM_DEPTH words go into LUTs: 8 hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
 
@@ -76,6 +79,7 @@ def resources(hardware: Hardware) -> dict[str, int]:
     for engine in ENGINES.values():
         used["dsp"] += engine.multipliers(hardware) + engine.dsps(hardware)
         used["lut"] += engine.multipliers(hardware) * LUT_PER_MULTIPLIER + engine.shifters(hardware) * LUT_PER_SHIFTER
+        used["lut"] += engine.selected(hardware)  # one of up to four bits
     return used
 
 

@@ -14,7 +14,7 @@ from m3vit.hw import ops
 from m3vit.hw.boards import BUDGETS, Board, resources
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import Experts, Instruction, Op, Route
-from m3vit.hw.ops import ENGINES, LOOPS, OPS, PORTS, Timing
+from m3vit.hw.ops import ENGINES, LOOPS, ON_ARRAY, OPS, PORTS, Timing
 
 LOOSE = 1.5  # an engine this far above its multipliers and its busiest port waits for its own loops
 
@@ -86,9 +86,14 @@ def lines_of(
     return lines
 
 
+def products_of(engine: str, h: Hardware) -> int:
+    """Return the products that an engine makes in a cycle; linear maps and attention take turns on one array."""
+    return h.tile_in * h.tile_out if engine in ON_ARRAY else 0
+
+
 def _bound(engine: str, h: Hardware, lines: Sequence[Line], port_bytes: int) -> tuple[str, int]:
     """Return what an engine could not be faster than as it is, its multipliers or a port, and those cycles."""
-    multipliers = ENGINES[engine].multipliers(h)
+    multipliers = products_of(engine, h)
     busy = {f"port {port}": sum(line.bytes[port] for line in lines) // port_bytes for port in PORTS}
     if multipliers:
         busy["multipliers"] = sum(line.macs for line in lines) // multipliers
@@ -138,7 +143,7 @@ def cost(
         cycles = sum(line.cycles for line in own)
         if not cycles:
             continue
-        multipliers, macs = ENGINES[engine].multipliers(hardware), sum(line.macs for line in own)
+        multipliers, macs = products_of(engine, hardware), sum(line.macs for line in own)
         name, least = _bound(engine, hardware, own, port_bytes)
         memory = sum(line.memory for line in own)
         if max(least, memory) * LOOSE < cycles:
@@ -146,7 +151,7 @@ def cost(
         else:
             bound = name if least >= memory else "bandwidth of the memory"
         engines[engine] = {
-            "multipliers": multipliers,
+            "products_a_cycle": multipliers,
             "macs": macs,
             "loops_ms": sum(line.loops for line in own) / per_ms,
             "ms": cycles / per_ms,
@@ -179,11 +184,11 @@ def cost(
 def render(report: dict[str, Any]) -> str:
     """Return the table for people."""
     h, assumed = report["hardware"], report["assumed"]
-    rows = [("engine", "multipliers", "GMAC", "MACs/cycle", "MB", "loops ms", "ms", "bound by")]
+    rows = [("engine", "products/cycle", "GMAC", "MACs/cycle", "MB", "loops ms", "ms", "bound by")]
     for name, e in report["engines"].items():
         numbers = (f"{e['macs'] / 1e9:.2f}", f"{e['macs_a_cycle']:.0f}", f"{e['bytes'] / 1e6:.1f}")
         times = (f"{e['loops_ms']:.2f}", f"{e['ms']:.2f}", e["bound"])
-        rows.append((name, str(e["multipliers"] or ""), *numbers, *times))
+        rows.append((name, str(e["products_a_cycle"] or ""), *numbers, *times))
     total = (f"{report['macs'] / 1e9:.2f}", "", f"{sum(report['bytes'].values()) / 1e6:.1f}")
     rows.append(("frame", "", *total, f"{report['loops_ms']:.2f}", f"{report['ms']:.2f}", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -1,19 +1,22 @@
 """The engines for a program on a board: of those that fit, the fastest, modelled. No torch."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 from m3vit.errors import InputError
 from m3vit.hw.boards import BOARDS, BUDGETS, Board, fits, resources
 from m3vit.hw.cost import lines_of
-from m3vit.hw.hardware import TOKEN_BLOCKS, Hardware, round_up, row_unit
+from m3vit.hw.design import SIZES
+from m3vit.hw.hardware import GROUPS, TILES_OUT, Hardware, round_up, row_unit
 from m3vit.hw.isa import Instruction
 from m3vit.hw.ops import needs
 from m3vit.hw.program import MAX_TOKENS
 
-TILES_OUT = (128, 96, 64, 48, 32, 16, 8)  # largest first
-QUERY_LANES = (32, 16, 8, 4, 2, 1)  # largest first
+Sizes = Mapping[str, Any]  # fields of Hardware that are fixed
 
 
 def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board) -> Hardware:
@@ -22,30 +25,34 @@ def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: i
     least = Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
     unit = row_unit(least.weight_word, least.act_word, board.port_bits)
     limits["max_in"] = round_up(limits["max_in"], unit)
-    return replace(least, tile_in=unit, port_bits=board.port_bits, query_lanes=QUERY_LANES[-1], **limits)
+    return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], port_bits=board.port_bits, **limits)
 
 
-def _sizes(hardware: Hardware, board: Board) -> Iterator[Hardware]:
-    """Yield the hardware with arrays of every size; of each, blocks of tokens from the largest on, in BRAM or LUTs."""
-    for tile in TILES_OUT:
-        if tile % hardware.lanes(hardware.act_word) == 0:  # a tile's results are whole words
-            for lanes in QUERY_LANES:
-                for block in TOKEN_BLOCKS:
-                    for in_lut in (False, True):
-                        sizes: dict[str, Any] = {"tile_out": tile, "query_lanes": lanes, "token_block": block}
-                        sizes["tiles_in_lut"] = in_lut
-                        yield replace(hardware, uram=board.uram > 0, **sizes)
+def sizes_of(hardware: Hardware, board: Board, fixed: Sizes) -> Iterator[Hardware]:
+    """Yield the hardware with engines of every size that the array allows, larger ones first, with what is fixed."""
+    choices = {name: (fixed[name],) if name in fixed else every for name, every in SIZES.items()}
+    for values in product(*choices.values()):
+        sizes: dict[str, Any] = dict(zip(choices, values, strict=True))
+        words = sizes["tile_out"] % hardware.values(hardware.act_word) == 0  # a tile's results are whole words
+        together = sizes["lanes"] % hardware.tile_in == 0  # weights of a step of values are made together
+        if words and together and sizes["weight_ports"] < board.ports:
+            yield replace(hardware, uram=board.uram > 0, **sizes)
 
 
-def _best_of_each_array(hardware: Hardware, board: Board) -> list[Hardware]:
-    """Return for each array, of what fits, the one with the largest block of tokens, but none that another exceeds."""
-    found: dict[tuple[int, int], Hardware] = {}
-    for size in _sizes(hardware, board):
-        key = (size.tile_out, size.query_lanes)
-        beaten = any(tile >= key[0] and lanes >= key[1] for tile, lanes in found)
+def fitting(hardware: Hardware, board: Board, fixed: Sizes) -> list[Hardware]:
+    """Return what fits, but none that another exceeds in all that makes it faster."""
+    found: dict[tuple[int, ...], Hardware] = {}
+    for size in sizes_of(hardware, board, fixed):
+        key = (size.tile_out, size.lanes, size.groups, size.token_block, size.weight_ports)
+        beaten = any(all(a >= b for a, b in zip(other, key, strict=True)) for other in found)
         if not beaten and fits(size, board):
             found[key] = size
     return list(found.values())
+
+
+def frame_cycles(program: Sequence[Instruction], hardware: Hardware, board: Board) -> int:
+    """Return the modelled cycles of a frame of the first task."""
+    return sum(line.cycles for line in lines_of(program, hardware, board))
 
 
 def check_tokens(tokens: int) -> None:
@@ -57,32 +64,62 @@ def check_tokens(tokens: int) -> None:
         )
 
 
-def fit(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board) -> Hardware:
+def fit(
+    program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board, fixed: Sizes = MappingProxyType({})
+) -> Hardware:
     """Return the engines that run a program's first task fastest, modelled, of those that fit the board.
 
-    Raises InputError, with the figures and what would fit, if none does, or if there are too many tokens.
+    fixed: sizes that are not to be chosen. Raises InputError, with what is over and what would fit, if none does, or if
+    there are too many tokens.
     """
     hardware = least_hardware(program, weight_bits, act_bits, board)
     check_tokens(hardware.max_rows)
-    found = _best_of_each_array(hardware, board)
+    found = fitting(hardware, board, fixed)
     if found:
-        return min(found, key=lambda size: sum(line.cycles for line in lines_of(program, size, board)))
-    smallest = min(_sizes(hardware, board), key=lambda size: (size.token_block, size.tile_out, size.query_lanes))
-    over = ", ".join(
+        return min(found, key=lambda size: frame_cycles(program, size, board))
+    raise _nothing_fits(program, hardware, board, fixed)
+
+
+def _size(h: Hardware) -> tuple[int, ...]:
+    return h.tile_out * h.lanes * h.groups * h.token_block, h.weight_ports
+
+
+def _over(h: Hardware, board: Board) -> str:
+    """Return what engines take beyond a board's budgets."""
+    return ", ".join(
         f"{value} {name} of {int(BUDGETS[name] * getattr(board, name))}"
-        for name, value in resources(smallest).items()
+        for name, value in resources(h).items()
         if value > BUDGETS[name] * getattr(board, name)
     )
+
+
+def _nothing_fits(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> InputError:
+    """Return the error that says what is over, and what would fit."""
+    bits = (hardware.weight_bits, hardware.act_bits)
+    free = fitting(hardware, board, {})
+    if fixed and free:
+        given = ", ".join(f"{name} {value}" for name, value in fixed.items())
+        smallest = min(sizes_of(hardware, board, fixed), key=_size, default=None)
+        why = _over(smallest, board) if smallest else "sizes that do not go together, or more ports than there are"
+        near = min(sizes_of(hardware, board, {}), key=lambda h: (not fits(h, board), _distance(h, fixed)))
+        nearest = ", ".join(f"{name} {getattr(near, name)}" for name in fixed)
+        return InputError(f"{given} does not fit {board.name} (modelled): {why}; the nearest that fits is {nearest}")
+    smallest = min(sizes_of(hardware, board, {}), key=_size)
     options = [
         f"--board {other.name}"
         for other in BOARDS.values()
-        if any(fits(size, other) for size in _sizes(least_hardware(program, weight_bits, act_bits, other), other))
+        if any(fits(size, other) for size in sizes_of(least_hardware(program, *bits, other), other, {}))
     ]
-    if weight_bits > 8 and any(fits(size, board) for size in _sizes(replace(hardware, weight_bits=8), board)):
+    if bits[0] > 8 and any(fits(size, board) for size in sizes_of(replace(hardware, weight_bits=8), board, {})):
         options.append("--weight-bits 8")
     advice = f"give {' or '.join(options)}" if options else "no board here holds it: give a narrower model"
-    raise InputError(
+    return InputError(
         f"the model does not fit {board.name} (modelled): with the smallest array ({smallest.tile_in} x "
         f"{smallest.tile_out}), inputs of {hardware.max_in} and {hardware.max_rows} tokens x top-{hardware.max_top} it "
-        f"takes {over}; {advice}"
+        f"takes {_over(smallest, board)}; {advice}"
     )
+
+
+def _distance(h: Hardware, fixed: Sizes) -> float:
+    """Return how far sizes are from the fixed ones, in powers of two."""
+    return sum(abs(math.log2((1 + getattr(h, name)) / (1 + value))) for name, value in fixed.items())

@@ -2,12 +2,24 @@
 
 from dataclasses import dataclass
 
+from m3vit.hw.isa import KEY_BLOCK
+from m3vit.hw.tables import PROB_FRAC
+
 TILE_IN = 16
-GATE_OUT = 8
-QUERY_BLOCK = 128
+GATE_OUT = 16
+LANES = 16
+BATCH = 8  # groups of queries of a round: m3vit_engine_attention.h
+STAGES = 4  # of attention
+LEAST_TURN = 4  # cycles of a group
+PACKED_PROB_FRAC = 8  # fractional bits of softmax weights where two products share a multiplier
+SPLIT_INPUTS = 512  # a linear map to wide tokens with more inputs is several, each adding to the one before
 PORT_BITS = 128  # of most boards
 PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
-TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first
+TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first, as all of these
+TILES_OUT = (256, 192, 160, 128, 112, 96, 80, 64, 48, 32, 16)
+GROUPS = (512, 256, 128, 64, 32)  # of queries on chip
+LANES_CHOICES = (64, 32, 16)  # of softmax
+WEIGHT_PORTS = (2, 1)
 LUT_RAM_DEPTH = 64  # words of a memory that goes into LUTs
 
 
@@ -28,10 +40,65 @@ class Hardware:
     uram: bool = False  # the inputs of a block of tokens lie in URAM
     tiles_in_lut: bool = False  # weight tiles lie in LUTs
     tile_in: int = TILE_IN
-    gate_out: int = GATE_OUT
-    query_block: int = QUERY_BLOCK
-    query_lanes: int = 8  # queries that attention works on at once
+    groups: int = 64  # of queries, that are kept on chip
+    lanes: int = LANES  # scores that are rounded, and weighed, in a cycle
     port_bits: int = PORT_BITS
+    weight_ports: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether two products share a multiplier."""
+        return max(self.weight_bits, self.act_bits) <= 8
+
+    @property
+    def gate_out(self) -> int:
+        """Outputs a tile of the router; packed, its 16-bit weights take two products each."""
+        return min(GATE_OUT, self.tile_out // (2 if self.packed else 1))
+
+    @property
+    def head(self) -> int:
+        """The most channels of a head, filled up to whole steps of the array and a power of two."""
+        return max(self.tile_in, 1 << (self.max_head - 1).bit_length())
+
+    @property
+    def span(self) -> int:
+        """Outputs of the array that share their inputs."""
+        return min(self.head, KEY_BLOCK)
+
+    @property
+    def score_queries(self) -> int:
+        """Queries whose scores are multiplied at once."""
+        return max(1, self.tile_out // KEY_BLOCK)
+
+    @property
+    def value_queries(self) -> int:
+        """Queries whose weights are multiplied with values at once."""
+        return max(1, self.tile_out // self.head)
+
+    @property
+    def group(self) -> int:
+        """Queries that attention works on at once."""
+        return max(self.score_queries, self.value_queries)
+
+    @property
+    def shifted_lanes(self) -> int:
+        """Channels whose sums attention shifts in a cycle."""
+        return self.lanes * self.head // KEY_BLOCK if self.head < KEY_BLOCK else self.lanes
+
+    @property
+    def product_bits(self) -> int:
+        """Bits of an attention score before it is rounded."""
+        return 2 * self.act_bits + (self.head - 1).bit_length()
+
+    @property
+    def context_bits(self) -> int:
+        """Bits of a sum of weighted values, of weights of 1 each, and of the total of these: 48 at most."""
+        return PROB_FRAC + self.act_bits + self.max_rows.bit_length()
+
+    @property
+    def multipliers(self) -> int:
+        """DSPs of the array."""
+        return self.tile_in * self.tile_out // (2 if self.packed else 1)
 
     @property
     def weight_word(self) -> int:
@@ -43,7 +110,7 @@ class Hardware:
         """Bits that a narrow value is stored in."""
         return stored_bits(self.act_bits)
 
-    def lanes(self, bits: int) -> int:
+    def values(self, bits: int) -> int:
         """Return how many values of `bits` stored bits a word of a port holds."""
         return self.port_bits // bits
 
@@ -56,6 +123,13 @@ def row_unit(weight_word: int, act_word: int, port_bits: int = PORT_BITS) -> int
 def stored_bits(bits: int) -> int:
     """Return the bits that a weight or a narrow value of `bits` is stored in."""
     return 8 if bits <= 8 else 16
+
+
+def split_inputs(inputs: int, unit: int) -> list[int]:
+    """Return the inputs of each part of a linear map to wide tokens: multiples of `unit`, SPLIT_INPUTS at most."""
+    parts = -(-inputs // max(SPLIT_INPUTS, unit))
+    size = round_up(-(-inputs // parts), unit)
+    return [min(size, inputs - start) for start in range(0, inputs, size)]
 
 
 def round_up(count: int, unit: int) -> int:

@@ -225,6 +225,7 @@ class Attention(Instruction):
     """Attention of rows (q | k | v) of n_in = 3 n_out channels to n_out, narrow to narrow.
 
     score_shift: of a sum of products to SCORE_FRAC; value_shift: fractional bits of the values minus the result's.
+    weight_drop: fractional bits that softmax weights have fewer than PROB_FRAC (0 in older programs).
     """
 
     op = Op.ATTENTION
@@ -238,6 +239,7 @@ class Attention(Instruction):
     heads: Unsigned
     score_shift: Signed
     value_shift: Signed
+    weight_drop: Unsigned = 0
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3vit.hw import isa
-from m3vit.hw.hardware import round_up, row_unit, stored_bits
+from m3vit.hw.hardware import round_up, row_unit, split_inputs, stored_bits
 from m3vit.hw.isa import TAPS, Instruction, Mode
 from m3vit.hw.weights_file import ALIGNMENT
 
@@ -53,6 +53,10 @@ def program_of(n: Network, weight_bits: int, act_bits: int, port_bits: int) -> l
     seen = n.heads * round_up(dim // n.heads, port_bits // stored_bits(act_bits))  # by attention
 
     def linear(count: int, n_in: int, n_out: int, mode: Mode, gelu: int = -1, task: int = -1) -> None:
+        if mode in (Mode.WIDE, Mode.RESIDUAL) and len(parts := split_inputs(round_up(n_in, unit), unit)) > 1:
+            for place, part in enumerate(parts):
+                linear(count, part, n_out, Mode.RESIDUAL if place else mode)
+            return
         sizes = {"rows": count, "n_in": round_up(n_in, unit), "n_out": n_out}
         found.append(isa.Linear(mode=mode, gelu_in=gelu, task=task, **sizes, **nowhere))
 

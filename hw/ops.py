@@ -12,7 +12,7 @@ itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.hardware import BATCH, LEAST_TURN, PACKED_PROB_FRAC, STAGES, Hardware
 from m3vit.hw.isa import (
     ACCUMULATOR_BITS,
     INSTRUCTIONS,
@@ -38,12 +38,15 @@ from m3vit.hw.tables import PROB_FRAC, TABLES
 
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
 WIDE_BITS = 32
+RING = 4  # blocks of keys and values on chip
+NORM_SPAN = 16  # steps that LayerNorm gives a row at least
 ROUTE_ROWS = 16  # tokens whose logits the router reads at once
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
 TABLE_BITS = max(value.bit_length() for table in TABLES for value in table.values())
 TABLE_ENTRIES = max(table.intervals for table in TABLES) + 1
+EXP_ENTRIES = min(table.intervals for table in TABLES) + 1  # of all tables but GELU's
 
 Queue = Sequence[int]
 Bytes = dict[str, int]
@@ -78,12 +81,14 @@ class Engine(NamedTuple):
     """A part of the hardware, of which there is one: its memories and multipliers for a configuration.
 
     dsps: what products beside the array take. shifters: values that are rounded and held side by side in a cycle.
+    selected: bits of operands that are one of several.
     """
 
     memories: Callable[[Hardware], list[OnChip]]
     multipliers: Callable[[Hardware], int] = lambda h: 0
     dsps: Callable[[Hardware], int] = lambda h: 0
     shifters: Callable[[Hardware], int] = lambda h: 0
+    selected: Callable[[Hardware], int] = lambda h: 0
 
 
 class OpSpec(NamedTuple):
@@ -100,13 +105,18 @@ class OpSpec(NamedTuple):
     macs: Callable[[Any, Queue], int] = lambda i, queue: 0
 
 
-def _tables(copies: int) -> OnChip:
-    return OnChip("look-up tables", copies, TABLE_BITS, TABLE_ENTRIES)
+def _tables(copies: int, entries: int) -> OnChip:
+    return OnChip("look-up tables", copies, TABLE_BITS, entries)
+
+
+def _times(count: int, size: int) -> int:
+    """Return how many groups of `size` hold `count`."""
+    return -(-count // size)
 
 
 def _words(h: Hardware, count: int, bits: int) -> int:
     """Return the words of a port that `count` values of `bits` take."""
-    return -(-count // h.lanes(bits))
+    return -(-count // h.values(bits))
 
 
 def _bytes(h: Hardware, words: int) -> int:
@@ -139,19 +149,21 @@ def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
 
 
 def norm_memories(h: Hardware) -> list[OnChip]:
-    lanes, words = h.lanes(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
+    lanes, words = h.values(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
     return [
         OnChip("rows that are summed and centred", 1, 32 * lanes, 4 * words),
         OnChip("differences from the mean", 2, 48 * lanes, 4 * words),
         OnChip("scales, biases", 2, 32 * lanes, words),
-        _tables(2),  # both of 1/sqrt
+        _tables(2, EXP_ENTRIES),  # both of 1/sqrt
     ]
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load, then Row: a word an iteration, three rows more than there are to drain its stages."""
+    """layernorm: Load, then Row: a word an iteration, NORM_SPAN a row at least, three rows more than there are to drain
+    its stages."""
     words = _words(h, i.n_in, WIDE_BITS)
-    return t.loop(2 * words, reads=True) + t.loop((i.rows + 3) * words, reads=True, writes=True)
+    span = max(words, NORM_SPAN)
+    return t.loop(2 * words, reads=True) + t.loop((i.rows + 3) * span, reads=True, writes=True)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -169,40 +181,55 @@ def norm_needs(i: Norm) -> dict[str, int]:
 
 
 def attention_memories(h: Hardware) -> list[OnChip]:
-    head, groups = h.max_head * h.act_word, h.query_block // h.query_lanes
+    """Width is what is read or written in a cycle, whichever is more; `rounds`: of groups of queries, two of them."""
+    rounds, sums = 2 * BATCH, ACCUMULATOR_BITS
+    keys, channels = h.group * KEY_BLOCK, h.group * h.head
+    values, weight_bits = h.value_queries * h.tile_in, (PACKED_PROB_FRAC if h.packed else PROB_FRAC) + 1
     return [
-        OnChip("keys and values, two blocks", 4, head, KEY_BLOCK),
-        OnChip("queries", h.query_lanes, head, groups),
-        OnChip("context, total and maximum", h.query_lanes, (h.max_head + 2) * ACCUMULATOR_BITS, groups),
-        OnChip("scores of two groups", 2 * h.query_lanes, SCORE_BITS, KEY_BLOCK),
-        _tables(h.query_lanes + 1),  # 2^-x of each query, 1/x
+        OnChip("keys", 1, KEY_BLOCK * h.tile_in * h.act_word, RING * h.head // h.tile_in, "lut"),
+        OnChip("values", 1, h.tile_in * h.head * h.act_word, RING * KEY_BLOCK // h.tile_in, "lut"),
+        OnChip("queries", h.score_queries, h.tile_in * h.act_word, h.groups * channels // h.score_queries // h.tile_in),
+        OnChip("products", 1, min(keys, h.tile_out) * sums, rounds * _times(keys, h.tile_out), "lut"),
+        OnChip("scores", 1, h.lanes * SCORE_BITS, rounds * keys // h.lanes, "lut"),
+        OnChip("weights", 1, values * weight_bits, rounds * _times(keys, values), "lut"),
+        OnChip("sums of before", 1, min(channels, h.tile_out) * sums, rounds * _times(channels, h.tile_out), "lut"),
+        OnChip("context", 1, min(channels, h.tile_out) * sums, h.groups * _times(channels, h.tile_out)),
+        OnChip("total and maximum", 2, sums, h.groups * h.group),
+        _tables(h.lanes + 1, EXP_ENTRIES),  # 2^-x of each score, 1/x
     ]
 
 
-def attention_steps(i: Attention, h: Hardware) -> Iterator[tuple[int, int, bool, bool]]:
-    """Yield (queries, keys, first, last block of keys) of each step of one head, as next_step does."""
-    for query in range(0, i.rows, h.query_block):
-        for key in range(0, i.rows, KEY_BLOCK):
-            sizes = (min(h.query_block, i.rows - query), min(KEY_BLOCK, i.rows - key))
-            yield *sizes, key == 0, key + KEY_BLOCK >= i.rows
+def attention_turn(i: Attention, h: Hardware) -> int:
+    """Return the cycles of a group of queries and a block of keys, as begin_attention does."""
+    width, keys = i.n_out // i.heads, min(i.rows, KEY_BLOCK)
+    score = _times(h.group, h.score_queries) * _times(keys, h.tile_out) * _times(width, h.tile_in)
+    value = _times(h.group, h.value_queries) * _times(keys, h.tile_in) * _times(width, h.tile_out)
+    return max(score + value, h.group * _times(max(keys, width), h.lanes), LEAST_TURN)
+
+
+def query_blocks(i: Attention, h: Hardware) -> list[int]:
+    """Return the queries of each block, as begin_attention and next_attention do."""
+    size = _times(i.rows, _times(i.rows, h.groups * h.group))
+    return [min(size, i.rows - start) for start in range(0, i.rows, size)]
 
 
 def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
-    """attention: Rest; First; of each step Query if it is the first of its queries, Step beside the next one's keys,
-    Divide if it is the last."""
-    words = i.n_out // i.heads // h.lanes(h.act_word)
-    steps = i.heads * list(attention_steps(i, h))
-    loads = [2 * keys * words for _, keys, _, _ in steps]
-    cycles = t.loop(max(KEY_BLOCK, h.query_block)) + t.loop(loads[0], reads=True)
-    for (queries, keys, first, last), following in zip(steps, [*loads[1:], 0], strict=True):
-        groups = -(-queries // h.query_lanes)
-        cycles += first * t.loop(queries * words, reads=True) + last * t.loop(queries * words, writes=True)
-        cycles += t.loop(max((groups + 1) * keys, following), reads=True)
+    """attention: Rest; of each head and block of queries Query, First, Step (rounds of each block of keys, and
+    STAGES - 1 more), Divide."""
+    words = i.n_out // i.heads // h.values(h.act_word)
+    length = BATCH * attention_turn(i, h)
+    loads = 2 * min(i.rows, KEY_BLOCK) * words
+    cycles = t.loop(max(KEY_BLOCK, h.groups))
+    for queries in query_blocks(i, h):
+        rounds = max(_times(_times(queries, h.group), BATCH), STAGES - 1, _times(loads, length))
+        steps = (_times(i.rows, KEY_BLOCK) * rounds + STAGES - 1) * length
+        block = t.loop(queries * words, reads=True) + t.loop(loads, reads=True) + t.loop(steps, reads=True)
+        cycles += i.heads * (block + t.loop(queries * words, writes=True))
     return cycles
 
 
 def attention_traffic(i: Attention, h: Hardware, queue: Queue = ()) -> Bytes:
-    read = sum(2 * keys + first * queries for queries, keys, first, _ in attention_steps(i, h)) * i.n_out
+    read = (2 * len(query_blocks(i, h)) + 1) * i.rows * i.n_out
     return {"narrow_read": read * h.act_word // 8, "narrow_write": i.rows * i.n_out * h.act_word // 8}
 
 
@@ -222,7 +249,7 @@ def route_memories(h: Hardware) -> list[OnChip]:
         OnChip("logits", 1, h.port_bits, ROUTE_ROWS * _words(h, h.max_experts, WIDE_BITS)),
         OnChip("choices, queues", 2, 16 + PROB_FRAC + 1, h.max_rows * h.max_top),
         OnChip("counts, starts, active experts", 3, 16, h.max_experts),
-        _tables(2),  # 2^-x, 1/x
+        _tables(2, EXP_ENTRIES),  # 2^-x, 1/x
     ]
 
 
@@ -257,39 +284,35 @@ class Tile(NamedTuple):
 
 
 def _weight_tiles(h: Hardware, outputs: int, bits: int) -> OnChip:
-    """Memories of a word each, of every output of two tiles: so many of them that a step of inputs is read at once."""
-    kind = "lut" if h.tiles_in_lut else "bram"
-    joined = h.tile_in // h.lanes(bits)
-    return OnChip("weights of two tiles", 2 * joined * outputs, h.port_bits, h.max_in // h.tile_in, kind)
+    """Memories of a word each, of every output, with both tiles: so many that a step of inputs is read at once."""
+    kind, together = "lut" if h.tiles_in_lut else "bram", h.tile_in // h.values(bits)
+    banks = together if bits == GATE_BITS else max(together, h.weight_ports)
+    return OnChip("weights of two tiles", banks * outputs, h.port_bits, 2 * h.max_in // h.values(bits) // banks, kind)
 
 
 def linear_memories(h: Hardware) -> list[OnChip]:
-    joined, kind = h.tile_in // h.lanes(h.act_word), "uram" if h.uram else "bram"
+    joined, kind = h.tile_in // h.values(h.act_word), "uram" if h.uram else "bram"
     return [
         OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
         _weight_tiles(h, h.tile_out, h.weight_word),
-        _tables(h.lanes(h.act_word)),  # GELU
+        _weight_tiles(h, h.gate_out, GATE_BITS),
+        _tables(h.values(h.act_word), TABLE_ENTRIES),  # GELU
     ]
 
 
-def gate_memories(h: Hardware) -> list[OnChip]:
-    return [_weight_tiles(h, h.gate_out, GATE_BITS)]
-
-
 def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Iterator[Tile]:
-    """Yield the tiles of an instruction as next_tile does; of a gate all tokens are one block, read for each tile."""
-    kept = not isinstance(i, Gate)
-    size = h.tile_out if kept else h.gate_out
+    """Yield the tiles of an instruction as next_tile does."""
+    size = h.gate_out if isinstance(i, Gate) else h.tile_out
     maps = [(i.n_in, i.n_out, i.rows, i.mode)]
     if isinstance(i, Experts):
         both = ((i.n_in, i.n_out, Mode.NARROW), (i.n_out, i.n_in, i.mode))
         maps = [(n_in, n_out, tokens, mode) for tokens in queue for n_in, n_out, mode in both]
     for n_in, n_out, tokens, mode in maps:
-        block = h.token_block if kept else tokens
+        block = _times(tokens, _times(tokens, h.token_block))
         for base in range(0, tokens, block):
             for row in range(0, n_out, size):
-                fresh, adds = not kept or row == 0, mode in (Mode.RESIDUAL, Mode.QUEUE)
-                yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), fresh, adds, mode)
+                adds = mode in (Mode.RESIDUAL, Mode.QUEUE)
+                yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), row == 0, adds, mode)
 
 
 def _results(tile: Tile, h: Hardware) -> int:
@@ -304,8 +327,10 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     loads, spans = [], []
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        loads.append(max(tile.outputs * tile.n_in // h.lanes(bits), params))
-        steps = tile.n_in // (h.lanes(h.act_word) if tile.fresh else h.tile_in)
+        at_once = 1 if isinstance(i, Gate) else h.weight_ports
+        loads.append(max(tile.outputs * _times(tile.n_in // h.values(bits), at_once), params))
+        together = 1 if isinstance(i, Conv) else min(2, h.tile_in // h.values(h.act_word))  # words that are read
+        steps = tile.n_in // (together * h.values(h.act_word) if tile.fresh else h.tile_in)
         spans.append((tile.tokens + 1) * max(steps, _results(tile, h)))
     cycles = t.loop(loads[0] if loads else 0, reads=True)
     for span, following in zip(spans, [*loads[1:], 0], strict=False):
@@ -356,34 +381,39 @@ def conv_needs(i: Conv) -> dict[str, int]:
 
 def _written(h: Hardware) -> int:
     """Return how many results of a linear map are made in a cycle: those of narrow and of wide words each their own."""
-    return h.lanes(h.act_word) + h.lanes(WIDE_BITS)
+    return h.values(h.act_word) + h.values(WIDE_BITS)
+
+
+def _shifted_in_attention(h: Hardware) -> int:
+    """Return the bits that attention shifts in a cycle: of scores, weights and sums of before."""
+    return h.lanes * (h.product_bits + PROB_FRAC + 6) + h.shifted_lanes * h.context_bits
 
 
 # DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times
-# the factor 4, times the scale 2.
+# the factor 4, times the scale 2. Linear maps, routers and attention have one array.
 ENGINES = {
     "linear": Engine(
         linear_memories,
-        lambda h: h.tile_in * h.tile_out,
-        lambda h: h.lanes(h.act_word) + 2 * h.lanes(WIDE_BITS),
+        lambda h: h.multipliers,
+        lambda h: h.values(h.act_word) + 2 * h.values(WIDE_BITS),
         _written,
+        lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word),
     ),
-    # The linear engine's code with 16-bit weights.
-    "gate": Engine(gate_memories, lambda h: h.tile_in * h.gate_out, lambda h: 0, lambda h: h.lanes(WIDE_BITS)),
+    # Shifted in each lane: a score, a weight (few bits both), a sum of before; and what is divided.
     "attention": Engine(
         attention_memories,
-        lambda h: 2 * h.max_head * h.query_lanes,
-        lambda h: h.query_lanes + 4 * h.lanes(h.act_word),
-        lambda h: h.query_lanes + h.lanes(h.act_word),
+        dsps=lambda h: h.lanes + 4 * h.values(h.act_word),
+        shifters=lambda h: h.values(h.act_word) + _shifted_in_attention(h) // ACCUMULATOR_BITS,
     ),
-    "norm": Engine(norm_memories, lambda h: 0, lambda h: 10 * h.lanes(WIDE_BITS), lambda h: 3 * h.lanes(WIDE_BITS)),
+    "norm": Engine(norm_memories, dsps=lambda h: 10 * h.values(WIDE_BITS), shifters=lambda h: 3 * h.values(WIDE_BITS)),
     "router": Engine(route_memories),
     "stream": Engine(lambda h: []),  # passes over tokens: image, position
 }
+ON_ARRAY = ("linear", "attention")  # engines whose products are the array's
 OPS = {
     Op.IMAGE: OpSpec(Patches, "stream", image_cycles, image_traffic),
     Op.LINEAR: OpSpec(Linear, "linear", linear_cycles, linear_traffic, linear_needs, linear_macs),
-    Op.GATE: OpSpec(Gate, "gate", linear_cycles, linear_traffic, linear_needs, linear_macs),
+    Op.GATE: OpSpec(Gate, "linear", linear_cycles, linear_traffic, linear_needs, linear_macs),
     Op.POSITION: OpSpec(Position, "stream", position_cycles, position_traffic),
     Op.NORM: OpSpec(Norm, "norm", norm_cycles, norm_traffic, norm_needs),
     Op.ATTENTION: OpSpec(Attention, "attention", attention_cycles, attention_traffic, attention_needs, attention_macs),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, sweep, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, search, sweep, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -51,6 +51,10 @@ COMMANDS: dict[str, Command] = {
         evaluation.add_eval,
         evaluation.run_eval,
     ),
+    "search": (
+        "Find how many experts each task needs in each block for a share of the compute (into a budget file).",
+        *command(search.Search, search.run_search),
+    ),
     "routing": (
         "Measure and draw which experts a run's tasks use on a split (into its routing/).",
         *command(routing.Routing, routing.run_routing),
@@ -77,6 +81,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", *command(hls.Csim, hls.run_csim)),
     "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
+    "hw explore": (training.TITLES["hw explore"], None, hls.run_explore),
     "report": (
         "Draw one self-contained HTML page about a run and its exports, and write its figures as JSON.",
         *command(report.Report, report.run_report),
@@ -94,11 +99,13 @@ PLUGGABLE = (
     "profile",
     "sweep",
     "eval",
+    "search",
     "routing",
     "export onnx",
     "export hls",
     "hw csim",
     "hw cost",
+    "hw explore",
     "report",
     "data check",
     "data show",

@@ -8,8 +8,9 @@ from hls4ml.utils.torch import CustomFXTracer
 from torch import Tensor, fx
 
 from m3vit.export.hls import leaf
+from m3vit.export.hls.schedules import Progress, silent
 
-BATCH = 8
+BATCH_TOKENS = 2048  # run at once: more only take memory
 
 
 class Calibration(NamedTuple):
@@ -30,12 +31,12 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.largest[n.name] = max(self.largest.get(n.name, 0.0), float(value.abs().max()))
+            self.largest[n.name] = max(self.largest.get(n.name, 0.0), leaf.largest(value))
         return value
 
 
 @torch.no_grad()
-def calibrate(model: leaf.LoweredModel, tokens: np.ndarray) -> Calibration:
+def calibrate(model: leaf.LoweredModel, tokens: np.ndarray, progress: Progress = silent) -> Calibration:
     """Run the float model on tokens [m, T, 3 p^2] for every task and record ranges. Names are those hls4ml will use."""
     graph = fx.GraphModule(model, CustomFXTracer().trace(model))
     leaves: dict[str, Any] = {
@@ -46,8 +47,10 @@ def calibrate(model: leaf.LoweredModel, tokens: np.ndarray) -> Calibration:
     for name, module in leaves.items():
         inner[name] = module.observed = {}
     try:
-        for start in range(0, len(tokens), BATCH):
-            batch = torch.from_numpy(tokens[start : start + BATCH])
+        step = max(1, BATCH_TOKENS // tokens.shape[1])
+        for start in range(0, len(tokens), step):
+            progress(start, len(tokens), "calibration images through torch, for every task")
+            batch = torch.from_numpy(tokens[start : start + step])
             for task_id in range(len(model.tasks)):
                 _Recorder(graph, outputs).run(batch, torch.full((len(batch), 1), float(task_id)))
     finally:

@@ -1,6 +1,5 @@
 """`m3vit export hls`: from a run folder to an hls4ml project with validation samples inside."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ from m3vit.errors import InputError
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls.options import Request
 from m3vit.export.hls.project import Samples, export_project
-from m3vit.models.budget import in_all_layers
+from m3vit.export.hls.schedules import Progress, silent
+from m3vit.models.budget import FULL, Budget
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 
 SAMPLES = 100  # validation images stored, unless told otherwise
+SAMPLES_MIN = 4  # of them, however large the model is
+SAMPLES_WORK = 10**12  # tokens x weights x tasks of all of them: about a minute of torch, and below 100 MB
 CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
 CALIBRATION_TOKENS = 8192  # of all of them together, beyond CALIBRATION_MIN images: a large image says more
 CALIBRATION_MIN = 4
@@ -28,24 +30,26 @@ def export_run(
     out: Path,
     request: Request = Request(),
     *,
-    top_k: Mapping[str, int] | None = None,
+    budget: Budget = FULL,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the project of a run to `out`, with validation images for `m3vit hw csim`.
 
-    `top_k`: experts per token by task, None as trained.
+    `budget`: what is used of the experts; InputError if it is another model's, or more than the engines can keep to.
     """
-    if top_k and not run.model.backbone.moe_indices:
-        raise InputError("this model has no experts: leave out --top-k")
+    run.model.uses(budget, run.config.model.tasks)
     tasks, labels = run.config.model.tasks, run.config.model.label_set
     root = request.data_root or run.config.data.root
     train, val = (
         open_split(run.config.data.layout, root, split, tasks, label_set=labels) for split in ("train", "val")
     )
-    samples = min(SAMPLES, len(val)) if request.samples is None else request.samples
-    if samples > len(val):
-        raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
     tokens = size[0] * size[1] // run.model.backbone.patch_size**2
+    work = tokens * len(tasks) * sum(weight.numel() for weight in run.model.backbone.parameters())
+    few = max(SAMPLES_MIN, min(SAMPLES, SAMPLES_WORK // work))
+    samples = min(few, len(val)) if request.samples is None else request.samples
+    if samples > len(val):
+        raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
     images = min(CALIBRATION_IMAGES, len(train), max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
     calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
     # First those with all labels, where some images lack one.
@@ -69,7 +73,9 @@ def export_run(
         weight_bits=request.weight_bits,
         act_bits=request.act_bits,
         board=request.board,
-        budget=in_all_layers(top_k or {}, run.model.backbone.moe_indices),
+        engines=request.engines,
+        budget=budget,
+        progress=progress,
     )
 
 

@@ -33,6 +33,13 @@ from m3vit.models.router import route
 from m3vit.normalisation import Normalisation
 
 LOG2_E = math.log2(math.e)
+CHECKED_PATCHES = 16  # a side, of the image on which lowering is checked: the layers do not depend on the grid
+
+
+def largest(value: Tensor) -> float:
+    """Return the largest magnitude in a tensor that is not empty."""
+    low, high = value.aminmax()
+    return max(-float(low), float(high))
 
 
 class Leaf(HLS4MLModule):
@@ -43,7 +50,7 @@ class Leaf(HLS4MLModule):
     def observe(self, name: str, value: Tensor) -> Tensor:
         """Return `value`, after noting its largest magnitude if calibration is on."""
         if self.observed is not None and value.numel():
-            self.observed[name] = max(self.observed.get(name, 0.0), float(value.abs().max()))
+            self.observed[name] = max(self.observed.get(name, 0.0), largest(value))
         return value
 
 
@@ -101,8 +108,7 @@ class VitAttention(Leaf):
         B, N, width = qkv.shape
         parts = qkv.view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = (self.observe(name, part) for name, part in zip(("query", "key", "value"), parts, strict=True))
-        scores = self.observe("score", q @ k.transpose(-2, -1))
-        context = torch.softmax(scores * math.log(2), dim=-1) @ v
+        context = F.scaled_dot_product_attention(q, k, v, scale=math.log(2))
         return context.transpose(1, 2).reshape(B, N, width // 3)
 
 
@@ -395,14 +401,14 @@ def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
     return dict(zip(blocks, counts, strict=True))
 
 
-def _build(model: MultiTaskModel, budget: Budget) -> LoweredModel:
+def _build(model: MultiTaskModel, budget: Budget, size: tuple[int, int]) -> LoweredModel:
+    """Return the leaf modules of a model for images of a size."""
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
     top_ks, num_tasks = _top_ks(model, budget), len(model.config.tasks)
     if backbone.rotary:
         raise _refuse(f"{model.config.trunk} has rotary positions")
-    height, width = model.config.image_size
-    grid = (height // backbone.patch_size, width // backbone.patch_size)
+    grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
     if not isinstance(trunk.patch_embed.norm, nn.Identity):
         raise _refuse(f"the patch embedding has a {type(trunk.patch_embed.norm).__name__}")
     position = _position(model, grid)
@@ -456,13 +462,22 @@ def lower(model: MultiTaskModel, budget: Budget = FULL) -> LoweredModel:
     """
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()
-    lowered = _build(exact, budget).eval()
-    height, width = model.config.image_size
+    height, width = size = model.config.image_size
+    lowered = _build(exact, budget, (height, width)).eval()
+    most = CHECKED_PATCHES * lowered.patch
+    small = (min(height, most), min(width, most))
+    checked = lowered if small == size else _build(exact, budget, small).eval()
+    _check(exact, checked, budget, small)
+    return lowered.float()
+
+
+def _check(exact: MultiTaskModel, lowered: LoweredModel, budget: Budget, size: tuple[int, int]) -> None:
+    """Compare a lowered model with the model on a random image of a size, for every task; both in float64."""
+    height, width = size
     images = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
     tokens = torch.from_numpy(tokenise(images, lowered.patch)).double()
     for task_id, task in enumerate(lowered.tasks):
-        expected, _ = reference_outputs(exact, normalise(images, model.normalisation, torch.float64), task, budget)
+        expected, _ = reference_outputs(exact, normalise(images, exact.normalisation, torch.float64), task, budget)
         outputs = lowered(tokens, torch.full((1, 1), float(task_id), dtype=torch.float64))
         error = float((outputs[..., : expected.shape[-1]] - expected).abs().max() / (expected.abs().max() + 1e-12))
         assert error < 1e-5, f"lowering changed the outputs of {task} by {error:.1e}"
-    return lowered.float()

@@ -1,9 +1,11 @@
 """Write a trained model as an hls4ml project that can be C-simulated and judged from its folder alone."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from m3vit.errors import InputError
 from m3vit.export.finite import require_finite
 from m3vit.export.hls import leaf
 from m3vit.export.hls.contents import check_replaceable, editable_names
-from m3vit.export.hls.schedules import choose_options, find_schedule
+from m3vit.export.hls.schedules import Options, Progress, choose_options, find_schedule, silent
 from m3vit.files import atomic_folder
 from m3vit.hw.manifest import FORMAT, MANIFEST, SAMPLES
 from m3vit.label_sets import describe
@@ -26,7 +28,7 @@ from m3vit.models.router import Routing
 from m3vit.tasks import TASKS
 
 log = logging.getLogger(__name__)
-BATCH = 16
+BATCH_TOKENS = 4096  # of torch's reference, run at once
 
 
 @dataclass
@@ -49,29 +51,35 @@ def export_project(
     samples: Samples,
     info: dict[str, Any] | None = None,
     schedule: str = "spatial",
-    weight_bits: int = 16,
+    weight_bits: int | None = None,
     act_bits: int | None = None,
     board: str | None = None,
+    engines: Mapping[str, Any] = MappingProxyType({}),
     budget: Budget = FULL,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the project to `out` and return its manifest (m3vit.json).
 
     calibration: uint8 [m, H, W, 3], images that choose the fixed-point formats (not the samples, to be fair).
     `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`. `schedule`: of SCHEDULES,
-    which has defaults and limits for the other options. `budget`: one top_k for all tasks, by block.
+    which has defaults and limits for the other options. `budget`: one top_k for all tasks, by block. `progress`: told
+    of the long work.
     An existing project of ours at `out` is replaced once the new one is complete. Raises InputError for models that
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     chosen = find_schedule(schedule)
-    options = replace(choose_options(schedule, weight_bits, act_bits, board), budget=budget)
+    options = choose_options(schedule, weight_bits, act_bits, board, engines)
+    options = replace(options, budget=budget, progress=progress)
     _check_images(model, calibration, samples)
     check_replaceable(out)
     require_finite(model)
     model = model.eval()
+    progress(0, 1, "lowering the model")
     with atomic_folder(out) as folder:
         lowered, facts = chosen.write(folder, model, calibration, options)
         manifest = {**_manifest(model, lowered), "schedule": schedule, **facts, "run": info or {}}
-        outputs = _write_samples(folder / SAMPLES, model, lowered, samples, budget)
+        outputs = _write_samples(folder / SAMPLES, model, lowered, samples, options)
+        progress(0, 1, "the test bench's frames")
         chosen.write_bench(folder, samples.images, outputs, manifest)
         (folder / "README.md").write_text(chosen.readme(manifest))
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -138,9 +146,10 @@ def reference(
     model: MultiTaskModel, images: np.ndarray, task: str, budget: Budget = FULL
 ) -> tuple[Tensor, list[Routing]]:
     """Return torch's token outputs [n, T, C_r] float32 for images uint8 [n, H, W, 3], and each MoE layer's routing."""
+    step = max(1, BATCH_TOKENS * model.backbone.patch_size**2 // (images.shape[1] * images.shape[2]))
     batches = [
-        leaf.reference_outputs(model, leaf.normalise(images[start : start + BATCH], model.normalisation), task, budget)
-        for start in range(0, len(images), BATCH)
+        leaf.reference_outputs(model, leaf.normalise(images[start : start + step], model.normalisation), task, budget)
+        for start in range(0, len(images), step)
     ]
     routings = [
         Routing(*(torch.cat(tensors, dim=1) for tensors in zip(*(routing[:3] for routing in layer), strict=True)))
@@ -150,7 +159,7 @@ def reference(
 
 
 def _write_samples(
-    path: Path, model: MultiTaskModel, lowered: leaf.LoweredModel, samples: Samples, budget: Budget
+    path: Path, model: MultiTaskModel, lowered: leaf.LoweredModel, samples: Samples, options: Options
 ) -> dict[str, np.ndarray]:
     """Write samples.npz for `m3vit hw csim`; return torch's outputs [n, T, C_r] by task.
 
@@ -160,8 +169,9 @@ def _write_samples(
     """
     n, top_ks = len(samples.images), [layer.top_k for layer in lowered.moe_layers()]
     arrays: dict[str, Any] = {"ids": np.array(samples.ids), "images": samples.images}
-    for task in lowered.tasks:
-        outputs, routings = reference(model, samples.images, task, budget)
+    for place, task in enumerate(lowered.tasks):
+        options.progress(place, len(lowered.tasks), f"torch's outputs of {n} samples, {task}")
+        outputs, routings = reference(model, samples.images, task, options.budget)
         arrays[f"output_{task}"] = outputs.numpy()
         arrays |= {f"label_{task}_{i}": labels[task] for i, labels in enumerate(samples.labels)}
         for layer, (routing, top_k) in enumerate(zip(routings, top_ks, strict=True)):

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from m3vit.errors import InputError
-from m3vit.hw.boards import find_board
+from m3vit.hw.design import Design, design_of, read_design
 from m3vit.models.budget import FULL, Budget
 
 if TYPE_CHECKING:
@@ -28,17 +29,27 @@ SCHEDULES = {
 Progress = Callable[[int, int, str], None]  # done, of how many, what is being done
 
 
+WEIGHT_BITS = 16  # unless told otherwise
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """Show no progress."""
+
+
 @dataclass
 class Options:
     """What a user chooses of a project.
 
-    board: a name, or None in a schedule that is for no board. budget: what is used of the experts.
+    board: a name, or None in a schedule that is for no board. design: what is fixed of its engines. budget: what is
+    used of the experts. progress: told of the long work.
     """
 
     weight_bits: int
     act_bits: int
     board: str | None
+    design: Design | None = None
     budget: Budget = FULL
+    progress: Progress = silent
 
 
 class Simulated(NamedTuple):
@@ -116,18 +127,44 @@ def schedule_of(manifest: dict[str, Any]) -> Schedule:
     return find_schedule(manifest.get("schedule", "spatial"))
 
 
-def choose_options(name: str, weight_bits: int, act_bits: int | None, board: str | None) -> Options:
-    """Return the options of a schedule, its defaults filled in. Raises InputError for what it does not have."""
+def choose_options(
+    name: str,
+    weight_bits: int | None,
+    act_bits: int | None,
+    board: str | None,
+    engines: Mapping[str, Any] = MappingProxyType({}),
+) -> Options:
+    """Return the options of a schedule, its defaults filled in. Raises InputError for what it does not have.
+
+    engines: part, clock, array, port_bits, ports (m3vit.hw.design), or config, the file that has all of these, the
+    board and the bits. What is None is not given.
+    """
     schedule = find_schedule(name)
+    fixed = {option: value for option, value in engines.items() if value is not None}
+    if fixed and schedule.BOARD is None:
+        option = next(iter(fixed)).replace("_", "-")
+        raise InputError(
+            f"--{option}: the {name} schedule has no engines to fit: leave it out or give another --schedule"
+        )
     if board is not None and schedule.BOARD is None:
         others = [other for other in SCHEDULES if find_schedule(other).BOARD is not None]
         raise InputError(
             f"--board {board}: the {name} schedule is for no board (its part is in project.tcl): leave it out or give "
             f"--schedule {' or '.join(others)}"
         )
+    design = None
     if schedule.BOARD is not None:
-        board = find_board(board or schedule.BOARD).name
-    options = Options(weight_bits, schedule.ACT_BITS if act_bits is None else act_bits, board)
+        if config := fixed.pop("config", None):
+            rest = {"board": board, "weight_bits": weight_bits, "act_bits": act_bits, **fixed}
+            if more := [f"--{option.replace('_', '-')}" for option, value in rest.items() if value is not None]:
+                raise InputError(f"--config {config} says all of the engines: leave out {', '.join(more)}")
+            design, bits = read_design(Path(config))
+            weight_bits, act_bits = bits["weight_bits"], bits["act_bits"]
+        else:
+            design = design_of(board, **fixed, default=schedule.BOARD)
+        board = design.board
+    chosen = WEIGHT_BITS if weight_bits is None else weight_bits
+    options = Options(chosen, schedule.ACT_BITS if act_bits is None else act_bits, board, design)
     for what, allowed in schedule.LIMITS.items():
         if (value := getattr(options, what)) not in allowed:
             shown = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))

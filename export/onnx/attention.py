@@ -27,7 +27,7 @@ def lower_attention(node: NodeProto, form: str, values: Any, add: Any) -> list[N
     q, k, v = node.input
     scale = next(attribute.f for attribute in node.attribute if attribute.name == "scale")
     if form == "standard":
-        factor = values.add(f"m3vit.scale.{scale:.9g}", np.array(scale, np.float32))
+        factor = values.add(f"attention_scale_{scale:.9g}", np.array(scale, np.float32))
         scores = add("products", "MatMul", q, add("keys", "Transpose", k, perm=[0, 1, 3, 2]))
         shares = add("shares", "Softmax", add("scores", "Mul", scores, factor), axis=-1)
         add("mixed", "MatMul", shares, v)

@@ -1,6 +1,6 @@
 # Vivado 2022.2 or newer, after build_prj.tcl: vivado -mode batch -source vivado_design.tcl [-tclargs bitstream]
-# A Zynq UltraScale+ processing system and the accelerator: its registers on M_AXI_HPM0_FPD, its ports on S_AXI_HP0 to HP3,
-# 128 bits each. Files for PYNQ: m3vit.bit and m3vit.hwh.
+# A Zynq UltraScale+ processing system and the accelerator: its registers on M_AXI_HPM0_FPD, its ports on S_AXI_HP0 to HP3
+# and HPC0, 128 bits each. Files for PYNQ: m3vit.bit and m3vit.hwh.
 # Never run in the tool itself by the authors, who had no licence: please report what your version makes of it.
 set here [file normalize [file dirname [info script]]]
 source [file join $here project.tcl]
@@ -18,6 +18,7 @@ if {[llength [get_board_parts -quiet $board_part]]} {
 set megahertz [expr {int(1000.0 / $clock_period)}]
 set_property -dict [list \
     CONFIG.PSU__USE__M_AXI_GP0 {1} CONFIG.PSU__USE__M_AXI_GP1 {0} CONFIG.PSU__USE__M_AXI_GP2 {0} \
+    CONFIG.PSU__USE__S_AXI_GP0 {1} CONFIG.PSU__SAXIGP0__DATA_WIDTH {128} \
     CONFIG.PSU__USE__S_AXI_GP2 {1} CONFIG.PSU__USE__S_AXI_GP3 {1} \
     CONFIG.PSU__USE__S_AXI_GP4 {1} CONFIG.PSU__USE__S_AXI_GP5 {1} \
     CONFIG.PSU__SAXIGP2__DATA_WIDTH {128} CONFIG.PSU__SAXIGP3__DATA_WIDTH {128} \
@@ -40,9 +41,10 @@ connect_bd_intf_net [get_bd_intf_pins control/M00_AXI] [get_bd_intf_pins ${proje
 connect_bd_net $clock [get_bd_pins control/aclk] [get_bd_pins zynq_ps/maxihpm0_fpd_aclk]
 connect_bd_net [get_bd_pins reset_0/peripheral_aresetn] [get_bd_pins control/aresetn]
 
-# Memory: weights, which the linear engine waits for, have a port of their own; keys and other inputs never share time.
-foreach {port masters} {0 {weights} 1 {narrow_in keys} 2 {narrow_out io} 3 {wide wide_in tables}} {
-    set name memory_$port
+# Memory: weights, which the array waits for, have ports of their own; so have keys and narrow_in, through which inputs are
+# read at the same time. Reading and writing do not disturb each other.
+foreach {port masters} {HP0 {weights} HPC0 {more_weights} HP1 {narrow_in io} HP2 {keys narrow_out} HP3 {wide wide_in tables}} {
+    set name memory_[string tolower $port]
     set connect [create_bd_cell -type ip -vlnv xilinx.com:ip:smartconnect $name]
     set_property CONFIG.NUM_SI [llength $masters] $connect
     set place 0
@@ -50,8 +52,8 @@ foreach {port masters} {0 {weights} 1 {narrow_in keys} 2 {narrow_out io} 3 {wide
         connect_bd_intf_net [get_bd_intf_pins ${project_name}_0/m_axi_$master] [get_bd_intf_pins $name/S0${place}_AXI]
         incr place
     }
-    connect_bd_intf_net [get_bd_intf_pins $name/M00_AXI] [get_bd_intf_pins zynq_ps/S_AXI_HP${port}_FPD]
-    connect_bd_net $clock [get_bd_pins $name/aclk] [get_bd_pins zynq_ps/saxihp${port}_fpd_aclk]
+    connect_bd_intf_net [get_bd_intf_pins $name/M00_AXI] [get_bd_intf_pins zynq_ps/S_AXI_${port}_FPD]
+    connect_bd_net $clock [get_bd_pins $name/aclk] [get_bd_pins zynq_ps/saxi[string tolower $port]_fpd_aclk]
     connect_bd_net [get_bd_pins reset_0/peripheral_aresetn] [get_bd_pins $name/aresetn]
 }
 assign_bd_address

@@ -73,9 +73,10 @@ def _round(x: Tensor, factor: Tensor | float) -> Tensor:
 
 
 @cache
-def _exp2_table() -> Tensor:
-    """2^-(x * 2^-SCORE_FRAC) with PROB_FRAC fractional bits at place _WHOLE_STEPS - x, down to where it rounds to 0."""
-    values = arithmetic.exp2_neg(np.arange(_WHOLE_STEPS, -1, -1), SCORE_FRAC, PROB_FRAC)
+def _exp2_table(drop: int) -> Tensor:
+    """2^-(x * 2^-SCORE_FRAC) with PROB_FRAC fractional bits, at place _WHOLE_STEPS - x, down to where it is 0; the
+    last `drop` bits are 0."""
+    values = arithmetic.exp2_neg(np.arange(_WHOLE_STEPS, -1, -1), SCORE_FRAC, PROB_FRAC - drop) << drop
     return torch.from_numpy(values.astype(np.float64))
 
 
@@ -288,7 +289,8 @@ class Emulator:
         # Beyond this bound no score can be, so none need be looked at.
         bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads)
         checked = bound >= 2.0 ** (SCORE_BITS - 1) - 1
-        sums = [self._attend(state, pc, q[h], k[h], v[h].contiguous(), checked) for h in range(heads)]
+        table = _exp2_table(i.weight_drop)
+        sums = [self._attend(state, pc, q[h], k[h], v[h].contiguous(), checked, table) for h in range(heads)]
         total, context = (
             torch.stack(parts) for parts in zip(*sums, strict=True)
         )  # [heads, 1, rows], [heads, width, rows]
@@ -298,10 +300,12 @@ class Emulator:
         y = self._hold(state, pc, y.double(), self.bits)
         _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(2, 0, 1).reshape(rows, dim))
 
-    def _attend(self, state: _State, pc: int, q: Tensor, k: Tensor, v: Tensor, checked: bool) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, state: _State, pc: int, q: Tensor, k: Tensor, v: Tensor, checked: bool, table: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the sums of weights [1, N] and of weighted values [W, N] of one head: q and v [W, N], k [N, W].
 
-        q is scaled so that scores, a row for each key, are in units of 2^-SCORE_FRAC.
+        q is scaled so that scores, a row for each key, are in units of 2^-SCORE_FRAC; table: the weights of scores.
         """
         scores = k @ q
         if checked:
@@ -314,7 +318,7 @@ class Emulator:
             block.sub_(top * unit - (_WHOLE_STEPS + 0.5))
         # Truncation of a positive number rounds down: so this rounds the scores half up.
         places = scores.clamp_(min=0).to(torch.int32)
-        weights = _exp2_table().index_select(0, places.view(-1)).view(places.shape)
+        weights = table.index_select(0, places.view(-1)).view(places.shape)
         falls = torch.exp2((tops[:-1] - tops[1:]).clamp_(min=-MAX_RISE))
         total = context = q.new_zeros(())
         for place, (block, values) in enumerate(zip(weights.split(KEY_BLOCK), v.split(KEY_BLOCK, dim=1), strict=True)):

@@ -1,4 +1,4 @@
-"""m3vit export hls, hw csim, hw cost."""
+"""m3vit export hls, hw csim, hw cost, hw explore."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from m3vit.commands.terminal import print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import Positive, RunFolder, Value, add_options, options
+from m3vit.options import File, Positive, RunFolder, Value, add_options, options
 
 
 @dataclass(frozen=True)
@@ -19,30 +19,37 @@ class ExportHls:
         run: run folder
         out: project folder to write, new, empty or an earlier project
         top_k: experts per token, of all tasks (default: as trained)
+        budget: a file of m3vit search, with the same experts per token for all tasks of a block (default: as trained)
     """
 
     run: RunFolder
     out: Path
     top_k: Annotated[str, Value(metavar="K")] | None = None
+    budget: File | None = None
 
 
 def add_export_hls(parser: argparse.ArgumentParser) -> None:
     from m3vit.export.hls.options import Request
 
-    add_options(parser, ExportHls, Request)
+    add_options(parser, ExportHls, Request, exclusive=("top_k", "budget"))
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
     from m3vit.export.hls.from_run import export_run
     from m3vit.export.hls.options import Request
-    from m3vit.models.budget import read_top_k
+    from m3vit.models.budget import in_all_layers, read_top_k
+    from m3vit.models.budget_file import read_budget
     from m3vit.run_folder import load_run
 
     wanted = options(ExportHls, args)
     run = load_run(wanted.run)
     config = run.config.model
-    top_k = read_top_k(wanted.top_k, config.tasks, config.num_experts) if wanted.top_k else None
-    info = export_run(run, wanted.out, options(Request, args), top_k=top_k)
+    top_k = read_top_k(wanted.top_k, config.tasks, config.num_experts) if wanted.top_k else {}
+    if top_k and not run.model.backbone.moe_indices:
+        raise InputError("this model has no experts: leave out --top-k")
+    budget = read_budget(wanted.budget) if wanted.budget else in_all_layers(top_k, run.model.backbone.moe_indices)
+    with progress_bar("exporting") as bar:
+        info = export_run(run, wanted.out, options(Request, args), budget=budget, progress=bar)
     say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(config.tasks)}: {wanted.out}")
 
 
@@ -78,13 +85,30 @@ def run_csim(wanted: Csim) -> None:
     say_changed(report["changed_files"])
 
 
-def add_cost_options(parser: Any) -> None:
-    """Add what `m3vit hw cost` takes beside a recipe's keys; parser: argparse's or jsonargparse's."""
+def add_cost_options(parser: Any, exploring: bool = False) -> None:
+    """Add what `m3vit hw cost` and `explore` take beside a recipe's keys; parser: argparse's or jsonargparse's."""
     parser.add_argument("--board", type=str, default=None, metavar="NAME", help="default: the project's, else zcu104")
-    parser.add_argument("--task", type=str, default=None, help="the task of the frame (default: the first)")
     for name in ("weight", "act"):
-        default = "default: the project's, else 16"
+        default = "default: all of W8A8, W8A16, W16A16" if exploring else "default: the project's, else 16"
         parser.add_argument(f"--{name}-bits", type=int, default=None, metavar="BITS", help=f"({default})")
+    parser.add_argument("--part", type=str, default=None, metavar="PART", help="an FPGA of the board's device")
+    parser.add_argument("--clock", type=int, default=None, metavar="MHZ", help="default: the board's")
+    parser.add_argument("--array", type=int, default=None, metavar="OUTPUTS", help="default: what is fastest")
+    parser.add_argument("--port-bits", type=int, default=None, metavar="BITS", help="of a memory port")
+    parser.add_argument("--ports", type=int, default=None, metavar="N", help="1 or 2, of weights")
+    if exploring:
+        parser.add_argument(
+            "--out", type=str, default=None, metavar="FILE", help="write the fastest engines, as --config"
+        )
+    else:
+        parser.add_argument("--engines", type=str, default=None, metavar="FILE", help="what hw explore --out wrote")
+        parser.add_argument("--task", type=str, default=None, help="the task of the frame (default: the first)")
+
+
+def _engines(args: Any) -> dict[str, Any]:
+    """Return what is given of the engines, as choose_options takes it."""
+    given = {name: getattr(args, name) for name in ("part", "clock", "array", "port_bits", "ports")}
+    return {**given, "config": getattr(args, "engines", None)}
 
 
 def run_cost(argv: Sequence[str]) -> None:
@@ -103,19 +127,49 @@ def run_cost(argv: Sequence[str]) -> None:
         args: Any = parser.parse_args(list(argv))
         if args.weight_bits or args.act_bits:
             raise InputError(f"{args.project} was exported with its bits: leave out --weight-bits and --act-bits")
+        if given := [name for name, value in _engines(args).items() if value is not None]:
+            option = "engines" if given[0] == "config" else given[0].replace("_", "-")
+            raise InputError(f"{args.project} was exported with its engines: leave out --{option}")
         report = of_project(args.project, args.board, args.task)
     else:
-        from m3vit.commands.training import config_from
-        from m3vit.training.effects import check_given
-
-        config, args = config_from("hw cost", argv)
-        config.check()
-        check_given(config, argv, "profile")
         from m3vit.export.hls.multiplexed.costing import of_model
 
-        report = of_model(config.model, args.weight_bits, args.act_bits, args.board, args.task)
-    if args.json is not None:
+        config, args = _configured("hw cost", argv)
+        report = of_model(config.model, args.weight_bits, args.act_bits, args.board, args.task, _engines(args))
+    _report(report, args.json, render(report))
+
+
+def run_explore(argv: Sequence[str]) -> None:
+    """Print what engines a run or a recipe could have on a board; write the fastest."""
+    from m3vit.export.hls.multiplexed.costing import explore_model
+    from m3vit.files import write_json
+    from m3vit.hw.explore import render
+    from m3vit.hw.manifest import MANIFEST
+
+    if argv and (Path(argv[0]) / MANIFEST).is_file():
+        raise InputError(f"{argv[0]} is a project, whose engines are chosen: give the run that it is of, or a recipe")
+    config, args = _configured("hw explore", argv)
+    report = explore_model(config.model, args.weight_bits, args.act_bits, args.board, _engines(args))
+    _report(report, args.json, render(report))
+    if args.out is not None:
+        write_json(Path(args.out), report["fastest"]["configuration"])
+        say(f"{args.out}: the fastest, for m3vit export hls --config")
+
+
+def _configured(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
+    """Return the configuration of a recipe or a run, checked, and the other arguments."""
+    from m3vit.commands.training import config_from
+    from m3vit.training.effects import check_given
+
+    config, args = config_from(command, argv)
+    config.check()
+    check_given(config, argv, "profile")
+    return config, args
+
+
+def _report(report: dict[str, Any], path: Path | str | None, text: str) -> None:
+    if path is not None:
         from m3vit.files import write_json
 
-        write_json(Path(args.json), report)
-    say(render(report))
+        write_json(Path(path), report)
+    say(text)

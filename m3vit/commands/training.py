@@ -19,8 +19,9 @@ TITLES = {
     "init": "Write the run folder of a recipe with untrained weights.",
     "profile": "Count parameters and multiply-accumulates of a recipe or a run.",
     "hw cost": "Model what an accelerator costs on a board, of a recipe, a run or an HLS project.",
+    "hw explore": "Search the engines of an accelerator on a board: modelled time against what they take.",
 }
-OPENING_RUNS = ("profile", "hw cost")  # take a run folder in place of a recipe
+OPENING_RUNS = ("profile", "hw cost", "hw explore")  # take a run folder in place of a recipe
 
 
 def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
@@ -60,8 +61,8 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
             help="with --train alone, which predicts the memory of a training step: the largest batch that fits: "
             "A100-40GB, H100, RTX4090, ..., or a size such as 24GB",
         )
-    if command == "hw cost":
-        add_cost_options(parser)
+    if command in ("hw cost", "hw explore"):
+        add_cost_options(parser, exploring=command == "hw explore")
     if command in OPENING_RUNS:
         parser.add_argument("--json", type=str, default=None, metavar="FILE", help="write the figures as JSON")
     else:
@@ -90,6 +91,10 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         if choice := re.search(r'Parser key "(\S+)": Expected a typing.Literal\[(.*?)\]. Got value: (.*)', text):
             key, choices, value = choice.groups()
             raise InputError(not_among(key, value, tuple(re.findall(r"'(.*?)'", choices)))) from None
+        if either := re.search(r'Parser key "(\S+)": .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)', text):
+            key, kinds, value = either.groups()
+            forms = re.sub(r"typing\.Literal\['(.*?)'\]", r"\1", kinds).replace(", ", " or ")
+            raise InputError(f"{key} is {value[:80]}: give {forms}") from None
         raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:
@@ -181,7 +186,7 @@ def run_init(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv)
-    from m3vit.training.loop import initialise
+    from m3vit.training.starting import initialise
 
     initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")

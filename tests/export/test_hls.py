@@ -1,6 +1,5 @@
 """The whole HLS path on a tiny model: lowering, precisions, emitted project, C-simulation both ways, its checks."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,13 +16,14 @@ from timm.models.vision_transformer import ResPostBlock
 from m3vit.cli import main
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.hls import leaf
+from m3vit.export.hls import from_run, leaf
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.spatial import fixed_point, schedule
 from m3vit.export.hls.verify import SimulatedOutputs, verify_project
 from m3vit.hw.sim import csim
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS as TASK_TABLE
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 
@@ -31,17 +31,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
-def project(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(spatial: Path) -> Path:
     """An emitted project; read only."""
-    out = tmp_path_factory.mktemp("hls") / "project"
-    export_project(model, out, calibration=make_images(4, seed=9), samples=make_samples())
-    return out
+    return spatial
 
 
 @pytest.fixture(scope="session")
 def report(project: Path) -> dict[str, Any]:
-    """What `m3vit hw csim` returns for the project, which leaves both simulators built."""
-    return verify_project(project)
+    """What `m3vit hw csim` returned for the project, both of whose simulators are built."""
+    return read_sealed_json(project / "csim.json", "a test")
 
 
 def all_runs() -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +291,6 @@ def test_simulated_outputs_for_the_report(report: dict[str, Any], project: Path)
     assert simulated.ids == [f"image{i}" for i in range(SAMPLES)]
     assert simulated.outputs["semseg"].shape == (SAMPLES, 12, 160)
     assert f"{SAMPLES} images" in simulated.summary and "not synthesised" in simulated.summary
-    assert read_sealed_json(project / "csim.json", "a test") == json.loads(json.dumps(report))
 
 
 @pytest.mark.parametrize("victim", ["firmware/weights/w1_*.txt", "firmware/defines.h"])
@@ -354,3 +351,26 @@ def test_bad_inputs_of_a_simulation(report: dict[str, Any], project: Path) -> No
 def test_simulating_needs_neither_torch_nor_hls4ml() -> None:
     script = "import sys, m3vit.hw.sim.csim; sys.exit(any(m in sys.modules for m in ('torch', 'hls4ml')))"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_lowering_is_checked_on_a_part_of_large_images(model: MultiTaskModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid is the model's all the same; what lowering gets wrong is found on the part."""
+    whole = leaf.lower(model)
+    monkeypatch.setattr(leaf, "CHECKED_PATCHES", 2)
+    lowered = leaf.lower(model)
+    assert lowered.grid == whole.grid
+    assert all(torch.equal(a, b) for a, b in zip(lowered.parameters(), whole.parameters(), strict=True))
+    monkeypatch.setattr(leaf, "LOG2_E", 1.5)
+    with pytest.raises(AssertionError, match="lowering changed the outputs"):
+        leaf.lower(model)
+
+
+def test_fewer_samples_of_a_large_model(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run(tiny_run)
+    monkeypatch.setattr(from_run, "SAMPLES_WORK", 1)
+    monkeypatch.setattr(from_run, "SAMPLES_MIN", 1)
+    told: list[str] = []
+    from_run.export_run(run, tmp_path / "out", progress=lambda done, total, what: told.append(what))
+    with np.load(tmp_path / "out" / "tb_data" / "samples.npz") as stored:
+        assert len(stored["ids"]) == 1
+    assert any("calibration" in what for what in told) and any("samples" in what for what in told)

@@ -1,11 +1,10 @@
 """The simulators of the engines, compiled once."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 
-from tests.hw.programs import FORMATS, HARDWARE, SANITIZERS, Builds, Simulator
+from tests.hw.programs import FORMATS, SANITIZERS, Builds, Simulator, hardware_of
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +14,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 
     def build(job: tuple[str, int]) -> Simulator:
         name, place = job
-        hardware = replace(HARDWARE, weight_bits=FORMATS[name][0], act_bits=FORMATS[name][1])
-        return Simulator.build(folder / f"{name}-{place}", hardware, (["-O2"], SANITIZERS)[place])
+        return Simulator.build(folder / f"{name}-{place}", hardware_of(name), (["-O2"], SANITIZERS)[place])
 
     jobs = [(name, place) for name in FORMATS for place in range(2)]
     with ThreadPoolExecutor(2) as pool:

@@ -48,7 +48,7 @@ class Bench:
         pitch, gap = round_up(columns, unit) + unit * self.between(0, 1), unit * self.between(0, 2)
         words = self.signed(self.h.act_bits if memory == "narrow" else 32, rows, pitch)
         if values is None:
-            words[:, columns : round_up(columns, self.h.lanes(stored))] = 0
+            words[:, columns : round_up(columns, self.h.values(stored))] = 0
         else:
             words[:, :columns] = values
         offset = sum(part.size for part in self.parts[memory]) + gap
@@ -255,6 +255,7 @@ def make_attention(b: Bench) -> Iterator[isa.Instruction]:
         n_out = heads * b.sized(b.h.max_head)
         places = {**b.src("narrow", rows, 3 * n_out), **b.dst("narrow", rows, n_out)}
         shifts = {"score_shift": b.between(least, most), "value_shift": b.between(-4, 6)}
+        shifts["weight_drop"] = PROB_FRAC - 8 if b.h.packed else b.between(0, 1) * b.between(0, 9)
         yield isa.Attention(task=b.task(), rows=rows, n_in=3 * n_out, n_out=n_out, heads=heads, **places, **shifts)
 
 
@@ -265,14 +266,15 @@ def run_attention(i: isa.Attention, m: Machine, pixels: np.ndarray) -> None:
     for head in range(i.heads):
         q, k, v = (qkv[:, part, head] for part in range(3))
         for t in range(i.rows):
-            total, sums = _context(m, [shifted(int(product), i.score_shift) for product in k @ q[t]], v)
+            scores = [shifted(int(product), i.score_shift) for product in k @ q[t]]
+            total, sums = _context(m, scores, v, i.weight_drop)
             mantissa, shift = (int(part[0]) for part in arithmetic.reciprocal(np.array([total])))
             for c, value in enumerate(sums):
                 y = shifted(shifted(value, 8) * mantissa, 20 + shift - 8 + i.value_shift)
                 m.narrow[i.dst + t * i.dst_pitch + head * width + c] = m.hold(y, m.image.act_bits)
 
 
-def _context(m: Machine, scores: list[int], v: np.ndarray) -> tuple[int, list[int]]:
+def _context(m: Machine, scores: list[int], v: np.ndarray, drop: int) -> tuple[int, list[int]]:
     """Return the sums of weights and of weighted values of one query, block by block."""
     top, total, sums = 0, 0, [0] * v.shape[1]
     for start in range(0, len(scores), KEY_BLOCK):
@@ -284,7 +286,7 @@ def _context(m: Machine, scores: list[int], v: np.ndarray) -> tuple[int, list[in
             total, *sums = (shifted(value, min(ceiling - top, 60)) for value in (total, *sums))
             top = ceiling
         below = np.array([(top << SCORE_FRAC) - score for score in block])
-        weights = arithmetic.exp2_neg(below, SCORE_FRAC, PROB_FRAC)
+        weights = arithmetic.exp2_neg(below, SCORE_FRAC, PROB_FRAC - drop) << drop
         total += int(weights.sum())
         added = weights @ v[start : start + KEY_BLOCK]
         sums = [a + int(b) for a, b in zip(sums, added, strict=True)]

@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,18 @@ HARDWARE = Hardware(
     max_top=8,
     max_head=32,
     token_block=32,
-    query_block=64,
+    groups=32,
 )
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
+# Arrays from one that takes keys and heads in several passes to one with several queries at once.
+ARRAYS = {"w16a16": 16, "w8a8": 128, "w12a14": 64}
+
+
+def hardware_of(name: str) -> Hardware:
+    """Return the configuration that the random models of a format run on."""
+    weight_bits, act_bits = FORMATS[name]
+    ports = 2 if name == "w8a8" else 1
+    return replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits, tile_out=ARRAYS[name], weight_ports=ports)
 
 
 @dataclass
@@ -130,7 +139,19 @@ class Simulator:
             (firmware / "nnet_utils" / header.name).write_text(edit(header.read_text()))
         (firmware / "parameters.h").write_text(parameters_text(hardware))
         (firmware / "m3vit.h").write_text(HEADER_TEXT)
-        ports = ("image", "weights", "gates", "params", "keys", "narrow_in", "narrow_out", "wide_in", "wide", "output")
+        ports = (
+            "image",
+            "weights",
+            "more_weights",
+            "gates",
+            "params",
+            "keys",
+            "narrow_in",
+            "narrow_out",
+            "wide_in",
+            "wide",
+            "output",
+        )
         (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(ports, 1), hardware.port_bits))
         (folder / "m3vit_host.h").symlink_to(ROOT / "hw" / "project" / "m3vit_host.h")
         sources = [str(ROOT / "hw" / "project" / "m3vit_test.cpp"), str(firmware / "m3vit.cpp")]

@@ -146,6 +146,15 @@ def test_integer_functions_are_those_of_the_headers(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.array(printed.split(), np.int64), np.ravel(function()), err_msg=name)
 
 
+def test_two_products_a_multiplier_are_exact(tmp_path: Path) -> None:
+    """Every pair of weights at the ends of the inputs' range, and every combination of signs and ends."""
+    binary, source = tmp_path / "packed", ROOT / "tests" / "hw" / "csim" / "packed.cpp"
+    paths = [f"-I{INCLUDE}", f"-I{INCLUDE / 'engine'}"]
+    subprocess.run([csim.find_compiler(), *STRICT, "-O2", *paths, str(source), "-o", str(binary)], check=True)
+    different, compared = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout.split()
+    assert int(different) == 0 and int(compared) > 2_000_000
+
+
 def test_accumulators_of_the_width_synthesis_gets(builds: Builds, tmp_path: Path) -> None:
     """With ap_int<48> for the sums (hls4ml's ap_types): the same words."""
     flags = ["-O1", "-DM3VIT_AP_INT", "-isystem", str(AP_TYPES), "-Wno-uninitialized", "-Wno-maybe-uninitialized"]

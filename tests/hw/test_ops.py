@@ -17,7 +17,7 @@ from m3vit.hw.isa import WORDS, Instruction, Mode, Op, decode
 from m3vit.hw.ops import ENGINES, LOOPS, OPS, PORTS, Timing
 from m3vit.hw.sim.emulator import Emulator
 from tests.hw.opcodes import OPCODES, PIXELS, Bench, Machine
-from tests.hw.programs import FORMATS, HARDWARE, Builds, Simulator
+from tests.hw.programs import FORMATS, HARDWARE, Builds, Simulator, hardware_of
 
 INSTANCES = 6
 TASK = 1  # of the frame: instructions for task 0 are skipped
@@ -31,8 +31,7 @@ def parametrise_ops(function: Any) -> Any:
 @parametrise_ops
 def test_alone_word_for_word(builds: Builds, tmp_path: Path, op: Op, name: str) -> None:
     assert op in OPCODES, f"{op.name} has no reference: give it one in tests/hw/opcodes.py"
-    weight_bits, act_bits = FORMATS[name]
-    hardware = replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits)
+    hardware = hardware_of(name)
     bench = Bench(hardware, seed=op)
     program = [instruction for _ in range(INSTANCES) for instruction in OPCODES[op].make(bench)]
     image, (narrow, wide) = bench.image(program), bench.start()
@@ -111,34 +110,34 @@ def test_fields_of_an_opcode_have_words_of_their_own(op: Op) -> None:
 # --- cycles, counted by hand ----------------------------------------------------------------------------------------
 
 NOWHERE: dict[str, int] = {"weights": 0, "params": 0}
-# 16 x 16 multipliers, 8 outputs a gate tile, blocks of 32 tokens, 64 queries (8 at once) and keys, heads of up to 32;
-# words of 8 narrow values, weights or gates, and of 4 wide ones.
+# 16 x 16 multipliers, 16 outputs a gate tile, blocks of 32 tokens, 32 queries (one at once) and 64 keys, heads of up to
+# 32; words of 8 narrow values, weights or gates, and of 4 wide ones; two words of inputs are read at once.
 CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
     Op.IMAGE: (isa.Patches(rows=6, n_in=48, patch=4, columns=3), [], 6 * 48),
     Op.POSITION: (isa.Position(rows=7, n_out=32, params=0, prefix=1), [], 7 * 8),
-    # 24 channels are 6 words: of scales, of biases, and of 5 rows and 3 more.
+    # 24 channels are 6 words: of scales, and of biases. 5 rows and 3 more take 16 steps each, the least.
     Op.NORM: (
         isa.Norm(
             rows=5, n_in=24, n_out=24, params=0, mode=Mode.WIDE, shift=0, bias_shift=0, sqrt_dim=0, eps=1
         ),
         [],
-        2 * 6 + (5 + 3) * 6,
+        2 * 6 + (5 + 3) * 16,
     ),
-    # A head of 24 channels is 3 words. 64 to clear what it leaves of 32. Blocks of 64 and 6 keys are 384 and 36 words
-    # of keys and values. 64 queries: 192 words in; 9 rounds of 8 queries with 64 keys = 576 beside 36; 9 x 6 = 54
-    # beside 384; 192 words out. 6 queries: 18 in; 2 x 64 = 128 beside 36; 2 x 6; 18 out.
+    # A head of 24 channels is 3 words. 64 to clear what it leaves of 32. Blocks of 24, 24 and 22 queries, and of 64 and
+    # 6 keys. A query takes 16 cycles: 4 passes of keys x 2 steps of channels, 4 steps of keys x 2 passes of channels;
+    # a round of 8 of them 128. A block of keys is 384 words: 3 rounds, as many as 24 queries. So 2 x 3 rounds, 3 more.
     Op.ATTENTION: (
         isa.Attention(rows=70, n_in=72, n_out=24, heads=1, score_shift=0, value_shift=0),
         [],
-        64 + 384 + 192 + 576 + 384 + 192 + 18 + 128 + 12 + 18,
+        64 + 70 * 3 + 3 * 384 + 3 * (2 * 3 + 3) * 128 + 70 * 3,
     ),
     # 9 to reset; 3 words of 50 tokens; of each 9 logits, 9 exponentials, 3 choices; 9 starts; 50 x 3 places at II = 2.
     Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 150 + 50 * 21 + 9 + 300),
-    # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens and one more: 4 words of inputs each (2 are
-    # written) = 44 beside 16; the second tile has 2 steps = 22.
-    Op.LINEAR: (isa.Linear(rows=10, n_in=32, n_out=20, mode=Mode.NARROW, **NOWHERE), [], 64 + 44 + 22),
-    # Tiles of 8 and 1 outputs, and the inputs are read for each: 32 and 4 words; 11 x 4 = 44 each.
-    Op.GATE: (isa.Gate(rows=10, n_in=32, n_out=9, **NOWHERE), [], 32 + 44 + 44),
+    # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens and one more: 4 words of inputs each, two at
+    # once, and 2 are written = 22 beside 16; the second tile has 2 steps = 22.
+    Op.LINEAR: (isa.Linear(rows=10, n_in=32, n_out=20, mode=Mode.NARROW, **NOWHERE), [], 64 + 22 + 22),
+    # One tile of 9 outputs, 36 words; 3 are written = 33.
+    Op.GATE: (isa.Gate(rows=10, n_in=32, n_out=9, **NOWHERE), [], 36 + 33),
     # One expert has 3 tokens, 16 -> 16 -> 16: 32 words of weights a map. First map: 4 x 2 = 8 beside 32. Second: 4
     # words are written, 4 x 4 = 16.
     Op.EXPERTS: (

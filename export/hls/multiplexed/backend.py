@@ -15,7 +15,7 @@ from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor
-from m3vit.hw.boards import find_board
+from m3vit.hw.design import Design
 from m3vit.hw.fit import fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.program import Image
@@ -54,10 +54,11 @@ class VitisMoEBackend(VitisBackend):
     def create_initial_config(self, **options: Any) -> dict[str, Any]:
         """Return Vitis' configuration for the board, and ours under NAME.
 
-        board: its name; formats: Formats as a dictionary; grid, patch: of the image.
+        design: Design as a dictionary; formats: Formats as one; grid, patch: of the image.
         """
-        board = find_board(options.pop("board", "zcu104"))
-        ours = {key: options.pop(key) for key in ("formats", "grid", "patch")} | {"board": board.name}
+        design = options.pop("design", {"board": "zcu104"})
+        board = Design(**design).target
+        ours = {key: options.pop(key) for key in ("formats", "grid", "patch")} | {"board": board.name, "design": design}
         period = round(1000 / board.clock_mhz, 3)
         config = super().create_initial_config(part=board.part, clock_period=period, **options)
         return {**config, NAME: ours}
@@ -102,7 +103,8 @@ class _Planner:
         self.pending: dict[str, Any] = {}  # output name -> node whose work its consumer will order
         self.last_use = {name: place for place, node in enumerate(self.nodes) for name in node.inputs}
         weight_bits, act_bits = self.formats["weight_bits"], self.formats["act_bits"]
-        self.board = find_board(settings["board"])
+        self.design = Design(**settings["design"])
+        self.board = self.design.target
         self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"], self.board.port_bits)
         self.output_fracs: list[int] = []
 
@@ -140,7 +142,7 @@ class _Planner:
                 raise self.refuse(node, "at all")
         scheduler = self.scheduler
         image = scheduler.build()
-        hardware = fit(image.program, scheduler.weight_bits, scheduler.act_bits, self.board)
+        hardware = fit(image.program, scheduler.weight_bits, scheduler.act_bits, self.board, self.design.sizes)
         facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs)
         return Planned(image, hardware, *facts)
 

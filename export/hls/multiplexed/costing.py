@@ -1,7 +1,9 @@
 """`m3vit hw cost`: what a model would cost in the multiplexed schedule, from its sizes; or what a project costs."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from m3vit.export.hls.leaf import token_heads
 from m3vit.export.hls.schedules import choose_options
 from m3vit.hw.boards import find_board
 from m3vit.hw.cost import cost
+from m3vit.hw.design import Design
+from m3vit.hw.explore import explore
 from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.manifest import WEIGHTS
@@ -21,6 +25,8 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import meta_model, refusing
+
+BITS = ((8, 8), (8, 16), (16, 16))  # of weights and activations, that are explored
 
 
 def _task(name: str | None, tasks: list[str]) -> int:
@@ -58,18 +64,51 @@ def network_of(model: MultiTaskModel) -> Network:
     )
 
 
-def of_model(
-    config: ModelConfig, weight_bits: int | None, act_bits: int | None, board: str | None, task: str | None
-) -> dict[str, Any]:
-    """Return the cost of a model that need not be trained. Raises InputError for one that cannot be exported."""
-    options = choose_options("multiplexed", weight_bits or 16, act_bits, board)
+def sizes_of_model(config: ModelConfig) -> Network:
+    """Return the sizes of a model that need not be trained. Raises InputError for one that cannot be exported."""
     with refusing(config):
         network = network_of(meta_model(config))
     check_tokens(network.grid[0] * network.grid[1] + network.prefix)
-    chosen = find_board(str(options.board))
-    program = program_of(network, options.weight_bits, options.act_bits, chosen.port_bits)
-    hardware = fit(program, options.weight_bits, options.act_bits, chosen)
+    return network
+
+
+def of_model(
+    config: ModelConfig,
+    weight_bits: int | None,
+    act_bits: int | None,
+    board: str | None,
+    task: str | None,
+    engines: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return the cost of a model that need not be trained; engines: as of choose_options.
+
+    Raises InputError for a model that cannot be exported, and engines that do not fit.
+    """
+    options = choose_options("multiplexed", weight_bits, act_bits, board, engines)
+    assert options.design is not None
+    chosen, bits = options.design.target, (options.weight_bits, options.act_bits)
+    program = program_of(sizes_of_model(config), *bits, chosen.port_bits)
+    hardware = fit(program, *bits, chosen, options.design.sizes)
     return cost(program, hardware, chosen, _task(task, config.tasks))
+
+
+def explore_model(
+    config: ModelConfig,
+    weight_bits: int | None,
+    act_bits: int | None,
+    board: str | None,
+    engines: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return the fronts of engines for a model (m3vit.hw.explore): of the bits that are given, else of BITS."""
+    tried = [bits for bits in BITS if weight_bits in (None, bits[0]) and act_bits in (None, bits[1])]
+    if not tried and weight_bits and act_bits:
+        tried = [(weight_bits, act_bits)]
+    if not tried:
+        raise InputError(f"of bits {', '.join(f'W{w}A{a}' for w, a in BITS)} none are those given: give both")
+    options = [choose_options("multiplexed", *bits, board, engines) for bits in tried]
+    network, design = sizes_of_model(config), options[0].design
+    assert design is not None
+    return explore(lambda weights, acts, ports: program_of(network, weights, acts, ports), tried, design)
 
 
 def of_project(project: Path, board: str | None, task: str | None) -> dict[str, Any]:
@@ -82,7 +121,8 @@ def of_project(project: Path, board: str | None, task: str | None) -> dict[str, 
     program = Image.read(project / WEIGHTS).program
     if set(manifest["hardware"]) != {field.name for field in fields(Hardware)}:
         raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
-    hardware, chosen = Hardware(**manifest["hardware"]), find_board(board or manifest["board"])
+    hardware, design = Hardware(**manifest["hardware"]), Design(**manifest.get("design", {"board": manifest["board"]}))
+    chosen = design.target if board in (None, design.board) else find_board(board)
     if chosen.port_bits != hardware.port_bits:
         raise InputError(
             f"--board {board} has ports of {chosen.port_bits} bits, and {project} was written for "

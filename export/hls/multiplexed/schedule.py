@@ -19,7 +19,6 @@ from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
 from m3vit.export.hls.multiplexed.readme import readme
 from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
 from m3vit.export.hls.schedules import Options, Runner
-from m3vit.hw.boards import find_board
 from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.manifest import WEIGHTS
@@ -80,9 +79,10 @@ def sizes_of(model: leaf.LoweredModel) -> Network:
 
 def needed_hardware(model: leaf.LoweredModel, options: Options) -> Hardware:
     """Return the engines for a model, fitted to the board; raises InputError before any work if they do not fit."""
-    board = find_board(str(options.board))
+    assert options.design is not None
+    board, fixed = options.design.target, options.design.sizes
     program = program_of(sizes_of(model), options.weight_bits, options.act_bits, board.port_bits)
-    return fit(program, options.weight_bits, options.act_bits, board)
+    return fit(program, options.weight_bits, options.act_bits, board, fixed)
 
 
 def _precisions(formats: Formats, config: dict[str, Any]) -> None:
@@ -107,7 +107,9 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         plugin.register(
             register_backend=hls4ml.backends.register_backend, register_writer=hls4ml.writer.register_writer
         )
-    formats = choose(calibrate(model, tokenise(calibration, model.patch)), options.weight_bits, options.act_bits)
+    seen = calibrate(model, tokenise(calibration, model.patch), options.progress)
+    formats = choose(seen, options.weight_bits, options.act_bits)
+    options.progress(0, 1, "hls4ml's conversion, quantisation and the program")
     graph = convert(
         model,
         out,
@@ -115,7 +117,7 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         io_type="io_parallel",
         default_precision="ap_fixed<32,16>",  # the pass quantises the weights itself
         settle=lambda config: _precisions(formats, config),
-        board=options.board,
+        design=options.design.plain() if options.design else {"board": BOARD},
         formats=formats._asdict(),
         grid=list(model.grid),
         patch=model.patch,
@@ -131,6 +133,7 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
             "largest_sum_bits": schedule.sum_bits,
         },
         "board": options.board,
+        **({"design": options.design.plain()} if options.design else {}),
         "hardware": asdict(schedule.hardware),
         "output_fracs": schedule.output_fracs,
     }

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from m3vit.export.hls.multiplexed.words import Floats, LinearWords, linear_words, norm_words, rounded
 from m3vit.hw import isa
-from m3vit.hw.hardware import PORT_BITS, round_up, row_unit, stored_bits
+from m3vit.hw.hardware import PACKED_PROB_FRAC, PORT_BITS, round_up, row_unit, split_inputs, stored_bits
 from m3vit.hw.isa import PIXEL_ZERO, ROW_WORDS, SCORE_FRAC, Instruction, Mode
 from m3vit.hw.network import PARAMS_UNIT
 from m3vit.hw.ops import GATE_BITS, needs
 from m3vit.hw.program import Builder, Image, Memory, allocate, program_words
-from m3vit.hw.tables import NORM_FRAC
+from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 from m3vit.hw.weights_file import ALIGNMENT
 
 PIXEL_FRAC = 8
@@ -41,7 +41,7 @@ class Tensor:
     """rows x columns in a buffer, from its row `start` on; `frac` of all columns, or (q, k, v) of attention's input.
 
     pitch: from one row to the next. groups: the columns lie in so many groups of `group` places, the first ones of each
-    filled (heads of attention begin at words of a port); 0: side by side.
+    filled (heads of attention begin at words of a port); 0: side by side. offset: of the columns in a row.
     """
 
     buffer: Buffer
@@ -52,6 +52,7 @@ class Tensor:
     start: int = 0
     groups: int = 0
     group: int = 0
+    offset: int = 0
 
     @property
     def places(self) -> int:
@@ -108,7 +109,7 @@ class Scheduler:
         places = dict(others)
         for name, tensor in (("src", src), ("dst", dst)):
             if tensor is not None:
-                setattr(instruction, name, tensor.start * tensor.pitch)
+                setattr(instruction, name, tensor.start * tensor.pitch + tensor.offset)
                 setattr(instruction, f"{name}_pitch", tensor.pitch)
                 places[name] = tensor.buffer
         for buffer in places.values():
@@ -150,10 +151,7 @@ class Scheduler:
     def embed(self, name: str, x: Tensor, weight: Floats, bias: Floats, prefix: int) -> Tensor:
         """Linear on patches; returns all tokens, of which the first `prefix` are not set yet (see position)."""
         dst = self._tensor(True, x.rows, len(weight), self.wide_frac, prefix)
-        words = self._words(name, weight, bias, x, self.wide_frac, missing=PIXEL_ZERO)
-        fields = self._store(name, words)
-        shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
-        self._add(isa.Linear(mode=Mode.WIDE, **shape, **fields), x, dst)
+        self._wide(name, x, weight, bias, dst, Mode.WIDE, missing=PIXEL_ZERO)
         return Tensor(dst.buffer, x.rows + prefix, len(weight), self.wide_frac, dst.pitch)
 
     def position(self, name: str, x: Tensor, table: Floats, prefix: int) -> Tensor:
@@ -211,11 +209,25 @@ class Scheduler:
 
     def linear_added(self, name: str, x: Tensor, weight: Floats, bias: Floats, residual: Tensor) -> Tensor:
         """Linear, added to the residual stream in place."""
-        words = self._words(name, weight, bias, x, self.wide_frac)
-        fields = self._store(name, words)
-        shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
-        self._add(isa.Linear(mode=Mode.RESIDUAL, **shape, **fields), x, residual)
+        self._wide(name, x, weight, bias, residual, Mode.RESIDUAL)
         return residual
+
+    def _wide(
+        self, name: str, x: Tensor, weight: Floats, bias: Floats, dst: Tensor, mode: Mode, **options: Any
+    ) -> None:
+        """Linear to wide tokens; one of many inputs in parts, each added to those before, so that tiles stay small."""
+        if x.groups:
+            weight, x = spread(weight, x.columns // x.groups, x.group, 1), replace(x, groups=0, columns=x.places)
+        parts, start = split_inputs(round_up(x.columns, self.unit), self.unit), 0
+        for place, size in enumerate(parts):
+            part = weight[:, start : start + size]
+            words = self._words(name, part, bias * (place == 0), x, self.wide_frac, **options)
+            suffix = f".part{place}" if len(parts) > 1 else ""
+            fields = self._store(name + suffix, words)
+            shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
+            source = replace(x, offset=start)
+            self._add(isa.Linear(mode=Mode.RESIDUAL if place else mode, **shape, **fields), source, dst)
+            start += size
 
     def qkv(self, name: str, x: Tensor, weight: Floats, bias: Floats, fracs: Fracs, heads: int) -> Tensor:
         """Linear to (q | k | v), each head at words of its own: what it leaves of the last one is 0."""
@@ -232,6 +244,8 @@ class Scheduler:
         dim = qkv.places // 3
         dst = self._tensor(False, qkv.rows, qkv.columns // 3, frac, groups=heads, group=dim // heads)
         fields = {"heads": heads, "score_shift": q_frac + k_frac - SCORE_FRAC, "value_shift": v_frac - frac}
+        # Softmax weights of 9 bits, where two products of 8-bit values are to share a multiplier.
+        fields["weight_drop"] = PROB_FRAC - PACKED_PROB_FRAC if max(self.weight_bits, self.act_bits) <= 8 else 0
         self._add(isa.Attention(rows=qkv.rows, n_in=3 * dim, n_out=dim, **fields), qkv, dst)
         return dst
 

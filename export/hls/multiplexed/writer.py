@@ -15,7 +15,8 @@ from hls4ml.writer.vitis_writer import VitisWriter
 
 from m3vit.files import write_json
 from m3vit.hw import boards
-from m3vit.hw.boards import BOARDS, BUDGETS
+from m3vit.hw.boards import BOARDS, BUDGETS, Board
+from m3vit.hw.design import Design
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import BLANK, Mode
 from m3vit.hw.ops import GATE_BITS
@@ -23,7 +24,15 @@ from m3vit.hw.program import Image
 from m3vit.hw.weights_file import HEADER_WORDS
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
-HEAD = ("weight_bits", "act_bits", "uram", "tiles_in_lut")  # of Hardware: written in other words than as constants
+HEAD = ("weight_bits", "act_bits", "max_head", "uram", "tiles_in_lut")  # of Hardware: written in other words
+DERIVED = (
+    "gate_out",
+    "head",
+    "span",
+    "group",
+    "product_bits",
+    "context_bits",
+)  # of Hardware: what follows from its fields
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
@@ -31,13 +40,14 @@ TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
 TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
-           const vit_words::gates *gates, const vit_words::wide *params, const vit_words::narrow *keys,
-           const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out, const vit_words::wide *wide_in,
-           vit_words::wide *wide, int32_t *output"""
+           const vit_words::weights *more_weights, const vit_words::gates *gates, const vit_words::wide *params,
+           const vit_words::narrow *keys, const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out,
+           const vit_words::wide *wide_in, vit_words::wide *wide, int32_t *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
     "weights": "weights",
+    "more_weights": "more_weights",
     "gates": "tables",
     "params": "tables",
     "keys": "keys",
@@ -52,6 +62,7 @@ PORTS = {
 def parameters_text(hardware: Hardware) -> str:
     """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
     constants = {name: value for name, value in asdict(hardware).items() if name not in HEAD}
+    constants |= {name: getattr(hardware, name) for name in DERIVED}
     lines = [f"    static const unsigned {name} = {value};" for name, value in constants.items()]
     return "\n".join(
         [
@@ -67,6 +78,7 @@ def parameters_text(hardware: Hardware) -> str:
             f"    typedef {TYPES[hardware.weight_word]} wt_t; // weights have {hardware.weight_bits} bits",
             f"    typedef {TYPES[hardware.act_word]} act_t;",
             f"    static const int act_bits = {hardware.act_bits};",
+            f"    static const bool packed = {str(hardware.packed).lower()};",
             *lines,
             "};",
             "typedef nnet::vit::words<vit_cfg> vit_words; // of each memory: what a port moves at once",
@@ -93,8 +105,8 @@ def top_text(depths: dict[str, int], port_bits: int) -> str:
             f"void m3vit({TOP_ARGUMENTS}) {{",
             *pragmas,
             *scalars,
-            "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, weights, gates, params, keys, narrow_in,",
-            "                                    narrow_out, wide_in, wide, output);",
+            "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, weights, more_weights, gates, params, keys,",
+            "                                    narrow_in, narrow_out, wide_in, wide, output);",
             "}",
             "",
         ]
@@ -107,7 +119,7 @@ HEADER_TEXT = f"""{NOTICE}
 
 #include "parameters.h"
 
-// keys, narrow_in and narrow_out: the narrow memory; wide_in and wide: the wide memory (README.md).
+// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in and wide: the wide memory.
 void m3vit({TOP_ARGUMENTS});
 
 #endif
@@ -141,9 +153,10 @@ def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
     """Return the words that each port of the accelerator reaches; of image and output single values."""
     memory = image.memory
     lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
-    narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.lanes(hardware.act_word)))
-    wide = -(-memory.wide // hardware.lanes(32))
-    sections = {name: max(1, -(-getattr(image, name).size // hardware.lanes(bits))) for name, bits in lanes.items()}
+    narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.values(hardware.act_word)))
+    wide = -(-memory.wide // hardware.values(32))
+    sections = {name: max(1, -(-getattr(image, name).size // hardware.values(bits))) for name, bits in lanes.items()}
+    sections["more_weights"] = sections["weights"]
     return {"image": memory.image, **sections, **narrow, "wide_in": wide, "wide": wide, "output": memory.output}
 
 
@@ -190,7 +203,7 @@ class VitisMoEWriter(VitisWriter):
         )
         schedule.image.write(firmware / "weights" / "weights.bin")
         write_json(out / "weights_map.json", weights_map(schedule))
-        write_json(out / "resources.json", resources(schedule.hardware, settings["board"]))
+        write_json(out / "resources.json", resources(schedule.hardware, Design(**settings["design"]).target))
         self.write_build_script(model)
         self.write_board_script_override(model)
         self.write_yml(model)
@@ -209,14 +222,14 @@ class VitisMoEWriter(VitisWriter):
             file.write(f'variable board_part\nset board_part "{BOARDS[settings["board"]].board_part}"\n')
 
 
-def resources(hardware: Hardware, board: str) -> dict[str, Any]:
+def resources(hardware: Hardware, board: Board) -> dict[str, Any]:
     """Return resources.json: what the accelerator takes of the board, modelled (never synthesised)."""
-    chosen = BOARDS[board]
     return {
         "note": "modelled from widths and depths of the memories and the number of multipliers; never synthesised",
-        "board": board,
-        "part": chosen.part,
+        "board": board.name,
+        "part": board.part,
+        "clock_mhz": board.clock_mhz,
         "hardware": asdict(hardware),
         "modelled": boards.resources(hardware),
-        "budget": {name: int(share * getattr(chosen, name)) for name, share in BUDGETS.items()},
+        "budget": {name: int(share * getattr(board, name)) for name, share in BUDGETS.items()},
     }

@@ -48,7 +48,7 @@ def write(
 ) -> tuple[leaf.LoweredModel, dict[str, Any]]:
     """Write sources and weights; see schedules.Schedule."""
     lowered = lower(model, options.budget)
-    seen = calibrate(lowered, csim.tokenise(calibration, lowered.patch))
+    seen = calibrate(lowered, csim.tokenise(calibration, lowered.patch), options.progress)
     formats = Chooser(seen, options.weight_bits, options.act_bits).choose()
     write_project(lowered, formats, folder)
     texts = {

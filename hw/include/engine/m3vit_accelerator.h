@@ -5,8 +5,7 @@
 #ifndef M3VIT_ACCELERATOR_H_
 #define M3VIT_ACCELERATOR_H_
 
-#include "m3vit_engine_attention.h"
-#include "m3vit_engine_linear.h"
+#include "m3vit_engine_compute.h"
 #include "m3vit_engine_norm.h"
 #include "m3vit_engine_router.h"
 
@@ -22,11 +21,12 @@ inline counters *&program_counters() {
 #endif
 
 // Each engine has one place where it is called, hence one instance in hardware.
-// keys, narrow_in and narrow_out are the same memory, as are wide_in and wide: each port has one user at a time.
+// keys, narrow_in and narrow_out are the same memory, as are wide_in and wide, weights and more_weights.
 // An unknown task id is 0.
 template <class C>
 void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const typename words<C>::weights *weights,
-                 const typename words<C>::gates *gates, const typename words<C>::wide *params,
+                 const typename words<C>::weights *more_weights, const typename words<C>::gates *gates,
+                 const typename words<C>::wide *params,
                  const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
                  typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
                  typename words<C>::wide *wide, int32_t *output) {
@@ -52,23 +52,18 @@ Program:
             read_image<C>(image_of(w), image, narrow_out);
             break;
         case op_linear:
+        case op_gate:
         case op_experts:
         case op_conv:
-            linear<C, typename C::wt_t, C::tile_out, C::token_block>(linear_of(w), conv_of(w), queue, weights, params,
-                                                                     narrow_in, narrow_out, wide_in, wide, output);
-            break;
-        case op_gate:
-            linear<C, int16_t, C::gate_out, 0>(linear_of(w), conv_of(w), queue, gates, params, narrow_in, narrow_out,
-                                               wide_in, wide, output);
+        case op_attention:
+            compute<C>(w[opcode_word] == op_attention, linear_of(w), conv_of(w), attention_of(w), queue, weights,
+                       more_weights, gates, params, keys, narrow_in, narrow_out, wide_in, wide, output);
             break;
         case op_position:
             position<C>(position_of(w), params, wide_in, wide);
             break;
         case op_norm:
             layernorm<C>(norm_of(w), params, wide_in, narrow_out, wide);
-            break;
-        case op_attention:
-            attention<C>(attention_of(w), keys, narrow_in, narrow_out);
             break;
         default: // op_route
             route<C>(route_of(w), wide_in, queue);

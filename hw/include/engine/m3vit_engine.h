@@ -15,11 +15,14 @@
 //
 // C, the configuration of the hardware (firmware/parameters.h of a project), has
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
-//   widths     act_bits
-//   memory     port_bits: the width of a port; a word is what it moves in a cycle
-//   array      tile_in x tile_out multipliers of the linear engine, gate_out outputs a tile of the router's; token_block
-//              tokens whose inputs are kept on chip
-//   attention  query_block (tokens), query_lanes (of them worked on at once), max_head (head width)
+//   widths     act_bits; packed: two products share a multiplier (both have 8 bits)
+//   memory     port_bits: the width of a port; a word is what it moves in a cycle; weight_ports: 1, or 2 that weights are
+//              read through
+//   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; token_block tokens whose inputs
+//              are kept on chip
+//   attention  head: the most channels of a head, filled up to a power of two; span: outputs that share their inputs;
+//              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are rounded,
+//              weighed in a cycle; product_bits, context_bits: of the sums of a score, and of weighted values
 //   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
 #define M3VIT_ENGINE_H_
@@ -36,12 +39,18 @@
 namespace nnet {
 namespace vit {
 typedef ap_int<accumulator_bits> sum_t; // of a DSP48; the exporter refuses what needs more
+template <unsigned BITS> struct sums {
+    typedef ap_int<BITS> type;
+};
 }
 }
 #else
 namespace nnet {
 namespace vit {
 typedef long long sum_t;
+template <unsigned BITS> struct sums {
+    typedef long long type;
+};
 }
 }
 #endif

@@ -1,298 +1,472 @@
-// Attention with an online softmax: keys and values pass once for each block of queries, in blocks of key_block tokens.
+// Attention with an online softmax, on the array: keys and values pass once for each block of queries, in blocks of
+// key_block tokens.
 //
 // For each query the engine keeps a whole number M (the running maximum of its scores, rounded up), the sum of weights
 // 2^(score - M) and the sum of weighted values. When a block raises M by d, both sums are shifted right by d. So no row of
-// scores is ever stored, buffers do not grow with the number of tokens, and one value fetched from memory serves
-// query_block products. Queries hold log2(e) / sqrt(head width) already, hence base 2. Rounding depends on key_block, not on
-// query_block or query_lanes.
-// A group of query_lanes queries shares each key. One loop does three things at the same time: the scores of a group, the
-// weights and weighted values of the group before, whose maximum is known, and the loading of the next block of keys.
-// Cycles of a block of keys for a block of queries: key_block * (groups + 1), or the words of the next keys if more; and
-// once for each block of queries reading and writing it.
+// scores is ever stored, buffers do not grow with the number of tokens, and one value fetched from memory serves a whole
+// block of queries. Queries hold log2(e) / sqrt(head width) already, hence base 2. Rounding depends on key_block, not on
+// how queries are grouped. Weights have prob_frac - weight_drop fractional bits.
+//
+// Work on a head and a block of queries is a sequence of rounds: `batch` groups of C::group queries against a block of
+// keys. Four stages work side by side, each on the round before that of the last one: score multiplies queries and keys;
+// round rounds the sums and finds the maxima; weigh makes the weights and shifts the sums of before; value multiplies
+// weights and values and adds. So what a stage makes is used a round later. Scores and values take turns on the array, `turn`
+// cycles a group. The next block of keys is loaded meanwhile; a block has `ring` places, since values are used three rounds
+// after keys.
+// Cycles of a head and a block of queries: (blocks of keys * rounds + 3) * batch * turn, and once reading and writing it.
 #ifndef M3VIT_ENGINE_ATTENTION_H_
 #define M3VIT_ENGINE_ATTENTION_H_
 
-#include "m3vit_engine.h"
+#include "m3vit_engine_array.h"
 
 namespace nnet {
 namespace vit {
 
-// Two blocks of keys and values: one is filled while the other is worked on.
-template <class C> struct key_blocks {
-    typename C::act_t k[2][key_block][C::max_head], v[2][key_block][C::max_head];
+static const unsigned batch = 8;     // groups of a round, at least 4 cycles each: a round outlasts the pipeline
+static const unsigned stages = 4;    // and least rounds of a block of keys but one: its sums are used again after them
+static const unsigned least_turn = 4;
+static const unsigned ring = 4; // blocks of keys and values on chip
+
+// Sums of scores and of weighted values, in the width that they need.
+template <class C> struct attention_sums {
+    typedef typename sums<C::product_bits>::type product;
+    typedef typename sums<C::context_bits>::type context;
+    // Channels whose sums of before are shifted in a cycle: a head's are done when key_block scores are.
+    static const unsigned lanes = C::head < key_block ? C::lanes * C::head / key_block : C::lanes;
 };
 
-template <class C> struct query_blocks {
-    static const unsigned groups = C::query_block / C::query_lanes;
-    typename C::act_t q[groups][C::query_lanes][C::max_head];
-    long long top[groups][C::query_lanes];
-    sum_t total[groups][C::query_lanes], context[groups][C::query_lanes][C::max_head];
+template <class C> struct attention_sizes {
+    static const unsigned score_queries = C::tile_out > key_block ? C::tile_out / key_block : 1; // on the array at once
+    static const unsigned value_queries = C::tile_out > C::head ? C::tile_out / C::head : 1;
 };
 
-// One block of keys for one block of queries of one head.
-struct attention_step {
-    bool valid, first, last; // first, last: of the blocks of keys for these queries
-    unsigned head, query, key;
+template <class C> struct attention_buffers {
+    typename C::act_t k[ring][key_block][C::head], v[ring][key_block][C::head];
+    typename C::act_t q[C::groups][C::group][C::head];
+    // By round, odd or even: sums of products, rounded scores and their maxima, weights, and the sums before these.
+    typename attention_sums<C>::product product[2][batch][C::group][key_block];
+    int score[2][batch][C::group][key_block], best[2][batch][C::group], weight[2][batch][C::group][key_block];
+    typename attention_sums<C>::context carried[2][batch][C::group][C::head];
+    long long top[C::groups][C::group];
+    typename attention_sums<C>::context total[C::groups][C::group], context[C::groups][C::group][C::head];
 };
 
-template <class C> attention_step next_step(const attention_step &now, unsigned rows, unsigned heads) {
-    attention_step next = now;
-    next.key += key_block;
-    if (next.key >= rows) {
-        next.key = 0;
-        next.query += C::query_block;
-    }
-    if (next.query >= rows) {
-        next.query = 0;
-        next.head++;
-    }
-    next.valid = next.head < heads;
-    next.first = next.key == 0;
-    next.last = next.key + key_block >= rows;
-    return next;
+// Where a stage stands: block of keys, and batch of groups of it.
+struct attention_round {
+    bool valid;
+    unsigned block, group; // group: the first of the batch
+};
+
+template <class C> struct attention_state {
+    // Of the instruction.
+    unsigned width, blocks, query_blocks, query_size;
+    // Of a head and a block of queries.
+    unsigned head, query, queries, rounds; // rounds: of a block of keys
+    unsigned turn, length;                 // cycles of a group, and of a round
+    // Where it stands: rounds begun; group of the batch, cycle of the turn.
+    unsigned round, g, i;
+    attention_round stage[stages];
+    // Loading: block, place of its word, and how many words are left of it.
+    unsigned load_block, load_key, load_word;
+    bool load_value;
+    typename attention_sums<C>::product score_sum[C::tile_out];
+    typename attention_sums<C>::context value_sum[C::tile_out], total;
+    int best;
+    long long top;
+};
+
+// How many keys block b has.
+inline unsigned keys_of(const attention_fields &I, unsigned b) {
+    #pragma HLS INLINE
+    return I.rows - b * key_block < key_block ? I.rows - b * key_block : key_block;
 }
 
-// Where the loading of a block of keys stands: word `w` of key j, of keys first, then of values.
-struct key_place {
-    unsigned keys, words, j, w;
-    bool value;
-};
-
-template <class C> key_place first_key(const attention_step &step, const attention_fields &I, unsigned width) {
-    key_place place;
-    place.keys = !step.valid ? 0 : I.rows - step.key < key_block ? I.rows - step.key : key_block;
-    place.words = width / words<C>::narrow_lanes;
-    place.j = place.w = 0;
-    place.value = false;
-    return place;
+inline unsigned times(unsigned count, unsigned size) {
+    #pragma HLS INLINE
+    return (count + size - 1) / size;
 }
 
-// Load one word, and go to the next.
+// Load one word of keys or values, and go to the next; nothing after the last, nor further ahead than one block.
 template <class C>
-void load_key(key_place &place, const attention_step &step, const attention_fields &I, unsigned width,
-              const typename words<C>::narrow *narrow, key_blocks<C> &block, bool side) {
+void load_key(attention_state<C> &state, const attention_fields &I, const typename words<C>::narrow *narrow,
+              attention_buffers<C> &buffer) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::narrow_lanes;
-    const unsigned row = I.src + (step.key + place.j) * I.src_pitch + step.head * width;
-    const typename words<C>::narrow values = narrow[(row + (place.value ? 2 : 1) * I.n_out) / lanes + place.w];
+    if (state.load_block >= state.blocks || state.load_block > state.stage[0].block + 1)
+        return;
+    const unsigned place = state.load_block % ring, j = state.load_key, w = state.load_word;
+    const unsigned row = I.src + (state.load_block * key_block + j) * I.src_pitch + state.head * state.width;
+    const typename words<C>::narrow values = narrow[(row + (state.load_value ? 2 : 1) * I.n_out) / lanes + w];
+    M3VIT_COUNT(narrow_read, sizeof(values));
     for (unsigned l = 0; l < lanes; l++) {
         #pragma HLS UNROLL
-        if (place.value)
-            block.v[side][place.j][place.w * lanes + l] = values.lane[l];
+        if (state.load_value)
+            buffer.v[place][j][w * lanes + l] = values.lane[l];
         else
-            block.k[side][place.j][place.w * lanes + l] = values.lane[l];
+            buffer.k[place][j][w * lanes + l] = values.lane[l];
     }
-    if (++place.w == place.words) {
-        place.w = 0;
-        if (place.value)
-            place.j++;
-        place.value = !place.value;
+    if (++state.load_word == state.width / lanes) {
+        state.load_word = 0;
+        state.load_value = !state.load_value;
+        if (!state.load_value && ++state.load_key == keys_of(I, state.load_block)) {
+            state.load_key = 0;
+            state.load_block++;
+        }
     }
 }
 
-// Products span max_head: what a head of `width` channels leaves of it is 0, in both blocks and in the queries.
-template <class C> void clear_rest(key_blocks<C> &block, query_blocks<C> &state, unsigned width) {
+// Products span whole steps of channels: what a head of `width` channels leaves of them is 0, in keys and in queries.
+template <class C> void clear_rest(attention_buffers<C> &buffer, unsigned width) {
     #pragma HLS INLINE off
 Rest:
-    for (unsigned j = 0; j < (key_block > C::query_block ? key_block : C::query_block); j++) {
+    for (unsigned j = 0; j < (key_block > C::groups ? key_block : C::groups); j++) {
         #pragma HLS PIPELINE II=1
-        for (unsigned c = 0; c < C::max_head; c++) {
+        for (unsigned c = 0; c < C::head; c++) {
             #pragma HLS UNROLL
             if (c >= width) {
-                if (j < key_block)
-                    block.k[0][j][c] = block.k[1][j][c] = block.v[0][j][c] = block.v[1][j][c] = 0;
-                if (j < C::query_block)
-                    state.q[j / C::query_lanes][j % C::query_lanes][c] = 0;
+                for (unsigned r = 0; r < ring; r++) {
+                    #pragma HLS UNROLL
+                    if (j < key_block)
+                        buffer.k[r][j][c] = buffer.v[r][j][c] = 0;
+                }
+                for (unsigned q = 0; q < C::group; q++) {
+                    #pragma HLS UNROLL
+                    if (j < C::groups)
+                        buffer.q[j][q][c] = 0;
+                }
             }
         }
     }
 }
 
 template <class C>
-void read_queries(const attention_step &step, const attention_fields &I, unsigned width, unsigned queries,
-                  const typename words<C>::narrow *narrow, query_blocks<C> &state) {
+void read_queries(const attention_state<C> &state, const attention_fields &I, const typename words<C>::narrow *narrow,
+                  attention_buffers<C> &buffer) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::narrow_lanes;
     unsigned i = 0, w = 0;
 Query:
-    for (unsigned n = 0; n < queries * (width / lanes); n++) {
+    for (unsigned n = 0; n < state.queries * (state.width / lanes); n++) {
         #pragma HLS PIPELINE II=1
-        const unsigned row = I.src + (step.query + i) * I.src_pitch + step.head * width;
+        const unsigned row = I.src + (state.query + i) * I.src_pitch + state.head * state.width;
         const typename words<C>::narrow values = narrow[row / lanes + w];
         for (unsigned l = 0; l < lanes; l++) {
             #pragma HLS UNROLL
-            state.q[i / C::query_lanes][i % C::query_lanes][w * lanes + l] = values.lane[l];
+            buffer.q[i / C::group][i % C::group][w * lanes + l] = values.lane[l];
         }
-        if (++w == width / lanes) {
+        if (++w == state.width / lanes) {
             w = 0;
             i++;
         }
     }
-    M3VIT_COUNT(narrow_read, queries * width * sizeof(typename C::act_t));
+    M3VIT_COUNT(narrow_read, state.queries * state.width * sizeof(typename C::act_t));
 }
 
 template <class C>
-void write_context(const attention_step &step, const attention_fields &I, unsigned width, unsigned queries,
-                   const query_blocks<C> &state, typename words<C>::narrow *narrow) {
+void write_context(const attention_state<C> &state, const attention_fields &I, const attention_buffers<C> &buffer,
+                   typename words<C>::narrow *narrow) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::narrow_lanes;
     unsigned i = 0, w = 0;
 Divide:
-    for (unsigned n = 0; n < queries * (width / lanes); n++) {
+    for (unsigned n = 0; n < state.queries * (state.width / lanes); n++) {
         #pragma HLS PIPELINE II=1
-        const unsigned g = i / C::query_lanes, q = i % C::query_lanes;
-        const scaled inverse = reciprocal((unsigned long long)state.total[g][q]); // not 0: the last maximum weighs 1/2 or more
+        const unsigned g = i / C::group, q = i % C::group;
+        const scaled inverse = reciprocal((unsigned long long)buffer.total[g][q]); // not 0: the last maximum weighs 1/2 or more
         typename words<C>::narrow values;
         for (unsigned l = 0; l < lanes; l++) {
             #pragma HLS UNROLL
-            const long long sum = shift_round((long long)state.context[g][q][w * lanes + l], context_drop);
+            const long long sum = shift_round((long long)buffer.context[g][q][w * lanes + l], context_drop);
             const long long y = shift_round(sum * inverse.mantissa, 20 + inverse.shift - context_drop + I.value_shift);
             values.lane[l] = (typename C::act_t)saturate<C::act_bits>(y);
         }
-        narrow[(I.dst + (step.query + i) * I.dst_pitch + step.head * width) / lanes + w] = values;
-        if (++w == width / lanes) {
+        narrow[(I.dst + (state.query + i) * I.dst_pitch + state.head * state.width) / lanes + w] = values;
+        if (++w == state.width / lanes) {
             w = 0;
             i++;
         }
     }
-    M3VIT_COUNT(narrow_write, queries * width * sizeof(typename C::act_t));
+    M3VIT_COUNT(narrow_write, state.queries * state.width * sizeof(typename C::act_t));
 }
 
-// One block of keys against all queries of a block, group after group, while the next block of keys is loaded.
+// The cycles in which the weights of a query are made, and its sums of before shifted.
+template <class C> unsigned weigh_turns(unsigned width, unsigned keys) {
+    #pragma HLS INLINE
+    const unsigned weights = times(keys, C::lanes), shifted = times(width, attention_sums<C>::lanes);
+    return weights > shifted ? weights : shifted;
+}
+
+// Begin an instruction. Blocks of queries are of one size.
 template <class C>
-void attend(const attention_step &now, const attention_step &next, const attention_fields &I, unsigned width,
-            unsigned keys, unsigned queries, const typename words<C>::narrow *narrow, key_blocks<C> &block, bool side,
-            query_blocks<C> &state) {
+void begin_attention(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer) {
     #pragma HLS INLINE off
-    static const unsigned lanes = C::query_lanes;
-    // Scores of the group that is scored, and of the one before, which is weighed: they take turns.
-    static int score[2][key_block][lanes];
-    #pragma HLS ARRAY_PARTITION variable=score dim=1 complete
-    #pragma HLS ARRAY_PARTITION variable=score dim=3 complete
-    int best[lanes];
-    long long top[lanes];
-    sum_t total[lanes], context[lanes][C::max_head];
-    #pragma HLS ARRAY_PARTITION variable=best complete
-    #pragma HLS ARRAY_PARTITION variable=top complete
-    #pragma HLS ARRAY_PARTITION variable=total complete
-    #pragma HLS ARRAY_PARTITION variable=context complete dim=0
-    const unsigned groups = words_of<lanes>(queries);
-    key_place place = first_key<C>(next, I, width);
-    const unsigned loads = place.keys * place.words * 2, steps = (groups + 1) * keys;
-    unsigned g = 0, j = 0;
-Step:
-    for (unsigned n = 0; n < (steps > loads ? steps : loads); n++) {
-        #pragma HLS PIPELINE II=1
-        #pragma HLS DEPENDENCE variable=score inter false
-        #pragma HLS DEPENDENCE variable=block.k inter false
-        #pragma HLS DEPENDENCE variable=block.v inter false
-        #pragma HLS DEPENDENCE variable=state.context inter false
-        #pragma HLS DEPENDENCE variable=state.total inter false
-        #pragma HLS DEPENDENCE variable=state.top inter false
-        if (n < loads)
-            load_key<C>(place, next, I, width, narrow, block, !side);
-        if (n < steps) {
-            if (g > 0) {
-                for (unsigned q = 0; q < lanes; q++) {
-                    #pragma HLS UNROLL
-                    if (j == 0) { // the group's sums, shifted if this block has a larger score
-                        const long long ceiling = ((long long)best[q] + (1 << score_frac) - 1) >> score_frac;
-                        const long long before = state.top[g - 1][q];
-                        const bool higher = now.first || ceiling > before;
-                        const int rise = now.first || !higher ? 0 : ceiling - before > max_rise ? max_rise : (int)(ceiling - before);
-                        top[q] = higher ? ceiling : before;
-                        total[q] = now.first ? 0 : shift_round((long long)state.total[g - 1][q], rise);
-                        for (unsigned c = 0; c < C::max_head; c++) {
-                            #pragma HLS UNROLL
-                            context[q][c] = now.first ? 0 : shift_round((long long)state.context[g - 1][q][c], rise);
-                        }
-                    }
-                    const int weight =
-                        exp2_neg(top[q] * (1 << score_frac) - score[(g - 1) & 1][j][q], score_frac, prob_frac);
-                    total[q] += weight;
-                    for (unsigned c = 0; c < C::max_head; c++) {
-                        #pragma HLS UNROLL
-                        context[q][c] += weight * (long long)block.v[side][j][c];
-                    }
-                    if (j == keys - 1) {
-                        state.top[g - 1][q] = top[q];
-                        state.total[g - 1][q] = total[q];
-                        for (unsigned c = 0; c < C::max_head; c++) {
-                            #pragma HLS UNROLL
-                            state.context[g - 1][q][c] = context[q][c];
-                        }
-                    }
-                }
-            }
-            if (g < groups) {
-                for (unsigned q = 0; q < lanes; q++) {
-                    #pragma HLS UNROLL
-                    long long sum = 0;
-                    for (unsigned c = 0; c < C::max_head; c++) {
-                        #pragma HLS UNROLL
-                        sum += (int)state.q[g][q][c] * (int)block.k[side][j][c];
-                    }
-                    const long long rounded = shift_round(sum, I.score_shift);
-                    // Of queries beyond the last, which the block may hold from before, nothing is kept or counted.
-                    const int s = g * lanes + q < queries ? (int)saturate<score_bits>(rounded) : 0;
-                    score[g & 1][j][q] = s;
-                    if (j == 0 || s > best[q])
-                        best[q] = s;
-                }
-            }
-            if (++j == keys) {
-                j = 0;
-                g++;
-            }
-        }
+    state.width = I.n_out / I.heads;
+    state.blocks = times(I.rows, key_block);
+    state.query_blocks = times(I.rows, C::groups * C::group);
+    state.query_size = times(I.rows, state.query_blocks);
+    state.head = state.query = state.queries = 0;
+    const unsigned keys = keys_of(I, 0), score = times(keys, C::tile_out) * times(state.width, C::tile_in);
+    const unsigned value = times(keys, C::tile_in) * times(state.width, C::tile_out);
+    const unsigned on_array = times(C::group, attention_sizes<C>::score_queries) * score +
+                              times(C::group, attention_sizes<C>::value_queries) * value;
+    const unsigned weighed = weigh_turns<C>(state.width, keys) * C::group;
+    const unsigned turn = on_array > weighed ? on_array : weighed;
+    state.turn = turn > least_turn ? turn : least_turn;
+    state.length = batch * state.turn;
+    clear_rest<C>(buffer, state.width);
+}
+
+// Go to the next head or block of queries, with its first block of keys; return the cycles it takes, 0 after the last.
+template <class C>
+unsigned next_attention(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
+                        const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in) {
+    #pragma HLS INLINE off
+    state.query += state.queries;
+    if (state.query >= I.rows) {
+        state.query = 0;
+        state.head++;
     }
-}
-
-template <class C>
-void attention(const attention_fields &I, const typename words<C>::narrow *keys,
-               const typename words<C>::narrow *narrow_in, typename words<C>::narrow *narrow_out) {
-    #pragma HLS INLINE off
-    static key_blocks<C> block;
-    static query_blocks<C> state;
-    #pragma HLS ARRAY_PARTITION variable=block.k dim=1 complete
-    #pragma HLS ARRAY_PARTITION variable=block.v dim=1 complete
-    #pragma HLS ARRAY_RESHAPE variable=block.k dim=3 complete
-    #pragma HLS ARRAY_RESHAPE variable=block.v dim=3 complete
-    #pragma HLS ARRAY_PARTITION variable=state.q dim=2 complete
-    #pragma HLS ARRAY_RESHAPE variable=state.q dim=3 complete
-    #pragma HLS ARRAY_PARTITION variable=state.top dim=2 complete
-    #pragma HLS ARRAY_PARTITION variable=state.total dim=2 complete
-    #pragma HLS ARRAY_PARTITION variable=state.context dim=2 complete
-    #pragma HLS ARRAY_RESHAPE variable=state.context dim=3 complete
-    #pragma HLS BIND_STORAGE variable=block.k type=ram_s2p impl=lutram
-    #pragma HLS BIND_STORAGE variable=block.v type=ram_s2p impl=lutram
-    #pragma HLS BIND_STORAGE variable=state.q type=ram_s2p impl=lutram
-    #pragma HLS BIND_STORAGE variable=state.context type=ram_s2p impl=lutram
-    const unsigned heads = I.heads, width = I.n_out / heads;
-    clear_rest<C>(block, state, width);
-    attention_step now = {true, true, I.rows <= key_block, 0, 0, 0};
-    key_place place = first_key<C>(now, I, width);
-    const unsigned loads = place.keys * place.words * 2;
+    if (state.head >= I.heads)
+        return 0;
+    state.queries = I.rows - state.query < state.query_size ? I.rows - state.query : state.query_size;
+    read_queries<C>(state, I, narrow_in, buffer);
+    state.load_block = state.load_key = state.load_word = 0;
+    state.load_value = false;
+    state.stage[0].block = 0;
+    const unsigned loads = 2 * keys_of(I, 0) * (state.width / words<C>::narrow_lanes);
 First:
     for (unsigned n = 0; n < loads; n++) {
         #pragma HLS PIPELINE II=1
-        load_key<C>(place, now, I, width, keys, block, 0);
+        load_key<C>(state, I, keys, buffer);
     }
-    bool side = false;
-Steps:
-    while (now.valid) {
-        #pragma HLS LOOP_TRIPCOUNT min=1 max=1024
-        const attention_step next = next_step<C>(now, I.rows, heads);
-        const unsigned count = I.rows - now.key < key_block ? I.rows - now.key : key_block;
-        const unsigned queries = I.rows - now.query < C::query_block ? I.rows - now.query : C::query_block;
-        if (now.first)
-            read_queries<C>(now, I, width, queries, narrow_in, state);
-        attend<C>(now, next, I, width, count, queries, keys, block, side, state);
-        if (now.last)
-            write_context<C>(now, I, width, queries, state, narrow_out);
-        M3VIT_COUNT(narrow_read, 2 * count * width * sizeof(typename C::act_t));
-        side = !side;
-        now = next;
+    unsigned rounds = times(times(state.queries, C::group), batch);
+    rounds = rounds > stages - 1 ? rounds : stages - 1;
+    const unsigned loading = times(loads, state.length);
+    state.rounds = rounds > loading ? rounds : loading;
+    state.round = state.g = state.i = 0;
+    for (unsigned s = 0; s < stages; s++) {
+        #pragma HLS UNROLL
+        state.stage[s].valid = s == 0;
+        state.stage[s].block = state.stage[s].group = 0;
+    }
+    return (state.blocks * state.rounds + stages - 1) * state.length;
+}
+
+// A group of a stage: whether there is one, its number, and the keys that it meets.
+struct stage_group {
+    bool valid;
+    unsigned group, block, keys;
+};
+
+template <class C>
+stage_group group_of(const attention_state<C> &state, const attention_fields &I, unsigned s) {
+    #pragma HLS INLINE
+    stage_group found;
+    found.group = state.stage[s].group + state.g;
+    found.valid = state.stage[s].valid && found.group * C::group < state.queries;
+    found.block = state.stage[s].block;
+    found.keys = found.valid ? keys_of(I, found.block) : key_block;
+    return found;
+}
+
+// The operands of a cycle: the first ones of a turn are of scores, then of values.
+struct array_turn {
+    bool score, value, first, last; // first, last: step of a sum
+    unsigned step, pass, query;     // of the inputs, of the outputs, and the first query on the array
+};
+
+template <class C> array_turn turn_of(const attention_state<C> &state, const stage_group &scored, const stage_group &valued) {
+    #pragma HLS INLINE
+    array_turn t;
+    const unsigned channels = times(state.width, C::tile_in), passes = times(scored.keys, C::tile_out);
+    const unsigned score = times(C::group, attention_sizes<C>::score_queries) * channels * passes;
+    const unsigned added = times(valued.keys, C::tile_in), outputs = times(state.width, C::tile_out);
+    const unsigned value = times(C::group, attention_sizes<C>::value_queries) * added * outputs;
+    t.score = scored.valid && state.i < score;
+    t.value = valued.valid && state.i >= state.turn - value;
+    const unsigned i = t.score ? state.i : state.i - (state.turn - value), steps = t.score ? channels : added;
+    t.step = i % steps;
+    t.pass = i / steps % (t.score ? passes : outputs);
+    t.query = i / steps / (t.score ? passes : outputs) *
+              (t.score ? attention_sizes<C>::score_queries : attention_sizes<C>::value_queries);
+    t.first = t.step == 0;
+    t.last = t.step + 1 == steps;
+    return t;
+}
+
+// Stage 1: C::lanes scores of a query are rounded, and the largest of all is found.
+template <class C>
+void round_scores(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
+                  const stage_group &at, unsigned side) {
+    #pragma HLS INLINE
+    const unsigned turns = times(at.keys, C::lanes), q = state.i / turns, e = state.i % turns * C::lanes;
+    if (!at.valid || q >= C::group)
+        return;
+    // Of queries beyond the last, which the block may hold from before, nothing is kept or counted.
+    const bool known = at.group * C::group + q < state.queries;
+    for (unsigned l = 0; l < C::lanes; l++) {
+        #pragma HLS UNROLL
+        const unsigned j = e + l;
+        if (j >= at.keys)
+            continue;
+        const long long rounded = shift_round((long long)buffer.product[side][state.g][q][j], I.score_shift);
+        const int s = known ? (int)saturate<score_bits>(rounded) : 0;
+        buffer.score[side][state.g][q][j] = s;
+        if (j == 0 || s > state.best)
+            state.best = s;
+    }
+    if (e + C::lanes >= at.keys)
+        buffer.best[side][state.g][q] = state.best;
+}
+
+// Stage 2: C::lanes weights of a query; and its sums from before, shifted if this block has a larger score.
+template <class C>
+void weigh(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer, const stage_group &at,
+           unsigned side) {
+    #pragma HLS INLINE
+    static const unsigned shifted_lanes = attention_sums<C>::lanes;
+    typedef typename attention_sums<C>::context context_t;
+    const unsigned turns = weigh_turns<C>(state.width, at.keys), q = state.i / turns, turn = state.i % turns;
+    const unsigned e = turn * C::lanes;
+    if (!at.valid || q >= C::group)
+        return;
+    const unsigned group = at.group, g = state.g;
+    const bool first = at.block == 0;
+    const long long ceiling = ((long long)buffer.best[side][g][q] + (1 << score_frac) - 1) >> score_frac;
+    const long long before = buffer.top[group][q];
+    const bool higher = first || ceiling > before;
+    const int rise = first || !higher ? 0 : ceiling - before > max_rise ? max_rise : (int)(ceiling - before);
+    if (turn == 0) {
+        state.top = higher ? ceiling : before;
+        state.total = first ? context_t(0) : context_t(shift_round((long long)buffer.total[group][q], rise));
+    }
+    long long added = 0;
+    for (unsigned l = 0; l < C::lanes; l++) {
+        #pragma HLS UNROLL
+        const unsigned j = e + l;
+        if (j < key_block) {
+            const long long below = state.top * (1 << score_frac) - buffer.score[side][g][q][j];
+            const int weight = j < at.keys ? exp2_neg(below, score_frac, prob_frac - I.weight_drop) : 0;
+            buffer.weight[side][g][q][j] = weight;
+            added += weight;
+        }
+    }
+    for (unsigned l = 0; l < shifted_lanes; l++) {
+        #pragma HLS UNROLL
+        const unsigned c = turn * shifted_lanes + l;
+        if (c < C::head)
+            buffer.carried[side][g][q][c] =
+                first ? context_t(0) : context_t(shift_round((long long)buffer.context[group][q][c], rise));
+    }
+    state.total += added * (1LL << I.weight_drop);
+    if (turn + 1 == turns) {
+        buffer.top[group][q] = state.top;
+        buffer.total[group][q] = state.total;
+    }
+}
+
+// Each stage takes the round that the one before it has finished.
+template <class C> void next_rounds(attention_state<C> &state) {
+    #pragma HLS INLINE
+    for (unsigned s = stages - 1; s > 0; s--) {
+        #pragma HLS UNROLL
+        state.stage[s] = state.stage[s - 1];
+    }
+    attention_round &first = state.stage[0];
+    first.group += batch;
+    if (first.group >= state.rounds * batch) {
+        first.group = 0;
+        first.block++;
+    }
+    first.valid = first.block < state.blocks;
+}
+
+// One cycle before the array: load, round, weigh, and bring the operands of the array.
+template <class C>
+array_turn attention_before(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
+                            const typename words<C>::narrow *keys, operands<C> &step) {
+    #pragma HLS INLINE
+    const unsigned g = state.g, now = state.round & 1, before = now ^ 1; // stages 0 and 2 fill `now`, 1 and 3 `before`
+    load_key<C>(state, I, keys, buffer);
+    round_scores<C>(state, I, buffer, group_of<C>(state, I, 1), before);
+    weigh<C>(state, I, buffer, group_of<C>(state, I, 2), now);
+    const stage_group scored = group_of<C>(state, I, 0), valued = group_of<C>(state, I, 3);
+    const array_turn t = turn_of<C>(state, scored, valued);
+    step.used = t.score || t.value;
+    if (t.score) {
+        for (unsigned s = 0; s < operands<C>::spans; s++) {
+            #pragma HLS UNROLL
+            for (unsigned j = 0; j < C::tile_in; j++) {
+                #pragma HLS UNROLL
+                const unsigned q = t.query + s * C::span / key_block;
+                step.x[s][j] = q < C::group ? buffer.q[scored.group][q][t.step * C::tile_in + j] : 0;
+            }
+        }
+        for (unsigned o = 0; o < C::tile_out; o++) {
+            #pragma HLS UNROLL
+            const unsigned key = o % key_block + t.pass * C::tile_out;
+            for (unsigned j = 0; j < C::tile_in; j++) {
+                #pragma HLS UNROLL
+                step.y[o][j] = key < key_block ? buffer.k[scored.block % ring][key][t.step * C::tile_in + j] : 0;
+            }
+        }
+    } else if (t.value) {
+        for (unsigned s = 0; s < operands<C>::spans; s++) {
+            #pragma HLS UNROLL
+            for (unsigned j = 0; j < C::tile_in; j++) {
+                #pragma HLS UNROLL
+                const unsigned q = t.query + s * C::span / C::head;
+                step.x[s][j] = q < C::group ? buffer.weight[before][g][q][t.step * C::tile_in + j] : 0;
+            }
+        }
+        for (unsigned o = 0; o < C::tile_out; o++) {
+            #pragma HLS UNROLL
+            const unsigned c = o % C::head + t.pass * C::tile_out;
+            for (unsigned j = 0; j < C::tile_in; j++) {
+                #pragma HLS UNROLL
+                step.y[o][j] = c < C::head ? buffer.v[valued.block % ring][t.step * C::tile_in + j][c] : 0;
+            }
+        }
+    }
+    return t;
+}
+
+// The same cycle after the array: add the sums, and go on.
+template <class C>
+void attention_after(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
+                     const array_turn &t, const long long sum[C::tile_out]) {
+    #pragma HLS INLINE
+    const unsigned g = state.g, now = state.round & 1, before = now ^ 1;
+    if (t.score) {
+        for (unsigned o = 0; o < C::tile_out; o++) {
+            #pragma HLS UNROLL
+            typedef typename attention_sums<C>::product product_t;
+            state.score_sum[o] = t.first ? product_t(sum[o]) : product_t(state.score_sum[o] + sum[o]);
+            const unsigned q = t.query + o / key_block, key = o % key_block + t.pass * C::tile_out;
+            if (t.last && q < C::group && key < key_block)
+                buffer.product[now][g][q][key] = state.score_sum[o];
+        }
+    } else if (t.value) {
+        const unsigned group = state.stage[3].group + g;
+        for (unsigned o = 0; o < C::tile_out; o++) {
+            #pragma HLS UNROLL
+            const unsigned q = t.query + o / C::head, c = o % C::head + t.pass * C::tile_out;
+            if (q < C::group && c < C::head) {
+                typedef typename attention_sums<C>::context context_t;
+                const context_t sum_before = t.first ? buffer.carried[before][g][q][c] : state.value_sum[o];
+                state.value_sum[o] = context_t(sum_before + sum[o] * (1LL << I.weight_drop));
+                if (t.last)
+                    buffer.context[group][q][c] = state.value_sum[o];
+            }
+        }
+    }
+    if (++state.i == state.turn) {
+        state.i = 0;
+        if (++state.g == batch) {
+            state.g = 0;
+            state.round++;
+            next_rounds<C>(state);
+        }
     }
 }
 

@@ -1,19 +1,21 @@
-// The linear engine: one array of tile_in x tile_out multipliers for dense layers, experts, embedding and heads, and for
-// the convolution of heads, whose inputs are gathered as they are read.
+// Linear maps on the array: dense layers, experts, routers, embedding and heads, and the convolution of heads, whose
+// inputs are gathered as they are read.
 //
-// Work is a sequence of tiles: `tile_out` outputs of one linear map, for up to token_block tokens. For experts the sequence
-// runs through both maps of every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4).
-// One loop does all that a tile asks for at the same time: it multiplies a token's inputs, tile_in a step; writes the
-// results of the token before, a word a step; and loads the next tile, a word of weights a step, into the other of two
-// buffers, so the first tile of the next expert is fetched during the last of this one.
-// The inputs of a block of tokens are read from DDR while its first tile is multiplied, and kept on chip for the others;
-// so inputs pass once, and weights once for each block (for most experts there is one).
-// Cycles of a tile: (tokens + 1) times the longest of multiplying (n_in / tile_in, or the words of n_in if inputs are read)
-// and writing (words of tile_out), or the words of the next tile if those are more.
+// Work is a sequence of tiles: `tile_out` outputs of one linear map (gate_out of a router's, whose weights have 16 bits),
+// for up to token_block tokens; the blocks of a map are of one size. For experts the sequence runs through both maps of
+// every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4).
+// The loop of m3vit_engine_compute.h does all that a tile asks for at the same time: it multiplies a token's inputs,
+// tile_in a step; writes the results of the token before, a word a step; and loads the next tile, a word of weights
+// from each of their ports a step, into the other of two buffers, so the first tile of the next expert is fetched during the last of this one.
+// The inputs of a block of tokens are read from DDR while its first tile is multiplied, two words a step through two
+// ports, and kept on chip for the others; so inputs pass once, and weights once for each block (for most experts there
+// is one).
+// Cycles of a tile: (tokens + 1) times the longest of multiplying (n_in / tile_in, or what reading n_in takes) and
+// writing (words of tile_out), or the words of the next tile if those are more.
 #ifndef M3VIT_ENGINE_LINEAR_H_
 #define M3VIT_ENGINE_LINEAR_H_
 
-#include "m3vit_engine.h"
+#include "m3vit_engine_array.h"
 
 namespace nnet {
 namespace vit {
@@ -23,7 +25,7 @@ namespace vit {
 // conv: row base + n is a pixel, and its inputs are those of its neighbours.
 struct tile_job {
     bool valid, fresh;
-    bool gather, conv;
+    bool gate, gather, conv;
     unsigned weights, params, n_in, outputs;
     unsigned base, first, count;
     unsigned src, src_pitch, dst, dst_pitch;
@@ -36,11 +38,10 @@ struct tile_place {
     unsigned map, base, row;
 };
 
-// TB: tokens in a block; 0: all in one, and none kept on chip.
-template <class C, unsigned TO, unsigned TB>
-tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &queue) {
+template <class C> tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &queue) {
     tile_job job;
     const bool experts = I.op == op_experts;
+    job.gate = I.op == op_gate;
     const bool second = experts && (place.map & 1);
     job.valid = place.map < (experts ? 2 * queue.num_active : 1);
     if (!job.valid)
@@ -48,7 +49,8 @@ tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &q
     const unsigned e = experts ? queue.active[place.map >> 1] : 0;
     const unsigned n_out = second ? I.n_in : I.n_out; // of an expert: I.n_in channels -> I.n_out hidden -> I.n_in
     job.n_in = second ? I.n_out : I.n_in;
-    job.outputs = n_out - place.row < TO ? n_out - place.row : TO;
+    const unsigned size = job.gate ? C::gate_out : C::tile_out;
+    job.outputs = n_out - place.row < size ? n_out - place.row : size;
     job.weights = I.weights + place.row * job.n_in;
     job.params = I.params + row_words * place.row;
     job.gather = experts && !second;
@@ -56,8 +58,9 @@ tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &q
     const unsigned tokens = experts ? queue.start[e + 1] - queue.start[e] : I.rows;
     job.base = place.base;
     job.first = experts ? queue.start[e] + place.base : 0;
-    job.count = TB == 0 || tokens - place.base < TB ? tokens - place.base : TB;
-    job.fresh = TB == 0 || place.row == 0;
+    const unsigned blocks = (tokens + C::token_block - 1) / C::token_block, block = (tokens + blocks - 1) / blocks;
+    job.count = tokens - place.base < block ? tokens - place.base : block;
+    job.fresh = place.row == 0;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
     job.dst = I.dst + place.row;
@@ -77,7 +80,7 @@ tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &q
             job.mode = to_narrow;
         }
     }
-    place.row += TO;
+    place.row += size;
     if (place.row >= n_out) {
         place.row = 0;
         place.base += job.count;
@@ -91,42 +94,55 @@ tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &q
 
 // Weights of two tiles, and for each output a bias (times 2^bias_shift) and how far its sum is shifted: one tile is filled
 // while the other is worked on.
-template <class C, class w_t, unsigned TO> struct weight_tiles {
-    static const unsigned lanes = word<w_t, C::port_bits>::lanes;
-    word<w_t, C::port_bits> weight[2][C::max_in / lanes][TO];
-    int bias[2][TO], bias_shift[2][TO], shift[2][TO];
+template <class C> struct weight_tiles {
+    static const unsigned lanes = words<C>::weights::lanes, gate_lanes = words<C>::gates::lanes;
+    static const unsigned words = C::weight_ports; // loaded at once
+    static const unsigned banks = C::tile_in / lanes > words ? C::tile_in / lanes : words;
+    static const unsigned joined = C::tile_in / lanes, gate_joined = C::tile_in / gate_lanes; // words of a step
+    typename words<C>::weights weight[2][C::max_in / lanes][C::tile_out];
+    typename words<C>::gates gate[2][C::max_in / gate_lanes][C::gate_out];
+    int bias[2][C::tile_out], bias_shift[2][C::tile_out], shift[2][C::tile_out];
 };
 
 // Where the loading of a tile stands: word `w` of output `row`, and how many words of parameters have come.
 struct tile_progress {
     unsigned rows, words, params, row, w, param;
+    unsigned together; // words that are loaded at once
 };
 
-template <class C, class w_t, unsigned TO> tile_progress first_word(const tile_job &job) {
+template <class C> tile_progress first_word(const tile_job &job) {
     tile_progress place;
     place.rows = job.valid ? job.outputs : 0;
-    place.words = job.valid ? job.n_in / weight_tiles<C, w_t, TO>::lanes : 0;
+    place.words = !job.valid ? 0 : job.gate ? job.n_in / weight_tiles<C>::gate_lanes : job.n_in / weight_tiles<C>::lanes;
     place.params = job.valid ? words_of<words<C>::wide_lanes>(row_words * job.outputs) : 0;
     place.row = place.w = place.param = 0;
+    place.together = job.gate ? 1 : weight_tiles<C>::words;
     return place;
 }
 
 inline unsigned words_left(const tile_progress &place) {
     #pragma HLS INLINE
-    const unsigned weights = place.rows * place.words;
+    const unsigned weights = place.rows * ((place.words + place.together - 1) / place.together);
     return weights > place.params ? weights : place.params;
 }
 
 // Load one word of weights and one of parameters, if there are more. The rows of a tile are one run of addresses.
-template <class C, class w_t, unsigned TO>
-void load_word(tile_progress &place, const tile_job &job, weight_tiles<C, w_t, TO> &tile, bool side,
-               const word<w_t, C::port_bits> *weights, const typename words<C>::wide *params) {
+template <class C>
+void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile, bool side,
+               const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
+               const typename words<C>::gates *gates, const typename words<C>::wide *params) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::wide_lanes, rows = lanes / row_words;
     if (place.row < place.rows) {
-        tile.weight[side][place.w][place.row] =
-            weights[job.weights / weight_tiles<C, w_t, TO>::lanes + place.row * place.words + place.w];
-        if (++place.w == place.words) {
+        const unsigned at = place.row * place.words + place.w;
+        if (job.gate)
+            tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / weight_tiles<C>::gate_lanes + at];
+        else
+            tile.weight[side][place.w][place.row] = weights[job.weights / weight_tiles<C>::lanes + at];
+        if (place.together == 2 && place.w + 1 < place.words)
+            tile.weight[side][place.w + 1][place.row] = more_weights[job.weights / weight_tiles<C>::lanes + at + 1];
+        place.w += place.together;
+        if (place.w >= place.words) {
             place.w = 0;
             place.row++;
         }
@@ -137,7 +153,7 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C, w_t, T
             #pragma HLS UNROLL
             const unsigned o = place.param * rows + r;
             const int32_t shifts = values.lane[row_words * r + 1];
-            if (o < TO) {
+            if (o < C::tile_out) {
                 tile.bias[side][o] = values.lane[row_words * r];
                 tile.bias_shift[side][o] = (shifts >> 8) & (bias_shift_limit - 1);
                 tile.shift[side][o] = (shifts & 255) - shift_offset;
@@ -147,10 +163,9 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C, w_t, T
     }
 }
 
-// The inputs of a block of tokens, in words. rows: 1 if none are kept.
-template <class C, unsigned TB> struct token_cache {
-    static const unsigned rows = TB == 0 ? 1 : TB;
-    typename words<C>::narrow x[rows][C::max_in / words<C>::narrow_lanes];
+// The inputs of a block of tokens, in words.
+template <class C> struct token_cache {
+    typename words<C>::narrow x[C::token_block][C::max_in / words<C>::narrow_lanes];
 };
 
 // Where a token's inputs begin in src, and its results in dst; the router's weight (mode to_queue).
@@ -219,20 +234,100 @@ typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const 
     return values;
 }
 
-// Bias and rounding of output o.
-template <class C, class w_t, unsigned TO>
-long long result_of(const weight_tiles<C, w_t, TO> &tile, bool side, unsigned o, const sum_t sum[TO]) {
-    #pragma HLS INLINE
-    return shift_round((long long)sum[o] + tile.bias[side][o] * (1LL << tile.bias_shift[side][o]), tile.shift[side][o]);
+// The tile that is worked on, and the one that is loaded meanwhile.
+template <class C> struct linear_state {
+    static const unsigned lanes = words<C>::narrow_lanes, joined = C::tile_in / lanes; // words of a step
+    static const unsigned reads = joined > 1 ? 2 : 1;                                  // of them in a cycle
+    tile_place place;
+    tile_job now, next;
+    bool side;
+    tile_progress loading;
+    unsigned loads, passes, steps, results, span;
+    unsigned n, i; // the token, and where it stands
+    token_place token, written;
+    tap_place tap;
+    typename words<C>::narrow x[joined];
+    sum_t sum[C::tile_out], done[C::tile_out]; // of the token that is multiplied, and of the one before, which is written
+};
+
+// Begin an instruction: load the first tile.
+template <class C>
+void begin_linear(linear_state<C> &state, const linear_fields &I, const queues<C> &queue, weight_tiles<C> &tile,
+               const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
+               const typename words<C>::gates *gates, const typename words<C>::wide *params) {
+    #pragma HLS INLINE off
+    state.place.map = state.place.base = state.place.row = 0;
+    state.side = false;
+    state.next = next_tile<C>(state.place, I, queue);
+    tile_progress loading = first_word<C>(state.next);
+    const unsigned loads = words_left(loading);
+First:
+    for (unsigned k = 0; k < loads; k++) {
+        #pragma HLS PIPELINE II=1
+        load_word<C>(loading, state.next, tile, 0, weights, more_weights, gates, params);
+    }
 }
 
-// Write word `w` of a token's results: activation, or what is in memory added, and to memory.
-template <class C, class w_t, unsigned TO>
-void write_word(const tile_job &job, const weight_tiles<C, w_t, TO> &tile, bool side, const sum_t sum[TO], unsigned w,
-                const token_place &token, typename words<C>::narrow *narrow, const typename words<C>::wide *wide_in,
-                typename words<C>::wide *wide, int32_t *output) {
+// Go to the next tile; return the steps that it takes, 0 after the last.
+template <class C> unsigned next_linear(linear_state<C> &state, const linear_fields &I, const queues<C> &queue) {
+    #pragma HLS INLINE
+    static const unsigned lanes = linear_state<C>::lanes, reads = linear_state<C>::reads;
+    if (!state.next.valid)
+        return 0;
+    const tile_job now = state.now = state.next;
+    state.next = next_tile<C>(state.place, I, queue);
+    state.loading = first_word<C>(state.next);
+    state.loads = words_left(state.loading);
+    state.steps = !now.fresh ? now.n_in / C::tile_in : now.conv ? now.n_in / lanes : now.n_in / lanes / reads;
+    state.results = now.mode == to_output   ? now.outputs
+                    : now.mode == to_narrow ? words_of<words<C>::narrow_lanes>(now.outputs)
+                                            : words_of<words<C>::wide_lanes>(now.outputs);
+    state.span = state.steps > state.results ? state.steps : state.results;
+    state.passes = (now.count + 1) * state.span;
+    state.n = state.i = 0;
+    return state.passes > state.loads ? state.passes : state.loads;
+}
+
+template <class C> void end_tile(linear_state<C> &state) {
+    #pragma HLS INLINE
+#ifndef __SYNTHESIS__
+    const tile_job &now = state.now;
+    if (now.fresh && !now.conv)
+        M3VIT_COUNT(narrow_read, now.count * now.n_in * sizeof(typename C::act_t));
+    if (now.mode == to_narrow)
+        M3VIT_COUNT(narrow_write, now.count * state.results * sizeof(typename words<C>::narrow));
+    else if (now.mode == to_output)
+        M3VIT_COUNT(output, now.count * state.results * 4);
+    else
+        M3VIT_COUNT(wide_write, now.count * state.results * sizeof(typename words<C>::wide));
+    if (now.mode == to_residual || now.mode == to_queue)
+        M3VIT_COUNT(wide_read, now.count * state.results * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(params, words_of<words<C>::wide_lanes>(row_words * now.outputs) * sizeof(typename words<C>::wide));
+    if (now.gate)
+        M3VIT_COUNT(gates, now.outputs * now.n_in * sizeof(int16_t));
+    else
+        M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(typename C::wt_t));
+#endif
+    state.side = !state.side;
+}
+
+// Bias and rounding of output o.
+template <class C> long long result_of(const linear_state<C> &state, const weight_tiles<C> &tile, unsigned o) {
+    #pragma HLS INLINE
+    const bool side = state.side;
+    const long long bias = tile.bias[side][o] * (1LL << tile.bias_shift[side][o]);
+    return shift_round((long long)state.done[o] + bias, tile.shift[side][o]);
+}
+
+// Write word `w` of a token's results: activation, or what is in memory added, and to 
+template <class C>
+void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
+                typename words<C>::narrow *narrow,
+                const typename words<C>::wide *wide_in, typename words<C>::wide *wide, int32_t *output) {
     #pragma HLS INLINE
     static const unsigned narrow_lanes = words<C>::narrow_lanes, wide_lanes = words<C>::wide_lanes;
+    const tile_job &job = state.now;
+    const token_place &token = state.written;
     if (job.mode == to_narrow) {
         typename words<C>::narrow values;
         for (unsigned l = 0; l < narrow_lanes; l++) {
@@ -240,13 +335,13 @@ void write_word(const tile_job &job, const weight_tiles<C, w_t, TO> &tile, bool 
             const unsigned o = w * narrow_lanes + l;
             values.lane[l] = 0;
             if (o < job.outputs) {
-                const long long n = saturate<C::act_bits>(result_of<C>(tile, side, o, sum));
+                const long long n = saturate<C::act_bits>(result_of<C>(state, tile, o));
                 values.lane[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
             }
         }
         narrow[token.at / narrow_lanes + w] = values;
     } else if (job.mode == to_output) { // rows of outputs are as the host reads them: a value a step
-        output[token.at + w] = (int32_t)saturate<32>(result_of<C>(tile, side, w, sum));
+        output[token.at + w] = (int32_t)saturate<32>(result_of<C>(state, tile, w));
     } else {
         const bool adds = job.mode != to_wide;
         typename words<C>::wide values;
@@ -259,7 +354,7 @@ void write_word(const tile_job &job, const weight_tiles<C, w_t, TO> &tile, bool 
             const long long before = adds ? values.lane[l] : 0;
             values.lane[l] = 0;
             if (o < job.outputs) {
-                const long long y = result_of<C>(tile, side, o, sum);
+                const long long y = result_of<C>(state, tile, o);
                 const long long added = job.mode == to_queue ? shift_round(saturate<32>(y) * token.score, prob_frac) : y;
                 values.lane[l] = (int32_t)saturate<32>(before + added);
             }
@@ -268,163 +363,111 @@ void write_word(const tile_job &job, const weight_tiles<C, w_t, TO> &tile, bool 
     }
 }
 
-// All sums of one step of inputs: tile_in x TO products.
-template <class C, class w_t, unsigned TO>
-void multiply_step(const typename words<C>::narrow x[], const weight_tiles<C, w_t, TO> &tile, bool side, unsigned step,
-                   sum_t sum[TO]) {
+// Step k of a tile, before the array: load, write, and bring the operands.
+template <class C>
+void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, const queues<C> &queue, weight_tiles<C> &tile,
+                   token_cache<C> &cache, operands<C> &step, const typename words<C>::weights *weights,
+                   const typename words<C>::weights *more_weights, const typename words<C>::gates *gates, const typename words<C>::wide *params,
+                   const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
+                   typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
+                   typename words<C>::wide *wide, int32_t *output) {
     #pragma HLS INLINE
-    static const unsigned lanes = weight_tiles<C, w_t, TO>::lanes, narrow_lanes = words<C>::narrow_lanes;
-    for (unsigned o = 0; o < TO; o++) {
-        #pragma HLS UNROLL
-        long long part = 0;
-        for (unsigned i = 0; i < C::tile_in; i++) {
+    static const unsigned lanes = linear_state<C>::lanes, joined = linear_state<C>::joined, reads = linear_state<C>::reads;
+    const tile_job &now = state.now;
+    const unsigned n = state.n, i = state.i;
+    if (k < state.loads)
+        load_word<C>(state.loading, state.next, tile, !state.side, weights, more_weights, gates, params);
+    step.used = false;
+    if (k >= state.passes)
+        return;
+    if (i == 0 && n < now.count) {
+        state.token = place_of<C>(now, G, n, queue);
+        if (now.conv)
+            state.tap = first_tap<C>(now, G, now.base + n);
+    }
+    if (n > 0 && i < state.results)
+        write_word<C>(state, tile, i, narrow_out, wide_in, wide, output);
+    if (n >= now.count || i >= state.steps)
+        return;
+    unsigned at = i; // step of the array
+    if (!now.fresh) {
+        for (unsigned j = 0; j < joined; j++) {
             #pragma HLS UNROLL
-            part += (long long)x[i / narrow_lanes].lane[i % narrow_lanes] *
-                    tile.weight[side][step * (C::tile_in / lanes) + i / lanes][o].lane[i % lanes];
+            state.x[j] = cache.x[n][i * joined + j];
         }
-        sum[o] += part;
+        step.used = true;
+    } else if (now.conv) {
+        state.x[i % joined] = read_tap<C>(state.tap, now, G, narrow_in);
+        cache.x[n][i] = state.x[i % joined];
+        at = i / joined;
+        step.used = i % joined == joined - 1;
+    } else {
+        const unsigned first = i * reads, word = state.token.from / lanes + first;
+        state.x[first % joined] = narrow_in[word];
+        cache.x[n][first] = state.x[first % joined];
+        if (reads == 2) {
+            state.x[(first + 1) % joined] = keys[word + 1];
+            cache.x[n][first + 1] = state.x[(first + 1) % joined];
+        }
+        at = first / joined;
+        step.used = first % joined == joined - reads;
     }
-}
-
-// One tile, while the next is loaded.
-template <class C, class w_t, unsigned TO, unsigned TB>
-void compute_tile(const tile_job &now, const tile_job &next, const conv_fields &G, weight_tiles<C, w_t, TO> &tile,
-                  bool side, const queues<C> &queue, token_cache<C, TB> &cache,
-                  const word<w_t, C::port_bits> *weights, const typename words<C>::wide *params,
-                  const typename words<C>::narrow *narrow_in, typename words<C>::narrow *narrow_out,
-                  const typename words<C>::wide *wide_in, typename words<C>::wide *wide, int32_t *output) {
-    #pragma HLS INLINE off
-    static const unsigned lanes = words<C>::narrow_lanes, joined = C::tile_in / lanes; // words of a step
-    sum_t sum[TO], done[TO]; // of the token that is multiplied, and of the one before, which is written
-    #pragma HLS ARRAY_PARTITION variable=sum complete
-    #pragma HLS ARRAY_PARTITION variable=done complete
-    typename words<C>::narrow x[joined];
-    #pragma HLS ARRAY_PARTITION variable=x complete
-    const unsigned steps = now.fresh ? now.n_in / lanes : now.n_in / C::tile_in; // to read or to multiply
-    const unsigned results = now.mode == to_output   ? now.outputs
-                             : now.mode == to_narrow ? words_of<words<C>::narrow_lanes>(now.outputs)
-                                                     : words_of<words<C>::wide_lanes>(now.outputs);
-    const unsigned span = steps > results ? steps : results;
-    tile_progress loading = first_word<C, w_t, TO>(next);
-    const unsigned loads = words_left(loading), passes = (now.count + 1) * span;
-    token_place place = {0, 0, 0}, written = {0, 0, 0};
-    tap_place tap = {0, 0, 0, 0, 0, 0, 0};
-    unsigned n = 0, i = 0;
-Step:
-    for (unsigned k = 0; k < (passes > loads ? passes : loads); k++) {
-        #pragma HLS PIPELINE II=1
-        #pragma HLS DEPENDENCE variable=tile.weight inter false
-        #pragma HLS DEPENDENCE variable=cache.x inter false
-        #pragma HLS DEPENDENCE variable=wide inter false
-        if (k < loads)
-            load_word<C, w_t, TO>(loading, next, tile, !side, weights, params);
-        if (k < passes) {
-            if (i == 0 && n < now.count) {
-                place = place_of<C>(now, G, n, queue);
-                if (now.conv)
-                    tap = first_tap<C>(now, G, now.base + n);
-            }
-            if (n > 0 && i < results)
-                write_word<C, w_t, TO>(now, tile, side, done, i, written, narrow_out, wide_in, wide, output);
-            if (n < now.count && i < steps) {
-                const unsigned kept = TB == 0 ? 0 : n, step = now.fresh ? i / joined : i;
-                if (now.fresh) {
-                    const typename words<C>::narrow values =
-                        now.conv ? read_tap<C>(tap, now, G, narrow_in) : narrow_in[place.from / lanes + i];
-                    cache.x[kept][i] = values;
-                    x[i % joined] = values;
+    for (unsigned j = 0; j < C::tile_in; j++) {
+        #pragma HLS UNROLL
+        for (unsigned s = 0; s < operands<C>::spans; s++) {
+            #pragma HLS UNROLL
+            step.x[s][j] = state.x[j / lanes].lane[j % lanes];
+        }
+    }
+    typedef weight_tiles<C> T;
+    for (unsigned o = 0; o < C::tile_out; o++) {
+        #pragma HLS UNROLL
+        for (unsigned j = 0; j < C::tile_in; j++) {
+            #pragma HLS UNROLL
+            step.y[o][j] = tile.weight[state.side][at * T::joined + j / T::lanes][o].lane[j % T::lanes];
+        }
+    }
+    if (now.gate) {
+        for (unsigned o = 0; o < C::gate_out; o++) {
+            #pragma HLS UNROLL
+            for (unsigned j = 0; j < C::tile_in; j++) {
+                #pragma HLS UNROLL
+                const int16_t w = tile.gate[state.side][at * T::gate_joined + j / T::gate_lanes][o].lane[j % T::gate_lanes];
+                if (C::packed) { // the low byte, from 0 on, and the high one share a multiplier
+                    step.y[2 * o][j] = w & 255;
+                    step.y[2 * o + 1][j] = w >> 8;
                 } else {
-                    for (unsigned j = 0; j < joined; j++) {
-                        #pragma HLS UNROLL
-                        x[j] = cache.x[kept][i * joined + j];
-                    }
-                }
-                if (i == 0) {
-                    for (unsigned o = 0; o < TO; o++) {
-                        #pragma HLS UNROLL
-                        sum[o] = 0;
-                    }
-                }
-                if (!now.fresh || i % joined == joined - 1)
-                    multiply_step<C, w_t, TO>(x, tile, side, step, sum);
-            }
-            if (++i == span) {
-                i = 0;
-                n++;
-                written = place;
-                for (unsigned o = 0; o < TO; o++) {
-                    #pragma HLS UNROLL
-                    done[o] = sum[o];
+                    step.y[o][j] = w;
                 }
             }
         }
     }
-#ifndef __SYNTHESIS__
-    if (now.fresh && !now.conv)
-        M3VIT_COUNT(narrow_read, now.count * now.n_in * sizeof(typename C::act_t));
-    if (now.mode == to_narrow)
-        M3VIT_COUNT(narrow_write, now.count * results * sizeof(typename words<C>::narrow));
-    else if (now.mode == to_output)
-        M3VIT_COUNT(output, now.count * results * 4);
-    else
-        M3VIT_COUNT(wide_write, now.count * results * sizeof(typename words<C>::wide));
-    if (now.mode == to_residual || now.mode == to_queue)
-        M3VIT_COUNT(wide_read, now.count * results * sizeof(typename words<C>::wide));
-#endif
 }
 
-template <class C, class w_t, unsigned TO, unsigned TB>
-void linear(const linear_fields &I, const conv_fields &G, const queues<C> &queue,
-            const word<w_t, C::port_bits> *weights, const typename words<C>::wide *params,
-            const typename words<C>::narrow *narrow_in, typename words<C>::narrow *narrow_out,
-            const typename words<C>::wide *wide_in, typename words<C>::wide *wide, int32_t *output) {
-    #pragma HLS INLINE off
-    static weight_tiles<C, w_t, TO> tile;
-    static token_cache<C, TB> cache;
-    // Several words of an output are read in a step, and one is written.
-    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=1 complete
-    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=2 cyclic factor=C::tile_in/weight_tiles<C,w_t,TO>::lanes
-    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=3 complete
-    #pragma HLS ARRAY_PARTITION variable=tile.bias complete dim=0
-    #pragma HLS ARRAY_PARTITION variable=tile.bias_shift complete dim=0
-    #pragma HLS ARRAY_PARTITION variable=tile.shift complete dim=0
-    #pragma HLS ARRAY_PARTITION variable=cache.x dim=2 cyclic factor=C::tile_in/words<C>::narrow_lanes
-#ifdef M3VIT_URAM
-    #pragma HLS BIND_STORAGE variable=cache.x type=ram_s2p impl=uram
-#endif
-#ifdef M3VIT_TILES_IN_LUT
-    #pragma HLS BIND_STORAGE variable=tile.weight type=ram_s2p impl=lutram
-#endif
-    tile_place place = {0, 0, 0};
-    tile_job now = next_tile<C, TO, TB>(place, I, queue);
-    tile_progress loading = first_word<C, w_t, TO>(now);
-    const unsigned loads = words_left(loading);
-First:
-    for (unsigned k = 0; k < loads; k++) {
-        #pragma HLS PIPELINE II=1
-        load_word<C, w_t, TO>(loading, now, tile, 0, weights, params);
+// The same step after the array: add the sums, and go on.
+template <class C>
+void linear_after(linear_state<C> &state, unsigned k, bool used, const long long sum[C::tile_out]) {
+    #pragma HLS INLINE
+    if (k >= state.passes)
+        return;
+    const bool first = state.i == 0, last = state.i + 1 == state.span;
+    for (unsigned o = 0; o < C::tile_out; o++) {
+        #pragma HLS UNROLL
+        const sum_t before = first ? sum_t(0) : state.sum[o];
+        long long added = sum[o];
+        if (C::packed && state.now.gate && o < C::gate_out)
+            added = sum[2 * o] + sum[2 * o + 1] * 256;
+        state.sum[o] = used ? sum_t(before + added) : before;
+        if (last)
+            state.done[o] = state.sum[o];
     }
-    bool side = false;
-Tile:
-    while (now.valid) {
-        #pragma HLS LOOP_TRIPCOUNT min=1 max=1024
-        const tile_job next = next_tile<C, TO, TB>(place, I, queue);
-        compute_tile<C, w_t, TO, TB>(now, next, G, tile, side, queue, cache, weights, params, narrow_in, narrow_out,
-                                     wide_in, wide, output);
-#ifndef __SYNTHESIS__
-        M3VIT_COUNT(params, words_of<words<C>::wide_lanes>(row_words * now.outputs) * sizeof(typename words<C>::wide));
-        if (I.op == op_gate)
-            M3VIT_COUNT(gates, now.outputs * now.n_in * sizeof(w_t));
-        else
-            M3VIT_COUNT(weights, now.outputs * now.n_in * sizeof(w_t));
-#endif
-        side = !side;
-        now = next;
+    if (last) {
+        state.i = 0;
+        state.n++;
+        state.written = state.token;
+    } else {
+        state.i++;
     }
-#ifndef __SYNTHESIS__
-    if (I.op == op_experts)
-        M3VIT_COUNT(expert_loads, queue.num_active);
-#endif
 }
 
 } // namespace vit

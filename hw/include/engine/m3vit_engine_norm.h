@@ -95,7 +95,8 @@ struct norm_row {
 // inputs. sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
 // One loop passes over the words of all rows: while it sums a row it centres the one before, squares the one before that
 // and scales and writes a fourth. A stage's result for a row is used from the next row on.
-// Cycles: (rows + 3) * n_in / values in a word.
+// Cycles: (rows + 3) * n_in / values in a word, or norm_span a row if there are fewer.
+static const unsigned norm_span = 16; // steps of a row at least: what a stage writes is there when the next row reads it
 template <class C>
 void layernorm(const norm_fields &I, const typename words<C>::wide *params, const typename words<C>::wide *wide_in,
                typename words<C>::narrow *narrow, typename words<C>::wide *wide_out) {
@@ -109,7 +110,7 @@ void layernorm(const norm_fields &I, const typename words<C>::wide *params, cons
     #pragma HLS ARRAY_RESHAPE variable=x dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=centred dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=shifted dim=3 complete
-    const unsigned n = I.n_in, count = words_of<lanes>(n);
+    const unsigned n = I.n_in, count = words_of<lanes>(n), span = count > norm_span ? count : norm_span;
 Load:
     for (unsigned w = 0; w < 2 * count; w++) {
         #pragma HLS PIPELINE II=1
@@ -132,7 +133,7 @@ Load:
     #pragma HLS ARRAY_PARTITION variable=gathered.lane complete
     unsigned t = 0, w = 0;
 Row:
-    for (unsigned k = 0; k < (I.rows + 3) * count; k++) {
+    for (unsigned k = 0; k < (I.rows + 3) * span; k++) {
         #pragma HLS PIPELINE II=1
         #pragma HLS DEPENDENCE variable=x inter false
         #pragma HLS DEPENDENCE variable=centred inter false
@@ -148,7 +149,8 @@ Row:
             centring.any = 1;
             summed.sum = 0;
         }
-        if (t < I.rows) {
+        const bool within = w < count;
+        if (within && t < I.rows) {
             const typename words<C>::wide values = wide_in[(I.src + t * I.src_pitch) / lanes + w];
             for (unsigned l = 0; l < lanes; l++) {
                 #pragma HLS UNROLL
@@ -157,7 +159,7 @@ Row:
                 summed.sum += value;
             }
         }
-        if (t >= 1 && t < I.rows + 1) {
+        if (within && t >= 1 && t < I.rows + 1) {
             for (unsigned l = 0; l < lanes; l++) {
                 #pragma HLS UNROLL
                 const long long d = w * lanes + l < n ? (long long)x[(t - 1) & 3][w][l] * n - centring.sum : 0;
@@ -165,7 +167,7 @@ Row:
                 centring.any |= (unsigned long long)(d < 0 ? -d : d);
             }
         }
-        if (t >= 2 && t < I.rows + 2) {
+        if (within && t >= 2 && t < I.rows + 2) {
             for (unsigned l = 0; l < lanes; l++) {
                 #pragma HLS UNROLL
                 const long long d = shift_round(centred[(t - 2) & 3][w][l], squared.drop);
@@ -173,7 +175,7 @@ Row:
                 squared.squares += (unsigned long long)(d * d);
             }
         }
-        if (t >= 3) {
+        if (within && t >= 3) {
             typename words<C>::wide values;
             for (unsigned l = 0; l < lanes; l++) {
                 #pragma HLS UNROLL
@@ -197,7 +199,7 @@ Row:
                 narrow[place / (joined * lanes)] = gathered;
             }
         }
-        if (++w == count) {
+        if (++w == span) {
             w = 0;
             t++;
         }

@@ -253,6 +253,7 @@ struct attention_fields {
     unsigned heads;
     int score_shift;
     int value_shift;
+    unsigned weight_drop;
 };
 inline attention_fields attention_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -269,6 +270,7 @@ inline attention_fields attention_of(const int32_t w[instruction_words]) {
     f.heads = w[14];
     f.score_shift = w[15];
     f.value_shift = w[16];
+    f.weight_drop = w[17];
     return f;
 }
 

@@ -29,6 +29,7 @@ START, DONE = 1, 2  # bits of the control register (ap_ctrl_hs); reading clears 
 POINTERS = {
     "image": "image",
     "weights": "weights",
+    "more_weights": "weights",
     "gates": "gates",
     "params": "params",
     "keys": "narrow",

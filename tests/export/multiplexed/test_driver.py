@@ -31,15 +31,28 @@ pytestmark = pytest.mark.slow
 class ModelledDevice:
     """The accelerator's C++ behind registers, as PYNQ shows them: addresses are those of this process."""
 
-    ARGUMENTS = ("image", "weights", "gates", "params", "keys", "narrow_in", "narrow_out", "wide_in", "wide", "output")
+    ARGUMENTS = (
+        "image",
+        "weights",
+        "more_weights",
+        "gates",
+        "params",
+        "keys",
+        "narrow_in",
+        "narrow_out",
+        "wide_in",
+        "wide",
+        "output",
+    )
 
     def __init__(self, project: Path) -> None:
         wrapper = project / "wrapper.cpp"
         wrapper.write_text(
             '#include "firmware/m3vit.h"\nextern "C" void call(void **p, unsigned task, unsigned tasks) {\n'
             "    typedef vit_words w; typedef w::narrow act; typedef w::wide wide;\n"
-            "    m3vit((uint8_t *)p[0], task, tasks, (w::weights *)p[1], (w::gates *)p[2], (wide *)p[3], (act *)p[4],\n"
-            "          (act *)p[5], (act *)p[6], (wide *)p[7], (wide *)p[8], (int32_t *)p[9]);\n}\n"
+            "    m3vit((uint8_t *)p[0], task, tasks, (w::weights *)p[1], (w::weights *)p[2], (w::gates *)p[3],\n"
+            "          (wide *)p[4], (act *)p[5], (act *)p[6], (act *)p[7], (wide *)p[8], (wide *)p[9],\n"
+            "          (int32_t *)p[10]);\n}\n"
         )
         library = project / "libm3vit.so"
         sources = [str(wrapper), str(project / "firmware" / "m3vit.cpp")]

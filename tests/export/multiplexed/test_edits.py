@@ -61,7 +61,7 @@ def test_another_array_and_clock_give_the_same_words(copy: Path, report: dict[st
     ("name", "old", "new", "message"),
     [
         ("firmware/nnet_utils/m3vit_integer.h", "if (", "if (!", "of 5760 words of the C-simulation are not"),
-        ("firmware/parameters.h", "max_head = ", "max_head = 1 + 0 * ", "error|killed by|words"),
+        ("firmware/parameters.h", "unsigned head = ", "unsigned head = 1 + 0 * ", "error|killed by|words"),
         ("firmware/parameters.h", "act_bits = 16", "act_bits = 14", "is for 16-bit words and 16-bit activations"),
         ("firmware/m3vit.cpp", "#include", "#inclde", "building the test bench failed: .*error: invalid"),
         ("m3vit_test.cpp", "fwrite(memory.output", "if (frame) fwrite(memory.output", "outputs that cannot be read"),
