@@ -7,6 +7,8 @@ VENV ?= .venv
 # On two cores: tests wait for processes, servers and compilers.
 WORKERS ?= 3
 BIN := $(VENV)/bin
+# The tests start a hundred processes: each would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test quick lint typecheck pytest gpu clean
 

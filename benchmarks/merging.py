@@ -5,9 +5,11 @@
 Dense models are trained for --before epochs: one for each task, and one for all of them. Then multi-task models with
 experts are trained for --after epochs on the same scenes: merged from the single-task ones (model.init merge:, each
 task starting with the experts of its own run), up-cycled from the multi-task one (model.init run:), and from scratch.
-"at once" is each before any further training. Nothing but public commands, recipe synthetic-tiny with linear heads;
-what was trained before is not trained again. delta_m is over the means of the models from scratch, by seed. Rendered
-scenes and small models.
+The trunk that merged models share is the runs' mean, or the weights that they began from (those of one seed begin
+alike) with 0.3 of what each run learnt (task arithmetic), or with as much of it as entropy asks for (AdaMerging). "at
+once" is each before any further training. Nothing but public commands, recipe synthetic-tiny with linear heads; what
+was trained before is not trained again. delta_m is over the means of the models from scratch, by seed. Rendered scenes
+and small models.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,11 @@ from m3vit.evaluation.scoring import read
 from m3vit.label_sets import LABEL_SETS
 
 NAMES = LABEL_SETS["nyud"].tasks
-ROWS = ("merged, at once", "up-cycled, at once", "from scratch", "up-cycled", "merged")
+COEFFICIENTS = {"merged": "", "merged 0.3": str([0.3] * len(NAMES)), "merged by entropy": "entropy"}
+ROWS = (
+    *(f"{row}, at once" for row in (*COEFFICIENTS, "up-cycled")),
+    *("from scratch", "up-cycled", *COEFFICIENTS),
+)
 
 
 def main() -> None:
@@ -48,15 +54,25 @@ def main() -> None:
             "train", *common, *training, *keys, f"--train.epochs={args.before}", "--out", folder(f"dense {tasks}", seed)
         )
 
+    def untrained(seed: int) -> None:
+        keys = ["--model.moe_blocks=none", f"--model.tasks=[{every}]", f"--train.seed={seed}"]
+        if not folder("untrained", seed).exists():
+            run("init", *common, *keys, "--out", folder("untrained", seed))
+
     def routed(job: tuple[int, str]) -> None:
         seed, row = job
         if (folder(row, seed) / "eval.json").exists():
             return
         singles = ", ".join(str(folder(f"dense {task}", seed)) for task in NAMES)
-        start = {"merged": f"merge:[{singles}]", "up-cycled": f"run:{folder(f'dense {every}', seed)}"}
         keys = [*common, f"--train.seed={seed}", "--out", str(folder(row, seed))]
-        if row != "from scratch":
-            keys.append(f"--model.init={start[row.partition(',')[0]]}")
+        kind = row.partition(",")[0]
+        if kind == "up-cycled":
+            keys.append(f"--model.init=run:{folder(f'dense {every}', seed)}")
+        if kind in COEFFICIENTS:
+            keys.append(f"--model.init=merge:[{singles}]")
+            if COEFFICIENTS[kind]:
+                keys.append(f"--model.weights={folder('untrained', seed) / 'model.safetensors'}")
+                keys.append(f"--model.merge_coefficients={COEFFICIENTS[kind]}")
         if row.endswith("at once"):
             if not folder(row, seed).exists():
                 run("init", *keys)
@@ -68,6 +84,7 @@ def main() -> None:
     seeds = range(args.seeds)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(dense, [(seed, tasks) for seed in seeds for tasks in (*NAMES, every)]))
+        list(pool.map(untrained, seeds))
         list(pool.map(routed, [(seed, row) for seed in seeds for row in ROWS]))
 
     def scores(row: str, seed: int) -> dict[str, dict[str, float]]:

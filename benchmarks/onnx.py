@@ -8,7 +8,12 @@ ViT-S, random weights (time, size and memory do not depend on training), linear 
 - dense: the same trunk without experts, of equal multiply-accumulates (MACs);
 - sparse, 8 kept: the same with half of each layer's experts left out: what pruning does to latency;
 - all experts: the static graph, in which every token runs through every expert;
+- standard: fp32 with attention in operators of every runtime, instead of onnxruntime's kernel;
+- int4-experts: int8, but the experts' weights in 4 bits;
 - torch: the same models in eager PyTorch.
+
+Beside each row is what the machine allows: how long its weights take to be read, and its products at the rate of one
+large one (`_onnx_limits.py`). Further rows: all five tasks at once against one, throughput of batches, and a film.
 
 Latencies are ratios to the dense graph in fp32: all variants take turns in shuffled order, and the median over the
 rounds of each round's ratio counts. A round during which other processes used the CPU is repeated; if the machine does
@@ -28,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,94 +52,17 @@ from _bench import (
     seconds,
     undisturbed,
 )
+from _onnx_limits import Limits
+from _onnx_packages import PRECISIONS, SMALLEST, TASK, TASKS, build, export, macs, packages
+from _onnx_streams import all_tasks, batches, film
 
 from m3vit.export.runtime.ort import onnxruntime
-from m3vit.export.runtime.package import Package
+from m3vit.export.runtime.package import ALL, Package
 
-EXPERTS, TOP_K = 16, 4
-TASKS = ("depth", "normals", "edge", "semseg")
-TASK = "depth"  # one channel: the head that adds least to what is compared
-PRECISIONS = ("fp32", "int8")
 REFERENCE = "dense fp32"
+BEST = 0.95  # of torch's time
 PAUSE_S = 0.02  # between two variants: onnxruntime's threads go on spinning for a while
 LOADS = 3  # fresh processes for each measurement of loading
-
-
-# --- models and packages ---------------------------------------------------------------------------------------------
-
-
-def config(moe: bool, size: int = 224) -> Any:
-    """Return the configuration of the sparse or the dense model."""
-    from m3vit.models.config import ModelConfig
-
-    return ModelConfig(
-        trunk="vit_small_patch16_224",
-        image_size=(size, size),
-        tasks=list(TASKS) if moe else [TASK],
-        moe_blocks="odd" if moe else "none",
-        num_experts=EXPERTS,
-        top_k=TOP_K,
-    )
-
-
-def build(moe: bool) -> Any:
-    """Return the model with random weights, in evaluation mode."""
-    import torch
-
-    from m3vit.models.initialise import new_model
-
-    torch.manual_seed(0)
-    return new_model(config(moe)).eval()
-
-
-def contents(sizes: Sequence[int]) -> dict[str, Any]:
-    """Return what each package holds, by its name."""
-    from m3vit.export.onnx.package import Content
-    from m3vit.models.budget import Budget
-
-    both = Content(precisions=PRECISIONS)
-    kept = dict.fromkeys(range(1, 12, 2), tuple(range(EXPERTS // 2)))
-    every = {"sparse": both, "dense": both, "kept": replace(both, budget=Budget(kept={TASK: kept}))}
-    return every | {f"all-{size}": replace(both, size=(size, size), static=True) for size in sizes}
-
-
-def export(folder: Path, sizes: Sequence[int]) -> float:
-    """Write the packages that are not in `folder` yet; return the seconds that a task of the sparse model took."""
-    from m3vit.export.onnx.package import export_package
-    from m3vit.models.initialise import new_model
-
-    seconds = 0.0
-    for name, content in contents(sizes).items():
-        if (folder / name / "manifest.json").is_file():
-            continue
-        print(f"exporting {name}", file=sys.stderr, flush=True)
-        model = build(name != "dense")
-        if name not in ("sparse", "dense"):  # one task is enough
-            only = new_model(replace(model.config, tasks=[TASK]))
-            only.load_state_dict({key: value for key, value in model.state_dict().items() if key in only.state_dict()})
-            model = only.eval()
-        start = time.perf_counter()
-        export_package(model, folder / name, content, info={})
-        if name == "sparse":
-            seconds = (time.perf_counter() - start) / len(TASKS)
-    return seconds
-
-
-def packages(size: int) -> dict[str, str]:
-    """Return the package of each kind of graph."""
-    return {"dense": "dense", "sparse": "sparse", "sparse, 8 kept": "kept", "all experts": f"all-{size}"}
-
-
-def macs(size: int) -> dict[str, int]:
-    """Return the MACs of one image of a task, head included."""
-    from m3vit.profiling import profile
-
-    configs = {
-        "dense": config(False, size),
-        "sparse": config(True, size),
-        "all experts": replace(config(True, size), top_k=EXPERTS),
-    }
-    return {name: profile(each, TASK)["tasks"][TASK]["macs"]["total"] for name, each in configs.items()}
 
 
 # --- interleaved timing ----------------------------------------------------------------------------------------------
@@ -162,25 +90,46 @@ def latency(folder: Path, size: int, threads: int, rounds: int, patience: int, w
     for title, name in packages(size).items():
         for precision in PRECISIONS:
             variants[f"{title} {precision}"] = graph(name, precision)
+    for name in ("dense", "sparse"):
+        variants[f"{name} standard"] = graph(f"{name}-standard", "fp32")
+    variants[f"sparse {SMALLEST}"] = graph("sparse", SMALLEST)
     if with_torch:
         import torch
 
         torch.set_num_threads(threads)
-        tensor = torch.from_numpy(image)
-
-        def eager(model: Any) -> Callable[[], object]:
-            def run() -> object:
-                with torch.inference_mode():
-                    return model(tensor, [TASK]).logits[TASK]
-
-            return run
-
-        variants |= {f"{name} torch": eager(build(name == "sparse")) for name in ("dense", "sparse")}
+        variants |= {f"{name} torch": partial(eager(build(name == "sparse")), image) for name in ("dense", "sparse")}
     for run in variants.values():  # sessions are made by the first run
         run()
     shuffle, timed = random.Random(0), {name: better_of_two(run) for name, run in variants.items()}
     times, others = undisturbed(lambda: one_of_each(timed, shuffle), rounds, patience)
-    return {"size": size, "threads": threads, "rounds": len(times), "others": others, **ratios_of(times)}
+    found = {"size": size, "threads": threads, "rounds": len(times), "others": others, **ratios_of(times)}
+    return found | {"limits": limits_of(folder, size, threads, found["variants"])}
+
+
+def eager(model: Any) -> Callable[[Any], object]:
+    """Return what runs a model in torch on images [B, 3, H, W]."""
+    import torch
+
+    def run(images: Any) -> object:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images), [TASK]).logits[TASK]
+
+    return run
+
+
+def limits_of(folder: Path, size: int, threads: int, variants: Sequence[str]) -> Figures:
+    """Return the machine's rates, and for each graph the ms of reading its weights and of its products."""
+    machine_limits, counts, floors = Limits(threads), macs(size), {}
+    names = {**packages(size), "dense standard": "dense-standard", "sparse standard": "sparse-standard"}
+    for variant in variants:
+        title, _, precision = variant.rpartition(" ")
+        title, precision = (variant, "fp32") if precision == "standard" else (title, precision)
+        if precision == "torch":
+            continue
+        package = Package.load(folder / names[title], verify=False)
+        read = package.entry(TASK)["graphs"][precision]["weight_bytes"]
+        floors[variant] = machine_limits.floor_ms(read, package.entry(TASK)["macs"], size, precision)
+    return {"rates": machine_limits.line(), "floors": floors, "macs": counts}
 
 
 def ratios_of(times: list[dict[str, float]]) -> Figures:
@@ -189,9 +138,13 @@ def ratios_of(times: list[dict[str, float]]) -> Figures:
         "sparse fp32 / dense fp32": ("sparse fp32", "dense fp32"),
         "sparse fp32 / all experts fp32": ("sparse fp32", "all experts fp32"),
         "sparse int8 / dense fp32": ("sparse int8", "dense fp32"),
+        "sparse fp32 / sparse torch": ("sparse fp32", "sparse torch"),
+        "dense fp32 / dense torch": ("dense fp32", "dense torch"),
     }
     targeted = {
-        name: statistics.median(each[above] / each[below] for each in times) for name, (above, below) in pairs.items()
+        name: statistics.median(each[above] / each[below] for each in times)
+        for name, (above, below) in pairs.items()
+        if below in times[0]
     }
     return {"variants": ratios(times, REFERENCE), "pairs": targeted}
 
@@ -225,10 +178,13 @@ def switching(folder: Path, size: int, threads: int, rounds: int, patience: int)
 
 
 def memory_mb() -> dict[str, float]:
-    """Return this process's memory in MB: pss (proportional set size) and what of it is anonymous, no file's."""
+    """Return this process's memory in MB: pss (proportional set size), what of it is anonymous, no file's, and the
+    most that was resident so far (peak)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split()[0].rstrip(":"): int(line.split()[1]) * 1024 / 1e6 for line in lines}
-    return {"pss": sizes["Pss"], "anonymous": sizes["Anonymous"]}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024 / 1e6
+    return {"pss": sizes["Pss"], "anonymous": sizes["Anonymous"], "peak": peak}
 
 
 def return_free_memory() -> None:
@@ -244,13 +200,18 @@ def load_in_this_process(package: Path, precision: str, size: int, options: dict
     image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     before = memory_mb()
     start = time.perf_counter()
+    options = dict(options)
+    at_once = options.pop("at_once", False)
     opened = Package.load(package, precision=precision, threads=1, verify=False, **options)
-    opened.session(opened.tasks[0])
+    if at_once:
+        opened.logits_all(image)  # no session of one alone; the first image's time is among that of loading
+    else:
+        opened.session(opened.tasks[0])
     load_s = time.perf_counter() - start
     after = []
-    for task in opened.tasks:
+    for task in [ALL] if at_once else opened.tasks:
         for _ in range(2):
-            opened.logits(image, task)
+            opened.logits_all(image) if at_once else opened.logits(image, task)
         held = memory_mb()["pss"]
         return_free_memory()
         now = memory_mb()
@@ -263,7 +224,7 @@ def loading(package: Path, precision: str, size: int, options: dict[str, Any]) -
     runs = [child(["--child", json.dumps([str(package), precision, size, options])]) for _ in range(LOADS)]
     tasks = range(len(runs[0]["memory_mb"]))
     memory = [
-        {key: statistics.median(run["memory_mb"][task][key] for run in runs) for key in ("pss", "anonymous", "held")}
+        {key: statistics.median(run["memory_mb"][task][key] for run in runs) for key in runs[0]["memory_mb"][0]}
         for task in tasks
     ]
     return {"load_ms": 1000 * statistics.median(run["load_s"] for run in runs), "memory_mb": memory}
@@ -274,12 +235,15 @@ def storage(folder: Path, size: int) -> dict[str, Figures]:
     result: dict[str, Figures] = {}
     for title, name in packages(size).items():
         entry = Package.load(folder / name, verify=False).entry(TASK)
-        for precision in PRECISIONS:
+        for precision in entry["graphs"]:
             graph = entry["graphs"][precision]
             result[f"{title} {precision}"] = {
                 "file_mb": (graph["bytes"] + graph["weight_bytes"]) / 1e6,
                 **loading(folder / name, precision, size, {}),
             }
+    for precision in PRECISIONS:
+        found = loading(folder / "sparse", precision, size, {"at_once": True})
+        result[f"sparse {precision}, all at once"] = found
     result["sparse fp32"]["disk_mb"] = on_disk(folder / "sparse", "fp32")
     with tempfile.TemporaryDirectory() as cache:
         ways: dict[str, dict[str, Any]] = {"low memory": {"low_memory": True}, "cache": {"cache": cache}}
@@ -326,15 +290,22 @@ def print_latency(figures: Figures, counts: dict[str, int]) -> None:
     print(f"\nlatency, {size}x{size}, {threads} thread{'s' * (threads > 1)}, {figures['rounds']} rounds")
     if figures["others"] > BUSY:
         print(f"  the machine was busy (others used up to {figures['others']:.2f} cores): do not quote these")
+    floors = figures["limits"]["floors"]
+    print(f"  {figures['limits']['rates']}; ms that weights take to be read, and products, at these rates:")
     for name, entry in figures["variants"].items():
         low, high = entry["quartiles"]
-        print(f"  {name:<20}{entry['ratio']:6.2f} x dense fp32  ({low:.2f} to {high:.2f}){entry['ms']:9.1f} ms")
-    targets = {"sparse fp32 / dense fp32": 1.05, "sparse fp32 / all experts fp32": 0.6}
-    targets |= {"sparse int8 / dense fp32": 0.5} if size == 224 else {}
+        floor = "reads {:.1f}, products {:.1f}".format(*floors[name]) if name in floors else ""
+        print(
+            f"  {name:<20}{entry['ratio']:6.2f} x dense fp32  ({low:.2f} to {high:.2f}){entry['ms']:9.1f} ms  {floor}"
+        )
+    small = size < 512
+    targets = {"sparse fp32 / dense fp32": 1.1 if small else 1.05, "sparse fp32 / all experts fp32": 0.6}
+    targets |= {"sparse int8 / dense fp32": 0.45 if small else 0.5}
+    targets |= {"sparse fp32 / sparse torch": BEST, "dense fp32 / dense torch": BEST}
     for name, target in targets.items():
-        above, below = (counts[side.rpartition(" ")[0]] for side in name.split(" / "))
-        value = figures["pairs"][name]
-        print(f"  {name}: {value:.3f}, {verdict(value, target)} (MACs {above / below:.3f})")
+        above, below = (counts.get(side.rpartition(" ")[0], 0) for side in name.split(" / "))
+        if (value := figures["pairs"].get(name)) is not None:
+            print(f"  {name}: {value:.3f}, {verdict(value, target)} (MACs {above / below:.3f})")
 
 
 def print_storage(size: int, found: dict[str, Figures]) -> None:
@@ -348,12 +319,38 @@ def print_storage(size: int, found: dict[str, Figures]) -> None:
         more = f", an extra task {per_extra_task(entry, 'pss'):.1f} MB" if len(memory) > 1 else ""
         print(
             f"  {name:<25}{file} load {entry['load_ms']:5.0f} ms, memory {memory[0]['pss']:.0f} MB "
-            f"({memory[0]['anonymous']:.0f} anonymous){tasks}{more}"
+            f"({memory[0]['anonymous']:.0f} anonymous, peak {memory[0]['peak']:.0f}){tasks}{more}"
         )
         if disk := entry.get("disk_mb"):
             print(f"    on disk: one task {disk[0]:.1f} MB, {len(disk)} tasks {disk[-1]:.1f} MB")
         if "low memory" in name:
             print(f"    extra task in low-memory mode: {verdict(per_extra_task(entry, 'pss'), 25)}")
+
+
+def more_rows(folder: Path, size: int, threads: int, args: argparse.Namespace, counts: dict[str, int]) -> Figures:
+    """Time and print all tasks at once, batches, and a film."""
+    shuffle, rounds = random.Random(1), max(2, args.rounds // 3)
+
+    def interleave(ways: dict[str, Callable[[], float]]) -> list[dict[str, float]]:
+        return undisturbed(lambda: one_of_each(ways, shuffle), rounds, args.patience)[0]
+
+    report: Figures = {"all_tasks": all_tasks(folder / "sparse", size, threads, interleave)}
+    found, floor = report["all_tasks"]["ratios"], counts["all tasks"] / counts["sparse"]
+    for precision in PRECISIONS:
+        at_once, in_turn = (found[f"{precision} {how}"] for how in ("at once", "in turn"))
+        print(
+            f"  {len(TASKS)} tasks {precision}: at once {at_once:.2f} x one task, {verdict(at_once, 3.2)}; "
+            f"in turn {in_turn:.2f} (MACs {floor:.2f})"
+        )
+    run = None if args.no_torch else eager(build(True))
+    batch_sizes = (1, 4, 16) if size < 512 else (1, 4)
+    report["batches"] = batches(folder / "sparse", size, threads, batch_sizes, run, interleave)
+    for count, rates in report["batches"]["images_per_s"].items():
+        print(f"  batch {count}: {', '.join(f'{name} {rate:.1f}' for name, rate in rates.items())} images a second")
+    report["film"] = film(folder / "sparse", size, threads)
+    for precision, one in report["film"]["film"].items():
+        print(f"  film {precision}: {one['pace']}; inference alone {one['inference_alone']:.1f} a second")
+    return report
 
 
 def main() -> None:
@@ -381,7 +378,7 @@ def main() -> None:
         for size, counts in report["macs"].items():
             parts = (f"{name} {count / 1e9:.2f} ({count / counts['dense']:.3f} x)" for name, count in counts.items())
             print(f"GMAC, {size}x{size}: {', '.join(parts)}")
-        report["latency"], report["switching"] = [], []
+        report["latency"], report["switching"], report["more"] = [], [], []
         for size in args.size:
             for threads in args.threads:
                 found = latency(folder, size, threads, args.rounds, args.patience, not args.no_torch)
@@ -390,6 +387,7 @@ def main() -> None:
                 gc.collect()
                 found = switching(folder, size, threads, args.rounds, args.patience)
                 report["switching"].append(found)
+                report["more"].append(more_rows(folder, size, threads, args, report["macs"][size]))
                 print(f"  task switch: {found['ratio']:.3f} x the same task again, {verdict(found['ratio'], 1.02)}")
         if not args.no_memory:
             report["storage"] = {size: storage(folder, size) for size in args.size}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from m3vit.data.augment import Pair, training_pair
+from m3vit.data.network_input import network_input
 from m3vit.data.sample import Sample, Split
 from m3vit.errors import InputError
 from m3vit.normalisation import Normalisation
@@ -151,7 +152,9 @@ class EpochBatches(Sampler):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = self.start = 0
         if not len(self):
-            raise InputError(f"train.batch_size {batch_size} is more than the {length} training images")
+            raise InputError(
+                f"train.batch_size {batch_size} is more than the {length} training images: give at most {length}"
+            )
         if batch_size % processes:
             raise InputError(
                 f"train.batch_size {batch_size} is of all processes together: give a multiple of their number, "
@@ -299,3 +302,31 @@ def _as_it_is(batch: Any) -> Any:
 def make_loader(dataset: TrainingSet, batches: EpochBatches, workers: int, pin_memory: bool = False) -> Loader:
     """Return the loader of `Batch`es over `batches`; set batches.epoch and batches.start before iterating it."""
     return Loader(dataset, batches, workers, pin_memory)
+
+
+def unlabelled(
+    split: Split, size: tuple[int, int], normalisation: Normalisation, count: int, seed: int, skip: bool = False
+) -> Iterator[Tensor]:
+    """Yield batches of `count` images alone [count, 3, *size], resized and normalised, without end, by the seed alone.
+
+    Each image once, in a random order, then each once more. skip: those that cannot be read are passed over, unless
+    none can; else InputError.
+    """
+    rng, batch, failure = np.random.default_rng([5, seed]), [], None
+    while True:
+        read = 0
+        for index in rng.permutation(len(split)):
+            try:
+                image = split.read(int(index), "image")
+            except InputError as error:
+                if not skip:
+                    raise
+                failure = error
+                continue
+            read += 1
+            batch.append(network_input(image, size, normalisation))
+            if len(batch) == count:
+                yield torch.stack(batch)
+                batch = []
+        if not read:
+            raise failure or InputError("a split without an image has none to give")

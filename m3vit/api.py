@@ -59,7 +59,7 @@ def configure(recipe: str, keys: Mapping[str, Any] | None = None) -> "Config":
 
 def build_model(config: "Config") -> "MultiTaskModel":
     """Return the model of a configuration, its weights drawn from train.seed and filled as model.init says."""
-    from m3vit.training.loop import build
+    from m3vit.training.starting import build
 
     return build(config)
 
@@ -102,22 +102,30 @@ def evaluate(
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     predictions: Path | None = None,
+    budget: Path | None = None,
 ) -> dict[str, Any]:
     """Score a run, an ONNX package or an HLS project on the val split, add the result to its eval.json, return it.
 
     The scores are in result["tasks"][task]["torch" or "onnx" or ...], by metric; of a run "trivial" stands beside it.
     protocol: A or B (docs/datasets.md). device, batch: of a run. precision: of a package that holds several. workers:
     processes that match edges. predictions: a new folder for the files that the published code stores and scores.
+    budget: of a run, a file of `m3vit search`; its eval.json is then that of the folder RUN/budgets/NAME of the file.
     Under torchrun, processes other than the first get {}.
     """
     from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
     from m3vit.evaluation.scoring import score
+    from m3vit.models.budget import FULL
+    from m3vit.models.budget_file import BUDGETS, read_budget
     from m3vit.tasks import TASKS
     from m3vit.training.config import read_run_config
 
     folder = Path(folder)
     is_run = not is_export(folder)
-    predictor, info, root = open_predictor(folder, choose_device(device) if is_run else "cpu", batch, precision)
+    used = read_budget(budget) if budget else FULL
+    place = choose_device(device) if is_run else "cpu"
+    predictor, info, root = open_predictor(folder, place, batch, precision, used)
+    into = folder / BUDGETS / budget.stem if budget else folder
+    into.mkdir(parents=True, exist_ok=True)
     if workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
         raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
     if not (data_root or root):
@@ -125,7 +133,7 @@ def evaluate(
     partial = is_run and read_run_config(folder).data.on_error == "skip"
     found = score(
         predictor,
-        folder,
+        into,
         data_root or root,
         protocol,
         trivial=is_run,

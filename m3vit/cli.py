@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, sweep, training
+from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, search, sweep, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -50,6 +50,10 @@ COMMANDS: dict[str, Command] = {
         "Score a run, an ONNX package or an HLS project on the val split (into its eval.json); compare scores.",
         evaluation.add_eval,
         evaluation.run_eval,
+    ),
+    "search": (
+        "Find how many experts each task needs in each block for a share of the compute (into a budget file).",
+        *command(search.Search, search.run_search),
     ),
     "routing": (
         "Measure and draw which experts a run's tasks use on a split (into its routing/).",
@@ -95,6 +99,7 @@ PLUGGABLE = (
     "profile",
     "sweep",
     "eval",
+    "search",
     "routing",
     "export onnx",
     "export hls",

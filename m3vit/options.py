@@ -61,6 +61,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """Parse a share, above 0 up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0, up to 1")
+    return value
+
+
 Number = Annotated[int, Value(int, "N")]
 Positive = Annotated[int, Value(positive, "N")]
 Size = Annotated[tuple[int, int], Value(image_size, "HEIGHTxWIDTH")]

@@ -184,11 +184,20 @@ def count_macs(
 
 
 def graph_macs(
-    config: ModelConfig, task: str, size: tuple[int, int], budget: Budget = FULL, *, every_expert: bool = False
+    config: ModelConfig,
+    tasks: str | Sequence[str],
+    size: tuple[int, int],
+    budget: Budget = FULL,
+    *,
+    every_expert: bool = False,
 ) -> int:
-    """Return the MACs of one image of `size` (height, width) in the exported graph of a task, `count_macs` says how."""
+    """Return the MACs of one image of `size` (height, width) in the exported graph of a task, or of several at once.
+
+    `count_macs` says how.
+    """
     model = meta_model(replace(config, image_size=size))
-    return _total(count_macs(model, [task], budget=budget, every_expert=every_expert))
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
 
 
 class _MacCounter(TorchFunctionMode):

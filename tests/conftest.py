@@ -1,5 +1,6 @@
 """Refuse to test code that is not this checkout's; fixtures shared by all folders."""
 
+import copy
 import functools
 import gc
 import hashlib
@@ -22,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("CXX", str(ROOT / "tests" / "g++-O0.sh"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Making these takes seconds: tracing one task for ONNX takes four, g++ as many.
-SLOW_FIXTURES = {"onnx_package", "hls_project", "builds"}
+SLOW_FIXTURES = {"onnx_package", "hls_project", "spatial", "builds"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -111,8 +113,15 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import onnx
     from torch.onnx._internal.exporter import _registration
 
-    # What torch asks onnxscript for at each export, each time the same: half a second.
-    _registration.onnxscript_apis.get_torchlib_ops = functools.cache(_registration.onnxscript_apis.get_torchlib_ops)
+    # What torch collects at each export, each time the same: a second. It adds our operators, so to a copy.
+    collect = functools.cache(_registration.ONNXRegistry.from_torchlib)
+
+    def from_torchlib(**opset_version: int) -> Any:
+        registry = copy.copy(collect(**opset_version))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    _registration.ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[assignment]
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     folder.mkdir(exist_ok=True)

@@ -55,6 +55,11 @@ def test_what_is_wrong_is_refused_before_training(cli: Cli, tmp_path: Path) -> N
     assert result.returncode == 2 and "[all]" not in result.stdout and not run.exists()
     result = cli(*WORDS, "--out", run)
     assert result.returncode == 2 and "data.layout folder takes its classes from data.yaml" in result.stderr
+    keys = ("--model.tasks=[all]", f"--data.root={root}")
+    counted = cli("profile", "synthetic-tiny", *keys, "--data.layout=folder")  # which classes there are counts
+    succeed(counted)
+    assert "semseg" in counted.stdout and "normals" not in counted.stdout
+    assert "--data.root changes nothing" in cli("profile", "synthetic-tiny", keys[1]).stderr
     words = [word for word in WORDS if "tasks" not in word]
     result = cli(*words, f"--data.root={root}", "--out", run)
     assert result.returncode == 2 and "its tasks are semseg, depth" in result.stderr

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from m3vit.data.opening import open_split
+from m3vit.data.sample import Sample, no_label
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
+from m3vit.evaluation.evaluate import Predictor
 from m3vit.report.hls import read_project
+from m3vit.report.page import example
 from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS as TABLE
 from tests.conftest import TINY
@@ -102,6 +106,18 @@ def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, t
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["tasks"]["depth"].keys() == {"metric", "unit", "higher_is_better", "trivial", "torch"}
     assert any("No ONNX package" in note for note in report["notes"])
+
+
+def test_without_a_label_the_range_is_that_of_the_prediction() -> None:
+    sample = Sample("a", np.zeros((16, 24, 3), np.uint8), {"depth": no_label("depth", (16, 24))})
+    metres = torch.linspace(5, 9, 16 * 24).reshape(1, 1, 16, 24)
+    predictor = Predictor("torch", ["depth"], "nyud", (16, 24), lambda images: {"depth": metres})
+    (row,) = example(sample, {"torch": predictor}, ["ground truth", "torch"], "A", "nyud", {})["rows"]
+    assert 5 <= float(row["scale"]["low"]) < 5.2 and row["scale"]["high"].endswith(" m")
+    assert 8.8 < float(row["scale"]["high"].split()[0]) <= 9
+    sample.labels["depth"] += 2
+    (row,) = example(sample, {"torch": predictor}, ["ground truth", "torch"], "A", "nyud", {})["rows"]
+    assert float(row["scale"]["low"]) < 3, "that of the truth, where there is any"
 
 
 def made(cli: Cli, run: Path, hls: Path, onnx: Path, page: Path, *words: object) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def open_description(root: Path) -> Description:
 
 def read_description(root: Path) -> tuple[Description | None, list[Problem]]:
     """Return what data.yaml of a folder says, or None and what is wrong with it; InputError if it cannot be read."""
-    text = read_text(root / FILE, f"write one with m3vit data init {root}", MAX_BYTES)
+    text = read_text(root / FILE, f"m3vit data init {root} writes one, in UTF-8", MAX_BYTES)
     notes = _Notes()
     try:
         loader = yaml.SafeLoader(text)
@@ -204,8 +204,10 @@ def _plain(node: yaml.Node, key: Key, notes: _Notes, loader: yaml.SafeLoader, se
 def _describe(root: Path, values: dict[str, Any], notes: _Notes) -> Description:
     _only(values, KEYS, (), notes)
     for key in ("images", "tasks", "splits"):
-        if values.get(key) is None:
+        if key not in values:
             notes.add((), f"{key} is missing: give it")
+        elif values[key] in (None, "", [], {}):
+            notes.add((key,), "says nothing: fill it in")
     elsewhere = values.get("root", ".")
     files = root / str(elsewhere)
     if not isinstance(elsewhere, str) or not files.is_dir():
@@ -224,7 +226,7 @@ def _describe(root: Path, values: dict[str, Any], notes: _Notes) -> Description:
     unlabelled = values.get("unlabelled", "refuse")
     if unlabelled not in UNLABELLED:
         notes.add(("unlabelled",), f"is {short(unlabelled)}: choose from {', '.join(UNLABELLED)}")
-    images = _patterns(values.get("images"), ("images",), notes) if "images" in values else ()
+    images = _patterns(values["images"], ("images",), notes) if values.get("images") else ()
     splits = _splits(values.get("splits") or {}, notes)
     return Description(root, files, str(name), images, tasks, splits, str(unlabelled), _normalisation(values, notes))
 

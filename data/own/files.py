@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from m3vit.data.own.description import FILE, Description
 from m3vit.data.own.patterns import IMAGE_ENDINGS, LABEL_ENDINGS, as_regex, files_in, fixed_folder, matches
@@ -209,11 +210,11 @@ def _listed(found: Found, description: Description, split: str, value: str) -> l
         found.faults.append(Fault("missing_list", str(error), split))
         return []
     known = {name: name for name in images}
-    known |= {file: name for name, file in images.items()}
+    known |= {normalize("NFC", file): name for name, file in images.items()}
     known |= {f"{name}.{file.rpartition('.')[2]}": name for name, file in images.items()}
     names: dict[str, None] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        entry = line.strip()
+        entry = normalize("NFC", line.strip())
         if not entry or entry.startswith("#"):
             continue
         name = known.get(entry)
@@ -240,7 +241,8 @@ def refuse(description: Description, faults: Sequence[Fault], more: str = "") ->
     for some in kinds.values():
         parts += some[:MOST_NAMED]
         parts += [f"and {len(some) - MOST_NAMED} more like it"] if len(some) > MOST_NAMED else []
-    advice = "; give unlabelled: leave_out to do without such images" if "no_label" in kinds else ""
+    bare = any(fault.kind == "no_label" and fault.id for fault in faults)
+    advice = "; give unlabelled: leave_out to do without such images" if bare else ""
     count = f"{len(faults)} problems" if len(faults) > 1 else "a problem"
     raise InputError(
         f"{description.folder} has {count}: {'; '.join(parts)}{advice}{more}; m3vit data check {description.folder} "

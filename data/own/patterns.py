@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 LABEL_ENDINGS = ("png", "npy", "tif", "tiff")
@@ -47,12 +48,17 @@ def fixed_folder(pattern: str) -> str:
 
 
 def matches(files: Sequence[str], pattern: str, endings: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (id, file) of the files that fit a pattern."""
+    """Yield (id, file) of the files that fit a pattern.
+
+    Of letters that Unicode can write in two ways (an umlaut: one character, or a letter and a mark, as macOS stores
+    names) an id has the one character.
+    """
     regex, start = as_regex(pattern, endings), fixed_folder(pattern)
     for file in files:
         if file.startswith(start) and (found := regex.fullmatch(file)):
             parts = found.groupdict()
-            yield f"{parts['folder']}/{parts['id']}" if "folder" in parts else parts["id"], file
+            name = f"{parts['folder']}/{parts['id']}" if "folder" in parts else parts["id"]
+            yield normalize("NFC", name), file
 
 
 def files_in(root: Path, folders: Sequence[str]) -> list[str]:

@@ -57,7 +57,8 @@ def _note_what_is_left(found: Found, tasks: Sequence[str], problems: list[Proble
 
     def note(kind: str, severity: str, what: str, names: Sequence[str]) -> None:
         if names:
-            named = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+            some = [name if name.isprintable() else repr(name) for name in names[:NAMED]]
+            named = ", ".join(some) + (", ..." if len(names) > NAMED else "")
             problems.append(Problem(severity, kind, "", "", "", f"{len(names)} {what}: {named}"))
 
     for task in tasks:

@@ -1,6 +1,5 @@
 """`m3vit export hls`: from a run folder to an hls4ml project with validation samples inside."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls.options import Request
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.export.hls.schedules import Progress, silent
-from m3vit.models.budget import in_all_layers
+from m3vit.models.budget import FULL, Budget
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 
@@ -31,15 +30,14 @@ def export_run(
     out: Path,
     request: Request = Request(),
     *,
-    top_k: Mapping[str, int] | None = None,
+    budget: Budget = FULL,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the project of a run to `out`, with validation images for `m3vit hw csim`.
 
-    `top_k`: experts per token by task, None as trained.
+    `budget`: what is used of the experts; InputError if it is another model's, or more than the engines can keep to.
     """
-    if top_k and not run.model.backbone.moe_indices:
-        raise InputError("this model has no experts: leave out --top-k")
+    run.model.uses(budget, run.config.model.tasks)
     tasks, labels = run.config.model.tasks, run.config.model.label_set
     root = request.data_root or run.config.data.root
     train, val = (
@@ -76,7 +74,7 @@ def export_run(
         act_bits=request.act_bits,
         board=request.board,
         engines=request.engines,
-        budget=in_all_layers(top_k or {}, run.model.backbone.moe_indices),
+        budget=budget,
         progress=progress,
     )
 

@@ -114,6 +114,11 @@ def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], 
     if beside := [task for task in request.top_k if task not in exported]:
         raise InputError(f"--top-k names {', '.join(beside)}, not among the tasks exported ({', '.join(exported)})")
     budget = in_all_layers(request.top_k, blocks)
+    if not content.budget.full:
+        if prunes or request.top_k:
+            raise InputError("a budget says which experts are used: leave out --prune, --keep and --top-k, or --budget")
+        run.model.uses(content.budget, config.tasks)
+        return content
     if not prunes:
         return replace(content, budget=budget)
     check_rule(request.coverage, request.keep, config.num_experts)

@@ -16,6 +16,8 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
+from m3vit.export.onnx.attention import OPERATOR as ATTENTION
 from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.models.budget import FULL, Budget
@@ -36,6 +38,18 @@ class _Tasks(nn.Module):
         features, _ = self.model.backbone(image, task, self.model.heads.blocks)
         size = (image.shape[-2], image.shape[-1])
         return tuple(self.model.heads(features, {name: size}).logits[name] for name in self.tasks)
+
+
+class _AllTasks(nn.Module):
+    """The model as a function of the image alone: the logits of some tasks, what they have in common computed once."""
+
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.tasks = model, tasks
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        logits = self.model(image, self.tasks).logits
+        return tuple(logits[name] for name in self.tasks)
 
 
 class _Features(nn.Module):
@@ -100,6 +114,27 @@ def trace_tasks(
     return _trace(model, _Tasks(model, tasks), inputs, axes, tasks, opset)
 
 
+def trace_all_tasks(
+    model: MultiTaskModel,
+    tasks: Sequence[str],
+    *,
+    opset: int = MIN_OPSET,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+) -> onnx.ModelProto:
+    """Return the graph of several tasks at once: `image` -> logits of each, outputs named like the tasks.
+
+    What comes before the first MoE layer is computed once; behind it the tokens of all tasks are one batch, of which
+    each expert gets its own at a time, as in training. The rest as in `trace_task`.
+    """
+    require_onnx(model)
+    for task in tasks:
+        model.task_id(task)
+    shape = _example_shape(model, opset, size)
+    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
+    return _trace(model, _AllTasks(model, tasks), {"image": _zeros(model, batch or 2, 3, *shape)}, axes, tasks, opset)
+
+
 def of_task(traced: onnx.ModelProto, model: MultiTaskModel, task: str) -> onnx.ModelProto:
     """Return the graph of one task, `image` -> its logits, out of `trace_tasks`'s, which stays as it is.
 
@@ -145,10 +180,11 @@ def export_task(
     size: tuple[int, int] | None = None,
     budget: Budget = FULL,
     form: str = "sparse",
+    attention: str = "standard",
 ) -> onnx.ModelProto:
-    """Return the graph of one task, standard operators only: `trace_task`, then `lower_moe`, which say the rest."""
+    """Return the graph of one task: `trace_task`, then `lower_moe`, which say the rest."""
     traced = trace_task(model, task, opset=opset, size=size)
-    return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form)
+    return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form, attention)
 
 
 def trace_backbone(
@@ -192,7 +228,7 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _moe_schema():
+        with torch.no_grad(), _quiet(), _schemas():
             program = torch.onnx.export(
                 function.eval(),
                 tuple(inputs.values()),
@@ -202,7 +238,10 @@ def _trace(
                 input_names=list(inputs),
                 output_names=list(outputs),
                 dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
-                custom_translation_table={torch.ops.m3vit.moe.default: _moe_node},
+                custom_translation_table={
+                    torch.ops.m3vit.moe.default: _moe_node,
+                    torch.ops.aten.scaled_dot_product_attention.default: _attention_node,
+                },
             )
     finally:
         model.train(was_training)
@@ -279,23 +318,49 @@ def _moe_node(x: Any, gate: Any, gate_bias: Any, w1: Any, b1: Any, w2: Any, b2: 
     return _MOE.MoE(x, gate, gate_bias, w1, b1, w2, b2, top_k=top_k)
 
 
+def _attention_node(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Translate attention to one node m3vit::Attention, of which `lower_moe` makes what is asked for."""
+    heads, dim = query.shape[1], query.shape[3]
+    if attn_mask is not None or is_causal or enable_gqa or not isinstance(heads, int) or not isinstance(dim, int):
+        raise InputError("cannot export to ONNX: the trunk's attention has a mask, or heads of an unknown number")
+    return _MOE.Attention(query, key, value, heads=heads, scale=float(scale or dim**-0.5))
+
+
+_FLOAT, _INT = OpSchema.AttrType.FLOAT, OpSchema.AttrType.INT
+_OPERATORS = {
+    OPERATOR: (INPUTS, {"top_k": _INT}),
+    ATTENTION: (ATTENTION_INPUTS, {"heads": _INT, "scale": _FLOAT}),
+}
+
+
 @contextmanager
-def _moe_schema() -> Iterator[None]:
-    """Make m3vit::MoE known while exporting: the exporter builds no node of an operator without a schema."""
-    schema = OpSchema(
-        OPERATOR,
-        DOMAIN,
-        1,
-        inputs=[OpSchema.FormalParameter(name, "T") for name in INPUTS],
-        outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[OpSchema.Attribute("top_k", OpSchema.AttrType.INT, "", required=True)],
-    )
-    onnx.defs.register_schema(schema)
+def _schemas() -> Iterator[None]:
+    """Make m3vit's operators known while exporting: the exporter builds no node of an operator without a schema."""
+    for operator, (inputs, attributes) in _OPERATORS.items():
+        schema = OpSchema(
+            operator,
+            DOMAIN,
+            1,
+            inputs=[OpSchema.FormalParameter(name, "T") for name in inputs],
+            outputs=[OpSchema.FormalParameter("y", "T")],
+            type_constraints=[("T", ["tensor(float)"], "")],
+            attributes=[OpSchema.Attribute(name, kind, "", required=True) for name, kind in attributes.items()],
+        )
+        onnx.defs.register_schema(schema)
     try:
         yield
     finally:
-        onnx.defs.deregister_schema(OPERATOR, 1, DOMAIN)
+        for operator in _OPERATORS:
+            onnx.defs.deregister_schema(operator, 1, DOMAIN)
 
 
 @contextmanager

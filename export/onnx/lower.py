@@ -1,4 +1,4 @@
-"""Lowering of m3vit::MoE, the one custom operator of an exported graph, to standard ONNX operators.
+"""Lowering of m3vit::MoE, a custom operator of an exported graph, to standard ONNX operators; with it attention.py.
 
 Two forms. `sparse`: NonZero dispatch, Split by runtime counts, one small MLP per expert, Concat, inverse Gather. Every
 token runs through its own K experts only, and an expert without tokens costs nothing. The combine step is a Gather and
@@ -21,19 +21,28 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from m3vit.errors import InputError
+from m3vit.export.onnx.attention import FUSED_DOMAIN, drop_round_trips, lower_attention
+from m3vit.export.onnx.attention import OPERATOR as ATTENTION
 from m3vit.export.onnx.options import MIN_OPSET
 from m3vit.models.budget import LayerBudget
 
 DOMAIN, OPERATOR = "m3vit", "MoE"
 INPUTS = ("x", "gate", "gate_bias", "w1", "b1", "w2", "b2")
 FORMS = ("sparse", "wide")
+LayerBudgets = LayerBudget | Sequence[LayerBudget]
+_NEVER = -1e30  # added to a logit: chosen after all others, and still a number
 _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 
 
-def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudget] = (), form: str = "sparse") -> ModelProto:
+def lower_moe(
+    graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str = "sparse", attention: str = "standard"
+) -> ModelProto:
     """Replace each m3vit::MoE node by standard operators, in one of FORMS; change `graph` in place and return it.
 
-    `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained.
+    `attention`: the form of m3vit::Attention nodes (attention.py).
+
+    `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained. Of a layer of
+    several tasks (a gate [R, E, D], tokens [R * N, D]), one for each task.
 
     In the sparse form, each expert's weights become 2-D initializers of their own, transposed for Gemm, named after the
     parameters they come from: the graphs of two tasks then hold identical tensors under identical names. (One stacked
@@ -57,8 +66,12 @@ def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudget] = (), form: str 
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
             nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values).expand(form)
             layer += 1
+        elif (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+            nodes += lower_attention(node, attention, values, _Nodes(node.output[0]))
         else:
             nodes.append(node)
+    if attention == "fused":
+        drop_round_trips(nodes)
     nodes = reachable(nodes, [output.name for output in graph.graph.output])
     used = {name for node in nodes for name in node.input} | {output.name for output in graph.graph.output}
     initializers = [tensor for tensor in graph.graph.initializer if tensor.name in used]
@@ -66,9 +79,10 @@ def lower_moe(graph: ModelProto, budgets: Sequence[LayerBudget] = (), form: str 
     for name, content in (("node", nodes), ("initializer", initializers)):
         graph.graph.ClearField(name)
         getattr(graph.graph, name).extend(content)
-    standard = [entry for entry in graph.opset_import if entry.domain != DOMAIN]
+    domains = {node.domain for node in nodes}
+    kept = [entry for entry in graph.opset_import if entry.domain != DOMAIN]
     graph.ClearField("opset_import")
-    graph.opset_import.extend(standard)
+    graph.opset_import.extend(kept + ([helper.make_opsetid(FUSED_DOMAIN, 1)] if FUSED_DOMAIN in domains else []))
     strip(graph)
     check(graph)
     return graph
@@ -115,7 +129,7 @@ def _strip_node(node: NodeProto) -> None:
 def check(graph: ModelProto) -> None:
     """Assert that the graph is valid, shapes included, and needs no custom operator (a defect of ours otherwise)."""
     custom = {node.domain for node in graph.graph.node} | {entry.domain for entry in graph.opset_import}
-    assert custom <= {"", "ai.onnx"}, f"custom operator domains left in the graph: {sorted(custom)}"
+    assert custom <= {"", "ai.onnx", FUSED_DOMAIN}, f"custom operator domains left in the graph: {sorted(custom)}"
     assert not graph.functions, "local functions left in the graph"
     # Larger ones are checked by path, once their weights are in a file of their own (package.py).
     if graph.ByteSize() < _CHECK_LIMIT:
@@ -211,7 +225,7 @@ class _Nodes:
 class _Layer:
     """One m3vit::MoE node: its parameters, of the kept experts, and the standard nodes that compute what it does."""
 
-    def __init__(self, node: NodeProto, number: int, budget: LayerBudget, values: _Values) -> None:
+    def __init__(self, node: NodeProto, number: int, budgets: LayerBudgets, values: _Values) -> None:
         self.source = dict(zip(INPUTS, node.input, strict=True))
         self.values, self.output, self.x = values, node.output[0], self.source["x"]
         w1_EHD, b1_EH, w2_EDH, b2_ED = (values.read(self.source[name]) for name in INPUTS[3:])
@@ -222,9 +236,11 @@ class _Layer:
         self.add = _Nodes(self.layer)
         experts, hidden, _ = w1_EHD.shape
         trained = next(attribute.i for attribute in node.attribute if attribute.name == "top_k")
-        self.top_k, kept = budget.resolve(experts, trained, hidden)
-        self.kept = list(kept)
-        self.pruned = len(kept) < experts
+        several = [budgets] if isinstance(budgets, LayerBudget) else budgets
+        self.uses = [budget.resolve(experts, trained, hidden) for budget in several]
+        self.top_k = max(count for count, _ in self.uses)
+        self.kept = sorted({expert for _, kept in self.uses for expert in kept})
+        self.pruned = len(self.kept) < experts
         self.w1_EHD, self.b1_EH = w1_EHD[self.kept], b1_EH[self.kept]
         self.w2_EDH, self.b2_ED = w2_EDH[self.kept], b2_ED[self.kept]
 
@@ -241,19 +257,53 @@ class _Layer:
         The logits decide, as in torch: softmax rounds small differences away. TopK puts the lower index first in ties.
         """
         add, values = self.add, self.values
-        if values.is_constant(self.source["gate"]):
-            # A name of its own content: the same router has another gate in another task's graph.
-            gate = values.add(f"{self.layer}.router.gate.T", values.read(self.source["gate"]).T)
-            bias = values.add(f"{self.layer}.router.bias", values.read(self.source["gate_bias"]))
-            logits_NE = add("logits", "Gemm", self.x, gate, bias)
-        else:
+        if not values.is_constant(self.source["gate"]):
             logits_NE = add("logits", "Gemm", self.x, self.source["gate"], self.source["gate_bias"], transB=1)
+        elif (gate := values.read(self.source["gate"])).ndim == 3:
+            return self.route_tasks(gate, values.read(self.source["gate_bias"]))
+        else:
+            # A name of its own content: the same router has another gate in another task's graph.
+            transposed = values.add(f"{self.layer}.router.gate.T", gate.T)
+            bias = values.add(f"{self.layer}.router.bias", values.read(self.source["gate_bias"]))
+            logits_NE = add("logits", "Gemm", self.x, transposed, bias)
         scores_NE = add("scores", "Softmax", logits_NE, axis=-1)
         if self.pruned:
             scores_NE = add("kept_scores", "Gather", scores_NE, values.int64(self.kept), axis=1)
             logits_NE = add("kept_logits", "Gather", logits_NE, values.int64(self.kept), axis=1)
         _, ids_NK = add.many(["best_logits", "ids"], "TopK", logits_NE, values.int64([self.top_k]), axis=-1)
         weights_NK = add("weights", "GatherElements", scores_NE, ids_NK, axis=1)
+        return scores_NE, weights_NK, ids_NK
+
+    def route_tasks(self, gate_RED: NDArray[np.generic], bias_RE: NDArray[np.generic]) -> tuple[str, str, str]:
+        """Do as `route` for R tasks, the tokens of one after those of the other.
+
+        Tasks may differ in what they use: experts that a task leaves out come last, slots that it leaves out weigh 0.
+        """
+        add, values, int64 = self.add, self.values, self.values.int64
+        R, E, D = gate_RED.shape
+        uses = self.uses if len(self.uses) > 1 else self.uses * R
+        gates = values.add(f"{self.layer}.router.gates.T", gate_RED.transpose(0, 2, 1))
+        biases = values.add(f"{self.layer}.router.biases", bias_RE[:, None])
+        x_RND = add("x_by_task", "Reshape", self.x, int64([R, -1, D]))
+        logits = add("logits", "Add", add("products", "MatMul", x_RND, gates), biases)
+        scores_NE = add("scores", "Softmax", add("logits_flat", "Reshape", logits, int64([-1, E])), axis=-1)
+        masks = np.full((R, 1, E), _NEVER, np.float32)
+        for mask, (_, kept) in zip(masks, uses, strict=True):
+            mask[0, list(kept)] = 0
+        if masks.any():
+            logits = add("ranked", "Add", logits, values.add(f"{self.layer}.router.left_out", masks))
+        logits_NE = add("ranked_flat", "Reshape", logits, int64([-1, E]))
+        if self.pruned:
+            scores_NE = add("kept_scores", "Gather", scores_NE, int64(self.kept), axis=1)
+            logits_NE = add("kept_logits", "Gather", logits_NE, int64(self.kept), axis=1)
+        _, ids_NK = add.many(["best_logits", "ids"], "TopK", logits_NE, int64([self.top_k]), axis=-1)
+        weights_NK = add("weights", "GatherElements", scores_NE, ids_NK, axis=1)
+        counts = np.array([count for count, _ in uses])
+        if len(set(counts)) > 1:
+            used = (np.arange(self.top_k) < counts[:, None, None]).astype(np.float32)  # [R, 1, K]
+            weights = add("weights_by_task", "Reshape", weights_NK, int64([R, -1, self.top_k]))
+            weights = add("weights_used", "Mul", weights, values.add(f"{self.layer}.router.used", used))
+            weights_NK = add("weights_flat", "Reshape", weights, int64([-1, self.top_k]))
         return scores_NE, weights_NK, ids_NK
 
     def linear(self, x: str, place: int, what: str, weight_OI: NDArray[np.generic], bias_O: NDArray[np.generic]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from m3vit.errors import InputError
 from m3vit.export.runtime.manifest import FLOAT, PRECISIONS
@@ -24,11 +24,14 @@ class Content:
         opset: ONNX opset
         size: the only image size of the graphs, in pixels (default: any)
         static: no shape depends on the data: all experts run; needs --size
-        precisions: fp32, int8 (all linear layers but routers), int8-mixed, int8-experts; several may share a package,
-            the first is its default
+        precisions: fp32, fp16 (weights as stored), int8 (all linear layers but routers), int8-mixed, int8-experts,
+            int4-experts (the rest as int8); several may share a package, the first is its default
         budget: the experts that each task's graph keeps and uses
         coverage: the share of the gate mass that these hold, by task and layer, for the manifest
         one_backbone: add one graph of the backbone for all tasks, and one of each head
+        attention: fused, a kernel that onnxruntime alone has, or standard, operators of every runtime (default: fused,
+            but standard with --static)
+        all_tasks: add one graph of all tasks at once, which computes what they have in common once
     """
 
     tasks: tuple[Annotated[str, Value(metavar="T")], ...] = ()
@@ -39,6 +42,18 @@ class Content:
     budget: Annotated[Budget, Value(hidden=True)] = FULL
     coverage: Annotated[Mapping[str, Sequence[float]], Value(hidden=True)] = field(default_factory=dict)
     one_backbone: bool = False
+    attention: Literal["fused", "standard"] | None = None
+    all_tasks: bool = False
+
+    @property
+    def form(self) -> str:
+        """The form of the MoE layers: `lower_moe`'s."""
+        return "wide" if self.static else "sparse"
+
+    @property
+    def attends(self) -> str:
+        """The form of attention: `lower_attention`'s."""
+        return self.attention or ("standard" if self.static else "fused")
 
     def check(self) -> None:
         """Raise InputError for what cannot be exported."""

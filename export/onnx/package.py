@@ -20,11 +20,11 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
-from m3vit.export.onnx.graph import of_task, require_onnx, trace_backbone, trace_head, trace_tasks
+from m3vit.export.onnx.graph import of_task, require_onnx, trace_all_tasks, trace_backbone, trace_head, trace_tasks
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.options import Content
 from m3vit.export.onnx.quantize import FLOAT, quantize
-from m3vit.export.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, file_entries
+from m3vit.export.runtime.manifest import ALL, FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_file
 from m3vit.label_sets import describe, resolve
 from m3vit.models.budget import Budget
@@ -68,16 +68,19 @@ def export_package(
     for name in content.tasks:
         model.task_id(name)
     names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
+    if content.all_tasks and len(names) < 2:
+        raise InputError("a graph of all tasks at once is of two tasks or more: leave out --all-tasks")
     model.uses(content.budget, names)  # refuses what the model does not have before the long work
     with atomic_folder(out) as folder:
-        tasks, backbone = _write_graphs(model, names, folder, content, say)
+        tasks, parts = _write_graphs(model, names, folder, content, say)
         say("checking the graphs and hashing the files")
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "project_version": m3vit.__version__,
             "opset": content.opset,
-            "form": "wide" if content.static else "sparse",
+            "form": content.form,
+            "attention": content.attends,  # fused: the graphs need onnxruntime
             "precisions": list(content.precisions),
             "weights": {"file": WEIGHTS},
             # Input of the graphs: (image / 255 - mean) / std, RGB, float32 [B, 3, H, W].
@@ -86,7 +89,7 @@ def export_package(
             "labels": describe(model.config.label_set),
             "plugins": [Path(given).name for given in plugins.loaded()],  # which a kind of a task may be of
             "tasks": tasks,
-            "backbone": backbone,
+            **parts,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size
             "run": info,
         }
@@ -105,8 +108,9 @@ def export_package(
 
 def _write_graphs(
     model: MultiTaskModel, names: Sequence[str], folder: Path, content: Content, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Write the graphs and their weights; return the manifest's entries of the tasks and of one backbone for all."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the graphs and their weights; return the manifest's entries of the tasks, and of what serves all of them:
+    `backbone`, a graph of it, and `all_tasks`, one of all tasks at once; None where there is none."""
     with open(folder / WEIGHTS, "wb") as file:
         writer = _Writer(folder, _WeightsFile(file), content)
         batch = 1 if content.static else None
@@ -116,13 +120,17 @@ def _write_graphs(
             say(f"exporting {task.name} ({number} of {len(names)})")
             graphs = writer.task(model, of_task(traced, model, task.name), task.name)
             tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, content)}
-            tasks[task.name]["macs"] = _macs(model, task.name, content)
-        backbone = None
+            tasks[task.name]["macs"] = _macs(model, [task.name], content)
+        parts: dict[str, Any] = {"backbone": None, "all_tasks": None}
         if content.one_backbone:
             say("exporting the backbone of all tasks, and the heads")
-            backbone = writer.parts(model, tasks)
+            parts["backbone"] = writer.parts(model, tasks)
+        if content.all_tasks:
+            say("exporting all tasks at once")
+            macs = _macs(model, names, content)
+            parts["all_tasks"] = {"tasks": names, "graphs": writer.all_tasks(model, names), "macs": macs}
         _flush(file)
-    return tasks, backbone
+    return tasks, parts
 
 
 class _Writer:
@@ -134,7 +142,7 @@ class _Writer:
     def task(self, model: MultiTaskModel, graph: ModelProto, task: str) -> dict[str, Any]:
         """Write the graphs of one task, given as traced, and return their entries of the manifest, by precision."""
         budgets = self.content.budget.layers(task, model.backbone.moe_indices)
-        lower_moe(graph, budgets, "wide" if self.content.static else "sparse")
+        lower_moe(graph, budgets, self.content.form, self.content.attends)
         return self.variants(graph, task)
 
     def parts(self, model: MultiTaskModel, tasks: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +151,17 @@ class _Writer:
         for task, entry in tasks.items():
             head = lower_moe(trace_head(model, task, **options))
             entry["heads"] = self.variants(head, f"{task}.head", required=False)
-        return {"graphs": self.variants(lower_moe(trace_backbone(model, **options)), "backbone")}
+        graph = lower_moe(trace_backbone(model, **options), attention=self.content.attends)
+        return {"graphs": self.variants(graph, "backbone")}
+
+    def all_tasks(self, model: MultiTaskModel, tasks: Sequence[str]) -> dict[str, Any]:
+        """Write the graphs of all tasks at once, and return their entries of the manifest, by precision."""
+        content = self.content
+        batch = 1 if content.static else None
+        graph = trace_all_tasks(model, tasks, opset=content.opset, size=content.size, batch=batch)
+        by_task = [content.budget.layers(task, model.backbone.moe_indices) for task in tasks]
+        lower_moe(graph, list(zip(*by_task, strict=True)), content.form, content.attends)
+        return self.variants(graph, ALL)
 
     def variants(self, graph: onnx.ModelProto, name: str, *, required: bool = True) -> dict[str, Any]:
         """Write a lowered graph in every precision; with `required`, each must have something to quantise."""
@@ -223,13 +241,13 @@ def budget_of(manifest: Mapping[str, Any]) -> Budget:
     return Budget.from_json({"top_k": top_k, "kept": kept})
 
 
-def _macs(model: MultiTaskModel, task: str, content: Content) -> int:
-    """Return the multiply-accumulates of one image in a task's graph: with the experts it holds and uses, at its size.
+def _macs(model: MultiTaskModel, tasks: Sequence[str], content: Content) -> int:
+    """Return the multiply-accumulates of one image in the graph of these tasks: with the experts it uses, at its size.
 
     Of a graph of any size: at the size trained at.
     """
     height, width = content.size or model.config.image_size
-    return graph_macs(model.config, task, (height, width), content.budget, every_expert=content.static)
+    return graph_macs(model.config, tasks, (height, width), content.budget, every_expert=content.static)
 
 
 class _WeightsFile:

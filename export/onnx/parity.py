@@ -15,7 +15,6 @@ and with every expert reached.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,15 +28,15 @@ from torch import Tensor
 
 from m3vit.digests import check_listed, read_sealed_json, write_sealed_json
 from m3vit.export.onnx.package import budget_of
+from m3vit.export.onnx.parity_record import LIMIT, Record
 from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.runtime.manifest import MANIFEST, package_digests
 from m3vit.export.runtime.ort import onnxruntime
-from m3vit.export.runtime.package import NotFinite, Package
+from m3vit.export.runtime.package import ALL, NotFinite, Package
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
-from m3vit.models.router import Routing, expert_load
+from m3vit.models.router import Routing
 
-LIMIT = 1e-4  # worst allowed max |difference| / max |torch| of an image; float32 rounding gives 1e-7 to 1e-5
 NEAR_TIE = 1e-5  # relative gap of router scores below which rounding may decide
 THREADS = (1, 2)  # a race needs two
 BATCH = 3
@@ -96,48 +95,6 @@ class _Check(NamedTuple):
         return self.model(batch.images.to(next(self.model.parameters()).device), [self.task], budget=self.budget)
 
 
-@dataclass
-class _Record:
-    """What the check found for one task."""
-
-    worst: float = 0.0
-    where: str = ""
-    errors: list[float] = field(default_factory=list)  # of the images compared in earnest
-    sound: dict[str, int] = field(default_factory=dict)  # how many those are, by image size
-    near_tie_images: int = 0
-    near_tie_tokens: int = 0
-    loads: list[Tensor] = field(default_factory=list)  # tokens of each expert, int64 [E], by MoE layer
-    allowed: list[Tensor] = field(default_factory=list)  # the experts that this task may use at all, bool [E]
-    forced: list[Tensor] = field(default_factory=list)  # the experts that only a forced router reached, bool [E]
-    kept: list[Tensor] = field(default_factory=list)  # the experts that the graph holds, bool [E]; empty: all
-    integers: dict[str, float] = field(default_factory=dict)  # worst relative error of graphs in integers
-    failures: list[str] = field(default_factory=list)
-
-    def count(self, routings: list[Routing]) -> None:
-        """Add the tokens that each expert got."""
-        loads = [expert_load(routing.expert_ids_RNK, _num_experts(routing))[0].cpu() for routing in routings]
-        before = self.loads or [torch.zeros_like(load) for load in loads]
-        self.loads = [old + new for old, new in zip(before, loads, strict=True)]
-        self.allowed = [
-            torch.ones_like(load, dtype=torch.bool) if routing.allowed_RE is None else routing.allowed_RE[0].cpu()
-            for load, routing in zip(loads, routings, strict=True)
-        ]
-        if self.kept:
-            self.allowed = [allowed & kept for allowed, kept in zip(self.allowed, self.kept, strict=True)]
-
-    def not_hit(self) -> list[Tensor]:
-        """Return which of the experts that the task may use got no token, bool [E], by MoE layer."""
-        return [allowed & (load == 0) for allowed, load in zip(self.allowed, self.loads, strict=True)]
-
-    def all_failures(self) -> list[str]:
-        """Return the failures, among them the sizes of which near ties left nothing to compare."""
-        return self.failures + [
-            f"{size}: every image has router near ties and differs; use other images"
-            for size, count in self.sound.items()
-            if not count and not any(failure.startswith(size) for failure in self.failures)
-        ]
-
-
 @torch.no_grad()
 def check_parity(
     model: MultiTaskModel,
@@ -188,6 +145,9 @@ def check_parity(
         # Task by task: the sessions of all of them at once would hold the experts as many times over.
         rest, budget = (images, sizes, full, tick), budget_of(package.manifest)
         records = {task: _check_task(_Check(model, package_dir, task, *rest, budget)) for task in package.tasks}
+        if package.all_at_once:
+            for precision in package.manifest["precisions"]:
+                _check_all_tasks(_Check(model, package_dir, ALL, *rest, budget), precision, records)
     finally:
         model.train(was_training)
     layers = list(model.backbone.moe_indices)
@@ -224,10 +184,10 @@ def _by_layer(layers: list[int], masks: list[Tensor]) -> dict[str, list[int]]:
     return {layer: experts for layer, experts in found.items() if experts}
 
 
-def _check_task(check: _Check) -> _Record:
+def _check_task(check: _Check) -> Record:
     """Run all batches of one task."""
     model, entry = check.model, Package.load(check.package_dir, verify=False).entry(check.task)
-    budgets, record = check.budget.layers(check.task, model.backbone.moe_indices), _Record()
+    budgets, record = check.budget.layers(check.task, model.backbone.moe_indices), Record()
     record.kept = [_mask(model, budget.kept) for budget in budgets]
     if FLOAT in entry["graphs"]:
         _check_floats(check, record)
@@ -248,7 +208,7 @@ def _open(package_dir: Path, **options: Any) -> list[Package]:
     return [Package.load(package_dir, threads=threads, verify=False, **options) for threads in THREADS]
 
 
-def _check_floats(check: _Check, record: _Record) -> None:
+def _check_floats(check: _Check, record: Record) -> None:
     """Compare the graph in floats, within the limit; where there is one backbone for all tasks, it too."""
     task, size = check.task, check.sizes[0]
     packages = _open(check.package_dir, precision=FLOAT)
@@ -271,10 +231,10 @@ def _check_floats(check: _Check, record: _Record) -> None:
         _force(check, graph, record)
 
 
-def _check_integers(check: _Check, precision: str, record: _Record) -> None:
+def _check_integers(check: _Check, precision: str, record: Record) -> None:
     """Run the graph in integers; what it must be is finite and repeatable."""
     packages = _open(check.package_dir, precision=precision)
-    found, batches = _Record(), list(_quick_batches(check.images, check.sizes))
+    found, batches = Record(), list(_quick_batches(check.images, check.sizes))
     batches += [check.race()] if check.full else []
     for batch in batches:
         expected = check.torch(batch).logits[check.task].cpu().numpy()
@@ -283,7 +243,38 @@ def _check_integers(check: _Check, precision: str, record: _Record) -> None:
     record.failures += [f"{precision}: {failure}" for failure in found.failures]
 
 
-def _run(check: _Check, runners: Sequence[_Runner], batch: _Batch, record: _Record) -> None:
+def _check_all_tasks(check: _Check, precision: str, records: dict[str, Record]) -> None:
+    """Compare the graph of all tasks at once: as each task's own graph is, one in integers within no limit."""
+    packages, limit = _open(check.package_dir, precision=precision), LIMIT if precision == FLOAT else math.inf
+    found = records if precision == FLOAT else {task: Record() for task in records}
+    batches = list(_quick_batches(check.images, check.sizes))
+    for batch in [*batches, check.race()] if check.full else batches:
+        images = batch.images.numpy()
+        size = f"{images.shape[2]}x{images.shape[3]}"
+        output = check.model(batch.images.to(next(check.model.parameters()).device), list(records), budget=check.budget)
+        for package, threads in zip(packages, THREADS, strict=True):
+            for count in (len(images), 1):
+                where = f"all tasks at once, {size}, batch {count}, {threads} threads"
+                try:
+                    results = package.logits_all(images[:count])
+                    again = [package.logits_all(images[:count]) for _ in range(max(1, batch.repeats - 1))]
+                except NotFinite as error:
+                    found[error.task].failures.append(f"{where}: not finite")
+                    continue
+                for place, (task, record) in enumerate(found.items()):
+                    routings = [routing.of_task(place) for routing in output.routings]
+                    ties = _near_ties(routings, len(images), records[task].kept)
+                    record.sound.setdefault(size, 0)
+                    if any(results[task].tobytes() != other[task].tobytes() for other in again):
+                        record.failures.append(f"{where}: repeated runs differ")
+                    record.judge(results[task], output.logits[task].cpu().numpy(), ties, size, where, limit)
+    if precision != FLOAT:
+        for task, record in found.items():
+            records[task].integers[f"{precision}, all tasks at once"] = record.worst
+            records[task].failures += [f"{precision}: {failure}" for failure in record.failures]
+
+
+def _run(check: _Check, runners: Sequence[_Runner], batch: _Batch, record: Record) -> None:
     """Run one batch through the model and the graph, and add what is found to the record."""
     output = check.torch(batch)
     record.count(output.routings)
@@ -327,7 +318,7 @@ def _race_batch(images: Sequence[NDArray[np.float32]], size: tuple[int, int], pa
     return _Batch(_picked(images, range(count), size), repeats=RACE_REPEATS)
 
 
-def _noise_batches(size: tuple[int, int], record: _Record) -> Iterator[_Batch]:
+def _noise_batches(size: tuple[int, int], record: Record) -> Iterator[_Batch]:
     """Yield batches of noise while there are experts without a token."""
     generator = torch.Generator().manual_seed(1)
     for number in range(NOISE_ROUNDS):
@@ -341,7 +332,7 @@ def _noise_batches(size: tuple[int, int], record: _Record) -> Iterator[_Batch]:
         yield _Batch(images, alone=REPEATS)
 
 
-def _force(check: _Check, graph: Path, record: _Record) -> None:
+def _force(check: _Check, graph: Path, record: Record) -> None:
     """Run noise through the experts that no token went to, by a bias on their router logits, K of a layer at a time.
 
     The graph's file stays as it is: onnxruntime takes the changed biases instead of the ones stored.
@@ -410,10 +401,6 @@ class _ForcedSession:
         return np.concatenate([np.asarray(self.session.run([task], {"image": part})[0]) for part in parts])
 
 
-def _num_experts(routing: Routing) -> int:
-    return routing.scores_RNE.shape[-1]
-
-
 def _near_ties(routings: list[Routing], batch: int, kept: Sequence[Tensor] = ()) -> NDArray[np.int64]:
     """Return how many near-tie tokens each image has, over the layers: [B]. `kept` (bool [E]): of these experts."""
     counts = np.zeros(batch, np.int64)
@@ -433,7 +420,7 @@ def _compare(
     batch: _Batch,
     expected: NDArray[np.float32],
     ties: NDArray[np.int64],
-    record: _Record,
+    record: Record,
     limit: float = LIMIT,
 ) -> None:
     """Run one batch, and its first image alone, with each number of threads, and add what is found to the record."""
@@ -453,22 +440,7 @@ def _compare(
                     record.failures.append(f"{where}: repeated runs differ")
             except NotFinite:
                 result = np.full(1, np.nan, np.float32)
-            if not np.isfinite(result).all():  # a NaN compares as neither above nor below the limit
-                record.failures.append(f"{where}: not finite")
-                continue
-            for image in range(count):
-                scale = max(float(np.abs(expected[image]).max()), 1e-30)
-                error = float(np.abs(result[image] - expected[image]).max()) / scale
-                wrong = not error <= limit  # NaN, of torch's, too
-                if wrong and ties[image]:
-                    record.near_tie_images += 1
-                    continue
-                record.sound[size] += 1
-                record.errors.append(error)
-                if error > record.worst:
-                    record.worst, record.where = error, where
-                if wrong:
-                    record.failures.append(f"{where}: relative error {error:.1e}, limit {limit:.0e}")
+            record.judge(result, expected, ties, size, where, limit)
 
 
 def _write(

@@ -1,4 +1,6 @@
-"""Linear layers in 8-bit integers, quantised as they run: signed weights per output channel, inputs per tensor.
+"""Weights of fewer bytes: linear layers in 8-bit integers, experts in 4 bits, or all weights stored in half precision.
+
+Of integers: quantised as they run, signed weights per output channel, inputs per tensor.
 
 Dynamic: the range of an input is measured in each run, so nothing has to be calibrated. Standard operators only
 (DynamicQuantizeLinear, MatMulInteger), which onnxruntime fuses. What is quantised, by name:
@@ -6,6 +8,13 @@ Dynamic: the range of an input is measured in each run, so nothing has to be cal
 - int8: every linear layer but the routers. A router's output decides; rounding it would change the decision.
 - int8-mixed: the same, but neither the attention in front of a router nor the head, which ends in the prediction.
 - int8-experts: the experts alone, most of the bytes of a package.
+- int4-experts: as int8, but weights of experts have 4 bits and a scale for each 128 of an output, in onnxruntime's own
+  operator (MatMulNBits), whose products are of 8 bits. Fewer bytes, more time.
+
+fp16 quantises nothing: weights are stored in half the bytes, and made float32 when the graph is loaded.
+
+The experts of a layer have their rows quantised together, before the first linear map and, their hidden units joined
+for one GELU, before the second: a small product each that also finds a range of its own costs more on several threads.
 
 On x86 processors without VNNI instructions onnxruntime adds pairs of products of 8 bits in 16, which can saturate:
 there, `m3vit.export.runtime.package` warns.
@@ -19,13 +28,18 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from m3vit.errors import InputError
+from m3vit.export.onnx.attention import FUSED_DOMAIN
 from m3vit.export.onnx.lower import check, reachable
 from m3vit.export.runtime.manifest import FLOAT as FLOAT
+from m3vit.export.runtime.manifest import HALF
 from m3vit.export.runtime.manifest import PRECISIONS as PRECISIONS
 
+BLOCK = 128  # weights that have one scale, of those in 4 bits
+_MIDDLE = 8  # of the unsigned 4 bits, which stands for 0
 MIN_WEIGHT = 1024  # elements; below, the integer product costs more than it saves
 
 _EXPERT = re.compile(r"blocks\.(\d+)\.mlp\.experts\.")
+_EXPERT_NODE = re.compile(r"(.*)/expert\d+\.(fc1|gelu|fc2)$")  # as lower.py names them
 _HEAD = re.compile(r"(^|\.)heads\.")
 
 
@@ -38,13 +52,19 @@ def quantize(graph: ModelProto, precision: str, *, required: bool = True) -> Mod
         raise InputError(f"precision is {precision!r}: choose from {', '.join(PRECISIONS)}")
     if precision == FLOAT:
         return graph
+    if precision == HALF:
+        return store_halves(graph)
     weights = {tensor.name: tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2}
     routed = {match[1] for name in weights if (match := _EXPERT.search(name))}
+    join_experts(graph)
     quantised = _Quantiser(graph)
     for node in graph.graph.node:
         weight = weights.get(node.input[1]) if _is_linear(node) else None
         if weight is not None and _selected(precision, node, weight, routed):
-            quantised.linear(node, weight)
+            if precision == "int4-experts" and _EXPERT.search(weight.name):
+                quantised.in_blocks(node, weight)
+            else:
+                quantised.linear(node, weight)
         else:
             quantised.nodes.append(node)
     if not quantised.added and not required:
@@ -84,6 +104,65 @@ def quantize_weight(weight_IO: NDArray[np.float32]) -> tuple[NDArray[np.int8], N
     return np.rint(weight_IO / scale).astype(np.int8), scale
 
 
+def quantize_blocks(weight_IO: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return weights in 4 bits as MatMulNBits has them, [O, blocks, BLOCK / 2], and the blocks' scales [O, blocks].
+
+    A weight is about (bits - 8) * scale; of two in a byte the first is the lower half. A last block is filled up.
+    """
+    count = -(-len(weight_IO) // BLOCK)
+    padded = np.zeros((weight_IO.shape[1], count * BLOCK), np.float32)
+    padded[:, : len(weight_IO)] = weight_IO.T
+    blocks = padded.reshape(-1, count, BLOCK)
+    # The largest becomes -8, which the positive side lacks.
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
+    scale = np.where(largest == 0, 1, largest / -_MIDDLE).astype(np.float32)
+    bits = np.clip(np.rint(blocks / scale) + _MIDDLE, 0, 2 * _MIDDLE - 1).astype(np.uint8)
+    return bits[:, :, ::2] | bits[:, :, 1::2] << 4, scale[:, :, 0]
+
+
+def store_halves(graph: ModelProto) -> ModelProto:
+    """Store a graph's larger float32 tensors in half precision, each with a Cast to what it was; in place."""
+    casts = []
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= MIN_WEIGHT:
+            name, values = tensor.name, numpy_helper.to_array(tensor)
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, which export_package refuses
+                tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.fp16"))
+            casts.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}.cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.graph.node]
+    graph.graph.ClearField("node")
+    graph.graph.node.extend(nodes)
+    check(graph)
+    return graph
+
+
+def join_experts(graph: ModelProto) -> None:
+    """Give the experts of each layer one GELU over all their rows, in place; layers of one expert stay as they are."""
+    layers: dict[str, dict[str, list[NodeProto]]] = {}
+    for node in graph.graph.node:
+        if found := _EXPERT_NODE.match(node.name):
+            layers.setdefault(found[1], {"fc1": [], "gelu": [], "fc2": []})[found[2]].append(node)
+    producers = {name: node for node in graph.graph.node for name in node.output}
+    nodes, joined = [], set()
+    for node in graph.graph.node:
+        found = _EXPERT_NODE.match(node.name)
+        parts = layers[found[1]] if found else {"fc1": []}
+        if found is None or len(parts["fc1"]) < 2:
+            nodes.append(node)
+        elif found[1] not in joined:
+            layer, counts = found[1], producers[parts["fc1"][0].input[0]].input[1]
+            joined.add(layer)
+            hidden, gelu = f"{layer}/hidden", f"{layer}/gelu"
+            nodes += parts["fc1"]
+            nodes.append(helper.make_node("Concat", [one.output[0] for one in parts["fc1"]], [hidden], hidden, axis=0))
+            nodes.append(helper.make_node("Gelu", [hidden], [gelu], gelu))
+            outputs = [one.output[0] for one in parts["gelu"]]
+            nodes.append(helper.make_node("Split", [gelu, counts], outputs, f"{layer}/gelus", axis=0))
+            nodes += parts["fc2"]
+    graph.graph.ClearField("node")
+    graph.graph.node.extend(nodes)
+
+
 class _Quantiser:
     """Builds the nodes of a quantised graph, in order."""
 
@@ -115,21 +194,37 @@ class _Quantiser:
         else:
             self.node("Add", [self.node("Mul", [floats, scales], [f"{y}.unbiased"]), node.input[2]], [y])
 
+    def in_blocks(self, node: NodeProto, weight: TensorProto) -> None:
+        """Put onnxruntime's product with weights of 4 bits in the place of a linear layer."""
+        bits, scale = f"{weight.name}.int4", f"{weight.name}.int4_scale"
+        if bits not in self.added:
+            w_q, w_scale = quantize_blocks(numpy_helper.to_array(weight))
+            self.added[bits] = numpy_helper.from_array(w_q, bits)
+            self.added[scale] = numpy_helper.from_array(w_scale, scale)
+        inputs = [node.input[0], bits, scale, *(["", "", node.input[2]] if len(node.input) > 2 else [])]
+        sizes = {"K": weight.dims[0], "N": weight.dims[1], "bits": 4, "block_size": BLOCK}
+        # Level 4: inputs are rounded to 8 bits as well, by row, and products are of integers.
+        options = {"domain": FUSED_DOMAIN, "accuracy_level": 4}
+        self.node("MatMulNBits", inputs, [node.output[0]], **sizes, **options)
+
     def input(self, x: str) -> tuple[str, str, str]:
         """Return the names of a tensor's integers, scale and zero point, once for all its users.
 
-        The rows of the experts of one layer are quantised before they are dispatched: once for all, and a quarter of
-        the bytes to move.
+        The rows of the experts of one layer are quantised before they are split, and before they are dispatched: once
+        for all, and a quarter of the bytes to move.
         """
         if x in self.inputs:
             return self.inputs[x]
         split = self.producers.get(x)
         rows = self.producers.get(split.input[0]) if split is not None and split.op_type == "Split" else None
-        if split is not None and rows is not None and rows.op_type == "Gather":
-            tokens, scale, zero = self.input(rows.input[0])
-            gathered = self.node("Gather", [tokens, rows.input[1]], [f"{rows.output[0]}.int8"], axis=0)
+        if split is not None and rows is not None and rows.op_type in ("Gather", "Gelu"):
+            if rows.op_type == "Gather":
+                tokens, scale, zero = self.input(rows.input[0])
+                whole = self.node("Gather", [tokens, rows.input[1]], [f"{rows.output[0]}.int8"], axis=0)
+            else:
+                whole, scale, zero = self.input(rows.output[0])
             outputs = [f"{name}.int8" for name in split.output]
-            self.node("Split", [gathered, split.input[1]], outputs, axis=0)
+            self.node("Split", [whole, split.input[1]], outputs, axis=0)
             self.inputs |= {name: (f"{name}.int8", scale, zero) for name in split.output}
         else:
             outputs = [f"{x}.int8", f"{x}.int8_scale", f"{x}.int8_zero"]
@@ -146,3 +241,6 @@ class _Quantiser:
         for name, content in (("node", nodes), ("initializer", tensors)):
             graph.ClearField(name)
             getattr(graph, name).extend(content)
+        domains = {entry.domain for entry in self.graph.opset_import}
+        if FUSED_DOMAIN not in domains and any(node.domain == FUSED_DOMAIN for node in nodes):
+            self.graph.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))

@@ -85,7 +85,7 @@ def sweep(
     traced_all = trace_tasks(run.model, config.tasks, opset=opset, size=size)
     for task in config.tasks:
         traced = of_task(traced_all, run.model, task)
-        reference = _session(lower_moe(copied(traced)))
+        reference = _session(lower_moe(copied(traced), attention="fused"))
         points: list[dict[str, Any]] = []
         tried: set[Any] = set()
         for precision, coverage, k in grid:
@@ -100,7 +100,7 @@ def sweep(
             if same in tried:  # a smaller coverage that the same experts are needed for
                 continue
             tried.add(same)
-            graph = quantize(lower_moe(copied(traced), budget.layers(task, blocks)), precision)
+            graph = quantize(lower_moe(copied(traced), budget.layers(task, blocks), attention="fused"), precision)
             session = _session(graph)
             points.append(
                 {

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from m3vit import plugins
 from m3vit.digests import read_sealed_json
@@ -10,8 +10,10 @@ from m3vit.errors import InputError
 from m3vit.kinds import KINDS
 
 FORMAT, FORMAT_VERSION, MANIFEST = "m3vit-onnx", 2, "manifest.json"
+ALL: Final = "all"  # all tasks at once, where a task is named
 FLOAT = "fp32"
-PRECISIONS = (FLOAT, "int8", "int8-mixed", "int8-experts")  # that a package may hold
+HALF = "fp16"  # of weights as they are stored; what is computed is float32
+PRECISIONS = (FLOAT, HALF, "int8", "int8-mixed", "int8-experts", "int4-experts")  # that a package may hold
 
 _NO_PACKAGE = "give the folder that `m3vit export onnx` wrote, or export it again"
 
@@ -74,7 +76,10 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             # A plain name: a manifest from a stranger must not make us read files elsewhere.
             complete &= Path(entry["file"]).name == entry["file"] and isinstance(entry["sha256"], str)
             complete &= digests.setdefault(entry["file"], entry["sha256"]) == entry["sha256"]
-        backbone = manifest["backbone"]
+        backbone, together = manifest["backbone"], manifest.get("all_tasks")  # which older packages do not have
+        if together is not None:
+            complete &= together["tasks"] == list(tasks)
+            complete &= all(isinstance(together["graphs"][precision]["file"], str) for precision in precisions)
         for entry in tasks.values():
             kind = KINDS.get(entry["decode"])
             complete &= kind is not None and isinstance(entry["channels"], int) and kind.entry_fits(entry)

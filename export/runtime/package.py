@@ -19,15 +19,16 @@ from m3vit.errors import InputError
 from m3vit.export.runtime.arrays import refusal, require_array
 from m3vit.export.runtime.drawing import colourise as colourise
 from m3vit.export.runtime.drawing import paint as paint
+from m3vit.export.runtime.manifest import ALL as ALL
+from m3vit.export.runtime.manifest import FLOAT, HALF, PRECISIONS, check_passed, package_digests, read_manifest
 from m3vit.export.runtime.manifest import FORMAT as FORMAT
 from m3vit.export.runtime.manifest import FORMAT_VERSION as FORMAT_VERSION
 from m3vit.export.runtime.manifest import MANIFEST as MANIFEST
-from m3vit.export.runtime.manifest import PRECISIONS, check_passed, package_digests, read_manifest
 from m3vit.export.runtime.manifest import file_entries as file_entries
 from m3vit.export.runtime.opened import OpenedFiles
 from m3vit.export.runtime.opened import PackageChanged as PackageChanged
 from m3vit.export.runtime.ort import onnxruntime
-from m3vit.export.runtime.sessions import Cache, Sessions
+from m3vit.export.runtime.sessions import Cache, Outputs, Sessions
 from m3vit.kinds import KINDS
 from m3vit.pointers import check_no_link
 from m3vit.pool import usable_cores
@@ -43,11 +44,12 @@ SATURATES = (
 class NotFinite(InputError):  # noqa: N818 (what it says, not that it is an error)
     """A prediction holds NaN or infinity: weights are damaged, or the input is extreme.
 
-    `images`: of which images, by their places among those given, `count` in all (None: as many as come).
+    `task`: of which; `images`: of which images, by their places among those given, `count` in all (None: as many as
+    come).
     """
 
     def __init__(self, task: str, images: Sequence[int], count: int | None = None) -> None:
-        self.images = tuple(images)
+        self.task, self.images = task, tuple(images)
         of = f" of image {', '.join(map(str, self.images))}" if count != 1 else ""
         super().__init__(
             f"{task}{of} is not finite (NaN or infinity): the package's weights are damaged, or the input is extreme; "
@@ -123,7 +125,7 @@ class Package:
                 files.check(name)
         else:
             files.trust()
-        if precision != "fp32" and integers_saturate():
+        if precision not in (FLOAT, HALF) and integers_saturate():
             warnings.warn(SATURATES, stacklevel=2)
         threads = default_threads(manifest) if threads is None else threads or usable_cores()
         kept = None if cache is None else Cache(Path(cache), machine(), verify)
@@ -146,7 +148,12 @@ class Package:
     def session(self, task: str) -> onnxruntime.InferenceSession:
         """Return the onnxruntime session of a task's graph; input `image`, output named like the task."""
         entry = self.entry(task)
-        return self._sessions.get(entry["graphs"][self.precision], ("image",), task, entry["channels"])
+        return self._sessions.get(entry["graphs"][self.precision], ("image",), {task: entry["channels"]})
+
+    @property
+    def all_at_once(self) -> bool:
+        """Whether one graph computes all tasks: the package holds it (--all-tasks), and one_backbone was not asked."""
+        return bool(self.manifest.get("all_tasks")) and not self._one_backbone
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Turn RGB images uint8 [B, H, W, 3] into the graphs' input float32 [B, 3, H, W]."""
@@ -162,6 +169,27 @@ class Package:
         another shape or type, and for a size that the graph does not take (`predict` resizes); `NotFinite` for logits
         that are no numbers.
         """
+        images = self._ready(images, task)
+        return _finite(_joined([self._run(part, task) for part in self._parts(images, task)]), task)
+
+    def logits_all(self, images: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+        """Return the logits of every task, {task: float32 [B, C, H, W]}; images and errors as `logits` says.
+
+        Where the package has a graph of all tasks at once (`all_at_once`), and the images are not so large that the
+        attention of all tasks would take gigabytes, that one runs; else one task's after the other's. The results are
+        the same up to rounding; of graphs in integers, that of a scale taken over the tokens of all tasks.
+        """
+        ready = self._ready(images, self.tasks[0])
+        if not self.all_at_once or self._patches(ready.shape[2:]) * len(self.tasks) > MAX_PATCHES:
+            return {task: self.logits(ready, task) for task in self.tasks}
+        graph = self.manifest["all_tasks"]["graphs"][self.precision]
+        outputs: Outputs = {task: self.entry(task)["channels"] for task in self.tasks}
+        runs = [self._sessions.run(graph, {"image": part}, outputs) for part in self._parts(ready, self.tasks[0])]
+        joined = (_joined(parts) for parts in zip(*runs, strict=True))
+        return {task: _finite(logits, task) for task, logits in zip(self.tasks, joined, strict=True)}
+
+    def _ready(self, images: NDArray[Any], task: str) -> NDArray[np.float32]:
+        """Return images as the graph of a task takes them, normalised, or raise InputError as `logits` says."""
         require_array(images, "images are", "uint8 [B, H, W, 3], or float32 [B, 3, H, W] normalised")
         if images.ndim != 4 or images.size == 0:
             raise InputError(f"images have shape {images.shape}: give [B, H, W, 3] uint8 or [B, 3, H, W] float32")
@@ -180,29 +208,38 @@ class Package:
                 f"{task} cannot run on {height}x{width} images: resize them to {target[0]}x{target[1]}, "
                 "or predict one at a time"
             )
-        if self.entry(task)["batch"] and len(images) > 1:
-            logits = np.concatenate([self._run(images[place : place + 1], task) for place in range(len(images))])
-        else:
-            logits = self._run(images, task)
-        if not np.isfinite(logits).all():
-            damaged = [place for place, one in enumerate(logits) if not np.isfinite(one).all()]
-            raise NotFinite(task, damaged, len(logits))
-        return logits
+        return images
+
+    def _parts(self, images: NDArray[np.float32], task: str) -> list[NDArray[np.float32]]:
+        """Return images in batches that the graph of a task takes: one by one, if it is static."""
+        step = self.entry(task)["batch"] or len(images)
+        return [images[start : start + step] for start in range(0, len(images), step)]
 
     def _run(self, images: NDArray[np.float32], task: str) -> NDArray[np.float32]:
         """Run a task's graph, or the backbone and the task's head, on normalised images that it takes."""
         entry, run = self.entry(task), self._sessions.run
         if not self._one_backbone:
-            return run(entry["graphs"][self.precision], {"image": images}, task, entry["channels"])
+            return run(entry["graphs"][self.precision], {"image": images}, {task: entry["channels"]})[0]
         inputs = {"image": images, "task": np.array([entry["number"]])}
-        features = run(self.manifest["backbone"]["graphs"][self.precision], inputs, "features")
-        return run(entry["heads"][self.precision], {"features": features}, task, entry["channels"])
+        (features,) = run(self.manifest["backbone"]["graphs"][self.precision], inputs, {"features": None})
+        return run(entry["heads"][self.precision], {"features": features}, {task: entry["channels"]})[0]
 
-    def predict(self, image: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]:
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, image: NDArray[np.uint8], task: Literal["all"], *, resize: bool = False
+    ) -> dict[str, NDArray[Any]]: ...
+
+    @overload
+    def predict(self, image: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]: ...
+
+    def predict(
+        self, image: NDArray[np.uint8], task: str, *, resize: bool = False
+    ) -> NDArray[Any] | dict[str, NDArray[Any]]:
         """Return a task's prediction for one RGB image uint8 [H, W, 3], at the image's own size.
 
         semseg: class ids uint8 [H, W]. depth: metres float32 [H, W]. normals: unit vectors float32 [H, W, 3],
-        x right, y up, z towards the camera. edge: probability float32 [H, W].
+        x right, y up, z towards the camera. edge: probability float32 [H, W]. all: {task: prediction} of every task,
+        computed at once where the package can (`logits_all`).
 
         A graph of dynamic size takes every image of at least one patch; where the patch size does not divide the
         image, the nearest size that it does divide is used, and the result resized back. With `resize` the image is
@@ -214,8 +251,23 @@ class Package:
         require_array(image, "image is", "uint8 [H, W, 3], RGB")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3], RGB")
+        if task == ALL:
+            return self._predict_all(image, resize)
         prediction: NDArray[Any] = self.predict_batch(image[None], task, resize=resize)[0]
         return prediction
+
+    def _predict_all(self, image: NDArray[np.uint8], resize: bool) -> dict[str, NDArray[Any]]:
+        if not self.all_at_once:
+            return {task: self.predict(image, task, resize=resize) for task in self.tasks}
+        height, width = image.shape[:2]
+        target = self._target(self.tasks[0], height, width, resize)
+        ready = image if target == (height, width) else _resized_image(image, target)
+        predictions = {}
+        for task, logits in self.logits_all(ready[None]).items():
+            kind = KINDS[self.entry(task)["decode"]]
+            decoded = kind.decode(logits)[0]
+            predictions[task] = decoded if target == (height, width) else kind.resized(decoded, (height, width))
+        return predictions
 
     @overload
     def predict_batch(
@@ -243,8 +295,7 @@ class Package:
         height, width = images.shape[1:3]
         entry = self.entry(task)
         target = self._target(task, height, width, resize)
-        patch = entry["patch_multiple"]
-        at_once = max(1, MAX_PATCHES // ((target[0] // patch) * (target[1] // patch)))
+        at_once = max(1, MAX_PATCHES // self._patches(target))
         if target != (height, width):
             images = np.stack([_resized_image(image, target) for image in images])
         results: list[NDArray[Any] | InputError] = []
@@ -319,6 +370,11 @@ class Package:
                 raise result
             yield result
 
+    def _patches(self, size: Sequence[int]) -> int:
+        """Return how many patches an image of (height, width) has."""
+        patch = self.entry(self.tasks[0])["patch_multiple"]
+        return int(size[0] // patch) * int(size[1] // patch)
+
     def _target(self, task: str, height: int, width: int, resize: bool) -> tuple[int, int]:
         """Return the size (height, width) to run an image at, or raise InputError as `predict` says."""
         entry = self.entry(task)
@@ -334,7 +390,7 @@ class Package:
         if min(height, width) < patch:
             raise InputError(f"the image is {height}x{width} (height x width): {task} needs at least {patch}x{patch}")
         target = self._graph_size(task, height, width)
-        patches = (target[0] // patch) * (target[1] // patch)
+        patches = self._patches(target)
         if patches > MAX_PATCHES and not fixed:
             raise InputError(
                 f"the image is {height}x{width} (height x width), {patches} patches of {patch}x{patch}: attention over "
@@ -349,6 +405,19 @@ class Package:
             return entry["input_size"][0], entry["input_size"][1]
         patch = entry["patch_multiple"]
         return max(patch, round(height / patch) * patch), max(patch, round(width / patch) * patch)
+
+
+def _joined(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the batches of several runs as one, without a copy where there was one run."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _finite(logits: NDArray[np.float32], task: str) -> NDArray[np.float32]:
+    """Return the logits of a task, or raise `NotFinite` with the places of those that are no numbers."""
+    if not np.isfinite(logits).all():
+        damaged = [place for place, one in enumerate(logits) if not np.isfinite(one).all()]
+        raise NotFinite(task, damaged, len(logits))
+    return logits
 
 
 def machine() -> str:

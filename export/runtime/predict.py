@@ -2,10 +2,12 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ from PIL import Image
 from m3vit.errors import InputError
 from m3vit.export.runtime.drawing import Range, colourise, overlay
 from m3vit.export.runtime.options import Loading, Options
-from m3vit.export.runtime.package import Package
+from m3vit.export.runtime.overlap import Behind, Pace, ahead
+from m3vit.export.runtime.package import ALL, Package
 from m3vit.export.runtime.sources import Found, Source, find_sources
 from m3vit.files import atomic_path
 from m3vit.images import read_image
@@ -26,7 +29,6 @@ from m3vit.signals import StopSignals
 if TYPE_CHECKING:  # PyAV is an extra
     from m3vit.export.runtime.video import Film, Frame
 
-ALL = "all"
 _LISTED = 5  # names in a message
 _FILM_ROWS = 3  # of the legend of classes: a film's pictures have one size, whatever they show
 _SMOOTHING = 0.05  # of the depth scale from frame to frame
@@ -36,11 +38,13 @@ _SMOOTHING = 0.05  # of the depth scale from frame to frame
 class Outcome:
     """Files written, inputs that failed and why (whole or in part), and the signal that ended it early.
 
-    `found`: also what was left out of the inputs' folders, and why.
+    `paces`: of each film, how many frames a second were predicted, and how steadily. `found`: also what was left out
+    of the inputs' folders, and why.
     """
 
     written: list[Path] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    paces: list[tuple[str, str]] = field(default_factory=list)
     found: Found = field(default_factory=Found)
     stopped: signal.Signals | None = None
 
@@ -66,8 +70,8 @@ def predict_files(
 
     What cannot be read or predicted is noted and passed over. SIGINT and SIGTERM end it: finished files stay, a
     stream's are completed with the frames that came, those of an unfinished video file are dropped. Memory holds one
-    image or frame. `say` gets each file as it is written, `progress`
-    (inputs done, of how many, what now).
+    image, or a few frames: those before are drawn, and those behind decoded, while one is predicted. `say` gets each
+    file as it is written, `progress` (inputs done, of how many, what now).
 
     Raises InputError before anything is run for a bad package or task, missing inputs, predictions that would have
     one name, overwrite an input, or, without `force`, overwrite anything.
@@ -187,8 +191,7 @@ class _Run:
     def image(self, source: Source) -> None:
         """Predict an image; its tasks' files appear as each is done."""
         pixels = read_image(source.path, self.options.max_pixels)
-        for task in self.tasks:
-            prediction = self.package.predict(pixels, task, resize=self.options.resize)
+        for task, prediction in self._predictions(pixels):
             picture, *values = output_paths(source, task, self.out, self.options)
             with atomic_path(picture) as temporary:
                 drawn = self._draw(pixels, prediction, task, self.options.depth_range)
@@ -203,30 +206,37 @@ class _Run:
         """Predict a video or stream; the files of all tasks appear together, when it ends."""
         from m3vit.export.runtime.video import StandardInput, open_film
 
+        stop = Event()
         stream = source.kind == "stream"
         origin: Path | StandardInput = source.path
         if stream:
-            origin = StandardInput(lambda: signals.received is not None)
+            origin = StandardInput(lambda: signals.received is not None or stop.is_set())
         with open_film(origin, self.options.max_pixels, self.options.fps) as film:
-            with ExitStack() as files:
+            # Frames are decoded and drawn beside the inference; left in the reverse order, so that no thread works
+            # with a film or a file that is closed.
+            with ExitStack() as files, Behind() as drawing, closing(ahead(film, stop)) as frames:
                 writers: list[_TaskWriter] = []
-                count = 0
-                for frame in film:
+                count, pace = 0, Pace()
+                for frame in frames:
                     if signals.received and not stream:
                         raise Interrupted
                     writers = writers or [self._writer(source, task, film, files) for task in self.tasks]
                     try:
-                        for writer in writers:
-                            self._frame(frame, writer)
+                        predictions = dict(self._predictions(frame.picture))
                     except InputError as error:
                         raise InputError(f"frame {count + 1}: {error}") from error
+                    drawing.call(partial(self._frame, frame, writers, predictions))
                     count += 1
+                    pace.tick()
                     progress(f"{source.label} frame {count}{f' of {film.frames}' if film.frames else ''}")
+                drawing.finish()
                 if not writers:
                     raise InputError("it holds no frame that can be decoded: give another video")
             for writer in writers:
                 for path in writer.paths:
                     self._written(path)
+            if line := pace.line():
+                self.outcome.paces.append((source.label, line))
             if film.problems:
                 kept = f"the predictions hold the {count} frames that could be read"
                 raise InputError(f"{'; '.join(film.problems)}: {kept}")
@@ -237,12 +247,23 @@ class _Run:
         temporary = [files.enter_context(atomic_path(path)) for path in paths]
         return files.enter_context(_TaskWriter(task, film, paths, temporary, self.options.depth_range))
 
-    def _frame(self, frame: "Frame", writer: "_TaskWriter") -> None:
-        prediction = self.package.predict(frame.picture, writer.task, resize=self.options.resize)
-        kind, scale = KINDS[self.package.entry(writer.task)["decode"]], None
-        if kind.own_range:
-            scale = writer.scale.follow(kind.limits(prediction))
-        writer.write(self._draw(frame.picture, prediction, writer.task, scale, _FILM_ROWS), prediction, frame.time)
+    def _predictions(self, picture: NDArray[np.uint8]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield each task and its prediction: one after the other, or all at once where the package can."""
+        if self.tasks == self.package.tasks and self.package.all_at_once:
+            yield from self.package.predict(picture, ALL, resize=self.options.resize).items()
+            return
+        for task in self.tasks:
+            yield task, self.package.predict(picture, task, resize=self.options.resize)
+
+    def _frame(self, frame: "Frame", writers: list["_TaskWriter"], predictions: dict[str, NDArray[Any]]) -> None:
+        """Draw and write one frame of every task."""
+        for writer in writers:
+            prediction = predictions[writer.task]
+            kind, scale = KINDS[self.package.entry(writer.task)["decode"]], None
+            if kind.own_range:
+                scale = writer.scale.follow(kind.limits(prediction))
+            drawn = self._draw(frame.picture, prediction, writer.task, scale, _FILM_ROWS)
+            writer.write(drawn, prediction, frame.time)
 
     def _draw(
         self,

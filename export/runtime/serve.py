@@ -8,8 +8,6 @@ of their own (`connections.py`), and other sites' pages are kept out (`hosts.py`
 """
 
 import asyncio
-import base64
-import io
 import logging
 import signal
 import time
@@ -29,7 +27,6 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -39,12 +36,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from m3vit import __version__
 from m3vit.errors import InputError
 from m3vit.export.runtime.admission import Allowance, Place, Places
+from m3vit.export.runtime.answers import Values, archive, picture, png
 from m3vit.export.runtime.bodies import expected_bytes, read_image_bytes
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
-from m3vit.export.runtime.drawing import Swatches, colourise, legend, overlay
+from m3vit.export.runtime.drawing import colourise, overlay
 from m3vit.export.runtime.hosts import ANY, Hosts, HostsOnly
 from m3vit.export.runtime.options import Address, Limits, Loading
-from m3vit.export.runtime.package import MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
+from m3vit.export.runtime.package import ALL, MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
 from m3vit.export.runtime.summary import summarise
 from m3vit.images import WEB_FORMATS, TooManyPixels, decode_image
 from m3vit.kinds import KINDS
@@ -57,7 +55,6 @@ BODIES_BYTES = 48 << 20  # of images that come or wait for their prediction, tog
 ANSWERS_BYTES = 16 << 20  # of answers on their way, together, besides those that keep their prediction's thread
 PIECE_BYTES = 1 << 16  # of an answer, handed on when the last one has been taken
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the latency histogram
-_PNG_LEVEL = 3  # of compression; beyond it, time grows faster than the file shrinks
 
 
 class Format(str, Enum):
@@ -116,8 +113,10 @@ class Service:
 
     async def predict(self, request: Request, task: str, answer: "Answer") -> Response:
         """Answer one request, or raise HTTPException. The place it takes goes to `request.state.held`."""
-        if task not in self.tasks:
+        if task not in self.tasks and task != ALL:
             raise HTTPException(404, f"no task {task!r}: this service has {', '.join(self.tasks)}")
+        if task == ALL and answer.format in (Format.PNG, Format.OVERLAY):
+            raise HTTPException(422, f"{answer.format.value} is of one task: give format=json or npy for all of them")
         expected = expected_bytes(request, self.limits.max_bytes)
         place = self.places.take()
         if place is None:
@@ -169,36 +168,52 @@ class Service:
             raise HTTPException(413, str(error)) from None
         except InputError as error:
             raise HTTPException(400, str(error)) from None
-        entry = self.package.entry(task)
+        entry = self.package.entry(self.tasks[0] if task == ALL else task)
         resize = answer.resize is Resize.ALWAYS or (
             answer.resize is Resize.AUTO and must_resize(entry, image.shape[0], image.shape[1])
         )
         start = time.perf_counter()
         try:
-            prediction = self.package.predict(image, task, resize=resize)
+            predictions = self._predictions(image, task, resize)
         except (NotFinite, PackageChanged) as error:  # the package's fault, not the image's
             raise HTTPException(500, str(error)) from None
         except InputError as error:
             raise HTTPException(422, str(error)) from None
         elapsed = time.perf_counter() - start
         manifest = self.package.manifest
+        if task == ALL:
+            if answer.format is Format.NPY:
+                return archive(predictions)
+            figures = self._common(ALL, image, resize, elapsed)
+            figures["tasks"] = {name: self._figures(one, name, answer) for name, one in predictions.items()}
+            return JSONResponse(figures)
+        prediction = predictions[task]
         if answer.format is Format.NPY:
-            return _Values(prediction)
+            return Values(prediction)
         if answer.format is Format.PNG:
-            return Response(_png(colourise(prediction, task, manifest)), media_type="image/png")
+            return Response(png(colourise(prediction, task, manifest)), media_type="image/png")
         if answer.format is Format.OVERLAY:
-            return Response(_png(overlay(image, prediction, task, manifest)), media_type="image/png")
-        figures = {
-            "task": task,
-            "height": image.shape[0],
-            "width": image.shape[1],
-            "resized": resize,
-            "milliseconds": round(1000 * elapsed, 3),
-            **summarise(prediction, entry),
-        }
-        if answer.picture:
-            figures |= _picture(prediction, task, manifest)
-        return JSONResponse(figures)
+            return Response(png(overlay(image, prediction, task, manifest)), media_type="image/png")
+        return JSONResponse(self._common(task, image, resize, elapsed) | self._figures(prediction, task, answer))
+
+    def _predictions(self, image: NDArray[np.uint8], task: str, resize: bool) -> dict[str, NDArray[Any]]:
+        """Return the predictions of a task, or of all that are served: at once where the package can."""
+        if task != ALL:
+            return {task: self.package.predict(image, task, resize=resize)}
+        if set(self.tasks) == set(self.package.tasks):
+            return self.package.predict(image, ALL, resize=resize)
+        return {one: self.package.predict(image, one, resize=resize) for one in self.tasks}
+
+    def _common(self, task: str, image: NDArray[np.uint8], resized: bool, elapsed: float) -> dict[str, Any]:
+        """Return what an answer in figures says of any task."""
+        height, width = image.shape[:2]
+        took = round(1000 * elapsed, 3)
+        return {"task": task, "height": height, "width": width, "resized": resized, "milliseconds": took}
+
+    def _figures(self, prediction: NDArray[Any], task: str, answer: "Answer") -> dict[str, Any]:
+        """Return a prediction in figures, and its picture if that is asked for."""
+        figures = summarise(prediction, self.package.entry(task))
+        return figures | (picture(prediction, task, self.package.manifest) if answer.picture else {})
 
 
 @dataclass(frozen=True)
@@ -216,44 +231,6 @@ def must_resize(entry: dict[str, Any], height: int, width: int) -> bool:
         return tuple(entry["input_size"]) != (height, width)
     patch = entry["patch_multiple"]
     return min(height, width) < patch or round(height / patch) * round(width / patch) > MAX_PATCHES
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG", compress_level=_PNG_LEVEL)
-    return file.getvalue()
-
-
-class _Values(Response):
-    """An array as .npy, sent from where it is."""
-
-    media_type = "application/octet-stream"
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        array, head = np.ascontiguousarray(array), io.BytesIO()
-        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
-        self.parts = (head.getvalue(), array.data.cast("B"))
-        super().__init__(headers={"Content-Length": str(sum(map(len, self.parts)))})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for place, part in enumerate(self.parts):
-            await send({"type": "http.response.body", "body": part, "more_body": place + 1 < len(self.parts)})
-
-
-def _picture(prediction: NDArray[Any], task: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return a prediction's picture as a data URL, and what its colours mean."""
-    entry = manifest["tasks"][task]
-    scale = KINDS[entry["decode"]].limits(prediction)
-    url = "data:image/png;base64," + base64.b64encode(_png(colourise(prediction, task, manifest, scale))).decode()
-    meaning = legend(prediction, task, entry, scale, plain=True)
-    if isinstance(meaning, Swatches):
-        return {"picture": url, "legend": {"items": [{"name": name, "colour": c} for name, c in meaning.items]}}
-    colours = meaning.colours[:: len(meaning.colours) // 15].tolist()
-    return {
-        "picture": url,
-        "legend": {"title": meaning.title, "low": meaning.low, "high": meaning.high, "colours": colours},
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- app
@@ -297,7 +274,7 @@ class _Measured:
             await self.app(scope, receive, send)
             return
         name = scope["path"].removeprefix("/predict/")
-        task = name if name in self.service.tasks else "unknown"  # strangers do not choose the names of series
+        task = name if name in (*self.service.tasks, ALL) else "unknown"  # strangers do not choose the names of series
         status = 500
         state = scope.setdefault("state", {})
         held = state["held"] = _Held(state.get("connection"))
@@ -376,7 +353,7 @@ def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts 
 
     @app.post(
         "/predict/{task}",
-        summary="Predict a task for an image: the body, or a form's field `image`.",
+        summary="Predict a task, or all, for an image: the body, or a form's field `image`.",
         response_class=Response,
     )
     async def predict(
@@ -481,5 +458,6 @@ def serve(
 def warm_up(package: Package, tasks: list[str]) -> None:
     """Run every task once: graphs that cannot be loaded or run are noticed now, and no request waits for loading."""
     height, width = package.manifest["image"]["train_size"]
-    for task in tasks:
+    names = [*tasks, ALL] if package.all_at_once and set(tasks) == set(package.tasks) else tasks
+    for task in names:
         package.predict(np.zeros((height, width, 3), np.uint8), task, resize=True)

@@ -16,6 +16,7 @@ from m3vit.export.runtime.ort import onnxruntime
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.staging import locked
 
+Outputs = dict[str, int | None]  # of a graph: names, in its order, and channels where they are known
 GRAPH, WEIGHTS, LISTING = "graph.onnx", "weights.bin", "entry.json"  # of an entry of the cache
 
 
@@ -39,41 +40,37 @@ class Sessions:
         self.lock = threading.Lock()  # a service's threads ask for the same session at once
 
     def run(
-        self, entry: dict[str, Any], inputs: dict[str, NDArray[Any]], output: str, channels: int | None = None
-    ) -> NDArray[np.float32]:
-        """Run one graph, by its entry in the manifest; `output` and `channels` as in `get`.
+        self, entry: dict[str, Any], inputs: dict[str, NDArray[Any]], outputs: Outputs
+    ) -> list[NDArray[np.float32]]:
+        """Run one graph, by its entry in the manifest, and return its outputs; `outputs` as in `get`.
 
         After a run of another size than the last, onnxruntime gives its memory back: it would keep what every size
         needed, and images of many sizes take gigabytes in the end. Not after every run: at one size, giving back and
         taking again costs up to half of the time.
         """
-        session = self.get(entry, tuple(inputs), output, channels)
+        session = self.get(entry, tuple(inputs), outputs)
         shapes = [value.shape for value in inputs.values()]
         last, self.shapes[entry["file"]] = self.shapes.get(entry["file"], shapes), shapes
         options = None
         if last != shapes and not self.low_memory:  # which keeps nothing anyway
             options = onnxruntime.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        (result,) = session.run([output], inputs, options)
+        results = session.run(list(outputs), inputs, options)
         files = self.mapped[entry["file"]]
         files.check_mapped(self.weights if files is self.files else WEIGHTS)  # after the run: it may happen meanwhile
-        return np.asarray(result, dtype=np.float32)
+        return [np.asarray(result, dtype=np.float32) for result in results]
 
-    def get(
-        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None = None
-    ) -> onnxruntime.InferenceSession:
+    def get(self, entry: dict[str, Any], inputs: tuple[str, ...], outputs: Outputs) -> onnxruntime.InferenceSession:
         """Return the session of one graph, by its entry in the manifest, or raise InputError if it is another's graph.
 
-        `inputs` and `output` are the names it must have, `channels` those of its output.
+        `inputs` are the names that it must have, `outputs` those of its outputs, with their channels.
         """
         with self.lock:
             if entry["file"] not in self.sessions:
-                self.sessions[entry["file"]] = self._make(entry, inputs, output, channels)
+                self.sessions[entry["file"]] = self._make(entry, inputs, outputs)
             return self.sessions[entry["file"]]
 
-    def _make(
-        self, entry: dict[str, Any], inputs: tuple[str, ...], output: str, channels: int | None
-    ) -> onnxruntime.InferenceSession:
+    def _make(self, entry: dict[str, Any], inputs: tuple[str, ...], outputs: Outputs) -> onnxruntime.InferenceSession:
         path = self.files.folder / entry["file"]
         try:
             session = self._cached(entry) if self.cache is not None else self._plain(entry)
@@ -83,9 +80,9 @@ class Sessions:
             reason = first_line(error).replace(str(self.files.place), str(self.files.folder))
             raise InputError(f"onnxruntime cannot load {path}: {reason}; export the package again") from error
         found, results = tuple(one.name for one in session.get_inputs()), session.get_outputs()
-        width = results[0].shape[1] if results else None
-        fits = channels is None or not isinstance(width, int) or width == channels
-        if found != inputs or [one.name for one in results] != [output] or not fits:
+        widths = [(one.shape[1], outputs.get(one.name)) for one in results]
+        fits = all(wanted is None or not isinstance(width, int) or width == wanted for width, wanted in widths)
+        if found != inputs or [one.name for one in results] != list(outputs) or not fits:
             raise InputError(f"{path} is not the graph that {MANIFEST} describes: export the package again")
         return session
 

@@ -92,14 +92,13 @@ def build_bridge(project: Path) -> Path:
         old.unlink()
     words = compiler()
     with tempfile.TemporaryDirectory() as name, advising():
-        # build_lib.sh says g++: give it our compiler under that name.
+        # build_lib.sh says g++: give it our compiler under that name, and a compiler that is a script the PATH that it
+        # had, or the g++ that it calls would be the stand-in again.
+        path = os.environ.get("PATH", "")
         stand_in = Path(name) / "g++"
-        if len(words) == 1:
-            stand_in.symlink_to(words[0])
-        else:
-            stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
-            stand_in.chmod(0o755)
-        env = {**os.environ, "PATH": name + os.pathsep + os.environ.get("PATH", "")}
+        stand_in.write_text(f'#!/bin/sh\nPATH={shlex.quote(path)}\nexport PATH\nexec {shlex.join(words)} "$@"\n')
+        stand_in.chmod(0o755)
+        env = {**os.environ, "PATH": name + os.pathsep + path}
         run_program([*BRIDGE, "build"], project, what, env)
         libraries = list(firmware.glob(f"{NAME}-*.so"))
         if not libraries:

@@ -25,6 +25,8 @@ class Eval:
         workers: processes that match edges (default: one a core)
         predictions: write the predictions too, into a new folder: the files that the published code of protocol A
             stores and scores, semseg/ID.png, depth/ID.mat, edge/ID.png, ... (default: none is written)
+        budget: of a run alone: a file of m3vit search; the result goes into RUN/budgets/NAME of the file (default: all
+            experts, as trained)
         all_metrics: print every metric, not only the main one of each task
         compare: show two or more folders that were evaluated in one table; evaluates nothing
         baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
@@ -41,6 +43,7 @@ class Eval:
     batch: Positive | None = None
     workers: Positive | None = None
     predictions: Folder | None = None
+    budget: File | None = None
     all_metrics: bool = False
     compare: bool = False
     baseline: Annotated[str, Value(metavar="NAME")] | None = None
@@ -57,10 +60,10 @@ def run_eval(args: argparse.Namespace) -> None:
     wanted = options(Eval, args)
     if wanted.compare:
         others = (wanted.data_root, wanted.workers, wanted.all_metrics, wanted.precision, wanted.device, wanted.batch)
-        if any((*others, wanted.predictions)):
+        if any((*others, wanted.predictions, wanted.budget)):
             raise InputError(
                 "--compare shows what was evaluated: leave out --data.root, --workers, --all-metrics, --precision, "
-                "--device, --batch and --predictions"
+                "--device, --batch, --predictions and --budget"
             )
         from m3vit.evaluation.compare import compare
         from m3vit.evaluation.tables import form_of, write_comparison
@@ -98,6 +101,7 @@ def run_eval(args: argparse.Namespace) -> None:
             workers=wanted.workers,
             progress=bar,
             predictions=wanted.predictions,
+            budget=wanted.budget,
         )
     if result:  # nothing in all but the first of several processes
         columns = ("trivial", "torch") if result["predictor"] == "torch" else (result["predictor"],)

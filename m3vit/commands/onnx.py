@@ -1,7 +1,7 @@
 """m3vit export onnx."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ class ExportOnnx:
         top_k: experts per token, for all tasks or by task: depth=1,semseg=2 (default: as trained)
         prune: keep, of each task and layer, the fewest experts that hold this share of its use, such as 0.99 (default:
             all experts)
+        budget_file: experts per token of each task and block, from a file of m3vit search (default: as trained)
     """
 
     run: RunFolder
@@ -29,12 +30,13 @@ class ExportOnnx:
     sweep: bool = False
     top_k: Annotated[str, Value(metavar="K")] | None = None
     prune: Annotated[str, Value(metavar="coverage=X")] | None = None
+    budget_file: Annotated[Path, Value(metavar="FILE", flag="budget")] | None = None
 
 
 def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     from m3vit.export.onnx.options import Content, Request
 
-    add_options(parser, ExportOnnx, Request, Content, exclusive=("prune", "keep"))
+    add_options(parser, ExportOnnx, Request, Content, exclusive=("prune", "keep", "budget_file"))
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:
@@ -54,13 +56,19 @@ def run_export_onnx(args: argparse.Namespace) -> None:
         raise InputError("--calibrate is of --prune, --keep and --sweep: give one of them, or leave it out")
     request = options(Request, args, coverage=coverage, top_k=top_k)
     content = options(Content, args)
+    if wanted.budget_file:
+        from m3vit.models.budget_file import read_budget
+
+        if top_k:
+            raise InputError("--budget says how many experts a token goes to: leave out --top-k, or --budget")
+        content = replace(content, budget=read_budget(wanted.budget_file))
     if wanted.sweep:
         from m3vit.export.onnx.sweep import sweep
 
         if given - {"run", "out", "sweep", "opset", "size", "calibration", "measure", "data_root"}:
             raise InputError(
                 "--sweep tries precisions, coverages and top-k itself, on all tasks: leave out --tasks, --precision, "
-                "--prune, --keep, --top-k, --static, --one-backbone and --check-images"
+                "--prune, --keep, --top-k, --static, --one-backbone, --budget and --check-images"
             )
         with progress_bar("sweeping") as progress:
             result = sweep(run, wanted.out, request, opset=content.opset, size=content.size, progress=progress)

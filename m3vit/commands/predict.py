@@ -73,6 +73,8 @@ def run_predict(args: argparse.Namespace) -> int:
         print(f"m3vit predict: {len(outcome.failures)} of the inputs failed:", file=sys.stderr)
         for name, reason in outcome.failures:
             print(f"  {name}: {reason}", file=sys.stderr)
+    for name, pace in outcome.paces:
+        print(f"m3vit predict: {name}: {pace}", file=sys.stderr)
     for line in summaries(outcome.found):
         print(f"m3vit predict: {line}", file=sys.stderr)
     if outcome.stopped:

@@ -85,6 +85,8 @@ def run_sweep(argv: Sequence[str]) -> int:
     except Stopped as stopped:
         print(f"m3vit: {stopped}", file=sys.stderr)
         return stopped.exit_code
+    finally:
+        sweep.close()
     print_trials(sweep.result())
     say(f"the best again: m3vit train {shlex.join(sweep.best_words())} --out RUN")
     return 0

@@ -51,18 +51,22 @@ def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[..., Non
     )
     progress = Progress(*columns, console=console(stderr=True), disable=not visible)
     task: Any = None
+    shown = False
 
     def update(done: int, total: int, text: str = "") -> None:
-        nonlocal task
-        if task is None:  # what is refused before anything is done shows no bar
-            progress.start()
+        nonlocal task, shown
+        if task is None:
             task = progress.add_task(title, total=None, text="")
         progress.update(task, completed=done, total=total, text=text)
+        # What is refused before anything is done shows no bar, but to who looks on.
+        if not shown and (done or progress.console.is_terminal):
+            shown = True
+            progress.start()
 
     try:
         yield update
     finally:
-        if task is not None:
+        if shown:
             progress.stop()
 
 

@@ -91,6 +91,10 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
         if choice := re.search(r'Parser key "(\S+)": Expected a typing.Literal\[(.*?)\]. Got value: (.*)', text):
             key, choices, value = choice.groups()
             raise InputError(not_among(key, value, tuple(re.findall(r"'(.*?)'", choices)))) from None
+        if either := re.search(r'Parser key "(\S+)": .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)', text):
+            key, kinds, value = either.groups()
+            forms = re.sub(r"typing\.Literal\['(.*?)'\]", r"\1", kinds).replace(", ", " or ")
+            raise InputError(f"{key} is {value[:80]}: give {forms}") from None
         raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:
@@ -182,7 +186,7 @@ def run_init(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv)
-    from m3vit.training.loop import initialise
+    from m3vit.training.starting import initialise
 
     initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")

@@ -17,6 +17,7 @@ from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.hw.sim import csim
 from m3vit.label_sets import LABEL_SETS, declare, resolve
 from m3vit.launched import place
+from m3vit.models.budget import FULL, Budget
 from m3vit.normalisation import Normalisation, recorded
 
 
@@ -107,13 +108,15 @@ def is_export(folder: Path) -> bool:
 
 
 def open_predictor(
-    folder: Path, device: str, batch: int, precision: str | None = None
+    folder: Path, device: str, batch: int, precision: str | None = None, budget: Budget = FULL
 ) -> tuple[Predictor, dict[str, Any], str]:
     """Open a run, an ONNX package or an HLS project; return it, what eval.json says of it, and a run's data root.
 
     `device` (a torch device) and `batch` are those of a run; packages and projects run on the CPU. `precision`: of a
-    package that holds several.
+    package that holds several. `budget`: of a run.
     """
+    if not budget.full and is_export(folder):
+        raise InputError(f"--budget is of a run, and {folder} is an export, which keeps to its own: leave it out")
     if (folder / PACKAGE_MANIFEST).is_file():
         package = Package.load(folder, precision=precision)
         info = {"weights_sha256": package.manifest["weights"]["sha256"], "precision": package.precision}
@@ -139,4 +142,6 @@ def open_predictor(
 
     run = load_run(folder)
     info = {"weights_sha256": run.info["weights_sha256"], "epochs_trained": run.info["epochs_trained"]}
-    return torch_predictor(run.model.to(device), batch), info, run.config.data.root
+    if not budget.full:
+        info["budget"] = budget.to_json()
+    return torch_predictor(run.model.to(device), batch, budget), info, run.config.data.root

@@ -19,6 +19,7 @@ from m3vit.evaluation.gain import BASELINES, Baseline, delta_m, published_metric
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.scoring import protocols_of, read, read_evaluation
 from m3vit.files import sha256_file
+from m3vit.models.budget_file import BUDGETS
 from m3vit.tasks import TASKS
 
 RESAMPLES = 1000
@@ -44,12 +45,18 @@ def interval(values: NDArray[np.float64]) -> list[float]:
 def read_current(folder: Path, protocol: str) -> tuple[dict[str, Any], Evaluation]:
     """Return a folder's result and statistics, or raise InputError if its weights are others by now."""
     _, result = read(folder, protocol)
-    if result.get("weights_sha256") != weights_sha256(folder):
+    run = run_of(folder)
+    if result.get("weights_sha256") != weights_sha256(run):
         raise InputError(
-            f"{folder} was evaluated with other weights than it holds now: evaluate it again with m3vit eval {folder} "
-            f"--protocol {protocol}"
+            f"{folder} was evaluated with other weights than {'it' if run is folder else run} holds now: evaluate it "
+            f"again with m3vit eval {run} --protocol {protocol}{'' if run is folder else ' --budget FILE'}"
         )
     return result, read_evaluation(folder, protocol)
+
+
+def run_of(folder: Path) -> Path:
+    """Return the run whose weights an evaluation in `folder` is of: that of RUN/budgets/NAME, else the folder."""
+    return folder.parent.parent if folder.parent.name == BUDGETS else folder
 
 
 def weights_sha256(folder: Path) -> str | None:

@@ -19,6 +19,7 @@ from m3vit.evaluation.meters import Statistics, check_meter, make_meter
 from m3vit.evaluation.protocols import NetworkImage, as_read, as_stored, network_image
 from m3vit.kinds import as_json
 from m3vit.label_sets import LABEL_SETS
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.finite import is_finite
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import Normalisation
@@ -89,8 +90,12 @@ def normalised(images: list[NetworkImage], normalisation: Normalisation) -> Tens
     return torch.stack(batch)
 
 
-def torch_predictor(model: MultiTaskModel, batch: int = 1) -> Predictor:
-    """Return the model as a predictor, all tasks in one pass, where its parameters are."""
+def torch_predictor(model: MultiTaskModel, batch: int = 1, budget: Budget = FULL) -> Predictor:
+    """Return the model, with what a budget uses of it, as a predictor: all tasks in one pass, where its parameters are.
+
+    Raises InputError for a budget that the model cannot keep to.
+    """
+    model.uses(budget, model.config.tasks)
     config = model.config
     height, width = config.image_size
 
@@ -98,7 +103,7 @@ def torch_predictor(model: MultiTaskModel, batch: int = 1) -> Predictor:
     def run(images: list[NetworkImage]) -> dict[str, Tensor]:
         model.eval()
         inputs = normalised(images, model.normalisation)
-        logits = model(inputs.to(next(model.parameters()).device)).logits
+        logits = model(inputs.to(next(model.parameters()).device), budget=budget).logits
         return {task: value.float().cpu() for task, value in logits.items()}
 
     return Predictor("torch", config.tasks, config.label_set, (height, width), run, batch)

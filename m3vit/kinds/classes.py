@@ -31,6 +31,7 @@ class Classes(Kind):
     label_dtype = np.uint8
     fill = IGNORE
     nearest = True
+    has_entropy = True
 
     def target(self, values: "Tensor", task: "Task") -> "Tensor":
         """Return ids int64 [H, W]; nothing to learn from without a foreground, if the task asks for one."""
@@ -47,6 +48,10 @@ class Classes(Kind):
         from torch.nn import functional as F
 
         return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / counts[0].clamp(min=1)
+
+    def entropy(self, logits: "Tensor") -> "Tensor":
+        log_shares = logits.log_softmax(dim=1)
+        return -(log_shares.exp() * log_shares).sum(dim=1)
 
     def enlarged(self, prediction: NDArray[Any], factor: int) -> NDArray[np.uint8]:
         """Return at each point the class that is most of its surroundings: borders without steps."""

@@ -56,6 +56,7 @@ class Kind:
     dark_on_white: a picture is ink on paper, so that laid over the image it darkens it.
     stored_file: ending of the files that published code stores predictions in: .png (8 bits) or .mat (as they are).
     last_bin_marks: one pixel of the last of `bins` makes a whole patch one of it, since it is rare and thin.
+    has_entropy: `entropy` says how undecided logits are; kinds that predict a measure have none.
     """
 
     name: str = ""
@@ -71,6 +72,7 @@ class Kind:
     dark_on_white: bool = False
     stored_file: str = ".png"
     last_bin_marks: bool = False
+    has_entropy: bool = False
 
     # --- labels ---
 
@@ -110,6 +112,10 @@ class Kind:
         `counts` are of the whole batch, of which these images may be a part: their losses then add up to its mean.
         `options`: the task's `loss_options`.
         """
+        raise NotImplementedError
+
+    def entropy(self, logits: "Tensor") -> "Tensor":
+        """Return the entropy of each pixel's prediction, in nats [B, H, W], for logits [B, C, H, W] (`has_entropy`)."""
         raise NotImplementedError
 
     # --- predictions ---

@@ -38,6 +38,7 @@ class Probability(Kind):
     loss_options = ("positive_weight",)
     dark_on_white = True
     last_bin_marks = True
+    has_entropy = True
 
     def valid(self, label: "Tensor") -> "Tensor":
         return label != IGNORE
@@ -62,6 +63,13 @@ class Probability(Kind):
         weight = valid * (positive_weight * truth + (1 - positive_weight) * (1 - truth))
         loss = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
         return loss / counts[0].clamp(min=1)
+
+    def entropy(self, logits: "Tensor") -> "Tensor":
+        """Return -p log p - (1 - p) log(1 - p) of the probability p."""
+        from torch.nn import functional as F
+
+        x = logits[:, 0]
+        return F.softplus(x) - x * x.sigmoid()
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         return decoding.sigmoid(logits)

@@ -31,6 +31,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "num_experts": (1, 2**16),
     "expert_ratio": (1e-6, 1e3),
     "head_stride": (1, 1024),
+    "merge_steps": (1, 10**6),
+    "merge_images": (1, 2**16),
 }
 INIT_WORDS = ("random", "upcycle")
 INIT_FORMS = {"run": "{}", "merge": "[{}]", "m3vit": "{}"}  # of model.init, what stands behind the colon
@@ -75,7 +77,11 @@ class ModelConfig:
             for pretrained and weights, which then do nothing (but under merge_coefficients).
         merge_coefficients: with init merge:, a number for each run: the shared trunk is the weights that the runs began
             from (model.weights or pretrained), plus each run's difference from them times its number (task arithmetic,
-            arXiv 2212.04089). Empty: the mean of the runs.
+            arXiv 2212.04089). Empty: the mean of the runs. entropy: finds them, a number for each run and block, on the
+            training images without their labels, so that predictions of classes and probabilities become decided
+            (AdaMerging, arXiv 2310.02575).
+        merge_steps: of that search (500 in the paper); each takes a forward and backward pass for every run.
+        merge_images: of each of these steps (16 in the paper).
         upcycle_gates: size of an up-cycled router's gates, relative to random ones. The smaller, the closer the model
             starts to the dense trunk; the larger, the longer the parts of a copied MLP stay together in training.
         router: multi (a gate for each task), task_conditioned (one gate that sees a task embedding) or single (one
@@ -117,7 +123,9 @@ class ModelConfig:
     top_k: int = 4
     expert_ratio: float = 1.0
     init: str = "random"
-    merge_coefficients: list[float] = field(default_factory=list)
+    merge_coefficients: list[float] | Literal["entropy"] = field(default_factory=list)
+    merge_steps: int = 500
+    merge_images: int = 16
     upcycle_gates: float = 1e-6
     router: Literal["multi", "task_conditioned", "single"] = "multi"
     router_noise: float = 0.0
@@ -180,9 +188,10 @@ class ModelConfig:
         if kind == "merge" and len({*given}) < max(2, len(given)):
             raise InputError(f"model.init is {self.init!r}: name two runs or more, each once")
         if kind == "merge" and self.merge_coefficients:
-            for number in self.merge_coefficients:
+            numbers = [] if isinstance(self.merge_coefficients, str) else self.merge_coefficients
+            for number in numbers:
                 _check_number("model.merge_coefficients", number, (-10, 10), f" in {self.merge_coefficients}")
-            if len(self.merge_coefficients) != len(given):
+            if numbers and len(numbers) != len(given):
                 raise InputError(
                     f"model.merge_coefficients are {self.merge_coefficients}: give one for each of the {len(given)} "
                     "runs of model.init, or none for their mean"

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.models.config import ModelConfig, init_sources
+from m3vit.models.entropy import Found, report
 from m3vit.models.from_run import TRUNK, Taken, Trained, dense_tensors, read_trained, take
-from m3vit.models.merging import merge
+from m3vit.models.merging import began_from, merge
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.pretrained import UNUSED, Weights, of_file, of_timm, run_with_experts
 from m3vit.models.released import read_released
@@ -46,23 +47,25 @@ class Source(NamedTuple):
     fill: Callable[[MultiTaskModel], Filled]
 
 
-def new_model(config: ModelConfig, *, bare: bool = False) -> MultiTaskModel:
+def new_model(config: ModelConfig, *, bare: bool = False, coefficients: Found | None = None) -> MultiTaskModel:
     """Build a model and initialise it as its configuration says; the default generator draws what is random.
 
-    bare: at random alone.
+    bare: at random alone. coefficients: what was found (entropy.py), for model.merge_coefficients entropy.
     """
     model = MultiTaskModel(config)
-    model.origins = initialise(model, [] if bare else sources(config))
+    model.origins = initialise(model, [] if bare else sources(config, coefficients))
+    if coefficients is not None:
+        model.origins["coefficients"] = coefficients.plain()
     return model
 
 
-def sources(config: ModelConfig) -> list[Source]:
+def sources(config: ModelConfig, coefficients: Found | None = None) -> list[Source]:
     """Return the sources that a configuration names, in order."""
     kind, given = init_sources(config.init)
     if kind == "run":
         return [Source(config.portable().init, partial(_from_run, given[0]))]
     if kind == "merge":
-        return [Source(config.portable().init, partial(_merged, given))]
+        return [Source(config.portable().init, partial(_merged, given, coefficients))]
     if kind == "m3vit":
         return [Source(config.portable().init, partial(_released, given[0]))]
     found = []
@@ -100,10 +103,14 @@ def initialise(model: MultiTaskModel, sources: Iterable[Source]) -> dict[str, An
 
 
 def not_taken(model: MultiTaskModel) -> list[str]:
-    """Return, in lines for people, what a model left out of the run it was started from, and what of it is random."""
+    """Return, in lines for people, what a model left out of what it was started from, and what of it is random.
+
+    Coefficients that were found come first.
+    """
     if not model.config.started:
         return []
-    lines = [f"not taken of {source}: {'; '.join(parts)}" for source, parts in model.origins["left_out"].items()]
+    lines = [report(model.origins["coefficients"])] if "coefficients" in model.origins else []
+    lines += [f"not taken of {source}: {'; '.join(parts)}" for source, parts in model.origins["left_out"].items()]
     origins = {part: source.split(" and ") for part, source in model.origins["from"].items()}
     if fresh := [part if len(of) == 1 else f"{part} (some)" for part, of in origins.items() if RANDOM in of]:
         lines.append(f"at random: {', '.join(fresh)}")
@@ -161,26 +168,11 @@ def _from_run(given: str, model: MultiTaskModel) -> Filled:
     return _filled(take(model, run), run)
 
 
-def _merged(given: Sequence[str], model: MultiTaskModel) -> Filled:
+def _merged(given: Sequence[str], coefficients: Found | None, model: MultiTaskModel) -> Filled:
     runs = [read_trained(one, "model.init merge: ") for one in given]
-    values, taken = merge(model, runs, _began_from(model))
+    values, taken = merge(model, runs, began_from(model), coefficients.layers if coefficients else None)
     left_out = [f"{run.name}: {words}" for run, one in zip(runs, taken, strict=True) for words in _left_out(one)]
     return Filled(list(values), left_out, runs[0].images)
-
-
-def _began_from(model: MultiTaskModel) -> Mapping[str, Tensor] | None:
-    """Return the weights that runs to be merged with coefficients began from, by timm's names; None without these."""
-    config = model.config
-    if not config.merge_coefficients:
-        return None
-    if config.pretrained:
-        return of_timm(config).state
-    if run_with_experts(config.weights):
-        raise InputError(
-            f"model.weights {config.weights} has experts, and dense runs cannot have begun from it: give the weights "
-            "that they were all trained from, or leave out model.merge_coefficients"
-        )
-    return of_file(model.backbone.trunk, dense_tensors(model), config.weights).state
 
 
 def _released(given: str, model: MultiTaskModel) -> Filled:

@@ -6,6 +6,7 @@ its own run.
 
 Given the weights B that all runs r began from, and coefficients c_r (model.merge_coefficients), the rest of the trunk
 is B + sum_r c_r (r - B) instead (task arithmetic, arXiv 2212.04089); c_r = 1 / N is the mean again, whatever B.
+entropy.py finds such coefficients, for each layer by itself.
 
 A gate has no bias, but what it reads has passed a LayerNorm, x = w * z + b with sum_d z_d = 0: for u = 1 / w the sum
 u . x = sum_d b_d / w_d = c is the same for every token. A gate row LEAD * u / c hence adds LEAD to the logit of its
@@ -31,7 +32,7 @@ from m3vit.errors import InputError
 from m3vit.models.backbone import POST_NORM
 from m3vit.models.from_run import TRUNK, Taken, Trained, check_attention, dense_tensors, fit, take_heads
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.models.pretrained import misfit
+from m3vit.models.pretrained import misfit, of_file, of_timm, run_with_experts
 from m3vit.models.upcycling import count_shards, plain_mlp, put_copies
 
 LEAD = 1.0  # of the logits of a task's own experts
@@ -40,11 +41,15 @@ SMALL = 1e-2  # random gates, relative to the usual size: above what rounding ma
 
 @torch.no_grad()
 def merge(
-    model: MultiTaskModel, runs: Sequence[Trained], base: Mapping[str, Tensor] | None = None
+    model: MultiTaskModel,
+    runs: Sequence[Trained],
+    base: Mapping[str, Tensor] | None = None,
+    layers: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[dict[str, Tensor], list[Taken]]:
     """Fill a model from dense runs; return the names and values it got, and the fates of each run's tensors.
 
-    base: what the runs began from, by timm's names, for the coefficients of the configuration; None for the mean.
+    base: what the runs began from, by timm's names, for coefficients; None for the mean. layers: a coefficient of each
+    run for each layer (`layer_of`); None: those of the configuration for all.
 
     Raises InputError if the runs cannot be merged into this model; nothing of it is left out but what is no task of it.
     """
@@ -60,8 +65,13 @@ def merge(
     found: dict[str, Tensor] = {}
     for name in own:
         if values := [one.values[name] for one in taken if name in one.values]:
-            began = base[name.removeprefix(TRUNK)] if base is not None and name.startswith(TRUNK) else None
-            found[name] = combined(values, began, model.config.merge_coefficients)
+            if base is not None and name.startswith(TRUNK):
+                within = name.removeprefix(TRUNK)
+                numbers = model.config.merge_coefficients if layers is None else layers[layer_of(within)]
+                assert not isinstance(numbers, str)  # a word is for what finds numbers
+                found[name] = combined(values, base[within], numbers)
+            else:
+                found[name] = combined(values, None, ())
             own[name].copy_(found[name])
     for index in model.backbone.moe_indices:
         _mix(model, runs, owners, index)
@@ -70,6 +80,27 @@ def merge(
         for one in taken:
             one.fates |= {name: "" for name in one.fates if name.startswith(f"{TRUNK}blocks.{index}.mlp.")}
     return found, taken
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a tensor of a trunk, by timm's name: its block, or embed, which stands before the blocks."""
+    part, *rest = name.split(".")
+    return f"blocks.{rest[0]}" if part == "blocks" else "embed"
+
+
+def began_from(model: MultiTaskModel) -> Mapping[str, Tensor] | None:
+    """Return the weights that runs to be merged with coefficients began from, by timm's names; None without these."""
+    config = model.config
+    if not config.merge_coefficients:
+        return None
+    if config.pretrained:
+        return of_timm(config).state
+    if run_with_experts(config.weights):
+        raise InputError(
+            f"model.weights {config.weights} has experts, and dense runs cannot have begun from it: give the weights "
+            "that they were all trained from, or leave out model.merge_coefficients"
+        )
+    return of_file(model.backbone.trunk, dense_tensors(model), config.weights).state
 
 
 def combined(values: Sequence[Tensor], began: Tensor | None, coefficients: Sequence[float]) -> Tensor:

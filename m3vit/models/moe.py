@@ -33,10 +33,12 @@ class MoELayer(nn.Module):
         uses of the experts, None: as trained.
         """
         R, (_, B, T, D) = len(task_ids), x_RBTD.shape
-        x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
         if torch.compiler.is_exporting():
             assert uses is None, "a graph is traced as trained; lower_moe takes the budget"
-            return self._exported(x_RND[0], task_ids).view(1, B, T, D), None
+            # Nothing is expanded for one task: in a graph that would be a copy.
+            stacked = x_RBTD if R == 1 or len(x_RBTD) == R else x_RBTD.expand(R, -1, -1, -1)
+            return self._exported(stacked.reshape(-1, D), task_ids).view(R, B, T, D), None
+        x_RND = x_RBTD.reshape(-1, B * T, D).expand(R, -1, -1)
         assert not isinstance(task_ids, Tensor), "a task that is picked at run time is for exported graphs"
         routing = self.router(x_RND, task_ids, uses)
         # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
@@ -54,9 +56,13 @@ class MoELayer(nn.Module):
     def _exported(self, x_ND: Tensor, task_ids: TaskIds) -> Tensor:
         """One node in the exported graph; m3vit.export.onnx expands it to standard operators."""
         bank = self.experts
-        weight, bias = (
-            self.router.picked_gate(task_ids) if isinstance(task_ids, Tensor) else self.router.gate(task_ids[0])
-        )
+        if isinstance(task_ids, Tensor):
+            weight, bias = self.router.picked_gate(task_ids)
+        elif len(task_ids) == 1:
+            weight, bias = self.router.gate(task_ids[0])
+        else:
+            gates = zip(*(self.router.gate(task) for task in task_ids), strict=True)
+            weight, bias = (torch.stack(one) for one in gates)
         return moe_op(x_ND, weight, bias, bank.w1, bank.b1, bank.w2, bank.b2, self.router.top_k)
 
 
@@ -73,9 +79,18 @@ class _Weights(NamedTuple):
 def moe_op(
     x_ND: Tensor, gate_ED: Tensor, gate_bias_E: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, top_k: int
 ) -> Tensor:
-    """A whole MoE layer for one task as one operator: opaque to torch.export, whose tracer cannot follow routing."""
-    routing = route(F.linear(x_ND, gate_ED, gate_bias_E)[None], top_k)
-    return run_reference(_Weights(w1, b1, w2, b2), x_ND, routing.weights_RNK[0], routing.expert_ids_RNK[0])
+    """A whole MoE layer as one operator: opaque to torch.export, whose tracer cannot follow routing.
+
+    Of R tasks: the tokens of one after those of the other, and their gates [R, E, D] and biases [R, E].
+    """
+    if gate_ED.ndim == 2:
+        logits = F.linear(x_ND, gate_ED, gate_bias_E)[None]
+    else:
+        x_RND = x_ND.view(len(gate_ED), -1, x_ND.shape[-1])
+        logits = torch.baddbmm(gate_bias_E[:, None], x_RND, gate_ED.transpose(1, 2))
+    routing = route(logits, top_k)
+    weights_NK, ids_NK = routing.weights_RNK.flatten(0, 1), routing.expert_ids_RNK.flatten(0, 1)
+    return run_reference(_Weights(w1, b1, w2, b2), x_ND, weights_NK, ids_NK)
 
 
 @moe_op.register_fake

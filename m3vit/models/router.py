@@ -41,6 +41,11 @@ class Routing(NamedTuple):
         fields: list[Any] = [field if field is None else field.expand(count, *field.shape[1:]) for field in self]
         return Routing(*fields)
 
+    def of_task(self, place: int) -> "Routing":
+        """Return the routing of one of the tasks, R = 1."""
+        fields: list[Any] = [field if field is None else field[place : place + 1] for field in self]
+        return Routing(*fields)
+
 
 def route(logits_RNE: Tensor, top_k: int | Sequence[int], kept_RE: Tensor | None = None) -> Routing:
     """Turn router logits into scores, weights and expert ids. A pure function.

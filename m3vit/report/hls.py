@@ -89,7 +89,10 @@ def _add_simulation(results: ProjectResults, simulated: SimulatedOutputs, split:
 def check_same_weights(run: Run, folder: Path, manifest: dict[str, Any]) -> None:
     """Raise InputError if an export was made from other weights: its column would stand beside another model's."""
     if manifest.get("run", {}).get("weights_sha256") != run.info["weights_sha256"]:
-        raise InputError(f"{folder} was exported from other weights than those in {run.folder}: export it again")
+        raise InputError(
+            f"{folder} was exported from other weights than those in {run.folder}: export it again, or name this "
+            "run's with --onnx and --hls (a folder that is not there leaves its column out)"
+        )
 
 
 def check_evaluation(run: Run, folder: Path, evaluation: Evaluation, split: Split) -> None:

@@ -210,28 +210,27 @@ def example(
 
     Adds to `seen` the ids of the classes in the pictures, by task with classes.
     """
-    # Distances in one row share one range: that of the truth.
-    ranges = {task: kind_of(task).limits(truth) or (0.0, 1.0) for task, truth in sample.labels.items()}
-    rows: dict[str, dict[str, Any]] = {}
-    for task, truth in sample.labels.items():
-        drawable = kind_of(task).drawable(truth)
-        meaning = colours_of(task, label_set, drawable, ranges[task])
-        rows[task] = {
-            "task": task,
-            "scale": scale_bar(meaning) if isinstance(meaning, Scale) else None,
-            "pictures": [picture(task, label_set, drawable, ranges[task])],
-        }
-        if task in seen:
-            seen[task] |= set(np.unique(truth).tolist())
+    shown = {task: [kind_of(task).drawable(truth)] for task, truth in sample.labels.items()}
     for name in columns[1:]:
         image = network_image(protocol, sample.id, sample.image, predictors[name].size)
         logits = predictors[name].run([image])
-        for task, row in rows.items():
-            guess = prediction(protocol, task, logits[task][0], image, sample.image.shape[:2])
-            row["pictures"].append(picture(task, label_set, guess, ranges[task]))
-            if task in seen:
-                seen[task] |= set(np.unique(guess).tolist())
-    return {"id": sample.id, "input": photo_url(sample.image), "rows": list(rows.values())}
+        for task, arrays in shown.items():
+            arrays.append(prediction(protocol, task, logits[task][0], image, sample.image.shape[:2]))
+    rows = []
+    for task, arrays in shown.items():
+        # Distances in one row share one range: that of the truth, or of the first prediction where there is none.
+        limits = next((found for one in arrays if (found := kind_of(task).limits(one))), (0.0, 1.0))
+        meaning = colours_of(task, label_set, arrays[0], limits)
+        rows.append(
+            {
+                "task": task,
+                "scale": scale_bar(meaning) if isinstance(meaning, Scale) else None,
+                "pictures": [picture(task, label_set, one, limits) for one in arrays],
+            }
+        )
+        if task in seen:
+            seen[task].update(*(np.unique(one).tolist() for one in arrays))
+    return {"id": sample.id, "input": photo_url(sample.image), "rows": rows}
 
 
 @torch.inference_mode()

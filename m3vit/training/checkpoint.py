@@ -19,6 +19,7 @@ from m3vit.files import atomic_path, require_empty
 from m3vit.models.saved import INFO
 from m3vit.training.config import Config, differences, read_run_config
 
+GO_ON = "continue it with m3vit train --resume, or choose another folder"
 # Keys that may change between a run and its continuation: they do not change what is computed.
 FREE_TO_CHANGE = (
     "data.root",
@@ -48,8 +49,7 @@ def prepare_folder(config: Config, out: Path, resume: bool, *, more_epochs: bool
                 "into another folder"
             )
         return
-    go_on = "continue it with m3vit train --resume, or choose another folder"
-    require_empty(out, advice="it is not a run folder" if resume else go_on)
+    require_empty(out, advice="it is not a run folder" if resume else GO_ON)
     out.mkdir(parents=True, exist_ok=True)
     write_config(config, out)
 
@@ -69,13 +69,13 @@ def started_as(out: Path) -> dict[str, Any]:
     return found or {"from": {}, "left_out": {}}
 
 
-def lock_folder(out: Path, wait_s: float = 15) -> IO[str]:
-    """Return a file that keeps others from training into `out` while it is open, or raise InputError.
+def lock_folder(out: Path, wait_s: float = 15, name: str = "config.yaml") -> IO[str]:
+    """Return a file, `name` in `out`, that keeps others from training into `out` while it is open, or raise InputError.
 
     Killing torchrun leaves its processes alive: resumed beside them, two runs would write one folder. Waits a while,
     since the loader processes of a run that was killed take some seconds to notice.
     """
-    file, deadline = open(out / "config.yaml"), time.monotonic() + wait_s
+    file, deadline = open(out / name), time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

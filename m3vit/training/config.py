@@ -338,9 +338,9 @@ class Config:
             )
         for entry, epochs in train.freeze_epochs.items():
             if not 0 < epochs < train.epochs:
+                few = f"give 1 to {train.epochs - 1}, fewer than train.epochs" if train.epochs > 1 else "of 1 in all"
                 raise InputError(
-                    f"train.freeze_epochs gives {entry} {epochs} epochs: give 1 to {train.epochs - 1}, fewer than "
-                    "train.epochs; train.freeze is for all of them"
+                    f"train.freeze_epochs gives {entry} {epochs} epochs: {few}; train.freeze is for all of them"
                 )
         if train.freeze_epochs and train.strategy == "fsdp":
             raise InputError(

@@ -45,6 +45,9 @@ def without_effect(config: Config) -> dict[str, str]:
         found["model.upcycle_gates"] = f"model.init is {model.init}, not upcycle"
     if not model.init.startswith("merge:"):
         found["model.merge_coefficients"] = f"model.init is {model.init}, not merge:"
+    if model.merge_coefficients != "entropy":
+        why = "model.merge_coefficients are not found (entropy)"
+        found |= dict.fromkeys(("model.merge_steps", "model.merge_images"), why)
     if model.started and not (model.init.startswith("merge:") and model.merge_coefficients):
         found |= dict.fromkeys(WEIGHTS, f"model.init is {model.init}, which all weights come from")
     if model.moe_blocks in ("none", []):
@@ -75,12 +78,22 @@ def without_effect(config: Config) -> dict[str, str]:
     return found
 
 
+def describes_itself(layout: str) -> bool:
+    """Return whether the files of a layout say themselves which tasks and classes there are, as a data.yaml does."""
+    from m3vit.data.opening import layout_named  # with numpy and Pillow, which --help needs not
+    from m3vit.data.sample import FileSplit
+
+    own, default = (getattr(one.label_set_of, "__func__", None) for one in (layout_named(layout), FileSplit))
+    return own is not default
+
+
 def check_given(config: Config, words: Sequence[str], command: str = "train") -> None:
     """Raise InputError if a key on the command line cannot act; one that is switched off (0, empty) may be given."""
     dead = without_effect(config)
     for key in given_keys(words):
         section, name, *_ = key.split(".")
-        if command == "profile" and (not key.startswith(COUNTED) or key in WEIGHTS):
+        counted = key.startswith(COUNTED) and key not in WEIGHTS
+        if command == "profile" and not counted and not (key == "data.root" and describes_itself(config.data.layout)):
             raise InputError(f"--{key} changes nothing that is counted: leave it out")
         within = next((reason for other, reason in dead.items() if other.startswith(f"{key}.")), None)  # of a mapping
         reason = dead.get(key) or dead.get(f"{section}.{name}") or within

@@ -15,10 +15,9 @@ from m3vit.errors import InputError, WriteError, first_line
 from m3vit.evaluation.scoring import default_workers
 from m3vit.files import writing
 from m3vit.models.finite import not_finite
-from m3vit.models.initialise import RANDOM, new_model, not_taken
+from m3vit.models.initialise import RANDOM, not_taken
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import current_names
-from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
 from m3vit.training.checkpoint import (
     MetricsLog,
@@ -47,6 +46,7 @@ from m3vit.training.sharding import (
     share_buffers,
     unsharded,
 )
+from m3vit.training.starting import build, coefficients_of
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, stop_signals
 from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
@@ -63,29 +63,6 @@ class LeftOut:
 
     images: set[str] = field(default_factory=set)
     labels: dict[str, set[str]] = field(default_factory=dict)
-
-
-def build(config: Config, *, bare: bool = False) -> MultiTaskModel:
-    """Return the model with weights drawn from the run's seed, or raise InputError if there can be none.
-
-    bare: its weights are all random, for a checkpoint to be put over them; what they began as is not read again.
-    """
-    config.check()
-    try_out(config.model)
-    torch.manual_seed(config.train.seed)
-    model = new_model(config.model, bare=bare)
-    frozen_epochs(config.train, model)  # refuses blocks that there are not
-    return model
-
-
-def initialise(config: Config, out: Path, say: Callable[[str], None] | None = None) -> None:
-    """Write a run folder with untrained weights (`m3vit init`); `say` gets lines about what did not fit."""
-    model = build(config)
-    if say:
-        for line in not_taken(model):
-            say(line)
-    prepare_folder(replace(config, model=model.config), out, resume=False)
-    save_model(out, model, epoch=0)
 
 
 def train(
@@ -177,7 +154,10 @@ class Training:
             )
         # A checkpoint has all weights: what they began as may be gone by now.
         goes_on = bool(gather(resume and (out / "last" / "state.pt").exists())[0])
-        self.model = agree(lambda: build(config, bare=goes_on))
+        where = None if resume else out
+        found = agree(lambda: None if goes_on else coefficients_of(config, train_split, where, fabric.device, progress))
+        found = gather(found)[0]  # each process looks for them, in the same time; sums may differ in their last bits
+        self.model = agree(lambda: build(config, bare=goes_on, coefficients=found))
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:

@@ -27,7 +27,7 @@ from m3vit.errors import InputError, short
 from m3vit.files import require_empty, write_json
 from m3vit.signals import StopSignals
 from m3vit.tasks import TASKS
-from m3vit.training.checkpoint import read_metrics
+from m3vit.training.checkpoint import lock_folder, read_metrics
 from m3vit.training.stopping import SIGNALS
 from m3vit.training.validation import headline
 
@@ -172,6 +172,7 @@ class Sweep:
             require_empty(self.folder, "sweep", "give a new folder")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, settings)
+        self.lock = lock_folder(self.folder, 1, SETTINGS)  # two sweeps would train one trial in one folder
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         higher = self.objective == MEAN or TASKS[self.objective].higher_is_better
         pruner = optuna.pruners.MedianPruner(n_startup_trials=3) if self.prune else optuna.pruners.NopPruner()
@@ -186,6 +187,10 @@ class Sweep:
         self.study.sampler = optuna.samplers.TPESampler(seed=seed + len(self.trials()))
         if first is not None:
             self.study.enqueue_trial(first, skip_if_exists=True)
+
+    def close(self) -> None:
+        """Let others go on with the sweep."""
+        self.lock.close()
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials so far."""

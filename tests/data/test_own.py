@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from m3vit.data.opening import check_masks, layout_for, open_split
-from m3vit.data.own.description import read_description
+from m3vit.data.own.description import FILE, read_description
 from m3vit.data.own.files import find
 from m3vit.data.own.labels import read_label
 from m3vit.data.own.layout import Folder
@@ -241,6 +241,20 @@ def test_patterns() -> None:
     assert first("*/x/{id}.jpg", "a/x/1.jpg") == "1" and first("*/x/{id}.jpg", "a/b/x/1.jpg") is None
 
 
+def test_an_umlaut_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    """macOS stores names with the mark behind its letter, and archives keep that."""
+    root = write_own(tmp_path)
+    (root / "photos" / "img_03.jpg").rename(root / "photos" / "stra\u00dfe f\u00fcr.jpg")
+    (root / "masks" / "img_03.png").rename(root / "masks" / "stra\u00dfe fu\u0308r.png")
+    (root / "val.txt").write_text("stra\u00dfe fu\u0308r\n")
+    description = DESCRIPTION.replace("  val: 0.3\n  seed: 0\n", "  train: rest\n  val: val.txt\n")
+    split = Folder(described(root, description), "val", ["semseg"])
+    assert split.ids == ("stra\u00dfe f\u00fcr",) and split.load(0).labels["semseg"].any()
+    (root / "photos" / "stra\u00dfe fu\u0308r.png").write_bytes(b"")
+    with pytest.raises(InputError, match="are both the image of"):
+        Folder(root, "val", ["semseg"])
+
+
 def test_labels_beside_their_images(tmp_path: Path) -> None:
     for name in ("a.png", "a_mask.png", "b.png", "b_mask.png", "c.png"):
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
@@ -315,6 +329,8 @@ def test_groups_are_not_torn_apart(tmp_path: Path) -> None:
         ("name: street", "name: [", 2, "is not YAML"),
         ("  depth:\n", "  semseg:\n", 4, "tasks.semseg is given twice (line 9 too)"),
         ("  depth:\n", "  snow:\n", 9, ""),
+        ("photos/{id}.*", "", 2, "images says nothing: fill it in"),
+        ("splits:\n  val: 0.3\n  seed: 0\n", "splits: {}\n", 14, "splits says nothing: fill it in"),
     ],
 )
 def test_what_is_wrong_in_data_yaml_is_named_with_its_line(
@@ -329,6 +345,14 @@ def test_what_is_wrong_in_data_yaml_is_named_with_its_line(
     assert any(one.line == line and words in one.words for one in problems), problems
     with pytest.raises(InputError, match=rf"line {line}: "):
         Folder(root, "train")
+
+
+def test_a_description_without_tasks_or_of_another_encoding_is_told(tmp_path: Path) -> None:
+    root = described(tmp_path, "images: photos/{id}.*\ntasks: {}\nsplits: {val: 0.2}\n")
+    assert read_description(root)[1] == [(2, "tasks says nothing: fill it in")]
+    (root / FILE).write_bytes(DESCRIPTION.encode("utf-16"))
+    with pytest.raises(InputError, match=r"is not readable as text .* writes one, in UTF-8"):
+        read_description(root)
 
 
 def test_all_that_is_wrong_is_one_list(tmp_path: Path) -> None:

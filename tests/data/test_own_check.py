@@ -1,6 +1,7 @@
 """`m3vit data check` on a folder with a data.yaml, and on the tasks that are used alone."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.data.own.layout import Folder
 from m3vit.data.tools.check import PROBLEMS, check, render
 from m3vit.errors import InputError
 from tests.command_line import kept_state
@@ -67,6 +69,21 @@ def test_a_data_yaml_that_cannot_be_read_is_told(tmp_path: Path, cli: Cli) -> No
     assert result.returncode == 1
     assert "line 6: tasks.semseg.file is no key here: did you mean files?" in result.stdout
     assert "line 8: tasks.semseg.ignore has 0, which is sky above" in result.stdout
+
+
+def test_names_that_cannot_be_printed_are_quoted(tmp_path: Path, cli: Cli) -> None:
+    root = write_own(tmp_path / "own")
+    (root / "photos" / "a\nb.txt").write_text("")
+    (root / "photos" / os.fsdecode(b"\xff.txt")).write_text("")
+    result = cli("data", "check", root, "--quick")
+    assert "2 files that no pattern takes: 'photos/a\\nb.txt', 'photos/\\udcff.txt'" in result.stdout
+
+
+def test_a_split_without_a_label_is_not_mended_by_leaving_images_out(tmp_path: Path) -> None:
+    root = write_own(tmp_path / "own", DESCRIPTION.replace("val: 0.3", "val: 0.99"))
+    with pytest.raises(InputError, match="no image of train has a label of depth") as caught:
+        Folder(root, "train")
+    assert "leave_out" not in str(caught.value)
 
 
 def test_only_the_tasks_that_are_used_are_looked_at(tmp_path: Path, cli: Cli) -> None:

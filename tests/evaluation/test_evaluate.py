@@ -1,8 +1,6 @@
 """Scoring a split: the trivial predictor, several processes, unreadable files."""
 
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from m3vit.evaluation.edge_pool import EdgeScorer, edge_statistics
 from m3vit.evaluation.evaluate import Predictor, TrivialPredictor, evaluate
 from m3vit.label_sets import NYUD_CLASSES
 from m3vit.tasks import IGNORE
+from tests.evaluation.noise import Noise, Suicidal
 
 
 class TwoImages:
@@ -76,39 +75,6 @@ def test_a_stores_normals_of_pascal_with_y_down() -> None:
         expected = np.degrees(np.arccos(guess @ up / np.linalg.norm(guess)))
         assert errors[label_set] == pytest.approx(expected, abs=1e-4)
     assert errors["pascal"] > errors["nyud"] + 0.1
-
-
-class Noise:
-    """Edges of random squares; picklable, for other processes."""
-
-    label_set, release, split, tasks = "nyud", "noise", "val", ("edge",)
-
-    def __init__(self, size: int, unreadable: tuple[int, ...] = ()) -> None:
-        self.size, self.unreadable = size, unreadable
-        self.ids = tuple(map(str, range(6)))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def load(self, index: int) -> Sample:
-        if index in self.unreadable:
-            raise InputError(f"image {index} is damaged")
-        rng = np.random.default_rng(index)
-        image = rng.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
-        return Sample(str(index), image, {"edge": self.edge_truth(index).astype(np.uint8)})
-
-    def edge_truth(self, index: int) -> np.ndarray:
-        truth = np.zeros((self.size, self.size), bool)
-        truth[5 + index : -5, 10] = True
-        return truth
-
-
-class Suicidal(Noise):
-    """Kills the process that asks for its edges, as a system out of memory does."""
-
-    def edge_truth(self, index: int) -> np.ndarray:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
 
 
 def red_edges(images: list) -> dict[str, torch.Tensor]:

@@ -104,6 +104,8 @@ def test_tasks_that_are_none(package: Package, task: Any) -> None:
 
 
 def test_a_precision_that_no_export_has(package: Package) -> None:
-    with pytest.raises(InputError, match=r"not fp16: .* can hold fp32, int8, int8-mixed, int8-experts") as refused:
-        Package.load(package.folder, precision="fp16")
+    with pytest.raises(
+        InputError, match=r"not bf16: .* can hold fp32, fp16, int8, int8-mixed, int8-experts"
+    ) as refused:
+        Package.load(package.folder, precision="bf16")
     assert "--precision" not in str(refused.value)

@@ -12,7 +12,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from m3vit.errors import InputError
 from m3vit.export.onnx.graph import export_task
-from m3vit.export.onnx.quantize import PRECISIONS, quantize, quantize_weight
+from m3vit.export.onnx.quantize import (
+    BLOCK,
+    PRECISIONS,
+    join_experts,
+    quantize,
+    quantize_blocks,
+    quantize_weight,
+)
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 
@@ -112,10 +119,12 @@ def test_what_each_precision_quantises(graph: ModelProto) -> None:
         "int8": experts | dense | attention | {"heads.semseg.linear"},
         "int8-mixed": (experts | dense | attention) - before_router,
         "int8-experts": experts,
+        "fp16": set(),
+        "int4-experts": dense | attention | {"heads.semseg.linear"},
     }
     image = np.random.default_rng(0).standard_normal((2, 3, 32, 48), np.float32)
     exact = run(graph, image=image)
-    sizes = []
+    sizes = {}
     for precision in PRECISIONS:
         quantised = quantize(copy(graph), precision)
         assert integer_layers(quantised) == expected[precision]
@@ -129,22 +138,72 @@ def test_what_each_precision_quantises(graph: ModelProto) -> None:
         result = run(quantised, image=image)
         assert np.sqrt(np.mean((result - exact) ** 2)) < 0.1 * exact.std()
         assert precision == "fp32" or not np.array_equal(result, exact)
-        sizes.append(quantised.ByteSize())
-    assert sizes[0] > sizes[3] > sizes[2] > sizes[1]
+        blocks = [node for node in quantised.graph.node if node.op_type == "MatMulNBits"]
+        assert len(blocks) == (len(experts) if precision == "int4-experts" else 0)
+        sizes[precision] = quantised.ByteSize()
+    assert sizes["fp32"] > sizes["int8-experts"] > sizes["int8-mixed"] > sizes["int8"]
 
 
 def test_rows_are_quantised_once_before_they_are_dispatched(graph: ModelProto) -> None:
     quantised = quantize(copy(graph), "int8-experts")
     inputs = [node.input[0] for node in quantised.graph.node if node.op_type == "DynamicQuantizeLinear"]
-    # The tokens once, and what each of 4 experts' GELU gives.
-    assert len(inputs) == 5
-    assert sum(name.endswith(".gelu") for name in inputs) == 4
-    splits = [node for node in quantised.graph.node if node.op_type == "Split" and "rows" in node.output[0]]
-    assert [node.input[0].endswith(".int8") for node in splits] == [True]
+    # The tokens once, and what one GELU of all experts gives.
+    assert len(inputs) == 2 and inputs[1].endswith("mlp/gelu")
+    splits = [node for node in quantised.graph.node if node.op_type == "Split" and "mlp/" in node.output[0]]
+    assert [node.input[0].endswith(".int8") for node in splits] == [True, True]
+    assert sum(node.op_type == "Gelu" for node in quantised.graph.node) == 3  # two of blocks without experts
+
+
+def test_one_gelu_of_all_experts_changes_nothing_in_floats(graph: ModelProto) -> None:
+    image = np.random.default_rng(0).standard_normal((2, 3, 32, 48), np.float32)
+    joined = copy(graph)
+    join_experts(joined)
+    assert len(joined.graph.node) == len(graph.graph.node) - 4 + 3
+    np.testing.assert_allclose(run(joined, image=image), run(graph, image=image), rtol=0, atol=1e-6)
+
+
+def test_weights_in_blocks_by_hand() -> None:
+    weight = np.zeros((BLOCK + 8, 2), np.float32)
+    weight[0], weight[1], weight[BLOCK + 1, 1] = (-8, 1), (3.6, -0.5), 2
+    packed, scale = quantize_blocks(weight)
+    np.testing.assert_allclose(scale, [[1, 1], [-1 / 8, -1 / 4]])
+    assert packed.shape == (2, 2, BLOCK // 2) and packed.dtype == np.uint8
+    # -8 and 4 of the first output; 1 -> -8 and -0.5 -> 4 steps of -1/8; 2 -> -8 steps of -1/4; all else is 0.
+    assert packed[0, 0, 0] == 0 | 12 << 4 and packed[1, 0, 0] == 0 | 12 << 4 and packed[1, 1, 0] == 8 | 0 << 4
+    assert (packed[0, 1] == 0x88).all() and (packed[:, :, 1:] == 0x88).all()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("inputs", [48, BLOCK, BLOCK + 16])
+def test_a_layer_in_blocks_is_a_product_with_its_rounded_weights(inputs: int, with_bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((50, inputs), np.float32), rng.standard_normal((inputs, 40), np.float32)
+    graph = one_linear(weight, rng.standard_normal(40, np.float32) if with_bias else None)
+    graph.graph.initializer[0].name = graph.graph.node[0].input[1] = "blocks.1.mlp.experts.0.fc1.weight.T"
+    packed, scale = quantize_blocks(weight)
+    bits = np.stack([packed & 15, packed >> 4], axis=-1).reshape(40, -1, BLOCK).astype(np.float32)
+    rounded = ((bits - 8) * scale[:, :, None]).reshape(40, -1)[:, :inputs].T
+    bias = numpy_helper.to_array(graph.graph.initializer[1]) if with_bias else 0
+    assert np.abs(rounded - weight).max() < np.abs(weight).max() / 8 * 1.01
+    result = run(quantize(graph, "int4-experts"), x=x)
+    # Inputs are rounded too, to 1/127 of a row's largest: random errors of so many products.
+    np.testing.assert_allclose(result, x @ rounded + bias, rtol=0, atol=0.01 * np.abs(x @ rounded).max())
+
+
+def test_halves_are_the_weights_rounded_to_them(graph: ModelProto) -> None:
+    image = np.random.default_rng(0).standard_normal((2, 3, 32, 48), np.float32)
+    rounded, stored = copy(graph), quantize(copy(graph), "fp16")
+    for tensor in rounded.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= 1024:
+            halves = numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(halves, tensor.name))
+    np.testing.assert_allclose(run(stored, image=image), run(rounded, image=image), rtol=0, atol=1e-6)
+    assert stored.ByteSize() < 0.65 * rounded.ByteSize()
+    assert {node.domain for node in stored.graph.node} == {""}
 
 
 def test_refusals(graph: ModelProto) -> None:
-    with pytest.raises(InputError, match="precision is 'int4': choose from fp32, int8, int8-mixed, int8-experts"):
+    with pytest.raises(InputError, match="precision is 'int4': choose from fp32, fp16, int8, int8-mixed"):
         quantize(copy(graph), "int4")
     small = one_linear(np.ones((4, 4), np.float32), None)
     with pytest.raises(InputError, match="nothing to quantise to int8"):

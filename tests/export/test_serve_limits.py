@@ -372,7 +372,7 @@ def picture(height: int, width: int) -> bytes:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_predictions_that_are_not_finite(package: Path, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = Package.load(package)
-    monkeypatch.setattr(loaded._sessions, "run", lambda *_, **__: np.full((1, 1, 8, 12), value, np.float32))
+    monkeypatch.setattr(loaded._sessions, "run", lambda *_, **__: [np.full((1, 1, 8, 12), value, np.float32)])
     service = serve.Service(loaded, list(CHANNELS), serve.Limits())
     for answer in serve.Format:
         with pytest.raises(serve.HTTPException, match="depth is not finite") as caught:

@@ -169,7 +169,7 @@ def test_a_sweep_shows_the_trade_off(cli: Cli, tiny_run: Path, tmp_path: Path) -
     [
         (["--tasks", "flow"], "no task 'flow'"),
         (["--static"], "give it too, such as --size 224x224"),
-        (["--precision", "int4"], "give one or more of fp32, int8, int8-mixed, int8-experts"),
+        (["--precision", "int4"], "give one or more of fp32, fp16, int8, int8-mixed, int8-experts, int4-experts"),
         (["--precision", "int8", "int8"], "each once"),
         (["--prune", "0.9"], "give coverage=SHARE"),
         (["--keep", "9"], "--keep is 9: give 1 to the number of experts, 4"),

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.graph import export_task
+from m3vit.export.onnx.attention import FORMS
+from m3vit.export.onnx.graph import trace_task
+from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.models.config import ModelConfig
 from m3vit.models.initialise import new_model
@@ -140,16 +142,22 @@ def test_post_norm_blocks() -> None:
 )
 def test_export_with_positions_of_any_grid(name: str) -> None:
     model = make(name, tasks=["depth"])
-    graph = export_task(model, "depth")
+    traced = trace_task(model, "depth")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    sessions = [
+        onnxruntime.InferenceSession(
+            lower_moe(copied(traced), attention=form).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        for form in FORMS
+    ]
     for batch, grid in ((1, NATIVE), (3, (4, 3)), (2, (1, 1)), (1, (9, 5)), (1, (2, 12)), (1, (6, 6))):
         images = torch.randn(batch, 3, *size(grid, model.backbone.patch_size))
         with torch.no_grad():
             expected = model(images).logits["depth"].numpy()
-        actual = session.run(["depth"], {"image": images.numpy()})[0]
-        assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max(), grid
+        for session, form in zip(sessions, FORMS, strict=True):
+            actual = session.run(["depth"], {"image": images.numpy()})[0]
+            assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max(), (grid, form)
 
 
 # --- weights from files ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from m3vit.models.initialise import initialise, new_model, not_taken, sources
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.run_folder import load_run, save_model
 from m3vit.training.config import Config
-from m3vit.training.loop import initialise as init_run
+from m3vit.training.starting import initialise as init_run
 from tests.command_line import kept_state
 
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2}

@@ -17,7 +17,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.saved import INFO, WEIGHTS
 from m3vit.run_folder import load_run, save_model
 from m3vit.training.config import Config
-from m3vit.training.loop import initialise as init_run
+from m3vit.training.starting import initialise as init_run
 
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 4}
 EVA = {"embed_dim": 48, "depth": 2, "num_heads": 2}

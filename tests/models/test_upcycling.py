@@ -21,8 +21,8 @@ from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.run_folder import load_run
 from m3vit.training.config import Config
-from m3vit.training.loop import initialise
 from m3vit.training.routing_losses import routing_losses, sums_for
+from m3vit.training.starting import initialise
 
 SIZE = (32, 48)
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}  # the MLP is 4 * 32 wide

@@ -19,9 +19,10 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.training.config import PARTS, Config, DataConfig, TrainConfig
 from m3vit.training.launch import Fabric
-from m3vit.training.loop import build, train
+from m3vit.training.loop import train
 from m3vit.training.optim import make_optimizer
 from m3vit.training.parts import block_of, freeze, frozen_epochs, lr_factors, part_of, rows, table
+from m3vit.training.starting import build
 from m3vit.training.step import Labels, Stepper
 from m3vit.training.weighting import make_weighting
 from tests.conftest import TINY
@@ -306,6 +307,7 @@ def test_the_table_says_what_is_trained() -> None:
         ({"freeze_epochs": {"gates": 1}}, "train.freeze_epochs names gates"),
         ({"freeze": ["heads"], "freeze_epochs": {"heads": 1}}, "train.freeze and train.freeze_epochs both name heads"),
         ({"freeze_epochs": {"heads": 0}}, "train.freeze_epochs gives heads 0 epochs: give 1 to 3"),
+        ({"freeze_epochs": {"heads": 1}, "epochs": 1}, "gives heads 1 epochs: of 1 in all; train.freeze is for all"),
         ({"freeze_epochs": {"heads": 4}}, "train.freeze_epochs gives heads 4 epochs"),
         ({"freeze_epochs": {"heads": 1}, "strategy": "fsdp"}, "fsdp does not go with train.freeze_epochs"),
     ],

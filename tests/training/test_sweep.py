@@ -14,6 +14,7 @@ from tests.conftest import TINY
 from tests.test_cli import refused
 
 Cli = Callable[..., subprocess.CompletedProcess]
+AXIS = Axis("train.lr", (), 1e-4, 1e-2, log=True)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,19 @@ def test_a_sweep_that_is_gone_on_with_draws_other_values(tmp_path: Path) -> None
         drawn.append(axis.suggest(trial))
         sweep.study.tell(trial, 1.0)
     assert len({*drawn}) == 3
+
+
+def test_two_at_once_in_one_folder(tmp_path: Path) -> None:
+    def opened(resume: bool) -> Sweep:
+        sweep = Sweep(tmp_path / "sweep", ["synthetic-tiny"], (), [AXIS], ["depth"], "depth", 1, False, print)
+        sweep.open(resume, 0, None)
+        return sweep
+
+    first = opened(False)
+    with pytest.raises(InputError, match="another process is training into it"):
+        opened(True)
+    first.close()
+    opened(True).close()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from m3vit.evaluation.artefacts import open_predictor
 from m3vit.evaluation.protocols import NetworkImage
 from m3vit.export.hls import leaf
 from m3vit.export.hls.multiplexed import schedule
-from m3vit.export.hls.project import export_project, reference
+from m3vit.export.hls.project import reference
 from m3vit.export.hls.schedules import choose_options
 from m3vit.export.hls.verify import SimulatedOutputs
 from m3vit.hw.isa import Norm
@@ -68,10 +68,7 @@ def test_traffic_is_reported_for_each_task(report: dict[str, Any], project: Path
 
 
 @pytest.mark.slow
-def test_both_schedules_agree(model: MultiTaskModel, project: Path, report: dict[str, Any], tmp_path: Path) -> None:
-    spatial = tmp_path / "spatial"
-    export_project(model, spatial, calibration=make_images(4, seed=9), samples=make_samples())
-    csim.build_bridge(spatial)
+def test_both_schedules_agree(spatial: Path, project: Path, report: dict[str, Any]) -> None:
     tokens = csim.tokenise(make_images(SAMPLES), 8).repeat(len(TASKS), axis=0)
     theirs = csim.run_bridge(spatial, tokens, np.tile(np.arange(len(TASKS)), SAMPLES))
     ours = SimulatedOutputs.load(project)
