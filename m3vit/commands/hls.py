@@ -132,16 +132,15 @@ def run_cost(argv: Sequence[str]) -> None:
             raise InputError(f"{args.project} was exported with its engines: leave out --{option}")
         report = of_project(args.project, args.board, args.task)
     else:
-        from m3vit.export.hls.multiplexed.costing import of_model
-
         config, args = _configured("hw cost", argv)
+        from m3vit.export.hls.multiplexed.costing import of_model  # needs torch, which help does not
+
         report = of_model(config.model, args.weight_bits, args.act_bits, args.board, args.task, _engines(args))
     _report(report, args.json, render(report))
 
 
 def run_explore(argv: Sequence[str]) -> None:
     """Print what engines a run or a recipe could have on a board; write the fastest."""
-    from m3vit.export.hls.multiplexed.costing import explore_model
     from m3vit.files import write_json
     from m3vit.hw.explore import render
     from m3vit.hw.manifest import MANIFEST
@@ -149,6 +148,8 @@ def run_explore(argv: Sequence[str]) -> None:
     if argv and (Path(argv[0]) / MANIFEST).is_file():
         raise InputError(f"{argv[0]} is a project, whose engines are chosen: give the run that it is of, or a recipe")
     config, args = _configured("hw explore", argv)
+    from m3vit.export.hls.multiplexed.costing import explore_model  # needs torch, which help does not
+
     report = explore_model(config.model, args.weight_bits, args.act_bits, args.board, _engines(args))
     _report(report, args.json, render(report))
     if args.out is not None:
