@@ -32,7 +32,7 @@ class Request:
         array: outputs of the array of multipliers (default: what is fastest, modelled, of what fits)
         port_bits: width of a memory port (default: the board's)
         ports: 1 or 2 memory ports for weights (default: as the array)
-        config: file of m3vit hw explore, in place of the board, the bits and all of these
+        config: file of m3vit hw explore, in place of the board, the bits and all of these (default: none)
         weight_bits: width of weights: spatial 6 to 24, multiplexed 8, 12 or 16 (default: 16)
         act_bits: width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)
     """
