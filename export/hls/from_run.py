@@ -73,7 +73,7 @@ def export_run(
         weight_bits=request.weight_bits,
         act_bits=request.act_bits,
         board=request.board,
-        engines=request.engines,
+        **request.engines,
         budget=budget,
         progress=progress,
     )

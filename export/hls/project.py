@@ -1,11 +1,9 @@
 """Write a trained model as an hls4ml project that can be C-simulated and judged from its folder alone."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,7 +52,12 @@ def export_project(
     weight_bits: int | None = None,
     act_bits: int | None = None,
     board: str | None = None,
-    engines: Mapping[str, Any] = MappingProxyType({}),
+    part: str | None = None,
+    clock: int | None = None,
+    array: int | None = None,
+    port_bits: int | None = None,
+    ports: int | None = None,
+    config: Path | None = None,
     budget: Budget = FULL,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -68,7 +71,8 @@ def export_project(
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     chosen = find_schedule(schedule)
-    options = choose_options(schedule, weight_bits, act_bits, board, engines)
+    fixed = {"part": part, "clock": clock, "array": array, "port_bits": port_bits, "ports": ports, "config": config}
+    options = choose_options(schedule, weight_bits, act_bits, board, fixed)
     options = replace(options, budget=budget, progress=progress)
     _check_images(model, calibration, samples)
     check_replaceable(out)
