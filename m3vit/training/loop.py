@@ -46,7 +46,7 @@ from m3vit.training.sharding import (
     share_buffers,
     unsharded,
 )
-from m3vit.training.starting import build, coefficients_of
+from m3vit.training.starting import build, search
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, stop_signals
 from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
@@ -155,8 +155,7 @@ class Training:
         # A checkpoint has all weights: what they began as may be gone by now.
         goes_on = bool(gather(resume and (out / "last" / "state.pt").exists())[0])
         where = None if resume else out
-        found = agree(lambda: None if goes_on else coefficients_of(config, train_split, where, fabric.device, progress))
-        found = gather(found)[0]  # each process looks for them, in the same time; sums may differ in their last bits
+        found = None if goes_on else search(config, train_split, where, fabric.device, progress)
         self.model = agree(lambda: build(config, bare=goes_on, coefficients=found))
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from m3vit.collectives import agree, gather
 from m3vit.data.loading import unlabelled
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
@@ -19,6 +20,7 @@ from m3vit.run_folder import save_model
 from m3vit.training.checkpoint import GO_ON, prepare_folder
 from m3vit.training.config import Config
 from m3vit.training.parts import frozen_epochs
+from m3vit.training.stopping import Stopped, stop_signals
 
 
 def build(config: Config, *, bare: bool = False, coefficients: Found | None = None) -> MultiTaskModel:
@@ -72,3 +74,34 @@ def coefficients_of(
     size = (model.image_size[0], model.image_size[1])
     images = partial(unlabelled, split, size, count=model.merge_images, seed=config.train.seed, skip=skip)
     return find_coefficients(model, images, device, progress)
+
+
+def search(
+    config: Config,
+    split: Split,
+    out: Path | None,
+    device: torch.device | str,
+    progress: Callable[[int, int, str], None] | None,
+) -> Found | None:
+    """Return `coefficients_of`, the same on every process; raise `Stopped` after a signal to any of them."""
+    with stop_signals() as stop:
+
+        def watch(done: int, of: int, words: str) -> None:
+            if stop.received:
+                raise Stopped(stop.received, None)
+            if progress:
+                progress(done, of, words)
+
+        def look() -> Found | None:
+            try:
+                return coefficients_of(config, split, out, device, watch)
+            except Stopped:  # told to the others below: none may leave while they wait for it
+                return None
+
+        # Each process looks for them, in the same time; sums may differ in their last bits.
+        found = agree(look)
+        ends = gather((stop.received, found))
+    for received, _ in ends:
+        if received:
+            raise Stopped(received, None)
+    return ends[0][1]

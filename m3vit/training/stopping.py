@@ -14,10 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):  # noqa: N818 (not an error)
-    """Training stopped because of a signal, with its checkpoint written."""
+    """Training stopped because of a signal, with its checkpoint written, or before it began (step None)."""
 
-    def __init__(self, kind: signal.Signals, step: int) -> None:
-        super().__init__(f"stopped by {kind.name} after step {step}; continue with --resume")
+    def __init__(self, kind: signal.Signals, step: int | None) -> None:
+        when = "before training began: start it again" if step is None else f"after step {step}; continue with --resume"
+        super().__init__(f"stopped by {kind.name} {when}")
         self.exit_code = 128 + kind
 
 

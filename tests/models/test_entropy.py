@@ -1,6 +1,7 @@
 """Coefficients found by entropy: its value and gradient, that it falls, what keeps 0.3, and what is refused."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3vit.api import configure
 from m3vit.data.loading import unlabelled
 from m3vit.data.opening import open_split
 from m3vit.errors import InputError
@@ -24,6 +26,8 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.normalisation import IMAGENET
 from m3vit.run_folder import save_model
 from m3vit.tasks import kind_of
+from m3vit.training.loop import train
+from m3vit.training.stopping import Stopped
 from tests.models.test_from_run import config, trained
 
 TASKS = ("semseg", "edge", "depth")
@@ -230,6 +234,28 @@ def test_on_the_command_line(
     ):
         done = cli("init", "synthetic-tiny", *keys, *more, "--out", tmp_path / "run")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [3, 20])
+def test_a_signal_ends_the_search(
+    kind: signal.Signals, step: int, family: Path, make_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also one that comes in its last step; the run folder is not begun, so that the same command starts it again."""
+    seen = []
+
+    def progress(done: int, of: int, words: str) -> None:
+        seen.append(done)
+        if done == step and words.startswith("entropy"):
+            signal.raise_signal(kind)
+
+    data = make_data(tmp_path / "data")
+    settings = configure("synthetic-tiny", {"data.root": str(data), "train.batch_size": 4})
+    before = signal.getsignal(kind)
+    with pytest.raises(Stopped, match=f"stopped by {kind.name} before training began: start it again") as stopped:
+        train(replace(settings, model=merging(family)), tmp_path / "run", progress=progress)
+    assert stopped.value.exit_code == 128 + kind and seen == list(range(1, step + 1))
+    assert not (tmp_path / "run").exists() and signal.getsignal(kind) == before
 
 
 def test_only_merging_looks_for_them(family: Path) -> None:
