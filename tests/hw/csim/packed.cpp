@@ -1,5 +1,6 @@
-// Two products a multiplier, against products one by one: all pairs of weights with the ends of every other operand's
-// range and some within, all of them equal in a sum (the largest there are) and each sign in each place.
+// Two products a multiplier, against products one by one: all pairs of weights with inputs equal in a sum (the largest
+// sums there are), and a part of the patterns of ends and signs of all operands. That it holds for the others follows from
+// the range: the low products of a sum stay within 2^17 - 1, the high ones are 2^18 apart.
 #include <stdint.h>
 #include <stdio.h>
 
