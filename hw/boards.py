@@ -21,9 +21,8 @@ FIXED_DSP = 20  # addresses
 # apart takes the place of an adder tree's first stages.
 FIXED_LUT = 36_000
 LUT_PER_MULTIPLIER = 40
-LUT_PER_SHIFTER = (
-    300  # 48 bits shifted by a run-time distance (3 levels of 4 to 1), rounded and held (two adders, a choice)
-)
+# 48 bits shifted by a run-time distance (3 levels of 4 to 1), rounded and held (two adders, a choice).
+LUT_PER_SHIFTER = 300
 BRAM_SHAPES = ((512, 72), (1024, 36), (2048, 18), (4096, 9))  # words and bits of a BRAM36
 # Memories up to LUT_RAM_DEPTH words go into LUTs: 8 hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
 

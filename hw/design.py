@@ -12,6 +12,7 @@ from m3vit.hw.boards import BOARDS, Board, find_board
 from m3vit.hw.hardware import GROUPS, LANES_CHOICES, PORT_WIDTHS, TILES_OUT, TOKEN_BLOCKS, WEIGHT_PORTS
 
 CLOCKS = range(50, 601)  # MHz
+WRITTEN = "give a file that `m3vit hw explore --out` wrote"
 BITS = ("weight_bits", "act_bits")
 # Fields of Hardware that may be fixed, and what each may be.
 SIZES: dict[str, tuple[Any, ...]] = {
@@ -100,16 +101,14 @@ def read_design(path: Path) -> tuple[Design, dict[str, int]]:
 
     Raises InputError for a file that is none, or that says what cannot be.
     """
-    found = read_json(path, "give a file that `m3vit hw explore --out` wrote")
+    found = read_json(path, WRITTEN)
     keys = {"board", "part", "clock", "port_bits", "sizes", *BITS}
     if (
         not isinstance(found, dict)
         or not {"board", "sizes", *BITS} <= set(found)
         or not isinstance(found["sizes"], dict)
     ):
-        raise InputError(
-            f"{path} is not a configuration of the engines: give a file that `m3vit hw explore --out` wrote"
-        )
+        raise InputError(f"{path} is not a configuration of the engines: {WRITTEN}")
     if unknown := set(found) - keys - {"note"}:
         raise InputError(f"{path} has {', '.join(sorted(unknown))}, which is no key of a configuration: leave it out")
     whole = [name for name in ("clock", "port_bits", *BITS) if type(found.get(name, 0)) not in (int, type(None))]

@@ -125,12 +125,12 @@ def evaluate(
     place = choose_device(device) if is_run else "cpu"
     predictor, info, root = open_predictor(folder, place, batch, precision, used)
     into = folder / BUDGETS / budget.stem if budget else folder
-    into.mkdir(parents=True, exist_ok=True)
     if workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
         raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
     if not (data_root or root):
         raise InputError(f"{folder} does not say where its data are: give --data.root DIR")
     partial = is_run and read_run_config(folder).data.on_error == "skip"
+    into.mkdir(parents=True, exist_ok=True)
     found = score(
         predictor,
         into,

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
+from m3vit.evaluation.routing import spread
 from m3vit.evaluation.scoring import default_workers
 from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import require_onnx
@@ -154,10 +154,10 @@ def data_of(run: Run, part: str, data_root: str | None, otherwise: str) -> Split
 def calibration_batches(run: Run, split: Split, count: int) -> Iterator[Tensor]:
     """Yield `count` images, spread evenly over a split, as normalised batches of the trained size."""
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    indices = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int))
+    indices = spread(list(range(len(split))), count)
     for start in range(0, len(indices), CALIBRATION_BATCH):
         some = indices[start : start + CALIBRATION_BATCH]
-        images = [split.load(int(index)).image for index in some]
+        images = [split.load(index).image for index in some]
         yield torch.stack([network_input(image, size, run.model.normalisation) for image in images])
 
 

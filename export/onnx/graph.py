@@ -105,12 +105,8 @@ def trace_tasks(
     What differs between tasks are their gates, picked by the task's number as in `trace_backbone`, and their heads.
     Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. The rest as in `trace_task`.
     """
-    require_onnx(model)
-    for task in tasks:
-        model.task_id(task)
-    shape = _example_shape(model, opset, size)
-    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
-    inputs = {"image": _zeros(model, batch or 2, 3, *shape), NUMBER: _zeros(model, 1).long()}
+    image, axes = _image_of(model, tasks, opset, size, batch)
+    inputs = {"image": image, NUMBER: _zeros(model, 1).long()}
     return _trace(model, _Tasks(model, tasks), inputs, axes, tasks, opset)
 
 
@@ -127,12 +123,24 @@ def trace_all_tasks(
     What comes before the first MoE layer is computed once; behind it the tokens of all tasks are one batch, of which
     each expert gets its own at a time, as in training. The rest as in `trace_task`.
     """
+    image, axes = _image_of(model, tasks, opset, size, batch)
+    return _trace(model, _AllTasks(model, tasks), {"image": image}, axes, tasks, opset)
+
+
+def _image_of(
+    model: MultiTaskModel, tasks: Sequence[str], opset: int, size: tuple[int, int] | None, batch: int | None
+) -> tuple[Tensor, list[tuple[int, str]]]:
+    """Return an image to trace these tasks with, and its dynamic axes; errors as of `trace_task`."""
     require_onnx(model)
     for task in tasks:
         model.task_id(task)
     shape = _example_shape(model, opset, size)
-    axes = [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
-    return _trace(model, _AllTasks(model, tasks), {"image": _zeros(model, batch or 2, 3, *shape)}, axes, tasks, opset)
+    return _zeros(model, batch or 2, 3, *shape), _axes(size, batch)
+
+
+def _axes(size: tuple[int, int] | None, batch: int | None = None) -> list[tuple[int, str]]:
+    """Return the dynamic axes of 4-D inputs, and their names: all that nothing fixes."""
+    return [(0, "batch"), (2, "height"), (3, "width")][bool(batch) : 1 if size else None]
 
 
 def of_task(traced: onnx.ModelProto, model: MultiTaskModel, task: str) -> onnx.ModelProto:
@@ -196,9 +204,8 @@ def trace_backbone(
     What differs between tasks, the gates, is picked at run time. Sizes, opset and errors as in `trace_task`.
     """
     shape = _example_shape(model, opset, size)
-    axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
     inputs = {"image": _zeros(model, 2, 3, *shape), "task": _zeros(model, 1).long()}
-    return _trace(model, _Features(model), inputs, axes, ["features"], opset)
+    return _trace(model, _Features(model), inputs, _axes(size), ["features"], opset)
 
 
 def trace_head(
@@ -208,8 +215,8 @@ def trace_head(
     model.task_id(task)
     patch, dim = model.backbone.patch_size, model.backbone.dim * len(tapped(model))
     grid = [side // patch for side in _example_shape(model, opset, size)]
-    axes = [(0, "batch"), (2, "height"), (3, "width")][: 1 if size else None]
-    return _trace(model, _Head(model, task), {"features": _zeros(model, 2, dim, *grid)}, axes, [task], opset)
+    inputs = {"features": _zeros(model, 2, dim, *grid)}
+    return _trace(model, _Head(model, task), inputs, _axes(size), [task], opset)
 
 
 def _zeros(model: MultiTaskModel, *shape: int) -> Tensor:

@@ -51,6 +51,11 @@ class Content:
         return "wide" if self.static else "sparse"
 
     @property
+    def batch(self) -> int | None:
+        """How many images the graphs take at once; None: any number."""
+        return 1 if self.static else None
+
+    @property
     def attends(self) -> str:
         """The form of attention: `lower_attention`'s."""
         return self.attention or ("standard" if self.static else "fused")

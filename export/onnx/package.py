@@ -113,8 +113,7 @@ def _write_graphs(
     `backbone`, a graph of it, and `all_tasks`, one of all tasks at once; None where there is none."""
     with open(folder / WEIGHTS, "wb") as file:
         writer = _Writer(folder, _WeightsFile(file), content)
-        batch = 1 if content.static else None
-        traced = trace_tasks(model, names, opset=content.opset, size=content.size, batch=batch)
+        traced = trace_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
         tasks: dict[str, Any] = {}
         for number, task in enumerate(resolve(names, model.config.label_set), start=1):
             say(f"exporting {task.name} ({number} of {len(names)})")
@@ -157,8 +156,7 @@ class _Writer:
     def all_tasks(self, model: MultiTaskModel, tasks: Sequence[str]) -> dict[str, Any]:
         """Write the graphs of all tasks at once, and return their entries of the manifest, by precision."""
         content = self.content
-        batch = 1 if content.static else None
-        graph = trace_all_tasks(model, tasks, opset=content.opset, size=content.size, batch=batch)
+        graph = trace_all_tasks(model, tasks, opset=content.opset, size=content.size, batch=content.batch)
         by_task = [content.budget.layers(task, model.backbone.moe_indices) for task in tasks]
         lower_moe(graph, list(zip(*by_task, strict=True)), content.form, content.attends)
         return self.variants(graph, ALL)
@@ -203,7 +201,7 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
         "decode": task.kind,
         "unit": kind.described_as or task.value_unit,
         "input_size": list(content.size) if content.size else None,
-        "batch": 1 if content.static else None,
+        "batch": content.batch,
         "patch_multiple": model.backbone.patch_size,
         "experts": {
             "per_layer": config.num_experts,

@@ -90,9 +90,10 @@ class _Check(NamedTuple):
         """Return the batch that is repeated to find races."""
         return _race_batch(self.images, self.sizes[0], self.model.backbone.patch_size)
 
-    def torch(self, batch: "_Batch") -> Output:
-        """Return what the model computes of the task."""
-        return self.model(batch.images.to(next(self.model.parameters()).device), [self.task], budget=self.budget)
+    def torch(self, batch: "_Batch", tasks: Sequence[str] = ()) -> Output:
+        """Return what the model computes of the task, or of several."""
+        images = batch.images.to(next(self.model.parameters()).device)
+        return self.model(images, list(tasks or [self.task]), budget=self.budget)
 
 
 @torch.no_grad()
@@ -251,7 +252,7 @@ def _check_all_tasks(check: _Check, precision: str, records: dict[str, Record]) 
     for batch in [*batches, check.race()] if check.full else batches:
         images = batch.images.numpy()
         size = f"{images.shape[2]}x{images.shape[3]}"
-        output = check.model(batch.images.to(next(check.model.parameters()).device), list(records), budget=check.budget)
+        output = check.torch(batch, list(records))
         for package, threads in zip(packages, THREADS, strict=True):
             for count in (len(images), 1):
                 where = f"all tasks at once, {size}, batch {count}, {threads} threads"

@@ -21,6 +21,7 @@ there, `m3vit.export.runtime.package` warns.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,9 @@ def join_experts(graph: ModelProto) -> None:
     graph.graph.node.extend(nodes)
 
 
+Quantise = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[Any]]]  # to integers and scales
+
+
 class _Quantiser:
     """Builds the nodes of a quantised graph, in order."""
 
@@ -177,13 +181,17 @@ class _Quantiser:
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
         return outputs[0]
 
+    def weight(self, weight: TensorProto, quantise: Quantise, *endings: str) -> list[str]:
+        """Return the names of a weight's integers and scales, made once for all its users."""
+        names = [f"{weight.name}.{ending}" for ending in endings]
+        if names[0] not in self.added:
+            for name, values in zip(names, quantise(numpy_helper.to_array(weight)), strict=True):
+                self.added[name] = numpy_helper.from_array(values, name)
+        return names
+
     def linear(self, node: NodeProto, weight: TensorProto) -> None:
         """Put the integer product, and what turns it into floats again, in the place of a linear layer."""
-        integers, scale = f"{weight.name}.int8", f"{weight.name}.scale"
-        if integers not in self.added:
-            w_q, w_scale = quantize_weight(numpy_helper.to_array(weight))
-            self.added[integers] = numpy_helper.from_array(w_q, integers)
-            self.added[scale] = numpy_helper.from_array(w_scale, scale)
+        integers, scale = self.weight(weight, quantize_weight, "int8", "scale")
         x_q, x_scale, x_zero = self.input(node.input[0])
         (y,) = node.output
         product = self.node("MatMulInteger", [x_q, integers, x_zero], [f"{y}.product"])
@@ -196,11 +204,7 @@ class _Quantiser:
 
     def in_blocks(self, node: NodeProto, weight: TensorProto) -> None:
         """Put onnxruntime's product with weights of 4 bits in the place of a linear layer."""
-        bits, scale = f"{weight.name}.int4", f"{weight.name}.int4_scale"
-        if bits not in self.added:
-            w_q, w_scale = quantize_blocks(numpy_helper.to_array(weight))
-            self.added[bits] = numpy_helper.from_array(w_q, bits)
-            self.added[scale] = numpy_helper.from_array(w_scale, scale)
+        bits, scale = self.weight(weight, quantize_blocks, "int4", "int4_scale")
         inputs = [node.input[0], bits, scale, *(["", "", node.input[2]] if len(node.input) > 2 else [])]
         sizes = {"K": weight.dims[0], "N": weight.dims[1], "bits": 4, "block_size": BLOCK}
         # Level 4: inputs are rounded to 8 bits as well, by row, and products are of integers.

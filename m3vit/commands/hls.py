@@ -107,8 +107,9 @@ def add_cost_options(parser: Any, exploring: bool = False) -> None:
 
 def _engines(args: Any) -> dict[str, Any]:
     """Return what is given of the engines, as choose_options takes it."""
-    given = {name: getattr(args, name) for name in ("part", "clock", "array", "port_bits", "ports")}
-    return {**given, "config": getattr(args, "engines", None)}
+    from m3vit.export.hls.options import ENGINES
+
+    return {name: getattr(args, "engines" if name == "config" else name, None) for name in ENGINES}
 
 
 def run_cost(argv: Sequence[str]) -> None:

@@ -36,10 +36,9 @@ class Search:
 
 
 def run_search(wanted: Search) -> None:
-    import numpy as np
-
     from m3vit.data.opening import open_split
     from m3vit.evaluation.artefacts import choose_device
+    from m3vit.evaluation.routing import spread
     from m3vit.evaluation.search import read_preferences, said, search
     from m3vit.models.budget_file import write_budget
     from m3vit.run_folder import load_run
@@ -53,7 +52,7 @@ def run_search(wanted: Search) -> None:
     preferences = read_preferences(wanted.prefer, config.tasks)
     root = wanted.data_root or run.config.data.root
     split = open_split(run.config.data.layout, root, "val", config.tasks, label_set=config.label_set)
-    indices = np.unique(np.linspace(0, len(split) - 1, min(wanted.images, len(split))).round().astype(int)).tolist()
+    indices = spread(list(range(len(split))), wanted.images)
     model = run.model.to(choose_device(wanted.device))
     with progress_bar("searching") as bar:
         found = search(model, split, wanted.budget, preferences, indices, bar)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from m3vit.tasks import TASKS
 PROTOCOL = "A"
 POINTS = 6  # of a task's front that are measured, beside all experts
 
+T = TypeVar("T")
 Counts = tuple[int, ...]  # experts per token of the L blocks
 Progress = Callable[[int, int, str], None]
 
@@ -43,6 +44,11 @@ class Point:
     counts: Counts
     macs: int
     loss: float
+
+    @property
+    def worth(self) -> tuple[int, float]:
+        """What points are compared by."""
+        return self.macs, self.loss
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,12 @@ class Found:
 
     def budget(self, blocks: Sequence[int]) -> Budget:
         """Return it as a budget of the model's blocks with experts."""
-        return Budget({task: dict(zip(blocks, point.counts, strict=True)) for task, point in self.points.items()})
+        return budget_of({task: point.counts for task, point in self.points.items()}, blocks)
+
+
+def budget_of(choice: Mapping[str, Counts], blocks: Sequence[int]) -> Budget:
+    """Return the budget of each task's experts per token in the blocks with experts."""
+    return Budget({task: dict(zip(blocks, counts, strict=True)) for task, counts in choice.items()})
 
 
 def cost_of(config: ModelConfig, blocks: Sequence[int]) -> Callable[[str, Counts], int]:
@@ -77,12 +88,12 @@ def cost_of(config: ModelConfig, blocks: Sequence[int]) -> Callable[[str, Counts
     return macs
 
 
-def unbeaten(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one beats in MACs and loss, by ascending MACs, one of equals."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.macs, point.loss)):
-        if not kept or point.loss < kept[-1].loss:
-            kept.append(point)
+def unbeaten(ways: Sequence[T], worth: Callable[[T], tuple[int, float]]) -> list[T]:
+    """Return those that no other one beats in `worth` (MACs, loss), by ascending MACs, one of equals."""
+    kept: list[T] = []
+    for way in sorted(ways, key=worth):
+        if not kept or worth(way)[1] < worth(kept[-1])[1]:
+            kept.append(way)
     return kept
 
 
@@ -100,11 +111,11 @@ def predicted_front(alone: Sequence[Mapping[int, float]], macs: Callable[[Counts
             for begun in beginnings
             for count, loss in losses.items()
         ]
-        beginnings = unbeaten(longer)
+        beginnings = unbeaten(longer, lambda point: point.worth)
     return beginnings
 
 
-def spread(front: Sequence[Point], count: int) -> list[Point]:
+def sample_front(front: Sequence[Point], count: int) -> list[Point]:
     """Return up to `count` points of a front, both ends and the nearest to even steps of MACs between them."""
     macs = np.array([point.macs for point in front], np.float64)
     steps = np.linspace(macs[0], macs[-1], count)
@@ -117,17 +128,15 @@ def best_together(
     """Return (MACs, weighted mean loss, {task: point}) of the unbeaten choices of a point of each task, ascending."""
     total = sum(preferences[task] for task in fronts)
     together: list[tuple[int, float, dict[str, Point]]] = [(0, 0.0, {})]
-    for task, points in fronts.items():
+    for task, measured in fronts.items():
+        points = unbeaten(measured, lambda point: point.worth)
         weight = preferences[task] / total
         longer = [
             (macs + point.macs, loss + weight * point.loss, {**chosen, task: point})
             for macs, loss, chosen in together
             for point in points
         ]
-        together = []
-        for one in sorted(longer, key=lambda one: one[:2]):
-            if not together or one[1] < together[-1][1]:
-                together.append(one)
+        together = unbeaten(longer, lambda one: one[:2])
     return together
 
 
@@ -164,12 +173,12 @@ def search(
             f"its MACs, and it was not trained for less: give {math.ceil(1000 * lowest) / 1000:g} to 1"
         )
     alone_of = [(place, count) for place in range(len(blocks)) for count in range(1, config.top_k)]
-    total, done = len(alone_of) + 1 + POINTS, 0
+    total, done = 1 + len(alone_of) + POINTS, 0
 
     def measured(choice: Mapping[str, Counts], words: str) -> dict[str, float]:
         nonlocal done
-        budget = Budget({task: dict(zip(blocks, counts, strict=True)) for task, counts in choice.items()})
-        scores = evaluate(split, torch_predictor(model, 1, budget), PROTOCOL, indices=indices, quick=True).scores()
+        predictor = torch_predictor(model, 1, budget_of(choice, blocks))
+        scores = evaluate(split, predictor, PROTOCOL, indices=indices, quick=True).scores()
         done += 1
         if progress:
             progress(done, total, words)
@@ -188,17 +197,20 @@ def search(
         for task in config.tasks:
             alone[task][place][count] = relative_loss(task, full[task], values[task])
     to_measure = {
-        task: spread(predicted_front(alone[task], partial(macs, task), config.top_k), POINTS) for task in config.tasks
+        task: sample_front(predicted_front(alone[task], partial(macs, task), config.top_k), POINTS)
+        for task in config.tasks
     }
+    rounds = max(map(len, to_measure.values()))
+    total -= POINTS - rounds  # fronts of few points
     fronts = {task: [Point(every, macs(task, every), 0.0)] for task in config.tasks}
-    for place in range(POINTS):
+    for place in range(rounds):
         choice = {task: points[min(place, len(points) - 1)].counts for task, points in to_measure.items()}
         values = measured(choice, "combinations")
         for task, counts in choice.items():
             loss = relative_loss(task, full[task], values[task])
             fronts[task].append(Point(counts, macs(task, counts), loss))
     # One expert per token everywhere is always among them, so that every share promised can be kept to.
-    front = best_together({task: unbeaten(points) for task, points in fronts.items()}, preferences)
+    front = best_together(fronts, preferences)
     within = [one for one in front if one[0] <= share * whole]
     chosen = within[-1]  # the front falls: the last is the best
     return Found(chosen[2], chosen[0] / whole, chosen[1], [(one[0] / whole, one[1], one[2]) for one in front])

@@ -86,9 +86,8 @@ def find_coefficients(
     assert base is not None  # ModelConfig.check
     layers = list(dict.fromkeys(layer_of(name) for name in dense_tensors(model)))
     start = [[START] * len(runs) for _ in layers]
-    _, taken = merge(
-        model, runs, base, dict(zip(layers, start, strict=True))
-    )  # what is wrong is said before the search
+    # What is wrong is said before the search.
+    _, taken = merge(model, runs, base, dict(zip(layers, start, strict=True)))
     blend = Blend(model, runs, base, taken, layers, device)
     if not any(blend.tasks):
         raise InputError(

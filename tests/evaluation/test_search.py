@@ -19,7 +19,7 @@ from m3vit.evaluation.search import (
     predicted_front,
     read_preferences,
     relative_loss,
-    spread,
+    sample_front,
 )
 from m3vit.models.budget import Budget
 from m3vit.models.budget_file import read_budget, write_budget
@@ -67,7 +67,7 @@ def test_the_front_of_a_task_is_that_of_all_combinations(seed: int) -> None:
     assert [(point.macs, point.loss) for point in found] == sorted(expected)
     for point in found:
         assert point in everything
-    assert spread(found, 2)[0] == found[0] and spread(found, 2)[-1] == found[-1]
+    assert sample_front(found, 2)[0] == found[0] and sample_front(found, 2)[-1] == found[-1]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
-from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, parameters_text, top_text
+from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, PORTS, parameters_text, top_text
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
@@ -139,20 +139,7 @@ class Simulator:
             (firmware / "nnet_utils" / header.name).write_text(edit(header.read_text()))
         (firmware / "parameters.h").write_text(parameters_text(hardware))
         (firmware / "m3vit.h").write_text(HEADER_TEXT)
-        ports = (
-            "image",
-            "weights",
-            "more_weights",
-            "gates",
-            "params",
-            "keys",
-            "narrow_in",
-            "narrow_out",
-            "wide_in",
-            "wide",
-            "output",
-        )
-        (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(ports, 1), hardware.port_bits))
+        (firmware / "m3vit.cpp").write_text(top_text(dict.fromkeys(PORTS, 1), hardware.port_bits))
         (folder / "m3vit_host.h").symlink_to(ROOT / "hw" / "project" / "m3vit_host.h")
         sources = [str(ROOT / "hw" / "project" / "m3vit_test.cpp"), str(firmware / "m3vit.cpp")]
         binary = folder / "csim.exe"

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -43,6 +44,18 @@ def environments(processes: int) -> list[dict[str, str]]:
             }
         found.append({name: str(value) for name, value in variables.items()})
     return found
+
+
+def run_each(function: Callable[..., None], *arguments: Sequence[object], timeout_s: float = 60) -> None:
+    """Run a function in a process for each of the arguments' entries, at once, and see each to its good end."""
+    processes = [CONTEXT.Process(target=function, args=one) for one in zip(*arguments, strict=True)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
 class Run:

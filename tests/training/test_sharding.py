@@ -1,7 +1,6 @@
 """Sharded training (FSDP): the same training, with a share of the model in each process."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config, read_config
 from m3vit.training.sharding import gathered, load_weights, shard, unsharded
 from tests.conftest import TINY
-from tests.training.launching import CONTEXT, Run, environments, run
+from tests.training.launching import Run, environments, run, run_each
 from tests.training.runs import assert_close, lines, same_bits
 
 pytestmark = pytest.mark.process
@@ -128,14 +127,7 @@ def check_shares(run_folder: Path, variables: dict[str, str]) -> None:
 
 
 def test_each_process_keeps_its_share(tiny_run: Path) -> None:
-    processes = [CONTEXT.Process(target=check_shares, args=(tiny_run, found)) for found in environments(2)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 60
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_each(check_shares, [tiny_run] * 2, environments(2))
 
 
 @pytest.mark.parametrize(("key", "value"), [("weighting", "pcgrad"), ("precision", "16-mixed")])

@@ -1,7 +1,6 @@
 """What training starts from on two processes: the same tensors in both, those of one process."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from m3vit.training.config import Config
 from m3vit.training.launch import launch
 from m3vit.training.loop import Training
 from m3vit.training.starting import initialise
-from tests.training.launching import CONTEXT, environments
+from tests.training.launching import environments, run_each
 
 pytestmark = pytest.mark.process
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
@@ -43,10 +42,8 @@ def test_two_processes_start_as_one(start: str, strategy: str, make_data: Callab
     dense = {"model.moe_blocks": "none", "train.seed": 1}
     if start == "run":
         initialise(configure("synthetic-tiny", keys | {"train.seed": 1}), tmp_path / "from")
-        more: dict[str, Any] = {
-            "model.init": f"run:{tmp_path / 'from'}",
-            "model.num_experts": 7,
-        }  # 3 copied, with noise
+        more: dict[str, Any] = {"model.init": f"run:{tmp_path / 'from'}"}
+        more |= {"model.num_experts": 7}  # 3 copied, with noise
     else:
         for seed, task in enumerate(("semseg", "edge")):
             own = dense | {"model.tasks": [task], "train.seed": seed}
@@ -58,19 +55,8 @@ def test_two_processes_start_as_one(start: str, strategy: str, make_data: Callab
         more |= {"model.merge_steps": 5, "model.merge_images": 2}
     config = configure("synthetic-tiny", keys | more)
     initialise(config, tmp_path / "alone")
-    variables = environments(2)
     saved = [tmp_path / f"{rank}.safetensors" for rank in range(2)]
-    processes = [
-        CONTEXT.Process(target=begin, args=(config, tmp_path / "run", path, found))
-        for path, found in zip(saved, variables, strict=True)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 60
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_each(begin, [config] * 2, [tmp_path / "run"] * 2, saved, environments(2))
     expected = load_file(tmp_path / "alone" / "model.safetensors")
     for path in saved:
         found = load_file(path)

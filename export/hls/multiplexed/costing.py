@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -108,7 +109,7 @@ def explore_model(
     options = [choose_options("multiplexed", *bits, board, engines) for bits in tried]
     network, design = sizes_of_model(config), options[0].design
     assert design is not None
-    return explore(lambda weights, acts, ports: program_of(network, weights, acts, ports), tried, design)
+    return explore(partial(program_of, network), tried, design)
 
 
 def of_project(project: Path, board: str | None, task: str | None) -> dict[str, Any]:

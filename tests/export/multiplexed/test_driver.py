@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3vit.export.hls.multiplexed.writer import PORTS
 from m3vit.hw import weights_file
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
@@ -31,19 +32,7 @@ pytestmark = pytest.mark.slow
 class ModelledDevice:
     """The accelerator's C++ behind registers, as PYNQ shows them: addresses are those of this process."""
 
-    ARGUMENTS = (
-        "image",
-        "weights",
-        "more_weights",
-        "gates",
-        "params",
-        "keys",
-        "narrow_in",
-        "narrow_out",
-        "wide_in",
-        "wide",
-        "output",
-    )
+    ARGUMENTS = tuple(PORTS)
 
     def __init__(self, project: Path) -> None:
         wrapper = project / "wrapper.cpp"
