@@ -84,6 +84,10 @@ COMMANDS: dict[str, Command] = {
         "Compare torch, emulator and C++ of an HLS project on one image, layer by layer.",
         *command(hardware.Trace, hardware.run_trace),
     ),
+    "hw validate": (
+        "Print numbers of the accelerator that must agree with published ones. Exit code 1 if one is out.",
+        *command(hardware.Validate, hardware.run_validate),
+    ),
     "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
     "hw explore": (training.TITLES["hw explore"], None, hls.run_explore),
     "report": (

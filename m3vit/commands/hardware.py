@@ -1,4 +1,4 @@
-"""m3vit hw trace."""
+"""m3vit hw trace, hw validate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,3 +86,38 @@ def print_trace(found: dict[str, Any]) -> None:
         bounded = f"the first layer whose own error is above {found['bound']:g} standard deviations: {where}"
         say(bounded if where else f"no layer's own error is above {found['bound']:g} standard deviations")
     say_changed(found["changed_files"], found["changes"])
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Options of m3vit hw validate.
+
+    Attributes:
+        json: also write the rows to this file (default: do not)
+    """
+
+    json: File | None = None
+
+
+def run_validate(wanted: Validate) -> int:
+    """Print what must agree; return 1 if anything does not."""
+    from rich.table import Table
+
+    from m3vit.files import write_json
+    from m3vit.hw.validate import all_hold, plain, validate
+
+    rows = validate()
+    if wanted.json:
+        write_json(wanted.json, plain(rows))
+    table = Table(caption="nothing was synthesised, nothing ran on a board")
+    for title in ("what", "ours", "theirs", "difference", "allowed", ""):
+        table.add_column(title, justify="right" if title in ("difference", "allowed") else "left")
+    for row in rows:
+        ours, theirs = (f"{value:.2f} {row.unit}".strip() for value in (row.ours, row.theirs))
+        allowed = f"{100 * row.low:+.4g} to {100 * row.high:+.4g} %"
+        said = (f"{ours} ({row.our_level})", f"{theirs} ({row.their_level})", f"{100 * row.difference:+.3f} %", allowed)
+        table.add_row(row.what, *said, "" if row.holds else "OUT")
+    console(max(console().width, 180)).print(table)
+    out = sum(not row.holds for row in rows)
+    say(f"{len(rows) - out} of {len(rows)} agree" + (f", {out} are out" if out else ""))
+    return 0 if all_hold(rows) else 1
