@@ -2,9 +2,9 @@
 
 M3ViT's own table of a ZCU104 (arXiv 2210.14793, table 4) is an estimate of its authors, not a measurement (Edge-MoE
 says so; its energies are its latencies times 10 W). Five numbers explain its rows: 12-bit weights, 64 bytes a cycle
-from memory and two cycles more for each expert that is fetched, 1536 multiply-accumulates a cycle, 5 cycles of a router a
-token. The paper states none of them: they were found from the table. So what follows reproduces the paper's model and
-says nothing about hardware.
+from memory and two cycles more for each expert that is fetched, 1536 multiply-accumulates a cycle, 5 cycles of a
+router a token. The paper states none of them: they were found from the table. So what follows reproduces the paper's
+model and says nothing about hardware.
 
 Edge-MoE (arXiv 2305.18691) was measured on a ZCU102. Its trip counts, initiation intervals and overlaps are read from
 its public source (sharc-lab/Edge-MoE), the width of its ports from its block design; the latencies were set before the
