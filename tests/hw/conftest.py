@@ -14,7 +14,9 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
 
     def build(job: tuple[str, int]) -> Simulator:
         name, place = job
-        return Simulator.build(folder / f"{name}-{place}", hardware_of(name), (["-O2", "-DM3VIT_AS_SYNTHESISED"], SANITIZERS)[place])
+        return Simulator.build(
+            folder / f"{name}-{place}", hardware_of(name), (["-O2", "-DM3VIT_AS_SYNTHESISED"], SANITIZERS)[place]
+        )
 
     jobs = [(name, place) for name in FORMATS for place in range(2)]
     with ThreadPoolExecutor(2) as pool:

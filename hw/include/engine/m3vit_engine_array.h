@@ -15,11 +15,11 @@ namespace vit {
 
 static const unsigned packed_bits = 18, packed_terms = 4;
 
-// What one step multiplies. used: without it the products are not looked at.
+// What one step multiplies. used: without it the products are not looked at. small: products have at most 26 bits, which
+// only C-simulation reads.
 template <class C> struct operands {
     static const unsigned spans = (C::tile_out + C::span - 1) / C::span;
-    bool used;
-    bool small; // read by C-simulation alone: products of 26 bits at most
+    bool used, small;
     int x[spans][C::tile_in];           // narrow values, or softmax weights
     int16_t y[C::tile_out][C::tile_in]; // weights, keys or values
 };
