@@ -43,6 +43,16 @@ def hardware_of(project: Path, manifest: dict[str, Any]) -> Hardware:
     return Hardware(**found)
 
 
+def apart(project: Path, hardware: Hardware) -> list[str]:
+    """Return which constants of parameters.h that follow from others do not, "group 4, not 1" say: the closed form is
+    of engines in which they do."""
+    from m3vit.export.hls.multiplexed.writer import DERIVED
+
+    found = constants(project)
+    wanted = {name: str(getattr(hardware, name)) for name in DERIVED}
+    return [f"{name} {value}, not {found[name]}" for name, value in wanted.items() if found.get(name, value) != value]
+
+
 def clock_mhz(project: Path) -> float:
     """Return the clock that a project asks for in project.tcl, in MHz. Raises InputError if it says none."""
     found = dict(SETTING.findall(read_text(project / TCL, f"{project} is not a whole project: export it again")))
