@@ -5,7 +5,8 @@
 A layer of M3ViT-S: 16 experts of 384 hidden units, top-4, 384 channels, random weights, one thread. CPU time of the
 process (which others on the machine hardly change), the least of the rounds, as ratios to the lowered layer of the same
 precision; and the largest difference from the layer in fp32, relative to its largest output. onnxruntime's GELU in MoE
-is an approximation; QMoE makes the weights of a token's experts sum to 1, which is another layer: its time alone is told.
+is an approximation; QMoE makes the weights of a token's experts sum to 1, which is another layer: of it the time alone
+is told.
 """
 
 import argparse
