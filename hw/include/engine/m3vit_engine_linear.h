@@ -420,6 +420,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
         }
     }
     typedef weight_tiles<C> T;
+    step.small = sizeof(typename C::wt_t) == 1 && (C::packed || !now.gate);
     for (unsigned o = 0; o < C::tile_out; o++) {
         #pragma HLS UNROLL
         for (unsigned j = 0; j < C::tile_in; j++) {
