@@ -238,11 +238,12 @@ class _Layer:
         trained = next(attribute.i for attribute in node.attribute if attribute.name == "top_k")
         several = [budgets] if isinstance(budgets, LayerBudget) else budgets
         self.uses = [budget.resolve(experts, trained, hidden) for budget in several]
-        self.top_k = max(count for count, _ in self.uses)
-        self.kept = sorted({expert for _, kept in self.uses for expert in kept})
+        self.top_k = max(use.top_k for use in self.uses)
+        self.kept = sorted({expert for use in self.uses for expert in use.kept})
         self.pruned = len(self.kept) < experts
-        self.w1_EHD, self.b1_EH = w1_EHD[self.kept], b1_EH[self.kept]
-        self.w2_EDH, self.b2_ED = w2_EDH[self.kept], b2_ED[self.kept]
+        width = self.uses[0].width  # the same for all tasks
+        self.w1_EHD, self.b1_EH = w1_EHD[self.kept, :width], b1_EH[self.kept, :width]
+        self.w2_EDH, self.b2_ED = w2_EDH[self.kept, :, :width], b2_ED[self.kept]
 
     def expand(self, form: str) -> list[NodeProto]:
         """Return the standard nodes, in order."""
@@ -288,8 +289,8 @@ class _Layer:
         logits = add("logits", "Add", add("products", "MatMul", x_RND, gates), biases)
         scores_NE = add("scores", "Softmax", add("logits_flat", "Reshape", logits, int64([-1, E])), axis=-1)
         masks = np.full((R, 1, E), _NEVER, np.float32)
-        for mask, (_, kept) in zip(masks, uses, strict=True):
-            mask[0, list(kept)] = 0
+        for mask, use in zip(masks, uses, strict=True):
+            mask[0, list(use.kept)] = 0
         if masks.any():
             logits = add("ranked", "Add", logits, values.add(f"{self.layer}.router.left_out", masks))
         logits_NE = add("ranked_flat", "Reshape", logits, int64([-1, E]))
@@ -298,7 +299,7 @@ class _Layer:
             logits_NE = add("kept_logits", "Gather", logits_NE, int64(self.kept), axis=1)
         _, ids_NK = add.many(["best_logits", "ids"], "TopK", logits_NE, int64([self.top_k]), axis=-1)
         weights_NK = add("weights", "GatherElements", scores_NE, ids_NK, axis=1)
-        counts = np.array([count for count, _ in uses])
+        counts = np.array([use.top_k for use in uses])
         if len(set(counts)) > 1:
             used = (np.arange(self.top_k) < counts[:, None, None]).astype(np.float32)  # [R, 1, K]
             weights = add("weights_by_task", "Reshape", weights_NK, int64([R, -1, self.top_k]))
