@@ -35,11 +35,18 @@ _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 
 
 def lower_moe(
-    graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str = "sparse", attention: str = "standard"
+    graph: ModelProto,
+    budgets: Sequence[LayerBudgets] = (),
+    form: str = "sparse",
+    attention: str = "standard",
+    nested: bool = False,
 ) -> ModelProto:
     """Replace each m3vit::MoE node by standard operators, in one of FORMS; change `graph` in place and return it.
 
     `attention`: the form of m3vit::Attention nodes (attention.py).
+
+    `nested`: in the sparse form, experts have their first weight as [H, D], so that the weights of another width are a
+    beginning of the same bytes.
 
     `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained. Of a layer of
     several tasks (a gate [R, E, D], tokens [R * N, D]), one for each task.
@@ -64,7 +71,7 @@ def lower_moe(
     layer = 0
     for node in graph.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
-            nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values).expand(form)
+            nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values, nested).expand(form)
             layer += 1
         elif (node.domain, node.op_type) == (DOMAIN, ATTENTION):
             nodes += lower_attention(node, attention, values, _Nodes(node.output[0]))
@@ -225,7 +232,10 @@ class _Nodes:
 class _Layer:
     """One m3vit::MoE node: its parameters, of the kept experts, and the standard nodes that compute what it does."""
 
-    def __init__(self, node: NodeProto, number: int, budgets: LayerBudgets, values: _Values) -> None:
+    def __init__(
+        self, node: NodeProto, number: int, budgets: LayerBudgets, values: _Values, nested: bool = False
+    ) -> None:
+        self.nested = nested
         self.source = dict(zip(INPUTS, node.input, strict=True))
         self.values, self.output, self.x = values, node.output[0], self.source["x"]
         w1_EHD, b1_EH, w2_EDH, b2_ED = (values.read(self.source[name]) for name in INPUTS[3:])
@@ -310,7 +320,11 @@ class _Layer:
     def linear(self, x: str, place: int, what: str, weight_OI: NDArray[np.generic], bias_O: NDArray[np.generic]) -> str:
         """Add one linear map of one expert, the place-th of the kept; its parameters carry the expert's own number."""
         name = f"{self.bank}.{self.kept[place]}.{what}"
-        weight, bias = self.values.add(f"{name}.weight.T", weight_OI.T), self.values.add(f"{name}.bias", bias_O)
+        bias = self.values.add(f"{name}.bias", bias_O)
+        if self.nested and what == "fc1":
+            weight = self.values.add(f"{name}.weight", weight_OI)
+            return self.add(f"expert{self.kept[place]}.{what}", "Gemm", x, weight, bias, transB=1)
+        weight = self.values.add(f"{name}.weight.T", weight_OI.T)
         return self.add(f"expert{self.kept[place]}.{what}", "Gemm", x, weight, bias)
 
     def sparse(self, scores_NE: str, weights_NK: str, ids_NK: str) -> None:
