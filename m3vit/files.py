@@ -104,6 +104,12 @@ def require_empty(out: Path, what: str = "", advice: str = "name a new folder or
         raise InputError(f"{out} is not empty{f' and holds no {what}' if what else ''}: {advice}")
 
 
+def require_ending(out: Path, what: str, ending: str) -> None:
+    """Raise InputError unless `out` can be a file of this ending: others would be taken for what they are not."""
+    if out.suffix.lower() != ending or out.is_dir():
+        raise InputError(f"--out {out}: give a file name for the {what}, ending in {ending}")
+
+
 def require_new(out: Path) -> None:
     """Raise InputError unless `atomic_folder` can make `out` without destroying anything: it must be new or empty."""
     require_empty(out)

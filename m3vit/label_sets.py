@@ -112,8 +112,11 @@ def resolve(names: Sequence[str], label_set: str) -> list[Task]:
         raise InputError(f"model.label_set is {label_set!r}: choose from {', '.join(LABEL_SETS)}")
     absent = [name for name in names if name not in LABEL_SETS[label_set].tasks]
     if absent:
+        have = LABEL_SETS[label_set].tasks
+        left = [name for name in names if name in have] or have
         raise InputError(
-            f"{label_set} has no labels for {', '.join(absent)}: its tasks are {', '.join(LABEL_SETS[label_set].tasks)}"
+            f"{label_set} has no labels for {', '.join(absent)}: its tasks are {', '.join(have)}; "
+            f"give model.tasks=[{','.join(left)}]"
         )
     return [TASKS[name] for name in names]
 

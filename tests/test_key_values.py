@@ -65,6 +65,22 @@ def test_one_line_says_what_is_wrong(key: str, value: str, capsys: pytest.Captur
     assert line.startswith("m3vit: error: ") and len(line) < 1500
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("--model.tasks=semseg", "model.tasks is semseg: give a list, such as [semseg]"),
+        ("--model.image_size=48", "model.image_size is 48: give a list, such as [48, 48]"),
+        ("--model.trunk_args=3", "model.trunk_args is 3: give a mapping, {key: value, ...}"),
+        ("--train.epochs=2.5", "train.epochs is 2.5: give a whole number"),
+        ("--train.lr=[1,2]", "train.lr is [1, 2]: give a number"),
+        ("--data.flip=maybe", "data.flip is maybe: give true or false"),
+    ],
+)
+def test_values_of_another_type(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "synthetic-tiny", *TINY, word]) == 2
+    assert capsys.readouterr().err == f"m3vit: error: {said}\n"
+
+
 def test_too_large_for_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.trunk_args={embed_dim: 65536, depth: 6, num_heads: 1024}", "--out", f"{tmp_path}/run"]
     assert main(["init", "synthetic-tiny", *TINY, *words]) == 2

@@ -95,7 +95,7 @@ def test_report_refuses_exports_of_other_weights(
     assert cli("init", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", other).returncode == 0
     assert cli("eval", other).returncode == 0
     refused(cli("report", other, "--onnx", onnx_package, "--hls", tmp_path), "exported from other weights")
-    refused(cli("report", tiny_run, "--out", tmp_path / "page.json"), "give a file name for the page")
+    refused(cli("report", tiny_run, "--out", tmp_path / "page.json"), "give a file name for the page, ending in .html")
 
 
 def test_report_without_exports_says_what_is_missing(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
@@ -115,6 +115,10 @@ def test_without_a_label_the_range_is_that_of_the_prediction() -> None:
     (row,) = example(sample, {"torch": predictor}, ["ground truth", "torch"], "A", "nyud", {})["rows"]
     assert 5 <= float(row["scale"]["low"]) < 5.2 and row["scale"]["high"].endswith(" m")
     assert 8.8 < float(row["scale"]["high"].split()[0]) <= 9
+    sample.unlabelled["depth"] = ""
+    (row,) = example(sample, {"torch": predictor}, ["ground truth", "torch"], "A", "nyud", {})["rows"]
+    assert row["pictures"][0] is None and row["pictures"][1], "no picture of a label that is not there"
+    sample.unlabelled.clear()
     sample.labels["depth"] += 2
     (row,) = example(sample, {"torch": predictor}, ["ground truth", "torch"], "A", "nyud", {})["rows"]
     assert float(row["scale"]["low"]) < 3, "that of the truth, where there is any"

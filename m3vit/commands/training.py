@@ -23,6 +23,16 @@ TITLES = {
 }
 OPENING_RUNS = ("profile", "hw cost", "hw explore")  # take a run folder in place of a recipe
 
+# What a value of a type is, for people; {}: what was given instead.
+_WORDS = {
+    "bool": "true or false",
+    "dict": "a mapping, {{key: value, ...}}",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list, such as [{}]",
+    "tuple": "a list, such as [{0}, {0}]",
+}
+
 
 def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     """Parse `RECIPE [--config FILE] [--any.dotted.key VALUE] ...` into (Config, the other arguments)."""
@@ -95,6 +105,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
             key, kinds, value = either.groups()
             forms = re.sub(r"typing\.Literal\['(.*?)'\]", r"\1", kinds).replace(", ", " or ")
             raise InputError(f"{key} is {value[:80]}: give {forms}") from None
+        if other := re.search(r'Parser key "(\S+)": Expected a <class \'(\w+)\'>. Got value: (.*)', text):
+            key, kind, value = other.groups()
+            raise InputError(f"{key} is {value[:80]}: give {_WORDS.get(kind, kind).format(value[:80])}") from None
         raise InputError(f"m3vit {command}: {text}") from None
     for name in ("out", "json"):  # str for jsonargparse, whose help would show what a Path is
         if parsed.get(name) is not None:
@@ -171,7 +184,8 @@ def run_train(argv: Sequence[str]) -> int:
             print(f"m3vit: {stopped}", file=sys.stderr)
         return stopped.exit_code
     if first:
-        say(f"trained for {config.train.epochs} epochs: {args.out}")
+        epochs = config.train.epochs
+        say(f"trained for {epochs} epoch{'' if epochs == 1 else 's'}: {args.out}")
         if left_out.images:
             say(f"{len(left_out.images)} training images could not be read and were left out: see metrics.jsonl")
         if left_out.labels:

@@ -30,7 +30,7 @@ from m3vit.evaluation.meters import TRAINED
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
 from m3vit.evaluation.routing import spread
 from m3vit.export.runtime.package import Package
-from m3vit.files import atomic_path, write_json
+from m3vit.files import atomic_path, require_ending, write_json
 from m3vit.kinds.classes import NOT_LABELLED
 from m3vit.kinds.pictures import Range, Scale, Swatches
 from m3vit.label_sets import LABEL_SETS
@@ -63,8 +63,7 @@ def write_report(
     Figures are of `protocol`, by default the one the run was last evaluated under. A missing ONNX package or simulation
     leaves its column out and is said on the page; a damaged one is an error.
     """
-    if out.suffix == ".json" or out.is_dir():
-        raise InputError(f"--out {out}: give a file name for the page, such as report.html; the numbers go beside it")
+    require_ending(out, "page", ".html")
     if out.resolve().parent == run.folder.resolve() and out.stem in ("eval", "model"):
         raise InputError(f"--out {out}: its numbers would overwrite the run's {out.stem}.json; choose another name")
     protocol, evaluated = scoring.read(run.folder, protocol)
@@ -208,7 +207,7 @@ def example(
 ) -> dict[str, Any]:
     """Draw one image: the input, and a row for each task, a column for the truth and each predictor.
 
-    Adds to `seen` the ids of the classes in the pictures, by task with classes.
+    Adds to `seen` the ids of the classes in the pictures, by task with classes. None: not labelled, no picture.
     """
     shown = {task: [kind_of(task).drawable(truth)] for task, truth in sample.labels.items()}
     for name in columns[1:]:
@@ -221,15 +220,16 @@ def example(
         # Distances in one row share one range: that of the truth, or of the first prediction where there is none.
         limits = next((found for one in arrays if (found := kind_of(task).limits(one))), (0.0, 1.0))
         meaning = colours_of(task, label_set, arrays[0], limits)
+        bare = int(task in sample.unlabelled)  # how many of the arrays stand for nothing
         rows.append(
             {
                 "task": task,
                 "scale": scale_bar(meaning) if isinstance(meaning, Scale) else None,
-                "pictures": [picture(task, label_set, one, limits) for one in arrays],
+                "pictures": [None] * bare + [picture(task, label_set, one, limits) for one in arrays[bare:]],
             }
         )
         if task in seen:
-            seen[task].update(*(np.unique(one).tolist() for one in arrays))
+            seen[task].update(*(np.unique(one).tolist() for one in arrays[bare:]))
     return {"id": sample.id, "input": photo_url(sample.image), "rows": rows}
 
 

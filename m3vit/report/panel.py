@@ -19,7 +19,7 @@ from m3vit.evaluation.evaluate import torch_predictor
 from m3vit.evaluation.protocols import network_image, prediction
 from m3vit.evaluation.routing import PROTOCOL, check_routed
 from m3vit.export.runtime.package import MANIFEST, Package, colourise
-from m3vit.files import atomic_path
+from m3vit.files import atomic_path, require_ending
 from m3vit.images import read_image
 from m3vit.label_sets import LABEL_SETS
 from m3vit.report.charts import expert_colour
@@ -63,8 +63,7 @@ def write_panel(
     image itself. A picture of more than 150 kB is drawn in fewer colours, then narrower than `width`. Raises InputError
     for a folder or an image that cannot be used, and for a block without experts.
     """
-    if out.suffix != ".png" or out.is_dir():
-        raise InputError(f"--out {out}: give a file name for the picture, ending in .png")
+    require_ending(out, "picture", ".png")
     if width < LEAST_WIDTH:
         raise InputError(f"--width {width}: give at least {LEAST_WIDTH} pixels, for the captions")
     pixels = read_image(image)

@@ -21,7 +21,7 @@ from m3vit.evaluation import scoring
 from m3vit.evaluation.compare import common_protocol, compare
 from m3vit.evaluation.evaluate import torch_predictor
 from m3vit.evaluation.routing import spread
-from m3vit.files import atomic_path, write_json
+from m3vit.files import atomic_path, require_ending, write_json
 from m3vit.label_sets import LABEL_SETS
 from m3vit.report.charts import plt, svg
 from m3vit.report.page import example
@@ -41,8 +41,7 @@ def write_comparison(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Write the page `out` and `out` with suffix .json; return the latter's content, that of `compare.compare`."""
-    if out.suffix == ".json" or out.is_dir():
-        raise InputError(f"--out {out}: give a file name for the page, such as runs.html; the numbers go beside it")
+    require_ending(out, "page", ".html")
     runs = [load_run(folder) for folder in folders]
     protocol = protocol or common_protocol(list(folders))
     found = compare(list(folders), protocol)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from m3vit.data.opening import LAYOUTS, layout_of, open_split
 from m3vit.data.sample import Sample, Split
 from m3vit.errors import InputError
-from m3vit.files import atomic_path
+from m3vit.files import atomic_path, require_ending
 from m3vit.kinds.directions import KEY
 from m3vit.label_sets import LABEL_SETS
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
@@ -45,8 +45,9 @@ def show(
 ) -> list[str]:
     """Draw the contact sheet of `root` into the png `out`, and return lines about what is on it.
 
-    Raises InputError for a folder that is no data set, and for tasks that it has not.
+    Raises InputError for a folder that is no data set, for tasks that it has not, and for a name that is no png's.
     """
+    require_ending(out, "picture", ".png")
     splits = _open(root, tasks)
     shares = _shares(splits, progress)
     chosen = _choose(splits, images)

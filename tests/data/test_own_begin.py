@@ -152,5 +152,6 @@ def test_the_contact_sheet_shows_images_labels_and_gaps(tmp_path: Path, cli: Cli
     result = cli("data", "show", root, "--out", tmp_path / "one.png", "--tasks", "depth", "--images", 2)
     assert result.returncode == 0 and "semseg" not in result.stdout
     assert cli("data", "show", root, "--out", tmp_path / "no.png", "--tasks", "edge").returncode == 2
+    assert cli("data", "show", root, "--out", tmp_path / "no.html").returncode == 2, "what is written is a png"
     nyud = write_nyud(tmp_path / "nyud")
     assert len(show(nyud, tmp_path / "nyud.png")) == 4
