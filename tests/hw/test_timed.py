@@ -15,7 +15,10 @@ from m3vit.hw.timed import Timed, Trace, assumed_of, assumptions_said, evaluate,
 from tests.hw.programs import HARDWARE, INCLUDE, Builds, Shape, Simulator, frames_of, hardware_of, random_vit
 from tests.hw.test_cost import ZCU104
 
-PASS = re.compile(r"pipelined<loop_(\w+), (\d+)> (\w+);\n(?: *\w+:\n)?[^\n]*\bfor \([^\n]*\n *#pragma HLS PIPELINE II=(\d+)\n *(\w+)\.tick\(\);")  # fmt: skip  # noqa: E501
+PASS = re.compile(
+    r"pipelined<loop_(\w+), (\d+)> (\w+);\n(?: *\w+:\n)?"
+    r"[^\n]*\bfor \([^\n]*\n *#pragma HLS PIPELINE II=(\d+)\n *(\w+)\.tick\(\);"
+)
 HEADERS = sorted((INCLUDE / "engine").glob("*.h"))
 
 
