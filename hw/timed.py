@@ -35,15 +35,16 @@ SINGLE = {"image": 1, "output": 4}  # bytes of ports that move single values; th
 class Timed:
     """What timing assumes: those of the closed form, and what differs by loop or bus.
 
-    depths: of loops that have another than base.depth. bus_bits: of the AXI buses, if narrower than the ports: a word
-    then takes several beats. gap: cycles that a bus loses at each run. clock_mhz, bandwidth_gb_s: of the board, or
-    others.
+    depths, iis: of loops that have another than base.depth, or than their pragma's. bus_bits: of the AXI buses, if
+    narrower than the ports: a word then takes several beats. gap: cycles that a bus loses at each run. clock_mhz,
+    bandwidth_gb_s: of the board, or others.
     """
 
     clock_mhz: int
     bandwidth_gb_s: float
     base: Assumptions = field(default_factory=Assumptions)
     depths: Mapping[str, int] = field(default_factory=dict)
+    iis: Mapping[str, int] = field(default_factory=dict)
     bus_bits: int | None = None
     gap: int = 0
 
@@ -101,7 +102,8 @@ def evaluate(trace: Trace, hardware: Hardware, assumed: Timed) -> Cycles:
     """Return the cycles of each pass."""
     records, words = trace.records, trace.records["words"].astype(np.int64)
     gaps = assumed.gap * records["runs"].astype(np.int64)
-    loops = records["trips"].astype(np.int64) * records["ii"]
+    changed = np.array([assumed.iis.get(name, 0) for name in trace.loops])[records["loop"]]
+    loops = records["trips"].astype(np.int64) * np.where(changed > 0, changed, records["ii"])
     beats = -(-hardware.port_bits // (assumed.bus_bits or hardware.port_bits))
     buses: dict[str, np.ndarray] = {}
     for place, port in enumerate(trace.ports):
@@ -184,7 +186,7 @@ def assumptions_said(trace: Trace, assumed: Timed) -> list[str]:
     kinds: dict[tuple[int, int], list[str]] = {}
     for loop, ii in sorted({(int(loop), int(ii)) for loop, ii in trace.records[["loop", "ii"]].tolist()}):
         name = trace.loops[loop]
-        kinds.setdefault((ii, assumed.depths.get(name, assumed.base.depth)), []).append(name)
+        kinds.setdefault((assumed.iis.get(name, ii), assumed.depths.get(name, assumed.base.depth)), []).append(name)
     loops = "; ".join(f"II {ii} and depth {depth}: {', '.join(names)}" for (ii, depth), names in kinds.items())
     bus = f"buses of {assumed.bus_bits} bits" if assumed.bus_bits else "buses as wide as the ports"
     base = assumed.base

@@ -1,4 +1,4 @@
-"""m3vit hw csim --timed, hw trace, hw validate."""
+"""m3vit hw csim --timed, hw trace, hw validate, hw report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,3 +197,52 @@ def print_timed(report: dict[str, Any]) -> None:
     )
     for line in report["said"]:
         say(line)
+
+
+@dataclass(frozen=True)
+class HwReport:
+    """Options of m3vit hw report.
+
+    Attributes:
+        project: HLS project of the multiplexed schedule (m3vit export hls)
+        csynth: csynth.xml or csynth.rpt that Vitis HLS wrote of it
+        json: also write what is printed to this file (default: do not)
+    """
+
+    project: Annotated[Path, Value(metavar="DIR", positional=True)]
+    csynth: File
+    json: File | None = None
+
+
+def run_hw_report(wanted: HwReport) -> None:
+    """Print what a synthesis reported beside what was assumed, and the time that follows."""
+    from rich.table import Table
+
+    from m3vit.export.hls.multiplexed.timing import synthesised
+    from m3vit.files import write_json
+
+    with progress_bar("timing") as bar:
+        found = synthesised(wanted.project, wanted.csynth, bar)
+    if wanted.json:
+        write_json(wanted.json, found)
+    table = Table(caption=found["note"])
+    for title in ("loop", "assumed II", "depth", "reported II", "depth", "reported as"):
+        table.add_column(title, justify="left" if title in ("loop", "reported as") else "right")
+    for name, loop in found["loops"].items():
+        cells = [str(loop["assumed"][key] or "-") for key in ("ii", "depth")]
+        cells += [str(loop["reported"][key]) if loop["reported"] else "not found" for key in ("ii", "depth")]
+        table.add_row(name, *cells, loop["reported_as"] or "")
+    console(max(console().width, 120)).print(table)
+    shown = [
+        f"{kind} {pair['modelled'] if pair['modelled'] is not None else '-'} modelled, {pair['reported']} reported"
+        for kind, pair in found["resources"].items()
+        if pair["reported"] is not None
+    ]
+    if shown:
+        say(f"resources: {'; '.join(shown)}")
+    clock = found["clock_ns"]
+    if clock["estimated"] is not None:
+        say(f"clock, ns: {clock['project']:.3f} in project.tcl, {clock['estimated']:.3f} estimated by Vitis HLS")
+    for task, pair in found["tasks"].items():
+        say(f"{task}: {pair['assumed_ms']:.3f} ms as assumed, {pair['reported_ms']:.3f} ms with the report's loops")
+    say_changed(found["changed_files"], found["changes"])

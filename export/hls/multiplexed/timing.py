@@ -14,7 +14,9 @@ from m3vit.export.hls.contents import naming, open_project
 from m3vit.export.hls.edits import apart, clock_mhz, hardware_of, said_changes
 from m3vit.export.hls.schedules import Progress, silent
 from m3vit.export.hls.verify import simulated
+from m3vit.hw.boards import resources
 from m3vit.hw.cost import Assumptions, lines_of
+from m3vit.hw.csynth import matched, read_csynth
 from m3vit.hw.design import Design
 from m3vit.hw.manifest import SAMPLES, WEIGHTS
 from m3vit.hw.program import Image
@@ -102,9 +104,12 @@ def assumptions(
 
 
 def evaluated(
-    project: Path, found: dict[str, Any], given: Mapping[str, int | None] = MappingProxyType({})
+    project: Path,
+    found: dict[str, Any],
+    given: Mapping[str, int | None] = MappingProxyType({}),
+    reported: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Return what recorded frames take, as JSON values; no C++ is run.
+    """Return what recorded frames take, as JSON values; no C++ is run. reported: II and depth of loops, by name.
 
     tasks: of each task its first frame's report, with the closed form of the same routing beside it (modelled_cycles,
     difference), and the least and the most ms over all images.
@@ -112,6 +117,8 @@ def evaluated(
     manifest, changed = open_project(project)
     hardware, program = hardware_of(project, manifest), Image.read(project / WEIGHTS).program
     assumed, design = assumptions(project, manifest, given)
+    iis, depths = ({name: pair[place] for name, pair in reported.items()} for place in range(2))
+    assumed = replace(assumed, iis=iis, depths=depths)
     if assumed.bus_bits and (assumed.bus_bits > hardware.port_bits or hardware.port_bits % assumed.bus_bits):
         raise InputError(f"--bus-bits {assumed.bus_bits}: a part of the ports' {hardware.port_bits} bits")
     other = apart(project, hardware)
@@ -144,4 +151,54 @@ def evaluated(
         "changed_files": changed,
         "changes": said_changes(project, manifest, changed),
         "tasks": tasks,
+    }
+
+
+def synthesised(project: Path, csynth: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Return what a report of Vitis HLS says beside what was assumed, as JSON values, and the frame that follows.
+
+    loops: of each of ours, assumed and reported II and depth (None: not in the report). resources: modelled and
+    reported. tasks: ms as assumed, and with the report's II and depth. The timed C-simulation that was recorded is
+    evaluated; one is recorded if there is none. Raises InputError for a report that has none of the engines' loops.
+    """
+    manifest, changed = open_project(project)
+    synthesis = read_csynth(csynth)
+    found = recorded(project) if (project / RECORD).is_file() else record(project, progress=progress)
+    trace, hardware = Trace.read(project / TRACE), hardware_of(project, manifest)
+    assumed, _ = assumptions(project, manifest)
+    pragmas = {trace.loops[loop]: ii for loop, ii in set(trace.records[["loop", "ii"]].tolist())}
+    loops = matched(synthesis.loops, trace.loops)
+    if not loops:
+        raise InputError(f"{csynth} has none of the loops of the engines: give the report of {project}'s own synthesis")
+    # Vitis counts depth + II (trips - 1) cycles.
+    reported = {name: (loop.ii, max(0, loop.depth - loop.ii)) for name, loop in loops.items()}
+    before, after = evaluated(project, found), evaluated(project, found, reported=reported)
+    modelled = resources(hardware)
+    modelled["bram18"] = 2 * modelled.pop("bram36")
+    return {
+        "note": "timed C-simulation with what Vitis HLS reports of loops; nothing ran on a board",
+        "top": synthesis.top,
+        "clock_ns": {
+            "project": 1e3 / assumed.clock_mhz,
+            "target": synthesis.target_ns,
+            "estimated": synthesis.estimated_ns,
+        },
+        "loops": {
+            name: {
+                "assumed": {"ii": pragmas.get(name), "depth": assumed.base.depth},
+                "reported": {"ii": reported[name][0], "depth": reported[name][1]} if name in reported else None,
+                "reported_as": f"{loops[name].module}: {loops[name].name}" if name in loops else None,
+            }
+            for name in trace.loops
+        },
+        "resources": {
+            kind: {"modelled": modelled.get(kind), "reported": synthesis.resources.get(kind)}
+            for kind in ("lut", "ff", "dsp", "bram18", "uram")
+        },
+        "tasks": {
+            task: {"assumed_ms": before["tasks"][task]["ms"], "reported_ms": after["tasks"][task]["ms"]}
+            for task in before["tasks"]
+        },
+        "changed_files": changed,
+        "changes": said_changes(project, manifest, changed),
     }

@@ -12,6 +12,7 @@ from m3vit.hw.validate import all_hold, validate
 from tests.conftest import Cli
 from tests.export.models import TASKS
 from tests.export.multiplexed.test_edits import edit, quick_builds
+from tests.hw.test_csynth import XML
 
 pytestmark = pytest.mark.slow
 __all__ = ["quick_builds"]  # for all tests here
@@ -79,3 +80,30 @@ def test_the_command(cli: Cli, timed: Path, spatial: Path, tmp_path: Path) -> No
     ):
         done = cli(*words)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_a_report_of_vitis_takes_the_place_of_what_was_assumed(cli: Cli, timed: Path, tmp_path: Path) -> None:
+    """Step at II = 2, its depth 31: twice the trips, and 31 - 2 cycles a pass instead of 12."""
+    (tmp_path / "csynth.xml").write_text(XML)
+    out = tmp_path / "report.json"
+    done = cli("hw", "report", timed, "--csynth", tmp_path / "csynth.xml", "--json", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["loops"]["compute_step"]["reported"] == {"ii": 2, "depth": 29}
+    assert found["loops"]["norm_row"]["reported"] is None and found["resources"]["dsp"]["reported"] == 1100
+    assert "not found" in done.stdout and "1100 reported" in done.stdout
+    steps = evaluated(timed, recorded(timed))["tasks"]["depth"]["instructions"]
+    more = sum(
+        entry["loops"]["compute_step"]["trips"] + 17 * entry["loops"]["compute_step"]["passes"]
+        for entry in steps
+        if "compute_step" in entry["loops"]
+    )
+    alone = evaluated(timed, recorded(timed), {"read": 0, "write": 0})
+    slower = evaluated(timed, recorded(timed), {"read": 0, "write": 0}, {"compute_step": (2, 29)})
+    gained = slower["tasks"]["depth"]["cycles"] - alone["tasks"]["depth"]["cycles"]
+    assert gained == pytest.approx(more, rel=0.05)  # a pass that waits for its memory waits for it still
+    (tmp_path / "csynth.xml").write_text(
+        XML.replace("Step", "Other").replace("First", "Other").replace("Place", "Other")
+    )
+    done = cli("hw", "report", timed, "--csynth", tmp_path / "csynth.xml")
+    assert done.returncode == 2 and "none of the loops of the engines" in done.stderr
