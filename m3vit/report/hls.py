@@ -11,6 +11,7 @@ from m3vit.evaluation.artefacts import hls_predictor
 from m3vit.evaluation.compare import read_current
 from m3vit.evaluation.evaluate import Evaluation, Predictor
 from m3vit.export.hls.contents import open_project
+from m3vit.export.hls.multiplexed.timing import RECORD, summary
 from m3vit.export.hls.verify import PROTOCOL as SIMULATED_PROTOCOL
 from m3vit.export.hls.verify import SimulatedOutputs
 from m3vit.run_folder import Run
@@ -65,6 +66,8 @@ def read_project(run: Run, folder: Path, split: Split, protocol: str) -> Project
         results.notes.append(f"The HLS project was not C-simulated: m3vit hw csim {folder}.")
     else:
         _add_simulation(results, simulated, split, protocol)
+    if (folder / RECORD).exists():
+        results.notes.append(summary(folder))
     if results.drawn is None and "emulator" in results.stored:  # a spatial project would have to be built first
         results.drawn, results.drawn_as = hls_predictor(folder, manifest), "emulator"
     return results

@@ -154,6 +154,19 @@ def evaluated(
     }
 
 
+def summary(project: Path) -> str:
+    """Return one sentence about a recorded timed C-simulation, for people: each level by its name."""
+    report = evaluated(project, recorded(project))
+    per_ms = report["clock_mhz"] * 1e3
+    times = ", ".join(
+        f"{task} {found['ms']:.2f} ({found['modelled_cycles'] / per_ms:.2f})" for task, found in report["tasks"].items()
+    )
+    return (
+        f"Timed C-simulation of a frame on {report['board']} at {report['clock_mhz']} MHz, ms, and in brackets "
+        f"modelled with the same routing: {times}. Nothing was synthesised."
+    )
+
+
 def synthesised(project: Path, csynth: Path, progress: Progress = silent) -> dict[str, Any]:
     """Return what a report of Vitis HLS says beside what was assumed, as JSON values, and the frame that follows.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.timing import evaluated, record, recorded
+from m3vit.export.hls.multiplexed.timing import evaluated, record, recorded, summary
 from m3vit.hw.validate import all_hold, validate
 from tests.conftest import Cli
 from tests.export.models import TASKS
@@ -37,6 +37,9 @@ def test_frames_are_the_closed_form_and_can_be_evaluated_again(timed: Path) -> N
         assert sum(engine["cycles"] for engine in task["engines"].values()) == sum(
             entry["cycles"] for entry in task["instructions"]
         )
+    first = report["tasks"]["depth"]
+    said = f"depth {first['ms']:.2f} ({first['modelled_cycles'] / 3e5:.2f}), semseg"
+    assert said in summary(timed) and "Timed C-simulation of a frame on zcu104 at 300 MHz" in summary(timed)
     slower = evaluated(timed, found, {"clock": 150, "depth": 20, "gap": 2})
     for name, task in slower["tasks"].items():
         assert task["ms"] > report["tasks"][name]["ms"] and task["loops_ms"] == 2 * report["tasks"][name]["loops_ms"]
