@@ -1,4 +1,7 @@
-"""The budgets that a model is trained for: from the smallest to the whole, and what lies between. No torch."""
+"""The budgets that a model is trained for: from the smallest to the whole, and what lies between. No torch.
+
+A block that may be left out has 0 among its widths.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from m3vit.errors import InputError
 from m3vit.models.budget import Budget
 
 WIDTHS = 4  # of a block, evenly spaced from the smallest to all hidden units
@@ -22,6 +26,8 @@ class Asked(Protocol):
     def budget_top_k(self) -> int: ...
     @property
     def budget_width(self) -> float: ...
+    @property
+    def budget_skip(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,19 @@ class Space:
 def space_of(tasks: Sequence[str], top_k: int, hidden: Mapping[int, int], blocks: Sequence[int], asked: Asked) -> Space:
     """Return the budgets of a model that was, or is to be, trained so.
 
-    hidden: hidden units by block, of one expert in `blocks`, of the dense MLP elsewhere.
+    hidden: hidden units by block, of one expert in `blocks`, of the dense MLP elsewhere. Raises InputError for blocks
+    that cannot be left out.
     """
-    widths = {block: width_choices(units, asked.budget_width) for block, units in hidden.items()}
+    dense = [block for block in hidden if block not in blocks]
+    if beside := [str(block) for block in asked.budget_skip if block not in dense]:
+        raise InputError(
+            f"train.budget_skip names {', '.join(beside)}: the blocks that can be left out are the dense ones, "
+            f"{', '.join(map(str, dense)) or 'of which there are none'}"
+        )
+    widths = {
+        block: ((0,) if block in asked.budget_skip else ()) + width_choices(units, asked.budget_width)
+        for block, units in hidden.items()
+    }
     return Space(tuple(tasks), tuple(blocks), min(asked.budget_top_k, top_k), top_k, widths)
 
 

@@ -34,7 +34,7 @@ def space(model: MultiTaskModel, asked: Asked) -> Space:
     if found.single:
         raise InputError(
             f"train.budgets is {asked.budgets}, but the smallest budget is the whole model: give a train.budget_width "
-            "below 1, or a train.budget_top_k below model.top_k"
+            "below 1, a train.budget_top_k below model.top_k, or a train.budget_skip"
         )
     return found
 
@@ -84,6 +84,16 @@ def output_distance(output: Output, whole: Whole, weights: Mapping[str, float]) 
         for task, logits in output.logits.items()
     ]
     return torch.stack(distances).sum(dim=0)
+
+
+def left_out(model: MultiTaskModel, budget: Budget) -> Tensor | None:
+    """Return 0, made of the parameters of the blocks that a budget leaves out; None if it leaves out none.
+
+    Processes that share out gradients wait for each parameter's.
+    """
+    blocks = [model.backbone.trunk.blocks[block] for block, width in budget.width.items() if width == 0]
+    found = [parameter.sum() for block in blocks for parameter in block.parameters() if parameter.requires_grad]
+    return 0 * torch.stack(found).sum() if found else None
 
 
 @torch.no_grad()

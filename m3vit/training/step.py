@@ -22,7 +22,7 @@ from m3vit.label_sets import resolve
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing
-from m3vit.training.budgets import Whole, of_step, output_distance, space, token_distance
+from m3vit.training.budgets import Whole, left_out, of_step, output_distance, space, token_distance
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, loss_options, task_loss
@@ -302,7 +302,12 @@ class Stepper:
         if whole is None:
             found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes)
         else:
-            found = smaller_losses(self.config, output, whole, part.labels, weights, counts, self.images, part.counts)
+            loss, losses = smaller_losses(
+                self.config, output, whole, part.labels, weights, counts, self.images, part.counts
+            )
+            if world_size() > 1 and not is_sharded(self.model) and (none := left_out(self.model, budget)) is not None:
+                loss = loss + none
+            found = loss, losses
         return *found, output
 
     def combined(

@@ -55,7 +55,7 @@ def test_costs_are_those_of_the_profile() -> None:
     for task, counts in itertools.product(config.tasks, itertools.product((1, 2, 3), repeat=2)):
         used = dict(zip([1, 3], counts, strict=True))
         assert plain.of(task, used, {}) == graph_macs(config, task, (32, 48), Budget({task: used})), (task, counts)
-    space = searched(model, TrainConfig(budgets=1, budget_width=0.5))
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.5, budget_skip=[0]))
     costs, rng = macs_of(config, space, hidden), np.random.default_rng(0)
     for _ in range(12):
         budget = space.random(rng)
@@ -69,16 +69,16 @@ def test_cycles_are_those_of_the_programs() -> None:
         "vit_tiny_patch16_224", TRUNK, image_size=(32, 48), num_experts=4, top_k=2, tasks=["depth", "semseg"]
     )
     model = MultiTaskModel(config)
-    space = searched(model, TrainConfig(budgets=1, budget_width=0.25))
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.25, budget_skip=[2]))
     costs = find_costs("cycles:zcu104", model, space)
     design = design_of("zcu104")
     network = sizes_of_model(config)
     hardware = fit(program_of(network, 16, 16, design.target.port_bits), 16, 16, design.target, design.sizes)
     rng = np.random.default_rng(0)
     for budget in (Budget(), space.smallest, space.random(rng), space.random(rng)):
-        widths = [budget.width.get(block, units) for block, units in enumerate(network.mlps)]
-        counts = [budget.layer("semseg", block).top_k or top_k for block, top_k in enumerate(network.top_ks)]
-        counts = [count if top_k else 0 for count, top_k in zip(counts, network.top_ks, strict=True)]
+        kept = [block for block in range(4) if budget.width.get(block) != 0]
+        widths = [budget.width.get(block, network.mlps[block]) for block in kept]
+        counts = [budget.top_k.get("semseg", {}).get(block, 2) if block % 2 else 0 for block in kept]
         program = program_of(replace(network, mlps=widths, top_ks=counts), 16, 16, design.target.port_bits)
         lines = lines_of(program, hardware, design.target, 1, Assumptions())
         used = budget.top_k.get("semseg", {})
@@ -232,7 +232,7 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     run, package = tmp_path / "run", tmp_path / "package"
-    words = [f"--data.root={tiny_data}", "--train.epochs=2", "--train.budgets=2", "--train.budget_width=0.25"]
+    words = [f"--data.root={tiny_data}", "--train.epochs=2", "--train.budgets=2", "--train.budget_skip=[0]"]
     assert cli("train", "synthetic-tiny", *TINY, *words, "--out", run).returncode == 0
     light, fast = tmp_path / "light.json", tmp_path / "fast.json"
     least = ("search", run, "--budget", 0.05, "--out", light)

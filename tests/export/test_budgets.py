@@ -66,7 +66,7 @@ WIDTH = {0: 24, 1: 8, 2: 40, 3: 16}  # of 64 and, of experts, 32
 BUDGETS = {
     "full": FULL,
     "light": Budget({"depth": {1: 1}, "normals": {3: 1}}, width=WIDTH),
-    "fast": Budget({"depth": {1: 1, 3: 1}, "normals": {1: 1, 3: 1}}, width={0: 16, 1: 8, 2: 16, 3: 8}),
+    "fast": Budget({"depth": {1: 1, 3: 1}, "normals": {1: 1, 3: 1}}, width={0: 16, 1: 8, 2: 0, 3: 8}),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3vit.errors import InputError
 from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -72,6 +73,23 @@ def test_a_width_is_a_model_cut_to_it_with_gradients(images: Tensor, execution: 
         outside = grad.clone()
         outside[inside] = 0
         assert not outside.any(), f"{name}: what is not used has a gradient"
+
+
+@torch.no_grad()
+def test_a_block_of_width_0_is_left_out(images: Tensor) -> None:
+    model, small = make().eval(), make().eval()
+    small.backbone.trunk.blocks[2] = nn.Identity()
+    found = model(images, budget=Budget(width={2: 0})).logits
+    for task, logits in small(images).logits.items():
+        assert torch.equal(found[task], logits)
+    config = model.config
+    whole, less = (graph_macs(config, "depth", (32, 48), Budget(width=w)) for w in ({}, {2: 0}))
+    assert whole - less == 24 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 24 * 24 * 32
+    with pytest.raises(InputError, match="block 1: width is 0, but its experts have 32 hidden units: give 1 to that"):
+        model(images, budget=Budget(width={1: 0}))
+    with pytest.raises(InputError, match="names 1: the blocks that can be left out are the dense ones, 0, 2"):
+        space(model, TrainConfig(budgets=1, budget_skip=[1]))
+    assert space(model, TrainConfig(budgets=1, budget_skip=[2])).smallest.left_out == (2,)
 
 
 def test_the_model_is_whole_again_after_a_smaller_budget(images: Tensor) -> None:
