@@ -65,6 +65,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
         parser.add_argument(
+            "--budget", default=None, metavar="FILE", help="of m3vit search: count what it uses of the model alone"
+        )
+        parser.add_argument(
             "--device",
             default=None,
             metavar="NAME",
@@ -223,6 +226,8 @@ def run_profile(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv, "train" if training else "profile")
+    from m3vit.models.budget import FULL
+    from m3vit.models.budget_file import read_budget
     from m3vit.profiling import profile, render
 
     if args.device and not training:
@@ -231,7 +236,8 @@ def run_profile(argv: Sequence[str]) -> None:
         from m3vit.training.memory import device_bytes
 
         device_bytes(args.device)
-    report = profile(config.model, args.task)
+    budget = read_budget(Path(args.budget)) if args.budget else FULL
+    report = profile(config.model, args.task, budget)
     if training:
         from m3vit.training.memory import predict, said
 

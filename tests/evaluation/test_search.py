@@ -260,3 +260,20 @@ def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: P
     assert result.returncode == 0, result.stderr
     assert "depth, budget fast: worst relative error" in result.stdout and "fp32, budget fast" in result.stdout
     assert Package.load(package).budgets == ["full", "light", "fast"]
+
+    page = tmp_path / "report.html"
+    assert cli("eval", run).returncode == 0
+    result = cli("report", run, "--budget", f"{light},{fast}", "--images", 1, "--out", page)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(page.with_suffix(".json").read_text())["budgets"]
+    assert list(told) == ["full", "light", "fast"] and told["full"]["loss_percent"] == 0
+    text = page.read_text()
+    assert text.count('class="of-budget"') == 3 * 4 and 'type="range" min="0" max="2"' in text
+    result = cli("profile", run, "--budget", fast, "--json", tmp_path / "profile.json")
+    assert result.returncode == 0 and "under a budget" in result.stdout, result.stderr
+    counted = json.loads((tmp_path / "profile.json").read_text())["tasks"]
+    wanted = json.loads(fast.read_text())["search"]["tasks"]
+    assert {task: entry["macs"]["total"] for task, entry in counted.items()} == {
+        task: entry["macs"] for task, entry in wanted.items()
+    }
+    refused(cli("report", run, run, "--budget", fast, "--out", page), "are of one run's report")

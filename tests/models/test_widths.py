@@ -13,7 +13,7 @@ from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.space import Space, width_choices
-from m3vit.profiling import graph_macs
+from m3vit.profiling import graph_macs, profile, render
 from m3vit.training.budgets import order_units, space
 from m3vit.training.config import TrainConfig
 
@@ -148,3 +148,22 @@ def test_the_budgets_between() -> None:
         assert all(budget.width[block] in found.widths[block] for block in range(4))
     assert seen == {("k", 1), ("k", 2), ("w", 32), ("w", 40), ("w", 56), ("w", 64)}
     assert Space(("depth",), (), 1, 2, {0: (8,)}).single and not found.single
+
+
+def test_profile_under_a_budget_is_that_of_a_model_cut_to_it() -> None:
+    model, budget = make(), Budget({"depth": {1: 1}}, width={0: 24, 1: 8, 2: 0})
+    whole, found = profile(model.config), profile(model.config, budget=budget)
+    small = cut(model, {0: 24, 1: 8})
+    met = sum(parameter.numel() for parameter in small.heads.used_by("depth"))
+    for name, parameter in small.backbone.named_parameters():
+        if ".blocks.2." not in name and "gates.1" not in name:
+            used = {1: 1, 3: 2}.get(int(name.split(".")[2]), 0) / 4 if ".experts." in name else 1
+            met += int(parameter.numel() * used)
+    assert found["tasks"]["depth"]["activated"]["total"] == met
+    for task in TASKS:
+        assert found["tasks"][task]["macs"]["total"] == graph_macs(model.config, task, (32, 48), budget)
+    assert found["budget"] == budget.to_json() and "budget" not in whole
+    assert found["stored"] == whole["stored"]
+    assert "under a budget" in render(found)
+    with pytest.raises(InputError, match="names block 9"):
+        profile(model.config, budget=Budget(width={9: 8}))
