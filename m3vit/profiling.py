@@ -212,6 +212,15 @@ def graph_macs(
     return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
 
 
+def macs_share(config: ModelConfig, budget: Budget) -> float:
+    """Return the share of the MACs of all tasks' graphs, of the size trained at, that a budget takes."""
+    model = meta_model(config)
+    used, whole = (
+        sum(_total(count_macs(model, [task], budget=one)) for task in config.tasks) for one in (budget, FULL)
+    )
+    return used / whole
+
+
 class _MacCounter(TorchFunctionMode):
     """Counts the MACs of the functions called within it, each for the part of the module that calls it."""
 

@@ -238,6 +238,12 @@ def run_profile(argv: Sequence[str]) -> None:
         device_bytes(args.device)
     budget = read_budget(Path(args.budget)) if args.budget else FULL
     report = profile(config.model, args.task, budget)
+    if config.train.budgets:
+        from m3vit.models.trial import meta_model
+        from m3vit.profiling import macs_share
+        from m3vit.training.budgets import space
+
+        report["smallest_budget"] = macs_share(config.model, space(meta_model(config.model), config.train).smallest)
     if training:
         from m3vit.training.memory import predict, said
 
@@ -247,5 +253,7 @@ def run_profile(argv: Sequence[str]) -> None:
 
         write_json(args.json, report)
     say(render(report))
+    if config.train.budgets:
+        say(f"the smallest budget trained for takes {report['smallest_budget']:.3f} of the MACs of all tasks' graphs")
     if training:
         say(said(report["training"]))

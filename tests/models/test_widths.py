@@ -1,6 +1,9 @@
 """Hidden widths: parts of experts and dense MLPs against a model that is cut to them, with gradients; the order."""
 
 import copy
+import re
+import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from m3vit.models.space import Space, width_choices
 from m3vit.profiling import graph_macs, profile, render
 from m3vit.training.budgets import order_units, space
 from m3vit.training.config import TrainConfig
+from tests.conftest import TINY
 
 TRUNK = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
 TASKS = ["depth", "normals"]
@@ -167,3 +171,12 @@ def test_profile_under_a_budget_is_that_of_a_model_cut_to_it() -> None:
     assert "under a budget" in render(found)
     with pytest.raises(InputError, match="names block 9"):
         profile(model.config, budget=Budget(width={9: 8}))
+
+
+def test_the_smallest_budget_is_printed(cli: Callable[..., subprocess.CompletedProcess]) -> None:
+    words = ("profile", "synthetic-tiny", *(key for key in TINY if key.startswith("--model")), "--model.label_set=nyud")
+    result = cli(*words, "--train.budgets=1", "--train.budget_skip=[0]")
+    assert result.returncode == 0, result.stderr
+    said = float(re.search(r"the smallest budget trained for takes (0\.\d+) of the MACs", result.stdout)[1])  # type: ignore[index]
+    assert 0.7 < said < 0.95
+    assert "smallest" not in cli(*words).stdout
