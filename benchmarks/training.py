@@ -24,6 +24,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tasks_per_step 1": {"tasks_per_step": 1},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "budgets 1": {"budgets": 1},
+    "budgets 1, blocks left out": {"budgets": 1, "budget_skip": [2, 4, 6, 8, 10]},
     "budgets 2": {"budgets": 2},
     "pcgrad": {"weighting": "pcgrad"},
     "pcgrad, checkpoint_activations": {"weighting": "pcgrad", "checkpoint_activations": True},

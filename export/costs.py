@@ -67,7 +67,7 @@ def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], pro
             times.append(1000 * (time.perf_counter() - start))
         return statistics.median(times[WARM:])
 
-    return costs_of("latency", "ms", measure, found, hidden, progress)
+    return replace(costs_of("latency", "ms", measure, found, hidden, progress), measure=measure)
 
 
 def _cycles(

@@ -365,4 +365,6 @@ def said(found: Found, share: float, blocks: Sequence[int], costs: Costs, macs: 
     }
     if costs.name != macs.name:
         told["cost"] = {"by": costs.name, "unit": costs.unit, "share": found.share, "total": chosen.cost}
+        if (again := costs.share(found.budget(blocks))) is not None:
+            told["cost"]["share_measured"] = again
     return told

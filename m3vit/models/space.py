@@ -86,6 +86,35 @@ def space_of(tasks: Sequence[str], top_k: int, hidden: Mapping[int, int], blocks
     return Space(tuple(tasks), tuple(blocks), min(asked.budget_top_k, top_k), top_k, widths)
 
 
+def require_trained(found: Space, budget: Budget, trained: bool) -> None:
+    """Raise InputError for a budget that is below the smallest that a model was trained for.
+
+    `trained`: it was trained for budgets. Others take fewer experts all the same, which loses what it loses, but not
+    parts of experts and MLPs, which are of no use by themselves.
+    """
+    if not trained:
+        if less := [block for block, width in budget.width.items() if width < found.widths[block][-1]]:
+            raise InputError(
+                f"the budget has {budget.width[less[0]]} hidden units in block {less[0]}, and this run was not trained "
+                "for fewer than all: train with --train.budgets, or search again for this run"
+            )
+        return
+    for task, of in budget.top_k.items():
+        if few := [block for block, count in of.items() if count < found.fewest]:
+            raise InputError(
+                f"the budget has {of[few[0]]} experts per token for {task} in block {few[0]}: the smallest that this "
+                f"run was trained for has {found.fewest} (train.budget_top_k)"
+            )
+    for block, width in budget.width.items():
+        smallest = next(one for one in found.widths[block] if one)
+        if width < smallest and (width or 0 not in found.widths[block]):
+            what = f"{width} hidden units in block {block}" if width else f"no block {block}"
+            raise InputError(
+                f"the budget has {what}: the smallest that this run was trained for has {smallest} hidden units there "
+                "(train.budget_width, train.budget_skip)"
+            )
+
+
 def width_choices(hidden: int, share: float) -> tuple[int, ...]:
     """Return the widths from a share of `hidden` units up to all of them, ascending."""
     unit = math.gcd(hidden, UNIT)

@@ -18,6 +18,7 @@ from m3vit.profiling import graph_macs
 from m3vit.report import charts
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
+from m3vit.training.budgets import require_trained_run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def open_budgets(run: Run, given: Sequence[str]) -> Budgets:
     config = run.config.model
     size = (config.image_size[0], config.image_size[1])
     for budget in found.values():
-        run.model.uses(budget, config.tasks)
+        require_trained_run(run, budget)
     macs = {
         name: sum(graph_macs(config, task, size, budget) for task in config.tasks) for name, budget in found.items()
     }

@@ -225,6 +225,8 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
     entry = json.loads((package / "manifest.json").read_text())["tasks"]["depth"]
     assert entry["macs"] == told["tasks"]["depth"]["macs"]
     refused(cli("eval", package, "--budget", file), "is of a run")
+    write_budget(tmp_path / "narrow.json", Budget(width={1: 8}), {})
+    refused(cli("eval", run, "--budget", tmp_path / "narrow.json"), "this run was not trained for fewer than all")
     write_budget(tmp_path / "other.json", Budget({"depth": {7: 1}}), {})
     refused(cli("eval", run, "--budget", tmp_path / "other.json"), "budget names block 7")
 
@@ -277,3 +279,12 @@ def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: P
         task: entry["macs"] for task, entry in wanted.items()
     }
     refused(cli("report", run, run, "--budget", fast, "--out", page), "are of one run's report")
+    write_budget(tmp_path / "less.json", Budget(width={1: 2}), {})
+    for words in (("eval", run), ("export", "onnx", run, "--out", package), ("report", run, "--out", page)):
+        refused(cli(*words, "--budget", tmp_path / "less.json"), "the smallest that this run was trained for has 8")
+    result = cli("search", run, "--budget", 0.9, "--cost", "latency", "--images", 2, "--out", tmp_path / "fewer.json")
+    assert result.returncode in (0, 2), result.stderr
+    if result.returncode == 0:  # the least share is measured, and of so small a model may be more than that
+        assert "of the ms of all tasks' graphs" in result.stdout
+        cost = json.loads((tmp_path / "fewer.json").read_text())["search"]["cost"]
+        assert cost["by"] == "latency" and cost["share_measured"] > 0
