@@ -99,12 +99,12 @@ def smaller_losses(
     """Return the loss of a smaller budget's pass, and its parts: the tasks' losses, and the distances to the whole.
 
     Distances are means over the `images` of the batch, of which these may be a part; without `tokens_count` none of
-    them. Routers are balanced by the whole model's pass.
+    them. Of fewer tasks than the model has, tokens weigh as much less. Routers are balanced by the whole model's pass.
     """
     train = config.train
     loss, _ = task_losses(config, output, labels, weights, counts)
     share = int(tokens_count) / max(images, 1)
-    tokens = token_distance(output, whole).sum() * share
+    tokens = token_distance(output, whole).sum() * share * len(output.logits) / len(config.model.tasks)
     outputs = output_distance(output, whole, weights).sum() * share
     parts = {"budget/loss": loss, "budget/tokens": tokens, "budget/outputs": outputs}
     return loss + train.budget_tokens * tokens + train.budget_outputs * outputs, parts
