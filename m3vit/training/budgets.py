@@ -10,7 +10,7 @@ Shapes: R tasks, B images, T tokens, D embedding dimension, E experts, H hidden 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig, init_sources
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
-from m3vit.models.space import Asked, Space, space_of
+from m3vit.models.space import Asked, Space, require_trained, space_of
 from m3vit.tasks import kind_of
 from m3vit.training.config import TrainConfig, read_run_config
+
+if TYPE_CHECKING:
+    from m3vit.run_folder import Run
 
 
 def space(model: MultiTaskModel, asked: Asked) -> Space:
@@ -34,7 +37,7 @@ def space(model: MultiTaskModel, asked: Asked) -> Space:
     if found.single:
         raise InputError(
             f"train.budgets is {asked.budgets}, but the smallest budget is the whole model: give a train.budget_width "
-            "below 1, or a train.budget_top_k below model.top_k"
+            "below 1, a train.budget_top_k below model.top_k, or a train.budget_skip"
         )
     return found
 
@@ -47,6 +50,14 @@ def of_step(train: TrainConfig, found: Space | None, step: int) -> list[Budget]:
     if train.budgets == 1:
         return [FULL, found.random(rng) if step % 2 else found.smallest]
     return [FULL, found.smallest, *(found.random(rng) for _ in range(train.budgets - 1))]
+
+
+def require_trained_run(run: "Run", budget: Budget) -> None:
+    """Raise InputError for a budget that a run cannot keep to, or that is below the smallest it was trained for."""
+    model, train = run.model, run.config.train
+    model.uses(budget, model.config.tasks)
+    found = space_of(model.config.tasks, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
+    require_trained(found, budget, bool(train.budgets))
 
 
 class Whole(NamedTuple):
@@ -84,6 +95,16 @@ def output_distance(output: Output, whole: Whole, weights: Mapping[str, float]) 
         for task, logits in output.logits.items()
     ]
     return torch.stack(distances).sum(dim=0)
+
+
+def left_out(model: MultiTaskModel, budget: Budget) -> Tensor | None:
+    """Return 0, made of the parameters of the blocks that a budget leaves out; None if it leaves out none.
+
+    Processes that share out gradients wait for each parameter's.
+    """
+    blocks = [model.backbone.trunk.blocks[block] for block, width in budget.width.items() if width == 0]
+    found = [parameter.sum() for block in blocks for parameter in block.parameters() if parameter.requires_grad]
+    return 0 * torch.stack(found).sum() if found else None
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """Hidden widths: parts of experts and dense MLPs against a model that is cut to them, with gradients; the order."""
 
 import copy
+import re
+import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3vit.errors import InputError
 from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.space import Space, width_choices
-from m3vit.profiling import graph_macs
+from m3vit.profiling import graph_macs, profile, render
 from m3vit.training.budgets import order_units, space
 from m3vit.training.config import TrainConfig
+from tests.conftest import TINY
 
 TRUNK = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
 TASKS = ["depth", "normals"]
@@ -50,8 +55,10 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("execution", ["sorted", "reference"])
+@pytest.mark.parametrize("execution", ["sorted", "grouped", "reference"])
 def test_a_width_is_a_model_cut_to_it_with_gradients(images: Tensor, execution: str, recompute: bool) -> None:
+    if execution == "grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
     model = make(experts=execution)
     model.backbone.checkpoint_activations = recompute
     small = cut(make(), WIDTH)
@@ -72,6 +79,23 @@ def test_a_width_is_a_model_cut_to_it_with_gradients(images: Tensor, execution: 
         outside = grad.clone()
         outside[inside] = 0
         assert not outside.any(), f"{name}: what is not used has a gradient"
+
+
+@torch.no_grad()
+def test_a_block_of_width_0_is_left_out(images: Tensor) -> None:
+    model, small = make().eval(), make().eval()
+    small.backbone.trunk.blocks[2] = nn.Identity()
+    found = model(images, budget=Budget(width={2: 0})).logits
+    for task, logits in small(images).logits.items():
+        assert torch.equal(found[task], logits)
+    config = model.config
+    whole, less = (graph_macs(config, "depth", (32, 48), Budget(width=w)) for w in ({}, {2: 0}))
+    assert whole - less == 24 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 24 * 24 * 32
+    with pytest.raises(InputError, match="block 1: width is 0, but its experts have 32 hidden units: give 1 to that"):
+        model(images, budget=Budget(width={1: 0}))
+    with pytest.raises(InputError, match="names 1: the blocks that can be left out are the dense ones, 0, 2"):
+        space(model, TrainConfig(budgets=1, budget_skip=[1]))
+    assert space(model, TrainConfig(budgets=1, budget_skip=[2])).smallest.left_out == (2,)
 
 
 def test_the_model_is_whole_again_after_a_smaller_budget(images: Tensor) -> None:
@@ -130,3 +154,31 @@ def test_the_budgets_between() -> None:
         assert all(budget.width[block] in found.widths[block] for block in range(4))
     assert seen == {("k", 1), ("k", 2), ("w", 32), ("w", 40), ("w", 56), ("w", 64)}
     assert Space(("depth",), (), 1, 2, {0: (8,)}).single and not found.single
+
+
+def test_profile_under_a_budget_is_that_of_a_model_cut_to_it() -> None:
+    model, budget = make(), Budget({"depth": {1: 1}}, width={0: 24, 1: 8, 2: 0})
+    whole, found = profile(model.config), profile(model.config, budget=budget)
+    small = cut(model, {0: 24, 1: 8})
+    met = sum(parameter.numel() for parameter in small.heads.used_by("depth"))
+    for name, parameter in small.backbone.named_parameters():
+        if ".blocks.2." not in name and "gates.1" not in name:
+            used = {1: 1, 3: 2}.get(int(name.split(".")[2]), 0) / 4 if ".experts." in name else 1
+            met += int(parameter.numel() * used)
+    assert found["tasks"]["depth"]["activated"]["total"] == met
+    for task in TASKS:
+        assert found["tasks"][task]["macs"]["total"] == graph_macs(model.config, task, (32, 48), budget)
+    assert found["budget"] == budget.to_json() and "budget" not in whole
+    assert found["stored"] == whole["stored"]
+    assert "under a budget" in render(found)
+    with pytest.raises(InputError, match="names block 9"):
+        profile(model.config, budget=Budget(width={9: 8}))
+
+
+def test_the_smallest_budget_is_printed(cli: Callable[..., subprocess.CompletedProcess]) -> None:
+    words = ("profile", "synthetic-tiny", *(key for key in TINY if key.startswith("--model")), "--model.label_set=nyud")
+    result = cli(*words, "--train.budgets=1", "--train.budget_skip=[0]")
+    assert result.returncode == 0, result.stderr
+    said = float(re.search(r"the smallest budget trained for takes (0\.\d+) of the MACs", result.stdout)[1])  # type: ignore[index]
+    assert 0.5 < said < 0.95
+    assert "smallest" not in cli(*words).stdout
