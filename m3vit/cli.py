@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3vit import __version__, plugins, streams
-from m3vit.commands import data, evaluation, hls, onnx, predict, report, routing, search, sweep, training
+from m3vit.commands import data, evaluation, hardware, hls, onnx, predict, report, routing, search, sweep, training
 from m3vit.commands.terminal import PLUGIN_HELP, OneLineParser
 from m3vit.errors import NO_WRITE, InputError, UncheckedWarning, install
 from m3vit.launched import speaks
@@ -80,6 +80,14 @@ COMMANDS: dict[str, Command] = {
         hls.run_export_hls,
     ),
     "hw csim": ("C-simulate an HLS project with g++ and compare it with torch.", *command(hls.Csim, hls.run_csim)),
+    "hw trace": (
+        "Compare torch, emulator and C++ of an HLS project on one image, layer by layer.",
+        *command(hardware.Trace, hardware.run_trace),
+    ),
+    "hw validate": (
+        "Print numbers of the accelerator that must agree with published ones. Exit code 1 if one is out.",
+        *command(hardware.Validate, hardware.run_validate),
+    ),
     "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
     "hw explore": (training.TITLES["hw explore"], None, hls.run_explore),
     "report": (
@@ -104,6 +112,7 @@ PLUGGABLE = (
     "export onnx",
     "export hls",
     "hw csim",
+    "hw trace",
     "hw cost",
     "hw explore",
     "report",

@@ -277,8 +277,8 @@ def _router(router: Router, x: Tensor, task_ids: tuple[int, ...], *_: Any) -> in
 def _experts(layer: MoELayer, x: Tensor, task_ids: tuple[int, ...], uses: Sequence[Use] | None, *, every: bool) -> int:
     _, B, T, D = x.shape  # R = 1 where the tasks are still the same: the ids say how many there are
     experts, hidden, _ = layer.experts.w1.shape
-    uses = uses or [(layer.router.top_k, tuple(range(experts)))] * len(task_ids)
-    return sum(len(kept) if every else top_k for top_k, kept in uses) * B * T * (2 * D * hidden + D)
+    uses = uses or [Use(layer.router.top_k, tuple(range(experts)), hidden)] * len(task_ids)
+    return sum((len(use.kept) if every else use.top_k) * B * T * (2 * D * use.width + D) for use in uses)
 
 
 def paper_parameters(model: MultiTaskModel) -> int:

@@ -11,6 +11,7 @@ scale and bias of each head's LayerNorm into its Linear.
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import TokenHead
 from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
 from m3vit.models.experts import OneExpert, dispatch, mlp_rows
+from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import route
@@ -385,24 +387,25 @@ def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
     """Return the experts per token of each block with experts, or raise InputError for more than the engines can do."""
     tasks, blocks = model.config.tasks, model.backbone.moe_indices
     uses = model.uses(budget, tasks)
-    for block, layer in zip(blocks, uses or [], strict=False):
-        if any(len(kept) < model.config.num_experts for _, kept in layer):
+    for block, layer in zip(blocks, uses.layers if uses else [], strict=False):
+        if any(len(use.kept) < model.config.num_experts for use in layer):
             raise InputError(
                 f"cannot export to HLS: the budget leaves experts of block {block} out, and the engines rank all that "
                 "their scores add up to 1 over: keep all, or export to ONNX"
             )
-        if len({top_k for top_k, _ in layer}) > 1:
-            given = ", ".join(f"{task} {top_k}" for task, (top_k, _) in zip(tasks, layer, strict=True))
+        if len({use.top_k for use in layer}) > 1:
+            given = ", ".join(f"{task} {use.top_k}" for task, use in zip(tasks, layer, strict=True))
             raise InputError(
                 f"cannot export to HLS: the budget has another top_k for each task in block {block} ({given}), and the "
                 "accelerator has one for all: give --top-k one number"
             )
-    counts = [layer[0][0] for layer in uses] if uses else [model.config.top_k] * len(blocks)
+    counts = [layer[0].top_k for layer in uses.layers] if uses else [model.config.top_k] * len(blocks)
     return dict(zip(blocks, counts, strict=True))
 
 
 def _build(model: MultiTaskModel, budget: Budget, size: tuple[int, int]) -> LoweredModel:
-    """Return the leaf modules of a model for images of a size."""
+    """Return the leaf modules of a model for images of a size: of the hidden units that the budget uses alone."""
+    model, budget = cut(model, budget.width), replace(budget, width={})
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
     top_ks, num_tasks = _top_ks(model, budget), len(model.config.tasks)
@@ -457,9 +460,10 @@ def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dty
 def lower(model: MultiTaskModel, budget: Budget = FULL) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    `budget`: one top_k for all tasks, by block. Raises InputError for a trunk, heads or another budget, which cannot be
-    exported.
+    `budget`: by block, hidden units, and one top_k for all tasks. Raises InputError for a trunk, heads or another
+    budget, which cannot be exported.
     """
+    model.uses(budget, model.config.tasks)
     # In float64, so that folding adds no rounding and the check below is about the structure alone.
     exact = copy.deepcopy(model).double().eval().cpu()
     height, width = size = model.config.image_size

@@ -19,6 +19,7 @@ from m3vit.evaluation.evaluate import Predictor
 from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
 from m3vit.export.hls.contents import edited, naming, open_project
+from m3vit.export.hls.edits import said_changes
 from m3vit.export.hls.schedules import Progress, schedule_of
 from m3vit.files import atomic_path
 from m3vit.hw.manifest import SAMPLES
@@ -40,12 +41,12 @@ PROTOCOL = "A"  # how the stored images were made
 def verify_project(project: Path, samples: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Simulate the first `samples` stored images (default: all) and return the report, also written to csim.json.
 
-    Report: images, changed_files since the export, files {name: sha256} of csim_outputs.npz and of the changed files
-    that were compiled, the facts of the schedule's `simulate`; and for each task: csim and torch {metric: value} on the
-    same images, worst_error and mean_error of the token outputs (absolute; *_relative: over the standard deviation of
-    torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's, flipped_tokens of `tokens`,
-    worst_error_unflipped, and largest_flip_margin, the largest gap between torch's logits of rank K and K + 1 where a
-    token's first flip happened.
+    Report: images, changed_files since the export and the changes in each, files {name: sha256} of csim_outputs.npz and
+    of the changed files that were compiled, the facts of the schedule's `simulate`; and for each task: csim and torch
+    {metric: value} on the same images, worst_error and mean_error of the token outputs (absolute; *_relative: over the
+    standard deviation of torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's,
+    flipped_tokens of `tokens`, worst_error_unflipped, and largest_flip_margin, the largest gap between torch's logits
+    of rank K and K + 1 where a token's first flip happened.
     Raises InputError if `project` is not a project, a protected file was changed since the export, it has fewer
     samples, the compiler or what it built fails, or words differ that must not.
     """
@@ -66,6 +67,7 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
         "protocol": PROTOCOLS[PROTOCOL],
         "images": n,
         "changed_files": changed,
+        "changes": said_changes(project, manifest, changed),
         **facts,
         "tasks": {
             task: {

@@ -57,7 +57,8 @@ def export_run(
     require_finite(run.model)
     content = budgeted(run, content, request, say)
     content.check()
-    changed = not content.budget.full or any(precision != FLOAT for precision in content.precisions)
+    used = [one.budget for one in content.by_budget.values()]
+    changed = not all(budget.full for budget in used) or any(precision != FLOAT for precision in content.precisions)
     count = request.measure if request.measure is not None else MEASURED_IMAGES if changed else 0
     split = data_of(run, "val", request.data_root, "--measure 0") if count else None
     full = request.check_images is not None
@@ -114,10 +115,11 @@ def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], 
     if beside := [task for task in request.top_k if task not in exported]:
         raise InputError(f"--top-k names {', '.join(beside)}, not among the tasks exported ({', '.join(exported)})")
     budget = in_all_layers(request.top_k, blocks)
-    if not content.budget.full:
+    if not content.budget.full or content.budgets:
         if prunes or request.top_k:
             raise InputError("a budget says which experts are used: leave out --prune, --keep and --top-k, or --budget")
-        run.model.uses(content.budget, config.tasks)
+        for one in content.by_budget.values():
+            run.model.uses(one.budget, config.tasks)
         return content
     if not prunes:
         return replace(content, budget=budget)
@@ -169,12 +171,17 @@ def score(split: Split, predictor: Predictor, count: int) -> dict[str, float]:
 
 
 def measure(run: Run, package_dir: Path, split: Split, count: int) -> dict[str, Any]:
-    """Score the model and each precision of its package on validation images; write it into the manifest, return it."""
+    """Score the model and each precision of its package on validation images; write it into the manifest, return it.
+
+    Of a package of several budgets each is scored, those beside the default as "PRECISION, budget NAME".
+    """
     columns = {"torch": score(split, torch_predictor(run.model), count)}
     manifest = read_sealed_json(package_dir / MANIFEST, "export it again")
     for precision in manifest["precisions"]:
         package = Package.load(package_dir, precision=precision, verify=False)
-        columns[precision] = score(split, onnx_predictor(package), count)
+        for place, budget in enumerate(package.budgets or [None]):
+            name = f"{precision}, budget {budget}" if place else precision
+            columns[name] = score(split, onnx_predictor(package.of(budget)), count)
     measured: dict[str, Any] = {
         "protocol": PROTOCOL,
         "split": "val",

@@ -20,6 +20,7 @@ from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
 from m3vit.export.onnx.attention import OPERATOR as ATTENTION
 from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
+from m3vit.export.onnx.widths import narrow_mlps
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
@@ -192,6 +193,7 @@ def export_task(
 ) -> onnx.ModelProto:
     """Return the graph of one task: `trace_task`, then `lower_moe`, which say the rest."""
     traced = trace_task(model, task, opset=opset, size=size)
+    narrow_mlps(traced, model, budget.width)
     return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form, attention)
 
 

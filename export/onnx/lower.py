@@ -35,11 +35,18 @@ _CHECK_LIMIT = 2**31 - 1  # protobuf serialises no message above 2 GiB
 
 
 def lower_moe(
-    graph: ModelProto, budgets: Sequence[LayerBudgets] = (), form: str = "sparse", attention: str = "standard"
+    graph: ModelProto,
+    budgets: Sequence[LayerBudgets] = (),
+    form: str = "sparse",
+    attention: str = "standard",
+    nested: bool = False,
 ) -> ModelProto:
     """Replace each m3vit::MoE node by standard operators, in one of FORMS; change `graph` in place and return it.
 
     `attention`: the form of m3vit::Attention nodes (attention.py).
+
+    `nested`: in the sparse form, experts have their first weight as [H, D], so that the weights of another width are a
+    beginning of the same bytes.
 
     `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained. Of a layer of
     several tasks (a gate [R, E, D], tokens [R * N, D]), one for each task.
@@ -64,7 +71,7 @@ def lower_moe(
     layer = 0
     for node in graph.graph.node:
         if (node.domain, node.op_type) == (DOMAIN, OPERATOR):
-            nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values).expand(form)
+            nodes += _Layer(node, layer, budgets[layer] if budgets else LayerBudget(), values, nested).expand(form)
             layer += 1
         elif (node.domain, node.op_type) == (DOMAIN, ATTENTION):
             nodes += lower_attention(node, attention, values, _Nodes(node.output[0]))
@@ -225,7 +232,10 @@ class _Nodes:
 class _Layer:
     """One m3vit::MoE node: its parameters, of the kept experts, and the standard nodes that compute what it does."""
 
-    def __init__(self, node: NodeProto, number: int, budgets: LayerBudgets, values: _Values) -> None:
+    def __init__(
+        self, node: NodeProto, number: int, budgets: LayerBudgets, values: _Values, nested: bool = False
+    ) -> None:
+        self.nested = nested
         self.source = dict(zip(INPUTS, node.input, strict=True))
         self.values, self.output, self.x = values, node.output[0], self.source["x"]
         w1_EHD, b1_EH, w2_EDH, b2_ED = (values.read(self.source[name]) for name in INPUTS[3:])
@@ -238,11 +248,12 @@ class _Layer:
         trained = next(attribute.i for attribute in node.attribute if attribute.name == "top_k")
         several = [budgets] if isinstance(budgets, LayerBudget) else budgets
         self.uses = [budget.resolve(experts, trained, hidden) for budget in several]
-        self.top_k = max(count for count, _ in self.uses)
-        self.kept = sorted({expert for _, kept in self.uses for expert in kept})
+        self.top_k = max(use.top_k for use in self.uses)
+        self.kept = sorted({expert for use in self.uses for expert in use.kept})
         self.pruned = len(self.kept) < experts
-        self.w1_EHD, self.b1_EH = w1_EHD[self.kept], b1_EH[self.kept]
-        self.w2_EDH, self.b2_ED = w2_EDH[self.kept], b2_ED[self.kept]
+        width = self.uses[0].width  # the same for all tasks
+        self.w1_EHD, self.b1_EH = w1_EHD[self.kept, :width], b1_EH[self.kept, :width]
+        self.w2_EDH, self.b2_ED = w2_EDH[self.kept, :, :width], b2_ED[self.kept]
 
     def expand(self, form: str) -> list[NodeProto]:
         """Return the standard nodes, in order."""
@@ -288,8 +299,8 @@ class _Layer:
         logits = add("logits", "Add", add("products", "MatMul", x_RND, gates), biases)
         scores_NE = add("scores", "Softmax", add("logits_flat", "Reshape", logits, int64([-1, E])), axis=-1)
         masks = np.full((R, 1, E), _NEVER, np.float32)
-        for mask, (_, kept) in zip(masks, uses, strict=True):
-            mask[0, list(kept)] = 0
+        for mask, use in zip(masks, uses, strict=True):
+            mask[0, list(use.kept)] = 0
         if masks.any():
             logits = add("ranked", "Add", logits, values.add(f"{self.layer}.router.left_out", masks))
         logits_NE = add("ranked_flat", "Reshape", logits, int64([-1, E]))
@@ -298,7 +309,7 @@ class _Layer:
             logits_NE = add("kept_logits", "Gather", logits_NE, int64(self.kept), axis=1)
         _, ids_NK = add.many(["best_logits", "ids"], "TopK", logits_NE, int64([self.top_k]), axis=-1)
         weights_NK = add("weights", "GatherElements", scores_NE, ids_NK, axis=1)
-        counts = np.array([count for count, _ in uses])
+        counts = np.array([use.top_k for use in uses])
         if len(set(counts)) > 1:
             used = (np.arange(self.top_k) < counts[:, None, None]).astype(np.float32)  # [R, 1, K]
             weights = add("weights_by_task", "Reshape", weights_NK, int64([R, -1, self.top_k]))
@@ -309,7 +320,11 @@ class _Layer:
     def linear(self, x: str, place: int, what: str, weight_OI: NDArray[np.generic], bias_O: NDArray[np.generic]) -> str:
         """Add one linear map of one expert, the place-th of the kept; its parameters carry the expert's own number."""
         name = f"{self.bank}.{self.kept[place]}.{what}"
-        weight, bias = self.values.add(f"{name}.weight.T", weight_OI.T), self.values.add(f"{name}.bias", bias_O)
+        bias = self.values.add(f"{name}.bias", bias_O)
+        if self.nested and what == "fc1":
+            weight = self.values.add(f"{name}.weight", weight_OI)
+            return self.add(f"expert{self.kept[place]}.{what}", "Gemm", x, weight, bias, transB=1)
+        weight = self.values.add(f"{name}.weight.T", weight_OI.T)
         return self.add(f"expert{self.kept[place]}.{what}", "Gemm", x, weight, bias)
 
     def sparse(self, scores_NE: str, weights_NK: str, ids_NK: str) -> None:

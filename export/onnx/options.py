@@ -1,16 +1,18 @@
 """What may be asked of `m3vit export onnx`, by a program or on the command line. No torch."""
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from m3vit.errors import InputError
-from m3vit.export.runtime.manifest import FLOAT, PRECISIONS
+from m3vit.export.runtime.manifest import FLOAT, HALF, PRECISIONS
 from m3vit.models.budget import FULL, Budget
 from m3vit.options import DataRoot, Positive, Size, Value, count, positive
 
 MIN_OPSET = 20  # the first one with Gelu
 MAX_OPSET = 23  # the last that the exporter and onnxruntime were tested with
+NO_BUDGETS = (*PRECISIONS, "head")  # words that stand in the names of a package's files
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Content:
         static: no shape depends on the data: all experts run; needs --size
         precisions: fp32, fp16 (weights as stored), int8 (all linear layers but routers), int8-mixed, int8-experts,
             int4-experts (the rest as int8); several may share a package, the first is its default
-        budget: the experts that each task's graph keeps and uses
+        budget: the experts that each task's graph keeps and uses, and hidden units
+        budgets: several by name instead, around one file of weights: the first is the package's default
         coverage: the share of the gate mass that these hold, by task and layer, for the manifest
         one_backbone: add one graph of the backbone for all tasks, and one of each head
         attention: fused, a kernel that onnxruntime alone has, or standard, operators of every runtime (default: fused,
@@ -40,6 +43,7 @@ class Content:
     static: bool = False
     precisions: tuple[Annotated[str, Value(metavar="P", flag="precision")], ...] = (FLOAT,)
     budget: Annotated[Budget, Value(hidden=True)] = FULL
+    budgets: Annotated[Mapping[str, Budget], Value(hidden=True)] = field(default_factory=dict)
     coverage: Annotated[Mapping[str, Sequence[float]], Value(hidden=True)] = field(default_factory=dict)
     one_backbone: bool = False
     attention: Literal["fused", "standard"] | None = None
@@ -60,6 +64,18 @@ class Content:
         """The form of attention: `lower_attention`'s."""
         return self.attention or ("standard" if self.static else "fused")
 
+    @property
+    def by_budget(self) -> "dict[str, Content]":
+        """The content of each budget by its name, "" of the one that has none, the package's default first."""
+        if not self.budgets:
+            return {"": self}
+        return {name: replace(self, budget=budget, budgets={}) for name, budget in self.budgets.items()}
+
+    @property
+    def nested(self) -> bool:
+        """Whether weights are stored so that those of a smaller width are a beginning of those of a larger."""
+        return len({tuple(sorted(budget.width.items())) for budget in self.budgets.values()}) > 1
+
     def check(self) -> None:
         """Raise InputError for what cannot be exported."""
         unknown = [name for name in self.precisions if name not in PRECISIONS]
@@ -70,10 +86,30 @@ class Content:
             )
         if self.static and self.size is None:
             raise InputError("a static graph is made for one size: give it too, such as --size 224x224")
-        if self.one_backbone and (self.static or not self.budget.full):
+        if self.one_backbone and (self.static or not self.budget.full or self.budgets):
             raise InputError(
-                "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep and --top-k, "
-                "or --one-backbone"
+                "one backbone serves all tasks with the same experts: leave out --static, --prune, --keep, --top-k and "
+                "--budget, or --one-backbone"
+            )
+        if self.budgets:
+            self._check_budgets()
+
+    def _check_budgets(self) -> None:
+        for name in self.budgets:
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name) or name in NO_BUDGETS:
+                raise InputError(
+                    f"a budget cannot be called {name!r} in a package: give its file a name of up to 40 letters, "
+                    f"digits, _ and -, and none of {', '.join(NO_BUDGETS)}"
+                )
+        if self.nested and (whole := [name for name in self.precisions if name not in (FLOAT, HALF)]):
+            raise InputError(
+                f"budgets of several widths have their weights in common in {FLOAT} and {HALF} alone, not in "
+                f"{', '.join(whole)}, whose scales are of all units: leave that out, or give one budget a package"
+            )
+        if self.nested and self.static:
+            raise InputError(
+                "static graphs have all experts in one product, of which no part is another width's: leave out "
+                "--static, or give one budget a package"
             )
 
 

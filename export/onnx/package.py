@@ -6,6 +6,7 @@ Every file is listed in the manifest with its sha256; `m3vit.export.runtime.pack
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ from m3vit.export.onnx.graph import of_task, require_onnx, trace_all_tasks, trac
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.options import Content
 from m3vit.export.onnx.quantize import FLOAT, quantize
+from m3vit.export.onnx.widths import narrow_mlps
 from m3vit.export.runtime.manifest import ALL, FORMAT, FORMAT_VERSION, MANIFEST, file_entries
 from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_file
 from m3vit.label_sets import describe, resolve
@@ -70,9 +72,10 @@ def export_package(
     names = [name for name in model.config.tasks if name in (content.tasks or model.config.tasks)]
     if content.all_tasks and len(names) < 2:
         raise InputError("a graph of all tasks at once is of two tasks or more: leave out --all-tasks")
-    model.uses(content.budget, names)  # refuses what the model does not have before the long work
+    for one in content.by_budget.values():
+        model.uses(one.budget, names)  # refuses what the model does not have before the long work
     with atomic_folder(out) as folder:
-        tasks, parts = _write_graphs(model, names, folder, content, say)
+        tasks, parts, budgets = _write_graphs(model, names, folder, content, say)
         say("checking the graphs and hashing the files")
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -90,6 +93,7 @@ def export_package(
             "plugins": [Path(given).name for given in plugins.loaded()],  # which a kind of a task may be of
             "tasks": tasks,
             **parts,
+            **budgets,
             "macs": max(entry["macs"] for entry in tasks.values()),  # of one image, of input_size or else train_size
             "run": info,
         }
@@ -108,41 +112,91 @@ def export_package(
 
 def _write_graphs(
     model: MultiTaskModel, names: Sequence[str], folder: Path, content: Content, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Write the graphs and their weights; return the manifest's entries of the tasks, and of what serves all of them:
-    `backbone`, a graph of it, and `all_tasks`, one of all tasks at once; None where there is none."""
-    with open(folder / WEIGHTS, "wb") as file:
-        writer = _Writer(folder, _WeightsFile(file), content)
+    `backbone`, a graph of it, and `all_tasks`, one of all tasks at once; None where there is none. The last are the
+    name of the default budget, and what differs of others; none of one without a name."""
+    with open(folder / WEIGHTS, "w+b") as file:
+        weights = _WeightsFile(file)
         traced = trace_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
-        tasks: dict[str, Any] = {}
-        for number, task in enumerate(resolve(names, model.config.label_set), start=1):
-            say(f"exporting {task.name} ({number} of {len(names)})")
-            graphs = writer.task(model, of_task(traced, model, task.name), task.name)
-            tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, content)}
-            tasks[task.name]["macs"] = _macs(model, [task.name], content)
-        parts: dict[str, Any] = {"backbone": None, "all_tasks": None}
-        if content.one_backbone:
-            say("exporting the backbone of all tasks, and the heads")
-            parts["backbone"] = writer.parts(model, tasks)
+        together = None
         if content.all_tasks:
-            say("exporting all tasks at once")
-            macs = _macs(model, names, content)
-            parts["all_tasks"] = {"tasks": names, "graphs": writer.all_tasks(model, names), "macs": macs}
+            together = trace_all_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
+        if content.nested:  # the widest first, which the others are beginnings of
+            widest = _Writer(folder, weights, replace(content, budget=_widest(model, names, content)), "", True)
+            for name in names:
+                widest.store(widest.lowered(model, of_task(traced, model, name), name))
+        found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for budget, one in content.by_budget.items():
+            writer = _Writer(folder, weights, one, f".{budget}" if found else "", content.nested)
+            of = f", budget {budget}" if budget else ""
+            tasks: dict[str, Any] = {}
+            for number, task in enumerate(resolve(names, model.config.label_set), start=1):
+                say(f"exporting {task.name}{of} ({number} of {len(names)})")
+                graphs = writer.task(model, of_task(traced, model, task.name), task.name)
+                tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, one)}
+                tasks[task.name]["macs"] = _macs(model, [task.name], one)
+            parts: dict[str, Any] = {"backbone": None, "all_tasks": None}
+            if content.one_backbone:
+                say("exporting the backbone of all tasks, and the heads")
+                parts["backbone"] = writer.parts(model, tasks)
+            if together is not None:
+                say(f"exporting all tasks at once{of}")
+                macs, graphs = _macs(model, names, one), writer.all_tasks(model, copied(together), names)
+                parts["all_tasks"] = {"tasks": names, "graphs": graphs, "macs": macs}
+            found[budget] = tasks, parts
         _flush(file)
-    return tasks, parts
+    first, *others = found
+    budgets = {name: {"tasks": _differing(found[name][0]), "all_tasks": found[name][1]["all_tasks"]} for name in others}
+    return *found[first], {"budget": first, "budgets": budgets} if first else {}
+
+
+def _differing(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tasks' entries have of their own under another budget."""
+    return {task: {key: entry[key] for key in ("graphs", "experts", "macs")} for task, entry in tasks.items()}
+
+
+def _widest(model: MultiTaskModel, names: Sequence[str], content: Content) -> Budget:
+    """Return a budget whose graphs hold all tensors of which those of the content's budgets are a beginning."""
+    budgets, hidden = list(content.budgets.values()), model.hidden_widths()
+    width = {block: max(budget.width.get(block, units) for budget in budgets) for block, units in hidden.items()}
+    blocks, every = model.backbone.moe_indices, tuple(range(model.config.num_experts))
+    kept = {
+        task: {
+            block: tuple(sorted({expert for budget in budgets for expert in budget.layer(task, block).kept or every}))
+            for block in blocks
+        }
+        for task in names
+    }
+    return Budget({task: dict.fromkeys(blocks, 1) for task in names}, kept, width)
 
 
 class _Writer:
     """Lowers graphs and writes them, in all precisions, around one file of weights."""
 
-    def __init__(self, folder: Path, weights: "_WeightsFile", content: Content) -> None:
-        self.folder, self.weights, self.content = folder, weights, content
+    def __init__(
+        self, folder: Path, weights: "_WeightsFile", content: Content, ending: str = "", nested: bool = False
+    ) -> None:
+        """`ending`: of the names of files, before their precision. `nested`: as `lower_moe` takes it."""
+        self.folder, self.weights, self.content, self.ending, self.nested = folder, weights, content, ending, nested
 
     def task(self, model: MultiTaskModel, graph: ModelProto, task: str) -> dict[str, Any]:
         """Write the graphs of one task, given as traced, and return their entries of the manifest, by precision."""
-        budgets = self.content.budget.layers(task, model.backbone.moe_indices)
-        lower_moe(graph, budgets, self.content.form, self.content.attends)
-        return self.variants(graph, task)
+        return self.variants(self.lowered(model, graph, task), task)
+
+    def lowered(self, model: MultiTaskModel, graph: ModelProto, *tasks: str) -> ModelProto:
+        """Return the graph of a task, or of several at once, lowered as the content says; in place."""
+        content, blocks = self.content, model.backbone.moe_indices
+        budgets: Sequence[Any] = content.budget.layers(tasks[0], blocks)
+        if len(tasks) > 1:
+            budgets = list(zip(*(content.budget.layers(task, blocks) for task in tasks), strict=True))
+        narrow_mlps(graph, model, content.budget.width, self.nested)
+        return lower_moe(graph, budgets, content.form, content.attends, self.nested)
+
+    def store(self, graph: ModelProto) -> None:
+        """Write a lowered graph's tensors alone, in every precision."""
+        for precision in self.content.precisions:
+            self.weights.take(quantize(copied(graph), precision))
 
     def parts(self, model: MultiTaskModel, tasks: dict[str, Any]) -> dict[str, Any]:
         """Write the backbone of all tasks and the heads; add the heads' entries to `tasks`, return the backbone's."""
@@ -153,13 +207,9 @@ class _Writer:
         graph = lower_moe(trace_backbone(model, **options), attention=self.content.attends)
         return {"graphs": self.variants(graph, "backbone")}
 
-    def all_tasks(self, model: MultiTaskModel, tasks: Sequence[str]) -> dict[str, Any]:
-        """Write the graphs of all tasks at once, and return their entries of the manifest, by precision."""
-        content = self.content
-        graph = trace_all_tasks(model, tasks, opset=content.opset, size=content.size, batch=content.batch)
-        by_task = [content.budget.layers(task, model.backbone.moe_indices) for task in tasks]
-        lower_moe(graph, list(zip(*by_task, strict=True)), content.form, content.attends)
-        return self.variants(graph, ALL)
+    def all_tasks(self, model: MultiTaskModel, graph: ModelProto, tasks: Sequence[str]) -> dict[str, Any]:
+        """Write the graphs of all tasks at once, given as traced, and return their entries, by precision."""
+        return self.variants(self.lowered(model, graph, *tasks), ALL)
 
     def variants(self, graph: onnx.ModelProto, name: str, *, required: bool = True) -> dict[str, Any]:
         """Write a lowered graph in every precision; with `required`, each must have something to quantise."""
@@ -167,7 +217,7 @@ class _Writer:
         for precision in self.content.precisions:
             last = precision == self.content.precisions[-1]  # it may have the graph itself
             copy = quantize(graph if last else copied(graph), precision, required=required)
-            file = f"{name}.onnx" if precision == FLOAT else f"{name}.{precision}.onnx"
+            file = f"{name}{self.ending}.onnx" if precision == FLOAT else f"{name}{self.ending}.{precision}.onnx"
             _require_finite_tensors(copy, file)
             weights = self.weights.take(copy)
             data = copy.SerializeToString(deterministic=True)
@@ -219,24 +269,27 @@ def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> d
     """Return what a manifest says of a task's budget; `top_k`: as trained. `budget_of` reads it.
 
     top_k: experts per token, one number, or by block where they differ. kept: the experts in the graph by block, of
-    those that leave some out, or "all".
+    those that leave some out, or "all". width, where the budget has one: hidden units by block.
     """
     counts = {str(block): budget.layer(task, block).top_k or top_k for block in blocks}
     one = set(counts.values()) or {top_k}
-    return {"top_k": counts if len(one) > 1 else one.pop(), "kept": budget.to_json()["kept"].get(task, "all")}
+    plain = budget.to_json()
+    found = {"top_k": counts if len(one) > 1 else one.pop(), "kept": plain["kept"].get(task, "all")}
+    return found | ({"width": plain["width"]} if plain["width"] else {})
 
 
 def budget_of(manifest: Mapping[str, Any]) -> Budget:
     """Return the budget of a package's graphs, by its manifest; raise InputError if that does not say."""
-    top_k, kept = {}, {}
+    top_k, kept, width = {}, {}, {}
     try:
         for task, entry in manifest["tasks"].items():
             experts, count = entry["experts"], entry["experts"]["top_k"]
             top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
             kept[task] = {} if experts["kept"] == "all" else experts["kept"]
+            width = experts.get("width", {})  # of all tasks
     except (KeyError, TypeError, AttributeError):
         raise InputError("the manifest does not say which experts the graphs use: export the package again") from None
-    return Budget.from_json({"top_k": top_k, "kept": kept})
+    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width})
 
 
 def _macs(model: MultiTaskModel, tasks: Sequence[str], content: Content) -> int:
@@ -249,11 +302,15 @@ def _macs(model: MultiTaskModel, tasks: Sequence[str], content: Content) -> int:
 
 
 class _WeightsFile:
-    """Writes tensors to one file, each content once, whichever graph or name it comes under."""
+    """Writes tensors to one file, each content once, whichever graph or name it comes under.
+
+    A tensor with which one in the file begins is a view of that one.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+        self.file = file  # open for reading too
         self.places: dict[bytes, tuple[int, int]] = {}  # sha256 -> offset, length
+        self.beginnings: dict[bytes, list[tuple[int, int]]] = {}  # sha256 of the first MIN_EXTERNAL bytes -> the same
         self.end = 0
 
     def take(self, graph: ModelProto) -> int:
@@ -276,12 +333,24 @@ class _WeightsFile:
     def _place(self, data: bytes) -> tuple[int, int]:
         key = hashlib.sha256(data).digest()
         if key not in self.places:
-            align = PAGE if len(data) >= PAGE_FROM else SMALL_ALIGN
-            offset = -(-self.end // align) * align
-            self.file.write(bytes(offset - self.end) + data)
+            begins = self.beginnings.setdefault(hashlib.sha256(data[:MIN_EXTERNAL]).digest(), [])
+            longer = (offset for offset, length in begins if length > len(data) and self._reads(offset, data))
+            offset = next(longer, -1)
+            if offset < 0:
+                align = PAGE if len(data) >= PAGE_FROM else SMALL_ALIGN
+                offset = -(-self.end // align) * align
+                self.file.write(bytes(offset - self.end) + data)
+                self.end = offset + len(data)
+                begins.append((offset, len(data)))
             self.places[key] = (offset, len(data))
-            self.end = offset + len(data)
         return self.places[key]
+
+    def _reads(self, offset: int, data: bytes) -> bool:
+        """Return whether these bytes are in the file at an offset."""
+        self.file.seek(offset)
+        found = self.file.read(len(data))
+        self.file.seek(self.end)
+        return found == data
 
 
 def _flush(file: BinaryIO) -> None:

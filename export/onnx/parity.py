@@ -74,7 +74,7 @@ class _Batch(NamedTuple):
 class _Check(NamedTuple):
     """What one task is checked with: images [3, H, W], at these sizes, all of them if `full`; `tick` counts batches.
 
-    `budget`: of the package's graphs; torch keeps to the same.
+    `budget`: of the package's graphs; torch keeps to the same. `named`: its name in the package, None of the default.
     """
 
     model: MultiTaskModel
@@ -85,6 +85,12 @@ class _Check(NamedTuple):
     full: bool
     tick: Callable[[], None]
     budget: Budget
+    named: str | None = None
+
+    def open(self, **options: Any) -> list[Package]:
+        """Open the package once for each number of threads."""
+        given = {"verify": False, "budget": self.named, **options}
+        return [Package.load(self.package_dir, threads=threads, **given) for threads in THREADS]
 
     def race(self) -> "_Batch":
         """Return the batch that is repeated to find races."""
@@ -121,9 +127,9 @@ def check_parity(
     max |torch| of an image) and `worst_at` (size, batch, threads), `median_relative_error`, number of `comparisons`
     of one image, `near_tie_images` and `near_tie_tokens` (see the module), `experts_not_hit` {block index: experts
     that the task may use, and the graph holds, that no token went to: untested}, `experts_forced` (those that forced
-    routers alone reached) and `integer_errors` {precision: worst relative error}. Raises ParityError if the error of
-    a graph in floats exceeds 1e-4, a result is not repeatable or not finite, or a size could not be compared because
-    of near ties.
+    routers alone reached) and `integer_errors` {precision: worst relative error}. Of a package of several budgets all
+    of this for each, as "TASK, budget NAME" for those beside the default. Raises ParityError if the error of a graph in
+    floats exceeds 1e-4, a result is not repeatable or not finite, or a size could not be compared because of near ties.
     """
     if not len(images) or images[0].ndim != 3 or images[0].shape[0] != 3:
         raise ValueError(f"{len(images)} images: give one or more, each [3, H, W]")
@@ -138,35 +144,31 @@ def check_parity(
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, batches_per_task * len(package.tasks))
+            progress(done, batches_per_task * len(package.tasks) * max(1, len(package.budgets)))
 
     was_training = model.training
     model.eval()
     try:
-        # Task by task: the sessions of all of them at once would hold the experts as many times over.
-        rest, budget = (images, sizes, full, tick), budget_of(package.manifest)
-        records = {task: _check_task(_Check(model, package_dir, task, *rest, budget)) for task in package.tasks}
-        if package.all_at_once:
-            for precision in package.manifest["precisions"]:
-                _check_all_tasks(_Check(model, package_dir, ALL, *rest, budget), precision, records)
+        found: dict[str | None, dict[str, Record]] = {}
+        names: list[str | None] = [*package.budgets] or [None]
+        for named in names:
+            # Task by task: the sessions of all of them at once would hold the experts as many times over.
+            rest = (images, sizes, full, tick, budget_of(package.of(named).manifest), named)
+            records = {task: _check_task(_Check(model, package_dir, task, *rest)) for task in package.tasks}
+            if package.all_at_once:
+                for precision in package.manifest["precisions"]:
+                    _check_all_tasks(_Check(model, package_dir, ALL, *rest), precision, records)
+            found[named] = records
     finally:
         model.train(was_training)
-    layers = list(model.backbone.moe_indices)
-    report = {
-        task: {
-            "worst_relative_error": record.worst,
-            "worst_at": record.where,
-            "median_relative_error": float(np.median(record.errors)) if record.errors else None,
-            "comparisons": len(record.errors),
-            "near_tie_images": record.near_tie_images,
-            "near_tie_tokens": record.near_tie_tokens,
-            "experts_not_hit": _by_layer(layers, record.not_hit()),
-            "experts_forced": _by_layer(layers, record.forced),
-            "integer_errors": record.integers,
-        }
+    first, layers = next(iter(found)), list(model.backbone.moe_indices)
+    every = {
+        task if named == first else f"{task}, budget {named}": record
+        for named, records in found.items()
         for task, record in records.items()
     }
-    failures = [f"{task}: {failure}" for task, record in records.items() for failure in record.all_failures()]
+    report = {name: record.report(layers) for name, record in every.items()}
+    failures = [f"{name}: {failure}" for name, record in every.items() for failure in record.all_failures()]
     extent = {
         "full": full,
         "images": len(images),
@@ -179,15 +181,10 @@ def check_parity(
     return report
 
 
-def _by_layer(layers: list[int], masks: list[Tensor]) -> dict[str, list[int]]:
-    """Return the experts of masks [E], one a MoE layer, by block index; layers without any are left out."""
-    found = {str(layer): mask.nonzero().flatten().tolist() for layer, mask in zip(layers, masks, strict=False)}
-    return {layer: experts for layer, experts in found.items() if experts}
-
-
 def _check_task(check: _Check) -> Record:
     """Run all batches of one task."""
-    model, entry = check.model, Package.load(check.package_dir, verify=False).entry(check.task)
+    model = check.model
+    entry = Package.load(check.package_dir, verify=False, budget=check.named).entry(check.task)
     budgets, record = check.budget.layers(check.task, model.backbone.moe_indices), Record()
     record.kept = [_mask(model, budget.kept) for budget in budgets]
     if FLOAT in entry["graphs"]:
@@ -204,15 +201,10 @@ def _mask(model: MultiTaskModel, kept: Sequence[int] | None) -> Tensor:
     return mask
 
 
-def _open(package_dir: Path, **options: Any) -> list[Package]:
-    """Open a package once for each number of threads."""
-    return [Package.load(package_dir, threads=threads, verify=False, **options) for threads in THREADS]
-
-
 def _check_floats(check: _Check, record: Record) -> None:
     """Compare the graph in floats, within the limit; where there is one backbone for all tasks, it too."""
     task, size = check.task, check.sizes[0]
-    packages = _open(check.package_dir, precision=FLOAT)
+    packages = check.open(precision=FLOAT)
     planned = [_quick_batches(check.images, check.sizes)]
     planned += [_every_image(check.images, check.sizes), iter([check.race()])] if check.full else []
     for batches in planned:
@@ -224,7 +216,7 @@ def _check_floats(check: _Check, record: Record) -> None:
     manifest, graph = packages[0].manifest, check.package_dir / packages[0].entry(task)["graphs"][FLOAT]["file"]
     packages.clear()  # their sessions are as large as those that follow
     if manifest["backbone"]:
-        shared = _open(check.package_dir, precision=FLOAT, one_backbone=True)
+        shared = check.open(precision=FLOAT, one_backbone=True)
         for batch in _quick_batches(check.images, check.sizes):
             _run(check, shared, batch, record)
         shared.clear()
@@ -234,7 +226,7 @@ def _check_floats(check: _Check, record: Record) -> None:
 
 def _check_integers(check: _Check, precision: str, record: Record) -> None:
     """Run the graph in integers; what it must be is finite and repeatable."""
-    packages = _open(check.package_dir, precision=precision)
+    packages = check.open(precision=precision)
     found, batches = Record(), list(_quick_batches(check.images, check.sizes))
     batches += [check.race()] if check.full else []
     for batch in batches:
@@ -246,7 +238,7 @@ def _check_integers(check: _Check, precision: str, record: Record) -> None:
 
 def _check_all_tasks(check: _Check, precision: str, records: dict[str, Record]) -> None:
     """Compare the graph of all tasks at once: as each task's own graph is, one in integers within no limit."""
-    packages, limit = _open(check.package_dir, precision=precision), LIMIT if precision == FLOAT else math.inf
+    packages, limit = check.open(precision=precision), LIMIT if precision == FLOAT else math.inf
     found = records if precision == FLOAT else {task: Record() for task in records}
     batches = list(_quick_batches(check.images, check.sizes))
     for batch in [*batches, check.race()] if check.full else batches:

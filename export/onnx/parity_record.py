@@ -1,6 +1,8 @@
 """What a comparison of a package with its model found, task by task."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +74,20 @@ class Record:
         """Return which of the experts that the task may use got no token, bool [E], by MoE layer."""
         return [allowed & (load == 0) for allowed, load in zip(self.allowed, self.loads, strict=True)]
 
+    def report(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Return it as `check_parity` does, as JSON values. `layers`: the blocks with experts."""
+        return {
+            "worst_relative_error": self.worst,
+            "worst_at": self.where,
+            "median_relative_error": float(np.median(self.errors)) if self.errors else None,
+            "comparisons": len(self.errors),
+            "near_tie_images": self.near_tie_images,
+            "near_tie_tokens": self.near_tie_tokens,
+            "experts_not_hit": _by_layer(layers, self.not_hit()),
+            "experts_forced": _by_layer(layers, self.forced),
+            "integer_errors": self.integers,
+        }
+
     def all_failures(self) -> list[str]:
         """Return the failures, among them the sizes of which near ties left nothing to compare."""
         return self.failures + [
@@ -83,3 +99,9 @@ class Record:
 
 def num_experts(routing: Routing) -> int:
     return routing.scores_RNE.shape[-1]
+
+
+def _by_layer(layers: Sequence[int], masks: list[Tensor]) -> dict[str, list[int]]:
+    """Return the experts of masks [E], one a MoE layer, by block index; layers without any are left out."""
+    found = {str(layer): mask.nonzero().flatten().tolist() for layer, mask in zip(layers, masks, strict=False)}
+    return {layer: experts for layer, experts in found.items() if experts}

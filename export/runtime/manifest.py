@@ -58,6 +58,26 @@ def package_digests(manifest: dict[str, Any]) -> dict[str, str]:
     return {entry["file"]: entry["sha256"] for entry in file_entries({**manifest, "run": None})}
 
 
+def budgets_of(manifest: dict[str, Any]) -> list[str]:
+    """Return the names of a package's budgets, the default first; none where it has one without a name."""
+    return [manifest["budget"], *manifest["budgets"]] if manifest.get("budgets") else []
+
+
+def with_budget(manifest: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Return a manifest as if a budget of the package were its only one; raise InputError if it has none such."""
+    known = budgets_of(manifest)
+    if not known:
+        raise InputError(f"{folder} has no budgets to choose from: leave the budget out, or export it with several")
+    if name not in known:
+        raise InputError(f"{folder} has no budget {name!r}: choose from {', '.join(known)}")
+    if name == manifest["budget"]:
+        return manifest
+    own = manifest["budgets"][name]
+    tasks = {task: {**entry, **own["tasks"][task]} for task, entry in manifest["tasks"].items()}
+    macs = max(entry["macs"] for entry in tasks.values())
+    return {**manifest, "budget": name, "tasks": tasks, "all_tasks": own["all_tasks"], "macs": macs}
+
+
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raise InputError if a manifest lacks anything that the runtime reads."""
     if manifest.get("format") != FORMAT:
@@ -80,6 +100,13 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         if together is not None:
             complete &= together["tasks"] == list(tasks)
             complete &= all(isinstance(together["graphs"][precision]["file"], str) for precision in precisions)
+        named = manifest.get("budgets", {})
+        complete &= not named or (isinstance(manifest["budget"], str) and manifest["budget"] not in named)
+        for own in named.values():
+            complete &= list(own["tasks"]) == list(tasks) and (own["all_tasks"] is None) == (together is None)
+            for part in (*own["tasks"].values(), *([own["all_tasks"]] if together is not None else ())):
+                complete &= part["macs"] >= 0
+                complete &= all(isinstance(part["graphs"][precision]["file"], str) for precision in precisions)
         for entry in tasks.values():
             kind = KINDS.get(entry["decode"])
             complete &= kind is not None and isinstance(entry["channels"], int) and kind.entry_fits(entry)

@@ -52,6 +52,7 @@ def host_pattern(text: str) -> str:
     return text
 
 
+Budget = Annotated[str, Value(metavar="NAME")]
 Span = Annotated[Range, Value(depth_range, "NEAR:FAR")]
 
 
@@ -90,6 +91,7 @@ class Loading:
         cache: keep weights laid out for this processor in DIR, to load sooner the next time; not with --low-memory
             (default: none)
         threads: onnxruntime threads {threads}
+        budget: one of those that the package holds, by its name (default: its first)
     """
 
     precision: Annotated[str, Value(metavar="P")] | None = None
@@ -97,6 +99,7 @@ class Loading:
     low_memory: bool = False
     cache: Folder | None = None
     threads: Positive | None = None
+    budget: Budget | None = None
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,12 @@ class Limits:
         queue: requests that may wait; more are refused with 503
         max_bytes: larger images are refused, in bytes as sent
         max_pixels: images of more pixels are refused
+        fallback: a budget of the package, smaller than --budget, for requests that name none while others wait for
+            their turn; answers say so (default: all have --budget)
     """
 
     max_bytes: Positive = WEB_BYTES
     max_pixels: Positive = WEB_PIXELS
     concurrency: Positive = 2
     queue: Positive = 16
+    fallback: Budget | None = None

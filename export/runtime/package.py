@@ -5,7 +5,6 @@ Shapes: B images, C channels, H x W pixels.
 
 import ctypes
 import os
-import platform
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,16 @@ from m3vit.export.runtime.arrays import refusal, require_array
 from m3vit.export.runtime.drawing import colourise as colourise
 from m3vit.export.runtime.drawing import paint as paint
 from m3vit.export.runtime.manifest import ALL as ALL
-from m3vit.export.runtime.manifest import FLOAT, HALF, PRECISIONS, check_passed, package_digests, read_manifest
+from m3vit.export.runtime.manifest import (
+    FLOAT,
+    HALF,
+    PRECISIONS,
+    budgets_of,
+    check_passed,
+    package_digests,
+    read_manifest,
+    with_budget,
+)
 from m3vit.export.runtime.manifest import FORMAT as FORMAT
 from m3vit.export.runtime.manifest import FORMAT_VERSION as FORMAT_VERSION
 from m3vit.export.runtime.manifest import MANIFEST as MANIFEST
@@ -28,6 +36,7 @@ from m3vit.export.runtime.manifest import file_entries as file_entries
 from m3vit.export.runtime.opened import OpenedFiles
 from m3vit.export.runtime.opened import PackageChanged as PackageChanged
 from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.processor import integers_saturate, machine
 from m3vit.export.runtime.sessions import Cache, Outputs, Sessions
 from m3vit.kinds import KINDS
 from m3vit.pointers import check_no_link
@@ -67,6 +76,7 @@ class Package:
         self.folder, self.manifest, self.precision = folder, manifest, precision
         self._sessions = sessions
         self._one_backbone = False
+        self._whole, self._by_budget = manifest, {manifest.get("budget"): self}
 
     @classmethod
     def load(
@@ -79,6 +89,7 @@ class Package:
         one_backbone: bool = False,
         cache: Path | str | None = None,
         verify: bool = True,
+        budget: str | None = None,
     ) -> "Package":
         """Open a package.
 
@@ -96,6 +107,8 @@ class Package:
             verify: refuse files, of the package and of the cache, that are not as they were written (sha256), and a
                 package that did not pass the comparison with its model. False saves the time of hashing: all is then
                 taken as it is now, at the caller's risk, for a package that was just verified.
+            budget: which of the package's budgets to run, by its name; default: its first. `of`, and the argument of
+                each prediction, switch between them.
 
         The manifest is checked in any case. A graph that is loaded later is the opened package's: after the folder was
         replaced by another package it comes from the old one or, where that is gone or was changed in place, is refused
@@ -132,7 +145,26 @@ class Package:
         sessions = Sessions(files, manifest["weights"]["file"], threads, low_memory, kept)
         package = cls(folder, manifest, precision, sessions)
         package._one_backbone = one_backbone
-        return package
+        return package if budget is None else package.of(budget)
+
+    @property
+    def budgets(self) -> list[str]:
+        """The names of the package's budgets, the default first; none of a package with one that has no name."""
+        return budgets_of(self._whole)
+
+    def of(self, budget: str | None) -> "Package":
+        """Return the package under one of its budgets (None: this one): the same graphs, loaded once for all of them.
+
+        Raises InputError for a name that the package does not have.
+        """
+        if budget is None or budget == self.manifest.get("budget"):
+            return self
+        if budget not in self._by_budget:
+            manifest = with_budget(self._whole, budget, self.folder)
+            other = Package(self.folder, manifest, self.precision, self._sessions)
+            other._whole, other._by_budget, other._one_backbone = self._whole, self._by_budget, self._one_backbone
+            self._by_budget[budget] = other
+        return self._by_budget[budget]
 
     @property
     def tasks(self) -> list[str]:
@@ -162,13 +194,15 @@ class Package:
         normal = (scaled - np.float32(image["mean"])) / np.float32(image["std"])
         return np.ascontiguousarray(normal.transpose(0, 3, 1, 2))
 
-    def logits(self, images: NDArray[Any], task: str) -> NDArray[np.float32]:
-        """Return the logits float32 [B, C, H, W] of a task, at the images' size.
+    def logits(self, images: NDArray[Any], task: str, *, budget: str | None = None) -> NDArray[np.float32]:
+        """Return the logits float32 [B, C, H, W] of a task, at the images' size, under a budget of the package.
 
         `images` are RGB uint8 [B, H, W, 3], or already normalised float32 [B, 3, H, W]. Raises InputError for
         another shape or type, and for a size that the graph does not take (`predict` resizes); `NotFinite` for logits
         that are no numbers.
         """
+        if budget is not None:
+            return self.of(budget).logits(images, task)
         images = self._ready(images, task)
         return _finite(_joined([self._run(part, task) for part in self._parts(images, task)]), task)
 
@@ -226,16 +260,20 @@ class Package:
 
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, image: NDArray[np.uint8], task: Literal["all"], *, resize: bool = False
+        self, image: NDArray[np.uint8], task: Literal["all"], *, resize: bool = False, budget: str | None = None
     ) -> dict[str, NDArray[Any]]: ...
 
     @overload
-    def predict(self, image: NDArray[np.uint8], task: str, *, resize: bool = False) -> NDArray[Any]: ...
+    def predict(
+        self, image: NDArray[np.uint8], task: str, *, resize: bool = False, budget: str | None = None
+    ) -> NDArray[Any]: ...
 
     def predict(
-        self, image: NDArray[np.uint8], task: str, *, resize: bool = False
+        self, image: NDArray[np.uint8], task: str, *, resize: bool = False, budget: str | None = None
     ) -> NDArray[Any] | dict[str, NDArray[Any]]:
         """Return a task's prediction for one RGB image uint8 [H, W, 3], at the image's own size.
+
+        `budget`: which of the package's budgets is run (default: the one it was opened with).
 
         semseg: class ids uint8 [H, W]. depth: metres float32 [H, W]. normals: unit vectors float32 [H, W, 3],
         x right, y up, z towards the camera. edge: probability float32 [H, W]. all: {task: prediction} of every task,
@@ -251,6 +289,8 @@ class Package:
         require_array(image, "image is", "uint8 [H, W, 3], RGB")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3], RGB")
+        if budget is not None:
+            return self.of(budget).predict(image, task, resize=resize)
         if task == ALL:
             return self._predict_all(image, resize)
         prediction: NDArray[Any] = self.predict_batch(image[None], task, resize=resize)[0]
@@ -418,29 +458,6 @@ def _finite(logits: NDArray[np.float32], task: str) -> NDArray[np.float32]:
         damaged = [place for place, one in enumerate(logits) if not np.isfinite(one).all()]
         raise NotFinite(task, damaged, len(logits))
     return logits
-
-
-def machine() -> str:
-    """Return what a cache is made for: the processor, its instructions, and onnxruntime's version."""
-    features = sorted(_cpu_flags())
-    return f"{platform.system()} {platform.machine()} onnxruntime {onnxruntime.__version__} {' '.join(features)}"
-
-
-def integers_saturate() -> bool:
-    """Return whether 8-bit products may saturate here: x86 processors without VNNI add pairs of them in 16 bits."""
-    flags = _cpu_flags()
-    return "avx2" in flags and not any("vnni" in flag or flag == "amx_int8" for flag in flags)
-
-
-def _cpu_flags() -> set[str]:
-    """Return the processor's features as Linux names them; nothing elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next(
-        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
-    )
 
 
 def give_memory_back() -> None:

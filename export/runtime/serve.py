@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
@@ -27,8 +27,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.process_collector import ProcessCollector
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -41,6 +40,7 @@ from m3vit.export.runtime.bodies import expected_bytes, read_image_bytes
 from m3vit.export.runtime.connections import CloseUnfinished, Crowd, LimitedServer, listen, most_connections
 from m3vit.export.runtime.drawing import colourise, overlay
 from m3vit.export.runtime.hosts import ANY, Hosts, HostsOnly
+from m3vit.export.runtime.metrics import Metrics
 from m3vit.export.runtime.options import Address, Limits, Loading
 from m3vit.export.runtime.package import ALL, MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
 from m3vit.export.runtime.summary import summarise
@@ -54,7 +54,6 @@ RETRY_S = 1
 BODIES_BYTES = 48 << 20  # of images that come or wait for their prediction, together
 ANSWERS_BYTES = 16 << 20  # of answers on their way, together, besides those that keep their prediction's thread
 PIECE_BYTES = 1 << 16  # of an answer, handed on when the last one has been taken
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # buckets of the latency histogram
 
 
 class Format(str, Enum):
@@ -74,32 +73,6 @@ class Resize(str, Enum):
     NEVER = "never"
 
 
-class Metrics:
-    """What `GET /metrics` shows, besides the process's own memory, time and files."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        labels = ("task", "status")
-        self.requests = Counter("m3vit_requests", "Answered requests.", labels, registry=self.registry)
-        self.seconds = Histogram(
-            "m3vit_request_seconds",
-            "From a request's head to its answer's end.",
-            ("task",),
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self.in_flight = Gauge("m3vit_requests_in_flight", "Requests being read or answered.", registry=self.registry)
-        self.rejected = Counter("m3vit_requests_rejected", "Requests refused as too many.", registry=self.registry)
-        self._cut = Counter(
-            "m3vit_cut", "Clients cut off: too slow, or making way.", ("reason",), registry=self.registry
-        )
-
-    def cut(self, reason: str) -> None:
-        """Count a client that was cut off."""
-        self._cut.labels(reason).inc()
-
-
 class Service:
     """Answers prediction requests for some of a package's tasks."""
 
@@ -108,7 +81,7 @@ class Service:
         self.metrics = Metrics()
         self.pool = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="predict")
         self.places = Places(limits.concurrency + limits.queue, self.metrics.cut)
-        self._running = asyncio.Semaphore(limits.concurrency)
+        self._running, self._waiting = asyncio.Semaphore(limits.concurrency), 0
         self._bodies, self._answers = Allowance(BODIES_BYTES), Allowance(ANSWERS_BYTES)
 
     async def predict(self, request: Request, task: str, answer: "Answer") -> Response:
@@ -117,6 +90,10 @@ class Service:
             raise HTTPException(404, f"no task {task!r}: this service has {', '.join(self.tasks)}")
         if task == ALL and answer.format in (Format.PNG, Format.OVERLAY):
             raise HTTPException(422, f"{answer.format.value} is of one task: give format=json or npy for all of them")
+        try:
+            self.package.of(answer.budget)
+        except InputError as error:
+            raise HTTPException(422, str(error)) from None
         expected = expected_bytes(request, self.limits.max_bytes)
         place = self.places.take()
         if place is None:
@@ -127,12 +104,21 @@ class Service:
         except asyncio.TimeoutError:
             raise self._busy("too many large images are coming") from None
         data = await self._receive(request, place)
-        await self._running.acquire()
+        self._waiting += 1
+        try:
+            await self._running.acquire()
+        finally:
+            self._waiting -= 1
+        if answer.budget is None and self.limits.fallback and self._waiting:
+            answer = replace(answer, budget=self.limits.fallback, fallback=True)
+            self.metrics.fallbacks.inc()
         free_thread = place.holds(self._running.release)
         if await request.is_disconnected():
             raise ClientDisconnect
         response = await asyncio.get_running_loop().run_in_executor(self.pool, self._work, data, task, answer)
         give_back()
+        if name := self.package.of(answer.budget).manifest.get("budget"):
+            response.headers["M3vit-Budget"] = name + ("; fallback" if answer.fallback else "")
 
         async def let_next_begin() -> None:
             await place.reserve(self._answers, int(response.headers["content-length"]), "answer")
@@ -174,7 +160,7 @@ class Service:
         )
         start = time.perf_counter()
         try:
-            predictions = self._predictions(image, task, resize)
+            predictions = self._predictions(image, task, resize, self.package.of(answer.budget))
         except (NotFinite, PackageChanged) as error:  # the package's fault, not the image's
             raise HTTPException(500, str(error)) from None
         except InputError as error:
@@ -184,7 +170,7 @@ class Service:
         if task == ALL:
             if answer.format is Format.NPY:
                 return archive(predictions)
-            figures = self._common(ALL, image, resize, elapsed)
+            figures = self._common(ALL, image, resize, elapsed, answer)
             figures["tasks"] = {name: self._figures(one, name, answer) for name, one in predictions.items()}
             return JSONResponse(figures)
         prediction = predictions[task]
@@ -194,21 +180,30 @@ class Service:
             return Response(png(colourise(prediction, task, manifest)), media_type="image/png")
         if answer.format is Format.OVERLAY:
             return Response(png(overlay(image, prediction, task, manifest)), media_type="image/png")
-        return JSONResponse(self._common(task, image, resize, elapsed) | self._figures(prediction, task, answer))
+        common = self._common(task, image, resize, elapsed, answer)
+        return JSONResponse(common | self._figures(prediction, task, answer))
 
-    def _predictions(self, image: NDArray[np.uint8], task: str, resize: bool) -> dict[str, NDArray[Any]]:
+    def _predictions(
+        self, image: NDArray[np.uint8], task: str, resize: bool, package: Package
+    ) -> dict[str, NDArray[Any]]:
         """Return the predictions of a task, or of all that are served: at once where the package can."""
         if task != ALL:
-            return {task: self.package.predict(image, task, resize=resize)}
-        if set(self.tasks) == set(self.package.tasks):
-            return self.package.predict(image, ALL, resize=resize)
-        return {one: self.package.predict(image, one, resize=resize) for one in self.tasks}
+            return {task: package.predict(image, task, resize=resize)}
+        if set(self.tasks) == set(package.tasks):
+            return package.predict(image, ALL, resize=resize)
+        return {one: package.predict(image, one, resize=resize) for one in self.tasks}
 
-    def _common(self, task: str, image: NDArray[np.uint8], resized: bool, elapsed: float) -> dict[str, Any]:
+    def _common(
+        self, task: str, image: NDArray[np.uint8], resized: bool, elapsed: float, answer: "Answer"
+    ) -> dict[str, Any]:
         """Return what an answer in figures says of any task."""
         height, width = image.shape[:2]
         took = round(1000 * elapsed, 3)
-        return {"task": task, "height": height, "width": width, "resized": resized, "milliseconds": took}
+        found = {"task": task, "height": height, "width": width, "resized": resized, "milliseconds": took}
+        if self.package.budgets:
+            budget = self.package.of(answer.budget).manifest["budget"]
+            found |= {"budget": budget, "fallback": answer.fallback}
+        return found
 
     def _figures(self, prediction: NDArray[Any], task: str, answer: "Answer") -> dict[str, Any]:
         """Return a prediction in figures, and its picture if that is asked for."""
@@ -223,6 +218,8 @@ class Answer:
     format: Format
     resize: Resize
     picture: bool
+    budget: str | None = None  # of the package; None: the one it is served with
+    fallback: bool = False  # the budget is the service's choice
 
 
 def must_resize(entry: dict[str, Any], height: int, width: int) -> bool:
@@ -345,6 +342,9 @@ def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts 
             "train_size": package.manifest["image"]["train_size"],
             "max_bytes": limits.max_bytes,
             "max_pixels": limits.max_pixels,
+            "budgets": package.budgets,
+            "budget": package.manifest.get("budget"),
+            "fallback": limits.fallback,
         }
 
     @app.get("/metrics", summary="Prometheus metrics.")
@@ -362,9 +362,10 @@ def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts 
         format: Format = Query(Format.PNG, description="picture, picture over the image, values, figures"),  # noqa: B008
         resize: Resize = Query(Resize.AUTO, description="run at the size trained at"),  # noqa: B008
         picture: bool = Query(False, description="json only: add the picture and its legend"),
+        budget: str | None = Query(None, description="one of the package's"),
     ) -> Response:
         try:
-            return await service.predict(request, task, Answer(format, resize, picture))
+            return await service.predict(request, task, Answer(format, resize, picture, budget))
         except ClientDisconnect:
             return Response(status_code=499)  # nginx's number; nobody reads it but the metrics
 
@@ -425,7 +426,9 @@ def serve(
     give_memory_back()
     package = Package.load(package_dir, **vars(loading))
     tasks = list(dict.fromkeys(tasks or package.tasks))
-    warm_up(package, tasks)
+    check_fallback(package, limits.fallback)
+    for budget in package.budgets or [None]:
+        warm_up(package.of(budget), tasks)
     listening = listen(address.host, address.port)
     bound = listening.getsockname()
     app = create_app(package, tasks, limits, Hosts.of(address.host, bound[0], address.allowed_hosts))
@@ -453,6 +456,19 @@ def serve(
     say(f"serving {', '.join(tasks)} on http://{shown}:{bound[1]}/ (Ctrl-C stops)")
     with listening:
         server.run(sockets=[listening])
+
+
+def check_fallback(package: Package, fallback: str | None) -> None:
+    """Raise InputError for a fallback that is no budget of the package, or takes no less than the one it is for."""
+    if fallback is None:
+        return
+    smaller = package.of(fallback)
+    less, whole = (sum(entry["macs"] for entry in one.manifest["tasks"].values()) for one in (smaller, package))
+    if less >= whole:
+        raise InputError(
+            f"--fallback {fallback} takes {less:,} MACs, and the budget {package.manifest['budget']} that it relieves "
+            f"{whole:,}: give a smaller one"
+        )
 
 
 def warm_up(package: Package, tasks: list[str]) -> None:

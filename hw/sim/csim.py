@@ -12,7 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -192,6 +192,26 @@ def run_bridge(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> Simul
         return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
 
 
+def trace_bridge(
+    project: Path, tokens: np.ndarray, task: int, layers: Sequence[Any]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Run tokens [1, T, P] for a task by hls4ml's trace, in a project that was instrumented for it and built.
+
+    layers: their name, rows and columns. Returns what each gave, float64 [rows, columns], and the expert ids [1, N, K]
+    of each MoE layer.
+    """
+    manifest = read_manifest(project)
+    with _workplace() as (folder, env):
+        np.save(folder / "tokens.npy", np.ascontiguousarray(tokens, dtype=np.float64))
+        np.save(folder / "tasks.npy", np.array([[task]], np.float64))
+        sizes = {layer.name: layer.rows * layer.columns for layer in layers}
+        (folder / "layers.json").write_text(json.dumps([sizes, manifest["tokens"] * manifest["outputs"]]))
+        run_program([*BRIDGE, "trace", str(folder)], project, "hls4ml's trace", env)
+        with np.load(folder / "layers.npz") as found:
+            values = [found[layer.name].reshape(layer.rows, layer.columns) for layer in layers]
+        return values, _read_routing(folder, manifest, 1)
+
+
 def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
     """Read the text log of a spatial project's test bench: outputs [n, T, n_out] float32."""
     shape = (runs, manifest["tokens"], manifest["outputs"])
@@ -202,6 +222,11 @@ def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
     if outputs.size != np.prod(shape):
         raise InputError(f"the test bench wrote {outputs.size} values instead of {np.prod(shape)}")
     return outputs.reshape(shape)
+
+
+def read_counters(path: Path) -> list[dict[str, int]]:
+    """Return what the test bench counted: of each frame and instruction a line. Raises OSError, ValueError."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def build_frames(project: Path) -> Path:
@@ -232,7 +257,7 @@ def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> Frame
         try:
             outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)
             routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64).reshape(len(images), -1)
-            lines = [json.loads(line) for line in (folder / "counters.json").read_text().splitlines()]
+            lines = read_counters(folder / "counters.json")
         except (OSError, ValueError) as error:
             raise InputError(f"the test bench wrote outputs that cannot be read ({error})") from None
     rows = manifest["tokens"] + manifest["prefix_tokens"]

@@ -6,6 +6,7 @@ checked when a file is opened. Products that stay below 2^24 use float32.
 Shapes: N tokens, D channels, E experts, K experts a token.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -173,6 +174,15 @@ class Emulator:
             state.narrow, state.wide = (torch.from_numpy(words.astype(np.float64)) for words in start)
         self._run(state, range(steps), task, pixels)
         return state
+
+    @torch.inference_mode()
+    def steps(self, pixels: np.ndarray, task: int) -> Iterator[tuple[int, "_State"]]:
+        """Yield each instruction that a frame of a task runs, and the memories after it: one state, which goes on."""
+        state = self._start()
+        for pc, instruction in enumerate(self.program):
+            if instruction.task in (-1, task):
+                self._step(state, pc, instruction, pixels)
+                yield pc, state
 
     def _start(self) -> _State:
         memory, empty = self.image.memory, np.zeros((0, 0), np.int64)

@@ -117,7 +117,7 @@ def run_eval(args: argparse.Namespace) -> None:
         }
         caption += "".join(f"\n{words}" for words in beside.values())
         print_scores(result["tasks"], columns, caption, wanted.all_metrics, dict.fromkeys(beside, TRAINED))
-        say_changed(result.get("changed_files", []))
+        say_changed(result.get("changed_files", []), result.get("changes"))
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def run_csim(wanted: Csim) -> None:
         )
     for line in schedule_of(read_manifest(wanted.project)).said(report):
         say(line)
-    say_changed(report["changed_files"])
+    say_changed(report["changed_files"], report["changes"])
 
 
 def add_cost_options(parser: Any, exploring: bool = False) -> None:

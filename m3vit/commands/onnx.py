@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from m3vit.commands.terminal import console, progress_bar, say
 from m3vit.errors import InputError
-from m3vit.options import RunFolder, Value, add_options, options
+from m3vit.options import RunFolder, Value, add_options, options, words
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class ExportOnnx:
         top_k: experts per token, for all tasks or by task: depth=1,semseg=2 (default: as trained)
         prune: keep, of each task and layer, the fewest experts that hold this share of its use, such as 0.99 (default:
             all experts)
-        budget_file: experts per token of each task and block, from a file of m3vit search (default: as trained)
+        budget_files: experts per token of each task and block, and hidden units, from a file of m3vit search; of
+            several, with commas between them, all go into the package around one file of weights, called as their
+            files, the first its default; full is the model as trained (default: as trained)
     """
 
     run: RunFolder
@@ -30,13 +32,13 @@ class ExportOnnx:
     sweep: bool = False
     top_k: Annotated[str, Value(metavar="K")] | None = None
     prune: Annotated[str, Value(metavar="coverage=X")] | None = None
-    budget_file: Annotated[Path, Value(metavar="FILE", flag="budget")] | None = None
+    budget_files: Annotated[tuple[str, ...], Value(words, "FILE,...", flag="budget")] = ()
 
 
 def add_export_onnx(parser: argparse.ArgumentParser) -> None:
     from m3vit.export.onnx.options import Content, Request
 
-    add_options(parser, ExportOnnx, Request, Content, exclusive=("prune", "keep", "budget_file"))
+    add_options(parser, ExportOnnx, Request, Content, exclusive=("prune", "keep", "budget_files"))
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:
@@ -56,12 +58,14 @@ def run_export_onnx(args: argparse.Namespace) -> None:
         raise InputError("--calibrate is of --prune, --keep and --sweep: give one of them, or leave it out")
     request = options(Request, args, coverage=coverage, top_k=top_k)
     content = options(Content, args)
-    if wanted.budget_file:
-        from m3vit.models.budget_file import read_budget
+    if wanted.budget_files:
+        from m3vit.models.budget_file import read_budgets
 
         if top_k:
             raise InputError("--budget says how many experts a token goes to: leave out --top-k, or --budget")
-        content = replace(content, budget=read_budget(wanted.budget_file))
+        budgets = read_budgets(wanted.budget_files)
+        (first, *others) = budgets.values()
+        content = replace(content, budgets=budgets) if others else replace(content, budget=first)
     if wanted.sweep:
         from m3vit.export.onnx.sweep import sweep
 

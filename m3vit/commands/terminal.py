@@ -75,10 +75,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def say_changed(names: list[str]) -> None:
-    """Say which files of a project were edited since its export, if any."""
+def say_changed(names: Sequence[str], changes: Mapping[str, str] | None = None) -> None:
+    """Say which files of a project were edited since its export, if any; `changes`: what changed in each."""
     if names:
-        say(f"changed since the export: {', '.join(names)}")
+        said = [f"{name} ({changes[name]})" if changes and changes.get(name) else name for name in names]
+        say(f"changed since the export: {', '.join(said)}")
 
 
 def print_scores(

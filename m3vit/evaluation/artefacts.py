@@ -127,10 +127,12 @@ def open_predictor(
         if world_size() > 1:
             raise InputError("an HLS project is simulated by one process: start m3vit eval without torchrun")
         from m3vit.export.hls.contents import naming, open_project
+        from m3vit.export.hls.edits import said_changes
 
         manifest, changed = open_project(folder)
         weights = manifest.get("run", {}).get("weights_sha256")
         info = {"hls4ml": manifest["hls4ml"], "weights_sha256": weights, "changed_files": changed}
+        info |= {"changes": said_changes(folder, manifest, changed)} if changed else {}
         with naming(changed):
             return hls_predictor(folder, manifest), info, ""
     if not (folder / "config.yaml").is_file():

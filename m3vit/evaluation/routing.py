@@ -176,7 +176,7 @@ def gather(
     layers = [model.backbone.trunk.blocks[block].mlp for block in blocks]
     top_k = np.array(
         [
-            [layer.use(budget.layer(task, block))[0] for task in tasks]
+            [layer.use(budget.layer(task, block)).top_k for task in tasks]
             for block, layer in zip(blocks, layers, strict=True)
         ]
     )

@@ -1,14 +1,18 @@
-"""`m3vit search`: how many experts per token each task needs in each block, for a share of the compute.
+"""`m3vit search`: what to use of a model for a share of its compute, so that its tasks lose least.
 
-For runs as they are trained: nothing is trained for fewer experts here, so what a budget loses is measured and told.
+Each task chooses how many experts its tokens go to in each block; where the run was trained for budgets, the hidden
+width of each block is chosen too, for all tasks. Of other runs experts alone are left out: nothing was trained for
+fewer, so what a budget loses is measured and told.
 
 A task's graph has its own routing, so tasks do not meddle with each other: one pass over the images measures one
-choice of every task. First each block alone gets fewer experts, which predicts, by adding up, what any combination
-loses. Costs add up exactly, so the combinations that no other one beats (in cost and predicted loss) are found block by
-block, all of them looked at. Some of these, spread over the range of costs, are measured. Last, a point of each task is
-taken, so that together they keep within the compute and lose least, each task weighed by its preference.
+choice of every task. First each block alone gets fewer experts, or its smallest width, which predicts, by adding up,
+what any combination loses. Costs add up exactly, so the combinations that no other one beats (in cost and predicted
+loss) are found block by block, all of them looked at: first of widths, of which a few are taken, from all to the
+smallest; then, for each of these, of each task's experts. Some of these, spread over the range of costs, are measured.
+Last, a point of each task is taken, of one width, so that together they keep within the compute and lose least, each
+task weighed by its preference.
 
-Losses are relative to the full model, in percent of the headline metric, negative where fewer experts are better.
+Losses are relative to the full model, in percent of the headline metric, negative where a smaller one is better.
 L blocks with experts.
 """
 
@@ -16,80 +20,88 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from m3vit.data.sample import Split
 from m3vit.errors import InputError
+from m3vit.evaluation.costs import Costs, macs_of
 from m3vit.evaluation.evaluate import evaluate, torch_predictor
 from m3vit.models.budget import Budget
-from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.profiling import graph_macs
+from m3vit.models.space import Asked, Space, space_of
 from m3vit.tasks import TASKS
 
 PROTOCOL = "A"
 POINTS = 6  # of a task's front that are measured, beside all experts
+LEVELS = 4  # of the widths' front that are measured, and of each task's front at each of them
 
 T = TypeVar("T")
-Counts = tuple[int, ...]  # experts per token of the L blocks
+Counts = tuple[int, ...]  # experts per token of the L blocks; or hidden units of those that have a choice
+Cost = Callable[[Counts], float]
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A way of running a task: experts per token of each block, MACs an image, relative loss in percent."""
+    """A way of running a task: experts per token of each block, its cost, relative loss in percent."""
 
     counts: Counts
-    macs: int
+    cost: float
     loss: float
 
     @property
-    def worth(self) -> tuple[int, float]:
+    def worth(self) -> tuple[float, float]:
         """What points are compared by."""
-        return self.macs, self.loss
+        return self.cost, self.loss
+
+
+class Together(NamedTuple):
+    """A point of each task: the cost of all, the weighted loss, the points, hidden units of each block."""
+
+    cost: float
+    loss: float
+    points: dict[str, Point]
+    widths: dict[int, int]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: a point of each task, the weighted loss, and the front that it is on.
+    """What a search found, and the front that it is on, by ascending cost.
 
-    share: of the MACs of all tasks' graphs with all experts. front: [(share, weighted loss, {task: point})], ascending.
+    share: of the cost of all tasks' graphs with everything.
     """
 
-    points: dict[str, Point]
+    chosen: Together
     share: float
-    loss: float
-    front: list[tuple[float, float, dict[str, Point]]]
+    front: list[tuple[float, Together]]
+
+    @property
+    def points(self) -> dict[str, Point]:
+        return self.chosen.points
 
     def budget(self, blocks: Sequence[int]) -> Budget:
         """Return it as a budget of the model's blocks with experts."""
-        return budget_of({task: point.counts for task, point in self.points.items()}, blocks)
+        return budget_of({task: point.counts for task, point in self.points.items()}, blocks, self.chosen.widths)
 
 
-def budget_of(choice: Mapping[str, Counts], blocks: Sequence[int]) -> Budget:
-    """Return the budget of each task's experts per token in the blocks with experts."""
-    return Budget({task: dict(zip(blocks, counts, strict=True)) for task, counts in choice.items()})
+def budget_of(choice: Mapping[str, Counts], blocks: Sequence[int], widths: Mapping[int, int] | None = None) -> Budget:
+    """Return the budget of each task's experts per token in the blocks with experts, and of hidden units by block."""
+    counts = {task: dict(zip(blocks, counts, strict=True)) for task, counts in choice.items()}
+    return Budget(counts, width=widths or {})
 
 
-def cost_of(config: ModelConfig, blocks: Sequence[int]) -> Callable[[str, Counts], int]:
-    """Return the function (task, counts) -> MACs of the task's graph at the size trained at, as profile counts them."""
-    size = (config.image_size[0], config.image_size[1])
-    whole = {task: graph_macs(config, task, size) for task in config.tasks}
-    first = config.tasks[0]
-    saved = [whole[first] - graph_macs(config, first, size, Budget({first: {block: 1}})) for block in blocks]
-    fewer = config.top_k - 1
-
-    def macs(task: str, counts: Counts) -> int:
-        left = sum(each * (config.top_k - count) for each, count in zip(saved, counts, strict=True))
-        return whole[task] - (left // fewer if fewer else 0)
-
-    return macs
+def searched(model: MultiTaskModel, train: Asked) -> Space:
+    """Return what a search chooses from: what the run was trained for, else fewer experts alone."""
+    config, blocks = model.config, model.backbone.moe_indices
+    if not train.budgets:
+        return Space(tuple(config.tasks), tuple(blocks), 1, config.top_k, {})
+    return space_of(config.tasks, config.top_k, model.hidden_widths(), blocks, train)
 
 
-def unbeaten(ways: Sequence[T], worth: Callable[[T], tuple[int, float]]) -> list[T]:
-    """Return those that no other one beats in `worth` (MACs, loss), by ascending MACs, one of equals."""
+def unbeaten(ways: Sequence[T], worth: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Return those that no other one beats in `worth` (cost, loss), by ascending cost, one of equals."""
     kept: list[T] = []
     for way in sorted(ways, key=worth):
         if not kept or worth(way)[1] < worth(kept[-1])[1]:
@@ -97,17 +109,17 @@ def unbeaten(ways: Sequence[T], worth: Callable[[T], tuple[int, float]]) -> list
     return kept
 
 
-def predicted_front(alone: Sequence[Mapping[int, float]], macs: Callable[[Counts], int], top_k: int) -> list[Point]:
+def predicted_front(alone: Sequence[Mapping[int, float]], cost: Cost, every: Counts) -> list[Point]:
     """Return the unbeaten points of a task, of all combinations of counts, if losses add up.
 
-    `alone` [L]: {experts per token: loss} of a block that has them while the others have all, 0 for all of them. Built
-    block by block: a beaten beginning stays beaten, since costs and losses only add up.
+    `alone` [L]: {experts per token: loss} of a block that has them while the others have all, 0 for all of them.
+    `every` [L]: all of them. Built block by block: a beaten beginning stays beaten, since costs and losses only add up.
     """
-    beginnings = [Point((), 0, 0.0)]
+    beginnings = [Point((), cost(every), 0.0)]
     for place, losses in enumerate(alone):
-        rest = (top_k,) * (len(alone) - place - 1)
+        rest = every[place + 1 :]
         longer = [
-            Point(counts := (*begun.counts, count), macs((*counts, *rest)), begun.loss + loss)
+            Point(counts := (*begun.counts, count), cost((*counts, *rest)), begun.loss + loss)
             for begun in beginnings
             for count, loss in losses.items()
         ]
@@ -116,24 +128,24 @@ def predicted_front(alone: Sequence[Mapping[int, float]], macs: Callable[[Counts
 
 
 def sample_front(front: Sequence[Point], count: int) -> list[Point]:
-    """Return up to `count` points of a front, both ends and the nearest to even steps of MACs between them."""
-    macs = np.array([point.macs for point in front], np.float64)
-    steps = np.linspace(macs[0], macs[-1], count)
-    return [front[place] for place in sorted({int(np.abs(macs - step).argmin()) for step in steps})]
+    """Return up to `count` points of a front, both ends and the nearest to even steps of cost between them."""
+    costs = np.array([point.cost for point in front], np.float64)
+    steps = np.linspace(costs[0], costs[-1], count)
+    return [front[place] for place in sorted({int(np.abs(costs - step).argmin()) for step in steps})]
 
 
 def best_together(
     fronts: Mapping[str, Sequence[Point]], preferences: Mapping[str, float]
-) -> list[tuple[int, float, dict[str, Point]]]:
-    """Return (MACs, weighted mean loss, {task: point}) of the unbeaten choices of a point of each task, ascending."""
+) -> list[tuple[float, float, dict[str, Point]]]:
+    """Return (cost, weighted mean loss, {task: point}) of the unbeaten choices of a point of each task, ascending."""
     total = sum(preferences[task] for task in fronts)
-    together: list[tuple[int, float, dict[str, Point]]] = [(0, 0.0, {})]
+    together: list[tuple[float, float, dict[str, Point]]] = [(0, 0.0, {})]
     for task, measured in fronts.items():
         points = unbeaten(measured, lambda point: point.worth)
         weight = preferences[task] / total
         longer = [
-            (macs + point.macs, loss + weight * point.loss, {**chosen, task: point})
-            for macs, loss, chosen in together
+            (cost + point.cost, loss + weight * point.loss, {**chosen, task: point})
+            for cost, loss, chosen in together
             for point in points
         ]
         together = unbeaten(longer, lambda one: one[:2])
@@ -146,6 +158,49 @@ def relative_loss(task: str, full: float, value: float) -> float:
     return change if TASKS[task].higher_is_better else -change
 
 
+def between(widths: Sequence[int], loss: float) -> dict[int, float]:
+    """Return the loss of each width of a block, of which the smallest was measured: by the units that are left out."""
+    least, most = widths[0], widths[-1]
+    return {width: loss * (most - width) / max(1, most - least) for width in widths}
+
+
+def check_share(share: float, lowest: float, name: str, found: Space, trained: bool) -> None:
+    """Raise InputError for a share of the cost that no budget of the space has."""
+    if share >= lowest:
+        return
+    advice = f"give {math.ceil(1000 * lowest) / 1000:g} to 1"
+    if trained:
+        raise InputError(
+            f"--budget is {share:g}: the smallest budget that this model was trained for takes {lowest:.3f} of its "
+            f"{name} (train.budget_top_k {found.fewest}, train.budget_width): {advice}"
+        )
+    raise InputError(
+        f"--budget is {share:g}: with one expert per token in every block this model still takes {lowest:.3f} of its "
+        f"{name}, and it was not trained for less (train.budgets): {advice}"
+    )
+
+
+class _Measuring:
+    """Scores the tasks under budgets, and counts how many there are to come."""
+
+    def __init__(self, model: MultiTaskModel, split: Split, indices: Sequence[int], progress: Progress | None) -> None:
+        self.model, self.split, self.indices, self.progress = model, split, indices, progress
+        self.done, self.total, self.full = 0, 1, dict[str, float]()
+
+    def values(self, budget: Budget, words: str) -> dict[str, float]:
+        """Return each task's headline metric."""
+        predictor = torch_predictor(self.model, 1, budget)
+        scores = evaluate(self.split, predictor, PROTOCOL, indices=self.indices, quick=True).scores()
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total, words)
+        return {task: scores[task][TASKS[task].headline(quick=True)] for task in self.model.config.tasks}
+
+    def losses(self, budget: Budget, words: str) -> dict[str, float]:
+        """Return each task's relative loss."""
+        return {task: relative_loss(task, self.full[task], value) for task, value in self.values(budget, words).items()}
+
+
 def search(
     model: MultiTaskModel,
     split: Split,
@@ -153,67 +208,97 @@ def search(
     preferences: Mapping[str, float],
     indices: Sequence[int],
     progress: Progress | None = None,
+    *,
+    train: Asked,
+    costs: Costs | None = None,
 ) -> Found:
-    """Return the experts per token that lose least within `share` (0..1) of the MACs, on the images `indices`.
+    """Return what loses least within `share` (0..1) of the cost, on the images `indices`.
 
-    `preferences` weigh the tasks' losses; edges are scored by the quick metric. Raises InputError for a model without
-    a choice, and for a share that fewer experts do not reach.
+    `preferences` weigh the tasks' losses; edges are scored by the quick metric. `train`: what the run was trained for.
+    `costs`: MACs, if nothing else is given. Raises InputError for a model without a choice, and for a share that it
+    does not reach.
     """
-    config, blocks = model.config, model.backbone.moe_indices
-    if not blocks or config.top_k == 1:
+    config, blocks, found = model.config, model.backbone.moe_indices, searched(model, train)
+    if found.single:
         what = "has no experts" if not blocks else "has one expert per token"
-        raise InputError(f"this model {what}: there is nothing to choose, m3vit search needs top_k 2 or more")
-    macs = cost_of(config, blocks)
-    every, least = (config.top_k,) * len(blocks), (1,) * len(blocks)
-    whole = sum(macs(task, every) for task in config.tasks)
-    lowest = sum(macs(task, least) for task in config.tasks) / whole
-    if share < lowest:
         raise InputError(
-            f"--budget is {share:g}: with one expert per token in every block this model still takes {lowest:.3f} of "
-            f"its MACs, and it was not trained for less: give {math.ceil(1000 * lowest) / 1000:g} to 1"
+            f"this model {what}: there is nothing to choose, m3vit search needs top_k 2 or more, or a run trained for "
+            "budgets (train.budgets)"
         )
-    alone_of = [(place, count) for place in range(len(blocks)) for count in range(1, config.top_k)]
-    total, done = 1 + len(alone_of) + POINTS, 0
+    costs = costs or macs_of(config, found, model.hidden_widths())
+    tasks, every, least = config.tasks, (found.top_k,) * len(blocks), (found.fewest,) * len(blocks)
+    whole = sum(costs.whole[task] for task in tasks)
+    smallest = {block: widths[0] for block, widths in found.widths.items()}
+    lowest = sum(costs.of(task, dict(zip(blocks, least, strict=True)), smallest) for task in tasks) / whole
+    check_share(share, lowest, costs.unit, found, bool(train.budgets))
 
-    def measured(choice: Mapping[str, Counts], words: str) -> dict[str, float]:
-        nonlocal done
-        predictor = torch_predictor(model, 1, budget_of(choice, blocks))
-        scores = evaluate(split, predictor, PROTOCOL, indices=indices, quick=True).scores()
-        done += 1
-        if progress:
-            progress(done, total, words)
-        return {task: scores[task][TASKS[task].headline(quick=True)] for task in config.tasks}
-
-    full = measured(dict.fromkeys(config.tasks, every), "all experts")
-    if bare := [task for task, value in full.items() if not math.isfinite(value) or value == 0]:
+    alone_of = [(place, count) for place in range(len(blocks)) for count in range(found.fewest, found.top_k)]
+    narrow = [block for block, widths in found.widths.items() if len(widths) > 1]
+    levels, points = (LEVELS, LEVELS) if narrow else (1, POINTS)
+    measuring = _Measuring(model, split, indices, progress)
+    measuring.total = 1 + len(alone_of) + len(narrow) + levels * points
+    measuring.full = measuring.values(budget_of(dict.fromkeys(tasks, every), blocks), "all of it")
+    if bare := [task for task, value in measuring.full.items() if not math.isfinite(value) or value == 0]:
         raise InputError(
             f"on {len(indices)} val images {', '.join(bare)} has no figure, or one of 0, to lose from: give more "
             "--images, or train longer"
         )
-    alone: dict[str, list[dict[int, float]]] = {task: [{config.top_k: 0.0} for _ in blocks] for task in config.tasks}
+    alone: dict[str, list[dict[int, float]]] = {task: [{found.top_k: 0.0} for _ in blocks] for task in tasks}
     for place, count in alone_of:
         counts = (*every[:place], count, *every[place + 1 :])
-        values = measured(dict.fromkeys(config.tasks, counts), "each block alone")
-        for task in config.tasks:
-            alone[task][place][count] = relative_loss(task, full[task], values[task])
-    to_measure = {
-        task: sample_front(predicted_front(alone[task], partial(macs, task), config.top_k), POINTS)
-        for task in config.tasks
-    }
-    rounds = max(map(len, to_measure.values()))
-    total -= POINTS - rounds  # fronts of few points
-    fronts = {task: [Point(every, macs(task, every), 0.0)] for task in config.tasks}
-    for place in range(rounds):
-        choice = {task: points[min(place, len(points) - 1)].counts for task, points in to_measure.items()}
-        values = measured(choice, "combinations")
-        for task, counts in choice.items():
-            loss = relative_loss(task, full[task], values[task])
-            fronts[task].append(Point(counts, macs(task, counts), loss))
-    # One expert per token everywhere is always among them, so that every share promised can be kept to.
-    front = best_together(fronts, preferences)
-    within = [one for one in front if one[0] <= share * whole]
-    chosen = within[-1]  # the front falls: the last is the best
-    return Found(chosen[2], chosen[0] / whole, chosen[1], [(one[0] / whole, one[1], one[2]) for one in front])
+        lost = measuring.losses(budget_of(dict.fromkeys(tasks, counts), blocks), "each block alone")
+        for task in tasks:
+            alone[task][place][count] = lost[task]
+    widths = _levels(found, narrow, costs, preferences, measuring) if narrow else [{}]
+    measuring.total -= (levels - len(widths)) * points
+
+    ways: list[Together] = []
+    for level in widths:
+        cost = {task: partial(_cost, costs, task, blocks, level) for task in tasks}
+        to_measure = {task: sample_front(predicted_front(alone[task], cost[task], every), points) for task in tasks}
+        rounds = max(map(len, to_measure.values()))
+        measuring.total -= points - rounds  # fronts of few points
+        fronts = {task: [] if level else [Point(every, cost[task](every), 0.0)] for task in tasks}
+        for place in range(rounds):
+            choice = {task: some[min(place, len(some) - 1)].counts for task, some in to_measure.items()}
+            lost = measuring.losses(budget_of(choice, blocks, level), "combinations")
+            for task, counts in choice.items():
+                fronts[task].append(Point(counts, cost[task](counts), lost[task]))
+        ways += [Together(*one, level) for one in best_together(fronts, preferences)]
+    # The least of everything is always among them, so that every share promised can be kept to.
+    front = unbeaten(ways, lambda one: one[:2])
+    chosen = [one for one in front if one.cost <= share * whole * (1 + 1e-9)][-1]  # the front falls: the last is best
+    return Found(chosen, chosen.cost / whole, [(one.cost / whole, one) for one in front])
+
+
+def _cost(costs: Costs, task: str, blocks: Sequence[int], widths: Mapping[int, int], counts: Counts) -> float:
+    return costs.of(task, dict(zip(blocks, counts, strict=True)), widths)
+
+
+def _levels(
+    found: Space, narrow: Sequence[int], costs: Costs, preferences: Mapping[str, float], measuring: _Measuring
+) -> list[dict[int, int]]:
+    """Return a few choices of the width of every block, {} (all units) first, the smallest last.
+
+    They are unbeaten in the cost of all tasks and in the loss that is predicted, weighed by the preferences.
+    """
+    tasks, total = found.tasks, sum(preferences[task] for task in found.tasks)
+    alone = []
+    for block in narrow:
+        choices = found.widths[block]
+        lost = measuring.losses(Budget(width={block: choices[0]}), "each block's width alone")
+        weighed = sum(preferences[task] * lost[task] for task in tasks) / total
+        alone.append(between(choices, weighed))
+
+    def cost(widths: Counts) -> float:
+        given = dict(zip(narrow, widths, strict=True))
+        return sum(costs.of(task, {}, given) for task in tasks)
+
+    every = tuple(found.widths[block][-1] for block in narrow)
+    least = tuple(found.widths[block][0] for block in narrow)
+    front = [point.counts for point in sample_front(predicted_front(alone, cost, every), LEVELS)]
+    between_them = [counts for counts in front if counts not in (every, least)][: LEVELS - 2]
+    return [{}, *(dict(zip(narrow, counts, strict=True)) for counts in (*between_them[::-1], least))]
 
 
 def read_preferences(text: str | None, tasks: Sequence[str]) -> dict[str, float]:
@@ -239,16 +324,33 @@ def read_preferences(text: str | None, tasks: Sequence[str]) -> dict[str, float]
     return weights
 
 
-def said(found: Found, share: float, blocks: Sequence[int]) -> dict[str, Any]:
+def said(found: Found, share: float, blocks: Sequence[int], costs: Costs, macs: Costs) -> dict[str, Any]:
     """Return what a budget file says of the search, as JSON values."""
-    return {
+
+    def share_of_macs(one: Together) -> float:
+        used = sum(_cost(macs, task, blocks, one.widths, point.counts) for task, point in one.points.items())
+        return used / sum(macs.whole[task] for task in one.points)
+
+    chosen = found.chosen
+    told: dict[str, Any] = {
         "asked": share,
-        "share_of_macs": found.share,
-        "weighted_loss_percent": found.loss,
+        "share_of_macs": share_of_macs(chosen),
+        "weighted_loss_percent": chosen.loss,
         "blocks": list(blocks),
+        "width": {str(block): width for block, width in chosen.widths.items()},
         "tasks": {
-            task: {"top_k": list(point.counts), "macs": point.macs, "loss_percent": point.loss}
+            task: {
+                "top_k": list(point.counts),
+                "macs": _cost(macs, task, blocks, chosen.widths, point.counts),
+                "loss_percent": point.loss,
+            }
             for task, point in found.points.items()
         },
-        "front": [{"share_of_macs": macs, "weighted_loss_percent": loss} for macs, loss, _ in found.front],
+        "front": [
+            {"share_of_macs": share_of_macs(one), "weighted_loss_percent": one.loss, "share": part}
+            for part, one in found.front
+        ],
     }
+    if costs.name != macs.name:
+        told["cost"] = {"by": costs.name, "unit": costs.unit, "share": found.share, "total": chosen.cost}
+    return told

@@ -49,6 +49,13 @@ class Classes(Kind):
 
         return F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / counts[0].clamp(min=1)
 
+    def distance(self, logits: "Tensor", target: "Tensor") -> "Tensor":
+        """Return the Kullback-Leibler divergence from the target's shares of the classes."""
+        from torch.nn import functional as F
+
+        # Two tensors of the logits' size are kept for the gradient; written out, it would be five.
+        return F.cross_entropy(logits, target.softmax(dim=1), reduction="none") - self.entropy(target)
+
     def entropy(self, logits: "Tensor") -> "Tensor":
         log_shares = logits.log_softmax(dim=1)
         return -(log_shares.exp() * log_shares).sum(dim=1)

@@ -118,6 +118,14 @@ class Kind:
         """Return the entropy of each pixel's prediction, in nats [B, H, W], for logits [B, C, H, W] (`has_entropy`)."""
         raise NotImplementedError
 
+    def distance(self, logits: "Tensor", target: "Tensor") -> "Tensor":
+        """Return how far each pixel's logits [B, C, H, W] are from others' of the task [B, H, W]; 0 where they agree.
+
+        What a smaller budget's outputs learn by (m3vit.training.budgets), so in the unit of `loss`. Here the mean
+        absolute difference of the channels.
+        """
+        return (logits - target).abs().mean(dim=1)
+
     # --- predictions ---
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[Any]:

@@ -64,6 +64,13 @@ class Probability(Kind):
         loss = F.binary_cross_entropy_with_logits(logits[:, 0], truth, weight=weight, reduction="sum")
         return loss / counts[0].clamp(min=1)
 
+    def distance(self, logits: "Tensor", target: "Tensor") -> "Tensor":
+        """Return the Kullback-Leibler divergence from the target's probability."""
+        from torch.nn import functional as F
+
+        x, y = logits[:, 0], target[:, 0]
+        return F.softplus(x) - F.softplus(y) - y.sigmoid() * (x - y)
+
     def entropy(self, logits: "Tensor") -> "Tensor":
         """Return -p log p - (1 - p) log(1 - p) of the probability p."""
         from torch.nn import functional as F

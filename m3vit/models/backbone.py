@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3vit.errors import InputError
-from m3vit.models.budget import Use
+from m3vit.models.budget import Use, Uses
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Features
 from m3vit.models.experts import ExpertBank
+from m3vit.models.mlp import first_units_of, mlp_width
 from m3vit.models.moe import MoELayer, TaskIds
 from m3vit.models.router import Router, Routing
 from m3vit.models.trunk import make_trunk
@@ -126,6 +127,11 @@ class Backbone(nn.Module):
         self.trunk.pos_drop.train(training)
         return table
 
+    def mlp_widths(self) -> dict[int, int]:
+        """Return the hidden units of the dense MLPs of which a part can be used, by block."""
+        found = {index: mlp_width(block) for index, block in enumerate(self.trunk.blocks)}
+        return {index: width for index, width in found.items() if width is not None}
+
     def run_block(
         self,
         block: Any,
@@ -133,31 +139,36 @@ class Backbone(nn.Module):
         task_ids: TaskIds,
         options: dict[str, Tensor],
         uses: Sequence[Use] | None = None,
+        width: int | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Run one block of the trunk on [R, B, P + T, D]; return also its routing, if it has experts."""
+        """Run one block of the trunk on [R, B, P + T, D]; return also its routing, if it has experts.
+
+        uses: what each task uses of its experts. width: hidden units that are used of its dense MLP. None: all.
+        """
         if isinstance(getattr(block, "mlp", None), MoELayer):
             return _mix(block, _attend(block, x.flatten(0, 1), options).view_as(x), task_ids, uses)
-        return block(x.flatten(0, 1), **options).view_as(x), None
+        with first_units_of(block, width):
+            return block(x.flatten(0, 1), **options).view_as(x), None
 
     def forward(
         self,
         images: Tensor,
         task_ids: TaskIds,
         blocks: tuple[int, ...] = (),
-        uses: Sequence[Sequence[Use]] | None = None,
+        uses: Uses | None = None,
     ) -> tuple[Features, list[Routing]]:
         """Return patch tokens (without prefix tokens) after `blocks`, and each MoE layer's routing (none exporting).
 
-        blocks: indices of the trunk's; (): the last. uses: of each block with experts, what each task uses of them;
-        None: as trained.
+        blocks: indices of the trunk's; (): the last. uses: what is used of experts and MLPs; None: all, as trained.
 
         Up to the first router the tasks are the same, so that prefix runs once (R = 1); from there on the tasks are
         stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
         each task.
         """
-        alike = uses is None or all(use == layer[0] for layer in uses for use in layer)
+        layers, widths = uses or Uses([], {})
+        alike = all(use == layer[0] for layer in layers for use in layer)
         routed = task_ids[:1] if self.one_for_all and alike else task_ids
-        given = {} if uses is None else dict(zip(self.moe_indices, uses, strict=True))
+        given = dict(zip(self.moe_indices, layers, strict=True)) if layers else {}
         grid = self.grid(images)  # refuses sizes that the patches do not divide
         tokens, rope = self.place(self.trunk.patch_embed(images))
         x = self.trunk.norm_pre(tokens)[None]  # R = 1
@@ -166,7 +177,8 @@ class Backbone(nn.Module):
         kept, routings = {}, []
         for index, block in enumerate(self.trunk.blocks):
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
-            arguments = (block, x, routed, options, given[index][: len(routed)] if index in given else None)
+            used = given[index][: len(routed)] if index in given else None
+            arguments = (block, x, routed, options, used, widths.get(index))
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # The random state is kept too: the second time, router noise and dropped paths are the same.
                 x, routing = checkpoint(self.run_block, *arguments, use_reentrant=False)

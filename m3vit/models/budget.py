@@ -1,16 +1,35 @@
-"""What of a model's experts is used: a value, given to the forward pass and to whatever is made of the model.
+"""What of a model is used: a value, given to the forward pass and to whatever is made of the model.
 
-Layers are named by their block, as in `model.moe_blocks`.
+How many experts a token goes to, by task; and how many hidden units the experts and the dense MLPs have, for all tasks:
+the first so many, so that a smaller budget uses a part of what a larger one does. Layers are named by their block, as
+in `model.moe_blocks`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3vit.errors import InputError, short
 
 KEYS = ("top_k", "kept", "width")
-Use = tuple[int, tuple[int, ...]]  # what a task uses of one layer: how many experts a token goes to, of which
+
+
+class Use(NamedTuple):
+    """What a task uses of one MoE layer: so many experts per token, of those kept, and the first hidden units of each.
+
+    The width is the same for all tasks.
+    """
+
+    top_k: int
+    kept: tuple[int, ...]
+    width: int
+
+
+class Uses(NamedTuple):
+    """A budget as the backbone takes it: what each task uses of each MoE layer, and units of dense MLPs, by block."""
+
+    layers: list[list[Use]]
+    widths: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -42,10 +61,9 @@ class LayerBudget:
                 )
 
     def resolve(self, experts: int, top_k: int, width: int) -> Use:
-        """Return the experts per token and the experts kept, of a layer of `experts` trained with `top_k`.
+        """Return what is used of a layer of `experts` that have `width` hidden units each, trained with `top_k`.
 
-        Raises InputError for more than the layer has, and for a `width` other than its own: nothing uses part of an
-        expert yet.
+        Raises InputError for more than the layer has.
         """
         kept = tuple(range(experts)) if self.kept is None else self.kept
         if kept[-1] >= experts:
@@ -55,21 +73,21 @@ class LayerBudget:
             raise InputError(
                 f"budget of {self.where}: top_k is {used} with {len(kept)} experts kept of {experts}: give 1 to that"
             )
-        if self.width not in (None, width):
+        if self.width is not None and self.width > width:
             raise InputError(
-                f"budget of {self.where}: width is {self.width}, but experts are used whole ({width} hidden units): "
-                "leave it out"
+                f"budget of {self.where}: width is {self.width}, but its experts have {width} hidden units: give 1 to "
+                "that"
             )
-        return used, kept
+        return Use(used, kept, self.width or width)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is used of each MoE layer; of what is not named all, as trained.
+    """What is used of each block; of what is not named all, as trained.
 
     `top_k` {task: {block: experts per token}}, `kept` {task: {block: experts to choose from, ascending}}, `width`
-    {block: hidden units of each expert}. `LayerBudget` says what they mean. Raises InputError for values that no model
-    can have; `check` and `LayerBudget.resolve` compare with one.
+    {block: hidden units of each expert, or of the dense MLP}. `LayerBudget` says what they mean. Raises InputError for
+    values that no model can have; `check` and `LayerBudget.resolve` compare with one.
     """
 
     top_k: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -111,13 +129,26 @@ class Budget:
         """Return the budgets of a task in the blocks with experts."""
         return [self.layer(task, block) for block in blocks]
 
-    def check(self, tasks: Sequence[str], blocks: Sequence[int]) -> None:
-        """Raise InputError for a task or a block that a model of these does not have."""
+    def check(self, tasks: Sequence[str], blocks: Sequence[int], mlps: Mapping[int, int] | None = None) -> None:
+        """Raise InputError for a task or a block that a model of these does not have.
+
+        blocks: those with experts. mlps: hidden units of the dense MLPs of which a part can be used, by block.
+        """
+        mlps = mlps or {}
         if beside := [task for task in self.tasks if task not in tasks]:
             raise InputError(f"budget names task {', '.join(beside)}: this model has {', '.join(tasks)}")
-        if beside := [str(block) for block in self.blocks if block not in blocks]:
+        routed = {block for of in (*self.top_k.values(), *self.kept.values()) for block in of}
+        if beside := [
+            str(block) for block in self.blocks if block not in blocks and (block in routed or block not in mlps)
+        ]:
             have = ", ".join(map(str, blocks)) or "none"
-            raise InputError(f"budget names block {', '.join(beside)}: the blocks with experts are {have}")
+            dense = f"; widths may be of {', '.join(map(str, mlps))} too" if mlps else ""
+            raise InputError(f"budget names block {', '.join(beside)}: the blocks with experts are {have}{dense}")
+        for block, hidden in mlps.items():
+            if (width := self.width.get(block, hidden)) > hidden:
+                raise InputError(
+                    f"budget of block {block}: width is {width}, but its MLP has {hidden} hidden units: give 1 to that"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Return the budget as JSON values: blocks are texts, kept experts lists."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.models.budget import LayerBudget, Use
-from m3vit.models.experts import EXECUTIONS, ExpertBank, choose_execution, run_reference
+from m3vit.models.experts import EXECUTIONS, Bank, ExpertBank, choose_execution, run_reference
 from m3vit.models.router import Router, Routing, route
 
 TaskIds = tuple[int, ...] | Tensor  # a tensor, int64 [1], picks the one task when an exported graph runs
@@ -44,8 +44,9 @@ class MoELayer(nn.Module):
         # One dispatch serves all tasks: tokens of every task that chose an expert run through it together.
         weights_NK, ids_NK = routing.weights_RNK.flatten(0, 1), routing.expert_ids_RNK.flatten(0, 1)
         x_ND = x_RND.reshape(-1, D)
-        execution = choose_execution(self.execution, self.experts, x_ND)
-        y = EXECUTIONS[execution](self.experts, x_ND, weights_NK, ids_NK)
+        bank = self.experts if uses is None else first_units(self.experts, uses[0].width)
+        execution = choose_execution(self.execution, bank, x_ND)
+        y = EXECUTIONS[execution](bank, x_ND, weights_NK, ids_NK)
         return y.view(R, B, T, D), routing
 
     def use(self, budget: LayerBudget) -> Use:
@@ -67,12 +68,19 @@ class MoELayer(nn.Module):
 
 
 class _Weights(NamedTuple):
-    """A bank whose parameters an operator was given."""
+    """A bank whose parameters an operator was given, or of parts of another's."""
 
     w1: Tensor
     b1: Tensor
     w2: Tensor
     b2: Tensor
+
+
+def first_units(bank: Bank, width: int) -> Bank:
+    """Return a bank of the first hidden units of each expert: views of its parameters, to which gradients go."""
+    if width == bank.w1.shape[1]:
+        return bank
+    return _Weights(bank.w1[:, :width], bank.b1[:, :width], bank.w2[:, :, :width], bank.b2)
 
 
 @torch.library.custom_op("m3vit::moe", mutates_args=())

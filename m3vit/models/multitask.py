@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from m3vit import normalisation
 from m3vit.errors import InputError
 from m3vit.models.backbone import Backbone
-from m3vit.models.budget import Budget, Use
+from m3vit.models.budget import Budget, Uses
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import make_decoder
 from m3vit.models.router import Routing
@@ -18,12 +18,14 @@ from m3vit.models.router import Routing
 class Output(NamedTuple):
     """Logits {task: [B, C, H, W] float32} and, for each MoE layer, its routing (tasks in the order asked for).
 
-    `auxiliary` holds further outputs of the decoder that only train, {name: logits of each task as above}.
+    `auxiliary` holds further outputs of the decoder that only train, {name: logits of each task as above}; `tokens`, if
+    they are asked for, what the decoder read {block: [R or 1, B, T, D]}.
     """
 
     logits: dict[str, Tensor]
     routings: list[Routing]
     auxiliary: dict[str, dict[str, Tensor]]
+    tokens: dict[int, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
 class MultiTaskModel(nn.Module):
@@ -52,30 +54,43 @@ class MultiTaskModel(nn.Module):
             raise InputError(f"this model has no task {task!r}: it has {', '.join(self.config.tasks)}")
         return self.config.tasks.index(task)
 
-    def uses(self, budget: Budget | None, tasks: Sequence[str]) -> list[list[Use]] | None:
+    def hidden_widths(self) -> dict[int, int]:
+        """Return the hidden units of each block of which a part can be used: of one expert, or of the dense MLP."""
+        layers = {block: self.backbone.trunk.blocks[block].mlp for block in self.backbone.moe_indices}
+        experts = {block: int(layer.experts.w1.shape[1]) for block, layer in layers.items()}
+        return dict(sorted({**self.backbone.mlp_widths(), **experts}.items()))
+
+    def uses(self, budget: Budget | Uses | None, tasks: Sequence[str]) -> Uses | None:
         """Return a budget as the backbone takes it, for these tasks, or raise InputError if it is another model's."""
+        if isinstance(budget, Uses):
+            return budget
         if budget is None or budget.full:
             return None
-        blocks = self.backbone.moe_indices
-        budget.check(self.config.tasks, blocks)
+        blocks, mlps = self.backbone.moe_indices, self.backbone.mlp_widths()
+        budget.check(self.config.tasks, blocks, mlps)
         layers: dict[int, Any] = {block: self.backbone.trunk.blocks[block].mlp for block in blocks}
-        return [[layer.use(budget.layer(task, block)) for task in tasks] for block, layer in layers.items()]
+        experts = [[layer.use(budget.layer(task, block)) for task in tasks] for block, layer in layers.items()]
+        widths = {block: width for block, width in budget.width.items() if width < mlps.get(block, 0)}
+        return Uses(experts, widths)
 
     def forward(
         self,
         images: Tensor,
         tasks: Sequence[str] | None = None,
         native: Sequence[str] = (),
-        budget: Budget | None = None,
+        budget: Budget | Uses | None = None,
+        *,
+        keep_tokens: bool = False,
     ) -> Output:
         """Predict `tasks` (default: all) for normalised images [B, 3, H, W] float32.
 
         Logits come at the image's size, those of the tasks in `native` at their decoder's own resolution. `budget`:
-        what is used of the experts; None: all, as trained. Raises InputError for one that the model cannot keep to.
+        what is used of the model, or what `uses` made of it for these tasks; None: all, as trained. Raises InputError
+        for one that the model cannot keep to.
         """
         names = list(self.config.tasks if tasks is None else tasks)
         ids = tuple(self.task_id(name) for name in names)
         features, routings = self.backbone(images, ids, self.heads.blocks, self.uses(budget, names))
         size = (images.shape[-2], images.shape[-1])
         logits, auxiliary = self.heads(features, {name: None if name in native else size for name in names})
-        return Output(logits, routings, auxiliary)
+        return Output(logits, routings, auxiliary, features.tokens if keep_tokens else {})

@@ -160,16 +160,19 @@ class Router(nn.Module):
             std = self.noise_std(x_RND, task_ids)
             noisy = logits + torch.randn_like(logits) * std
         allowed = None if self.allowed_RE is None else self.allowed_RE[list(task_ids)]
-        routing = route(noisy, self.top_k) if uses is None else route(noisy, [k for k, _ in uses], self._kept(uses))
+        if uses is None:
+            routing = route(noisy, self.top_k)
+        else:
+            routing = route(noisy, [use.top_k for use in uses], self._kept(uses))
         return routing._replace(logits_RNE=logits, noisy_RNE=noisy, noise_std=std, allowed_RE=allowed)
 
     def _kept(self, uses: Sequence[Use]) -> Tensor | None:
         """Return which experts each task chooses from, bool [R, E], or None if all do from all."""
-        if all(len(kept) == self.num_experts for _, kept in uses):
+        if all(len(use.kept) == self.num_experts for use in uses):
             return None
         mask = torch.zeros(len(uses), self.num_experts, dtype=torch.bool)
-        for row, (_, kept) in zip(mask, uses, strict=True):
-            row[list(kept)] = True
+        for row, use in zip(mask, uses, strict=True):
+            row[list(use.kept)] = True
         return mask.to(self.gates[0].device)
 
     def noise_std(self, x_RND: Tensor, task_ids: tuple[int, ...]) -> Tensor:

@@ -27,6 +27,7 @@ MOST = {"threads": 1024, "workers": 1024}
 LARGEST = 10**9  # of other whole numbers
 # Of a model, for learning rates and freezing (m3vit.training.parts).
 PARTS = ("embed", "trunk", "experts", "routers", "heads")
+MOST_BUDGETS = 16
 GRADIENT_METHODS = ("pcgrad", "mgda", "aligned_mtl")
 MAX_YAML_BYTES, MAX_YAML_VALUES = 1 << 20, 100_000  # a configuration has 3 KiB and a hundred values
 
@@ -93,6 +94,15 @@ class TrainConfig:
         z_weight: weight of the router z-loss (ST-MoE: 0.001).
         specialise_weight: weight of the mutual information between tasks and experts (Mod-Squad: 0.001 to 0.01), which
             gives tasks experts of their own, so that the others can be pruned at export.
+        budgets: passes of each step that take less than the whole model, so that one checkpoint serves any budget of
+            `m3vit search` (after arXiv 2308.11744): the first has the smallest budget, the others random ones; with 1,
+            the smallest and a random one in turn. A step's loss is the mean over its passes. 0 trains the whole alone.
+        budget_top_k: experts per token of the smallest budget; by task and block, budgets have this to model.top_k.
+        budget_width: share of the hidden units of experts and dense MLPs that the smallest budget has; by block,
+            budgets have four evenly spaced widths, the first units of a whole one's, which are put in the order of
+            their importance before training.
+        budget_tokens: weight of how far the tokens that a smaller budget gives the heads are from the whole model's.
+        budget_outputs: the same of its predictions, besides the tasks' weights.
         weighting: how the tasks' losses are weighed. fixed: by task_weights. uncertainty: by learned log-variances that
             start at the fixed weights (Kendall 2018). dwa: fixed weights times dynamic weight averages, temperature 2
             (Liu 2019). pcgrad (Yu 2020), mgda (Sener 2018), aligned_mtl (Senushkin 2023): fixed weights, then the
@@ -142,6 +152,11 @@ class TrainConfig:
     switch_weight: float = 0.0
     z_weight: float = 0.0
     specialise_weight: float = 0.0
+    budgets: int = 0
+    budget_top_k: int = 1
+    budget_width: float = 0.25
+    budget_tokens: float = 1.0
+    budget_outputs: float = 1.0
     weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
@@ -223,7 +238,7 @@ class Config:
                 raise InputError(f"train.{key} is {getattr(train, key)}: give a positive number")
         limits = (
             "weight_decay momentum warmup_epochs grad_clip balance_weight switch_weight z_weight specialise_weight "
-            "seed threads checkpoint_steps eval_epochs tasks_per_step"
+            "seed threads checkpoint_steps eval_epochs tasks_per_step budgets budget_tokens budget_outputs"
         )
         values = {f"train.{key}": getattr(train, key) for key in limits.split()}
         values |= {f"train.task_weights.{task}": weight for task, weight in train.task_weights.items()}
@@ -268,6 +283,15 @@ class Config:
             )
         if train.specialise_weight:
             self._check_specialise()
+        if train.budgets > MOST_BUDGETS:
+            raise InputError(f"train.budgets is {train.budgets}: give at most {MOST_BUDGETS} passes a step, or 0")
+        if not 0 < train.budget_width <= 1:
+            raise InputError(f"train.budget_width is {train.budget_width}: give a share above 0, up to 1 (all units)")
+        if train.budget_top_k < 1 or (train.budgets and train.budget_top_k > self.model.top_k):
+            raise InputError(
+                f"train.budget_top_k is {train.budget_top_k}: give 1 to model.top_k ({self.model.top_k}), the experts "
+                "of the whole model"
+            )
         if train.weighting in GRADIENT_METHODS and train.precision == "16-mixed":
             raise InputError(
                 f"train.weighting {train.weighting} compares gradients, which 16-mixed scales: give "

@@ -25,7 +25,9 @@ OF_EXPERTS = (
     "train.switch_weight",
     "train.z_weight",
     "train.specialise_weight",
+    "train.budget_top_k",
 )
+OF_BUDGETS = ("budget_top_k", "budget_width", "budget_tokens", "budget_outputs")
 COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -55,6 +57,8 @@ def without_effect(config: Config) -> dict[str, str]:
         found |= {key: reason for key in OF_EXPERTS if key != "model.init" or not model.started}
         for key in ("lr_scale", "freeze", "freeze_epochs"):
             found |= {f"train.{key}.{part}": reason for part in getattr(train, key) if part in ("experts", "routers")}
+    if not train.budgets:
+        found |= {f"train.{key}": "train.budgets is 0, the whole model alone is trained" for key in OF_BUDGETS}
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
     for task in TASKS.values():

@@ -17,10 +17,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import refusing
+from m3vit.training.budgets import Whole
 from m3vit.training.config import GRADIENT_METHODS, Config
 from m3vit.training.losses import BatchCounts
 from m3vit.training.parts import freeze, frozen_epochs
-from m3vit.training.step import choose_tasks, stand_in, step_losses
+from m3vit.training.step import choose_tasks, smaller_losses, stand_in, task_weights, whole_losses
 
 GIB, MIB = 2**30, 2**20
 LIBRARIES = 1 * GIB  # CUDA's context and the libraries' workspaces
@@ -100,9 +101,20 @@ def _peak(config: Config, model: MultiTaskModel, count: int, labels: dict[str, T
     tracker = MemTracker()
     tracker.track_external(model.train(), images, *batch.values())
     with tracker:
-        with torch.autocast("cpu", precision, enabled=precision is not None):
-            loss, _ = step_losses(config, model, images, batch, tasks, counts=BatchCounts(batch))
-        loss.backward()
+        counts, whole = BatchCounts(batch), None
+        # A smaller budget's pass follows, with the gradients there and what it learns from: at most as large as this.
+        for _ in range(1 + bool(config.train.budgets)):
+            tracker.reset_mod_stats()
+            with torch.autocast("cpu", precision, enabled=precision is not None):
+                output = model(images, tasks, config.train.native_losses, keep_tokens=True)
+                if whole is None:
+                    loss, parts = whole_losses(config, output, batch, counts=counts)
+                else:
+                    loss, parts = smaller_losses(config, output, whole, batch, task_weights(config), counts, count)
+            whole = Whole.of(output) if config.train.budgets else None
+            del output
+            loss.backward()
+            del loss, parts
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     sums = dict.fromkeys(Step._fields, 0)
     for kind, size in snapshot.items():

@@ -17,6 +17,7 @@ from m3vit.models.initialise import new_model, not_taken
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
+from m3vit.training.budgets import is_ordered, order_units, space
 from m3vit.training.checkpoint import GO_ON, prepare_folder
 from m3vit.training.config import Config
 from m3vit.training.parts import frozen_epochs
@@ -36,6 +37,10 @@ def build(config: Config, *, bare: bool = False, coefficients: Found | None = No
     torch.manual_seed(config.train.seed)
     model = new_model(config.model, bare=bare, coefficients=coefficients)
     frozen_epochs(config.train, model)  # refuses blocks that there are not
+    if config.train.budgets:
+        space(model, config.train)  # refuses budgets that leave nothing to choose
+        if not bare and not is_ordered(config.model):
+            order_units(model)
     return model
 
 

@@ -6,7 +6,7 @@ tokens (`add_up`). Only what is drawn at random inside the model (router noise, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from m3vit.collectives import total, world_size
 from m3vit.data.augment import to_labels, to_values
 from m3vit.data.sample import Sample, no_label
 from m3vit.label_sets import resolve
-from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.budget import Budget
+from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing
+from m3vit.training.budgets import Whole, of_step, output_distance, space, token_distance
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, loss_options, task_loss
@@ -57,18 +59,22 @@ def step_losses(
     of all processes' tokens of this pass, without this process's unless `tokens_count`, and means over the `passes` of
     the step, to which this one contributes its share.
     """
-    resolved = resolve(config.model.tasks, config.model.label_set)
-    weights = weights or {task.name: task.weight for task in resolved} | config.train.task_weights
     output = model(images, tasks=tasks, native=config.train.native_losses)
-    outputs = dict(output.logits) | {
-        f"{task}/{name}": logits for name, auxiliary in output.auxiliary.items() for task, logits in auxiliary.items()
-    }
-    losses = {}
-    for name, logits in outputs.items():
-        task = task_of(name)
-        options, named = loss_options(task, config.train), config.train.losses.get(task, "")
-        losses[name] = task_loss(task, logits.float(), labels[task], options, counts, named)
-    loss = torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum()
+    return whole_losses(config, output, labels, weights, counts, tokens_count, passes)
+
+
+def whole_losses(
+    config: Config,
+    output: Output,
+    labels: Labels,
+    weights: Mapping[str, float] | None = None,
+    counts: BatchCounts | None = None,
+    tokens_count: bool = True,
+    passes: int = 1,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what `step_losses` does, of an output of the whole model."""
+    resolved = resolve(config.model.tasks, config.model.label_set)
+    loss, losses = task_losses(config, output, labels, weights or task_weights(config), counts)
     routing_weights = config.train.routing_weights()
     if output.routings and routing_weights:
         routings = output.routings if tokens_count else [without_tokens(routing) for routing in output.routings]
@@ -78,6 +84,51 @@ def step_losses(
         loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
         losses |= found
     return loss, losses
+
+
+def smaller_losses(
+    config: Config,
+    output: Output,
+    whole: Whole,
+    labels: Labels,
+    weights: Mapping[str, float],
+    counts: BatchCounts,
+    images: int,
+    tokens_count: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of a smaller budget's pass, and its parts: the tasks' losses, and the distances to the whole.
+
+    Distances are means over the `images` of the batch, of which these may be a part; without `tokens_count` none of
+    them. Routers are balanced by the whole model's pass.
+    """
+    train = config.train
+    loss, _ = task_losses(config, output, labels, weights, counts)
+    share = int(tokens_count) / max(images, 1)
+    tokens = token_distance(output, whole).sum() * share
+    outputs = output_distance(output, whole, weights).sum() * share
+    parts = {"budget/loss": loss, "budget/tokens": tokens, "budget/outputs": outputs}
+    return loss + train.budget_tokens * tokens + train.budget_outputs * outputs, parts
+
+
+def task_weights(config: Config) -> dict[str, float]:
+    """Return the fixed weight of each task."""
+    resolved = resolve(config.model.tasks, config.model.label_set)
+    return {task.name: task.weight for task in resolved} | config.train.task_weights
+
+
+def task_losses(
+    config: Config, output: Output, labels: Labels, weights: Mapping[str, float], counts: BatchCounts | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of the losses of an output's tasks, auxiliary outputs too, and each unweighted one."""
+    outputs = dict(output.logits) | {
+        f"{task}/{name}": logits for name, auxiliary in output.auxiliary.items() for task, logits in auxiliary.items()
+    }
+    losses = {}
+    for name, logits in outputs.items():
+        task = task_of(name)
+        options, named = loss_options(task, config.train), config.train.losses.get(task, "")
+        losses[name] = task_loss(task, logits.float(), labels[task], options, counts, named)
+    return torch.stack([weights[task_of(name)] * value for name, value in losses.items()]).sum(), losses
 
 
 def task_of(name: str) -> str:
@@ -138,6 +189,8 @@ class Stepper:
         self.wrapped = model
         self.model: MultiTaskModel = model.module
         self.stand_in = stand_in(config, fabric.device)
+        self.space = space(self.model, config.train) if config.train.budgets else None
+        self.images = 0  # of the batch, of all processes
 
     def gradients(self, step: int, images: Tensor | None, labels: Labels) -> dict[str, float]:
         """Compute the gradient of step number `step` from this process's share of its batch (None: no image).
@@ -149,19 +202,23 @@ class Stepper:
         parts = self.split(images, labels)
         counts = BatchCounts(labels if images is not None else self.stand_in.labels)
         labelled = counts.labelled()
+        budgets = of_step(train, self.space, step)
+        if self.space is not None:
+            self.images = int(total(torch.tensor([0 if images is None else len(images)])))
         tasks = choose_tasks(train, self.config.model.tasks, step)
         scale = len(self.config.model.tasks) / len(tasks)
         weights = self.weighting.weights()
         self.optimizer.zero_grad()
         if isinstance(self.weighting, GradientMethod):
-            sums, shares = self.combined(step, parts, counts, tasks, labelled, weights, scale)
+            sums, shares = self.combined(step, parts, counts, tasks, labelled, weights, scale, budgets)
         else:
             # Gradients are averaged over the processes (by both strategies); their parts of a loss are to be added.
-            sums = self.passes(parts, counts, tasks, weights, scale * world_size(), reduce=True)
+            sums = self.passes(parts, counts, tasks, weights, scale * world_size(), budgets, reduce=True)
             shares = {}
         routing_weights = train.routing_weights()
         routing = {name: float(sums.pop(name)) for name in routing_weights if name in sums}
         values = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        smaller = {name: value for name, value in values.items() if name.startswith("budget/")}
         values = {name: value for name, value in values.items() if task_of(name) in labelled}
         loss = sum(weights[task_of(name)] * value for name, value in values.items())
         learned = [task for task in tasks if task in labelled]
@@ -171,7 +228,7 @@ class Stepper:
         values |= routing
         if train.weighting != "fixed":
             values |= {f"weight/{task}": weights[task] for task in tasks}
-        return {"loss": scale * loss} | values | shares
+        return {"loss": scale * loss} | values | smaller | shares
 
     def clip(self) -> float:
         """Clip the gradient and return its norm before."""
@@ -201,22 +258,52 @@ class Stepper:
         tasks: list[str],
         weights: dict[str, float],
         factor: float,
+        budgets: Sequence[Budget],
         reduce: bool,
     ) -> dict[str, Tensor]:
-        """Add the gradients of all parts to the parameters', `reduce`d over processes; return the unweighted losses."""
+        """Add the gradients of all parts to the parameters', `reduce`d over processes; return the unweighted losses.
+
+        Of each part every budget has a pass, of which the mean is learned from: the whole model's losses are returned,
+        and the means of the smaller ones', as budget/...
+        """
         sums: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
-            # Sharded gradients are reduced after each part, since until then each process holds them whole.
-            wait = world_size() > 1 and not is_sharded(self.model) and not (reduce and place == len(parts) - 1)
-            keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
-            with keep or nullcontext():
-                loss, losses = step_losses(
-                    self.config, self.wrapped, part.images, part.labels, tasks, weights, counts, part.counts, len(parts)
-                )
-                self.fabric.backward(loss * factor)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+            whole: Whole | None = None
+            for number, budget in enumerate(budgets):
+                # Sharded gradients are reduced after each pass, since until then each process holds them whole.
+                last = place == len(parts) - 1 and number == len(budgets) - 1
+                wait = world_size() > 1 and not is_sharded(self.model) and not (reduce and last)
+                keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
+                with keep or nullcontext():
+                    loss, losses, output = self.losses(part, budget, whole, tasks, weights, counts, len(parts))
+                    self.fabric.backward(loss * (factor / len(budgets)))
+                for name, value in losses.items():
+                    share = 1 if whole is None else 1 / (len(budgets) - 1)
+                    sums[name] = sums.get(name, 0) + value.detach() * share
+                if whole is None and len(budgets) > 1:
+                    whole = Whole.of(output)
+                del loss, losses, output  # before the next pass, which takes as much memory
         return sums
+
+    def losses(
+        self,
+        part: Part,
+        budget: Budget,
+        whole: Whole | None,
+        tasks: list[str],
+        weights: dict[str, float],
+        counts: BatchCounts,
+        passes: int,
+    ) -> tuple[Tensor, dict[str, Tensor], Output]:
+        """Return the losses of one pass: of the whole model, or, after it, of a smaller budget."""
+        # Fabric looks through what a model is given for tensors, and stops at a Budget.
+        options = {} if self.space is None else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
+        output = self.wrapped(part.images, tasks=tasks, native=self.config.train.native_losses, **options)
+        if whole is None:
+            found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes)
+        else:
+            found = smaller_losses(self.config, output, whole, part.labels, weights, counts, self.images, part.counts)
+        return *found, output
 
     def combined(
         self,
@@ -227,6 +314,7 @@ class Stepper:
         labelled: set[str],
         weights: dict[str, float],
         scale: float,
+        budgets: Sequence[Budget],
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Compute each task's gradient by itself, and combine those of the parameters that several tasks share.
 
@@ -242,7 +330,7 @@ class Stepper:
         reached = dict.fromkeys(parameters, 0)  # by how many tasks
         sums: dict[str, Tensor] = {}
         for row, task in zip(jacobian, tasks, strict=True):
-            found = self.passes(parts, counts, [task], weights, scale, reduce=False)
+            found = self.passes(parts, counts, [task], weights, scale, budgets, reduce=False)
             sums |= {name: value + sums.get(name, 0) for name, value in found.items()}
             for name, parameter in parameters.items():
                 if parameter.grad is not None:

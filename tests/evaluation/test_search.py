@@ -6,25 +6,39 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from m3vit.errors import InputError
+from m3vit.evaluation.costs import macs_of
 from m3vit.evaluation.search import (
     Point,
     best_together,
-    cost_of,
     predicted_front,
     read_preferences,
     relative_loss,
     sample_front,
+    searched,
 )
+from m3vit.export.costs import find_costs
+from m3vit.export.hls.multiplexed.costing import sizes_of_model
+from m3vit.export.runtime.package import Package
+from m3vit.hw.cost import Assumptions, lines_of
+from m3vit.hw.design import design_of
+from m3vit.hw.fit import fit
+from m3vit.hw.network import program_of
 from m3vit.models.budget import Budget
 from m3vit.models.budget_file import read_budget, write_budget
 from m3vit.models.config import ModelConfig
+from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.trial import meta_model
 from m3vit.profiling import graph_macs
+from m3vit.run_folder import load_run
+from m3vit.training.config import TrainConfig
+from tests.conftest import TINY
 from tests.test_cli import refused
 
 Cli = Callable[..., subprocess.CompletedProcess]
@@ -35,10 +49,57 @@ def test_costs_are_those_of_the_profile() -> None:
     config = ModelConfig(
         "vit_tiny_patch16_224", TRUNK, image_size=(32, 48), num_experts=6, top_k=3, tasks=["depth", "semseg"]
     )
-    macs = cost_of(config, [1, 3])
+    model = meta_model(config)
+    hidden = model.hidden_widths()
+    plain = macs_of(config, searched(model, TrainConfig()), hidden)
     for task, counts in itertools.product(config.tasks, itertools.product((1, 2, 3), repeat=2)):
-        budget = Budget({task: dict(zip([1, 3], counts, strict=True))})
-        assert macs(task, counts) == graph_macs(config, task, (32, 48), budget), (task, counts)
+        used = dict(zip([1, 3], counts, strict=True))
+        assert plain.of(task, used, {}) == graph_macs(config, task, (32, 48), Budget({task: used})), (task, counts)
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.5))
+    costs, rng = macs_of(config, space, hidden), np.random.default_rng(0)
+    for _ in range(12):
+        budget = space.random(rng)
+        task = config.tasks[int(rng.integers(2))]
+        assert costs.of(task, budget.top_k[task], budget.width) == graph_macs(config, task, (32, 48), budget)
+
+
+def test_cycles_are_those_of_the_programs() -> None:
+    """Of the whole, of the smallest and of random budgets: blocks are looked at one by one, and add up."""
+    config = ModelConfig(
+        "vit_tiny_patch16_224", TRUNK, image_size=(32, 48), num_experts=4, top_k=2, tasks=["depth", "semseg"]
+    )
+    model = MultiTaskModel(config)
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.25))
+    costs = find_costs("cycles:zcu104", model, space)
+    design = design_of("zcu104")
+    network = sizes_of_model(config)
+    hardware = fit(program_of(network, 16, 16, design.target.port_bits), 16, 16, design.target, design.sizes)
+    rng = np.random.default_rng(0)
+    for budget in (Budget(), space.smallest, space.random(rng), space.random(rng)):
+        widths = [budget.width.get(block, units) for block, units in enumerate(network.mlps)]
+        counts = [budget.layer("semseg", block).top_k or top_k for block, top_k in enumerate(network.top_ks)]
+        counts = [count if top_k else 0 for count, top_k in zip(counts, network.top_ks, strict=True)]
+        program = program_of(replace(network, mlps=widths, top_ks=counts), 16, 16, design.target.port_bits)
+        lines = lines_of(program, hardware, design.target, 1, Assumptions())
+        used = budget.top_k.get("semseg", {})
+        assert costs.of("semseg", used, budget.width) == pytest.approx(sum(line.cycles for line in lines), abs=20)
+    with pytest.raises(InputError, match="give one of macs, latency, cycles:BOARD"):
+        find_costs("time", model, space)
+    with pytest.raises(InputError, match="zcu104"):
+        find_costs("cycles:nowhere", model, space)
+
+
+@pytest.mark.slow
+def test_latency_is_measured_for_every_choice() -> None:
+    config = ModelConfig("vit_tiny_patch16_224", TRUNK, image_size=(32, 48), num_experts=4, top_k=2, tasks=["depth"])
+    model = MultiTaskModel(config).eval()
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.5))
+    costs = find_costs("latency", model, space)
+    assert costs.unit == "ms" and costs.whole["depth"] > 0
+    assert {block: set(table) for block, table in costs.saved.items()} == {
+        **{block: {(0, width) for width in space.widths[block]} for block in (0, 2)},
+        **{block: {(count, width) for count in (1, 2) for width in space.widths[block]} for block in (1, 3)},
+    }
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -56,15 +117,15 @@ def test_the_front_of_a_task_is_that_of_all_combinations(seed: int) -> None:
         for counts in itertools.product((1, 2, 3), repeat=blocks)
     ]
     expected = {
-        (one.macs, one.loss)
+        (one.cost, one.loss)
         for one in everything
         if not any(
-            (other.macs <= one.macs and other.loss < one.loss) or (other.macs < one.macs and other.loss <= one.loss)
+            (other.cost <= one.cost and other.loss < one.loss) or (other.cost < one.cost and other.loss <= one.loss)
             for other in everything
         )
     }
-    found = predicted_front(alone, macs, top_k)
-    assert [(point.macs, point.loss) for point in found] == sorted(expected)
+    found = predicted_front(alone, macs, (top_k,) * blocks)
+    assert [(point.cost, point.loss) for point in found] == sorted(expected)
     for point in found:
         assert point in everything
     assert sample_front(found, 2)[0] == found[0] and sample_front(found, 2)[-1] == found[-1]
@@ -82,12 +143,12 @@ def test_points_together_are_the_best_of_all_choices(seed: int) -> None:
     for limit in range(3, 25):
         expected = math.inf
         for choice in itertools.product(*fronts.values()):
-            if sum(point.macs for point in choice) <= limit:
+            if sum(point.cost for point in choice) <= limit:
                 expected = min(expected, (choice[0].loss + 2 * choice[1].loss) / 3)
         within = [loss for macs, loss, _ in found if macs <= limit]
         assert (min(within) if within else math.inf) == pytest.approx(expected)
     for macs, loss, points in found:
-        assert macs == sum(point.macs for point in points.values())
+        assert macs == sum(point.cost for point in points.values())
         assert loss == pytest.approx((points["semseg"].loss + 2 * points["depth"].loss) / 3)
 
 
@@ -166,3 +227,36 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
     refused(cli("eval", package, "--budget", file), "is of a run")
     write_budget(tmp_path / "other.json", Budget({"depth": {7: 1}}), {})
     refused(cli("eval", run, "--budget", tmp_path / "other.json"), "budget names block 7")
+
+
+@pytest.mark.slow
+def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    run, package = tmp_path / "run", tmp_path / "package"
+    words = [f"--data.root={tiny_data}", "--train.epochs=2", "--train.budgets=2", "--train.budget_width=0.25"]
+    assert cli("train", "synthetic-tiny", *TINY, *words, "--out", run).returncode == 0
+    light, fast = tmp_path / "light.json", tmp_path / "fast.json"
+    least = ("search", run, "--budget", 0.05, "--out", light)
+    refused(cli(*least), "the smallest budget that this model was trained for takes 0.")
+    refused(cli(*least, "--cost", "time"), "give one of macs, latency, cycles:BOARD")
+    for file, share in ((light, 0.95), (fast, 0.85)):
+        result = cli("search", run, "--budget", share, "--prefer", "depth=3", "--images", 2, "--out", file)
+        assert result.returncode == 0, result.stderr
+        assert "hidden units" in result.stdout and "was trained for such budgets" in result.stdout
+        told = json.loads(file.read_text())["search"]
+        assert told["share_of_macs"] <= share
+        shares = [one["share_of_macs"] for one in told["front"]]
+        assert shares == sorted(shares)
+        model, budget = load_run(run).model, read_budget(file)
+        size = tuple(model.config.image_size)
+        for task, entry in told["tasks"].items():
+            assert entry["macs"] == graph_macs(model.config, task, size, budget)
+    assert read_budget(fast).width, "so small a budget is not had by fewer experts alone"
+    result = cli("eval", run, "--budget", fast)
+    assert result.returncode == 0, result.stderr
+    given = f"full,{light},{fast}"
+    more = ("--tasks", "depth", "--measure", 2)
+    refused(cli("export", "onnx", run, "--budget", f"{fast},{fast}", "--out", package), "names fast twice")
+    result = cli("export", "onnx", run, "--budget", given, *more, "--out", package)
+    assert result.returncode == 0, result.stderr
+    assert "depth, budget fast: worst relative error" in result.stdout and "fp32, budget fast" in result.stdout
+    assert Package.load(package).budgets == ["full", "light", "fast"]

@@ -1,17 +1,21 @@
 """Packages whose graphs keep to a budget by task and by layer: what they compute, and what their manifest says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.onnx.package import Content, budget_of, export_package
 from m3vit.export.onnx.parity import check_parity
 from m3vit.export.runtime.package import Package
-from m3vit.models.budget import Budget
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.profiling import graph_macs
@@ -56,6 +60,105 @@ def test_budgets_by_layer_are_exported_and_match_torch(model: MultiTaskModel, tm
     head = 24 * 32 * 2 * (8 // model.config.head_stride) ** 2
     assert normals - depth == head
     assert depth - graph_macs(model.config, "depth", (32, 48), Budget({"depth": {3: 1}})) == used
+
+
+WIDTH = {0: 24, 1: 8, 2: 40, 3: 16}  # of 64 and, of experts, 32
+BUDGETS = {
+    "full": FULL,
+    "light": Budget({"depth": {1: 1}, "normals": {3: 1}}, width=WIDTH),
+    "fast": Budget({"depth": {1: 1, 3: 1}, "normals": {1: 1, 3: 1}}, width={0: 16, 1: 8, 2: 16, 3: 8}),
+}
+
+
+def assert_close(found: NDArray[Any], expected: torch.Tensor) -> None:
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def images_of(count: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((count, 3, 32, 48)).astype(np.float32)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_widths_are_exported_and_match_torch(model: MultiTaskModel, tmp_path: Path, static: bool) -> None:
+    folder, budget = tmp_path / "package", BUDGETS["light"]
+    precisions = ("fp32", "int8") if not static else ("fp32",)
+    content = Content(size=(32, 48), budget=budget, static=static, all_tasks=not static, precisions=precisions)
+    manifest = export_package(model, folder, content, info={})
+    check_parity(model, folder, list(images_of(2)))
+    assert budget_of(manifest).width == WIDTH
+    entry = manifest["tasks"]["depth"]
+    assert entry["macs"] == graph_macs(model.config, "depth", (32, 48), budget, every_expert=static)
+    whole = export_package(model, tmp_path / "whole", Content(size=(32, 48), static=static), info={})
+    weights = [one["tasks"]["depth"]["graphs"]["fp32"]["weight_bytes"] for one in (manifest, whole)]
+    left_out = 4 * 2 * 32 * ((64 - 24) + (64 - 40) + 4 * (32 - 8) + 4 * (32 - 16))
+    assert weights[1] - weights[0] == pytest.approx(left_out, rel=0.05)  # biases may be in the graph or in the file
+
+
+def test_several_budgets_have_one_file_of_weights(model: MultiTaskModel, tmp_path: Path) -> None:
+    content = Content(size=(32, 48), budgets=BUDGETS, all_tasks=True, precisions=("fp32", "fp16"))
+    folder, sizes, pixels = tmp_path / "package", {}, images_of(2)
+    for count in (2, 3):
+        some = dict(list(BUDGETS.items())[:count])
+        manifest = export_package(model, folder, replace(content, budgets=some), info={})
+        sizes[count] = (folder / "weights.bin").stat().st_size
+    assert sizes[3] == sizes[2], "a further budget is graphs alone"
+    whole = replace(content, budgets={})
+    export_package(model, tmp_path / "whole", whole, info={})
+    assert sizes[3] == pytest.approx((tmp_path / "whole" / "weights.bin").stat().st_size, rel=0.02)
+
+    report = check_parity(model, folder, list(pixels))
+    assert list(report) == [
+        f"{task}{of}" for of in ("", ", budget light", ", budget fast") for task in ("depth", "normals")
+    ]
+    assert manifest["budget"] == "full" and list(manifest["budgets"]) == ["light", "fast"]
+    package = Package.load(folder)
+    assert package.budgets == ["full", "light", "fast"]
+    macs = [package.of(name).entry("depth")["macs"] for name in package.budgets]
+    assert macs == sorted(macs, reverse=True) and len(set(macs)) == 3
+    for name, budget in BUDGETS.items():
+        with torch.no_grad():
+            expected = model(torch.from_numpy(pixels), budget=budget).logits
+        for task in ("depth", "normals"):
+            assert_close(package.logits(pixels, task, budget=name), expected[task])
+            assert_close(package.of(name).logits_all(pixels)[task], expected[task])
+        assert Package.load(folder, budget=name).of("full").logits(pixels, "depth").tobytes() == (
+            package.logits(pixels, "depth").tobytes()
+        )
+    image = np.random.default_rng(1).integers(0, 256, (32, 48, 3), np.uint8)
+    predicted = {name: package.predict(image, "depth", budget=name) for name in package.budgets}
+    assert not np.allclose(predicted["full"], predicted["fast"])
+    assert np.array_equal(predicted["fast"], package.predict(image, "all", budget="fast")["depth"]) or np.allclose(
+        predicted["fast"], package.predict(image, "all", budget="fast")["depth"], atol=1e-5
+    )
+    with pytest.raises(InputError, match="has no budget 'slow': choose from full, light, fast"):
+        package.predict(image, "depth", budget="slow")
+    with pytest.raises(InputError, match="has no budgets to choose from"):
+        Package.load(tmp_path / "whole", budget="light")
+
+
+def test_a_damaged_list_of_budgets_is_refused(model: MultiTaskModel, tmp_path: Path) -> None:
+    folder = tmp_path / "package"
+    export_package(model, folder, Content(("depth",), size=(32, 48), budgets=BUDGETS), info={})
+    manifest = read_sealed_json(folder / "manifest.json", "")
+    del manifest["budgets"]["fast"]["tasks"]["depth"]["macs"]
+    write_sealed_json(folder / "manifest.json", manifest)
+    with pytest.raises(InputError, match="is damaged"):
+        Package.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Content(budgets=BUDGETS, precisions=("int8",)), "weights in common in fp32 and fp16 alone, not in int8"),
+        (Content(budgets=BUDGETS, size=(32, 48), static=True), "leave out --static, or give one budget a package"),
+        (Content(budgets=BUDGETS, one_backbone=True), "leave out .* or --one-backbone"),
+        (Content(budgets={"int8": FULL, "x": FULL}), "a budget cannot be called 'int8'"),
+        (Content(budgets={"a b": FULL, "x": FULL}), "a budget cannot be called 'a b'"),
+    ],
+)
+def test_budgets_that_no_package_has(content: Content, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        content.check()
 
 
 def test_a_budget_of_another_model_writes_nothing(model: MultiTaskModel, tmp_path: Path) -> None:

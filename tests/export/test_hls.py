@@ -101,6 +101,21 @@ def test_lowering_keeps_to_a_budget() -> None:
     assert [layer.top_k for layer in lowered.moe_layers()] == [1, 4]
 
 
+def test_lowering_keeps_to_widths() -> None:
+    model = make_model({"depth": 3})
+    whole = model.hidden_widths()
+    widths = {0: whole[0] // 2, 1: whole[1] // 4}
+    lowered = leaf.lower(model, Budget(width=widths))  # asserts equality itself: the model runs with the same budget
+    first, experts, last = lowered.blocks
+    assert (first.fc1.weight.shape[0], experts.moe.w1.shape[1], last.fc1.weight.shape[0]) == (
+        *widths.values(),
+        whole[2],
+    )
+    assert model.hidden_widths() == whole
+    with pytest.raises(InputError, match="block 0: width is 999, but its MLP has"):
+        leaf.lower(model, Budget(width={0: 999}))
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

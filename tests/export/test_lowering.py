@@ -199,7 +199,7 @@ def test_lowering_refuses_what_it_cannot_lower() -> None:
     for arguments in ((3,), (0,), (None, (1, 0)), (1, (2,)), (1, ())):
         with pytest.raises(InputError, match=r"top_k|ascending|experts are 0 to 1"):
             lower_moe(moe_graph(make_layer(2), 1), [LayerBudget(*arguments)])
-    with pytest.raises(InputError, match=r"width is 6, but experts are used whole \(12 hidden units\)"):
-        lower_moe(moe_graph(make_layer(2), 1), [LayerBudget(width=6)])
+    with pytest.raises(InputError, match="width is 13, but its experts have 12 hidden units"):
+        lower_moe(moe_graph(make_layer(2), 1), [LayerBudget(width=13)])
     with pytest.raises(InputError, match="choose from sparse, wide"):
         lower_moe(moe_graph(make_layer(2), 1), form="tall")

@@ -176,11 +176,11 @@ def test_processors_without_vnni_are_warned_of(monkeypatch: pytest.MonkeyPatch, 
     for entry in manifest["tasks"].values():
         entry["graphs"] = {"int8": entry["graphs"]["fp32"]}
     write_sealed_json(folder / "manifest.json", manifest)
-    monkeypatch.setattr("m3vit.export.runtime.package._cpu_flags", lambda: {"avx2", "fma"})
+    monkeypatch.setattr("m3vit.export.runtime.processor.cpu_flags", lambda: {"avx2", "fma"})
     with pytest.warns(UserWarning, match="no VNNI instructions"):
         Package.load(folder)
     for flags in ({"avx2", "avx_vnni"}, {"avx2", "avx512_vnni"}, {"asimd"}):
-        monkeypatch.setattr("m3vit.export.runtime.package._cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr("m3vit.export.runtime.processor.cpu_flags", lambda flags=flags: flags)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Package.load(folder)

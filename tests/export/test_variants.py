@@ -123,7 +123,7 @@ def test_a_cache_is_made_once_for_a_machine(full: Path, tmp_path: Path, monkeypa
     again = Package.load(full, threads=1, cache=tmp_path / "cache")
     np.testing.assert_array_equal(again.predict(image(), "depth"), plain.predict(image(), "depth"))
     assert times == {path.name: path.stat().st_mtime_ns for path in home.iterdir()}
-    monkeypatch.setattr("m3vit.export.runtime.package._cpu_flags", lambda: {"another", "processor", "vnni"})
+    monkeypatch.setattr("m3vit.export.runtime.processor.cpu_flags", lambda: {"another", "processor", "vnni"})
     Package.load(full, threads=1, cache=tmp_path / "cache").predict(image(), "depth")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 

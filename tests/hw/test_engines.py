@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,17 @@ def test_header_stands_alone_without_ap_types(name: str, tmp_path: Path) -> None
     command = [csim.find_compiler(), *STRICT, "-fsyntax-only", *paths, str(source)]
     subprocess.run(command, check=True)
     subprocess.run([*command, "-D__SYNTHESIS__"], check=True)  # what Vitis HLS reads: without counters and logs
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
+@pytest.mark.parametrize("definition", [[], ["-D__SYNTHESIS__"]], ids=["simulation", "synthesis"])
+def test_clang_takes_the_engines(definition: list[str], tmp_path: Path) -> None:
+    """Vitis HLS reads C++ by clang, which refuses what g++ lets pass, such as a member of a template's name."""
+    source = tmp_path / "all.cpp"
+    names = sorted(path.name for path in (INCLUDE / "engine").glob("*.h"))
+    source.write_text("".join(f'#include "{name}"\n' for name in names))
+    paths = [f"-I{INCLUDE}", f"-I{INCLUDE / 'engine'}"]
+    subprocess.run(["clang++", *STRICT, "-fsyntax-only", *paths, *definition, str(source)], check=True)
 
 
 def test_generated_header_and_table_are_current() -> None:

@@ -1,4 +1,4 @@
-"""Each opcode alone: C++ at -O2 and under sanitizers, the emulator and a slow reference, word for word; and its costs.
+"""Each opcode alone: C++, emulator and a slow reference, word for word; and its costs.
 
 Every opcode of OPS is tested by what tests/hw/opcodes.py has of it; one that has nothing there fails.
 """

@@ -139,7 +139,9 @@ def test_values_that_no_model_can_have(value: Any, message: str) -> None:
         (Budget({"depth": {1: 7}}), "depth, block 1: top_k is 7 with 6 experts kept of 6: give 1 to that"),
         (Budget(kept={"depth": {1: (0, 1)}}), "depth, block 1: top_k is 3 with 2 experts kept of 6"),
         (Budget(kept={"depth": {3: (0, 1, 6)}}), r"depth, block 3: kept are \[0, 1, 6\], but its experts are 0 to 5"),
-        (Budget(width={1: 16}), r"block 1: width is 16, but experts are used whole \(32 hidden units\)"),
+        (Budget(width={1: 40}), "block 1: width is 40, but its experts have 32 hidden units: give 1 to that"),
+        (Budget(width={0: 80}), "block 0: width is 80, but its MLP has 64 hidden units: give 1 to that"),
+        (Budget(width={9: 8}), "names block 9: the blocks with experts are 1, 3; widths may be of 0, 2 too"),
     ],
 )
 def test_what_this_model_cannot_keep_to(

@@ -77,6 +77,8 @@ def test_parts_and_what_is_frozen() -> None:
     assert frozen.activations < plain.activations
     each = predict_step(replace(config, train=TrainConfig(batch_size=8, weighting="pcgrad")), 8)
     assert each.activations < plain.activations and each.gradients >= plain.optimiser, "a row for each of two tasks"
+    several = predict_step(replace(config, train=TrainConfig(batch_size=8, budgets=2)), 8)
+    assert plain.total + several.gradients < several.total < 3 * plain.total, "the second pass learns from the first"
     with pytest.raises(InputError, match="fsdp is not predicted"):
         predict_step(replace(config, train=TrainConfig(strategy="fsdp")), 8)
 

@@ -18,6 +18,7 @@ from m3vit.export.hls.multiplexed.backend import NAME
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
 from m3vit.export.hls.multiplexed.readme import readme
 from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
+from m3vit.export.hls.multiplexed.tracing import trace
 from m3vit.export.hls.schedules import Options, Runner
 from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
@@ -27,7 +28,7 @@ from m3vit.hw.sim.csim import tokenise
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
 
-__all__ = ["LIMITS", "readme", "simulate"]  # parts of a schedule
+__all__ = ["LIMITS", "readme", "simulate", "trace"]  # parts of a schedule
 ACT_BITS = 16
 BOARD: str | None = "zcu104"
 CHECK_FRAMES = 1  # stored images that `make check` runs, each for every task

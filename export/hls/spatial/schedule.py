@@ -15,11 +15,12 @@ from m3vit.export.hls.schedules import Options, Runner
 from m3vit.export.hls.spatial.fixed_point import INPUT, TASK, Chooser, Fixed
 from m3vit.export.hls.spatial.readme import readme
 from m3vit.export.hls.spatial.simulation import CHUNK_IMAGES, simulate
+from m3vit.export.hls.spatial.tracing import trace
 from m3vit.hw.sim import csim
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 
-__all__ = ["readme", "simulate"]  # parts of a schedule
+__all__ = ["readme", "simulate", "trace"]  # parts of a schedule
 LIMITS: Mapping[str, Sequence[int]] = {"weight_bits": range(6, 25), "act_bits": range(8, 25)}
 ACT_BITS = 20
 BOARD: str | None = None

@@ -33,7 +33,11 @@
 #include "m3vit_isa.h"
 
 // Vitis HLS gets accumulators of the width that they need; C-simulation machine integers, with the same values. Another
-// compiler takes the first with -DM3VIT_AP_INT.
+// compiler takes the first with -DM3VIT_AP_INT. Likewise the products of the array: -DM3VIT_AS_SYNTHESISED takes them as
+// Vitis HLS does (m3vit_engine_array.h).
+#if defined(__SYNTHESIS__) || defined(__VITIS_HLS__) || defined(M3VIT_AP_INT)
+#define M3VIT_AS_SYNTHESISED
+#endif
 #if defined(__VITIS_HLS__) || defined(M3VIT_AP_INT)
 #include "ap_int.h"
 namespace nnet {

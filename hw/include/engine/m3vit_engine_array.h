@@ -15,10 +15,11 @@ namespace vit {
 
 static const unsigned packed_bits = 18, packed_terms = 4;
 
-// What one step multiplies. used: without it the products are not looked at.
+// What one step multiplies. used: without it the products are not looked at. small: products have at most 26 bits, which
+// only C-simulation reads.
 template <class C> struct operands {
     static const unsigned spans = (C::tile_out + C::span - 1) / C::span;
-    bool used;
+    bool used, small;
     int x[spans][C::tile_in];           // narrow values, or softmax weights
     int16_t y[C::tile_out][C::tile_in]; // weights, keys or values
 };
@@ -70,6 +71,7 @@ template <class C> struct pair_of_sums<C, false> {
 };
 
 // All sums of a step.
+#ifdef M3VIT_AS_SYNTHESISED
 template <class C> void multiply(const operands<C> &step, long long sum[C::tile_out]) {
     #pragma HLS INLINE
     for (unsigned o = 0; o < C::tile_out; o += 2) {
@@ -77,6 +79,38 @@ template <class C> void multiply(const operands<C> &step, long long sum[C::tile_
         pair_of_sums<C, C::packed>::get(step, o, sum);
     }
 }
+#else
+// One sum of C-simulation, by the vectors of processors: products of 16 bits, sums of 32.
+template <unsigned COUNT> inline int sum_of_products(const int16_t x[COUNT], const int16_t y[COUNT]) {
+    int sum = 0;
+#ifdef __GNUC__
+#pragma GCC unroll 1 // unrolled, it is not turned into vectors
+#endif
+    for (unsigned i = 0; i < COUNT; i++)
+        sum += x[i] * y[i];
+    return sum;
+}
+
+// C-simulation: the same sums. Where they may exceed 32 bits, inputs are taken in two parts.
+template <class C> void multiply(const operands<C> &step, long long sum[C::tile_out]) {
+    static const int low_bits = 9; // the rest of an input, 17 bits and a sign at most, has no more
+    static_assert(C::tile_in <= 64, "64 products of 9 and 16 bits fit 32");
+    for (unsigned s = 0; s < operands<C>::spans; s++) {
+        const unsigned first = s * C::span, end = first + C::span < C::tile_out ? first + C::span : C::tile_out;
+        int16_t x[C::tile_in], high[C::tile_in];
+        for (unsigned i = 0; i < C::tile_in; i++) {
+            x[i] = (int16_t)(step.small ? step.x[s][i] : step.x[s][i] & ((1 << low_bits) - 1));
+            high[i] = (int16_t)(step.x[s][i] >> low_bits);
+        }
+        for (unsigned o = first; o < end; o++)
+            sum[o] = sum_of_products<C::tile_in>(x, step.y[o]);
+        if (step.small)
+            continue;
+        for (unsigned o = first; o < end; o++)
+            sum[o] += sum_of_products<C::tile_in>(high, step.y[o]) * (1LL << low_bits);
+    }
+}
+#endif
 
 } // namespace vit
 } // namespace nnet

@@ -43,7 +43,7 @@ template <class C> struct attention_sizes {
 };
 
 template <class C> struct attention_buffers {
-    typename C::act_t k[ring][key_block][C::head], v[ring][key_block][C::head];
+    typename C::act_t k[ring][key_block][C::head], v[ring][C::head][key_block]; // values: channel by channel
     typename C::act_t q[C::groups][C::group][C::head];
     // By round, odd or even: sums of products, rounded scores and their maxima, weights, and the sums before these.
     typename attention_sums<C>::product product[2][batch][C::group][key_block];
@@ -103,7 +103,7 @@ void load_key(attention_state<C> &state, const attention_fields &I, const typena
     for (unsigned l = 0; l < lanes; l++) {
         #pragma HLS UNROLL
         if (state.load_value)
-            buffer.v[place][j][w * lanes + l] = values.lane[l];
+            buffer.v[place][w * lanes + l][j] = values.lane[l];
         else
             buffer.k[place][j][w * lanes + l] = values.lane[l];
     }
@@ -129,7 +129,7 @@ Rest:
                 for (unsigned r = 0; r < ring; r++) {
                     #pragma HLS UNROLL
                     if (j < key_block)
-                        buffer.k[r][j][c] = buffer.v[r][j][c] = 0;
+                        buffer.k[r][j][c] = buffer.v[r][c][j] = 0;
                 }
                 for (unsigned q = 0; q < C::group; q++) {
                     #pragma HLS UNROLL
@@ -395,38 +395,40 @@ array_turn attention_before(attention_state<C> &state, const attention_fields &I
     const stage_group scored = group_of<C>(state, I, 0), valued = group_of<C>(state, I, 3);
     const array_turn t = turn_of<C>(state, scored, valued);
     step.used = t.score || t.value;
+    step.small = C::packed;
+    // Outputs beyond the last query, key or channel may have any operands: their sums are not kept.
     if (t.score) {
         for (unsigned s = 0; s < operands<C>::spans; s++) {
             #pragma HLS UNROLL
+            const unsigned query = t.query + s * C::span / key_block, q = query < C::group ? query : 0;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                const unsigned q = t.query + s * C::span / key_block;
-                step.x[s][j] = q < C::group ? buffer.q[scored.group][q][t.step * C::tile_in + j] : 0;
+                step.x[s][j] = buffer.q[scored.group][q][t.step * C::tile_in + j];
             }
         }
         for (unsigned o = 0; o < C::tile_out; o++) {
             #pragma HLS UNROLL
-            const unsigned key = o % key_block + t.pass * C::tile_out;
+            const unsigned key = (o + t.pass * C::tile_out) % key_block;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                step.y[o][j] = key < key_block ? buffer.k[scored.block % ring][key][t.step * C::tile_in + j] : 0;
+                step.y[o][j] = buffer.k[scored.block % ring][key][t.step * C::tile_in + j];
             }
         }
     } else if (t.value) {
         for (unsigned s = 0; s < operands<C>::spans; s++) {
             #pragma HLS UNROLL
+            const unsigned query = t.query + s * C::span / C::head, q = query < C::group ? query : 0;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                const unsigned q = t.query + s * C::span / C::head;
-                step.x[s][j] = q < C::group ? buffer.weight[before][g][q][t.step * C::tile_in + j] : 0;
+                step.x[s][j] = buffer.weight[before][g][q][t.step * C::tile_in + j];
             }
         }
         for (unsigned o = 0; o < C::tile_out; o++) {
             #pragma HLS UNROLL
-            const unsigned c = o % C::head + t.pass * C::tile_out;
+            const unsigned c = (o + t.pass * C::tile_out) % C::head;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                step.y[o][j] = c < C::head ? buffer.v[valued.block % ring][t.step * C::tile_in + j][c] : 0;
+                step.y[o][j] = buffer.v[valued.block % ring][c][t.step * C::tile_in + j];
             }
         }
     }

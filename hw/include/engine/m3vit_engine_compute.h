@@ -32,8 +32,8 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     // Keys: as many as there are outputs, tile_in channels; values: tile_in keys, as many channels as there are outputs.
     #pragma HLS ARRAY_PARTITION variable=buffer.k dim=2 cyclic factor=attention_sizes<C>::keys
     #pragma HLS ARRAY_PARTITION variable=buffer.k dim=3 cyclic factor=C::tile_in
-    #pragma HLS ARRAY_PARTITION variable=buffer.v dim=2 cyclic factor=C::tile_in
-    #pragma HLS ARRAY_PARTITION variable=buffer.v dim=3 cyclic factor=attention_sizes<C>::channels
+    #pragma HLS ARRAY_PARTITION variable=buffer.v dim=2 cyclic factor=attention_sizes<C>::channels
+    #pragma HLS ARRAY_PARTITION variable=buffer.v dim=3 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.q dim=2 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.q dim=3 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.product dim=3 complete

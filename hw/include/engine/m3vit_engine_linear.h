@@ -96,8 +96,8 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
 // while the other is worked on.
 template <class C> struct weight_tiles {
     static const unsigned lanes = words<C>::weights::lanes, gate_lanes = words<C>::gates::lanes;
-    static const unsigned words = C::weight_ports; // loaded at once
-    static const unsigned banks = C::tile_in / lanes > words ? C::tile_in / lanes : words;
+    static const unsigned at_once = C::weight_ports; // loaded at once
+    static const unsigned banks = C::tile_in / lanes > at_once ? C::tile_in / lanes : at_once;
     static const unsigned joined = C::tile_in / lanes, gate_joined = C::tile_in / gate_lanes; // words of a step
     typename words<C>::weights weight[2][C::max_in / lanes][C::tile_out];
     typename words<C>::gates gate[2][C::max_in / gate_lanes][C::gate_out];
@@ -116,7 +116,7 @@ template <class C> tile_progress first_word(const tile_job &job) {
     place.words = !job.valid ? 0 : job.gate ? job.n_in / weight_tiles<C>::gate_lanes : job.n_in / weight_tiles<C>::lanes;
     place.params = job.valid ? words_of<words<C>::wide_lanes>(row_words * job.outputs) : 0;
     place.row = place.w = place.param = 0;
-    place.together = job.gate ? 1 : weight_tiles<C>::words;
+    place.together = job.gate ? 1 : weight_tiles<C>::at_once;
     return place;
 }
 
@@ -420,6 +420,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
         }
     }
     typedef weight_tiles<C> T;
+    step.small = sizeof(typename C::wt_t) == 1 && (C::packed || !now.gate);
     for (unsigned o = 0; o < C::tile_out; o++) {
         #pragma HLS UNROLL
         for (unsigned j = 0; j < C::tile_in; j++) {

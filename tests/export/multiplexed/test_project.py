@@ -1,6 +1,7 @@
 """The multiplexed schedule end to end: export, hls4ml's backend, C-simulation, emulator, the commands."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 from tests.export.multiplexed.exporting import export
+from tests.hw.programs import STRICT
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +56,14 @@ def test_simulation_agrees_with_torch_and_the_emulator(report: dict[str, Any]) -
         assert result["mean_error_relative"] < 1e-3
         assert result["largest_flip_margin"] < 5e-3
         assert result["decisions"] == SAMPLES * 13
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
+@pytest.mark.parametrize("definition", [[], ["-D__SYNTHESIS__"]], ids=["simulation", "synthesis"])
+def test_clang_takes_the_project(definition: list[str], project: Path) -> None:
+    """Vitis HLS reads C++ by clang."""
+    command = ["clang++", *STRICT, "-fsyntax-only", *definition, "firmware/m3vit.cpp"]
+    subprocess.run(command, cwd=project, check=True)
 
 
 def test_traffic_is_reported_for_each_task(report: dict[str, Any], project: Path) -> None:

@@ -1,0 +1,201 @@
+"""The trace of a multiplexed project: the emulator and the C++, instruction by instruction."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3vit.errors import InputError
+from m3vit.export.hls.schedules import Progress
+from m3vit.export.hls.tracing import Found, Layer, Place, Reference
+from m3vit.hw import isa
+from m3vit.hw.isa import Instruction, Mode
+from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
+from m3vit.hw.sim.stepping import step_frame
+
+
+class Region(NamedTuple):
+    """Where an instruction leaves its results: rows x columns in a memory."""
+
+    memory: str
+    rows: int
+    columns: int
+    offset: int
+    pitch: int
+
+    def of(self, words: np.ndarray) -> np.ndarray:
+        """Return them [rows, columns] from a flat memory."""
+        index = self.offset + self.pitch * np.arange(self.rows)[:, None] + np.arange(self.columns)
+        return words[index]
+
+
+def region_of(i: Instruction) -> Region | None:
+    """Return where an instruction leaves its results, or None for one that leaves them in no memory."""
+    if isinstance(i, isa.Route | isa.End):
+        return None
+    memory = "narrow"
+    mode = getattr(i, "mode", None)
+    if mode in (Mode.WIDE, Mode.RESIDUAL, Mode.QUEUE) or isinstance(i, isa.Position):
+        memory = "wide"
+    if mode == Mode.OUTPUT:
+        memory = "output"
+    rows, columns = i.rows, i.n_out if hasattr(i, "n_out") else i.n_in  # type: ignore[attr-defined]
+    if isinstance(i, isa.Experts):
+        columns = i.n_in
+    if isinstance(i, isa.Conv):  # a row is a pixel, and those of a token lie side by side
+        rows, columns = rows // i.upscale**2, columns * i.upscale**2
+    return Region(memory, rows, columns, i.dst, i.dst_pitch)  # type: ignore[attr-defined]
+
+
+class Described(NamedTuple):
+    """What an instruction gives: a layer's name, its place in the lowered model, fractional bits, and the columns of
+    its region that hold it (heads of attention may have unused places between them)."""
+
+    name: str
+    place: Place | None = None
+    frac: int | np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+
+def names_of(project: Path) -> dict[tuple[str, int], str]:
+    """Return what lies where in the weights file, by section and offset: "blocks_0_qkv.weight" say."""
+    path = project / "weights_map.json"
+    try:
+        tensors = json.loads(path.read_text())["tensors"]
+        return {(one["section"], one["offset"]): str(one["name"]) for one in tensors}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): export the project again") from None
+
+
+def describe(
+    program: list[Instruction],
+    names: dict[tuple[str, int], str],
+    manifest: dict[str, Any],
+    task: int,
+    reference: Reference | None,
+) -> list[Described]:
+    """Return what each instruction gives; the exporter wrote them in the order of the model's layers."""
+    formats, wide = manifest["precision"]["layers"], int(manifest["precision"]["wide_frac"])
+    output = int(manifest["output_fracs"][task])
+    found: list[Described] = []
+    dim, layer = 0, ""  # of the LayerNorm before, and the layer of the weights before
+
+    def after(name: str) -> str | None:
+        return reference.after(name) if reference else None
+
+    for pc, i in enumerate(program):
+        section = "gates" if isinstance(i, isa.Gate) else "weights"
+        key = next((k for k in ((section, getattr(i, "weights", -1)), ("params", getattr(i, "params", -1)))
+                    if k in names), None)  # fmt: skip
+        full = names[key].rpartition(".")[0] if key else ""  # without ".weight", ".table", ".scale_bias"
+        base = names[key].partition(".")[0] if key else layer
+        following = program[pc + 1] if pc + 1 < len(program) else None
+        match i:
+            case isa.Patches():
+                found.append(Described("image", None, 8))
+            case isa.Position():
+                found.append(Described(base, base, wide))
+            case isa.Norm():
+                dim = i.n_in
+                inner = full.endswith(".norm")
+                place: Place = (base, "normed") if inner else base
+                frac = wide if i.mode == Mode.WIDE else int(formats[base]["normed" if inner else "result"])
+                found.append(Described(f"{base}.norm" if inner else base, place, frac))
+            case isa.Linear() if isinstance(following, isa.Attention):
+                attention = after(base)
+                # Of the attention layer, whose name differs in the last word alone.
+                kinds = formats[attention or base.removesuffix("qkv") + "attn"]
+                fracs = np.repeat([int(kinds[kind]) for kind in ("query", "key", "value")], dim)
+                columns = _heads(3 * following.heads, i.n_out, 3 * dim)
+                found.append(Described(base, base, fracs, columns))
+            case isa.Attention():
+                name = after(layer) or layer.removesuffix("qkv") + "attn"
+                columns = _heads(i.heads, i.n_out, dim)
+                found.append(Described(name, name, int(formats[name]["result"]), columns))
+            case isa.Gate():
+                found.append(Described(f"{base}.gate", (base, "logit"), int(formats[base]["logit"])))
+            case isa.Route():
+                found.append(Described(f"{layer}.route", (layer, "logit")))
+            case isa.Experts():
+                found.append(Described(base, after(base), wide))
+            case isa.Conv():
+                found.append(Described(full, base, output))
+            case isa.Linear() if i.mode == Mode.OUTPUT:
+                found.append(Described(full, base, output))
+            case isa.Linear() if i.mode == Mode.NARROW and i.gelu_in >= 0:
+                found.append(Described(base, after(base), i.gelu_out))
+            case isa.Linear() if i.mode == Mode.NARROW:  # of a head whose outputs a convolution takes
+                found.append(Described(full, None, int(formats[base][f"output{task}"])))
+            case isa.Linear():
+                # Of one in parts the last gives the sum.
+                several = ".part" in full
+                more = isinstance(following, isa.Linear) and several and names.get(
+                    ("weights", following.weights), "").startswith(f"{base}.part")  # fmt: skip
+                place_ = None if more else base if i.mode == Mode.WIDE and not several else after(base)
+                found.append(Described(full, place_, wide))
+            case _:
+                raise AssertionError(f"no description of {i}")
+        layer = base
+    return found
+
+
+def _heads(groups: int, places: int, values: int) -> np.ndarray:
+    """Return the columns that hold values: the first ones of each group of places."""
+    group, width = places // groups, values // groups
+    return (np.arange(groups)[:, None] * group + np.arange(width)).ravel()
+
+
+def trace(
+    project: Path,
+    manifest: dict[str, Any],
+    pixels: np.ndarray,
+    task: int,
+    reference: Reference | None,
+    progress: Progress,
+) -> Found:
+    """Return what every instruction of a frame gave, in the emulator and in the C++, and whether the frame as a whole
+    has the same outputs. See m3vit.export.hls.tracing.trace."""
+    emulator = Emulator.open(project / WEIGHTS)
+    program = emulator.program
+    described = describe(program, names_of(project), manifest, task, reference)
+    progress(0, len(program), "g++ builds the test bench")
+    csim.build_frames(project)
+    layers, output, before = [], np.zeros(0, np.int32), 0
+    steps = zip(emulator.steps(pixels, task), step_frame(project, emulator.image, pixels, task), strict=True)
+    for (pc, state), (_, memories) in steps:
+        i, what, region = program[pc], described[pc], region_of(program[pc])
+        total = sum(state.saturated.values())
+        saturated, before = max(total - before, memories.saturated), total
+        op = i.op.name.lower()
+        if region is None:
+            assert memories.experts is not None
+            experts = {"emulator": state.expert_ids[-1], "C++": memories.experts}
+            layers.append(Layer(what.name, op, {}, what.place, experts=experts, saturated=saturated))
+        else:
+            words = {
+                simulator: region.of(getattr(of, region.memory))
+                for simulator, of in (("emulator", _arrays(state)), ("C++", memories))
+            }
+            if what.columns is not None:
+                words = {simulator: values[:, what.columns] for simulator, values in words.items()}
+            layers.append(Layer(what.name, op, words, what.place, what.frac, saturated))
+            if region.memory == "output":
+                output = memories.output
+        progress(pc + 1, len(program), "emulator and C++")
+    whole = csim.run_frames(project, pixels[None], np.array([task])).outputs.ravel()
+    facts = {"simulators": ["emulator", "C++"], "whole_frame_different": int((whole != output).sum())}
+    return Found(layers, facts)
+
+
+class _Arrays(NamedTuple):
+    narrow: np.ndarray
+    wide: np.ndarray
+    output: np.ndarray
+
+
+def _arrays(state: Any) -> _Arrays:
+    """Return the emulator's memories, which are tensors of whole numbers."""
+    return _Arrays(*(getattr(state, name).numpy() for name in _Arrays._fields))

@@ -1,0 +1,199 @@
+"""Steps that train for budgets: against the plain sum of passes, in parts, with every weighting; the runs they make."""
+
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3vit.errors import InputError
+from m3vit.models.budget import FULL, Budget
+from m3vit.training.budgets import of_step, space
+from m3vit.training.config import TrainConfig, read_run_config
+from m3vit.training.loop import train
+from m3vit.training.starting import build
+from m3vit.training.step import Labels, step_losses, task_weights
+from tests.conftest import TINY
+from tests.test_cli import refused
+from tests.training.launching import run
+from tests.training.runs import assert_close, lines, same_bits
+from tests.training.test_step import TASKS, assert_same, batch, configuration, gradients, stepper  # noqa: F401
+
+Cli = Callable[..., subprocess.CompletedProcess]
+BUDGETS: dict[str, Any] = {"budgets": 2, "budget_width": 0.5}
+
+
+def test_budgets_of_a_step_are_the_whole_the_smallest_and_random_ones() -> None:
+    model = stepper(configuration()).model
+    found = space(model, TrainConfig(**BUDGETS))
+    train = TrainConfig(budgets=3, seed=7)
+    steps = [of_step(train, found, step) for step in range(4)]
+    assert all(budgets[0] is FULL and budgets[1] == found.smallest and len(budgets) == 4 for budgets in steps)
+    assert steps == [of_step(train, found, step) for step in range(4)]
+    drawn = [repr(budget) for budgets in steps for budget in budgets[2:]]
+    assert len(set(drawn)) > len(drawn) // 2
+    one = [of_step(TrainConfig(budgets=1), found, step) for step in range(4)]
+    assert [len(budgets) for budgets in one] == [2] * 4 and one[0][1] == one[2][1] == found.smallest != one[1][1]
+    assert of_step(train, None, 0) == [FULL]
+    with pytest.raises(InputError, match="the smallest budget is the whole model"):
+        space(model, TrainConfig(budgets=1, budget_width=1.0, budget_top_k=2))
+
+
+def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: list[Budget]) -> tuple[Tensor, float]:
+    """The mean over the passes, each written out; also the mean distance of the smaller ones' tokens."""
+    whole, _ = step_losses(config, model, images, labels)
+    teacher = model(images, native=config.train.native_losses, keep_tokens=True)
+    weights, total, distances = task_weights(config), whole, []
+    plain = configuration(balance_weight=0.0)
+    for budget in budgets[1:]:
+
+        class Small(torch.nn.Module):
+            def forward(self, images: Tensor, **options: Any) -> Any:
+                return model(images, budget=budget, **options)  # noqa: B023
+
+        learned, _ = step_losses(plain, Small(), images, labels)
+        output = model(images, native=config.train.native_losses, budget=budget, keep_tokens=True)
+        (mine,), (other,) = output.tokens.values(), teacher.tokens.values()
+        mine = (mine - mine.mean(-1, keepdim=True)) / (mine.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        other = (other - other.mean(-1, keepdim=True)) / (other.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        tokens = ((mine - other.detach()) ** 2).mean()
+        distances.append(float(tokens.detach()))
+        logits, target = output.logits, {task: value.detach() for task, value in teacher.logits.items()}
+        apart = {
+            "semseg": F.kl_div(
+                logits["semseg"].log_softmax(1), target["semseg"].log_softmax(1), log_target=True, reduction="none"
+            ).sum(1),
+            "depth": (logits["depth"] - target["depth"]).abs()[:, 0],
+            "normals": (F.normalize(logits["normals"], dim=1) - F.normalize(target["normals"], dim=1)).abs().mean(1),
+            "edge": binary_divergence(logits["edge"][:, 0], target["edge"][:, 0]),
+        }
+        outputs = torch.stack([weights[task] * apart[task].mean() for task in TASKS]).sum()
+        total = total + learned + 0.5 * tokens + 2.0 * outputs
+    return total / len(budgets), float(np.mean(distances))
+
+
+def binary_divergence(x: Tensor, y: Tensor) -> Tensor:
+    p, q = x.sigmoid(), y.sigmoid()
+    return q * (q.log() - p.log()) + (1 - q) * ((1 - q).log() - (1 - p).log())
+
+
+def configured(**train: Any) -> Any:
+    given: dict[str, Any] = {**BUDGETS, "budget_tokens": 0.5, "budget_outputs": 2.0, **train}
+    return configuration(**given)
+
+
+def test_a_step_is_the_mean_of_its_passes(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
+    config = configured()
+    values, found = gradients(config, batch)
+    other = stepper(config)
+    loss, tokens = slow_loss(config, other.model, *batch, of_step(config.train, other.space, 0))
+    loss.backward()
+    expected = {name: p.grad for name, p in other.model.named_parameters() if p.grad is not None}
+    assert_same(expected, found, rtol=1e-3, atol=1e-5)
+    assert values["budget/tokens"] == pytest.approx(tokens, rel=1e-4)
+    plain, _ = gradients(configuration(), batch)
+    assert {name: values[name] for name in plain} == pytest.approx(plain), "what is logged is the whole model's"
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_add_up_to_the_batch(batch: tuple[Tensor, Labels], parts: int) -> None:  # noqa: F811
+    images, labels = batch
+    few = images[:3], {task: label[:3] for task, label in labels.items()}  # of 4 parts one is a stand-in
+    whole, expected = gradients(configured(balance_weight=0.0), few)
+    values, found = gradients(configured(balance_weight=0.0, accumulate=parts), few)
+    assert values == pytest.approx(whole, rel=1e-4)
+    assert_same(expected, found, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize("options", [{"weighting": "pcgrad"}, {"weighting": "uncertainty"}, {"tasks_per_step": 2}])
+def test_weightings_and_drawn_tasks(batch: tuple[Tensor, Labels], options: dict[str, Any]) -> None:  # noqa: F811
+    values, found = gradients(configured(**options), batch)
+    plain, _ = gradients(configuration(**options), batch)
+    assert {name: values[name] for name in plain if name in TASKS} == pytest.approx(
+        {name: value for name, value in plain.items() if name in TASKS}
+    )
+    assert values["budget/loss"] > 0 and values["budget/tokens"] > 0 and values["budget/outputs"] > 0
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_half_precision_is_near(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
+    values, _ = gradients(configured(), batch)
+    half, _ = gradients(configured(precision="bf16-mixed"), batch)
+    assert half["budget/loss"] == pytest.approx(values["budget/loss"], rel=0.05)
+    assert half["budget/outputs"] == pytest.approx(values["budget/outputs"], rel=0.3)
+
+
+GIVEN = [*TINY, "--train.budgets=2", "--train.budget_width=0.5"]
+
+
+@pytest.fixture(scope="module")
+def budget_run(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained for budgets, for two epochs; read only."""
+    run = tmp_path_factory.mktemp("budgets") / "run"
+    result = cli("train", "synthetic-tiny", *GIVEN, f"--data.root={tiny_data}", "--train.epochs=2", "--out", run)
+    assert result.returncode == 0, result.stderr
+    return run
+
+
+def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    train = read_run_config(budget_run).train
+    assert (train.budgets, train.budget_width, train.budget_top_k) == (2, 0.5, 1)
+    logged = [line for line in lines(budget_run) if line["kind"] == "train"]
+    assert all({"budget/loss", "budget/tokens", "budget/outputs"} <= line.keys() for line in logged)
+    words = ["train", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", tmp_path / "run"]
+    for given, message in (
+        ("--train.budget_width=0.5", "train.budgets is 0, the whole model alone"),
+        ("--train.budgets=17", "give at most 16 passes a step"),
+        ("--train.budgets=-1", "zero or a positive number"),
+        ("--train.budgets=1 --train.budget_width=0", "a share above 0, up to 1"),
+        ("--train.budgets=1 --train.budget_top_k=3", "give 1 to model.top_k"),
+        ("--train.budgets=1 --train.budget_top_k=2 --train.budget_width=1.0", "the smallest budget is the whole"),
+    ):
+        refused(cli(*words, *given.split()), message)
+
+
+class Enough(Exception):  # noqa: N818 (a signal)
+    """The run is to end here."""
+
+
+def test_a_resumed_run_is_the_unbroken_one(budget_run: Path, tmp_path: Path) -> None:
+    config = read_run_config(budget_run)
+    config.train.checkpoint_steps = 1
+
+    def until(step: int, of: int, words: str) -> None:
+        if step == 4:
+            raise Enough
+
+    for name, progress in (("unbroken", None), ("broken", until)):
+        with suppress(Enough):
+            train(config, tmp_path / name, progress=progress)
+    assert len(lines(tmp_path / "broken")) < len(lines(tmp_path / "unbroken"))
+    train(config, tmp_path / "broken", resume=True)
+    same_bits(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def test_units_keep_their_order_where_the_run_before_was_trained_for_budgets(budget_run: Path, tiny_data: Path) -> None:
+    config = read_run_config(budget_run)
+    config.model.init = f"run:{budget_run}"
+    config.data.root = str(tiny_data)
+    from m3vit.run_folder import load_run
+
+    trained = load_run(budget_run).model.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in build(config).state_dict().items())
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(make_data: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
+    data = make_data(tmp_path / "data", train=7, val=3)  # of the last batch one process has two images, one has one
+    words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={data}", "--train.optimizer=sgd", "--train.lr=0.01"]
+    words += ["--train.epochs=2", "--train.accumulate=2", "--train.balance_weight=0"]
+    run([*words, "--out", tmp_path / "one"], tmp_path)
+    run([*words, f"--train.strategy={strategy}", "--out", tmp_path / "two"], tmp_path, processes=2)
+    assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
