@@ -20,6 +20,8 @@ TILES_OUT = (256, 192, 160, 128, 112, 96, 80, 64, 48, 32, 16)
 GROUPS = (512, 256, 128, 64, 32)  # of queries on chip
 LANES_CHOICES = (64, 32, 16)  # of softmax
 WEIGHT_PORTS = (2, 1)
+# Properties of Hardware that firmware/parameters.h states too.
+DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits")
 LUT_RAM_DEPTH = 64  # words of a memory that goes into LUTs
 
 

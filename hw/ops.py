@@ -225,7 +225,9 @@ def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
     for queries in query_blocks(i, h):
         rounds = max(_times(_times(queries, h.group), BATCH), STAGES - 1, _times(loads, length))
         steps = (_times(i.rows, KEY_BLOCK) * rounds + STAGES - 1) * length
-        block = t.loop(queries * words, reads=True) + t.loop(loads, reads=True) + t.loop(steps, reads=True)
+        block = (
+            t.loop(queries * words, reads=True) + t.loop(loads, reads=True) + t.loop(steps, reads=i.rows > KEY_BLOCK)
+        )
         cycles += i.heads * (block + t.loop(queries * words, writes=True))
     return cycles
 
@@ -326,7 +328,7 @@ def _results(tile: Tile, h: Hardware) -> int:
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
     """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
     bits = GATE_BITS if isinstance(i, Gate) else h.weight_word
-    loads, spans = [], []
+    loads, spans, reading = [], [], []
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
         at_once = 1 if isinstance(i, Gate) else h.weight_ports
@@ -334,9 +336,10 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
         together = 1 if isinstance(i, Conv) else min(2, h.tile_in // h.values(h.act_word))  # words that are read
         steps = tile.n_in // (together * h.values(h.act_word) if tile.fresh else h.tile_in)
         spans.append((tile.tokens + 1) * max(steps, _results(tile, h)))
+        reading.append(tile.fresh or tile.adds)  # beside the next tile
     cycles = t.loop(loads[0] if loads else 0, reads=True)
-    for span, following in zip(spans, [*loads[1:], 0], strict=False):
-        cycles += t.loop(max(span, following), reads=True, writes=True)
+    for span, reads, following in zip(spans, reading, [*loads[1:], 0], strict=False):
+        cycles += t.loop(max(span, following), reads=reads or following > 0, writes=True)
     return cycles
 
 

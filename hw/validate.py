@@ -1,6 +1,7 @@
 """Numbers that must agree, from levels that do not know each other: `m3vit hw validate`. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3vit.hw.published import EDGE_MOE_MS, EDGE_MOE_QUEUES, TABLE4_MIB, TABLE4_MS, TOKENS, EdgeMoe, Table4
@@ -9,6 +10,7 @@ ROW, REORDERING = 0.007, 0.0003  # of a row of table 4, and of what its memory a
 EDGE_MOE = (-0.10, 0.05)
 TABLE4, MEASURED = Table4(), EdgeMoe()
 HALF = (0.45, 0.55)
+TIMED = 0.05
 
 
 class Row(NamedTuple):
@@ -63,9 +65,22 @@ def edge_moe_rows(model: EdgeMoe = MEASURED) -> Iterator[Row]:
     yield Row("Edge-MoE, share of attention's products", "", share, ours, 0.5, 'published: "half"', low, high)
 
 
-def validate() -> list[Row]:
-    """Return all rows."""
-    return [*table4_rows(), *edge_moe_rows()]
+def timed_rows(name: str, report: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the cycles of a project's timed C-simulation (m3vit.export.hls.multiplexed.timing) beside the closed form
+    of the same routing: of each task's frame and of each engine in it."""
+    per_ms = report["clock_mhz"] * 1e3
+    for task, found in report["tasks"].items():
+        parts = {"frame": (found["cycles"], found["modelled_cycles"])}
+        parts |= {engine: (entry["cycles"], entry["modelled_cycles"]) for engine, entry in found["engines"].items()}
+        for part, (timed, modelled) in parts.items():
+            levels = (timed / per_ms, "timed C-sim", modelled / per_ms, "modelled, the same routing")
+            yield Row(f"{name}, {task}, {part}", "ms", *levels, -TIMED, TIMED)
+
+
+def validate(projects: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[Row]:
+    """Return all rows; projects: timed C-simulations by name."""
+    timed = [row for name, report in projects.items() for row in timed_rows(name, report)]
+    return [*table4_rows(), *edge_moe_rows(), *timed]
 
 
 def plain(rows: list[Row]) -> dict[str, Any]:

@@ -88,6 +88,10 @@ COMMANDS: dict[str, Command] = {
         "Print numbers of the accelerator that must agree with published ones. Exit code 1 if one is out.",
         *command(hardware.Validate, hardware.run_validate),
     ),
+    "hw report": (
+        "Set what Vitis HLS reports of a project beside what was assumed, and time its frames with it.",
+        *command(hardware.HwReport, hardware.run_hw_report),
+    ),
     "hw cost": (training.TITLES["hw cost"], None, hls.run_cost),
     "hw explore": (training.TITLES["hw explore"], None, hls.run_explore),
     "report": (
@@ -113,6 +117,7 @@ PLUGGABLE = (
     "export hls",
     "hw csim",
     "hw trace",
+    "hw report",
     "hw cost",
     "hw explore",
     "report",

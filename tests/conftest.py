@@ -204,6 +204,7 @@ TINY = [
     "--train.eval_epochs=0",
     "--train.log_steps=1",
 ]
+TASKEXPERT = ["--model.head=taskexpert", "--model.head_args={blocks: 2, experts: 2, width: 6, head_width: 5}"]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.files import require_replaceable, sha256_file
 from m3vit.hw.manifest import MANIFEST, read_manifest
-from m3vit.hw.sim.csim import TESTBENCH
+from m3vit.hw.sim.csim import TESTBENCH, TIMED_BENCH
 from m3vit.staging import PARTIAL
 
 # Pattern of a name below the project's folder (* matches / too), whether it may be edited, what it holds; the first
@@ -40,7 +40,10 @@ CLASSES = (
 BUILT = {
     MANIFEST,
     TESTBENCH,
+    TIMED_BENCH,
     "csim.json",
+    "csim_timed.json",
+    "tb_data/csim_timed.bin",
     "tb_data/csim_outputs.npz",
     "tb_data/csim_outputs.bin",
     "tb_data/csim_results.log",

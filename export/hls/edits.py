@@ -9,7 +9,7 @@ import yaml
 
 from m3vit.errors import InputError
 from m3vit.files import read_text
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.hardware import DERIVED, Hardware
 
 PARAMETERS, TCL, CONFIG = "firmware/parameters.h", "project.tcl", "hls4ml_config.yml"
 CONSTANT = re.compile(r"^\s*static const \w+ (\w+) = (\w+);", re.MULTILINE)
@@ -41,6 +41,14 @@ def hardware_of(project: Path, manifest: dict[str, Any]) -> Hardware:
             except ValueError:
                 raise InputError(f"{project / PARAMETERS}: {name} is {text}, give a whole number") from None
     return Hardware(**found)
+
+
+def apart(project: Path, hardware: Hardware) -> list[str]:
+    """Return which constants of parameters.h that follow from others do not, "group 4, not 1" say: the closed form is
+    of engines in which they do."""
+    found = constants(project)
+    wanted = {name: str(getattr(hardware, name)) for name in DERIVED}
+    return [f"{name} {value}, not {found[name]}" for name, value in wanted.items() if found.get(name, value) != value]
 
 
 def clock_mhz(project: Path) -> float:

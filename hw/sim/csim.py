@@ -26,7 +26,8 @@ from m3vit.hw.sim.compiler import advising, built, compiler, find_compiler, requ
 __all__ = ["FORMAT", "MANIFEST", "find_compiler", "read_manifest"]  # used from here by others
 
 NAME = "m3vit"  # of the hls4ml project
-TESTBENCH = "csim.exe"
+TESTBENCH, TIMED_BENCH = "csim.exe", "csim_timed.exe"
+TIMED_HEADER = "firmware/nnet_utils/m3vit_timed.h"
 FLAGS = ("-O3", "-std=c++17", "-w")  # -w: the bundled ap_types warn by the page
 # Of a multiplexed project: machine integers, so the result does not depend on the flags. Its own Makefile has -O3.
 MULTIPLEXED_FLAGS = ("-O3", "-march=native", "-std=c++11", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-label")
@@ -76,12 +77,12 @@ def build_testbench(project: Path) -> Path:
     return _build(project, [*FLAGS, *defines, *sources])
 
 
-def _build(project: Path, arguments: list[str]) -> Path:
+def _build(project: Path, arguments: list[str], name: str = TESTBENCH) -> Path:
     """Build a test bench with the arguments of a compiler, and return its path."""
     what = "building the test bench"
-    with built(project / TESTBENCH, what) as program:
+    with built(project / name, what) as program:
         run_program([*compiler(), *arguments, "-o", program.name], project, what)
-    return project / TESTBENCH
+    return project / name
 
 
 def build_bridge(project: Path) -> Path:
@@ -234,8 +235,22 @@ def build_frames(project: Path) -> Path:
     return _build(project, [*MULTIPLEXED_FLAGS, "-I.", f"{NAME}_test.cpp", f"firmware/{NAME}.cpp"])
 
 
-def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> FrameResult:
-    """Simulate frames uint8 [n, H, W, 3], each for a task id of [n], with the test bench built before."""
+def build_timed(project: Path) -> Path:
+    """Build the test bench whose loops and ports write down what they do, and return its path.
+
+    Raises InputError for a project of engines that have no timed C-simulation.
+    """
+    if not (project / TIMED_HEADER).is_file():
+        raise InputError(f"{project} was written by an older version, whose engines cannot be timed: export it again")
+    arguments = [*MULTIPLEXED_FLAGS, "-DM3VIT_TIMED", "-I.", f"{NAME}_test.cpp", f"firmware/{NAME}.cpp"]
+    return _build(project, arguments, TIMED_BENCH)
+
+
+def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray, timed: Path | None = None) -> FrameResult:
+    """Simulate frames uint8 [n, H, W, 3], each for a task id of [n], with the test bench built before.
+
+    timed: the file for what loops and ports did (m3vit.hw.timed), by the timed test bench.
+    """
     manifest = read_manifest(project)
     task_ids, size = np.asarray(task_ids), (*manifest["image_size"], 3)
     if images.dtype != np.uint8 or images.shape[1:] != size or task_ids.shape != images.shape[:1]:
@@ -252,7 +267,9 @@ def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray) -> Frame
         weights = project.resolve() / WEIGHTS
         names = ("images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin")
         start = time.perf_counter()
-        run_program([str(project.resolve() / TESTBENCH), str(weights), *names], folder, "the test bench")
+        bench = project.resolve() / (TIMED_BENCH if timed else TESTBENCH)
+        env = {**os.environ, "M3VIT_TIMED_TRACE": str(timed.resolve())} if timed else None
+        run_program([str(bench), str(weights), *names], folder, "the test bench", env)
         seconds = time.perf_counter() - start
         try:
             outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)

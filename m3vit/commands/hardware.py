@@ -1,4 +1,4 @@
-"""m3vit hw trace, hw validate."""
+"""m3vit hw csim --timed, hw trace, hw validate, hw report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +93,11 @@ class Validate:
     """Options of m3vit hw validate.
 
     Attributes:
+        project: an HLS project of the multiplexed schedule, whose timed C-simulation is run too (default: none)
         json: also write the rows to this file (default: do not)
     """
 
+    project: Folder | None = None
     json: File | None = None
 
 
@@ -106,7 +108,13 @@ def run_validate(wanted: Validate) -> int:
     from m3vit.files import write_json
     from m3vit.hw.validate import all_hold, plain, validate
 
-    rows = validate()
+    projects = {}
+    if wanted.project:
+        from m3vit.export.hls.multiplexed.timing import evaluated, record
+
+        with progress_bar("timing") as bar:
+            projects[wanted.project.resolve().name] = evaluated(wanted.project, record(wanted.project, progress=bar))
+    rows = validate(projects)
     if wanted.json:
         write_json(wanted.json, plain(rows))
     table = Table(caption="nothing was synthesised, nothing ran on a board")
@@ -121,3 +129,120 @@ def run_validate(wanted: Validate) -> int:
     out = sum(not row.holds for row in rows)
     say(f"{len(rows) - out} of {len(rows)} agree" + (f", {out} are out" if out else ""))
     return 0 if all_hold(rows) else 1
+
+
+ASSUMED = ("clock", "depth", "read", "write", "bus_bits", "gap")
+
+
+def run_timed(wanted: Any) -> None:
+    """Run, or evaluate again, the timed C-simulation of a project, and print what it takes; wanted: hls.Csim."""
+    from m3vit.errors import InputError
+    from m3vit.export.hls.multiplexed.timing import evaluated, record, recorded
+    from m3vit.files import write_json
+    from m3vit.report.timeline import check_form, timeline
+
+    if wanted.timeline:
+        check_form(wanted.timeline)
+    if wanted.recorded and wanted.samples:
+        raise InputError("--recorded evaluates the images that were recorded: leave out --samples")
+    given = {name: getattr(wanted, name) for name in ASSUMED}
+    with progress_bar("timing") as bar:
+        found = recorded(wanted.project) if wanted.recorded else record(wanted.project, wanted.samples, bar)
+        report = evaluated(wanted.project, found, given)
+    if wanted.json:
+        write_json(wanted.json, report)
+    print_timed(report)
+    if wanted.timeline:
+        timeline(wanted.project, given, wanted.timeline)
+        say(str(wanted.timeline))
+    say_changed(report["changed_files"], report["changes"])
+
+
+def print_timed(report: dict[str, Any]) -> None:
+    """Print the cycles of a frame of each task by engine, beside the closed form of the same routing."""
+    from rich.table import Table
+
+    tasks = report["tasks"]
+    engines = list(dict.fromkeys(engine for found in tasks.values() for engine in found["engines"]))
+    caption = f"{report['board']} at {report['clock_mhz']:g} MHz; {report['note']}; ms over {report['images']} images"
+    table = Table(caption=caption)
+    titles = (
+        "task",
+        *(f"{engine} ms" for engine in engines),
+        "loops ms",
+        "ms",
+        "least, most",
+        "modelled ms",
+        "against",
+    )
+    for title in titles:
+        table.add_column(title, justify="left" if title == "task" else "right")
+    for task, found in tasks.items():
+        per_ms = report["clock_mhz"] * 1e3
+        cells = [f"{found['engines'].get(engine, {'ms': 0.0})['ms']:.3f}" for engine in engines]
+        cells += [f"{found['loops_ms']:.3f}", f"{found['ms']:.3f}"]
+        cells += [", ".join(f"{value:.3f}" for value in found["ms_over_images"])]
+        cells += [f"{found['modelled_cycles'] / per_ms:.3f}", f"{100 * found['difference']:+.2f} %"]
+        table.add_row(task, *cells)
+    console(max(console().width, 140)).print(table)
+    first = next(iter(tasks.values()))
+    ports = ", ".join(
+        f"{port} {entry['bytes'] / 1e6:.2f} MB in {entry['runs']} runs of {entry['words']} words"
+        for port, entry in first["ports"].items()
+    )
+    say(f"ports, first task: {ports}")
+    say(
+        f"passes of loops, first task: {first['passes']}; {first['waiting_for_buses']} wait for a bus, "
+        f"{first['waiting_for_memory']} for the memory's bandwidth"
+    )
+    for line in report["said"]:
+        say(line)
+
+
+@dataclass(frozen=True)
+class HwReport:
+    """Options of m3vit hw report.
+
+    Attributes:
+        project: HLS project of the multiplexed schedule (m3vit export hls)
+        csynth: csynth.xml or csynth.rpt that Vitis HLS wrote of it
+        json: also write what is printed to this file (default: do not)
+    """
+
+    project: Annotated[Path, Value(metavar="DIR", positional=True)]
+    csynth: File
+    json: File | None = None
+
+
+def run_hw_report(wanted: HwReport) -> None:
+    """Print what a synthesis reported beside what was assumed, and the time that follows."""
+    from rich.table import Table
+
+    from m3vit.export.hls.multiplexed.timing import synthesised
+    from m3vit.files import write_json
+
+    with progress_bar("timing") as bar:
+        found = synthesised(wanted.project, wanted.csynth, bar)
+    if wanted.json:
+        write_json(wanted.json, found)
+    table = Table(caption=found["note"])
+    for title in ("loop", "assumed II", "depth", "reported II", "depth", "reported as"):
+        table.add_column(title, justify="left" if title in ("loop", "reported as") else "right")
+    for name, loop in found["loops"].items():
+        cells = [str(loop["assumed"][key] or "-") for key in ("ii", "depth")]
+        cells += [str(loop["reported"][key]) if loop["reported"] else "not found" for key in ("ii", "depth")]
+        table.add_row(name, *cells, loop["reported_as"] or "")
+    console(max(console().width, 120)).print(table)
+    shown = [
+        f"{kind} {pair['modelled'] if pair['modelled'] is not None else '-'} modelled, {pair['reported']} reported"
+        for kind, pair in found["resources"].items()
+        if pair["reported"] is not None
+    ]
+    if shown:
+        say(f"resources: {'; '.join(shown)}")
+    clock = found["clock_ns"]
+    if clock["estimated"] is not None:
+        say(f"clock, ns: {clock['project']:.3f} in project.tcl, {clock['estimated']:.3f} estimated by Vitis HLS")
+    for task, pair in found["tasks"].items():
+        say(f"{task}: {pair['assumed_ms']:.3f} ms as assumed, {pair['reported_ms']:.3f} ms with the report's loops")
+    say_changed(found["changed_files"], found["changes"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from m3vit.commands.terminal import print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import File, Positive, RunFolder, Value, add_options, options
+from m3vit.options import File, Positive, RunFolder, Value, add_options, count, options
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,42 @@ class Csim:
 
     Attributes:
         project: HLS project (m3vit export hls)
-        samples: images to simulate (default: all that are stored)
+        samples: images to simulate (default: all that are stored; with --timed one)
+        timed: count cycles in the C++ instead, with the routing of each image (multiplexed schedule)
+        recorded: with --timed, evaluate what was recorded before; no C++ is run
+        clock: with --timed, MHz (default: what project.tcl asks for)
+        depth: with --timed, cycles to fill and drain a pipelined loop (default: 12)
+        read: with --timed, cycles from a request to its first word (default: 70)
+        write: with --timed, cycles from the last word to the answer (default: 40)
+        bus_bits: with --timed, width of the AXI buses (default: of the ports)
+        gap: with --timed, cycles that a bus loses at each run of consecutive words (default: 0)
+        timeline: with --timed, a picture of the frame of the first task (default: none)
+        json: with --timed, also write what is printed, by instruction, to this file (default: do not)
     """
 
     project: Annotated[Path, Value(metavar="DIR", positional=True)]
     samples: Positive | None = None
+    timed: bool = False
+    recorded: bool = False
+    clock: Positive | None = None
+    depth: Annotated[int, Value(count, "N")] | None = None
+    read: Annotated[int, Value(count, "N")] | None = None
+    write: Annotated[int, Value(count, "N")] | None = None
+    bus_bits: Positive | None = None
+    gap: Annotated[int, Value(count, "N")] | None = None
+    timeline: File | None = None
+    json: File | None = None
 
 
 def run_csim(wanted: Csim) -> None:
+    if wanted.timed:
+        from m3vit.commands.hardware import run_timed
+
+        run_timed(wanted)
+        return
+    rest = {key: value for key, value in vars(wanted).items() if key not in ("project", "samples", "timed")}
+    if of_timed := [f"--{key.replace('_', '-')}" for key, value in rest.items() if value not in (None, False)]:
+        raise InputError(f"{', '.join(of_timed)}: give --timed too, or leave it out")
     from m3vit.export.hls.schedules import schedule_of
     from m3vit.export.hls.verify import verify_project
     from m3vit.hw.manifest import read_manifest

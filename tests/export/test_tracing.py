@@ -102,6 +102,22 @@ def test_a_wrong_kernel_and_a_wrong_layer_are_named(
     assert found["changes"] == {"firmware/nnet_utils/m3vit_engine_norm.h": ""}
 
 
+def test_maps_in_parts_are_compared_where_they_are_whole(
+    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedding of 192 inputs in six parts, added to nothing; fc2 of 64 in two, added to the residual stream."""
+    known(monkeypatch, model)
+    monkeypatch.setattr("m3vit.hw.hardware.SPLIT_INPUTS", 32)
+    found = trace(export(model, tmp_path / "project"), None, TASK)
+    embeds = [layer for layer in found["layers"] if layer["name"].startswith("embed")]
+    assert len(embeds) == 6 and ["own" in layer for layer in embeds] == 5 * [False] + [True]
+    assert [layer["name"] for layer in found["layers"] if layer["name"].startswith("blocks_0_fc2")] == [
+        "blocks_0_fc2.part0",
+        "blocks_0_fc2.part1",
+    ]
+    assert max(layer["error"] for layer in found["layers"] if "error" in layer) < 1e-3
+
+
 @pytest.mark.parametrize("bits", [(8, 8), (16, 16)])
 def test_heads_with_convolutions(bits: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch, model := make_model(head="conv"))

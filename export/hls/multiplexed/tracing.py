@@ -81,6 +81,7 @@ def describe(
     formats, wide = manifest["precision"]["layers"], int(manifest["precision"]["wide_frac"])
     output = int(manifest["output_fracs"][task])
     found: list[Described] = []
+    alone: set[str] = set()  # linear maps to wide tokens that are added to nothing
     dim, layer = 0, ""  # of the LayerNorm before, and the layer of the weights before
 
     def after(name: str) -> str | None:
@@ -130,12 +131,13 @@ def describe(
             case isa.Linear() if i.mode == Mode.NARROW:  # of a head whose outputs a convolution takes
                 found.append(Described(full, None, int(formats[base][f"output{task}"])))
             case isa.Linear():
-                # Of one in parts the last gives the sum.
-                several = ".part" in full
-                more = isinstance(following, isa.Linear) and several and names.get(
-                    ("weights", following.weights), "").startswith(f"{base}.part")  # fmt: skip
-                place_ = None if more else base if i.mode == Mode.WIDE and not several else after(base)
-                found.append(Described(full, place_, wide))
+                # Of one in parts the last gives the sum; the first says whether it was added to something before.
+                if i.mode == Mode.WIDE:
+                    alone.add(base)
+                next_name = names.get(("weights", following.weights), "") if isinstance(following, isa.Linear) else ""
+                partial = ".part" in full and next_name.startswith(f"{base}.part")
+                where: Place | None = base if base in alone else after(base)
+                found.append(Described(full, None if partial else where, wide))
             case _:
                 raise AssertionError(f"no description of {i}")
         layer = base

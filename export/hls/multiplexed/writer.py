@@ -17,7 +17,7 @@ from m3vit.files import write_json
 from m3vit.hw import boards
 from m3vit.hw.boards import BOARDS, BUDGETS, Board
 from m3vit.hw.design import Design
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.hardware import DERIVED, Hardware
 from m3vit.hw.isa import BLANK, Mode
 from m3vit.hw.ops import GATE_BITS
 from m3vit.hw.program import Image
@@ -25,7 +25,6 @@ from m3vit.hw.weights_file import HEADER_WORDS
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
 HEAD = ("weight_bits", "act_bits", "max_head", "uram", "tiles_in_lut")  # of Hardware: written in other words
-DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits")  # of Hardware: follow from its fields
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator

@@ -24,12 +24,12 @@ inline counters *&program_counters() {
 // keys, narrow_in and narrow_out are the same memory, as are wide_in and wide, weights and more_weights.
 // An unknown task id is 0.
 template <class C>
-void run_program(const uint8_t *image, unsigned task, unsigned num_tasks, const typename words<C>::weights *weights,
-                 const typename words<C>::weights *more_weights, const typename words<C>::gates *gates,
-                 const typename words<C>::wide *params,
-                 const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
-                 typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
-                 typename words<C>::wide *wide, int32_t *output) {
+void run_program(typename ports<C>::image image, unsigned task, unsigned num_tasks, typename ports<C>::weights weights,
+                 typename ports<C>::more_weights more_weights, typename ports<C>::gates gates,
+                 typename ports<C>::params params,
+                 typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
+                 typename ports<C>::narrow_out narrow_out, typename ports<C>::wide_in wide_in,
+                 typename ports<C>::wide wide, typename ports<C>::output output) {
     static queues<C> queue;
     const int wanted = task < num_tasks ? (int)task : 0;
 Program:
@@ -37,6 +37,7 @@ Program:
         #pragma HLS PIPELINE off
         int32_t w[instruction_words];
         #pragma HLS ARRAY_PARTITION variable=w complete
+        begin_instruction(pc);
         read_instruction<C>(params, pc, w);
         if (w[opcode_word] == op_end)
             break;

@@ -31,6 +31,7 @@
 
 #include "m3vit_integer.h"
 #include "m3vit_isa.h"
+#include "m3vit_timed.h"
 
 // Vitis HLS gets accumulators of the width that they need; C-simulation machine integers, with the same values. Another
 // compiler takes the first with -DM3VIT_AP_INT. Likewise the products of the array: -DM3VIT_AS_SYNTHESISED takes them as
@@ -78,6 +79,21 @@ template <class C> struct words {
     static const unsigned narrow_lanes = narrow::lanes, wide_lanes = wide::lanes;
 };
 
+// What the engines reach memory by: pointers, or, in timed C-simulation, objects.
+template <class C> struct ports {
+    typedef typename port<const uint8_t, port_image>::type image;
+    typedef typename port<const typename words<C>::weights, port_weights>::type weights;
+    typedef typename port<const typename words<C>::weights, port_more_weights>::type more_weights;
+    typedef typename port<const typename words<C>::gates, port_gates>::type gates;
+    typedef typename port<const typename words<C>::wide, port_params>::type params;
+    typedef typename port<const typename words<C>::narrow, port_keys>::type keys;
+    typedef typename port<const typename words<C>::narrow, port_narrow_in>::type narrow_in;
+    typedef typename port<typename words<C>::narrow, port_narrow_out>::type narrow_out;
+    typedef typename port<const typename words<C>::wide, port_wide_in>::type wide_in;
+    typedef typename port<typename words<C>::wide, port_wide>::type wide;
+    typedef typename port<int32_t, port_output>::type output;
+};
+
 // How many words `count` values take.
 template <unsigned LANES> inline unsigned words_of(unsigned count) {
     #pragma HLS INLINE
@@ -86,11 +102,13 @@ template <unsigned LANES> inline unsigned words_of(unsigned count) {
 
 // Read the words of instruction `pc`; m3vit_isa.h takes the fields out of them.
 template <class C>
-void read_instruction(const typename words<C>::wide *params, unsigned pc, int32_t w[instruction_words]) {
+void read_instruction(typename ports<C>::params params, unsigned pc, int32_t w[instruction_words]) {
     static const unsigned lanes = words<C>::wide_lanes;
+    pipelined<loop_engine_fetch, 1> fetch_loop;
 Fetch:
     for (unsigned i = 0; i < instruction_words / lanes; i++) {
         #pragma HLS PIPELINE II=1
+        fetch_loop.tick();
         const typename words<C>::wide values = params[pc * (instruction_words / lanes) + i];
         for (unsigned j = 0; j < lanes; j++) {
             #pragma HLS UNROLL

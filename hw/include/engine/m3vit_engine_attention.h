@@ -90,7 +90,7 @@ inline unsigned times(unsigned count, unsigned size) {
 
 // Load one word of keys or values, and go to the next; nothing after the last, nor further ahead than one block.
 template <class C>
-void load_key(attention_state<C> &state, const attention_fields &I, const typename words<C>::narrow *narrow,
+void load_key(attention_state<C> &state, const attention_fields &I, typename ports<C>::keys narrow,
               attention_buffers<C> &buffer) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::narrow_lanes;
@@ -120,9 +120,11 @@ void load_key(attention_state<C> &state, const attention_fields &I, const typena
 // Products span whole steps of channels: what a head of `width` channels leaves of them is 0, in keys and in queries.
 template <class C> void clear_rest(attention_buffers<C> &buffer, unsigned width) {
     #pragma HLS INLINE off
+    pipelined<loop_attention_rest, 1> rest_loop;
 Rest:
     for (unsigned j = 0; j < (key_block > C::groups ? key_block : C::groups); j++) {
         #pragma HLS PIPELINE II=1
+        rest_loop.tick();
         for (unsigned c = 0; c < C::head; c++) {
             #pragma HLS UNROLL
             if (c >= width) {
@@ -142,14 +144,16 @@ Rest:
 }
 
 template <class C>
-void read_queries(const attention_state<C> &state, const attention_fields &I, const typename words<C>::narrow *narrow,
+void read_queries(const attention_state<C> &state, const attention_fields &I, typename ports<C>::narrow_in narrow,
                   attention_buffers<C> &buffer) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::narrow_lanes;
     unsigned i = 0, w = 0;
+    pipelined<loop_attention_query, 1> query_loop;
 Query:
     for (unsigned n = 0; n < state.queries * (state.width / lanes); n++) {
         #pragma HLS PIPELINE II=1
+        query_loop.tick();
         const unsigned row = I.src + (state.query + i) * I.src_pitch + state.head * state.width;
         const typename words<C>::narrow values = narrow[row / lanes + w];
         for (unsigned l = 0; l < lanes; l++) {
@@ -166,13 +170,15 @@ Query:
 
 template <class C>
 void write_context(const attention_state<C> &state, const attention_fields &I, const attention_buffers<C> &buffer,
-                   typename words<C>::narrow *narrow) {
+                   typename ports<C>::narrow_out narrow) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::narrow_lanes;
     unsigned i = 0, w = 0;
+    pipelined<loop_attention_divide, 1> divide_loop;
 Divide:
     for (unsigned n = 0; n < state.queries * (state.width / lanes); n++) {
         #pragma HLS PIPELINE II=1
+        divide_loop.tick();
         const unsigned g = i / C::group, q = i % C::group;
         const scaled inverse = reciprocal((unsigned long long)buffer.total[g][q]); // not 0: the last maximum weighs 1/2 or more
         typename words<C>::narrow values;
@@ -221,7 +227,7 @@ void begin_attention(attention_state<C> &state, const attention_fields &I, atten
 // Go to the next head or block of queries, with its first block of keys; return the cycles it takes, 0 after the last.
 template <class C>
 unsigned next_attention(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
-                        const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in) {
+                        typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in) {
     #pragma HLS INLINE off
     state.query += state.queries;
     if (state.query >= I.rows) {
@@ -236,9 +242,11 @@ unsigned next_attention(attention_state<C> &state, const attention_fields &I, at
     state.load_value = false;
     state.stage[0].block = 0;
     const unsigned loads = 2 * keys_of(I, 0) * (state.width / words<C>::narrow_lanes);
+    pipelined<loop_attention_first, 1> first_loop;
 First:
     for (unsigned n = 0; n < loads; n++) {
         #pragma HLS PIPELINE II=1
+        first_loop.tick();
         load_key<C>(state, I, keys, buffer);
     }
     unsigned rounds = times(times(state.queries, C::group), batch);
@@ -386,7 +394,7 @@ template <class C> void next_rounds(attention_state<C> &state) {
 // One cycle before the array: load, round, weigh, and bring the operands of the array.
 template <class C>
 array_turn attention_before(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
-                            const typename words<C>::narrow *keys, operands<C> &step) {
+                            typename ports<C>::keys keys, operands<C> &step) {
     #pragma HLS INLINE
     const unsigned g = state.g, now = state.round & 1, before = now ^ 1; // stages 0 and 2 fill `now`, 1 and 3 `before`
     load_key<C>(state, I, keys, buffer);

@@ -12,10 +12,10 @@ namespace vit {
 // Run an instruction that multiplies; of the fields, I and G are of linear maps, A of attention.
 template <class C>
 void compute(bool attends, const linear_fields &I, const conv_fields &G, const attention_fields &A, const queues<C> &queue,
-             const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
-             const typename words<C>::gates *gates, const typename words<C>::wide *params, const typename words<C>::narrow *keys,
-             const typename words<C>::narrow *narrow_in, typename words<C>::narrow *narrow_out,
-             const typename words<C>::wide *wide_in, typename words<C>::wide *wide, int32_t *output) {
+             typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
+             typename ports<C>::gates gates, typename ports<C>::params params, typename ports<C>::keys keys,
+             typename ports<C>::narrow_in narrow_in, typename ports<C>::narrow_out narrow_out,
+             typename ports<C>::wide_in wide_in, typename ports<C>::wide wide, typename ports<C>::output output) {
     #pragma HLS INLINE off
     static weight_tiles<C> tile;
     static token_cache<C> cache;
@@ -73,9 +73,11 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
 Work:
     while (steps > 0) {
         #pragma HLS LOOP_TRIPCOUNT min=1 max=1024
+        pipelined<loop_compute_step, 1> step_loop;
     Step:
         for (unsigned k = 0; k < steps; k++) {
             #pragma HLS PIPELINE II=1
+            step_loop.tick();
             // What is written is read at the earliest in the next tile, or a round later.
             #pragma HLS DEPENDENCE variable=tile.weight inter false
             #pragma HLS DEPENDENCE variable=tile.gate inter false

@@ -129,8 +129,8 @@ inline unsigned words_left(const tile_progress &place) {
 // Load one word of weights and one of parameters, if there are more. The rows of a tile are one run of addresses.
 template <class C>
 void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile, bool side,
-               const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
-               const typename words<C>::gates *gates, const typename words<C>::wide *params) {
+               typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
+               typename ports<C>::gates gates, typename ports<C>::params params) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::wide_lanes, rows = lanes / row_words;
     if (place.row < place.rows) {
@@ -210,7 +210,7 @@ template <class C> tap_place first_tap(const tile_job &job, const conv_fields &G
 // token holds upscale^2 pixels, line by line, and tokens are G.columns side by side.
 template <class C>
 typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const conv_fields &G,
-                                   const typename words<C>::narrow *narrow) {
+                                   typename ports<C>::narrow_in narrow) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::narrow_lanes;
     const unsigned s = G.upscale;
@@ -253,17 +253,19 @@ template <class C> struct linear_state {
 // Begin an instruction: load the first tile.
 template <class C>
 void begin_linear(linear_state<C> &state, const linear_fields &I, const queues<C> &queue, weight_tiles<C> &tile,
-               const typename words<C>::weights *weights, const typename words<C>::weights *more_weights,
-               const typename words<C>::gates *gates, const typename words<C>::wide *params) {
+               typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
+               typename ports<C>::gates gates, typename ports<C>::params params) {
     #pragma HLS INLINE off
     state.place.map = state.place.base = state.place.row = 0;
     state.side = false;
     state.next = next_tile<C>(state.place, I, queue);
     tile_progress loading = first_word<C>(state.next);
     const unsigned loads = words_left(loading);
+    pipelined<loop_linear_first, 1> first_loop;
 First:
     for (unsigned k = 0; k < loads; k++) {
         #pragma HLS PIPELINE II=1
+        first_loop.tick();
         load_word<C>(loading, state.next, tile, 0, weights, more_weights, gates, params);
     }
 }
@@ -322,8 +324,8 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
 // Write word `w` of a token's results: activation, or what is in memory added, and to 
 template <class C>
 void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
-                typename words<C>::narrow *narrow,
-                const typename words<C>::wide *wide_in, typename words<C>::wide *wide, int32_t *output) {
+                typename ports<C>::narrow_out narrow,
+                typename ports<C>::wide_in wide_in, typename ports<C>::wide wide, typename ports<C>::output output) {
     #pragma HLS INLINE
     static const unsigned narrow_lanes = words<C>::narrow_lanes, wide_lanes = words<C>::wide_lanes;
     const tile_job &job = state.now;
@@ -366,11 +368,11 @@ void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsig
 // Step k of a tile, before the array: load, write, and bring the operands.
 template <class C>
 void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, const queues<C> &queue, weight_tiles<C> &tile,
-                   token_cache<C> &cache, operands<C> &step, const typename words<C>::weights *weights,
-                   const typename words<C>::weights *more_weights, const typename words<C>::gates *gates, const typename words<C>::wide *params,
-                   const typename words<C>::narrow *keys, const typename words<C>::narrow *narrow_in,
-                   typename words<C>::narrow *narrow_out, const typename words<C>::wide *wide_in,
-                   typename words<C>::wide *wide, int32_t *output) {
+                   token_cache<C> &cache, operands<C> &step, typename ports<C>::weights weights,
+                   typename ports<C>::more_weights more_weights, typename ports<C>::gates gates, typename ports<C>::params params,
+                   typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
+                   typename ports<C>::narrow_out narrow_out, typename ports<C>::wide_in wide_in,
+                   typename ports<C>::wide wide, typename ports<C>::output output) {
     #pragma HLS INLINE
     static const unsigned lanes = linear_state<C>::lanes, joined = linear_state<C>::joined, reads = linear_state<C>::reads;
     const tile_job &now = state.now;

@@ -11,7 +11,7 @@ namespace vit {
 // Lines of a patch begin anywhere in a word of the image, so its port moves single values.
 // Cycles: rows * n_in.
 template <class C>
-void read_image(const image_fields &I, const uint8_t *image, typename words<C>::narrow *narrow) {
+void read_image(const image_fields &I, typename ports<C>::image image, typename ports<C>::narrow_out narrow) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::narrow_lanes;
     const unsigned p = I.patch, columns = I.columns, line = 3 * p * columns;
@@ -21,9 +21,11 @@ Patch:
         typename words<C>::narrow values;
         #pragma HLS ARRAY_PARTITION variable=values.lane complete
         unsigned x = 0, y = 0, l = 0, w = 0;
+        pipelined<loop_norm_pixel, 1> pixel_loop;
     Pixel:
         for (unsigned i = 0; i < I.n_in; i++) {
             #pragma HLS PIPELINE II=1
+            pixel_loop.tick();
             values.lane[l] = (typename C::act_t)((int)image[corner + y * line + x] - pixel_zero);
             if (++l == lanes || i == I.n_in - 1) {
                 for (unsigned rest = 0; rest < lanes; rest++) {
@@ -47,15 +49,17 @@ Patch:
 // The first `prefix` tokens become those of the table, the others get it added.
 // Cycles: rows * n_out / values in a word.
 template <class C>
-void position(const position_fields &I, const typename words<C>::wide *params, const typename words<C>::wide *wide_in,
-              typename words<C>::wide *wide) {
+void position(const position_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
+              typename ports<C>::wide wide) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes;
     const unsigned count = words_of<lanes>(I.n_out);
     unsigned t = 0, w = 0;
+    pipelined<loop_norm_token, 1> token_loop;
 Token:
     for (unsigned n = 0; n < I.rows * count; n++) {
         #pragma HLS PIPELINE II=1
+        token_loop.tick();
         const unsigned place = (I.dst + t * I.dst_pitch) / lanes + w;
         const typename words<C>::wide added = params[I.params / lanes + n];
         typename words<C>::wide values;
@@ -98,8 +102,8 @@ struct norm_row {
 // Cycles: (rows + 3) * n_in / values in a word, or norm_span a row if there are fewer.
 static const unsigned norm_span = 16; // steps of a row at least: what a stage writes is there when the next row reads it
 template <class C>
-void layernorm(const norm_fields &I, const typename words<C>::wide *params, const typename words<C>::wide *wide_in,
-               typename words<C>::narrow *narrow, typename words<C>::wide *wide_out) {
+void layernorm(const norm_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
+               typename ports<C>::narrow_out narrow, typename ports<C>::wide wide_out) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes, most = (C::max_dim + lanes - 1) / lanes;
     static const unsigned joined = words<C>::narrow_lanes / lanes; // wide words whose values a narrow one holds
@@ -111,9 +115,11 @@ void layernorm(const norm_fields &I, const typename words<C>::wide *params, cons
     #pragma HLS ARRAY_RESHAPE variable=centred dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=shifted dim=3 complete
     const unsigned n = I.n_in, count = words_of<lanes>(n), span = count > norm_span ? count : norm_span;
+    pipelined<loop_norm_load, 1> load_loop;
 Load:
     for (unsigned w = 0; w < 2 * count; w++) {
         #pragma HLS PIPELINE II=1
+        load_loop.tick();
         const bool second = w >= count;
         const unsigned place = second ? w - count : w;
         const typename words<C>::wide values = params[(I.params + (second ? I.biases : 0)) / lanes + place];
@@ -132,9 +138,11 @@ Load:
     typename words<C>::narrow gathered;
     #pragma HLS ARRAY_PARTITION variable=gathered.lane complete
     unsigned t = 0, w = 0;
+    pipelined<loop_norm_row, 1> row_loop;
 Row:
     for (unsigned k = 0; k < (I.rows + 3) * span; k++) {
         #pragma HLS PIPELINE II=1
+        row_loop.tick();
         #pragma HLS DEPENDENCE variable=x inter false
         #pragma HLS DEPENDENCE variable=centred inter false
         #pragma HLS DEPENDENCE variable=shifted inter false

@@ -48,7 +48,7 @@ void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsign
 
 static const unsigned route_rows = 16; // tokens whose logits are read at once
 
-template <class C> void route(const route_fields &I, const typename words<C>::wide *wide, queues<C> &queue) {
+template <class C> void route(const route_fields &I, typename ports<C>::wide_in wide, queues<C> &queue) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes, most = (C::max_experts + lanes - 1) / lanes;
     static typename words<C>::wide logits[route_rows][most];
@@ -56,9 +56,11 @@ template <class C> void route(const route_fields &I, const typename words<C>::wi
     static int score[C::max_rows * C::max_top];
     const unsigned E = I.n_in, K = I.top_k;
     unsigned fill[C::max_experts];
+    pipelined<loop_router_reset, 1> reset_loop;
 Reset:
     for (unsigned e = 0; e < E; e++) {
         #pragma HLS PIPELINE II=1
+        reset_loop.tick();
         fill[e] = 0;
     }
     const unsigned count = words_of<lanes>(E);
@@ -67,9 +69,11 @@ Token:
         if (t % route_rows == 0) {
             const unsigned tokens = I.rows - t < route_rows ? I.rows - t : route_rows;
             unsigned r = 0, w = 0;
+            pipelined<loop_router_read, 1> read_loop;
         Read:
             for (unsigned n = 0; n < tokens * count; n++) {
                 #pragma HLS PIPELINE II=1
+                read_loop.tick();
                 logits[r][w] = wide[(I.src + (t + r) * I.src_pitch) / lanes + w];
                 if (++w == count) {
                     w = 0;
@@ -87,22 +91,28 @@ Token:
             best[i] = -(1LL << 40); // below every logit
             expert[i] = 0;
         }
+        pipelined<loop_router_logit, 1> logit_loop;
     Logit:
         for (unsigned e = 0; e < E; e++) {
             #pragma HLS PIPELINE II=1
+            logit_loop.tick();
             logit[e] = logits[t % route_rows][e / lanes].lane[e % lanes];
             insert_best<C>(best, expert, K, logit[e], e);
         }
         long long total = 0;
+        pipelined<loop_router_softmax, 1> softmax_loop;
     Softmax:
         for (unsigned e = 0; e < E; e++) {
             #pragma HLS PIPELINE II=1
+            softmax_loop.tick();
             total += exp2_neg(best[0] - logit[e], I.logit_frac, prob_frac);
         }
         const scaled inverse = reciprocal(total);
+        pipelined<loop_router_choose, 1> choose_loop;
     Choose:
         for (unsigned i = 0; i < K; i++) {
             #pragma HLS PIPELINE II=1
+            choose_loop.tick();
             const long long weight = exp2_neg(best[0] - best[i], I.logit_frac, prob_frac);
             choice[t * K + i] = (uint16_t)expert[i];
             score[t * K + i] = (int)shift_round(weight * inverse.mantissa, 20 + inverse.shift - prob_frac);
@@ -116,9 +126,11 @@ Token:
 #endif
     unsigned next = 0;
     queue.num_active = 0;
+    pipelined<loop_router_start, 1> start_loop;
 Start:
     for (unsigned e = 0; e < E; e++) {
         #pragma HLS PIPELINE II=1
+        start_loop.tick();
         const unsigned count = fill[e];
         if (count > 0)
             queue.active[queue.num_active++] = (uint16_t)e;
@@ -128,8 +140,10 @@ Start:
     queue.start[E] = next;
 Place:
     for (unsigned t = 0; t < I.rows; t++) {
+        pipelined<loop_router_place, 2> place_loop;
         for (unsigned i = 0; i < K; i++) {
             #pragma HLS PIPELINE II=2
+            place_loop.tick();
             const unsigned place = fill[choice[t * K + i]]++;
             queue.token[place] = (uint16_t)t;
             queue.weight[place] = score[t * K + i];
