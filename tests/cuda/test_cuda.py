@@ -81,7 +81,7 @@ def test_sorted_equals_reference(name: str, dtype: torch.dtype, tolerance: float
 def test_a_part_of_a_bank_equals_the_reference_of_it(name: str) -> None:
     expected = outputs_and_gradients(part_of(run_reference, 16), name, torch.float64, 64, 48)
     dirty_memory()
-    assert_close(outputs_and_gradients(part_of(run_grouped, 16), name, torch.bfloat16, 64, 48, DEVICE), expected, 0.03)
+    assert_close(outputs_and_gradients(part_of(run_grouped, 16), name, torch.bfloat16, 64, 48, DEVICE), expected, 0.05)
     found = outputs_and_gradients(part_of(run_sorted, 16), name, torch.float32, 64, 48, DEVICE)
     assert_close(found, expected, 1e-5)
 
