@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.hls import tracing
 from m3vit.export.hls.edits import clock_mhz, hardware_of, said_changes
@@ -16,6 +17,7 @@ from m3vit.export.hls.project import export_project
 from m3vit.export.hls.tracing import Layer, compare, first_of, trace
 from m3vit.hw.manifest import read_manifest
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.saved import INFO
 from m3vit.run_folder import Run
 from tests.export.models import TASKS, make_images, make_model, make_samples
 
@@ -181,3 +183,21 @@ def test_changes_of_other_files_have_no_values(project: Path) -> None:
         "Makefile": "",
         "project.tcl": "",
     }
+
+
+def test_the_run_beside_a_project_is_found_by_its_weights(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = {"run": {"weights_sha256": "b" * 64}}
+    for name, digest in (("one", "a"), ("two", "b")):
+        (tmp_path / name).mkdir()
+        write_sealed_json(tmp_path / name / INFO, {"weights_sha256": digest * 64})
+    (tmp_path / "project").mkdir()
+    monkeypatch.setattr(
+        tracing, "load_run", lambda folder: SimpleNamespace(folder=folder, info={"weights_sha256": "a" * 64})
+    )
+    found, said = tracing.find_run(tmp_path / "project", manifest, None)
+    assert found is not None and found.folder.name == "two" and said.endswith("two")
+    assert tracing.find_run(tmp_path / "project", {}, None)[0] is None  # nothing says which one it was
+    with pytest.raises(InputError, match="--run one has other weights than the run that"):
+        tracing.find_run(tmp_path / "project", manifest, Path("one"))

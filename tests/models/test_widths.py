@@ -17,7 +17,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.space import Space, width_choices
 from m3vit.profiling import graph_macs, profile, render
-from m3vit.training.budgets import order_units, space
+from m3vit.training.budgets import importance, order_units, space
 from m3vit.training.config import TrainConfig
 from tests.conftest import TINY
 
@@ -30,7 +30,8 @@ BUDGET = Budget({"depth": {1: 1}}, {"normals": {3: (0, 2, 3)}}, WIDTH)
 def make(**changes: Any) -> MultiTaskModel:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"num_experts": 4, "top_k": 2, "tasks": TASKS, "experts": "reference"}
-    config = ModelConfig("vit_tiny_patch16_224", TRUNK, image_size=(32, 48), **defaults | changes)
+    trunk = TRUNK | changes.pop("trunk_args", {})
+    config = ModelConfig("vit_tiny_patch16_224", trunk, image_size=(32, 48), **defaults | changes)
     return MultiTaskModel(config)
 
 
@@ -119,25 +120,49 @@ def test_macs_of_widths() -> None:
 
 
 @torch.no_grad()
-def test_ordering_changes_no_output_and_puts_the_important_first(images: Tensor) -> None:
-    model = make().eval()
-    model.backbone.trunk.blocks[0].mlp.fc1.weight[5] *= 10
-    bank = model.backbone.trunk.blocks[1].mlp.experts
-    bank.w2[2, :, 7] *= 10
-    expected, row, column = (
-        model(images).logits,
-        model.backbone.trunk.blocks[0].mlp.fc1.weight[5].clone(),
-        bank.w2[2, :, 7].clone(),
-    )
-    order_units(model)
+@pytest.mark.parametrize("router", ["multi", "single"])
+def test_ordering_changes_no_output_and_puts_the_important_first(images: Tensor, router: str) -> None:
+    model = make(router=router, trunk_args={"init_values": 0.5}).eval()
+    blocks = model.backbone.trunk.blocks
+    blocks[0].ls2.gamma[:16] *= 3
+    expected = model(images).logits
+
+    # Slowly: every token of every task through every unit of every expert, one after the other.
+    seen: dict[int, list[Any]] = {block: [] for block in range(4)}
+    handles = [
+        blocks[block].mlp.register_forward_hook(lambda m, x, y, block=block: seen[block].append((x, y)))
+        for block in range(4)
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    slow: dict[int, Tensor] = {}
+    for block in (0, 2):
+        mlp, ((x,), _) = blocks[block].mlp, seen[block][0]
+        active = mlp.act(mlp.fc1(x)).flatten(0, -2)
+        added = (mlp.fc2.weight * blocks[block].ls2.gamma[:, None]).norm(dim=0)
+        slow[block] = active.square().mean(dim=0).sqrt() * added
+    for block in (1, 3):
+        bank, (inputs, (_, routing)) = blocks[block].mlp.experts, seen[block][0]
+        x = inputs[0].expand(len(TASKS), -1, -1, -1).flatten(1, 2)
+        slow[block] = torch.zeros_like(bank.b1)
+        for task, token, slot in np.ndindex(len(TASKS), 48, 2):
+            if task < len(routing.expert_ids_RNK):
+                expert, weight = routing.expert_ids_RNK[task, token, slot], routing.weights_RNK[task, token, slot]
+                active = torch.nn.functional.gelu(bank.w1[expert] @ x[task, token] + bank.b1[expert])
+                slow[block][expert] += (weight * active) ** 2 / (48 * len(routing.expert_ids_RNK))
+        added = (bank.w2 * blocks[block].ls2.gamma[:, None]).norm(dim=1)
+        slow[block] = slow[block].sqrt() * added
+    found = importance(model, images)
+    for block, values in slow.items():
+        scale = 2**0.5  # sums of two images' means
+        torch.testing.assert_close(found[block], scale * values, rtol=1e-4, atol=1e-7)
+
+    order_units(model, found)
     for task, logits in model(images).logits.items():
         torch.testing.assert_close(logits, expected[task], rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.backbone.trunk.blocks[0].mlp.fc1.weight[0], row)
-    assert torch.equal(bank.w2[2, :, 0], column)
-    for block in (1, 3):
-        bank = model.backbone.trunk.blocks[block].mlp.experts
-        importance = bank.w1.norm(dim=2) * bank.w2.norm(dim=1)
-        assert (importance.diff(dim=1) <= 0).all()
+    for values in importance(model, images).values():
+        assert (values.diff(dim=-1) <= 1e-7).all()
 
 
 def test_the_budgets_between() -> None:
