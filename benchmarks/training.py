@@ -1,4 +1,4 @@
-"""Memory and time of training steps: the batch in parts, recomputed blocks, gradient methods, against the plain step.
+"""Memory and time of training steps: parts, recomputed blocks, budgets, gradient methods, against the plain step.
 
     python benchmarks/training.py [--recipe nyud-small] [--size 240x320] [--head linear] [--batch 4] [--json FILE]
 
@@ -23,6 +23,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpoint_activations": {"checkpoint_activations": True},
     "tasks_per_step 1": {"tasks_per_step": 1},
     "bf16-mixed": {"precision": "bf16-mixed"},
+    "budgets 1": {"budgets": 1},
+    "budgets 1, blocks left out": {"budgets": 1, "budget_skip": [2, 4, 6, 8, 10]},
+    "budgets 2": {"budgets": 2},
     "pcgrad": {"weighting": "pcgrad"},
     "pcgrad, checkpoint_activations": {"weighting": "pcgrad", "checkpoint_activations": True},
     "2 processes": {},

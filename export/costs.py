@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -47,14 +49,14 @@ def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], pro
     require_finite(model)
     config = model.config
     size = (config.image_size[0], config.image_size[1])
-    traced = trace_tasks(model, found.tasks, size=size)
+    traced: Any = cache(lambda skip: trace_tasks(model, found.tasks, size=size, skip=skip))
     image = np.random.default_rng(0).standard_normal((1, 3, *size)).astype(np.float32)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = default_threads({"macs": graph_macs(config, found.tasks[0], size)})
     options.log_severity_level = 3
 
     def measure(task: str, budget: Budget) -> float:
-        graph = of_task(traced, model, task)
+        graph = of_task(traced(budget.left_out), model, task)
         narrow_mlps(graph, model, budget.width)
         lower_moe(graph, budget.layers(task, model.backbone.moe_indices), attention="fused")
         session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -65,7 +67,7 @@ def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], pro
             times.append(1000 * (time.perf_counter() - start))
         return statistics.median(times[WARM:])
 
-    return costs_of("latency", "ms", measure, found, hidden, progress)
+    return replace(costs_of("latency", "ms", measure, found, hidden, progress), measure=measure)
 
 
 def _cycles(
@@ -85,9 +87,10 @@ def _cycles(
     hardware = fit(program_of(network, *bits, chosen.port_bits), *bits, chosen, options.design.sizes)
 
     def measure(task: str, budget: Budget) -> float:
-        widths = [budget.width.get(block, units) for block, units in enumerate(network.mlps)]
+        kept = [block for block in range(len(network.mlps)) if block not in budget.left_out]
+        widths = [budget.width.get(block, network.mlps[block]) for block in kept]
         counts = [
-            (budget.layer(task, block).top_k or count) if count else 0 for block, count in enumerate(network.top_ks)
+            network.top_ks[block] and (budget.layer(task, block).top_k or network.top_ks[block]) for block in kept
         ]
         program = program_of(replace(network, mlps=widths, top_ks=counts), *bits, chosen.port_bits)
         found_cost = cost(program, hardware, chosen, model.config.tasks.index(task))

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
+from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import EMBEDDING, Router
@@ -66,26 +67,29 @@ _BLOCK = re.compile(r"\.blocks\.\d+$")
 Counts = dict[str, int]  # by part, all parts of PARTS
 
 
-def profile(config: ModelConfig, task: str | None = None) -> dict[str, Any]:
+def profile(config: ModelConfig, task: str | None = None, budget: Budget = FULL) -> dict[str, Any]:
     """Return what `m3vit profile` prints, as JSON values; the keys stay the same within a `format_version`.
 
     `stored`: parameters of everything; `activated` of a task: those that one of its tokens meets (its own gate and
     head, K of E experts a layer). Parts are the keys of PARTS; totals are without distillation, which is training's.
-    `tasks` has all tasks of the model, or `task` alone.
+    `tasks` has all tasks of the model, or `task` alone. Under a `budget`, `activated` and MACs are of what it uses.
+    Raises InputError for a budget that the model cannot keep to.
     """
     config.check()
     if task is not None and task not in config.tasks:
         raise InputError(f"--task is {task!r}: this model has {', '.join(config.tasks)}")
     with refusing(config):
-        return _report(config, meta_model(config), [task] if task else config.tasks)
+        model = meta_model(config)
+        model.uses(budget, config.tasks)
+        return _report(config, model, [task] if task else config.tasks, budget)
 
 
-def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str]) -> dict[str, Any]:
+def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budget: Budget) -> dict[str, Any]:
     stored, paper = count_parameters(model), paper_parameters(model)
     tasks = {
         name: {
-            "macs": _totals(count_macs(model, [name])),
-            "activated": _totals(activated_parameters(model, name)),
+            "macs": _totals(count_macs(model, [name], budget=budget)),
+            "activated": _totals(activated_parameters(model, name, budget)),
         }
         for name in chosen
     }
@@ -100,9 +104,13 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str]) -> di
         "top_k": config.top_k,
         "router": config.router,
         "head": config.head,
+        **({} if budget.full else {"budget": budget.to_json()}),
         "stored": _totals(stored) | {"mib_fp16": _total(stored) * MIB_FP16},
         "tasks": tasks,
-        "all_tasks_in_one_pass": {"tasks": list(config.tasks), "macs": _totals(count_macs(model, config.tasks))},
+        "all_tasks_in_one_pass": {
+            "tasks": list(config.tasks),
+            "macs": _totals(count_macs(model, config.tasks, budget=budget)),
+        },
         "distillation": {"parameters": stored["distillation"], "macs": distilling["distillation"]},
         "as_the_paper_counts": {
             "parameters": paper,
@@ -140,16 +148,20 @@ def count_parameters(model: MultiTaskModel) -> Counts:
     return counts
 
 
-def activated_parameters(model: MultiTaskModel, task: str) -> Counts:
+def activated_parameters(model: MultiTaskModel, task: str, budget: Budget = FULL) -> Counts:
     """Return the parameters that a token of this task meets, by part."""
-    counts = count_parameters(model)
+    counts = count_parameters(cut(model, {block: width for block, width in budget.width.items() if width}))
     counts["distillation"] = 0
     counts["heads"] = sum(parameter.numel() for parameter in model.heads.used_by(task))
-    for layer in model.modules():
-        if isinstance(layer, MoELayer):
-            router, bank = layer.router, layer.experts
-            counts["routers"] -= sum(gate.numel() for gate in router.gates) - router.gates[0].numel()
-            counts["experts"] -= _numel(bank) * (router.num_experts - router.top_k) // router.num_experts
+    for block in model.backbone.moe_indices:
+        layer: Any = model.backbone.trunk.blocks[block].mlp
+        router, use = layer.router, layer.use(budget.layer(task, block))
+        counts["routers"] -= sum(gate.numel() for gate in router.gates) - router.gates[0].numel()
+        counts["experts"] -= (router.num_experts - use.top_k) * (2 * router.dim * use.width + use.width + router.dim)
+    for block in budget.left_out:
+        for name, parameter in model.named_parameters():
+            if name.startswith(f"backbone.trunk.blocks.{block}."):
+                counts[part_of(name)] -= parameter.numel()
     return counts
 
 
@@ -198,6 +210,15 @@ def graph_macs(
     model = meta_model(replace(config, image_size=size))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
+
+
+def macs_share(config: ModelConfig, budget: Budget) -> float:
+    """Return the share of the MACs of all tasks' graphs, of the size trained at, that a budget takes."""
+    model = meta_model(config)
+    used, whole = (
+        sum(_total(count_macs(model, [task], budget=one)) for task in config.tasks) for one in (budget, FULL)
+    )
+    return used / whole
 
 
 class _MacCounter(TorchFunctionMode):
@@ -307,6 +328,7 @@ def render(report: dict[str, Any]) -> str:
     tasks, together = report["tasks"], report["all_tasks_in_one_pass"]
     name, shown = next(iter(tasks.items()))
     experts = f"{report['top_k']} of {report['num_experts']} experts in blocks {report['moe_blocks']}"
+    experts += ", under a budget" if "budget" in report else ""
     parts = Table(
         title=f"{report['trunk']}, {height}x{width}, {experts}, router {report['router']}, {report['head']} heads",
         caption="parameters: stored, and met by a token of one task (activated); GMAC = 1e9 multiply-accumulates",

@@ -128,12 +128,12 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     real = graph._trace
 
     def trace(
-        model: Any, function: Any, inputs: dict[str, Any], axes: Any, outputs: Any, opset: int, **more: Any
+        model: Any, function: Any, inputs: dict[str, Any], axes: Any, outputs: Any, opset: int, *more: Any
     ) -> Any:
         state = model.state_dict()
         foreign = not type(model.heads).__module__.startswith("m3vit.")
         if foreign or sum(tensor.nbytes for tensor in state.values()) > 2**23:
-            return real(model, function, inputs, axes, outputs, opset, **more)
+            return real(model, function, inputs, axes, outputs, opset, *more)
         shapes = {name: tuple(value.shape) for name, value in inputs.items()}
         said = (type(function).__name__, shapes, axes, list(outputs), opset, more, model.config)
         key = hashlib.sha256(repr(said).encode())
@@ -144,7 +144,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         path = folder / f"{key.hexdigest()}.onnx"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                path.write_bytes(real(model, function, inputs, axes, outputs, opset, **more).SerializeToString())
+                path.write_bytes(real(model, function, inputs, axes, outputs, opset, *more).SerializeToString())
         return onnx.ModelProto.FromString(path.read_bytes())
 
     graph._trace = trace
@@ -204,6 +204,7 @@ TINY = [
     "--train.eval_epochs=0",
     "--train.log_steps=1",
 ]
+TASKEXPERT = ["--model.head=taskexpert", "--model.head_args={blocks: 2, experts: 2, width: 6, head_width: 5}"]
 
 
 @pytest.fixture(scope="session")

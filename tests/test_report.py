@@ -196,7 +196,8 @@ def test_several_runs_share_a_page(cli: Cli, tiny_data: Path, tiny_run: Path, tm
     assert cli("eval", other).returncode == 0
     refused(cli("report", tiny_run, other), "give --out FILE.html")
     refused(
-        cli("report", tiny_run, other, "--out", page, "--onnx", tmp_path), "--onnx and --hls are of one run's report"
+        cli("report", tiny_run, other, "--out", page, "--onnx", tmp_path),
+        "--budget are of one run's report",
     )
     refused(cli("report", tiny_run, tiny_run, "--out", page), "is given twice")
     assert cli("eval", other, "--protocol", "B").returncode == 0  # the last one, which the first run has not

@@ -16,6 +16,7 @@ from m3vit.export.hls.schedules import Progress, silent
 from m3vit.models.budget import FULL, Budget
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
+from m3vit.training.budgets import require_trained_run
 
 SAMPLES = 100  # validation images stored, unless told otherwise
 SAMPLES_MIN = 4  # of them, however large the model is
@@ -37,7 +38,7 @@ def export_run(
 
     `budget`: what is used of the experts; InputError if it is another model's, or more than the engines can keep to.
     """
-    run.model.uses(budget, run.config.model.tasks)
+    require_trained_run(run, budget)
     tasks, labels = run.config.model.tasks, run.config.model.label_set
     root = request.data_root or run.config.data.root
     train, val = (

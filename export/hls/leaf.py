@@ -405,7 +405,9 @@ def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
 
 def _build(model: MultiTaskModel, budget: Budget, size: tuple[int, int]) -> LoweredModel:
     """Return the leaf modules of a model for images of a size: of the hidden units that the budget uses alone."""
-    model, budget = cut(model, budget.width), replace(budget, width={})
+    model, budget, skip = cut(model, budget.width), replace(budget, width={}), budget.left_out
+    if skip and model.heads.fusion:
+        raise _refuse(f"the budget leaves blocks out, and {model.config.head} heads read those before the last")
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
     top_ks, num_tasks = _top_ks(model, budget), len(model.config.tasks)
@@ -423,7 +425,9 @@ def _build(model: MultiTaskModel, budget: Budget, size: tuple[int, int]) -> Lowe
         layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
     *earlier, last = model.heads.blocks or (len(trunk.blocks) - 1,)
     layers["blocks"] = nn.ModuleList(
-        _block(block, index, top_ks, num_tasks) for index, block in enumerate(trunk.blocks[: last + 1])
+        _block(block, index, top_ks, num_tasks)
+        for index, block in enumerate(trunk.blocks[: last + 1])
+        if index not in skip
     )
     norms, linears = (model.heads.fusion.norms, model.heads.fusion.linears) if model.heads.fusion else ((), ())
     named = [(str(block), norm, linear) for block, norm, linear in zip(earlier, norms, linears, strict=True)]

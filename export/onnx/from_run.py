@@ -31,6 +31,7 @@ from m3vit.export.runtime.package import Package
 from m3vit.models.budget import in_all_layers
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
+from m3vit.training.budgets import require_trained_run
 
 PARITY_IMAGES = 8  # validation images that the quick check picks from, beside noise
 MEASURED_IMAGES = 100  # validation images that a changed package is scored on, by default
@@ -119,7 +120,7 @@ def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], 
         if prunes or request.top_k:
             raise InputError("a budget says which experts are used: leave out --prune, --keep and --top-k, or --budget")
         for one in content.by_budget.values():
-            run.model.uses(one.budget, config.tasks)
+            require_trained_run(run, one.budget)
         return content
     if not prunes:
         return replace(content, budget=budget)

@@ -21,7 +21,7 @@ from m3vit.export.onnx.attention import OPERATOR as ATTENTION
 from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.export.onnx.widths import narrow_mlps
-from m3vit.models.budget import FULL, Budget
+from m3vit.models.budget import FULL, Budget, Uses
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
 
@@ -29,27 +29,35 @@ NUMBER = "task.number"  # no name of a task
 
 
 class _Tasks(nn.Module):
-    """The model as a function of the image and the number of a task: what each head makes of that task's tokens."""
+    """The model as a function of the image and the number of a task: what each head makes of that task's tokens.
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
+    `skip`: blocks that are left out.
+    """
+
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], skip: Sequence[int]) -> None:
         super().__init__()
-        self.model, self.tasks = model, tasks
+        self.model, self.tasks, self.skip = model, tasks, tuple(skip)
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:
-        features, _ = self.model.backbone(image, task, self.model.heads.blocks)
+        features, _ = self.model.backbone(image, task, self.model.heads.blocks, _without(self.skip))
         size = (image.shape[-2], image.shape[-1])
         return tuple(self.model.heads(features, {name: size}).logits[name] for name in self.tasks)
+
+
+def _without(skip: Sequence[int]) -> Uses | None:
+    """Return all of the model but some blocks, as it is traced: what else a budget leaves out, lowering does."""
+    return Uses([], dict.fromkeys(skip, 0)) if skip else None
 
 
 class _AllTasks(nn.Module):
     """The model as a function of the image alone: the logits of some tasks, what they have in common computed once."""
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], skip: Sequence[int]) -> None:
         super().__init__()
-        self.model, self.tasks = model, tasks
+        self.model, self.tasks, self.skip = model, tasks, tuple(skip)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        logits = self.model(image, self.tasks).logits
+        logits = self.model(image, self.tasks, budget=_without(self.skip)).logits
         return tuple(logits[name] for name in self.tasks)
 
 
@@ -100,15 +108,17 @@ def trace_tasks(
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
+    skip: Sequence[int] = (),
 ) -> onnx.ModelProto:
     """Return one graph of several tasks, for `of_task` to take each task's out of: tracing is what takes long.
 
     What differs between tasks are their gates, picked by the task's number as in `trace_backbone`, and their heads.
-    Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. The rest as in `trace_task`.
+    Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. `skip`: blocks that are left out. The
+    rest as in `trace_task`.
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
     inputs = {"image": image, NUMBER: _zeros(model, 1).long()}
-    return _trace(model, _Tasks(model, tasks), inputs, axes, tasks, opset)
+    return _trace(model, _Tasks(model, tasks, skip), inputs, axes, tasks, opset, tuple(skip))
 
 
 def trace_all_tasks(
@@ -118,14 +128,15 @@ def trace_all_tasks(
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
+    skip: Sequence[int] = (),
 ) -> onnx.ModelProto:
     """Return the graph of several tasks at once: `image` -> logits of each, outputs named like the tasks.
 
     What comes before the first MoE layer is computed once; behind it the tokens of all tasks are one batch, of which
-    each expert gets its own at a time, as in training. The rest as in `trace_task`.
+    each expert gets its own at a time, as in training. `skip` as in `trace_tasks`, the rest as in `trace_task`.
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
-    return _trace(model, _AllTasks(model, tasks), {"image": image}, axes, tasks, opset)
+    return _trace(model, _AllTasks(model, tasks, skip), {"image": image}, axes, tasks, opset, tuple(skip))
 
 
 def _image_of(
@@ -192,7 +203,7 @@ def export_task(
     attention: str = "standard",
 ) -> onnx.ModelProto:
     """Return the graph of one task: `trace_task`, then `lower_moe`, which say the rest."""
-    traced = trace_task(model, task, opset=opset, size=size)
+    traced = of_task(trace_tasks(model, [task], opset=opset, size=size, skip=budget.left_out), model, task)
     narrow_mlps(traced, model, budget.width)
     return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form, attention)
 
@@ -232,8 +243,12 @@ def _trace(
     axes: list[tuple[int, str]],
     outputs: Sequence[str],
     opset: int,
+    skip: tuple[int, ...] = (),
 ) -> onnx.ModelProto:
-    """Return the graph of `function`; `axes` of its 4-D inputs are dynamic, and named in the graph."""
+    """Return the graph of `function`; `axes` of its 4-D inputs are dynamic, and named in the graph.
+
+    `skip`: what it leaves out of the model, which tells it from others.
+    """
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,14 +118,15 @@ def _write_graphs(
     name of the default budget, and what differs of others; none of one without a name."""
     with open(folder / WEIGHTS, "w+b") as file:
         weights = _WeightsFile(file)
-        traced = trace_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
-        together = None
-        if content.all_tasks:
-            together = trace_all_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
+        shape: dict[str, Any] = {"opset": content.opset, "size": content.size, "batch": content.batch}
+        traced: Any = cache(lambda skip: trace_tasks(model, names, skip=skip, **shape))  # by what is left out
+        together: Any = cache(lambda skip: trace_all_tasks(model, names, skip=skip, **shape))
         if content.nested:  # the widest first, which the others are beginnings of
-            widest = _Writer(folder, weights, replace(content, budget=_widest(model, names, content)), "", True)
+            whole = replace(content, budget=_widest(model, names, content))
+            widest = _Writer(folder, weights, whole, "", True)
             for name in names:
-                widest.store(widest.lowered(model, of_task(traced, model, name), name))
+                graph = of_task(traced(whole.budget.left_out), model, name)
+                widest.store(widest.lowered(model, graph, name))
         found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for budget, one in content.by_budget.items():
             writer = _Writer(folder, weights, one, f".{budget}" if found else "", content.nested)
@@ -133,17 +134,17 @@ def _write_graphs(
             tasks: dict[str, Any] = {}
             for number, task in enumerate(resolve(names, model.config.label_set), start=1):
                 say(f"exporting {task.name}{of} ({number} of {len(names)})")
-                graphs = writer.task(model, of_task(traced, model, task.name), task.name)
+                graphs = writer.task(model, of_task(traced(one.budget.left_out), model, task.name), task.name)
                 tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, one)}
                 tasks[task.name]["macs"] = _macs(model, [task.name], one)
             parts: dict[str, Any] = {"backbone": None, "all_tasks": None}
             if content.one_backbone:
                 say("exporting the backbone of all tasks, and the heads")
                 parts["backbone"] = writer.parts(model, tasks)
-            if together is not None:
+            if content.all_tasks:
                 say(f"exporting all tasks at once{of}")
-                macs, graphs = _macs(model, names, one), writer.all_tasks(model, copied(together), names)
-                parts["all_tasks"] = {"tasks": names, "graphs": graphs, "macs": macs}
+                graphs = writer.all_tasks(model, copied(together(one.budget.left_out)), names)
+                parts["all_tasks"] = {"tasks": names, "graphs": graphs, "macs": _macs(model, names, one)}
             found[budget] = tasks, parts
         _flush(file)
     first, *others = found

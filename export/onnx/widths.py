@@ -19,6 +19,8 @@ Array = NDArray[np.generic]
 def narrow_mlps(graph: ModelProto, model: MultiTaskModel, widths: Mapping[int, int], nested: bool = False) -> None:
     """Give the dense MLPs of `widths`, by block, so many hidden units, in place; `lower_moe` drops what is not used.
 
+    Blocks of width 0 are not in the graph: it was traced without them.
+
     nested: all MLPs have their first weight as [w, D] instead of [D, w], turned when the graph is loaded: of another
     width it is then a beginning of the same bytes, as are the bias [w] and the second weight [w, D].
     """
@@ -32,7 +34,7 @@ def narrow_mlps(graph: ModelProto, model: MultiTaskModel, widths: Mapping[int, i
     taken: set[str] = set()
     last = max(model.heads.blocks, default=len(model.backbone.trunk.blocks) - 1)  # what comes after is not in the graph
     for block, width in chosen.items():
-        if block <= last and (width < whole[block] or nested):
+        if block <= last and width and (width < whole[block] or nested):
             _narrow(graph, model.backbone.trunk.blocks[block].mlp, block, width, nested, weights, taken)
 
 

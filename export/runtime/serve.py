@@ -427,8 +427,8 @@ def serve(
     package = Package.load(package_dir, **vars(loading))
     tasks = list(dict.fromkeys(tasks or package.tasks))
     check_fallback(package, limits.fallback)
-    for budget in package.budgets or [None]:
-        warm_up(package.of(budget), tasks)
+    for one in [package.of(budget) for budget in package.budgets] or [package]:
+        warm_up(one, tasks)
     listening = listen(address.host, address.port)
     bound = listening.getsockname()
     app = create_app(package, tasks, limits, Hosts.of(address.host, bound[0], address.allowed_hosts))

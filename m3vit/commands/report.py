@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from m3vit.commands.terminal import print_scores, progress_bar, say
 from m3vit.errors import InputError
-from m3vit.options import DataRoot, File, Folder, Number, Positive, RunFolder
+from m3vit.options import DataRoot, File, Folder, Number, Positive, RunFolder, Value, words
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Report:
         out: page to write; its figures go beside it, as .json (default: RUN/report.html; of several, required)
         data_root: data set's folder (default: the one evaluated on)
         images: validation images to show
+        budget: files of m3vit search, with commas between them: the model is scored and shown under each, beside the
+            whole (default: none)
         protocol: of the figures (default: the last that the run was evaluated under)
     """
 
@@ -31,6 +33,7 @@ class Report:
     out: File | None = None
     data_root: DataRoot | None = None
     images: Positive = 4
+    budget: Annotated[tuple[str, ...], Value(words, "FILE,...")] = ()
     protocol: Literal["A", "B"] | None = None
 
 
@@ -48,7 +51,7 @@ def run_report(wanted: Report) -> None:
     onnx, hls = wanted.onnx or folder.parent / "onnx", wanted.hls or folder.parent / "hls"
     out = wanted.out or folder / "report.html"
     with progress_bar("drawing report") as bar:
-        report = write_report(run, onnx, hls, out, wanted.images, wanted.data_root, wanted.protocol, bar)
+        report = write_report(run, onnx, hls, out, wanted.images, wanted.data_root, wanted.protocol, bar, wanted.budget)
     print_scores(
         report["tasks"],
         columns_of(report),
@@ -62,8 +65,8 @@ def compare_runs(wanted: Report) -> None:
     from m3vit.commands.evaluation import print_comparison
     from m3vit.report.several import write_comparison
 
-    if wanted.onnx or wanted.hls:
-        raise InputError("--onnx and --hls are of one run's report: leave them out, or give one run")
+    if wanted.onnx or wanted.hls or wanted.budget:
+        raise InputError("--onnx, --hls and --budget are of one run's report: leave them out, or give one run")
     if wanted.out is None:
         raise InputError("the page about several runs is in none of their folders: give --out FILE.html")
     with progress_bar("drawing report") as bar:

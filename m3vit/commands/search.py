@@ -70,6 +70,8 @@ def run_search(wanted: Search) -> None:
     told = said(found, wanted.budget, blocks, costs, macs)
     write_budget(wanted.out, found.budget(blocks), {**told, **measured, "preferences": preferences})
     print_found(found, len(indices), costs.unit, space, bool(run.config.train.budgets))
+    if (again := told.get("cost", {}).get("share_measured")) is not None:
+        say(f"measured by itself, the budget takes {again:.3f} of the {costs.unit} of all tasks' graphs")
     say(str(wanted.out))
 
 

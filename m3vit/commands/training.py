@@ -65,6 +65,9 @@ def config_from(command: str, argv: Sequence[str]) -> tuple[Any, Any]:
     if command == "profile":
         parser.add_argument("--task", default=None, help="show this task alone; without it, all of them")
         parser.add_argument(
+            "--budget", default=None, metavar="FILE", help="of m3vit search: count what it uses of the model alone"
+        )
+        parser.add_argument(
             "--device",
             default=None,
             metavar="NAME",
@@ -223,6 +226,8 @@ def run_profile(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv, "train" if training else "profile")
+    from m3vit.models.budget import FULL
+    from m3vit.models.budget_file import read_budget
     from m3vit.profiling import profile, render
 
     if args.device and not training:
@@ -231,7 +236,14 @@ def run_profile(argv: Sequence[str]) -> None:
         from m3vit.training.memory import device_bytes
 
         device_bytes(args.device)
-    report = profile(config.model, args.task)
+    budget = read_budget(Path(args.budget)) if args.budget else FULL
+    report = profile(config.model, args.task, budget)
+    if config.train.budgets:
+        from m3vit.models.trial import meta_model
+        from m3vit.profiling import macs_share
+        from m3vit.training.budgets import space
+
+        report["smallest_budget"] = macs_share(config.model, space(meta_model(config.model), config.train).smallest)
     if training:
         from m3vit.training.memory import predict, said
 
@@ -241,5 +253,7 @@ def run_profile(argv: Sequence[str]) -> None:
 
         write_json(args.json, report)
     say(render(report))
+    if config.train.budgets:
+        say(f"the smallest budget trained for takes {report['smallest_budget']:.3f} of the MACs of all tasks' graphs")
     if training:
         say(said(report["training"]))

@@ -19,6 +19,7 @@ from m3vit.label_sets import LABEL_SETS, declare, resolve
 from m3vit.launched import place
 from m3vit.models.budget import FULL, Budget
 from m3vit.normalisation import Normalisation, recorded
+from m3vit.training.budgets import require_trained_run
 
 
 def onnx_predictor(package: Package) -> Predictor:
@@ -145,5 +146,6 @@ def open_predictor(
     run = load_run(folder)
     info = {"weights_sha256": run.info["weights_sha256"], "epochs_trained": run.info["epochs_trained"]}
     if not budget.full:
+        require_trained_run(run, budget)
         info["budget"] = budget.to_json()
     return torch_predictor(run.model.to(device), batch, budget), info, run.config.data.root

@@ -20,13 +20,21 @@ Measure = Callable[[str, Budget], float]  # of a task's graph under a budget
 class Costs:
     """`whole` of each task's graph; `saved` by block, {(experts per token, hidden units): what they leave of it}.
 
-    name: as --cost takes it. unit: of the numbers. Of dense blocks the experts per token are 0.
+    name: as --cost takes it. unit: of the numbers. Of dense blocks the experts per token are 0. measure: what a graph
+    costs by itself, where blocks need not add up to it.
     """
 
     name: str
     unit: str
     whole: Mapping[str, float]
     saved: Mapping[int, Mapping[tuple[int, int], float]]
+    measure: Measure | None = None
+
+    def share(self, budget: Budget) -> float | None:
+        """Return the share of the cost of all tasks' graphs that a budget takes, measured; None if it adds up."""
+        if self.measure is None:
+            return None
+        return sum(self.measure(task, budget) for task in self.whole) / sum(self.whole.values())
 
     def of(self, task: str, counts: Mapping[int, int], widths: Mapping[int, int]) -> float:
         """Return the cost of a task with so many experts per token, and hidden units, by block; the rest whole."""

@@ -5,12 +5,12 @@ width of each block is chosen too, for all tasks. Of other runs experts alone ar
 fewer, so what a budget loses is measured and told.
 
 A task's graph has its own routing, so tasks do not meddle with each other: one pass over the images measures one
-choice of every task. First each block alone gets fewer experts, or its smallest width, which predicts, by adding up,
-what any combination loses. Costs add up exactly, so the combinations that no other one beats (in cost and predicted
-loss) are found block by block, all of them looked at: first of widths, of which a few are taken, from all to the
-smallest; then, for each of these, of each task's experts. Some of these, spread over the range of costs, are measured.
-Last, a point of each task is taken, of one width, so that together they keep within the compute and lose least, each
-task weighed by its preference.
+choice of every task. First each block alone gets fewer experts, its smallest width, or is left out, which predicts, by
+adding up, what any combination loses. Costs add up exactly, so the combinations that no other one beats (in cost and
+predicted loss) are found block by block, all of them looked at: first of widths, of which a few are taken, from all to
+the smallest; then, for each of these, of each task's experts. Some of these, spread over the range of costs, are
+measured. Last, a point of each task is taken, of one choice of widths, so that together they keep within the compute
+and lose least, each task weighed by its preference.
 
 Losses are relative to the full model, in percent of the headline metric, negative where a smaller one is better.
 L blocks with experts.
@@ -158,10 +158,20 @@ def relative_loss(task: str, full: float, value: float) -> float:
     return change if TASKS[task].higher_is_better else -change
 
 
-def between(widths: Sequence[int], loss: float) -> dict[int, float]:
-    """Return the loss of each width of a block, of which the smallest was measured: by the units that are left out."""
-    least, most = widths[0], widths[-1]
-    return {width: loss * (most - width) / max(1, most - least) for width in widths}
+def between(widths: Sequence[int], measured: Mapping[int, float]) -> dict[int, float]:
+    """Return the loss of each width of a block.
+
+    Measured were the smallest, and that of leaving the block out where it may be (0): the others' by the units missing.
+    """
+    least, most = next(width for width in widths if width), widths[-1]
+    found = {width: measured.get(least, 0.0) * (most - width) / max(1, most - least) for width in widths if width}
+    return found | {width: measured[width] for width in widths if not width}
+
+
+def alone_in(widths: Sequence[int]) -> list[int]:
+    """Return the widths of a block that are measured by themselves."""
+    smallest = next(width for width in widths if width)
+    return [width for width in widths[:-1] if width in (0, smallest)]
 
 
 def check_share(share: float, lowest: float, name: str, found: Space, trained: bool) -> None:
@@ -236,7 +246,8 @@ def search(
     narrow = [block for block, widths in found.widths.items() if len(widths) > 1]
     levels, points = (LEVELS, LEVELS) if narrow else (1, POINTS)
     measuring = _Measuring(model, split, indices, progress)
-    measuring.total = 1 + len(alone_of) + len(narrow) + levels * points
+    widths_alone = sum(len(alone_in(found.widths[block])) for block in narrow)
+    measuring.total = 1 + len(alone_of) + widths_alone + levels * points
     measuring.full = measuring.values(budget_of(dict.fromkeys(tasks, every), blocks), "all of it")
     if bare := [task for task, value in measuring.full.items() if not math.isfinite(value) or value == 0]:
         raise InputError(
@@ -285,10 +296,11 @@ def _levels(
     tasks, total = found.tasks, sum(preferences[task] for task in found.tasks)
     alone = []
     for block in narrow:
-        choices = found.widths[block]
-        lost = measuring.losses(Budget(width={block: choices[0]}), "each block's width alone")
-        weighed = sum(preferences[task] * lost[task] for task in tasks) / total
-        alone.append(between(choices, weighed))
+        measured = {}
+        for width in alone_in(found.widths[block]):
+            lost = measuring.losses(Budget(width={block: width}), "each block's width alone")
+            measured[width] = sum(preferences[task] * lost[task] for task in tasks) / total
+        alone.append(between(found.widths[block], measured))
 
     def cost(widths: Counts) -> float:
         given = dict(zip(narrow, widths, strict=True))
@@ -353,4 +365,6 @@ def said(found: Found, share: float, blocks: Sequence[int], costs: Costs, macs: 
     }
     if costs.name != macs.name:
         told["cost"] = {"by": costs.name, "unit": costs.unit, "share": found.share, "total": chosen.cost}
+        if (again := costs.share(found.budget(blocks))) is not None:
+            told["cost"]["share_measured"] = again
     return told

@@ -176,6 +176,10 @@ class Backbone(nn.Module):
         tapped = blocks or (len(self.trunk.blocks) - 1,)
         kept, routings = {}, []
         for index, block in enumerate(self.trunk.blocks):
+            if widths.get(index) == 0:
+                if index in tapped:
+                    kept[index] = x[:, :, self.trunk.num_prefix_tokens :]
+                continue
             options = {} if rope is None else {"rope": rope[index] if mixed else rope}
             used = given[index][: len(routed)] if index in given else None
             arguments = (block, x, routed, options, used, widths.get(index))

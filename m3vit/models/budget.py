@@ -1,8 +1,8 @@
 """What of a model is used: a value, given to the forward pass and to whatever is made of the model.
 
 How many experts a token goes to, by task; and how many hidden units the experts and the dense MLPs have, for all tasks:
-the first so many, so that a smaller budget uses a part of what a larger one does. Layers are named by their block, as
-in `model.moe_blocks`.
+the first so many, so that a smaller budget uses a part of what a larger one does. A dense block may be left out whole.
+Layers are named by their block, as in `model.moe_blocks`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,10 @@ class Use(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """A budget as the backbone takes it: what each task uses of each MoE layer, and units of dense MLPs, by block."""
+    """A budget as the backbone takes it: what each task uses of each MoE layer, and units of dense MLPs, by block.
+
+    0 units leave out the block, its attention too.
+    """
 
     layers: list[list[Use]]
     widths: dict[int, int]
@@ -49,10 +52,10 @@ class LayerBudget:
     where: str = field(default="a layer", compare=False)
 
     def __post_init__(self) -> None:
-        for key, least in (("top_k", 1), ("width", 1)):
+        for key, least, what in (("top_k", 1, "above 0"), ("width", 0, "of 0 or more")):
             value = getattr(self, key)
             if value is not None and not _whole(value, least):
-                raise InputError(f"budget of {self.where}: {key} is {short(value)}, give a whole number above 0")
+                raise InputError(f"budget of {self.where}: {key} is {short(value)}, give a whole number {what}")
         if self.kept is not None:
             ids = self.kept if isinstance(self.kept, tuple) else (None,)
             if not ids or not all(_whole(expert, 0) for expert in ids) or sorted(set(ids)) != list(ids):
@@ -73,12 +76,12 @@ class LayerBudget:
             raise InputError(
                 f"budget of {self.where}: top_k is {used} with {len(kept)} experts kept of {experts}: give 1 to that"
             )
-        if self.width is not None and self.width > width:
+        if self.width is not None and not 0 < self.width <= width:
             raise InputError(
                 f"budget of {self.where}: width is {self.width}, but its experts have {width} hidden units: give 1 to "
                 "that"
             )
-        return Use(used, kept, self.width or width)
+        return Use(used, kept, width if self.width is None else self.width)
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Budget:
     """What is used of each block; of what is not named all, as trained.
 
     `top_k` {task: {block: experts per token}}, `kept` {task: {block: experts to choose from, ascending}}, `width`
-    {block: hidden units of each expert, or of the dense MLP}. `LayerBudget` says what they mean. Raises InputError for
-    values that no model can have; `check` and `LayerBudget.resolve` compare with one.
+    {block: hidden units of each expert, or of the dense MLP; 0 leaves out a dense block}. `LayerBudget` says what they
+    mean. Raises InputError for values that no model can have; `check` and `LayerBudget.resolve` compare with one.
     """
 
     top_k: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
@@ -113,6 +116,11 @@ class Budget:
         """The blocks that something is said of, ascending."""
         named = [block for of in (*self.top_k.values(), *self.kept.values(), self.width) for block in of]
         return sorted(set(named))
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """The blocks that are left out, ascending."""
+        return tuple(sorted(block for block, width in self.width.items() if width == 0))
 
     @property
     def full(self) -> bool:

@@ -30,6 +30,11 @@ def read_budget(path: Path) -> Budget:
     return Budget.from_json(found["budget"])
 
 
+def read_searches(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return what searches said of budgets, by the names of `read_budgets`; empty where nothing was said."""
+    return {path.stem: read_sealed_json(path, WHAT).get("search", {}) for path in paths}
+
+
 def read_budgets(given: Sequence[str]) -> dict[str, Budget]:
     """Return the budgets of several files, by the files' names without ending; WHOLE is the model as trained.
 

@@ -284,7 +284,9 @@ def run_grouped(bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Ten
     """As `run_sorted`, by grouped GEMMs. D and H must be multiples of 16 bytes."""
     if not len(x_ND):  # which they refuse
         return run_sorted(bank, x_ND, weights_NK, expert_ids_NK)
-    return _Experts.apply(_Grouped, dispatch(expert_ids_NK, len(bank.w1)), *_operands(bank, x_ND, weights_NK))
+    # Parts of a bank (moe.first_units) are views with gaps, which not every kernel takes.
+    operands = [operand.contiguous() for operand in _operands(bank, x_ND, weights_NK)]
+    return _Experts.apply(_Grouped, dispatch(expert_ids_NK, len(bank.w1)), *operands)
 
 
 def run_reference(bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:

@@ -48,9 +48,14 @@ def _forward(mlp: Any, width: int, x: Tensor) -> Tensor:
 
 
 def cut(model: Any, widths: Mapping[int, int]) -> Any:
-    """Return a copy of a MultiTaskModel whose blocks have so many hidden units, by block, the first of its own."""
+    """Return a copy of a MultiTaskModel whose blocks have so many hidden units, by block, the first of its own.
+
+    Blocks that are left out (0) stay.
+    """
     small = copy.deepcopy(model) if widths else model
     for block, width in widths.items():
+        if width == 0:  # whose place is to stay: blocks are named by it
+            continue
         mlp: Any = small.backbone.trunk.blocks[block].mlp
         if isinstance(mlp, MoELayer):
             bank = first_units(mlp.experts, width)

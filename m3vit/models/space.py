@@ -1,4 +1,7 @@
-"""The budgets that a model is trained for: from the smallest to the whole, and what lies between. No torch."""
+"""The budgets that a model is trained for: from the smallest to the whole, and what lies between. No torch.
+
+A block that may be left out has 0 among its widths.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from m3vit.errors import InputError
 from m3vit.models.budget import Budget
 
 WIDTHS = 4  # of a block, evenly spaced from the smallest to all hidden units
@@ -22,6 +26,8 @@ class Asked(Protocol):
     def budget_top_k(self) -> int: ...
     @property
     def budget_width(self) -> float: ...
+    @property
+    def budget_skip(self) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,49 @@ class Space:
 def space_of(tasks: Sequence[str], top_k: int, hidden: Mapping[int, int], blocks: Sequence[int], asked: Asked) -> Space:
     """Return the budgets of a model that was, or is to be, trained so.
 
-    hidden: hidden units by block, of one expert in `blocks`, of the dense MLP elsewhere.
+    hidden: hidden units by block, of one expert in `blocks`, of the dense MLP elsewhere. Raises InputError for blocks
+    that cannot be left out.
     """
-    widths = {block: width_choices(units, asked.budget_width) for block, units in hidden.items()}
+    dense = [block for block in hidden if block not in blocks]
+    if beside := [str(block) for block in asked.budget_skip if block not in dense]:
+        raise InputError(
+            f"train.budget_skip names {', '.join(beside)}: the blocks that can be left out are the dense ones, "
+            f"{', '.join(map(str, dense)) or 'of which there are none'}"
+        )
+    widths = {
+        block: ((0,) if block in asked.budget_skip else ()) + width_choices(units, asked.budget_width)
+        for block, units in hidden.items()
+    }
     return Space(tuple(tasks), tuple(blocks), min(asked.budget_top_k, top_k), top_k, widths)
+
+
+def require_trained(found: Space, budget: Budget, trained: bool) -> None:
+    """Raise InputError for a budget that is below the smallest that a model was trained for.
+
+    `trained`: it was trained for budgets. Others take fewer experts all the same, which loses what it loses, but not
+    parts of experts and MLPs, which are of no use by themselves.
+    """
+    if not trained:
+        if less := [block for block, width in budget.width.items() if width < found.widths[block][-1]]:
+            raise InputError(
+                f"the budget has {budget.width[less[0]]} hidden units in block {less[0]}, and this run was not trained "
+                "for fewer than all: train with --train.budgets, or search again for this run"
+            )
+        return
+    for task, of in budget.top_k.items():
+        if few := [block for block, count in of.items() if count < found.fewest]:
+            raise InputError(
+                f"the budget has {of[few[0]]} experts per token for {task} in block {few[0]}: the smallest that this "
+                f"run was trained for has {found.fewest} (train.budget_top_k)"
+            )
+    for block, width in budget.width.items():
+        smallest = next(one for one in found.widths[block] if one)
+        if width < smallest and (width or 0 not in found.widths[block]):
+            what = f"{width} hidden units in block {block}" if width else f"no block {block}"
+            raise InputError(
+                f"the budget has {what}: the smallest that this run was trained for has {smallest} hidden units there "
+                "(train.budget_width, train.budget_skip)"
+            )
 
 
 def width_choices(hidden: int, share: float) -> tuple[int, ...]:

@@ -36,6 +36,8 @@ from m3vit.kinds.pictures import Range, Scale, Swatches
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts, errors
+from m3vit.report.budgets import Budgets, front_chart, open_budgets, table_of_budgets
+from m3vit.report.budgets import figures as budget_figures
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.report.routing import page_charts, read_routing, sentence
 from m3vit.run_folder import Run
@@ -57,12 +59,15 @@ def write_report(
     data_root: str | None = None,
     protocol: str | None = None,
     progress: Progress | None = None,
+    budgets: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the page `out` and `out` with suffix .json; return the latter's content.
 
     Figures are of `protocol`, by default the one the run was last evaluated under. A missing ONNX package or simulation
-    leaves its column out and is said on the page; a damaged one is an error.
+    leaves its column out and is said on the page; a damaged one is an error. `budgets`: files of `m3vit search`, under
+    which the model is scored and shown too.
     """
+    used = open_budgets(run, budgets) if budgets else None
     require_ending(out, "page", ".html")
     if out.resolve().parent == run.folder.resolve() and out.stem in ("eval", "model"):
         raise InputError(f"--out {out}: its numbers would overwrite the run's {out.stem}.json; choose another name")
@@ -124,13 +129,16 @@ def write_report(
         "images_by_error": errors.ranked(evaluations["torch"], tasks),
         "notes": notes,
     }
+    if used:
+        report["budgets"] = budget_figures(run, split, used, protocol, indices, progress)
     routing, unrouted = read_routing(run.folder, run.info["weights_sha256"])
     if routing and routing["apart"]:
         report["routing"] = {"images": routing["images"], **routing["apart"]["all"]}
     routed = whole_split(routing) if routing else {"note": unrouted}
     wrong = where_wrong(split, predictors["torch"], evaluations["torch"], indices)
     shown = spread(project.drawable, num_images)
-    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong)
+    drawn = budget_part(run, split, used, protocol, shown, report) if used else None
+    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong, drawn)
     with atomic_path(out) as path:
         path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), report)
@@ -317,8 +325,12 @@ def render(
     report: dict[str, Any],
     routed: dict[str, Any],
     wrong: dict[str, Any],
+    budgets: dict[str, Any] | None,
 ) -> str:
-    """Return the page's HTML. `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`."""
+    """Return the page's HTML.
+
+    `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`; `budgets`: of `budget_part`.
+    """
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
     named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
     by_column = {column: predictor for column, predictor in named.items() if predictor is not None}
@@ -386,4 +398,21 @@ def render(
         top_k=run.config.model.top_k,
         routed=routed,
         wrong=wrong,
+        budgets=budgets,
     )
+
+
+def budget_part(
+    run: Run, split: Split, used: Budgets, protocol: str, shown: list[int], report: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what the page shows of budgets: their figures, the front, and pictures of the images under each."""
+    predictors, label_set = used.predictors(run), run.config.model.label_set
+    columns = ["ground truth", *predictors]
+    return {
+        "names": list(predictors),
+        "columns": columns,
+        "heads": [f"{task} {TASKS[task].metric} ({TASKS[task].unit})" for task in report["tasks"]],
+        "rows": table_of_budgets(report["budgets"], list(report["tasks"])),
+        "chart": front_chart(used, report["budgets"]),
+        "examples": [example(split.load(index), predictors, columns, protocol, label_set, {}) for index in shown],
+    }

@@ -9,8 +9,9 @@ Shapes: R tasks, B images, T tokens, D embedding dimension, E experts, H hidden 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,12 @@ from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig, init_sources
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
-from m3vit.models.space import Asked, Space, space_of
+from m3vit.models.space import Asked, Space, require_trained, space_of
 from m3vit.tasks import kind_of
 from m3vit.training.config import TrainConfig, read_run_config
+
+if TYPE_CHECKING:
+    from m3vit.run_folder import Run
 
 
 def space(model: MultiTaskModel, asked: Asked) -> Space:
@@ -34,7 +38,7 @@ def space(model: MultiTaskModel, asked: Asked) -> Space:
     if found.single:
         raise InputError(
             f"train.budgets is {asked.budgets}, but the smallest budget is the whole model: give a train.budget_width "
-            "below 1, or a train.budget_top_k below model.top_k"
+            "below 1, a train.budget_top_k below model.top_k, or a train.budget_skip"
         )
     return found
 
@@ -43,10 +47,18 @@ def of_step(train: TrainConfig, found: Space | None, step: int) -> list[Budget]:
     """Return the budgets of a step's passes, the whole model first: the same in every process, and when resumed."""
     if found is None:
         return [FULL]
-    rng = np.random.default_rng([5, train.seed, step])
+    rng = np.random.default_rng([6, train.seed, step])
     if train.budgets == 1:
         return [FULL, found.random(rng) if step % 2 else found.smallest]
     return [FULL, found.smallest, *(found.random(rng) for _ in range(train.budgets - 1))]
+
+
+def require_trained_run(run: "Run", budget: Budget) -> None:
+    """Raise InputError for a budget that a run cannot keep to, or that is below the smallest it was trained for."""
+    model, train = run.model, run.config.train
+    model.uses(budget, model.config.tasks)
+    found = space_of(model.config.tasks, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
+    require_trained(found, budget, bool(train.budgets))
 
 
 class Whole(NamedTuple):
@@ -86,31 +98,88 @@ def output_distance(output: Output, whole: Whole, weights: Mapping[str, float]) 
     return torch.stack(distances).sum(dim=0)
 
 
-@torch.no_grad()
-def order_units(model: MultiTaskModel) -> None:
-    """Put the hidden units of each expert and each dense MLP in order, the most important first.
+def left_out(model: MultiTaskModel, budget: Budget) -> Tensor | None:
+    """Return 0, made of the parameters of the blocks that a budget leaves out; None if it leaves out none.
 
-    The model computes what it did. A unit's importance is the length of what it reads by times that of what it adds,
-    which needs no data.
+    Processes that share out gradients wait for each parameter's.
     """
+    blocks = [model.backbone.trunk.blocks[block] for block, width in budget.width.items() if width == 0]
+    found = [parameter.sum() for block in blocks for parameter in block.parameters() if parameter.requires_grad]
+    return 0 * torch.stack(found).sum() if found else None
+
+
+@torch.no_grad()
+def importance(model: MultiTaskModel, images: Tensor) -> dict[int, Tensor]:
+    """Return how much each hidden unit adds on normalised images [B, 3, H, W], by block: [H], or [E, H] of experts.
+
+    The root of its mean square after the activation, over the tokens of all tasks, times the length of what it adds by;
+    of experts weighed as they are for a token. Tokens that go elsewhere count as 0.
+    """
+    was_training, blocks = model.training, model.backbone.trunk.blocks
+    squares: dict[int, Tensor] = {}
+    handles = []
     for block in model.hidden_widths():
-        mlp = model.backbone.trunk.blocks[block].mlp
+        mlp = blocks[block].mlp
         if isinstance(mlp, MoELayer):
-            bank = mlp.experts
-            order_EH = _order(bank.w1.norm(dim=2) * bank.w2.norm(dim=1))
+            handles.append(mlp.register_forward_hook(partial(_of_experts, squares, block)))
+        else:
+            handles.append(mlp.fc2.register_forward_pre_hook(partial(_of_mlp, squares, block)))
+    try:
+        for image in images.split(1):
+            model.eval()(image)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for block, sums in squares.items():
+        mlp = blocks[block].mlp
+        second = mlp.experts.w2 if isinstance(mlp, MoELayer) else mlp.fc2.weight
+        scale = getattr(getattr(blocks[block], "ls2", None), "gamma", None)  # LayerScale
+        lengths = (second if scale is None else second * scale[:, None]).norm(dim=-2)
+        found[block] = (sums.sqrt() * lengths).cpu()
+    return found
+
+
+def _of_mlp(squares: dict[int, Tensor], block: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
+    squares[block] = squares.get(block, 0) + inputs[0].square().flatten(0, -2).mean(dim=0)
+
+
+def _of_experts(squares: dict[int, Tensor], block: int, layer: MoELayer, inputs: Any, outputs: Any) -> None:
+    x_RBTD, routing, bank = inputs[0], outputs[1], layer.experts
+    tokens, experts = routing.expert_ids_RNK.shape[1], len(bank.w1)
+    x_RND = x_RBTD.reshape(-1, tokens, x_RBTD.shape[-1]).expand(len(routing.expert_ids_RNK), -1, -1)
+    shares_RNE = torch.zeros_like(routing.scores_RNE).scatter_add_(-1, routing.expert_ids_RNK, routing.weights_RNK)
+    found = []
+    for expert in range(experts):
+        chosen = shares_RNE[..., expert] > 0
+        active = F.gelu(F.linear(x_RND[chosen], bank.w1[expert], bank.b1[expert]))
+        found.append(
+            (active * shares_RNE[..., expert][chosen][:, None]).square().sum(dim=0) / shares_RNE[..., 0].numel()
+        )
+    squares[block] = squares.get(block, 0) + torch.stack(found)
+
+
+@torch.no_grad()
+def order_units(model: MultiTaskModel, found: Mapping[int, Tensor]) -> None:
+    """Put the hidden units of each expert and each dense MLP in order of their `importance`, the most important first.
+
+    The model computes what it did.
+    """
+    for block, values in found.items():
+        mlp = model.backbone.trunk.blocks[block].mlp
+        order = values.argsort(dim=-1, descending=True, stable=True)
+        if isinstance(mlp, MoELayer):
+            bank, order_EH = mlp.experts, order.to(mlp.experts.w1.device)
             bank.w1.copy_(bank.w1.gather(1, order_EH[..., None].expand_as(bank.w1)))
             bank.b1.copy_(bank.b1.gather(1, order_EH))
             bank.w2.copy_(bank.w2.gather(2, order_EH[:, None].expand_as(bank.w2)))
         else:
-            order = _order(mlp.fc1.weight.norm(dim=1) * mlp.fc2.weight.norm(dim=0))
+            order = order.to(mlp.fc1.weight.device)
             mlp.fc1.weight.copy_(mlp.fc1.weight[order])
             mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
             if mlp.fc1.bias is not None:
                 mlp.fc1.bias.copy_(mlp.fc1.bias[order])
-
-
-def _order(importance: Tensor) -> Tensor:
-    return importance.argsort(dim=-1, descending=True, stable=True)
 
 
 def is_ordered(config: ModelConfig) -> bool:

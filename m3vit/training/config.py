@@ -101,6 +101,7 @@ class TrainConfig:
         budget_width: share of the hidden units of experts and dense MLPs that the smallest budget has; by block,
             budgets have four evenly spaced widths, the first units of a whole one's, which are put in the order of
             their importance before training.
+        budget_skip: dense blocks that the smallest budget leaves out, attention and all, and others may: [2, 4].
         budget_tokens: weight of how far the tokens that a smaller budget gives the heads are from the whole model's.
         budget_outputs: the same of its predictions, besides the tasks' weights.
         weighting: how the tasks' losses are weighed. fixed: by task_weights. uncertainty: by learned log-variances that
@@ -155,6 +156,7 @@ class TrainConfig:
     budgets: int = 0
     budget_top_k: int = 1
     budget_width: float = 0.25
+    budget_skip: list[int] = field(default_factory=list)
     budget_tokens: float = 1.0
     budget_outputs: float = 1.0
     weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"

@@ -27,8 +27,8 @@ OF_EXPERTS = (
     "train.specialise_weight",
     "train.budget_top_k",
 )
-OF_BUDGETS = ("budget_top_k", "budget_width", "budget_tokens", "budget_outputs")
-COUNTED = ("model.", "data.layout")  # what `m3vit profile` looks at
+OF_BUDGETS = ("budget_top_k", "budget_width", "budget_skip", "budget_tokens", "budget_outputs")
+COUNTED = ("model.", "data.layout", "train.budget")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
 

@@ -46,7 +46,7 @@ from m3vit.training.sharding import (
     share_buffers,
     unsharded,
 )
-from m3vit.training.starting import build, search
+from m3vit.training.starting import build, order, search
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, stop_signals
 from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
@@ -157,6 +157,8 @@ class Training:
         where = None if resume else out
         found = None if goes_on else search(config, train_split, where, fabric.device, progress)
         self.model = agree(lambda: build(config, bare=goes_on, coefficients=found))
+        if not goes_on:
+            order(config, self.model, train_split, fabric.device)
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:

@@ -22,7 +22,7 @@ from m3vit.label_sets import resolve
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing
-from m3vit.training.budgets import Whole, of_step, output_distance, space, token_distance
+from m3vit.training.budgets import Whole, left_out, of_step, output_distance, space, token_distance
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, loss_options, task_loss
@@ -99,12 +99,12 @@ def smaller_losses(
     """Return the loss of a smaller budget's pass, and its parts: the tasks' losses, and the distances to the whole.
 
     Distances are means over the `images` of the batch, of which these may be a part; without `tokens_count` none of
-    them. Routers are balanced by the whole model's pass.
+    them. Of fewer tasks than the model has, tokens weigh as much less. Routers are balanced by the whole model's pass.
     """
     train = config.train
     loss, _ = task_losses(config, output, labels, weights, counts)
     share = int(tokens_count) / max(images, 1)
-    tokens = token_distance(output, whole).sum() * share
+    tokens = token_distance(output, whole).sum() * share * len(output.logits) / len(config.model.tasks)
     outputs = output_distance(output, whole, weights).sum() * share
     parts = {"budget/loss": loss, "budget/tokens": tokens, "budget/outputs": outputs}
     return loss + train.budget_tokens * tokens + train.budget_outputs * outputs, parts
@@ -302,7 +302,12 @@ class Stepper:
         if whole is None:
             found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes)
         else:
-            found = smaller_losses(self.config, output, whole, part.labels, weights, counts, self.images, part.counts)
+            loss, losses = smaller_losses(
+                self.config, output, whole, part.labels, weights, counts, self.images, part.counts
+            )
+            if world_size() > 1 and not is_sharded(self.model) and (none := left_out(self.model, budget)) is not None:
+                loss = loss + none
+            found = loss, losses
         return *found, output
 
     def combined(

@@ -29,7 +29,7 @@ from m3vit.training.config import Config
 from m3vit.training.losses import BatchCounts
 from m3vit.training.step import step_losses
 from tests.conftest import TINY, Cli
-from tests.models.banks import ROUTINGS, E, assert_close, outputs_and_gradients
+from tests.models.banks import ROUTINGS, E, assert_close, outputs_and_gradients, part_of
 from tests.training.launching import Run, run
 
 DEVICE = os.environ.get("M3VIT_TEST_DEVICE", "cuda")
@@ -74,6 +74,16 @@ def test_sorted_equals_reference(name: str, dtype: torch.dtype, tolerance: float
     dirty_memory()
     found = outputs_and_gradients(run_sorted, name, dtype, 64, 48, DEVICE)
     assert_close(found, expected, tolerance)  # float32: sums of 64 terms of eps 1e-7
+
+
+@has_grouped
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_a_part_of_a_bank_equals_the_reference_of_it(name: str) -> None:
+    expected = outputs_and_gradients(part_of(run_reference, 16), name, torch.float64, 64, 48)
+    dirty_memory()
+    assert_close(outputs_and_gradients(part_of(run_grouped, 16), name, torch.bfloat16, 64, 48, DEVICE), expected, 0.05)
+    found = outputs_and_gradients(part_of(run_sorted, 16), name, torch.float32, 64, 48, DEVICE)
+    assert_close(found, expected, 1e-5)
 
 
 @has_grouped

@@ -55,7 +55,7 @@ def test_costs_are_those_of_the_profile() -> None:
     for task, counts in itertools.product(config.tasks, itertools.product((1, 2, 3), repeat=2)):
         used = dict(zip([1, 3], counts, strict=True))
         assert plain.of(task, used, {}) == graph_macs(config, task, (32, 48), Budget({task: used})), (task, counts)
-    space = searched(model, TrainConfig(budgets=1, budget_width=0.5))
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.5, budget_skip=[0]))
     costs, rng = macs_of(config, space, hidden), np.random.default_rng(0)
     for _ in range(12):
         budget = space.random(rng)
@@ -69,16 +69,16 @@ def test_cycles_are_those_of_the_programs() -> None:
         "vit_tiny_patch16_224", TRUNK, image_size=(32, 48), num_experts=4, top_k=2, tasks=["depth", "semseg"]
     )
     model = MultiTaskModel(config)
-    space = searched(model, TrainConfig(budgets=1, budget_width=0.25))
+    space = searched(model, TrainConfig(budgets=1, budget_width=0.25, budget_skip=[2]))
     costs = find_costs("cycles:zcu104", model, space)
     design = design_of("zcu104")
     network = sizes_of_model(config)
     hardware = fit(program_of(network, 16, 16, design.target.port_bits), 16, 16, design.target, design.sizes)
     rng = np.random.default_rng(0)
     for budget in (Budget(), space.smallest, space.random(rng), space.random(rng)):
-        widths = [budget.width.get(block, units) for block, units in enumerate(network.mlps)]
-        counts = [budget.layer("semseg", block).top_k or top_k for block, top_k in enumerate(network.top_ks)]
-        counts = [count if top_k else 0 for count, top_k in zip(counts, network.top_ks, strict=True)]
+        kept = [block for block in range(4) if budget.width.get(block) != 0]
+        widths = [budget.width.get(block, network.mlps[block]) for block in kept]
+        counts = [budget.top_k.get("semseg", {}).get(block, 2) if block % 2 else 0 for block in kept]
         program = program_of(replace(network, mlps=widths, top_ks=counts), 16, 16, design.target.port_bits)
         lines = lines_of(program, hardware, design.target, 1, Assumptions())
         used = budget.top_k.get("semseg", {})
@@ -225,6 +225,8 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
     entry = json.loads((package / "manifest.json").read_text())["tasks"]["depth"]
     assert entry["macs"] == told["tasks"]["depth"]["macs"]
     refused(cli("eval", package, "--budget", file), "is of a run")
+    write_budget(tmp_path / "narrow.json", Budget(width={1: 8}), {})
+    refused(cli("eval", run, "--budget", tmp_path / "narrow.json"), "this run was not trained for fewer than all")
     write_budget(tmp_path / "other.json", Budget({"depth": {7: 1}}), {})
     refused(cli("eval", run, "--budget", tmp_path / "other.json"), "budget names block 7")
 
@@ -232,7 +234,7 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     run, package = tmp_path / "run", tmp_path / "package"
-    words = [f"--data.root={tiny_data}", "--train.epochs=2", "--train.budgets=2", "--train.budget_width=0.25"]
+    words = [f"--data.root={tiny_data}", "--train.epochs=2", "--train.budgets=2", "--train.budget_skip=[0]"]
     assert cli("train", "synthetic-tiny", *TINY, *words, "--out", run).returncode == 0
     light, fast = tmp_path / "light.json", tmp_path / "fast.json"
     least = ("search", run, "--budget", 0.05, "--out", light)
@@ -260,3 +262,29 @@ def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: P
     assert result.returncode == 0, result.stderr
     assert "depth, budget fast: worst relative error" in result.stdout and "fp32, budget fast" in result.stdout
     assert Package.load(package).budgets == ["full", "light", "fast"]
+
+    page = tmp_path / "report.html"
+    assert cli("eval", run).returncode == 0
+    result = cli("report", run, "--budget", f"{light},{fast}", "--images", 1, "--out", page)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(page.with_suffix(".json").read_text())["budgets"]
+    assert list(told) == ["full", "light", "fast"] and told["full"]["loss_percent"] == 0
+    text = page.read_text()
+    assert text.count('class="of-budget"') == 3 * 4 and 'type="range" min="0" max="2"' in text
+    result = cli("profile", run, "--budget", fast, "--json", tmp_path / "profile.json")
+    assert result.returncode == 0 and "under a budget" in result.stdout, result.stderr
+    counted = json.loads((tmp_path / "profile.json").read_text())["tasks"]
+    wanted = json.loads(fast.read_text())["search"]["tasks"]
+    assert {task: entry["macs"]["total"] for task, entry in counted.items()} == {
+        task: entry["macs"] for task, entry in wanted.items()
+    }
+    refused(cli("report", run, run, "--budget", fast, "--out", page), "are of one run's report")
+    write_budget(tmp_path / "less.json", Budget(width={1: 2}), {})
+    for words in (("eval", run), ("export", "onnx", run, "--out", package), ("report", run, "--out", page)):
+        refused(cli(*words, "--budget", tmp_path / "less.json"), "the smallest that this run was trained for has 8")
+    result = cli("search", run, "--budget", 0.9, "--cost", "latency", "--images", 2, "--out", tmp_path / "fewer.json")
+    assert result.returncode in (0, 2), result.stderr
+    if result.returncode == 0:  # the least share is measured, and of so small a model may be more than that
+        assert "of the ms of all tasks' graphs" in result.stdout
+        cost = json.loads((tmp_path / "fewer.json").read_text())["search"]["cost"]
+        assert cost["by"] == "latency" and cost["share_measured"] > 0

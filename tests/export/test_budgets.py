@@ -66,7 +66,7 @@ WIDTH = {0: 24, 1: 8, 2: 40, 3: 16}  # of 64 and, of experts, 32
 BUDGETS = {
     "full": FULL,
     "light": Budget({"depth": {1: 1}, "normals": {3: 1}}, width=WIDTH),
-    "fast": Budget({"depth": {1: 1, 3: 1}, "normals": {1: 1, 3: 1}}, width={0: 16, 1: 8, 2: 16, 3: 8}),
+    "fast": Budget({"depth": {1: 1, 3: 1}, "normals": {1: 1, 3: 1}}, width={0: 16, 1: 8, 2: 0, 3: 8}),
 }
 
 
@@ -138,7 +138,12 @@ def test_several_budgets_have_one_file_of_weights(model: MultiTaskModel, tmp_pat
 
 def test_a_damaged_list_of_budgets_is_refused(model: MultiTaskModel, tmp_path: Path) -> None:
     folder = tmp_path / "package"
-    export_package(model, folder, Content(("depth",), size=(32, 48), budgets=BUDGETS), info={})
+    one = Budget({"depth": {1: 1, 3: 1}})
+    content = Content(("depth",), size=(32, 48), budgets={"full": FULL, "fast": one}, precisions=("int8", "fp32"))
+    export_package(model, folder, content, info={})
+    size = (folder / "weights.bin").stat().st_size
+    export_package(model, tmp_path / "whole", replace(content, budgets={}), info={})
+    assert size == (tmp_path / "whole" / "weights.bin").stat().st_size, "the same weights, in int8 too"
     manifest = read_sealed_json(folder / "manifest.json", "")
     del manifest["budgets"]["fast"]["tasks"]["depth"]["macs"]
     write_sealed_json(folder / "manifest.json", manifest)

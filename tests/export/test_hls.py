@@ -112,6 +112,7 @@ def test_lowering_keeps_to_widths() -> None:
         whole[2],
     )
     assert model.hidden_widths() == whole
+    assert len(leaf.lower(model, Budget(width={2: 0})).blocks) == 2
     with pytest.raises(InputError, match="block 0: width is 999, but its MLP has"):
         leaf.lower(model, Budget(width={0: 999}))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from m3vit.models.experts import ExpertBank
+from m3vit.models.moe import first_units
 
 N, D, H, E, K = 37, 6, 5, 4, 2
 
@@ -47,6 +48,11 @@ def outputs_and_gradients(
     leaves = [x.requires_grad_(), weights.requires_grad_(), *bank.parameters()]
     y = execute(bank, x, weights, ids)
     return [y, *torch.autograd.grad((y * probe).sum(), leaves)]
+
+
+def part_of(execute: Callable[..., Tensor], width: int) -> Callable[..., Tensor]:
+    """Return the execution of a bank's first hidden units alone."""
+    return lambda bank, *rest: execute(first_units(bank, width), *rest)
 
 
 def assert_close(fast: list[Tensor], expected: list[Tensor], tolerance: float) -> None:

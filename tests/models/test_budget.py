@@ -122,7 +122,7 @@ def test_json_round_trip() -> None:
         ({"kept": {"edge": {"1": [0, 0]}}}, "name one or more experts, ascending"),
         ({"kept": {"edge": {"1": ["a"]}}}, "name one or more experts, ascending"),
         ({"kept": {"edge": {"1": 3}}}, "name one or more experts, ascending"),
-        ({"width": {"1": 0}}, "block 1: width is 0"),
+        ({"width": {"1": -1}}, "block 1: width is -1, give a whole number of 0 or more"),
     ],
 )
 def test_values_that_no_model_can_have(value: Any, message: str) -> None:

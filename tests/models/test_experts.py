@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m3vit.models.experts import ExpertBank, choose_execution, dispatch, run_grouped, run_reference, run_sorted
-from tests.models.banks import ROUTINGS, D, E, H, K, N, assert_close, outputs_and_gradients, random_ids
+from tests.models.banks import ROUTINGS, D, E, H, K, N, assert_close, outputs_and_gradients, part_of, random_ids
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -25,6 +25,16 @@ def test_grouped_equals_reference_with_gradients(name: str, dtype: torch.dtype) 
     found = outputs_and_gradients(run_grouped, name, dtype, 16, 24)
     assert all(value.dtype == dtype for value in found)
     assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("way", ["sorted", "grouped"])
+def test_a_part_of_a_bank_equals_the_reference_of_it(name: str, way: str) -> None:
+    if way == "grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    fast = {"sorted": run_sorted, "grouped": run_grouped}[way]
+    expected = outputs_and_gradients(part_of(run_reference, 8), name, torch.float64, 16, 24)
+    assert_close(outputs_and_gradients(part_of(fast, 8), name, torch.float32, 16, 24), expected, 1e-5)
 
 
 def test_execution_is_chosen_by_device_and_type() -> None:

@@ -1,6 +1,9 @@
 """Hidden widths: parts of experts and dense MLPs against a model that is cut to them, with gradients; the order."""
 
 import copy
+import re
+import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3vit.errors import InputError
 from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.space import Space, width_choices
-from m3vit.profiling import graph_macs
-from m3vit.training.budgets import order_units, space
+from m3vit.profiling import graph_macs, profile, render
+from m3vit.training.budgets import importance, order_units, space
 from m3vit.training.config import TrainConfig
+from tests.conftest import TINY
 
 TRUNK = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
 TASKS = ["depth", "normals"]
@@ -25,7 +30,8 @@ BUDGET = Budget({"depth": {1: 1}}, {"normals": {3: (0, 2, 3)}}, WIDTH)
 def make(**changes: Any) -> MultiTaskModel:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"num_experts": 4, "top_k": 2, "tasks": TASKS, "experts": "reference"}
-    config = ModelConfig("vit_tiny_patch16_224", TRUNK, image_size=(32, 48), **defaults | changes)
+    trunk = TRUNK | changes.pop("trunk_args", {})
+    config = ModelConfig("vit_tiny_patch16_224", trunk, image_size=(32, 48), **defaults | changes)
     return MultiTaskModel(config)
 
 
@@ -50,8 +56,10 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("execution", ["sorted", "reference"])
+@pytest.mark.parametrize("execution", ["sorted", "grouped", "reference"])
 def test_a_width_is_a_model_cut_to_it_with_gradients(images: Tensor, execution: str, recompute: bool) -> None:
+    if execution == "grouped" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
     model = make(experts=execution)
     model.backbone.checkpoint_activations = recompute
     small = cut(make(), WIDTH)
@@ -72,6 +80,23 @@ def test_a_width_is_a_model_cut_to_it_with_gradients(images: Tensor, execution: 
         outside = grad.clone()
         outside[inside] = 0
         assert not outside.any(), f"{name}: what is not used has a gradient"
+
+
+@torch.no_grad()
+def test_a_block_of_width_0_is_left_out(images: Tensor) -> None:
+    model, small = make().eval(), make().eval()
+    small.backbone.trunk.blocks[2] = nn.Identity()
+    found = model(images, budget=Budget(width={2: 0})).logits
+    for task, logits in small(images).logits.items():
+        assert torch.equal(found[task], logits)
+    config = model.config
+    whole, less = (graph_macs(config, "depth", (32, 48), Budget(width=w)) for w in ({}, {2: 0}))
+    assert whole - less == 24 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 24 * 24 * 32
+    with pytest.raises(InputError, match="block 1: width is 0, but its experts have 32 hidden units: give 1 to that"):
+        model(images, budget=Budget(width={1: 0}))
+    with pytest.raises(InputError, match="names 1: the blocks that can be left out are the dense ones, 0, 2"):
+        space(model, TrainConfig(budgets=1, budget_skip=[1]))
+    assert space(model, TrainConfig(budgets=1, budget_skip=[2])).smallest.left_out == (2,)
 
 
 def test_the_model_is_whole_again_after_a_smaller_budget(images: Tensor) -> None:
@@ -95,25 +120,49 @@ def test_macs_of_widths() -> None:
 
 
 @torch.no_grad()
-def test_ordering_changes_no_output_and_puts_the_important_first(images: Tensor) -> None:
-    model = make().eval()
-    model.backbone.trunk.blocks[0].mlp.fc1.weight[5] *= 10
-    bank = model.backbone.trunk.blocks[1].mlp.experts
-    bank.w2[2, :, 7] *= 10
-    expected, row, column = (
-        model(images).logits,
-        model.backbone.trunk.blocks[0].mlp.fc1.weight[5].clone(),
-        bank.w2[2, :, 7].clone(),
-    )
-    order_units(model)
+@pytest.mark.parametrize("router", ["multi", "single"])
+def test_ordering_changes_no_output_and_puts_the_important_first(images: Tensor, router: str) -> None:
+    model = make(router=router, trunk_args={"init_values": 0.5}).eval()
+    blocks = model.backbone.trunk.blocks
+    blocks[0].ls2.gamma[:16] *= 3
+    expected = model(images).logits
+
+    # Slowly: every token of every task through every unit of every expert, one after the other.
+    seen: dict[int, list[Any]] = {block: [] for block in range(4)}
+    handles = [
+        blocks[block].mlp.register_forward_hook(lambda m, x, y, block=block: seen[block].append((x, y)))
+        for block in range(4)
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    slow: dict[int, Tensor] = {}
+    for block in (0, 2):
+        mlp, ((x,), _) = blocks[block].mlp, seen[block][0]
+        active = mlp.act(mlp.fc1(x)).flatten(0, -2)
+        added = (mlp.fc2.weight * blocks[block].ls2.gamma[:, None]).norm(dim=0)
+        slow[block] = active.square().mean(dim=0).sqrt() * added
+    for block in (1, 3):
+        bank, (inputs, (_, routing)) = blocks[block].mlp.experts, seen[block][0]
+        x = inputs[0].expand(len(TASKS), -1, -1, -1).flatten(1, 2)
+        slow[block] = torch.zeros_like(bank.b1)
+        for task, token, slot in np.ndindex(len(TASKS), 48, 2):
+            if task < len(routing.expert_ids_RNK):
+                expert, weight = routing.expert_ids_RNK[task, token, slot], routing.weights_RNK[task, token, slot]
+                active = torch.nn.functional.gelu(bank.w1[expert] @ x[task, token] + bank.b1[expert])
+                slow[block][expert] += (weight * active) ** 2 / (48 * len(routing.expert_ids_RNK))
+        added = (bank.w2 * blocks[block].ls2.gamma[:, None]).norm(dim=1)
+        slow[block] = slow[block].sqrt() * added
+    found = importance(model, images)
+    for block, values in slow.items():
+        scale = 2**0.5  # sums of two images' means
+        torch.testing.assert_close(found[block], scale * values, rtol=1e-4, atol=1e-7)
+
+    order_units(model, found)
     for task, logits in model(images).logits.items():
         torch.testing.assert_close(logits, expected[task], rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.backbone.trunk.blocks[0].mlp.fc1.weight[0], row)
-    assert torch.equal(bank.w2[2, :, 0], column)
-    for block in (1, 3):
-        bank = model.backbone.trunk.blocks[block].mlp.experts
-        importance = bank.w1.norm(dim=2) * bank.w2.norm(dim=1)
-        assert (importance.diff(dim=1) <= 0).all()
+    for values in importance(model, images).values():
+        assert (values.diff(dim=-1) <= 1e-7).all()
 
 
 def test_the_budgets_between() -> None:
@@ -130,3 +179,31 @@ def test_the_budgets_between() -> None:
         assert all(budget.width[block] in found.widths[block] for block in range(4))
     assert seen == {("k", 1), ("k", 2), ("w", 32), ("w", 40), ("w", 56), ("w", 64)}
     assert Space(("depth",), (), 1, 2, {0: (8,)}).single and not found.single
+
+
+def test_profile_under_a_budget_is_that_of_a_model_cut_to_it() -> None:
+    model, budget = make(), Budget({"depth": {1: 1}}, width={0: 24, 1: 8, 2: 0})
+    whole, found = profile(model.config), profile(model.config, budget=budget)
+    small = cut(model, {0: 24, 1: 8})
+    met = sum(parameter.numel() for parameter in small.heads.used_by("depth"))
+    for name, parameter in small.backbone.named_parameters():
+        if ".blocks.2." not in name and "gates.1" not in name:
+            used = {1: 1, 3: 2}.get(int(name.split(".")[2]), 0) / 4 if ".experts." in name else 1
+            met += int(parameter.numel() * used)
+    assert found["tasks"]["depth"]["activated"]["total"] == met
+    for task in TASKS:
+        assert found["tasks"][task]["macs"]["total"] == graph_macs(model.config, task, (32, 48), budget)
+    assert found["budget"] == budget.to_json() and "budget" not in whole
+    assert found["stored"] == whole["stored"]
+    assert "under a budget" in render(found)
+    with pytest.raises(InputError, match="names block 9"):
+        profile(model.config, budget=Budget(width={9: 8}))
+
+
+def test_the_smallest_budget_is_printed(cli: Callable[..., subprocess.CompletedProcess]) -> None:
+    words = ("profile", "synthetic-tiny", *(key for key in TINY if key.startswith("--model")), "--model.label_set=nyud")
+    result = cli(*words, "--train.budgets=1", "--train.budget_skip=[0]")
+    assert result.returncode == 0, result.stderr
+    said = float(re.search(r"the smallest budget trained for takes (0\.\d+) of the MACs", result.stdout)[1])  # type: ignore[index]
+    assert 0.5 < said < 0.95
+    assert "smallest" not in cli(*words).stdout

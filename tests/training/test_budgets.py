@@ -151,6 +151,7 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
         ("--train.budget_width=0.5", "train.budgets is 0, the whole model alone"),
         ("--train.budgets=17", "give at most 16 passes a step"),
         ("--train.budgets=-1", "zero or a positive number"),
+        ("--train.budgets=1 --train.budget_skip=[1]", "budget_skip names 1: the blocks that can be left out are"),
         ("--train.budgets=1 --train.budget_width=0", "a share above 0, up to 1"),
         ("--train.budgets=1 --train.budget_top_k=3", "give 1 to model.top_k"),
         ("--train.budgets=1 --train.budget_top_k=2 --train.budget_width=1.0", "the smallest budget is the whole"),
@@ -193,7 +194,7 @@ def test_units_keep_their_order_where_the_run_before_was_trained_for_budgets(bud
 def test_two_processes_train_what_one_does(make_data: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
     data = make_data(tmp_path / "data", train=7, val=3)  # of the last batch one process has two images, one has one
     words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={data}", "--train.optimizer=sgd", "--train.lr=0.01"]
-    words += ["--train.epochs=2", "--train.accumulate=2", "--train.balance_weight=0"]
+    words += ["--train.epochs=2", "--train.accumulate=2", "--train.balance_weight=0", "--train.budget_skip=[0]"]
     run([*words, "--out", tmp_path / "one"], tmp_path)
     run([*words, f"--train.strategy={strategy}", "--out", tmp_path / "two"], tmp_path, processes=2)
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TINY
+from tests.conftest import TASKEXPERT, TINY
 from tests.training.launching import Run, run
 from tests.training.runs import assert_close, lines, same_bits
 
@@ -53,9 +53,13 @@ def test_all_routing_losses_are_those_of_the_whole_batch(uneven_data: Path, tmp_
     assert {"balance", "switch", "z", "specialise"} <= set(first)
 
 
-def test_gradient_methods_see_the_gradient_of_all_processes(uneven_data: Path, tmp_path: Path) -> None:
-    words = ["train", "synthetic-tiny", *TINY, f"--data.root={uneven_data}", "--train.optimizer=sgd", "--train.lr=0.01"]
-    words += ["--train.epochs=2", "--train.weighting=pcgrad", "--train.checkpoint_activations=true"]
+@pytest.mark.parametrize(("head", "weighting"), [([], "pcgrad"), (TASKEXPERT, "mgda")], ids=["conv", "taskexpert"])
+def test_gradient_methods_see_the_gradient_of_all_processes(
+    uneven_data: Path, tmp_path: Path, head: list[str], weighting: str
+) -> None:
+    words = ["train", "synthetic-tiny", *TINY, *head, f"--data.root={uneven_data}", "--train.optimizer=sgd"]
+    words += ["--train.lr=0.01", "--train.epochs=2", f"--train.weighting={weighting}"]
+    words += ["--train.checkpoint_activations=true"]
     run([*words, "--out", tmp_path / "one"], tmp_path)
     run([*words, "--out", tmp_path / "two"], tmp_path, processes=2)
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)

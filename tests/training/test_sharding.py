@@ -16,7 +16,7 @@ from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.training.config import Config, read_config
 from m3vit.training.sharding import gathered, load_weights, shard, unsharded
-from tests.conftest import TINY
+from tests.conftest import TASKEXPERT, TINY
 from tests.training.launching import Run, environments, run, run_each
 from tests.training.runs import assert_close, lines, same_bits
 
@@ -50,15 +50,29 @@ def test_parts_of_a_batch_and_pup_heads(uneven_data: Path, tmp_path: Path) -> No
     assert_close(tmp_path / "ddp", tmp_path / "fsdp", weights_atol=1e-6)
 
 
-def test_mixed_precision(uneven_data: Path, tmp_path: Path) -> None:
-    words = recipe(uneven_data, "--train.precision=bf16-mixed", "--train.optimizer=sgd", "--train.lr=0.001")
+def test_a_decoder_of_several_blocks_where_labels_are_missing(make_data: Callable[..., Path], tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", train=6, val=2)
+    for number in (0, 1, 3, 5):  # some process has none of a step's labels
+        (data / "depth" / f"{number:04}.npy").unlink()
+    words = recipe(data, *TASKEXPERT, "--train.optimizer=sgd", "--train.lr=0.01", "--train.tasks_per_step=3")
+    words += ["--train.batch_size=2", "--data.on_error=skip", "--train.checkpoint_activations=true"]
+    run([*words, "--out", tmp_path / "one"], tmp_path)
+    for name, more in (("ddp", []), ("fsdp", [SHARDED])):
+        run([*words, *more, "--out", tmp_path / name], tmp_path, 2)
+        assert_close(tmp_path / "one", tmp_path / name, weights_atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [[], TASKEXPERT], ids=["conv", "taskexpert"])
+def test_mixed_precision(uneven_data: Path, tmp_path: Path, head: list[str]) -> None:
+    words = recipe(uneven_data, *head, "--train.precision=bf16-mixed", "--train.optimizer=sgd", "--train.lr=0.001")
     run([*words, "--out", tmp_path / "ddp"], tmp_path, 2)
     run([*words, SHARDED, "--out", tmp_path / "fsdp"], tmp_path, 2)
     assert_close(tmp_path / "ddp", tmp_path / "fsdp", weights_atol=1e-5)
 
 
 def test_killed_and_resumed_to_the_same_bits(uneven_data: Path, tmp_path: Path) -> None:
-    words = recipe(uneven_data, SHARDED, "--train.checkpoint_steps=1", "--train.ema=0.9", "--train.eval_epochs=1")
+    words = recipe(uneven_data, SHARDED, *TASKEXPERT, "--train.checkpoint_steps=1", "--train.ema=0.9")
+    words += ["--train.eval_epochs=1"]
     run([*words, "--out", tmp_path / "unbroken"], tmp_path, 2)
     out = tmp_path / "broken"
     for wanted in (3, 8):

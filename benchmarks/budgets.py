@@ -1,0 +1,213 @@
+"""One checkpoint for any budget beside models trained for one each, on rendered scenes, at a small scale.
+
+    python benchmarks/budgets.py --out runs/budgets [--epochs 40] [--seeds 3] [--jobs 1] [--json FILE]
+
+Nothing but public commands, recipe synthetic-tiny with linear heads. By seed, one model is trained for budgets
+(train.budgets), and one plainly for each of four budgets, made as small as the budget makes the other: hidden units of
+experts and MLPs from all to a quarter, and one expert per token in the two smaller ones. Three tables:
+
+- metric against MACs: the separate models, the one checkpoint under the very same budgets, and under those that
+  `m3vit search` finds for as many MACs. "loss" is the mean over tasks of what the headline metric loses on the separate
+  model's, in percent.
+- hypervolume: of what the checkpoint reaches under all budgets found with all preferences, in as many dimensions as
+  there are tasks, each metric relative to the largest separate model's (1 is as good, reference point 0); beside it
+  that of the separate models.
+- control: for each task, the rank correlation (Spearman) of its preference, from 0 to 8 with the others at 1, and its
+  metric (turned so that better is more), at one share of the MACs.
+
+What is there is not done again, so an interrupted run goes on. MACs are of all tasks' graphs. The scenes are rendered
+and the models small: the tables say nothing about photographs.
+"""
+
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from itertools import product
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+from _bench import arguments, machine, save
+from quality import run  # beside this file
+from scipy.stats import spearmanr
+
+from m3vit.evaluation.scoring import read
+from m3vit.label_sets import LABEL_SETS
+from m3vit.models.budget import FULL
+from m3vit.models.budget_file import BUDGETS, write_budget
+from m3vit.models.space import space_of
+from m3vit.profiling import graph_macs
+from m3vit.run_folder import load_run
+from m3vit.tasks import TASKS
+
+NAMES = LABEL_SETS["nyud"].tasks
+SHARES = {"whole": 1.0, "large": 0.75, "middle": 0.5, "small": 0.25}  # of the hidden units
+TOP_K = {"whole": 2, "large": 2, "middle": 1, "small": 1}
+WAYS = ("separate", "same", "searched")
+PREFERENCES = (0.0, 0.5, 2.0, 8.0)
+TRUNK = "{{patch_size: 8, embed_dim: 64, depth: 4, num_heads: 4, mlp_ratio: {}, class_token: false, global_pool: ''}}"
+
+
+def hypervolume(points: list[list[float]]) -> float:
+    """Return the volume that points dominate above 0, all larger being better: sliced along the last dimension."""
+    points = [point for point in points if min(point) > 0]
+    if not points:
+        return 0.0
+    if len(points[0]) == 1:
+        return max(point[0] for point in points)
+    heights = sorted({point[-1] for point in points})
+    volume, below = 0.0, 0.0
+    for height in heights:
+        volume += (height - below) * hypervolume([point[:-1] for point in points if point[-1] >= height])
+        below = height
+    return volume
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """Return the headline metric of each task."""
+    _, result = read(folder, "A")
+    return {task: result["tasks"][task]["torch"][TASKS[task].metric] for task in NAMES}
+
+
+def relative(values: dict[str, float], reference: dict[str, float]) -> list[float]:
+    """Return each task's metric relative to a reference, larger being better: 1 is as good."""
+    return [
+        values[task] / reference[task] if TASKS[task].higher_is_better else reference[task] / values[task]
+        for task in NAMES
+    ]
+
+
+def loss(values: dict[str, float], reference: dict[str, float]) -> float:
+    """Return the mean over tasks of what is lost on a reference, in percent."""
+    changes = [(values[task] - reference[task]) / abs(reference[task]) for task in NAMES]
+    return 100 * statistics.mean(
+        -change if TASKS[task].higher_is_better else change for task, change in zip(NAMES, changes, strict=True)
+    )
+
+
+class Seed:
+    """The models and budgets of one seed."""
+
+    def __init__(self, args: Any, seed: int) -> None:
+        self.args, self.seed, self.folder = args, seed, args.out / f"seed-{seed}"
+        self.one = self.folder / "one"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def train(self, name: str) -> None:
+        """Train and score a model: "one", for budgets, or one of SHARES."""
+        folder = self.folder / name
+        if (folder / "eval.json").exists():
+            return
+        keys = [f"--train.epochs={self.args.epochs}", f"--train.seed={self.seed}", "--train.threads=1"]
+        keys += ["--model.head=linear", "--train.eval_epochs=0", f"--data.root={self.args.out / 'data'}"]
+        if name == "one":
+            keys += ["--train.budgets=2", "--train.budget_width=0.25"]
+        else:
+            keys += [f"--model.trunk_args={TRUNK.format(2 * SHARES[name])}", f"--model.expert_ratio={SHARES[name]}"]
+            keys += [f"--model.top_k={TOP_K[name]}"]
+        run("train", "synthetic-tiny", *keys, "--out", folder, "--resume")
+        run("eval", folder, "--workers", 1)
+
+    def under(self, file: Path) -> dict[str, float]:
+        """Return what the one checkpoint scores under a budget."""
+        into = self.one / BUDGETS / file.stem
+        if not (into / "eval.json").exists():
+            run("eval", self.one, "--budget", file, "--workers", 1)
+        return scores(into)
+
+    def same(self, name: str) -> Path:
+        """Return the budget that makes the checkpoint as small as a separate model."""
+        file = self.folder / f"same-{name}.json"
+        if not file.exists():
+            found = load_run(self.one)
+            model, train = found.model, found.config.train
+            space = space_of(NAMES, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
+            write_budget(file, space.budget(TOP_K[name], list(SHARES)[::-1].index(name)), {})
+        return file
+
+    def macs(self, name: str) -> int:
+        """Return the MACs of a model of all tasks' graphs."""
+        config = load_run(self.folder / name).config.model
+        size = (config.image_size[0], config.image_size[1])
+        return sum(graph_macs(config, task, size, FULL) for task in NAMES)
+
+    def searched(self, name: str, share: float, prefer: str = "") -> Path:
+        """Return the budget that a search finds."""
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            words = ["--prefer", prefer] if prefer else []
+            run("search", self.one, "--budget", share, *words, "--images", self.args.images, "--out", file)
+        return file
+
+    def figures(self) -> dict[str, Any]:
+        """Return the tables of this seed."""
+        whole = self.macs("one")
+        rows, reached, separate = {}, [], []
+        reference = scores(self.folder / "whole")
+        for name in SHARES:
+            share = self.macs(name) / whole
+            own = scores(self.folder / name)
+            same = self.under(self.same(name))
+            found = self.under(self.searched(f"searched-{name}", min(1.0, share * (1 + 1e-6))))
+            rows[name] = {
+                "share_of_macs": share,
+                "separate": own,
+                "same": same,
+                "searched": found,
+                "loss_same_percent": loss(same, own),
+                "loss_searched_percent": loss(found, own),
+            }
+            reached += [relative(same, reference), relative(found, reference)]
+            separate.append(relative(own, reference))
+        share, control = rows["middle"]["share_of_macs"], {}
+        for task in NAMES:
+            values = []
+            for weight in PREFERENCES:
+                file = self.searched(f"prefer-{task}-{weight:g}", share * (1 + 1e-6), f"{task}={weight:g}")
+                found = self.under(file)
+                reached.append(relative(found, reference))
+                values.append(found[task] if TASKS[task].higher_is_better else -found[task])
+            # All the same: the preference does nothing.
+            control[task] = float(spearmanr(PREFERENCES, values).statistic) if len(set(values)) > 1 else 0.0
+        volumes = {"one checkpoint": hypervolume(reached), "separate models": hypervolume(separate)}
+        return {"rows": rows, "hypervolume": volumes, "control": control}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="models trained at a time, on one thread each")
+    parser.add_argument("--train", type=int, default=400, help="scenes")
+    parser.add_argument("--val", type=int, default=100, help="scenes")
+    parser.add_argument("--images", type=int, default=32, help="val scenes that a search measures on")
+    args = parser.parse_args()
+    found = machine()
+    run("data", "synth", "--out", args.out / "data", "--train", args.train, "--val", args.val)
+    seeds = [Seed(args, seed) for seed in range(args.seeds)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: job[0].train(job[1]), product(seeds, ("one", *SHARES))))
+    tables = [seed.figures() for seed in seeds]
+
+    def mean(*keys: str) -> float:
+        """Return the mean over the seeds of what stands under these keys."""
+        return statistics.mean(reduce(getitem, keys, table) for table in tables)
+
+    print(f"{args.epochs} epochs, {args.train} scenes, {args.seeds} seeds, protocol A; means over seeds")
+    heads = " | ".join(f"{task} {TASKS[task].metric}: {', '.join(WAYS)}" for task in NAMES)
+    print(f"| MACs | {heads} | loss %, same | searched |\n|---|" + "---:|" * (len(NAMES) + 2))
+    for name in SHARES:
+        row = ("rows", name)
+        cells = [", ".join(f"{mean(*row, way, task):.3f}" for way in WAYS) for task in NAMES]
+        cells += [f"{mean(*row, f'loss_{way}_percent'):+.2f}" for way in WAYS[1:]]
+        print(f"| {mean(*row, 'share_of_macs'):.3f} | " + " | ".join(cells) + " |")
+    for name in ("one checkpoint", "separate models"):
+        print(f"hypervolume, {name}: {mean('hypervolume', name):.4f}")
+    words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in NAMES)
+    print(f"control (rank correlation of preference and metric): {words}")
+    save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
+
+
+if __name__ == "__main__":
+    main()
