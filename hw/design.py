@@ -9,7 +9,7 @@ from typing import Any
 from m3vit.errors import InputError
 from m3vit.files import read_json
 from m3vit.hw.boards import BOARDS, Board, find_board
-from m3vit.hw.hardware import GROUPS, LANES_CHOICES, PORT_WIDTHS, TILES_OUT, TOKEN_BLOCKS, WEIGHT_PORTS
+from m3vit.hw.hardware import GROUPS, LANES_CHOICES, NORM_WORDS, PORT_WIDTHS, TILES_OUT, TOKEN_BLOCKS, WEIGHT_PORTS
 
 CLOCKS = range(50, 601)  # MHz
 WRITTEN = "give a file that `m3vit hw explore --out` wrote"
@@ -21,7 +21,9 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "groups": GROUPS,
     "token_block": TOKEN_BLOCKS,
     "tiles_in_lut": (False, True),
+    "gates_in_lut": (True, False),
     "weight_ports": WEIGHT_PORTS,
+    "norm_words": NORM_WORDS,
 }
 OPTIONS = {"array": "tile_out", "ports": "weight_ports"}  # of the command line, and the sizes that they fix
 

@@ -43,7 +43,7 @@ def fitting(hardware: Hardware, board: Board, fixed: Sizes) -> list[Hardware]:
     """Return what fits, but none that another exceeds in all that makes it faster."""
     found: dict[tuple[int, ...], Hardware] = {}
     for size in sizes_of(hardware, board, fixed):
-        key = (size.tile_out, size.lanes, size.groups, size.token_block, size.weight_ports)
+        key = (size.tile_out, size.lanes, size.groups, size.token_block, size.weight_ports, size.norm_words)
         beaten = any(all(a >= b for a, b in zip(other, key, strict=True)) for other in found)
         if not beaten and fits(size, board):
             found[key] = size
@@ -53,7 +53,7 @@ def fitting(hardware: Hardware, board: Board, fixed: Sizes) -> list[Hardware]:
 class FrameTimes:
     """The modelled cycles of frames of a program's first task, for engines of many sizes.
 
-    What is on the array depends on some sizes each; the rest on none: each part is counted once for those.
+    Each part depends on some sizes, the rest on the words of LayerNorm alone: each is counted once for those.
     """
 
     def __init__(self, program: Sequence[Instruction], board: Board) -> None:
@@ -63,7 +63,11 @@ class FrameTimes:
     def cycles(self, hardware: Hardware) -> int:
         """Return the cycles of a frame."""
         key = (hardware.tile_out, hardware.lanes, hardware.groups)
-        keys = {"attention": key, "linear": (hardware.tile_out, hardware.token_block, hardware.weight_ports), "": ()}
+        keys = {
+            "attention": key,
+            "linear": (hardware.tile_out, hardware.token_block, hardware.weight_ports),
+            "": (hardware.norm_words,),
+        }
         for name, sizes in keys.items():
             if (name, *sizes) not in self.known:
                 lines = lines_of(self.program, hardware, self.board)
@@ -100,7 +104,7 @@ def fit(
 
 
 def _size(h: Hardware) -> tuple[int, ...]:
-    return h.tile_out * h.lanes * h.groups * h.token_block, h.weight_ports
+    return h.tile_out * h.lanes * h.groups * h.token_block, h.weight_ports * h.norm_words
 
 
 def _over(h: Hardware, board: Board) -> str:

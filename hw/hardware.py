@@ -20,6 +20,7 @@ TILES_OUT = (256, 192, 160, 128, 112, 96, 80, 64, 48, 32, 16)
 GROUPS = (512, 256, 128, 64, 32)  # of queries on chip
 LANES_CHOICES = (64, 32, 16)  # of softmax
 WEIGHT_PORTS = (2, 1)
+NORM_WORDS = (2, 1)
 # Properties of Hardware that firmware/parameters.h states too.
 DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits")
 LUT_RAM_DEPTH = 64  # words of a memory that goes into LUTs
@@ -40,12 +41,14 @@ class Hardware:
     max_head: int
     token_block: int = TOKEN_BLOCKS[-1]
     uram: bool = False  # the inputs of a block of tokens lie in URAM
-    tiles_in_lut: bool = False  # weight tiles lie in LUTs
+    tiles_in_lut: bool = False  # weight tiles lie in LUTs, else in BRAM
+    gates_in_lut: bool = True  # those of routers
     tile_in: int = TILE_IN
     groups: int = 64  # of queries, that are kept on chip
     lanes: int = LANES  # scores that are rounded, and weighed, in a cycle
     port_bits: int = PORT_BITS
     weight_ports: int = 1
+    norm_words: int = 1  # that LayerNorm takes a step
 
     @property
     def packed(self) -> bool:

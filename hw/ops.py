@@ -149,20 +149,20 @@ def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
 
 
 def norm_memories(h: Hardware) -> list[OnChip]:
-    lanes, words = h.values(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
+    lanes, words = h.norm_words * h.values(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
     return [
         OnChip("rows that are summed and centred", 1, 32 * lanes, 4 * words),
         OnChip("differences from the mean", 2, 48 * lanes, 4 * words),
-        OnChip("scales, biases", 2, 32 * lanes, words),
+        OnChip("scales, biases", 2 * h.norm_words, h.port_bits, words),
         _tables(2, EXP_ENTRIES),  # both of 1/sqrt
     ]
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load, then Row: a word an iteration, NORM_SPAN a row at least, three rows more than there are to drain
-    its stages."""
+    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least,
+    three rows more than there are to drain its stages."""
     words = _words(h, i.n_in, WIDE_BITS)
-    span = max(words, NORM_SPAN)
+    span = max(_times(words, h.norm_words if i.mode == Mode.NARROW else 1), NORM_SPAN)
     return t.loop(2 * words, reads=True) + t.loop((i.rows + 3) * span, reads=True, writes=True)
 
 
@@ -287,19 +287,17 @@ class Tile(NamedTuple):
     mode: Mode
 
 
-def _weight_tiles(h: Hardware, outputs: int, bits: int) -> OnChip:
-    """Memories of a word each, of every output, with both tiles: so many that a step of inputs is read at once."""
-    kind, together = "lut" if h.tiles_in_lut else "bram", h.tile_in // h.values(bits)
-    banks = together if bits == GATE_BITS else max(together, h.weight_ports)
-    return OnChip("weights of two tiles", banks * outputs, h.port_bits, 2 * h.max_in // h.values(bits) // banks, kind)
-
-
 def linear_memories(h: Hardware) -> list[OnChip]:
+    """Tiles: memories of a word each for every output, so many that a step of inputs is read at once; both in each."""
     joined, kind = h.tile_in // h.values(h.act_word), "uram" if h.uram else "bram"
+    tiles_in, gates_in = ("lut" if in_lut else "bram" for in_lut in (h.tiles_in_lut, h.gates_in_lut))
+    weights, gates = h.values(h.weight_word), h.values(GATE_BITS)
+    banks, gate_banks = max(h.tile_in // weights, h.weight_ports), h.tile_in // gates
+    words, gate_words = 2 * h.max_in // weights // banks, 2 * h.max_in // gates // gate_banks
     return [
         OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
-        _weight_tiles(h, h.tile_out, h.weight_word),
-        _weight_tiles(h, h.gate_out, GATE_BITS),
+        OnChip("weights of two tiles", banks * h.tile_out, h.port_bits, words, tiles_in),
+        OnChip("gates of two tiles", gate_banks * h.gate_out, h.port_bits, gate_words, gates_in),
         _tables(h.values(h.act_word), TABLE_ENTRIES),  # GELU
     ]
 
@@ -384,9 +382,9 @@ def conv_needs(i: Conv) -> dict[str, int]:
 # --- the tables -----------------------------------------------------------------------------------------------------
 
 
-def _written(h: Hardware) -> int:
-    """Return how many results of a linear map are made in a cycle: those of narrow and of wide words each their own."""
-    return h.values(h.act_word) + h.values(WIDE_BITS)
+def _normed(h: Hardware) -> int:
+    """Return how many values LayerNorm takes in a cycle."""
+    return h.norm_words * h.values(WIDE_BITS)
 
 
 def _shifted_in_attention(h: Hardware) -> int:
@@ -401,7 +399,7 @@ ENGINES = {
         linear_memories,
         lambda h: h.multipliers,
         lambda h: h.values(h.act_word) + 2 * h.values(WIDE_BITS),
-        _written,
+        lambda h: h.values(h.act_word),  # results of a narrow word, which wide ones share
         lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word),
     ),
     # Shifted in each lane: a score, a weight (few bits both), a sum of before; and what is divided.
@@ -410,7 +408,7 @@ ENGINES = {
         dsps=lambda h: h.lanes + 4 * h.values(h.act_word),
         shifters=lambda h: h.values(h.act_word) + _shifted_in_attention(h) // ACCUMULATOR_BITS,
     ),
-    "norm": Engine(norm_memories, dsps=lambda h: 10 * h.values(WIDE_BITS), shifters=lambda h: 3 * h.values(WIDE_BITS)),
+    "norm": Engine(norm_memories, dsps=lambda h: 10 * _normed(h), shifters=lambda h: 3 * _normed(h)),
     "router": Engine(route_memories),
     "stream": Engine(lambda h: []),  # passes over tokens: image, position
 }

@@ -27,7 +27,7 @@ from m3vit.hw.ops import ENGINES, OPS
 
 # Ports by the AXI bus that they share (PORTS of m3vit.export.hls.multiplexed.writer), and those that write.
 BUSES = {"image": "io", "output": "io", "gates": "tables", "params": "tables"}
-WRITING = ("narrow_out", "wide", "output")
+WRITING = ("narrow_out", "wide", "output")  # LayerNorm also reads through wide, beside wide_in
 SINGLE = {"image": 1, "output": 4}  # bytes of ports that move single values; the others move words
 
 

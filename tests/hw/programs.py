@@ -26,13 +26,14 @@ HARDWARE = Hardware(
     16,
     16,
     max_in=144,
-    max_dim=64,
+    max_dim=160,
     max_rows=200,
     max_experts=256,
     max_top=8,
     max_head=32,
     token_block=32,
     groups=32,
+    norm_words=2,
 )
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 # Arrays from one that takes keys and heads in several passes to one with several queries at once.
@@ -42,8 +43,10 @@ ARRAYS = {"w16a16": 16, "w8a8": 128, "w12a14": 64}
 def hardware_of(name: str) -> Hardware:
     """Return the configuration that the random models of a format run on."""
     weight_bits, act_bits = FORMATS[name]
-    ports = 2 if name == "w8a8" else 1
-    return replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits, tile_out=ARRAYS[name], weight_ports=ports)
+    sizes = {"tile_out": ARRAYS[name], "weight_ports": 2 if name == "w8a8" else 1}
+    return replace(
+        HARDWARE, weight_bits=weight_bits, act_bits=act_bits, **sizes, norm_words=1 if name == "w12a14" else 2
+    )
 
 
 @dataclass

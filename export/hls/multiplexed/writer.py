@@ -24,7 +24,14 @@ from m3vit.hw.program import Image
 from m3vit.hw.weights_file import HEADER_WORDS
 
 HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/include/engine
-HEAD = ("weight_bits", "act_bits", "max_head", "uram", "tiles_in_lut")  # of Hardware: written in other words
+HEAD = (
+    "weight_bits",
+    "act_bits",
+    "max_head",
+    "uram",
+    "tiles_in_lut",
+    "gates_in_lut",
+)  # of Hardware: written in other words
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
@@ -64,6 +71,7 @@ def parameters_text(hardware: Hardware) -> str:
             "",
             *(["#define M3VIT_URAM // the inputs of a block of tokens lie in URAM"] if hardware.uram else []),
             *(["#define M3VIT_TILES_IN_LUT // weight tiles lie in LUTs"] if hardware.tiles_in_lut else []),
+            *(["#define M3VIT_GATES_IN_LUT // and those of routers"] if hardware.gates_in_lut else []),
             '#include "nnet_utils/m3vit_accelerator.h"',
             "",
             "struct vit_cfg {",

@@ -56,6 +56,13 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
 #endif
 #ifdef M3VIT_TILES_IN_LUT
     #pragma HLS BIND_STORAGE variable=tile.weight type=ram_s2p impl=lutram
+#else
+    #pragma HLS BIND_STORAGE variable=tile.weight type=ram_s2p impl=bram
+#endif
+#ifdef M3VIT_GATES_IN_LUT
+    #pragma HLS BIND_STORAGE variable=tile.gate type=ram_s2p impl=lutram
+#else
+    #pragma HLS BIND_STORAGE variable=tile.gate type=ram_s2p impl=bram
 #endif
     linear_state<C> linear;
     attention_state<C> attention;

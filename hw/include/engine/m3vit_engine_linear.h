@@ -330,20 +330,27 @@ void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsig
     static const unsigned narrow_lanes = words<C>::narrow_lanes, wide_lanes = words<C>::wide_lanes;
     const tile_job &job = state.now;
     const token_place &token = state.written;
+    // The results of a narrow word, of a wide one, or one.
+    const unsigned first = w * (job.mode == to_narrow ? narrow_lanes : job.mode == to_output ? 1 : wide_lanes);
+    long long results[narrow_lanes];
+    #pragma HLS ARRAY_PARTITION variable=results complete
+    for (unsigned l = 0; l < narrow_lanes; l++) {
+        #pragma HLS UNROLL
+        results[l] = first + l < job.outputs ? result_of<C>(state, tile, first + l) : 0;
+    }
     if (job.mode == to_narrow) {
         typename words<C>::narrow values;
         for (unsigned l = 0; l < narrow_lanes; l++) {
             #pragma HLS UNROLL
-            const unsigned o = w * narrow_lanes + l;
             values.lane[l] = 0;
-            if (o < job.outputs) {
-                const long long n = saturate<C::act_bits>(result_of<C>(state, tile, o));
+            if (first + l < job.outputs) {
+                const long long n = saturate<C::act_bits>(results[l]);
                 values.lane[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
             }
         }
         narrow[token.at / narrow_lanes + w] = values;
     } else if (job.mode == to_output) { // rows of outputs are as the host reads them: a value a step
-        output[token.at + w] = (int32_t)saturate<32>(result_of<C>(state, tile, w));
+        output[token.at + w] = (int32_t)saturate<32>(results[0]);
     } else {
         const bool adds = job.mode != to_wide;
         typename words<C>::wide values;
@@ -352,11 +359,10 @@ void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsig
             values = wide_in[token.at / wide_lanes + w];
         for (unsigned l = 0; l < wide_lanes; l++) {
             #pragma HLS UNROLL
-            const unsigned o = w * wide_lanes + l;
             const long long before = adds ? values.lane[l] : 0;
             values.lane[l] = 0;
-            if (o < job.outputs) {
-                const long long y = result_of<C>(state, tile, o);
+            if (first + l < job.outputs) {
+                const long long y = results[l];
                 const long long added = job.mode == to_queue ? shift_round(saturate<32>(y) * token.score, prob_frac) : y;
                 values.lane[l] = (int32_t)saturate<32>(before + added);
             }

@@ -97,24 +97,29 @@ struct norm_row {
 // With S = sum x and d_i = n x_i - S, (x_i - mean) / sqrt(var + eps) is d_i sqrt(n) / sqrt(sum d^2 + n^3 eps). The
 // d_i are first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit
 // inputs. sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
-// One loop passes over the words of all rows: while it sums a row it centres the one before, squares the one before that
-// and scales and writes a fourth. A stage's result for a row is used from the next row on.
-// Cycles: (rows + 3) * n_in / values in a word, or norm_span a row if there are fewer.
+// One loop passes over all rows, C::norm_words words a step, read through as many ports (one, if results are wide: these go
+// out through one): while it sums a row it centres the one before, squares the one before that and scales and writes a
+// fourth. A stage's result for a row is used from the next row on.
+// Cycles: (rows + 3) * n_in / values of a step, or norm_span a row if there are fewer.
 static const unsigned norm_span = 16; // steps of a row at least: what a stage writes is there when the next row reads it
 template <class C>
 void layernorm(const norm_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
                typename ports<C>::narrow_out narrow, typename ports<C>::wide wide_out) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes, most = (C::max_dim + lanes - 1) / lanes;
-    static const unsigned joined = words<C>::narrow_lanes / lanes; // wide words whose values a narrow one holds
-    static int scale[most][lanes], bias[most][lanes], x[4][most][lanes];
-    static long long centred[4][most][lanes], shifted[4][most][lanes];
-    #pragma HLS ARRAY_RESHAPE variable=scale dim=2 complete
-    #pragma HLS ARRAY_RESHAPE variable=bias dim=2 complete
+    static const unsigned side = C::norm_words * lanes;            // values of a step
+    static const unsigned joined = words<C>::narrow_lanes / side; // steps whose values a narrow word holds
+    static int scale[C::norm_words][most][lanes], bias[C::norm_words][most][lanes], x[4][most][side];
+    static long long centred[4][most][side], shifted[4][most][side];
+    #pragma HLS ARRAY_PARTITION variable=scale dim=1 complete
+    #pragma HLS ARRAY_PARTITION variable=bias dim=1 complete
+    #pragma HLS ARRAY_RESHAPE variable=scale dim=3 complete
+    #pragma HLS ARRAY_RESHAPE variable=bias dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=x dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=centred dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=shifted dim=3 complete
-    const unsigned n = I.n_in, count = words_of<lanes>(n), span = count > norm_span ? count : norm_span;
+    const unsigned n = I.n_in, count = words_of<lanes>(n), together = I.mode == to_narrow ? C::norm_words : 1;
+    const unsigned steps = (count + together - 1) / together, span = steps > norm_span ? steps : norm_span;
     pipelined<loop_norm_load, 1> load_loop;
 Load:
     for (unsigned w = 0; w < 2 * count; w++) {
@@ -126,9 +131,9 @@ Load:
         for (unsigned l = 0; l < lanes; l++) {
             #pragma HLS UNROLL
             if (second)
-                bias[place][l] = values.lane[l];
+                bias[place % together][place / together][l] = values.lane[l];
             else
-                scale[place][l] = values.lane[l];
+                scale[place % together][place / together][l] = values.lane[l];
         }
     }
     M3VIT_COUNT(params, 2 * count * sizeof(typename words<C>::wide));
@@ -157,26 +162,32 @@ Row:
             centring.any = 1;
             summed.sum = 0;
         }
-        const bool within = w < count;
+        const bool within = w < steps;
+        const unsigned word = w * together; // the first of this step; of its values, `inside` are of the row
+        const unsigned left = n - word * lanes, inside = left < together * lanes ? left : together * lanes;
         if (within && t < I.rows) {
-            const typename words<C>::wide values = wide_in[(I.src + t * I.src_pitch) / lanes + w];
-            for (unsigned l = 0; l < lanes; l++) {
+            const unsigned place = (I.src + t * I.src_pitch) / lanes + word;
+            typename words<C>::wide values[C::norm_words];
+            values[0] = wide_in[place];
+            if (C::norm_words == 2) // the same memory through another port
+                values[C::norm_words - 1] = inside > lanes ? wide_out[place + 1] : values[0];
+            for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const int value = w * lanes + l < n ? values.lane[l] : 0;
+                const int value = l < inside ? values[l / lanes].lane[l % lanes] : 0;
                 x[t & 3][w][l] = value;
                 summed.sum += value;
             }
         }
         if (within && t >= 1 && t < I.rows + 1) {
-            for (unsigned l = 0; l < lanes; l++) {
+            for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long d = w * lanes + l < n ? (long long)x[(t - 1) & 3][w][l] * n - centring.sum : 0;
+                const long long d = l < inside ? (long long)x[(t - 1) & 3][w][l] * n - centring.sum : 0;
                 centred[(t - 1) & 3][w][l] = d;
                 centring.any |= (unsigned long long)(d < 0 ? -d : d);
             }
         }
         if (within && t >= 2 && t < I.rows + 2) {
-            for (unsigned l = 0; l < lanes; l++) {
+            for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
                 const long long d = shift_round(centred[(t - 2) & 3][w][l], squared.drop);
                 shifted[(t - 2) & 3][w][l] = d;
@@ -185,26 +196,26 @@ Row:
         }
         if (within && t >= 3) {
             typename words<C>::wide values;
-            for (unsigned l = 0; l < lanes; l++) {
+            for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
                 const long long y = (int)shift_round(shifted[(t - 3) & 3][w][l] * scaling.factor, 20 + scaling.shift - norm_frac);
-                const long long z = shift_round(y * scale[w][l] + bias[w][l] * (1LL << I.bias_shift), I.shift);
-                const bool inside = w * lanes + l < n;
+                const long long of_bias = bias[l / lanes][w][l % lanes] * (1LL << I.bias_shift);
+                const long long z = shift_round(y * scale[l / lanes][w][l % lanes] + of_bias, I.shift);
                 if (I.mode == to_narrow)
-                    gathered.lane[w % joined * lanes + l] = inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
-                else
-                    values.lane[l] = inside ? (int32_t)saturate<32>(z) : 0;
+                    gathered.lane[w % joined * side + l] = l < inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
+                else if (l < lanes)
+                    values.lane[l] = l < inside ? (int32_t)saturate<32>(z) : 0;
             }
-            const unsigned place = I.dst + (t - 3) * I.dst_pitch + w * lanes;
+            const unsigned place = I.dst + (t - 3) * I.dst_pitch + word * lanes;
             if (I.mode != to_narrow) {
                 wide_out[place / lanes] = values;
-            } else if (w % joined == joined - 1 || w == count - 1) {
-                for (unsigned l = 0; l < joined * lanes; l++) {
+            } else if (w % joined == joined - 1 || w == steps - 1) {
+                for (unsigned l = 0; l < joined * side; l++) {
                     #pragma HLS UNROLL
-                    if (l >= (w % joined + 1) * lanes)
+                    if (l >= (w % joined + 1) * side)
                         gathered.lane[l] = 0;
                 }
-                narrow[place / (joined * lanes)] = gathered;
+                narrow[place / (joined * side)] = gathered;
             }
         }
         if (++w == span) {
