@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
 from m3vit.export.onnx.attention import OPERATOR as ATTENTION
-from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, lower_moe, reachable
+from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, fold_convolutions, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.export.onnx.widths import narrow_mlps
-from m3vit.models.budget import FULL, Budget
+from m3vit.models.budget import ALL_KEPT, FULL, Budget, Kept
 from m3vit.models.decoders.base import Features
 from m3vit.models.multitask import MultiTaskModel
 
@@ -31,25 +31,28 @@ NUMBER = "task.number"  # no name of a task
 class _Tasks(nn.Module):
     """The model as a function of the image and the number of a task: what each head makes of that task's tokens."""
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], kept: Kept) -> None:
         super().__init__()
-        self.model, self.tasks = model, tasks
+        self.model, self.tasks, self.kept = model, tasks, {"kept": kept} if kept else {}
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:
         features, _ = self.model.backbone(image, task, self.model.heads.blocks)
         size = (image.shape[-2], image.shape[-1])
-        return tuple(self.model.heads(features, {name: size}).logits[name] for name in self.tasks)
+        return tuple(self.model.heads(features, {name: size}, **self.kept).logits[name] for name in self.tasks)
 
 
 class _AllTasks(nn.Module):
     """The model as a function of the image alone: the logits of some tasks, what they have in common computed once."""
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[str]) -> None:
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], kept: Kept) -> None:
         super().__init__()
-        self.model, self.tasks = model, tasks
+        self.model, self.tasks, self.kept = model, tasks, {"kept": kept} if kept else {}
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        logits = self.model(image, self.tasks).logits
+        ids = tuple(self.model.task_id(task) for task in self.tasks)
+        features, _ = self.model.backbone(image, ids, self.model.heads.blocks)
+        size = (image.shape[-2], image.shape[-1])
+        logits = self.model.heads(features, dict.fromkeys(self.tasks, size), **self.kept).logits
         return tuple(logits[name] for name in self.tasks)
 
 
@@ -100,15 +103,17 @@ def trace_tasks(
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
+    kept: Kept = ALL_KEPT,
 ) -> onnx.ModelProto:
     """Return one graph of several tasks, for `of_task` to take each task's out of: tracing is what takes long.
 
     What differs between tasks are their gates, picked by the task's number as in `trace_backbone`, and their heads.
     Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. The rest as in `trace_task`.
+    kept: what tasks use of a decoder's own experts (`Budget.decoder`).
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
     inputs = {"image": image, NUMBER: _zeros(model, 1).long()}
-    return _trace(model, _Tasks(model, tasks), inputs, axes, tasks, opset)
+    return _trace(model, _Tasks(model, tasks, kept), inputs, axes, tasks, opset)
 
 
 def trace_all_tasks(
@@ -118,14 +123,16 @@ def trace_all_tasks(
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
+    kept: Kept = ALL_KEPT,
 ) -> onnx.ModelProto:
     """Return the graph of several tasks at once: `image` -> logits of each, outputs named like the tasks.
 
     What comes before the first MoE layer is computed once; behind it the tokens of all tasks are one batch, of which
     each expert gets its own at a time, as in training. The rest as in `trace_task`.
+    kept: what tasks use of a decoder's own experts (`Budget.decoder`).
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
-    return _trace(model, _AllTasks(model, tasks), {"image": image}, axes, tasks, opset)
+    return _trace(model, _AllTasks(model, tasks, kept), {"image": image}, axes, tasks, opset)
 
 
 def _image_of(
@@ -265,6 +272,7 @@ def _trace(
                 {"height": "rows", "width": "columns"}.get(name, name) if (value.name == "features") else name
             )
     name_folded(graph, model)
+    fold_convolutions(graph)
     return graph
 
 

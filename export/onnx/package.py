@@ -118,10 +118,12 @@ def _write_graphs(
     name of the default budget, and what differs of others; none of one without a name."""
     with open(folder / WEIGHTS, "w+b") as file:
         weights = _WeightsFile(file)
-        traced = trace_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
+        options: dict[str, Any] = {"opset": content.opset, "size": content.size, "batch": content.batch}
+        kept = next(iter(content.by_budget.values())).budget.decoder
+        traced = trace_tasks(model, names, **options, kept=kept)
         together = None
         if content.all_tasks:
-            together = trace_all_tasks(model, names, opset=content.opset, size=content.size, batch=content.batch)
+            together = trace_all_tasks(model, names, **options, kept=kept)
         if content.nested:  # the widest first, which the others are beginnings of
             widest = _Writer(folder, weights, replace(content, budget=_widest(model, names, content)), "", True)
             for name in names:
@@ -130,6 +132,10 @@ def _write_graphs(
         for budget, one in content.by_budget.items():
             writer = _Writer(folder, weights, one, f".{budget}" if found else "", content.nested)
             of = f", budget {budget}" if budget else ""
+            if one.budget.decoder != kept:
+                kept = one.budget.decoder
+                traced = trace_tasks(model, names, **options, kept=kept)
+                together = together and trace_all_tasks(model, names, **options, kept=kept)
             tasks: dict[str, Any] = {}
             for number, task in enumerate(resolve(names, model.config.label_set), start=1):
                 say(f"exporting {task.name}{of} ({number} of {len(names)})")
@@ -153,7 +159,8 @@ def _write_graphs(
 
 def _differing(tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tasks' entries have of their own under another budget."""
-    return {task: {key: entry[key] for key in ("graphs", "experts", "macs")} for task, entry in tasks.items()}
+    keys = ("graphs", "experts", "decoder_experts", "macs")
+    return {task: {key: entry[key] for key in keys if key in entry} for task, entry in tasks.items()}
 
 
 def _widest(model: MultiTaskModel, names: Sequence[str], content: Content) -> Budget:
@@ -262,6 +269,14 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
             "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
+    if own := model.heads.experts:
+        held = content.decoder_coverage.get(task.name)
+        entry["decoder_experts"] = {
+            "per_layer": max(own.values()),
+            "layers": list(own),
+            "kept": content.budget.to_json().get("decoder", {}).get(task.name, "all"),
+            "coverage": {str(block): share for block, share in zip(own, held, strict=True)} if held else None,
+        }
     return entry | kind.entry(config.labels.classes.get(task.name, ()))
 
 
@@ -280,16 +295,18 @@ def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> d
 
 def budget_of(manifest: Mapping[str, Any]) -> Budget:
     """Return the budget of a package's graphs, by its manifest; raise InputError if that does not say."""
-    top_k, kept, width = {}, {}, {}
+    top_k, kept, width, decoder = {}, {}, {}, {}
     try:
         for task, entry in manifest["tasks"].items():
             experts, count = entry["experts"], entry["experts"]["top_k"]
             top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
             kept[task] = {} if experts["kept"] == "all" else experts["kept"]
             width = experts.get("width", {})  # of all tasks
+            own = entry.get("decoder_experts", {}).get("kept", "all")
+            decoder |= {} if own == "all" else {task: own}
     except (KeyError, TypeError, AttributeError):
         raise InputError("the manifest does not say which experts the graphs use: export the package again") from None
-    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width})
+    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width, "decoder": decoder})
 
 
 def _macs(model: MultiTaskModel, tasks: Sequence[str], content: Content) -> int:
