@@ -4,8 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +36,7 @@ def find_costs(name: str, model: MultiTaskModel, found: Space, progress: Progres
 def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], progress: Progress | None) -> Costs:
     """Return milliseconds of an image in onnxruntime: float32, batch 1, the size trained at, a package's threads."""
     from m3vit.export.finite import require_finite
-    from m3vit.export.onnx.graph import of_task, require_onnx, trace_tasks
+    from m3vit.export.onnx.graph import of_task, require_onnx, tracer
     from m3vit.export.onnx.lower import lower_moe
     from m3vit.export.onnx.widths import narrow_mlps
     from m3vit.export.runtime.ort import onnxruntime
@@ -49,14 +47,14 @@ def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], pro
     require_finite(model)
     config = model.config
     size = (config.image_size[0], config.image_size[1])
-    traced: Any = cache(lambda skip: trace_tasks(model, found.tasks, size=size, skip=skip))
+    traced = tracer(model, found.tasks, size=size)
     image = np.random.default_rng(0).standard_normal((1, 3, *size)).astype(np.float32)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = default_threads({"macs": graph_macs(config, found.tasks[0], size)})
     options.log_severity_level = 3
 
     def measure(task: str, budget: Budget) -> float:
-        graph = of_task(traced(budget.left_out), model, task)
+        graph = of_task(traced(budget), model, task)
         narrow_mlps(graph, model, budget.width)
         lower_moe(graph, budget.layers(task, model.backbone.moe_indices), attention="fused")
         session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -72,8 +72,8 @@ def profile(config: ModelConfig, task: str | None = None, budget: Budget = FULL)
 
     `stored`: parameters of everything; `activated` of a task: those that one of its tokens meets (its own gate and
     head, K of E experts a layer). Parts are the keys of PARTS; totals are without distillation, which is training's.
-    `tasks` has all tasks of the model, or `task` alone. Under a `budget`, `activated` and MACs are of what it uses.
-    Raises InputError for a budget that the model cannot keep to.
+    `decoder`: the MACs of heads that have parts of their own. `tasks` has all tasks of the model, or `task` alone.
+    Under a `budget`, `activated` and MACs are of what it uses. Raises InputError for one that the model cannot keep to.
     """
     config.check()
     if task is not None and task not in config.tasks:
@@ -90,6 +90,7 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budge
         name: {
             "macs": _totals(count_macs(model, [name], budget=budget)),
             "activated": _totals(activated_parameters(model, name, budget)),
+            **_inside(model, [name]),
         }
         for name in chosen
     }
@@ -110,6 +111,7 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budge
         "all_tasks_in_one_pass": {
             "tasks": list(config.tasks),
             "macs": _totals(count_macs(model, config.tasks, budget=budget)),
+            **_inside(model, config.tasks),
         },
         "distillation": {"parameters": stored["distillation"], "macs": distilling["distillation"]},
         "as_the_paper_counts": {
@@ -118,6 +120,12 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budge
             "gmacs": sum(entry["macs"]["total"] for entry in tasks.values()) / len(tasks) / 1e9,
         },
     }
+
+
+def _inside(model: MultiTaskModel, tasks: list[str]) -> dict[str, Counts]:
+    """Return what a report says of a decoder that has parts of its own."""
+    parts = decoder_macs(model, tasks)
+    return {"decoder": parts} if len(parts) > 1 else {}
 
 
 def _totals(counts: Counts) -> dict[str, Any]:
@@ -181,7 +189,18 @@ def count_macs(
 
     `budget`: what is used of the experts. `every_expert`: a token goes to all that are kept.
     """
-    counter, handles = _MacCounter(every_expert), []
+    return _counted(model, tasks, training, budget, every_expert).counts
+
+
+def decoder_macs(model: MultiTaskModel, tasks: list[str], budget: Budget = FULL) -> Counts:
+    """Return the MACs of one image in the decoder, by its own parts (`Decoder.part_of`), as `count_macs` counts."""
+    return _counted(model, tasks, False, budget, False).decoder
+
+
+def _counted(
+    model: MultiTaskModel, tasks: list[str], training: bool, budget: Budget, every_expert: bool
+) -> "_MacCounter":
+    counter, handles = _MacCounter(model, every_expert), []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
         handles.append(module.register_forward_hook(partial(counter.leave, name)))
@@ -192,7 +211,7 @@ def count_macs(
         model.eval()
         for handle in handles:
             handle.remove()
-    return counter.counts
+    return counter
 
 
 def graph_macs(
@@ -224,9 +243,10 @@ def macs_share(config: ModelConfig, budget: Budget) -> float:
 class _MacCounter(TorchFunctionMode):
     """Counts the MACs of the functions called within it, each for the part of the module that calls it."""
 
-    def __init__(self, every_expert: bool) -> None:
+    def __init__(self, model: MultiTaskModel, every_expert: bool) -> None:
         super().__init__()
-        self.every_expert = every_expert
+        self.heads, self.every_expert = model.heads, every_expert
+        self.decoder: Counts = {}  # of the heads, by the decoder's own parts
         self.counts: Counts = dict.fromkeys(PARTS, 0)
         self.modules: list[str] = []  # names of those running, the innermost last
         self.inside_moe = 0  # how many of them are MoE layers: these count as they are trained, not as run here
@@ -250,7 +270,11 @@ class _MacCounter(TorchFunctionMode):
     ) -> Any:
         output = function(*args, **(kwargs or {}))
         if not self.inside_moe and (rule := _RULES.get(function)) is not None:
-            self.counts[part_of(self.modules[-1])] += rule(output, *args, **(kwargs or {}))
+            part, macs = part_of(self.modules[-1]), rule(output, *args, **(kwargs or {}))
+            self.counts[part] += macs
+            if part == "heads":
+                own = self.heads.part_of(self.modules[-1].removeprefix("heads").removeprefix("."))
+                self.decoder[own] = self.decoder.get(own, 0) + macs
         return output
 
 
@@ -372,9 +396,19 @@ def render(report: dict[str, Any]) -> str:
             f"{activated['total']:,}",
             *map(_giga, amounts),
         )
+    tables = [parts, each]
+    if "decoder" in together:
+        inside = Table(caption=f"GMAC of the {report['head']} heads, by part")
+        inside.add_column("part")
+        for column in (*tasks, f"{len(together['tasks'])} tasks"):
+            inside.add_column(column, justify="right")
+        for part in together["decoder"]:
+            counted = (entry["decoder"].get(part, 0) for entry in (*tasks.values(), together))
+            inside.add_row(part, *map(_giga, counted))
+        tables.append(inside)
     console = Console(file=StringIO(), width=120)
     with console.capture() as capture:
-        console.print(parts, each)
+        console.print(*tables)
     paper = report["as_the_paper_counts"]
     mean = ", mean over the tasks" if len(tasks) > 1 else ""
     return (

@@ -24,7 +24,7 @@ from m3vit.export.onnx.options import Content, Request
 from m3vit.export.onnx.package import export_package
 from m3vit.export.onnx.parity import ParityError, check_parity
 from m3vit.export.onnx.parity_images import parity_images
-from m3vit.export.onnx.pruning import check_rule, gate_mass, pruned
+from m3vit.export.onnx.pruning import check_rule, decoder_mass, gate_mass, pruned, pruned_decoder
 from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.runtime.manifest import MANIFEST
 from m3vit.export.runtime.package import Package
@@ -110,7 +110,10 @@ def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], 
     """Return the content with the budget asked for: experts per token, and those that calibration leaves out."""
     config, blocks = run.config.model, run.model.backbone.moe_indices
     prunes = request.coverage is not None or request.keep is not None
-    if not blocks and (prunes or request.top_k):
+    own = run.model.heads.experts
+    if not blocks and (request.keep is not None or request.top_k or (prunes and not own)):
+        if own:
+            raise InputError("only this model's decoder has experts, of which --prune is: leave out --keep and --top-k")
         raise InputError("this model has no experts: leave out --prune, --keep and --top-k")
     exported = content.tasks or config.tasks
     if beside := [task for task in request.top_k if task not in exported]:
@@ -134,12 +137,24 @@ def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], 
                 )
     split = data_of(run, "train", request.data_root, "no --prune or --keep")
     say(f"measuring gate mass on {min(request.calibration, len(split))} training images")
-    mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), budget)
-    budget, coverage = pruned(run.model, mass, budget, coverage=request.coverage, keep=request.keep)
+    coverage: dict[str, list[float]] = {}
+    if blocks:
+        mass = gate_mass(run.model, calibration_batches(run, split, request.calibration), budget)
+        budget, coverage = pruned(run.model, mass, budget, coverage=request.coverage, keep=request.keep)
+        for task in exported:
+            counts = ", ".join(str(len(kept)) for kept in budget.kept[task].values())
+            say(f"{task}: keeps {counts} of {config.num_experts} experts; least coverage {min(coverage[task]):.4f}")
+    if not own or request.coverage is None:
+        return replace(content, budget=budget, coverage=coverage)
+    # As the trunk's pruned experts leave it: what the decoder reads is what its graph will read.
+    mass = decoder_mass(run.model, calibration_batches(run, split, request.calibration), budget)
+    budget, shares = pruned_decoder(run.model, mass, budget, request.coverage)
     for task in exported:
-        counts = ", ".join(str(len(kept)) for kept in budget.kept[task].values())
-        say(f"{task}: keeps {counts} of {config.num_experts} experts; least coverage {min(coverage[task]):.4f}")
-    return replace(content, budget=budget, coverage=coverage)
+        kept = budget.decoder.get(task, {})
+        counts = ", ".join(str(len(kept.get(block, range(count)))) for block, count in own.items())
+        least = f"least coverage {min(shares[task]):.4f}"
+        say(f"{task}: keeps {counts} of {max(own.values())} experts of the decoder; {least}")
+    return replace(content, budget=budget, coverage=coverage, decoder_coverage=shares)
 
 
 def data_of(run: Run, part: str, data_root: str | None, otherwise: str) -> Split:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from m3vit.errors import InputError
 from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
 from m3vit.export.onnx.attention import OPERATOR as ATTENTION
-from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, lower_moe, reachable
+from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, fold_convolutions, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.export.onnx.widths import narrow_mlps
 from m3vit.models.budget import FULL, Budget, Uses
@@ -31,17 +31,17 @@ NUMBER = "task.number"  # no name of a task
 class _Tasks(nn.Module):
     """The model as a function of the image and the number of a task: what each head makes of that task's tokens.
 
-    `skip`: blocks that are left out.
+    `budget`: what it says of blocks that are left out and of a decoder's own experts; lowering does the rest.
     """
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], skip: Sequence[int]) -> None:
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], budget: Budget) -> None:
         super().__init__()
-        self.model, self.tasks, self.skip = model, tasks, tuple(skip)
+        self.model, self.tasks, self.skip, self.kept = model, tasks, budget.left_out, _kept(budget)
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:
         features, _ = self.model.backbone(image, task, self.model.heads.blocks, _without(self.skip))
         size = (image.shape[-2], image.shape[-1])
-        return tuple(self.model.heads(features, {name: size}).logits[name] for name in self.tasks)
+        return tuple(self.model.heads(features, {name: size}, **self.kept).logits[name] for name in self.tasks)
 
 
 def _without(skip: Sequence[int]) -> Uses | None:
@@ -49,15 +49,28 @@ def _without(skip: Sequence[int]) -> Uses | None:
     return Uses([], dict.fromkeys(skip, 0)) if skip else None
 
 
+def _kept(budget: Budget) -> dict[str, Any]:
+    """Return what heads are told of their own experts: nothing where all are used, which every decoder takes."""
+    return {"kept": budget.decoder} if budget.decoder else {}
+
+
+def traced_of(budget: Budget) -> str:
+    """Return what of a budget tells traced graphs of a model apart."""
+    return repr((budget.left_out, budget.to_json().get("decoder", {})))
+
+
 class _AllTasks(nn.Module):
     """The model as a function of the image alone: the logits of some tasks, what they have in common computed once."""
 
-    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], skip: Sequence[int]) -> None:
+    def __init__(self, model: MultiTaskModel, tasks: Sequence[str], budget: Budget) -> None:
         super().__init__()
-        self.model, self.tasks, self.skip = model, tasks, tuple(skip)
+        self.model, self.tasks, self.skip, self.kept = model, tasks, budget.left_out, _kept(budget)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        logits = self.model(image, self.tasks, budget=_without(self.skip)).logits
+        ids = tuple(self.model.task_id(task) for task in self.tasks)
+        features, _ = self.model.backbone(image, ids, self.model.heads.blocks, _without(self.skip))
+        size = (image.shape[-2], image.shape[-1])
+        logits = self.model.heads(features, dict.fromkeys(self.tasks, size), **self.kept).logits
         return tuple(logits[name] for name in self.tasks)
 
 
@@ -108,17 +121,17 @@ def trace_tasks(
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
-    skip: Sequence[int] = (),
+    budget: Budget = FULL,
 ) -> onnx.ModelProto:
     """Return one graph of several tasks, for `of_task` to take each task's out of: tracing is what takes long.
 
     What differs between tasks are their gates, picked by the task's number as in `trace_backbone`, and their heads.
-    Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. `skip`: blocks that are left out. The
-    rest as in `trace_task`.
+    Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. Of the `budget`, tracing needs the
+    blocks that are left out, and what tasks use of a decoder's own experts. The rest as in `trace_task`.
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
     inputs = {"image": image, NUMBER: _zeros(model, 1).long()}
-    return _trace(model, _Tasks(model, tasks, skip), inputs, axes, tasks, opset, tuple(skip))
+    return _trace(model, _Tasks(model, tasks, budget), inputs, axes, tasks, opset, traced_of(budget))
 
 
 def trace_all_tasks(
@@ -128,15 +141,31 @@ def trace_all_tasks(
     opset: int = MIN_OPSET,
     size: tuple[int, int] | None = None,
     batch: int | None = None,
-    skip: Sequence[int] = (),
+    budget: Budget = FULL,
 ) -> onnx.ModelProto:
     """Return the graph of several tasks at once: `image` -> logits of each, outputs named like the tasks.
 
     What comes before the first MoE layer is computed once; behind it the tokens of all tasks are one batch, of which
-    each expert gets its own at a time, as in training. `skip` as in `trace_tasks`, the rest as in `trace_task`.
+    each expert gets its own at a time, as in training. `budget` as in `trace_tasks`, the rest as in `trace_task`.
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
-    return _trace(model, _AllTasks(model, tasks, skip), {"image": image}, axes, tasks, opset, tuple(skip))
+    return _trace(model, _AllTasks(model, tasks, budget), {"image": image}, axes, tasks, opset, traced_of(budget))
+
+
+def tracer(model: MultiTaskModel, tasks: Sequence[str], **shape: Any) -> Callable[..., onnx.ModelProto]:
+    """Return `trace_tasks` of these tasks as a function of a budget, or with `at_once` `trace_all_tasks`.
+
+    Budgets that trace alike are traced once. `shape`: opset, size and batch.
+    """
+    found: dict[tuple[str, bool], onnx.ModelProto] = {}
+
+    def traced(budget: Budget = FULL, at_once: bool = False) -> onnx.ModelProto:
+        key = traced_of(budget), at_once
+        if key not in found:
+            found[key] = (trace_all_tasks if at_once else trace_tasks)(model, tasks, budget=budget, **shape)
+        return found[key]
+
+    return traced
 
 
 def _image_of(
@@ -203,7 +232,7 @@ def export_task(
     attention: str = "standard",
 ) -> onnx.ModelProto:
     """Return the graph of one task: `trace_task`, then `lower_moe`, which say the rest."""
-    traced = of_task(trace_tasks(model, [task], opset=opset, size=size, skip=budget.left_out), model, task)
+    traced = of_task(trace_tasks(model, [task], opset=opset, size=size, budget=budget), model, task)
     narrow_mlps(traced, model, budget.width)
     return lower_moe(traced, budget.layers(task, model.backbone.moe_indices), form, attention)
 
@@ -243,11 +272,11 @@ def _trace(
     axes: list[tuple[int, str]],
     outputs: Sequence[str],
     opset: int,
-    skip: tuple[int, ...] = (),
+    used: str = "",
 ) -> onnx.ModelProto:
     """Return the graph of `function`; `axes` of its 4-D inputs are dynamic, and named in the graph.
 
-    `skip`: what it leaves out of the model, which tells it from others.
+    `used`: what it uses of the model, if not all (`traced_of`), which tells it from others.
     """
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
@@ -280,6 +309,7 @@ def _trace(
                 {"height": "rows", "width": "columns"}.get(name, name) if (value.name == "features") else name
             )
     name_folded(graph, model)
+    fold_convolutions(graph)
     return graph
 
 

@@ -95,6 +95,20 @@ def lower_moe(
     return graph
 
 
+def fold_convolutions(graph: ModelProto) -> None:
+    """Make tensors of the weights of convolutions that are computed from tensors alone, in place.
+
+    A decoder's experts are one convolution, of which a task takes those that it keeps: the graph has no others then.
+    """
+    values = _Values(graph)
+    for node in graph.graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type == "Conv" and place and name not in values.initializers and values.is_constant(name):
+                tensor = numpy_helper.from_array(np.ascontiguousarray(values.read(name)), f"{name}.folded")
+                graph.graph.initializer.append(tensor)
+                node.input[place] = tensor.name
+
+
 def copied(graph: ModelProto) -> ModelProto:
     """Return a copy of a graph: lowering and quantisation change theirs."""
     copy = ModelProto()

@@ -31,6 +31,7 @@ class Content:
         budget: the experts that each task's graph keeps and uses, and hidden units
         budgets: several by name instead, around one file of weights: the first is the package's default
         coverage: the share of the gate mass that these hold, by task and layer, for the manifest
+        decoder_coverage: the same of the decoder's own experts
         one_backbone: add one graph of the backbone for all tasks, and one of each head
         attention: fused, a kernel that onnxruntime alone has, or standard, operators of every runtime (default: fused,
             but standard with --static)
@@ -45,6 +46,7 @@ class Content:
     budget: Annotated[Budget, Value(hidden=True)] = FULL
     budgets: Annotated[Mapping[str, Budget], Value(hidden=True)] = field(default_factory=dict)
     coverage: Annotated[Mapping[str, Sequence[float]], Value(hidden=True)] = field(default_factory=dict)
+    decoder_coverage: Annotated[Mapping[str, Sequence[float]], Value(hidden=True)] = field(default_factory=dict)
     one_backbone: bool = False
     attention: Literal["fused", "standard"] | None = None
     all_tasks: bool = False

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import EVALUATION_FILES
 from m3vit.export.finite import require_finite
-from m3vit.export.onnx.graph import of_task, require_onnx, trace_all_tasks, trace_backbone, trace_head, trace_tasks
+from m3vit.export.onnx.graph import of_task, require_onnx, trace_backbone, trace_head, tracer
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.options import Content
 from m3vit.export.onnx.quantize import FLOAT, quantize
@@ -118,14 +118,12 @@ def _write_graphs(
     name of the default budget, and what differs of others; none of one without a name."""
     with open(folder / WEIGHTS, "w+b") as file:
         weights = _WeightsFile(file)
-        shape: dict[str, Any] = {"opset": content.opset, "size": content.size, "batch": content.batch}
-        traced: Any = cache(lambda skip: trace_tasks(model, names, skip=skip, **shape))  # by what is left out
-        together: Any = cache(lambda skip: trace_all_tasks(model, names, skip=skip, **shape))
+        traced = tracer(model, names, opset=content.opset, size=content.size, batch=content.batch)
         if content.nested:  # the widest first, which the others are beginnings of
             whole = replace(content, budget=_widest(model, names, content))
             widest = _Writer(folder, weights, whole, "", True)
             for name in names:
-                graph = of_task(traced(whole.budget.left_out), model, name)
+                graph = of_task(traced(whole.budget), model, name)
                 widest.store(widest.lowered(model, graph, name))
         found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for budget, one in content.by_budget.items():
@@ -134,7 +132,7 @@ def _write_graphs(
             tasks: dict[str, Any] = {}
             for number, task in enumerate(resolve(names, model.config.label_set), start=1):
                 say(f"exporting {task.name}{of} ({number} of {len(names)})")
-                graphs = writer.task(model, of_task(traced(one.budget.left_out), model, task.name), task.name)
+                graphs = writer.task(model, of_task(traced(one.budget), model, task.name), task.name)
                 tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, one)}
                 tasks[task.name]["macs"] = _macs(model, [task.name], one)
             parts: dict[str, Any] = {"backbone": None, "all_tasks": None}
@@ -143,7 +141,7 @@ def _write_graphs(
                 parts["backbone"] = writer.parts(model, tasks)
             if content.all_tasks:
                 say(f"exporting all tasks at once{of}")
-                graphs = writer.all_tasks(model, copied(together(one.budget.left_out)), names)
+                graphs = writer.all_tasks(model, copied(traced(one.budget, at_once=True)), names)
                 parts["all_tasks"] = {"tasks": names, "graphs": graphs, "macs": _macs(model, names, one)}
             found[budget] = tasks, parts
         _flush(file)
@@ -154,7 +152,8 @@ def _write_graphs(
 
 def _differing(tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tasks' entries have of their own under another budget."""
-    return {task: {key: entry[key] for key in ("graphs", "experts", "macs")} for task, entry in tasks.items()}
+    keys = ("graphs", "experts", "decoder_experts", "macs")
+    return {task: {key: entry[key] for key in keys if key in entry} for task, entry in tasks.items()}
 
 
 def _widest(model: MultiTaskModel, names: Sequence[str], content: Content) -> Budget:
@@ -263,6 +262,14 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
             "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
+    if own := model.heads.experts:
+        held = content.decoder_coverage.get(task.name)
+        entry["decoder_experts"] = {
+            "per_layer": max(own.values()),
+            "layers": list(own),
+            "kept": content.budget.to_json().get("decoder", {}).get(task.name, "all"),
+            "coverage": {str(block): share for block, share in zip(own, held, strict=True)} if held else None,
+        }
     return entry | kind.entry(config.labels.classes.get(task.name, ()))
 
 
@@ -282,15 +289,18 @@ def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> d
 def budget_of(manifest: Mapping[str, Any]) -> Budget:
     """Return the budget of a package's graphs, by its manifest; raise InputError if that does not say."""
     top_k, kept, width = {}, {}, {}
+    decoder: dict[str, Any] = {}
     try:
         for task, entry in manifest["tasks"].items():
             experts, count = entry["experts"], entry["experts"]["top_k"]
             top_k[task] = count if isinstance(count, dict) else {str(block): count for block in experts["layers"]}
             kept[task] = {} if experts["kept"] == "all" else experts["kept"]
             width = experts.get("width", {})  # of all tasks
+            own = entry.get("decoder_experts", {}).get("kept", "all")
+            decoder |= {} if own == "all" else {task: own}
     except (KeyError, TypeError, AttributeError):
         raise InputError("the manifest does not say which experts the graphs use: export the package again") from None
-    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width})
+    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width, "decoder": decoder})
 
 
 def _macs(model: MultiTaskModel, tasks: Sequence[str], content: Content) -> int:

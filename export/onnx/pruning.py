@@ -1,10 +1,11 @@
-"""Which experts a task needs: measured on images, so that its graph can leave the others out.
+"""Which experts a task needs, the trunk's and a decoder's: measured on images, so that its graph can leave others out.
 
 Shapes: L MoE layers, E experts, K experts per token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 
+Shares = dict[str, list[float]]  # of the mass that the experts kept hold, by task and layer
 Mass = NDArray[np.float64]  # [L, E]: weights summed over the tokens that an expert was chosen for
 
 
@@ -51,6 +53,33 @@ def gate_mass(model: MultiTaskModel, batches: Iterable[Tensor], budget: Budget =
     return found
 
 
+@torch.inference_mode()
+def decoder_mass(model: MultiTaskModel, batches: Iterable[Tensor], budget: Budget = FULL) -> dict[str, Mass]:
+    """Return {task: float64 [L, E]} of the decoder's L layers of experts: their weights in all mixtures, summed.
+
+    {} of a decoder without experts. `budget`: of each task's pass. The memory's own weights are left out.
+    """
+    decoder: Any = model.heads
+    if not decoder.experts:
+        return {}
+    tasks, experts = model.config.tasks, list(decoder.experts.values())
+    found = {task: np.zeros((len(experts), max(experts))) for task in tasks}
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            ids = tuple(range(len(tasks)))
+            features, _ = model.backbone(batch.to(device), ids, decoder.blocks, model.uses(budget, tasks))
+            for task, states in decoder.states(features, tasks, budget.decoder).items():
+                for layer, state in enumerate(states):
+                    weights = state.weights[..., : experts[layer]].double().sum(dim=(0, 1))
+                    found[task][layer] += weights.cpu().numpy()
+    finally:
+        model.train(was_training)
+    return found
+
+
 def choose(
     mass_LE: Mass, top_k: Sequence[int], *, coverage: float | None = None, keep: int | None = None
 ) -> tuple[list[tuple[int, ...]], list[float]]:
@@ -82,7 +111,7 @@ def pruned(
     *,
     coverage: float | None = None,
     keep: int | None = None,
-) -> tuple[Budget, dict[str, list[float]]]:
+) -> tuple[Budget, Shares]:
     """Return the budget with the experts to keep, of the tasks in `mass`, and the share these hold, by task and layer.
 
     `coverage`, `keep`: as `choose` takes them.
@@ -95,6 +124,22 @@ def pruned(
         experts, shares[task] = choose(mass_LE, top_k, coverage=coverage, keep=keep)
         kept[task] = dict(zip(blocks, experts, strict=True))
     return replace(budget, kept={**budget.kept, **kept}), shares
+
+
+def pruned_decoder(
+    model: MultiTaskModel, mass: Mapping[str, Mass], budget: Budget, coverage: float
+) -> tuple[Budget, Shares]:
+    """Return the budget with the decoder's experts to keep, of the tasks in `mass`, and the share these hold.
+
+    What keeps all experts is not named: with such a budget the model does the very same.
+    """
+    decoder: dict[str, dict[int, tuple[int, ...]]] = {}
+    shares: Shares = {}
+    for task, mass_LE in mass.items():
+        experts, shares[task] = choose(mass_LE, [1] * len(mass_LE), coverage=coverage)
+        layers = zip(model.heads.experts.items(), experts, strict=True)
+        decoder[task] = {block: kept for (block, count), kept in layers if len(kept) < count}
+    return replace(budget, decoder={**budget.decoder, **decoder}), shares
 
 
 def read_coverage(text: str | None) -> float | None:

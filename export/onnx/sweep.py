@@ -7,7 +7,7 @@ against the graph as trained, in turn with it, on one thread.
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from m3vit.export.onnx.from_run import (
     data_of,
     score,
 )
-from m3vit.export.onnx.graph import of_task, trace_tasks
-from m3vit.export.onnx.lower import copied, lower_moe
-from m3vit.export.onnx.pruning import gate_mass, pruned
+from m3vit.export.onnx.graph import of_task, tracer
+from m3vit.export.onnx.lower import lower_moe
+from m3vit.export.onnx.pruning import decoder_mass, gate_mass, pruned, pruned_decoder
 from m3vit.export.onnx.quantize import FLOAT, quantize
 from m3vit.export.runtime.ort import onnxruntime
 from m3vit.files import atomic_path, write_json
-from m3vit.models.budget import in_all_layers
+from m3vit.models.budget import Budget, in_all_layers
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 
@@ -77,30 +77,37 @@ def sweep(
         k: gate_mass(run.model, calibration_batches(run, train, request.calibration), budget)
         for k, budget in budgets.items()
     }
-    coverages = COVERAGES if blocks else (None,)
+    own = run.model.heads.experts
+    coverages = COVERAGES if blocks or own else (None,)
+    # Of all tasks, before any is scored: what a decoder keeps is traced.
+    pruned_to: dict[tuple[float | None, int], Budget] = {(None, k): budget for k, budget in budgets.items()}
+    for share, k in itertools.product([one for one in coverages if one is not None], top_ks):
+        budget, _ = pruned(run.model, mass[k], budgets[k], coverage=share) if blocks else (budgets[k], None)
+        if own:
+            images = calibration_batches(run, train, request.calibration)
+            budget, _ = pruned_decoder(run.model, decoder_mass(run.model, images, budget), budget, share)
+        pruned_to[share, k] = budget
     grid = [point for point in itertools.product(SWEPT_PRECISIONS, coverages, top_ks) if blocks or "-" not in point[0]]
     everything = {block: tuple(range(config.num_experts)) for block in blocks}
     total, done = len(config.tasks) * len(grid), 0
     tasks: dict[str, list[dict[str, Any]]] = {}
-    traced_all = trace_tasks(run.model, config.tasks, opset=opset, size=size)
+    traced = tracer(run.model, config.tasks, opset=opset, size=size)
     for task in config.tasks:
-        traced = of_task(traced_all, run.model, task)
-        reference = _session(lower_moe(copied(traced), attention="fused"))
+        reference = _session(lower_moe(of_task(traced(), run.model, task), attention="fused"))
         points: list[dict[str, Any]] = []
         tried: set[Any] = set()
         for precision, coverage, k in grid:
             if progress:
                 progress(done, total, f"{task} {precision} top-{k}")
-            budget = budgets[k]
-            if coverage is not None:
-                budget, _ = pruned(run.model, {task: mass[k][task]}, budget, coverage=coverage)
+            budget = pruned_to[coverage, k]
             done += 1
-            kept = everything | dict(budget.kept.get(task, {}))
-            same = (precision, k, tuple(kept.values()))
+            kept, decodes = everything | dict(budget.kept.get(task, {})), dict(budget.decoder.get(task, {}))
+            same = (precision, k, tuple(kept.values()), tuple(decodes.items()))
             if same in tried:  # a smaller coverage that the same experts are needed for
                 continue
             tried.add(same)
-            graph = quantize(lower_moe(copied(traced), budget.layers(task, blocks), attention="fused"), precision)
+            found = of_task(traced(budget), run.model, task)
+            graph = quantize(lower_moe(found, budget.layers(task, blocks), attention="fused"), precision)
             session = _session(graph)
             points.append(
                 {
@@ -108,6 +115,7 @@ def sweep(
                     "coverage": coverage,
                     "top_k": k,
                     "experts": statistics.mean(map(len, kept.values())) if kept else 0.0,
+                    **({"decoder_experts": statistics.mean(left.values())} if (left := _left(own, decodes)) else {}),
                     "bytes": graph.ByteSize(),
                     "time": _ratio(session, reference, task, shape),
                     "metric": score(val, _predictor(session, task, run, shape), count)[task],
@@ -129,6 +137,11 @@ def sweep(
     with atomic_path(out / "sweep.png") as path:
         draw(result, path)
     return result
+
+
+def _left(own: Mapping[int, int], kept: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """Return how many experts a task keeps of the decoder, by block."""
+    return {block: len(kept.get(block, range(count))) for block, count in own.items()}
 
 
 def _spread(top_k: int) -> list[int]:

@@ -93,12 +93,23 @@ def print_sweep(result: dict[str, Any]) -> None:
     for task, points in result["tasks"].items():
         row = TASKS[task]
         arrow = "↑" if row.higher_is_better else "↓"
-        names = ("precision", "coverage", "experts kept", "top-k", "MB", "time", f"{row.metric} ({row.unit}) {arrow}")
+        own = ("decoder's",) if "decoder_experts" in points[0] else ()
+        names = (
+            "precision",
+            "coverage",
+            "experts kept",
+            *own,
+            "top-k",
+            "MB",
+            "time",
+            f"{row.metric} ({row.unit}) {arrow}",
+        )
         shown = [point for place, point in enumerate(points) if point["pareto"] or place == 0]
         table = Table(*names, title=task, caption=f"{len(points)} ways tried; beside the first, those that none beats")
         for point in [shown[0], *sorted(shown[1:], key=lambda point: -point["bytes"])]:
             coverage = "all" if point["coverage"] is None else f"{point['coverage']:g}"
-            cells = (point["precision"], coverage, f"{point['experts']:.1f}", str(point["top_k"]))
+            kept = [f"{point[key]:.1f}" for key in ("experts", "decoder_experts") if key in point]
+            cells = (point["precision"], coverage, *kept, str(point["top_k"]))
             table.add_row(*cells, f"{point['bytes'] / 1e6:.2f}", f"{point['time']:.2f}", f"{point['metric']:.3f}")
         screen.print(table)
     say(

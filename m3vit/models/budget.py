@@ -7,11 +7,14 @@ Layers are named by their block, as in `model.moe_blocks`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3vit.errors import InputError, short
 
-KEYS = ("top_k", "kept", "width")
+KEYS = ("top_k", "kept", "width", "decoder")
+Kept = Mapping[str, Mapping[int, tuple[int, ...]]]  # experts, ascending, by task and block
+ALL_KEPT: Kept = MappingProxyType({})
 
 
 class Use(NamedTuple):
@@ -33,6 +36,7 @@ class Uses(NamedTuple):
 
     layers: list[list[Use]]
     widths: dict[int, int]
+    decoder: Kept = ALL_KEPT
 
 
 @dataclass(frozen=True)
@@ -91,29 +95,36 @@ class Budget:
     `top_k` {task: {block: experts per token}}, `kept` {task: {block: experts to choose from, ascending}}, `width`
     {block: hidden units of each expert, or of the dense MLP; 0 leaves out a dense block}. `LayerBudget` says what they
     mean. Raises InputError for values that no model can have; `check` and `LayerBudget.resolve` compare with one.
+
+    `decoder` {task: {block: experts to assemble from, ascending}}: of a decoder with experts after these blocks. Its
+    weights are the softmax over all, and those of the others are left out of the sum.
     """
 
     top_k: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     width: Mapping[int, int] = field(default_factory=dict)
+    decoder: Kept = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Copies, and without tasks of which nothing is said: equal budgets compare equal.
-        for key in ("top_k", "kept"):
+        for key in ("top_k", "kept", "decoder"):
             object.__setattr__(self, key, {task: dict(of) for task, of in getattr(self, key).items() if of})
         object.__setattr__(self, "width", dict(self.width))
         for task in self.tasks or [""]:
             for block in self.blocks:
                 self.layer(task, block)
+        for task, of in self.decoder.items():
+            for block, kept in of.items():
+                LayerBudget(kept=kept, where=f"the decoder, {task}, block {block}")
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that something is said of."""
-        return list({**self.top_k, **self.kept})
+        return list({**self.top_k, **self.kept, **self.decoder})
 
     @property
     def blocks(self) -> list[int]:
-        """The blocks that something is said of, ascending."""
+        """The blocks of the trunk that something is said of, ascending."""
         named = [block for of in (*self.top_k.values(), *self.kept.values(), self.width) for block in of]
         return sorted(set(named))
 
@@ -162,8 +173,9 @@ class Budget:
         """Return the budget as JSON values: blocks are texts, kept experts lists."""
         return {
             "top_k": {task: {str(block): count for block, count in of.items()} for task, of in self.top_k.items()},
-            "kept": {task: {str(block): list(ids) for block, ids in of.items()} for task, of in self.kept.items()},
+            "kept": _texts(self.kept),
             "width": {str(block): width for block, width in self.width.items()},
+            **({"decoder": _texts(self.decoder)} if self.decoder else {}),
         }
 
     @classmethod
@@ -171,12 +183,18 @@ class Budget:
         """Return the budget of what `to_json` returned; keys may be missing. Raises InputError for anything else."""
         if not isinstance(value, dict) or set(value) - set(KEYS):
             raise InputError(f"budget is {short(value)}: give an object with {', '.join(KEYS)} or some of them")
-        top_k, kept = ({task: _by_block(of, key) for task, of in _object(value, key).items()} for key in KEYS[:2])
-        lists = {
-            task: {block: tuple(ids) if isinstance(ids, list) else ids for block, ids in of.items()}
-            for task, of in kept.items()
-        }
-        return cls(top_k, lists, _by_block(_object(value, "width"), "width"))
+        top_k, *lists = (
+            {task: _by_block(of, key) for task, of in _object(value, key).items()}
+            for key in ("top_k", "kept", "decoder")
+        )
+        kept, decoder = (
+            {
+                task: {block: tuple(ids) if isinstance(ids, list) else ids for block, ids in of.items()}
+                for task, of in found.items()
+            }
+            for found in lists
+        )
+        return cls(top_k, kept, _by_block(_object(value, "width"), "width"), decoder)
 
 
 FULL = Budget()
@@ -201,6 +219,10 @@ def read_top_k(text: str, tasks: Sequence[str], num_experts: int) -> dict[str, i
             )
         result |= {task.strip(): int(number)} if task else dict.fromkeys(tasks, int(number))
     return result
+
+
+def _texts(kept: Kept) -> dict[str, dict[str, list[int]]]:
+    return {task: {str(block): list(ids) for block, ids in of.items()} for task, of in kept.items()}
 
 
 def _object(value: dict[str, Any], key: str) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class MultiTaskModel(nn.Module):
         layers: dict[int, Any] = {block: self.backbone.trunk.blocks[block].mlp for block in blocks}
         experts = [[layer.use(budget.layer(task, block)) for task in tasks] for block, layer in layers.items()]
         widths = {block: width for block, width in budget.width.items() if width < mlps.get(block, 0)}
-        return Uses(experts, widths)
+        self.heads.check_kept(budget.decoder)
+        return Uses(experts, widths, budget.decoder)
 
     def forward(
         self,
@@ -90,7 +91,9 @@ class MultiTaskModel(nn.Module):
         """
         names = list(self.config.tasks if tasks is None else tasks)
         ids = tuple(self.task_id(name) for name in names)
-        features, routings = self.backbone(images, ids, self.heads.blocks, self.uses(budget, names))
+        uses = self.uses(budget, names)
+        features, routings = self.backbone(images, ids, self.heads.blocks, uses)
         size = (images.shape[-2], images.shape[-1])
-        logits, auxiliary = self.heads(features, {name: None if name in native else size for name in names})
+        kept = {"kept": uses.decoder} if uses and uses.decoder else {}  # of decoders with experts alone
+        logits, auxiliary = self.heads(features, {name: None if name in native else size for name in names}, **kept)
         return Output(logits, routings, auxiliary, features.tokens if keep_tokens else {})

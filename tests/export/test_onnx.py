@@ -16,9 +16,9 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.export.onnx import package as package_module
+from m3vit.export.onnx import graph as graph_module
 from m3vit.export.onnx.graph import export_task
-from m3vit.export.onnx.package import Content, export_package
+from m3vit.export.onnx.package import Content, budget_of, export_package
 from m3vit.export.onnx.parity import (
     BATCH,
     FORCES,
@@ -34,9 +34,11 @@ from m3vit.export.runtime.package import Package, file_entries
 from m3vit.kinds import KINDS
 from m3vit.kinds.decoding import DECODINGS
 from m3vit.label_sets import LABEL_SETS
+from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.router import Routing
+from m3vit.profiling import profile
 from m3vit.tasks import TASKS
 
 pytestmark = pytest.mark.slow
@@ -298,6 +300,27 @@ def test_heads_that_read_several_blocks(head: str, tmp_path: Path) -> None:
             assert contains(arrays, parameter), name
 
 
+@pytest.mark.parametrize("moe_blocks", ["odd", "none"])
+def test_experts_of_a_decoder_that_are_left_out_are_not_in_the_graph(moe_blocks: str, tmp_path: Path) -> None:
+    arguments = {"blocks": 2, "width": 6, "head_width": 5, "experts": 3}
+    model = make_model(tasks=["depth", "normals"], moe_blocks=moe_blocks, head="taskexpert", head_args=arguments)
+    first, last = model.heads.blocks
+    budget = Budget(decoder={"depth": {first: (1,), last: (0, 2)}, "normals": {first: (0, 1)}})
+    content = Content(budget=budget, all_tasks=True, precisions=("fp32", "int8"))
+    manifest = export_package(model, tmp_path / "package", content, info={})
+    assert budget_of(manifest).decoder == budget.decoder
+    report = check_parity(model, tmp_path / "package", make_images(2))
+    assert all(one["worst_relative_error"] < LIMIT for one in report.values())
+    arrays = arrays_of(tmp_path / "package" / "depth.onnx").values()
+    for shared, kept in zip(model.heads.shared, ((1,), (0, 2)), strict=True):
+        for expert, weight in enumerate(shared.bank.weight.unflatten(0, (3, 6))):
+            held = any(weight.detach().numpy().tobytes() in array.tobytes() for array in arrays)
+            assert held == (expert in kept)
+    macs = profile(model.config)["tasks"]["depth"]["macs"]["total"]
+    patches = 24
+    assert macs - manifest["tasks"]["depth"]["macs"] == 3 * patches * (9 * 6 * 6 + 6), "three experts fewer"
+
+
 def own_part(name: str, task: str) -> bool:
     return not name.startswith(("heads.", "distillation.")) or name.startswith(f"heads.{task}.")
 
@@ -424,12 +447,12 @@ def test_replacing_and_failing(exported: Path, tmp_path: Path, monkeypatch: pyte
     def fail(*args: object, **kwargs: object) -> ModelProto:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(package_module, "trace_tasks", fail)
+    monkeypatch.setattr(graph_module, "trace_tasks", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         export_package(model, folder, info={})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     depth = onnx.load(exported / "depth.onnx")
-    monkeypatch.setattr(package_module, "trace_tasks", lambda *args, **kwargs: depth)
+    monkeypatch.setattr(graph_module, "trace_tasks", lambda *args, **kwargs: depth)
     export_package(model, folder, info={})
     assert sorted(path.name for path in folder.iterdir()) == ["depth.onnx", "manifest.json", "weights.bin"]
     assert Package.load(folder).tasks == ["depth"]

@@ -1,5 +1,6 @@
 """Which experts a task keeps: gate mass against a loop over tokens, choices worked out by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 import torch
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.pruning import check_rule, choose, gate_mass, pruned, read_coverage
+from m3vit.export.onnx.pruning import (
+    check_rule,
+    choose,
+    decoder_mass,
+    gate_mass,
+    pruned,
+    pruned_decoder,
+    read_coverage,
+)
 from m3vit.models.budget import Budget, in_all_layers, read_top_k
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -41,6 +50,34 @@ def test_gate_mass_equals_a_loop_over_tokens(model: MultiTaskModel) -> None:
                     for expert in scores.argsort(descending=True)[:count]:
                         expected[layer, expert] += float(scores[expert])
         np.testing.assert_allclose(found[task], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("moe_blocks", ["odd", "none"])
+def test_mass_of_a_decoder_and_what_it_keeps(model: MultiTaskModel, moe_blocks: str) -> None:
+    torch.manual_seed(0)
+    head: dict[str, Any] = {"head": "taskexpert", "head_args": {"blocks": [1, 3], "experts": 3, "width": 4}}
+    decoded = MultiTaskModel(replace(model.config, moe_blocks=moe_blocks, **head)).eval()
+    with torch.no_grad():
+        decoded.heads.own["depth"].steps[1].gate.bias[:] = torch.tensor([9.0, 0, 4, 2])  # the last is the memory's
+    batches = [torch.randn(2, 3, 32, 48), torch.randn(1, 3, 32, 48)]
+    found, seen = decoder_mass(decoded, batches), np.zeros((2, 3))
+    for place in range(2):
+        weights: list[torch.Tensor] = []
+        gate = decoded.heads.own["depth"].steps[place].gate
+        handle = gate.register_forward_hook(lambda module, given, made, into=weights: into.append(made))
+        with torch.no_grad():
+            for batch in batches:
+                decoded(batch, ["depth"])
+        handle.remove()
+        for token in torch.cat(weights).flatten(0, 1):
+            for expert in range(3):
+                seen[place, expert] += float(token[expert])
+    np.testing.assert_allclose(found["depth"], seen, rtol=1e-5)
+    budget, shares = pruned_decoder(decoded, found, Budget(), 0.99)
+    assert budget == Budget(decoder={"depth": {3: (0,)}}) and shares["depth"][1] > 0.99
+    everything, _ = pruned_decoder(decoded, found, Budget(), 1.0)
+    assert everything.full, "with nothing left out the model does the very same"
+    assert decoder_mass(model, batches) == {}
 
 
 def test_torch_keeps_to_a_budget_and_then_routes_as_before(model: MultiTaskModel) -> None:

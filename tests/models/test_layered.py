@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.export.hls.leaf import lower
+from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.layered import tapped_blocks
 from m3vit.models.decoders.multiscale import Scale
@@ -139,7 +140,7 @@ def test_a_step_reads_gates_assembles_and_writes(memory: bool) -> None:
     weights = step.gate(projected + read if memory else projected)
     assert weights.shape == (2, 6, 4 if memory else 3)
     assembled = assemble(weights, parts, read)
-    found = step(held, projected, parts)
+    found = step(held, projected, parts).memory
     for image in range(2):
         for token in range(6):
             written = step.write.weight @ assembled[image, token] + step.write.bias
@@ -173,7 +174,7 @@ def test_taskexpert_equals_its_parts_task_by_task(blocks: Any) -> None:
         for place in range(4):
             tokens = features.of(place)[position][None]  # the task's own, also where all have the same
             projected, parts = decoder.shared[place](tokens, features.grid)
-            memory = decoder.own[task].steps[place](memory, projected[0], parts[0])
+            memory = decoder.own[task].steps[place](memory, projected[0], parts[0]).memory
         expected = decoder.outputs[task](memory, features.grid, (24, 40))
         torch.testing.assert_close(logits[task], expected, rtol=1e-4, atol=1e-5)
 
@@ -187,6 +188,55 @@ def test_multiscale_equals_the_sum_of_its_scales() -> None:
         total = sum(scales[place](features.of(place)[position], features.grid) for place in range(4))
         expected = model.heads.outputs[task](total, features.grid, (24, 40))
         torch.testing.assert_close(model(images).logits[task], expected, rtol=1e-4, atol=1e-5)
+
+
+def cut(model: MultiTaskModel, task: str, kept: dict[int, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What a task has where the weights of the experts that it does not keep are 0: the slow way, none left out."""
+    images = torch.ones(1, 3, 24, 40)
+    features, _ = model.backbone(images, tuple(range(3)), model.heads.blocks)
+    decoder, position = model.heads, model.config.tasks.index(task)
+    memory = decoder.own[task].start.expand(1, 15, -1)
+    for place, block in enumerate(decoder.blocks):
+        projected, parts = decoder.shared[place](features.of(block)[position][None], features.grid)
+        step = decoder.own[task].steps[place]
+        read = None if step.read is None else step.read(memory)
+        weights = step.gate(projected[0] if read is None else projected[0] + read)
+        for expert in set(range(3)) - set(kept.get(block, range(3))):
+            weights = weights.index_fill(2, torch.tensor([expert]), 0.0)
+        memory = step.update(memory, assemble(weights, parts[0], read))
+    return {task: decoder.outputs[task](memory, features.grid, (24, 40))}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("moe_blocks", ["odd", "none"])
+def test_experts_left_out_are_experts_of_weight_0(moe_blocks: str, memory: bool) -> None:
+    model = make(moe_blocks=moe_blocks, head_args=TASKEXPERT | {"memory": memory}).eval()
+    kept = {"depth": {0: (1,), 3: (0, 2)}, "edge": {0: (1, 2), 3: (2,)}}
+    found = model(torch.ones(1, 3, 24, 40), budget=Budget(decoder=kept)).logits
+    whole = model(torch.ones(1, 3, 24, 40)).logits
+    for task in model.config.tasks:
+        expected = cut(model, task, kept.get(task, {}))[task]
+        torch.testing.assert_close(found[task], expected, rtol=1e-4, atol=1e-5)
+        alone = model(torch.ones(1, 3, 24, 40), [task], budget=Budget(decoder=kept)).logits[task]
+        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found[task], whole[task], atol=1e-6) == (task == "semseg")
+
+
+@pytest.mark.parametrize(
+    ("head", "kept", "message"),
+    [
+        (HEADS[0], {"depth": {0: (3,)}}, r"decoder, depth, block 0: kept are \[3\], but its experts are 0 to 2"),
+        (HEADS[0], {"depth": {7: (0,)}}, r"block 7: kept are \[0\], but it has no experts there"),
+        (HEADS[1], {"depth": {0: (0,)}}, "but it has no experts there"),
+        (HEADS[0], {"flow": {0: (0,)}}, "budget names task flow"),
+        (HEADS[0], {"depth": {0: (1, 0)}}, "name one or more experts, ascending"),
+    ],
+)
+def test_experts_that_the_decoder_does_not_have_are_refused(head: Any, kept: Any, message: str) -> None:
+    model = make(head=head[0], head_args=head[1])
+    with pytest.raises(InputError, match=message):
+        model(torch.ones(1, 3, 24, 40), budget=Budget(decoder=kept))
 
 
 def test_experts_run_once_for_all_tasks_that_are_the_same() -> None:
@@ -255,6 +305,11 @@ def test_taskexpert_by_hand() -> None:
         together = report["all_tasks_in_one_pass"]["macs"]["parts"]["heads"]
         # With experts in blocks 1 and 3 the tasks are the same after block 0 alone.
         assert together == (L * once if runs == 3 else once + 3 * 3 * once) + sum(own.values())
+        depth = report["tasks"]["depth"]["decoder"]
+        gate, update = L * (T * (E + 1) * W + (E + 1) * W), L * T * W * W
+        made = {"decompose": L * once, "gate": gate, "assemble": L * T * E * W, "update": update}
+        assert depth == made | {"outputs": T * s * s * (W * M + 9 * M)}
+        assert sum(report["all_tasks_in_one_pass"]["decoder"].values()) == together
     step = 2 * W + (E + 1) * (1 + 2 * W) + W * W + W
     shared = 2 * D + W * (D + 1) + E * W * (9 * W + 1)
     depth = W + L * step + 2 * W + (W + 1) * s * s * M + 9 * M + 1

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError, short
+from m3vit.models.budget import Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders import builder
 
@@ -91,10 +92,12 @@ class Decoder(nn.Module):
 
     blocks: indices of the trunk's blocks whose tokens it reads; (): the last one's. What only training needs are the
     submodules of `training_only`. `no_onnx` and `no_hls` say why it cannot be exported; a decoder has either
-    `token_heads`, from which the accelerator is made, or `no_hls`.
+    `token_heads`, from which the accelerator is made, or `no_hls`. experts: how many experts of its own it has after
+    each block, none if it has none; its `forward` then takes `kept` too, those that a task uses (`Budget.decoder`).
     """
 
     blocks: tuple[int, ...] = ()
+    experts: Mapping[int, int] = {}
     training_only: nn.ModuleDict
     no_onnx = ""
     no_hls = ""
@@ -116,6 +119,18 @@ class Decoder(nn.Module):
         What is made of a task's tokens must not depend on which others are asked for, auxiliary outputs apart.
         """
         raise NotImplementedError
+
+    def check_kept(self, kept: Kept) -> None:
+        """Raise InputError for experts that the decoder does not have."""
+        for task, of in kept.items():
+            for block, ids in of.items():
+                if (count := self.experts.get(block, 0)) <= ids[-1]:
+                    has = f"its experts are 0 to {count - 1}" if count else "it has no experts there"
+                    raise InputError(f"budget of the decoder, {task}, block {block}: kept are {list(ids)}, but {has}")
+
+    def part_of(self, name: str) -> str:
+        """Return which part of the decoder a module of it belongs to, by its dotted name: what `m3vit profile` says."""
+        return "heads"
 
     def token_heads(self) -> dict[str, TokenHead] | None:
         """Return each task's head in the form that the accelerator has, or None if it has another."""

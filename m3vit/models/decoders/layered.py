@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError, short
 from m3vit.label_sets import resolve
+from m3vit.models.budget import ALL_KEPT, Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Decoded, Decoder, Features, Size, resize, tapped_blocks, whole_number
 from m3vit.models.decoders.conv import ConvHead
@@ -76,13 +77,13 @@ class Layered(Decoder):
                 }
             )
 
-    def features(self, features: Features, tasks: Sequence[str]) -> dict[str, list[Tensor]]:
-        """Return the feature [B, T, W] of each task after each tapped block."""
+    def features(self, features: Features, tasks: Sequence[str], kept: Kept = ALL_KEPT) -> dict[str, list[Tensor]]:
+        """Return the feature [B, T, W] of each task after each tapped block; `kept` of experts, if there are any."""
         raise NotImplementedError
 
-    def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
+    def forward(self, features: Features, sizes: Mapping[str, Size], kept: Kept = ALL_KEPT) -> Decoded:
         """Return the logits, and in training the preliminary ones after each block but the last."""
-        found, grid = self.features(features, list(sizes)), features.grid
+        found, grid = self.features(features, list(sizes), kept), features.grid
         logits = {task: self.outputs[task](found[task][-1], grid, size) for task, size in sizes.items()}
         auxiliary: dict[str, dict[str, Tensor]] = {}
         if self.training and "training_only" in self._modules:
@@ -92,6 +93,10 @@ class Layered(Decoder):
                     task: decoders[task][place](found[task][place], grid, size) for task, size in sizes.items()
                 }
         return Decoded(logits, auxiliary)
+
+    def part_of(self, name: str) -> str:
+        """Return which part a module belongs to."""
+        return "outputs" if name.startswith("outputs") else "features"
 
     def used_by(self, task: str) -> Any:
         """Yield the parameters that all tasks share, and the task's own."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3vit.models.budget import ALL_KEPT, Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Features
 from m3vit.models.decoders.layered import Layered, check_widths, tapped_blocks
@@ -35,7 +36,7 @@ class MultiScale(Layered):
     It costs T L (D W + 9 W^2) MACs a task and image, beside the head: `width` sets what it costs.
     """
 
-    def features(self, features: Features, tasks: Sequence[str]) -> dict[str, list[Tensor]]:
+    def features(self, features: Features, tasks: Sequence[str], kept: Kept = ALL_KEPT) -> dict[str, list[Tensor]]:
         """Return the feature [B, T, W] of each task after each tapped block."""
         found: dict[str, list[Tensor]] = {task: [] for task in tasks}
         for place, block in enumerate(self.blocks):

@@ -28,13 +28,14 @@ a mixture, the memory the last, or E without memory.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.models.budget import ALL_KEPT, Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Features, whole_number
 from m3vit.models.decoders.layered import Layered, check_widths, tapped_blocks
@@ -54,11 +55,18 @@ class Experts(nn.Module):
         self.project = nn.Linear(dim, width)
         self.bank = nn.Conv2d(width, experts * width, 3, padding=1)  # the experts' convolutions, one after the other
 
-    def forward(self, tokens_QBTD: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return the projected feature [Q, B, T, W] and its decomposition [Q, B, T, E, W]."""
+    def forward(
+        self, tokens_QBTD: Tensor, grid: tuple[int, int], kept: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the projected feature [Q, B, T, W] and its decomposition [Q, B, T, E, W], by the experts kept."""
         projected = self.project(self.norm(tokens_QBTD))
         maps = projected.flatten(0, 1).mT.unflatten(2, grid)
-        parts = F.gelu(self.bank(maps)).flatten(2).mT.unflatten(2, (self.experts, -1))
+        if kept is None:
+            made, count = self.bank(maps), self.experts
+        else:
+            weight, bias = (one.unflatten(0, (self.experts, -1))[list(kept)] for one in self.bank.parameters())
+            made, count = F.conv2d(maps, weight.flatten(0, 1), bias.flatten(), padding=1), len(kept)
+        parts = F.gelu(made).flatten(2).mT.unflatten(2, (count, -1))
         return projected, parts.unflatten(0, (len(tokens_QBTD), -1))
 
 
@@ -100,15 +108,27 @@ class Step(nn.Module):
         self.gate = Gate(width, experts + memory, gates)
         self.write = nn.Linear(width, width)
 
-    def forward(self, memory_BTW: Tensor, projected_BTW: Tensor, parts_BTEW: Tensor) -> Tensor:
-        """Return the memory [B, T, W] after the block."""
+    def forward(
+        self, memory_BTW: Tensor, projected_BTW: Tensor, parts_BTEW: Tensor, kept: Sequence[int] | None = None
+    ) -> "State":
+        """Return the memory after the block, and the weights; kept: the experts of the parts, None: all."""
         read = None if self.read is None else self.read(memory_BTW)
         weights = self.gate(projected_BTW if read is None else projected_BTW + read)
-        return self.update(memory_BTW, assemble(weights, parts_BTEW, read))
+        used = weights
+        if kept is not None:
+            used = weights[:, :, [*kept, *([weights.shape[2] - 1] if read is not None else [])]]
+        return State(self.update(memory_BTW, assemble(used, parts_BTEW, read)), weights)
 
     def update(self, memory_BTW: Tensor, assembled_BTW: Tensor) -> Tensor:
         """Return the memory with the assembled feature written to it."""
         return memory_BTW + self.write(assembled_BTW)
+
+
+class State(NamedTuple):
+    """What a task has after a block: its memory [B, T, W], and the weights [B, T, K] of the mixture written to it."""
+
+    memory: Tensor
+    weights: Tensor
 
 
 class Memory(nn.Module):
@@ -130,17 +150,52 @@ class TaskExpert(Layered):
     def __init__(self, shared: Sequence[Experts], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.shared = nn.ModuleList(shared)
+        self.experts = {block: one.experts for block, one in zip(self.blocks, shared, strict=True)}
 
-    def features(self, features: Features, tasks: Sequence[str]) -> dict[str, list[Tensor]]:
+    def features(self, features: Features, tasks: Sequence[str], kept: Kept = ALL_KEPT) -> dict[str, list[Tensor]]:
         """Return the memory [B, T, W] of each task after each tapped block."""
-        found: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        return {task: [state.memory for state in states] for task, states in self.states(features, tasks, kept).items()}
+
+    def states(self, features: Features, tasks: Sequence[str], kept: Kept = ALL_KEPT) -> dict[str, list[State]]:
+        """Return the state of each task after each tapped block; kept: the experts that tasks use, others use all."""
+        found: dict[str, list[State]] = {task: [] for task in tasks}
         for place, block in enumerate(self.blocks):
-            projected, parts = self.shared[place](features.tokens[block], features.grid)
-            for position, task in enumerate(tasks):
+            ids = [kept.get(task, {}).get(block) for task in tasks]
+            made = self.decomposed(place, features, ids)
+            for task, own_ids, (projected, parts) in zip(tasks, ids, made, strict=True):
                 own: Any = self.own[task]
-                mine = position if len(parts) > 1 else 0
-                memory = found[task][-1] if place else torch.zeros_like(projected[mine]) + own.start
-                found[task].append(own.steps[place](memory, projected[mine], parts[mine]))
+                memory = found[task][-1].memory if place else torch.zeros_like(projected) + own.start
+                found[task].append(own.steps[place](memory, projected, parts, own_ids))
+        return found
+
+    def part_of(self, name: str) -> str:
+        """Return which part a module belongs to."""
+        words = name.split(".")
+        if words[0] != "own":
+            return "decompose" if words[0] == "shared" else "outputs"
+        return "gate" if "gate" in words else "update" if "write" in words else "assemble"
+
+    def decomposed(
+        self, place: int, features: Features, ids: Sequence[tuple[int, ...] | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return what `Experts` makes for each task after one block, by the experts that each keeps.
+
+        Experts run once for all tasks on tokens that these have in common, and where all keep the same.
+        """
+        experts, tokens = self.shared[place], features.tokens[self.blocks[place]]
+        if len(tokens) > 1 and len(set(ids)) > 1:
+            apart = (experts(one[None], features.grid, own) for one, own in zip(tokens, ids, strict=True))
+            return [(projected[0], parts[0]) for projected, parts in apart]
+        every = tuple(range(self.experts[self.blocks[place]]))
+        union = None if None in ids else tuple(sorted({expert for own in ids if own for expert in own}))
+        projected, parts = experts(tokens, features.grid, union)
+        found = []
+        for position, own in enumerate(ids):
+            mine = position if len(tokens) > 1 else 0
+            picked = parts[mine]
+            if own != union:
+                picked = picked[:, :, [(union or every).index(expert) for expert in own or every]]
+            found.append((projected[mine], picked))
         return found
 
 
