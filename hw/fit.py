@@ -42,6 +42,8 @@ def sizes_of(hardware: Hardware, board: Board, fixed: Sizes) -> Iterator[Hardwar
 def fitting(hardware: Hardware, board: Board, fixed: Sizes) -> list[Hardware]:
     """Return what fits, but none that another exceeds in all that makes it faster."""
     found: dict[tuple[int, ...], Hardware] = {}
+    if not _holds(hardware, board, fixed):
+        return []
     for size in sizes_of(hardware, board, fixed):
         key = (size.tile_out, size.lanes, size.groups, size.token_block, size.weight_ports, size.norm_words)
         beaten = any(all(a >= b for a, b in zip(other, key, strict=True)) for other in found)
@@ -107,6 +109,13 @@ def _size(h: Hardware) -> tuple[int, ...]:
     return h.tile_out * h.lanes * h.groups * h.token_block, h.weight_ports * h.norm_words
 
 
+def _holds(hardware: Hardware, board: Board, fixed: Sizes) -> bool:
+    """Return whether the smallest engines fit, wherever their memories lie: what is larger takes more."""
+    sizes = list(sizes_of(hardware, board, fixed))
+    least = min(map(_size, sizes), default=None)
+    return any(fits(size, board) for size in sizes if _size(size) == least)
+
+
 def _over(h: Hardware, board: Board) -> str:
     """Return what engines take beyond a board's budgets."""
     return ", ".join(
@@ -129,11 +138,9 @@ def _nothing_fits(program: Sequence[Instruction], hardware: Hardware, board: Boa
         return InputError(f"{given} does not fit {board.name} (modelled): {why}; the nearest that fits is {nearest}")
     smallest = min(sizes_of(hardware, board, {}), key=_size)
     options = [
-        f"--board {other.name}"
-        for other in BOARDS.values()
-        if any(fits(size, other) for size in sizes_of(least_hardware(program, *bits, other), other, {}))
+        f"--board {other.name}" for other in BOARDS.values() if _holds(least_hardware(program, *bits, other), other, {})
     ]
-    if bits[0] > 8 and any(fits(size, board) for size in sizes_of(replace(hardware, weight_bits=8), board, {})):
+    if bits[0] > 8 and _holds(replace(hardware, weight_bits=8), board, {}):
         options.append("--weight-bits 8")
     advice = f"give {' or '.join(options)}" if options else "no board here holds it: give a narrower model"
     return InputError(

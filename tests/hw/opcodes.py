@@ -68,7 +68,7 @@ class Bench:
 
     def linear_params(self, n_out: int) -> np.ndarray:
         """Return biases and shifts of n_out outputs: results from far beyond their format to nothing."""
-        shifts = self.rng.integers(-3, 36, n_out)
+        shifts = self.rng.integers(-17, 36, n_out)
         return row_words(self.signed(31, n_out), self.rng.integers(0, 12, n_out), shifts)
 
     def linear(self, section: str, n_out: int, n_in: int) -> dict[str, int]:

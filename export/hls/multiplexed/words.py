@@ -17,7 +17,7 @@ from m3vit.hw.program import row_words
 BIAS_BITS = 31
 SCALE_BITS = 18
 MAX_WEIGHT_FRAC = 30
-MIN_SHIFT = -14  # of a sum to its result: sums of 48 bits then stay within 62
+SHIFTED_BITS = 62  # of a sum that is shifted left to its result
 
 Floats = NDArray[np.float64]
 
@@ -94,10 +94,10 @@ def linear_words(
     shift = sum_frac - y_frac
     bound = np.abs(integers).sum(axis=1) * 2 ** (x_bits - 1) + np.ldexp(np.abs(biases).astype(np.float64), bias_shift)
     sum_bits = int(math.frexp(float(bound.max(initial=0)))[1]) + 1
-    if sum_bits > ACCUMULATOR_BITS or shift.min(initial=0) < MIN_SHIFT:
+    if sum_bits > ACCUMULATOR_BITS or sum_bits - shift.min(initial=0) > SHIFTED_BITS:
         raise InputError(
             f"cannot export to HLS: {where} needs {sum_bits}-bit sums shifted by {int(shift.min(initial=0))}, and the "
-            f"engines have {ACCUMULATOR_BITS} bits and shifts from {MIN_SHIFT}: give smaller weight_bits or act_bits"
+            f"engines have {ACCUMULATOR_BITS} bits, {SHIFTED_BITS} with the shift: give smaller weight_bits or act_bits"
         )
     return LinearWords(integers, fracs, row_words(biases, bias_shift, shift), sum_bits)
 

@@ -11,14 +11,19 @@ from tests.export.multiplexed.exporting import export
 
 
 @pytest.fixture(scope="session")
-def project(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An emitted project; read only."""
+def simulated(model: MultiTaskModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("multiplexed") / "project"
     export(model, out)
-    return out
+    return out, verify_project(out)
 
 
 @pytest.fixture(scope="session")
-def report(project: Path) -> dict[str, Any]:
-    """What `m3vit hw csim` returns for the project, which leaves the simulator built."""
-    return verify_project(project)
+def project(simulated: tuple[Path, dict[str, Any]]) -> Path:
+    """An emitted project as `m3vit hw csim` leaves it, the simulator built, whatever test comes first; read only."""
+    return simulated[0]
+
+
+@pytest.fixture(scope="session")
+def report(simulated: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    """What `m3vit hw csim` returned for the project."""
+    return simulated[1]

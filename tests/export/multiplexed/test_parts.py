@@ -64,6 +64,11 @@ def test_quantised_maps_are_near_the_float_ones() -> None:
     np.testing.assert_allclose(y, weight @ (x * 2.0**-13) + bias, atol=30 * 4 * 2.0**-17)
     with pytest.raises(InputError, match=r"a huge layer needs 6[0-9]-bit sums"):
         linear_words(np.ones((1, 1 << 20)), np.full(1, 2.0**30), 16, (16, 14), 20, "a huge layer")
+    # Inputs up to 2^13 in 8 bits: sums of 4 * 100 * 2^7 have 17 bits, and are shifted left by 26; by 46 is too far.
+    coarse, none = np.full((1, 4), 100.0), np.zeros(1)
+    assert linear_words(coarse, none, 8, (8, -6), 20, "test").sum_bits == 17
+    with pytest.raises(InputError, match=r"coarse needs 17-bit sums shifted by -46, .* 62 with the shift"):
+        linear_words(coarse, none, 8, (8, -6), 40, "coarse")
     with pytest.raises(InputError, match="not finite"):
         linear_words(np.full((1, 2), np.nan), np.zeros(1), 16, (16, 13), 20, "test")
     assert norm_words(np.ones(8), np.zeros(8), 0.0, 20, 12, 18).eps == 1  # never 0: its square root is divided by
