@@ -71,8 +71,12 @@ def whole_losses(
     counts: BatchCounts | None = None,
     tokens_count: bool = True,
     passes: int = 1,
+    budgets: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what `step_losses` does, of an output of the whole model."""
+    """Return what `step_losses` does, of an output of the whole model.
+
+    `budgets`: passes that the step's mean is over, of which this one alone balances the routers: it counts for all.
+    """
     resolved = resolve(config.model.tasks, config.model.label_set)
     loss, losses = task_losses(config, output, labels, weights or task_weights(config), counts)
     routing_weights = config.train.routing_weights()
@@ -81,7 +85,7 @@ def whole_losses(
         share = len(output.logits) / len(resolved)
         found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights, share)
         found = {name: value / passes for name, value in found.items()}
-        loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
+        loss = loss + budgets * torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
         losses |= found
     return loss, losses
 
@@ -275,7 +279,9 @@ class Stepper:
                 wait = world_size() > 1 and not is_sharded(self.model) and not (reduce and last)
                 keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
                 with keep or nullcontext():
-                    loss, losses, output = self.losses(part, budget, whole, tasks, weights, counts, len(parts))
+                    loss, losses, output = self.losses(
+                        part, budget, whole, tasks, weights, counts, len(parts), len(budgets)
+                    )
                     self.fabric.backward(loss * (factor / len(budgets)))
                 for name, value in losses.items():
                     share = 1 if whole is None else 1 / (len(budgets) - 1)
@@ -294,13 +300,14 @@ class Stepper:
         weights: dict[str, float],
         counts: BatchCounts,
         passes: int,
+        budgets: int,
     ) -> tuple[Tensor, dict[str, Tensor], Output]:
         """Return the losses of one pass: of the whole model, or, after it, of a smaller budget."""
         # Fabric looks through what a model is given for tensors, and stops at a Budget.
         options = {} if self.space is None else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
         output = self.wrapped(part.images, tasks=tasks, native=self.config.train.native_losses, **options)
         if whole is None:
-            found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes)
+            found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes, budgets)
         else:
             loss, losses = smaller_losses(
                 self.config, output, whole, part.labels, weights, counts, self.images, part.counts

@@ -47,9 +47,10 @@ def test_budgets_of_a_step_are_the_whole_the_smallest_and_random_ones() -> None:
 
 def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: list[Budget]) -> tuple[Tensor, float]:
     """The mean over the passes, each written out; also the mean distance of the smaller ones' tokens."""
-    whole, _ = step_losses(config, model, images, labels)
+    whole, found = step_losses(config, model, images, labels)
     teacher = model(images, native=config.train.native_losses, keep_tokens=True)
     weights, total, distances = task_weights(config), whole, []
+    total = total + (len(budgets) - 1) * config.train.balance_weight * found["balance"]  # after the mean, as it was
     plain = configuration(balance_weight=0.0)
     for budget in budgets[1:]:
 
