@@ -104,9 +104,8 @@ def fold_convolutions(graph: ModelProto) -> None:
     for node in graph.graph.node:
         for place, name in enumerate(node.input):
             if node.op_type == "Conv" and place and name not in values.initializers and values.is_constant(name):
-                tensor = numpy_helper.from_array(np.ascontiguousarray(values.read(name)), f"{name}.folded")
-                graph.graph.initializer.append(tensor)
-                node.input[place] = tensor.name
+                node.input[place] = values.add(f"{name}.folded", values.read(name))
+    graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in values.added.items())
 
 
 def copied(graph: ModelProto) -> ModelProto:

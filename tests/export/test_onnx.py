@@ -305,7 +305,7 @@ def test_experts_of_a_decoder_that_are_left_out_are_not_in_the_graph(moe_blocks:
     arguments = {"blocks": 2, "width": 6, "head_width": 5, "experts": 3}
     model = make_model(tasks=["depth", "normals"], moe_blocks=moe_blocks, head="taskexpert", head_args=arguments)
     first, last = model.heads.blocks
-    budget = Budget(decoder={"depth": {first: (1,), last: (0, 2)}, "normals": {first: (0, 1)}})
+    budget = Budget(decoder={"depth": {first: (1,), last: (0, 2)}, "normals": {first: (0, 1), last: (0, 2)}})
     content = Content(budget=budget, all_tasks=True, precisions=("fp32", "int8"))
     manifest = export_package(model, tmp_path / "package", content, info={})
     assert budget_of(manifest).decoder == budget.decoder
