@@ -27,6 +27,7 @@ from m3vit.evaluation import scoring
 from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.meters import TRAINED
+from m3vit.evaluation.mixtures import check_mixed, gather_mixtures
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
 from m3vit.evaluation.routing import spread
 from m3vit.export.runtime.package import Package
@@ -37,6 +38,7 @@ from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts, errors
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.report.mixtures import mixture_charts
 from m3vit.report.routing import page_charts, read_routing, sentence
 from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
@@ -128,9 +130,14 @@ def write_report(
     if routing and routing["apart"]:
         report["routing"] = {"images": routing["images"], **routing["apart"]["all"]}
     routed = whole_split(routing) if routing else {"note": unrouted}
+    mixed = []
+    if check_mixed(run.model):
+        mixtures = gather_mixtures(run.model, (split.load(index) for index in indices), label_set)
+        report["decoder"] = mixtures.to_json()
+        mixed = [(caption, charts.svg(figure)) for caption, figure in mixture_charts(mixtures)]
     wrong = where_wrong(split, predictors["torch"], evaluations["torch"], indices)
     shown = spread(project.drawable, num_images)
-    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong)
+    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong, mixed)
     with atomic_path(out) as path:
         path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), report)
@@ -317,8 +324,13 @@ def render(
     report: dict[str, Any],
     routed: dict[str, Any],
     wrong: dict[str, Any],
+    mixed: Sequence[tuple[str, str]],
 ) -> str:
-    """Return the page's HTML. `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`."""
+    """Return the page's HTML.
+
+    `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`; `mixed`: charts of the decoder's
+    mixtures with their captions.
+    """
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
     named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
     by_column = {column: predictor for column, predictor in named.items() if predictor is not None}
@@ -386,4 +398,5 @@ def render(
         top_k=run.config.model.top_k,
         routed=routed,
         wrong=wrong,
+        mixed=mixed,
     )
