@@ -27,6 +27,7 @@ from m3vit.evaluation import scoring
 from m3vit.evaluation.artefacts import onnx_predictor
 from m3vit.evaluation.evaluate import Evaluation, Predictor, TrivialPredictor, evaluate, torch_predictor
 from m3vit.evaluation.meters import TRAINED
+from m3vit.evaluation.mixtures import check_mixed, gather_mixtures
 from m3vit.evaluation.protocols import PROTOCOLS, network_image, prediction
 from m3vit.evaluation.routing import spread
 from m3vit.export.runtime.package import Package
@@ -39,6 +40,7 @@ from m3vit.report import charts, errors
 from m3vit.report.budgets import Budgets, front_chart, open_budgets, table_of_budgets
 from m3vit.report.budgets import figures as budget_figures
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
+from m3vit.report.mixtures import mixture_charts
 from m3vit.report.routing import page_charts, read_routing, sentence
 from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
@@ -135,10 +137,15 @@ def write_report(
     if routing and routing["apart"]:
         report["routing"] = {"images": routing["images"], **routing["apart"]["all"]}
     routed = whole_split(routing) if routing else {"note": unrouted}
+    mixed = []
+    if check_mixed(run.model):
+        mixtures = gather_mixtures(run.model, (split.load(index) for index in indices), label_set)
+        report["decoder"] = mixtures.to_json()
+        mixed = [(caption, charts.svg(figure)) for caption, figure in mixture_charts(mixtures)]
     wrong = where_wrong(split, predictors["torch"], evaluations["torch"], indices)
     shown = spread(project.drawable, num_images)
     drawn = budget_part(run, split, used, protocol, shown, report) if used else None
-    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong, drawn)
+    page = render(run, split, predictors, project, protocol, shown, report, routed, wrong, drawn, mixed)
     with atomic_path(out) as path:
         path.write_text(page, encoding="utf-8")
     write_json(out.with_suffix(".json"), report)
@@ -326,10 +333,12 @@ def render(
     routed: dict[str, Any],
     wrong: dict[str, Any],
     budgets: dict[str, Any] | None,
+    mixed: Sequence[tuple[str, str]],
 ) -> str:
     """Return the page's HTML.
 
-    `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`; `budgets`: of `budget_part`.
+    `routed`: of `whole_split`, or the `note` in its place; `wrong`: of `where_wrong`; `budgets`: of `budget_part`;
+    `mixed`: charts of the decoder's mixtures with their captions.
     """
     tasks, layers = run.config.model.tasks, run.model.backbone.moe_indices
     named = {"torch": predictors.get("torch"), "ONNX": predictors.get("onnx"), project.drawn_as: project.drawn}
@@ -399,6 +408,7 @@ def render(
         routed=routed,
         wrong=wrong,
         budgets=budgets,
+        mixed=mixed,
     )
 
 

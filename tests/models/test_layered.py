@@ -338,6 +338,20 @@ def test_the_yardstick_of_the_recipe_has_the_macs_of_taskexpert() -> None:
         assert one == pytest.approx(other, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["pascal-taskexpert-base", "nyud-taskexpert-base", "nyud-taskexpert-vits14"])
+def test_the_yardsticks_of_large_recipes_too(name: str) -> None:
+    text = recipe_path(name).read_text()
+    labels = "pascal" if name.startswith("pascal") else "nyud"
+    expert = ModelConfig(**yaml.safe_load(text)["model"] | {"label_set": labels})
+    found = re.search(
+        r"--model.head=multiscale --model.head_args='(\{.*?\})' \(the same MACs\)", text.replace("\n# ", " ")
+    )
+    assert found
+    plain = replace(expert, head="multiscale", head_args=yaml.safe_load(found[1]))
+    one, other = (count_macs(meta_model(c), c.tasks)["heads"] for c in (expert, plain))
+    assert one == pytest.approx(other, rel=0.02)
+
+
 def test_blocks_are_evenly_spaced() -> None:
     assert tapped_blocks(4, 12) == (2, 5, 8, 11) and tapped_blocks(4, 24) == (5, 11, 17, 23)
     assert tapped_blocks(3, 4) == (0, 1, 3) and tapped_blocks(1, 4) == (3,) and tapped_blocks(4, 4) == (0, 1, 2, 3)
