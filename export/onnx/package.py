@@ -295,7 +295,8 @@ def described(budget: Budget, task: str, blocks: Sequence[int], top_k: int) -> d
 
 def budget_of(manifest: Mapping[str, Any]) -> Budget:
     """Return the budget of a package's graphs, by its manifest; raise InputError if that does not say."""
-    top_k, kept, width, decoder = {}, {}, {}, {}
+    top_k, kept, width = {}, {}, {}
+    decoder: dict[str, Any] = {}
     try:
         for task, entry in manifest["tasks"].items():
             experts, count = entry["experts"], entry["experts"]["top_k"]

@@ -81,12 +81,12 @@ def sweep(
     coverages = COVERAGES if blocks or own else (None,)
     # Of all tasks, before any is scored: what a decoder keeps is traced.
     pruned_to: dict[tuple[float | None, int], Budget] = {(None, k): budget for k, budget in budgets.items()}
-    for coverage, k in itertools.product([one for one in coverages if one is not None], top_ks):
-        budget, _ = pruned(run.model, mass[k], budgets[k], coverage=coverage) if blocks else (budgets[k], None)
+    for share, k in itertools.product([one for one in coverages if one is not None], top_ks):
+        budget, _ = pruned(run.model, mass[k], budgets[k], coverage=share) if blocks else (budgets[k], None)
         if own:
             images = calibration_batches(run, train, request.calibration)
-            budget, _ = pruned_decoder(run.model, decoder_mass(run.model, images, budget), budget, coverage)
-        pruned_to[coverage, k] = budget
+            budget, _ = pruned_decoder(run.model, decoder_mass(run.model, images, budget), budget, share)
+        pruned_to[share, k] = budget
     grid = [point for point in itertools.product(SWEPT_PRECISIONS, coverages, top_ks) if blocks or "-" not in point[0]]
     everything = {block: tuple(range(config.num_experts)) for block in blocks}
     total, done = len(config.tasks) * len(grid), 0
