@@ -98,10 +98,10 @@ def measure(folder: Path) -> dict[str, float]:
     stepper = Stepper(fabric, config, *fabric.setup(model, optimizer), weighting)
     batch, (height, width) = config.train.batch_size, config.model.image_size
     labels = {
-        "semseg": torch.randint(0, 40, (batch, height, width), dtype=torch.uint8),
+        "semseg": torch.randint(0, 40, (batch, height, width)),
         "depth": torch.rand(batch, height, width) + 0.5,
-        "normals": torch.nn.functional.normalize(torch.randn(batch, 3, height, width), dim=1).movedim(1, -1),
-        "edge": torch.randint(0, 2, (batch, height, width), dtype=torch.uint8),
+        "normals": torch.nn.functional.normalize(torch.randn(batch, 3, height, width), dim=1),
+        "edge": torch.randint(0, 2, (batch, height, width)),
     }
     labels["semseg"][:, :2] = IGNORE
     images, times = torch.randn(batch, 3, height, width), []

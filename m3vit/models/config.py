@@ -99,8 +99,8 @@ class ModelConfig:
             reads (default 32); multiscale takes blocks (how many evenly spaced ones it reads, or their indices;
             default 4), width (channels of a task's feature, default 64), head_width (as conv's width) and preliminary
             (whether features before the last are supervised too, default true); taskexpert takes these, experts (of
-            each block, default 5), memory (default true) and gates (both, token, sample or static); linear and pup
-            take none.
+            each block, default 5), memory (default true), gates (both, token, sample or static) and rank (experts of
+            low rank, MLoRE-style: one for all, or one an expert; default: not); linear and pup take none.
         head_stride: pixels of the image per output of a head, before the final bilinear resize; pup heads have half
             their patch size, halved down to 2 or less.
         distillation: stages of the pup heads whose features also train further outputs for each task, made from the

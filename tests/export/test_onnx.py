@@ -300,9 +300,11 @@ def test_heads_that_read_several_blocks(head: str, tmp_path: Path) -> None:
             assert contains(arrays, parameter), name
 
 
-@pytest.mark.parametrize("moe_blocks", ["odd", "none"])
-def test_experts_of_a_decoder_that_are_left_out_are_not_in_the_graph(moe_blocks: str, tmp_path: Path) -> None:
-    arguments = {"blocks": 2, "width": 6, "head_width": 5, "experts": 3}
+@pytest.mark.parametrize(("moe_blocks", "rank"), [("odd", None), ("none", 2)])
+def test_experts_of_a_decoder_that_are_left_out_are_not_in_the_graph(
+    moe_blocks: str, rank: int | None, tmp_path: Path
+) -> None:
+    arguments = {"blocks": 2, "width": 6, "head_width": 5, "experts": 3, "rank": rank}
     model = make_model(tasks=["depth", "normals"], moe_blocks=moe_blocks, head="taskexpert", head_args=arguments)
     first, last = model.heads.blocks
     budget = Budget(decoder={"depth": {first: (1,), last: (0, 2)}, "normals": {first: (0, 1), last: (0, 2)}})
@@ -313,12 +315,15 @@ def test_experts_of_a_decoder_that_are_left_out_are_not_in_the_graph(moe_blocks:
     assert all(one["worst_relative_error"] < LIMIT for one in report.values())
     arrays = arrays_of(tmp_path / "package" / "depth.onnx").values()
     for shared, kept in zip(model.heads.shared, ((1,), (0, 2)), strict=True):
-        for expert, weight in enumerate(shared.bank.weight.unflatten(0, (3, 6))):
+        bank = shared.bank if rank is None else shared.bank.down
+        for expert, weight in enumerate(bank.weight.unflatten(0, (3, rank or 6))):
             held = any(weight.detach().numpy().tobytes() in array.tobytes() for array in arrays)
             assert held == (expert in kept)
     macs = profile(model.config)["tasks"]["depth"]["macs"]["total"]
     patches = 24
-    assert macs - manifest["tasks"]["depth"]["macs"] == 3 * patches * (9 * 6 * 6 + 6), "three experts fewer"
+    assert macs - manifest["tasks"]["depth"]["macs"] == 3 * patches * (
+        6 + (9 * 6 * 6 if rank is None else 10 * 6 * rank)
+    ), "3 fewer"
 
 
 def own_part(name: str, task: str) -> bool:

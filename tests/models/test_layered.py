@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.export.hls.leaf import lower
-from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.layered import tapped_blocks
 from m3vit.models.decoders.multiscale import Scale
@@ -190,55 +189,6 @@ def test_multiscale_equals_the_sum_of_its_scales() -> None:
         torch.testing.assert_close(model(images).logits[task], expected, rtol=1e-4, atol=1e-5)
 
 
-def cut(model: MultiTaskModel, task: str, kept: dict[int, tuple[int, ...]]) -> dict[str, Tensor]:
-    """What a task has where the weights of the experts that it does not keep are 0: the slow way, none left out."""
-    images = torch.ones(1, 3, 24, 40)
-    features, _ = model.backbone(images, tuple(range(3)), model.heads.blocks)
-    decoder, position = model.heads, model.config.tasks.index(task)
-    memory = decoder.own[task].start.expand(1, 15, -1)
-    for place, block in enumerate(decoder.blocks):
-        projected, parts = decoder.shared[place](features.of(block)[position][None], features.grid)
-        step = decoder.own[task].steps[place]
-        read = None if step.read is None else step.read(memory)
-        weights = step.gate(projected[0] if read is None else projected[0] + read)
-        for expert in set(range(3)) - set(kept.get(block, range(3))):
-            weights = weights.index_fill(2, torch.tensor([expert]), 0.0)
-        memory = step.update(memory, assemble(weights, parts[0], read))
-    return {task: decoder.outputs[task](memory, features.grid, (24, 40))}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("memory", [True, False])
-@pytest.mark.parametrize("moe_blocks", ["odd", "none"])
-def test_experts_left_out_are_experts_of_weight_0(moe_blocks: str, memory: bool) -> None:
-    model = make(moe_blocks=moe_blocks, head_args=TASKEXPERT | {"memory": memory}).eval()
-    kept = {"depth": {0: (1,), 3: (0, 2)}, "edge": {0: (1, 2), 3: (2,)}}
-    found = model(torch.ones(1, 3, 24, 40), budget=Budget(decoder=kept)).logits
-    whole = model(torch.ones(1, 3, 24, 40)).logits
-    for task in model.config.tasks:
-        expected = cut(model, task, kept.get(task, {}))[task]
-        torch.testing.assert_close(found[task], expected, rtol=1e-4, atol=1e-5)
-        alone = model(torch.ones(1, 3, 24, 40), [task], budget=Budget(decoder=kept)).logits[task]
-        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
-        assert torch.allclose(found[task], whole[task], atol=1e-6) == (task == "semseg")
-
-
-@pytest.mark.parametrize(
-    ("head", "kept", "message"),
-    [
-        (HEADS[0], {"depth": {0: (3,)}}, r"decoder, depth, block 0: kept are \[3\], but its experts are 0 to 2"),
-        (HEADS[0], {"depth": {7: (0,)}}, r"block 7: kept are \[0\], but it has no experts there"),
-        (HEADS[1], {"depth": {0: (0,)}}, "but it has no experts there"),
-        (HEADS[0], {"flow": {0: (0,)}}, "budget names task flow"),
-        (HEADS[0], {"depth": {0: (1, 0)}}, "name one or more experts, ascending"),
-    ],
-)
-def test_experts_that_the_decoder_does_not_have_are_refused(head: Any, kept: Any, message: str) -> None:
-    model = make(head=head[0], head_args=head[1])
-    with pytest.raises(InputError, match=message):
-        model(torch.ones(1, 3, 24, 40), budget=Budget(decoder=kept))
-
-
 def test_experts_run_once_for_all_tasks_that_are_the_same() -> None:
     model, seen = make(moe_blocks=[2]), []
     for experts in model.heads.shared:
@@ -280,7 +230,10 @@ def test_preliminary_outputs_are_of_training(head: str, arguments: dict[str, Any
 @pytest.mark.parametrize(
     ("head", "arguments"),
     HEADS
-    + [("taskexpert", TASKEXPERT | changes) for changes in ({"memory": False}, *({"gates": g} for g in GATES[1:]))],
+    + [
+        ("taskexpert", TASKEXPERT | changes)
+        for changes in ({"memory": False}, {"rank": 2}, *({"gates": g} for g in GATES[1:]))
+    ],
 )
 def test_what_a_task_uses_is_what_its_prediction_reaches(head: str, arguments: dict[str, Any]) -> None:
     model = make(head=head, head_args=arguments)
@@ -373,7 +326,10 @@ def test_blocks_are_evenly_spaced() -> None:
         ({"experts": 0}, "experts is 0: give a whole number of 1 to 256"),
         ({"gates": "tokens"}, "gates is 'tokens': choose from both, token, sample, static"),
         ({"memory": "yes"}, "memory is 'yes': give true or false"),
-        ({"heads": 2}, "head taskexpert takes blocks, experts, width, memory, gates, head_width, preliminary"),
+        ({"rank": 0}, "rank is 0: give a whole number of 1 to 64, the width, or a list of 5, one an expert"),
+        ({"rank": [2, 3]}, "a list of 5, one an expert"),
+        ({"rank": True}, "rank is True"),
+        ({"heads": 2}, "head taskexpert takes blocks, experts, width, memory, gates, head_width, preliminary, rank"),
     ],
     ids=str,
 )

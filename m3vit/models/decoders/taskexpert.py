@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3vit.errors import InputError
+from m3vit.errors import InputError, short
 from m3vit.models.budget import ALL_KEPT, Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Features, whole_number
@@ -45,15 +45,38 @@ GATES = ("both", "token", "sample", "static")
 EXPERTS = (1, 256)  # fewest and most
 
 
-class Experts(nn.Module):
-    """Decompose: the expert networks of one block, shared by all tasks."""
+class LowRank(nn.Module):
+    """Experts of low rank: each a 3x3 convolution W -> r and a 1x1 one r -> W, which are one 3x3 convolution of rank r.
 
-    def __init__(self, dim: int, width: int, experts: int) -> None:
+    After MLoRE (Yang et al., CVPR 2024), by its description; of its other parts (a convolution for all tasks beside the
+    experts, the best 9 of 15 experts, gates with noise) there is none here.
+    """
+
+    def __init__(self, width: int, ranks: Sequence[int]) -> None:
+        super().__init__()
+        self.ranks = tuple(ranks)
+        self.down = nn.Conv2d(width, sum(ranks), 3, padding=1, bias=False)
+        self.up = nn.ModuleList(nn.Conv2d(rank, width, 1) for rank in ranks)
+
+    def forward(self, maps: Tensor, kept: Sequence[int] | None = None) -> Tensor:
+        """Return what the experts kept make of maps [N, W, h, w], one after the other: [N, E W, h, w]."""
+        ids, weight = range(len(self.ranks)) if kept is None else kept, self.down.weight
+        if kept is not None:
+            weight = torch.cat([weight.split(self.ranks)[expert] for expert in ids])
+        down = F.conv2d(maps, weight, padding=1).split([self.ranks[expert] for expert in ids], dim=1)
+        return torch.cat([self.up[expert](one) for expert, one in zip(ids, down, strict=True)], dim=1)
+
+
+class Experts(nn.Module):
+    """Decompose: the expert networks of one block, shared by all tasks. ranks: of each expert; None: not low."""
+
+    def __init__(self, dim: int, width: int, experts: int, ranks: Sequence[int] | None = None) -> None:
         super().__init__()
         self.experts = experts
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.project = nn.Linear(dim, width)
-        self.bank = nn.Conv2d(width, experts * width, 3, padding=1)  # the experts' convolutions, one after the other
+        # The experts' convolutions, one after the other.
+        self.bank = LowRank(width, ranks) if ranks else nn.Conv2d(width, experts * width, 3, padding=1)
 
     def forward(
         self, tokens_QBTD: Tensor, grid: tuple[int, int], kept: Sequence[int] | None = None
@@ -62,10 +85,13 @@ class Experts(nn.Module):
         projected = self.project(self.norm(tokens_QBTD))
         maps = projected.flatten(0, 1).mT.unflatten(2, grid)
         if kept is None:
-            made, count = self.bank(maps), self.experts
+            made = self.bank(maps)
+        elif isinstance(self.bank, LowRank):
+            made = self.bank(maps, kept)
         else:
             weight, bias = (one.unflatten(0, (self.experts, -1))[list(kept)] for one in self.bank.parameters())
-            made, count = F.conv2d(maps, weight.flatten(0, 1), bias.flatten(), padding=1), len(kept)
+            made = F.conv2d(maps, weight.flatten(0, 1), bias.flatten(), padding=1)
+        count = self.experts if kept is None else len(kept)
         parts = F.gelu(made).flatten(2).mT.unflatten(2, (count, -1))
         return projected, parts.unflatten(0, (len(tokens_QBTD), -1))
 
@@ -143,8 +169,8 @@ class Memory(nn.Module):
 class TaskExpert(Layered):
     """`Experts` of each block for all tasks, a `Memory` of each task, and a head on its last state.
 
-    A block costs T (D W + 9 E W^2) MACs an image once (for each task where the tokens differ), and each task
-    T (W^2 + E W), and T K W for gates of tokens; beside the heads.
+    A block costs T (D W + 9 E W^2) MACs an image once (for each task where the tokens differ), with experts of rank r
+    T (D W + 10 E r W), and each task T (W^2 + E W), and T K W for gates of tokens; beside the heads.
     """
 
     def __init__(self, shared: Sequence[Experts], *arguments: Any) -> None:
@@ -210,21 +236,31 @@ def taskexpert(
     gates: str = "both",
     head_width: int = 32,
     preliminary: bool = True,
+    rank: int | list[int] | None = None,
 ) -> TaskExpert:
     """Build the decoder.
 
     blocks: as of `tapped_blocks`. experts: E, of each block. width: W. memory: whether mixtures and gates read it;
     without, what is left of it is the sum of what was written. gates: token (weights differ between tokens), sample
     (between images), both (their logits are added) or static (neither). head_width: features of a pixel in the heads,
-    as `conv`'s width. preliminary: whether the memories before the last are supervised too.
+    as `conv`'s width. preliminary: whether the memories before the last are supervised too. rank: of all experts, or of
+    each; None: 3x3 convolutions as they are.
     """
     check_widths(width, head_width)
     whole_number("experts", experts, EXPERTS)
+    ranks = None if rank is None else rank if isinstance(rank, list) else [rank] * experts
+    if ranks is not None and (
+        len(ranks) != experts or any(type(one) is not int or not 1 <= one <= width for one in ranks)
+    ):
+        raise InputError(
+            f"model.head_args.rank is {short(rank)}: give a whole number of 1 to {width}, the width, or a list of "
+            f"{experts}, one an expert"
+        )
     if gates not in GATES:
         raise InputError(not_among("model.head_args.gates", gates, GATES))
     if type(memory) is not bool:
         raise InputError(f"model.head_args.memory is {memory!r}: give true or false")
     count = len(tapped_blocks(blocks, len(backbone.trunk.blocks)))
-    shared = [Experts(backbone.dim, width, experts) for _ in range(count)]
+    shared = [Experts(backbone.dim, width, experts, ranks) for _ in range(count)]
     own = {task: Memory(width, experts, count, memory, gates) for task in config.tasks}
     return TaskExpert(shared, config, backbone, blocks, width, head_width, preliminary, own)
