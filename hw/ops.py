@@ -40,6 +40,7 @@ PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "
 WIDE_BITS = 32
 RING = 4  # blocks of keys and values on chip
 NORM_SPAN = 16  # steps that LayerNorm gives a row at least
+LEAD, LEAST_SPAN = 2, 8  # by how many tokens a port reads inputs ahead, and least steps of a token that is read
 ROUTE_ROWS = 16  # tokens whose logits the router reads at once
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
@@ -292,7 +293,7 @@ def linear_memories(h: Hardware) -> list[OnChip]:
     joined, kind = h.tile_in // h.values(h.act_word), "uram" if h.uram else "bram"
     tiles_in, gates_in = ("lut" if in_lut else "bram" for in_lut in (h.tiles_in_lut, h.gates_in_lut))
     weights, gates = h.values(h.weight_word), h.values(GATE_BITS)
-    banks, gate_banks = max(h.tile_in // weights, h.weight_ports), h.tile_in // gates
+    banks, gate_banks = h.tile_in // weights, h.tile_in // gates
     words, gate_words = 2 * h.max_in // weights // banks, 2 * h.max_in // gates // gate_banks
     return [
         OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
@@ -329,11 +330,16 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     loads, spans, reading = [], [], []
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        at_once = 1 if isinstance(i, Gate) else h.weight_ports
-        loads.append(max(tile.outputs * _times(tile.n_in // h.values(bits), at_once), params))
-        together = 1 if isinstance(i, Conv) else min(2, h.tile_in // h.values(h.act_word))  # words that are read
-        steps = tile.n_in // (together * h.values(h.act_word) if tile.fresh else h.tile_in)
-        spans.append((tile.tokens + 1) * max(steps, _results(tile, h)))
+        rows = tile.outputs  # whose weights come through a port: half of the words of results
+        if h.weight_ports == 2 and not isinstance(i, Gate):
+            unit = h.values(h.act_word)
+            rows = min(rows, _times(_times(rows, unit), 2) * unit)
+        loads.append(max(rows * (tile.n_in // h.values(bits)), params))
+        span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
+        if tile.fresh:
+            ports = 1 if isinstance(i, Conv) or h.tile_in == h.values(h.act_word) else 2
+            span, ahead = max(span, tile.n_in // h.values(h.act_word) // ports, LEAST_SPAN), LEAD * ports
+        spans.append((tile.tokens + 1 + ahead) * span)
         reading.append(tile.fresh or tile.adds)  # beside the next tile
     cycles = t.loop(loads[0] if loads else 0, reads=True)
     for span, reads, following in zip(spans, reading, [*loads[1:], 0], strict=False):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from m3vit.errors import InputError
 from m3vit.hw.cost import Assumptions, lines_of
+from m3vit.hw.hardware import Hardware
+from m3vit.hw.isa import Experts, Gate, Instruction, Linear
 from m3vit.hw.ops import LOOPS, cycles
 from m3vit.hw.program import Image
 from m3vit.hw.timed import Timed, Trace, assumed_of, assumptions_said, evaluate, frame_report
@@ -93,10 +96,28 @@ def test_loops_are_the_closed_forms_and_frames_within_five_percent(
     assert moved["wide_in"] + moved["wide"] == counted["wide_read"] + counted["wide_write"]
     assert (moved["image"], moved["output"]) == (counted["image"], counted["output"])
 
+    check_runs(trace, image.program, hardware)
+
     # The end is fetched too, which no instruction of the closed form is.
     free = evaluate(trace, hardware, Timed(300, 1e9, Assumptions(0, 0, 0)))
     end = cycles(image.program[0], hardware, (), LOOPS, skipped=True)
     assert int(free.loops.sum()) == sum(line.loops for line in lines) + end
+
+
+def check_runs(trace: Trace, program: Sequence[Instruction], hardware: Hardware) -> None:
+    """Each port of weights reads its part of a tile in one run, each port of inputs whole rows."""
+    names = [port for port in ("weights", "more_weights") if port == "weights" or hardware.weight_ports == 2]
+    steps = trace.records[trace.records["loop"] == trace.loops.index("compute_step")]
+    runs, words = ({port: steps[name][:, place] for place, port in enumerate(trace.ports)} for name in ("runs", "words"))
+    for port in names:
+        assert runs[port].max() == 1 and words[port].max() > 1, port
+    for pc, i in enumerate(program):
+        if not isinstance(i, Linear | Gate | Experts):
+            continue
+        own = steps["pc"] == pc
+        width = min(i.n_in, i.n_out) if isinstance(i, Experts) else i.n_in
+        for port in ("narrow_in", "keys"):
+            assert (words[port][own] >= runs[port][own] * (width // hardware.values(hardware.act_word))).all(), (pc, port)
 
 
 def records(*passes: tuple[int, int, int, dict[str, tuple[int, int]]]) -> Trace:

@@ -21,7 +21,7 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     static token_cache<C> cache;
     static attention_buffers<C> buffer;
     // A step of the array reads all outputs and tile_in inputs; one word is written.
-    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=2 cyclic factor=weight_tiles<C>::banks
+    #pragma HLS ARRAY_PARTITION variable=tile.weight dim=2 cyclic factor=weight_tiles<C>::joined
     #pragma HLS ARRAY_PARTITION variable=tile.weight dim=3 complete
     #pragma HLS ARRAY_PARTITION variable=tile.gate dim=2 cyclic factor=weight_tiles<C>::gate_joined
     #pragma HLS ARRAY_PARTITION variable=tile.gate dim=3 complete
@@ -66,7 +66,7 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
 #endif
     linear_state<C> linear;
     attention_state<C> attention;
-    #pragma HLS ARRAY_PARTITION variable=linear.x complete
+    #pragma HLS ARRAY_PARTITION variable=linear.found complete dim=0
     #pragma HLS ARRAY_PARTITION variable=linear.sum complete
     #pragma HLS ARRAY_PARTITION variable=linear.done complete
     #pragma HLS ARRAY_PARTITION variable=attention.stage complete

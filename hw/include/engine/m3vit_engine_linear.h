@@ -6,12 +6,16 @@
 // every expert that has tokens (computation reordering, M3ViT, arXiv 2210.14793, section 4).
 // The loop of m3vit_engine_compute.h does all that a tile asks for at the same time: it multiplies a token's inputs,
 // tile_in a step; writes the results of the token before, a word a step; and loads the next tile, a word of weights
-// from each of their ports a step, into the other of two buffers, so the first tile of the next expert is fetched during the last of this one.
-// The inputs of a block of tokens are read from DDR while its first tile is multiplied, two words a step through two
-// ports, and kept on chip for the others; so inputs pass once, and weights once for each block (for most experts there
-// is one).
-// Cycles of a tile: (tokens + 1) times the longest of multiplying (n_in / tile_in, or what reading n_in takes) and
-// writing (words of tile_out), or the words of the next tile if those are more.
+// from each of their ports a step, into the other of two buffers, so the first tile of the next expert is fetched during
+// the last of this one. Each port of weights reads its half of a tile's rows, which is one run of addresses, and has
+// outputs of the array of its own.
+// The inputs of a block of tokens are read from DDR while its first tile is multiplied, just ahead of it, and kept on chip
+// for the others; so inputs pass once, and weights once for each block (for most experts there is one). Where a step
+// takes more than a word they come through two ports, each of which reads its half of the block's tokens, and tokens
+// are taken from both halves in turn: so each port reads whole rows, one after the other.
+// Cycles of a tile: (tokens + 1, and two for each port of inputs more if they are read) times the longest of multiplying
+// (n_in / tile_in), reading (words of n_in / ports) and writing (words of tile_out), or the words of the next tile if those
+// are more.
 #ifndef M3VIT_ENGINE_LINEAR_H_
 #define M3VIT_ENGINE_LINEAR_H_
 
@@ -27,7 +31,9 @@ struct tile_job {
     bool valid, fresh;
     bool gate, gather, conv;
     unsigned weights, params, n_in, outputs;
+    unsigned half; // outputs whose weights come through the first port
     unsigned base, first, count;
+    unsigned ports; // through which inputs are read
     unsigned src, src_pitch, dst, dst_pitch;
     int mode, gelu_in, gelu_out;
 };
@@ -36,6 +42,29 @@ struct tile_job {
 // output row `row`.
 struct tile_place {
     unsigned map, base, row;
+};
+
+// Weights of two tiles, and for each output a bias (times 2^bias_shift) and how far its sum is shifted: one tile is filled
+// while the other is worked on. The first port fills the rows below `second`, the other the rest.
+template <class C> struct weight_tiles {
+    static const unsigned lanes = words<C>::weights::lanes, gate_lanes = words<C>::gates::lanes;
+    static const unsigned joined = C::tile_in / lanes, gate_joined = C::tile_in / gate_lanes; // words of a step
+    static const unsigned unit = words<C>::narrow_lanes;                                      // results of a word
+    static const unsigned second = (C::tile_out / unit + 1) / 2 * unit;
+    typename words<C>::weights weight[2][C::max_in / lanes][C::tile_out];
+    typename words<C>::gates gate[2][C::max_in / gate_lanes][C::gate_out];
+    int bias[2][C::tile_out], bias_shift[2][C::tile_out], shift[2][C::tile_out];
+
+    // Of so many outputs, those of the first port: half of their words.
+    static unsigned half_of(unsigned outputs) {
+        #pragma HLS INLINE
+        return (words_of<unit>(outputs) + 1) / 2 * unit;
+    }
+    // The row of the array that makes output o of a tile.
+    static unsigned row_of(const tile_job &job, unsigned o) {
+        #pragma HLS INLINE
+        return o < job.half ? o : o - job.half + second;
+    }
 };
 
 template <class C> tile_job next_tile(tile_place &place, const linear_fields &I, const queues<C> &queue) {
@@ -51,6 +80,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     job.n_in = second ? I.n_out : I.n_in;
     const unsigned size = job.gate ? C::gate_out : C::tile_out;
     job.outputs = n_out - place.row < size ? n_out - place.row : size;
+    job.half = C::weight_ports == 1 || job.gate ? job.outputs : weight_tiles<C>::half_of(job.outputs);
     job.weights = I.weights + place.row * job.n_in;
     job.params = I.params + row_words * place.row;
     job.gather = experts && !second;
@@ -61,6 +91,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     const unsigned blocks = (tokens + C::token_block - 1) / C::token_block, block = (tokens + blocks - 1) / blocks;
     job.count = tokens - place.base < block ? tokens - place.base : block;
     job.fresh = place.row == 0;
+    job.ports = job.conv || C::tile_in == words<C>::narrow_lanes ? 1 : 2;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
     job.dst = I.dst + place.row;
@@ -92,57 +123,44 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     return job;
 }
 
-// Weights of two tiles, and for each output a bias (times 2^bias_shift) and how far its sum is shifted: one tile is filled
-// while the other is worked on.
-template <class C> struct weight_tiles {
-    static const unsigned lanes = words<C>::weights::lanes, gate_lanes = words<C>::gates::lanes;
-    static const unsigned at_once = C::weight_ports; // loaded at once
-    static const unsigned banks = C::tile_in / lanes > at_once ? C::tile_in / lanes : at_once;
-    static const unsigned joined = C::tile_in / lanes, gate_joined = C::tile_in / gate_lanes; // words of a step
-    typename words<C>::weights weight[2][C::max_in / lanes][C::tile_out];
-    typename words<C>::gates gate[2][C::max_in / gate_lanes][C::gate_out];
-    int bias[2][C::tile_out], bias_shift[2][C::tile_out], shift[2][C::tile_out];
-};
-
-// Where the loading of a tile stands: word `w` of output `row`, and how many words of parameters have come.
+// Where the loading of a tile stands: word `w` of the row `row` of each port, and how many words of parameters have come.
 struct tile_progress {
-    unsigned rows, words, params, row, w, param;
-    unsigned together; // words that are loaded at once
+    unsigned rows, words, params, row, w, param; // rows: of the first port, which has the most
 };
 
 template <class C> tile_progress first_word(const tile_job &job) {
     tile_progress place;
-    place.rows = job.valid ? job.outputs : 0;
+    place.rows = job.valid ? job.half < job.outputs ? job.half : job.outputs : 0;
     place.words = !job.valid ? 0 : job.gate ? job.n_in / weight_tiles<C>::gate_lanes : job.n_in / weight_tiles<C>::lanes;
     place.params = job.valid ? words_of<words<C>::wide_lanes>(row_words * job.outputs) : 0;
     place.row = place.w = place.param = 0;
-    place.together = job.gate ? 1 : weight_tiles<C>::at_once;
     return place;
 }
 
 inline unsigned words_left(const tile_progress &place) {
     #pragma HLS INLINE
-    const unsigned weights = place.rows * ((place.words + place.together - 1) / place.together);
+    const unsigned weights = place.rows * place.words;
     return weights > place.params ? weights : place.params;
 }
 
-// Load one word of weights and one of parameters, if there are more. The rows of a tile are one run of addresses.
+// Load one word of weights through each port and one of parameters, if there are more.
 template <class C>
 void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile, bool side,
                typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
                typename ports<C>::gates gates, typename ports<C>::params params) {
     #pragma HLS INLINE
+    typedef weight_tiles<C> T;
     static const unsigned lanes = words<C>::wide_lanes, rows = lanes / row_words;
     if (place.row < place.rows) {
         const unsigned at = place.row * place.words + place.w;
         if (job.gate)
-            tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / weight_tiles<C>::gate_lanes + at];
+            tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / T::gate_lanes + at];
         else
-            tile.weight[side][place.w][place.row] = weights[job.weights / weight_tiles<C>::lanes + at];
-        if (place.together == 2 && place.w + 1 < place.words)
-            tile.weight[side][place.w + 1][place.row] = more_weights[job.weights / weight_tiles<C>::lanes + at + 1];
-        place.w += place.together;
-        if (place.w >= place.words) {
+            tile.weight[side][place.w][place.row] = weights[job.weights / T::lanes + at];
+        if (C::weight_ports == 2 && job.half + place.row < job.outputs)
+            tile.weight[side][place.w][T::second + place.row] =
+                more_weights[job.weights / T::lanes + job.half * place.words + at];
+        if (++place.w == place.words) {
             place.w = 0;
             place.row++;
         }
@@ -153,10 +171,11 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
             #pragma HLS UNROLL
             const unsigned o = place.param * rows + r;
             const int32_t shifts = values.lane[row_words * r + 1];
-            if (o < C::tile_out) {
-                tile.bias[side][o] = values.lane[row_words * r];
-                tile.bias_shift[side][o] = (shifts >> 8) & (bias_shift_limit - 1);
-                tile.shift[side][o] = (shifts & 255) - shift_offset;
+            if (o < job.outputs) {
+                const unsigned row = T::row_of(job, o);
+                tile.bias[side][row] = values.lane[row_words * r];
+                tile.bias_shift[side][row] = (shifts >> 8) & (bias_shift_limit - 1);
+                tile.shift[side][row] = (shifts & 255) - shift_offset;
             }
         }
         place.param++;
@@ -173,6 +192,13 @@ struct token_place {
     unsigned from, at;
     int score;
 };
+
+// Of token n in the order in which they are taken. Where inputs come through two ports, even ones are of the first half
+// of a block, odd ones of the second.
+template <class C> inline unsigned in_order(const tile_job &job, unsigned n) {
+    #pragma HLS INLINE
+    return job.ports == 1 ? n : n % 2 == 0 ? n / 2 : n / 2 + (job.count + 1) / 2;
+}
 
 template <class C>
 token_place place_of(const tile_job &job, const conv_fields &G, unsigned n, const queues<C> &queue) {
@@ -237,16 +263,18 @@ typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const 
 // The tile that is worked on, and the one that is loaded meanwhile.
 template <class C> struct linear_state {
     static const unsigned lanes = words<C>::narrow_lanes, joined = C::tile_in / lanes; // words of a step
-    static const unsigned reads = joined > 1 ? 2 : 1;                                  // of them in a cycle
+    static const unsigned lead = 2;       // turns of the ports by which reading is ahead
+    static const unsigned least_span = 8; // of a pass that reads: a word is there 16 steps before it is used
     tile_place place;
     tile_job now, next;
     bool side;
     tile_progress loading;
-    unsigned loads, passes, steps, results, span;
-    unsigned n, i; // the token, and where it stands
+    unsigned loads, passes, steps, reads, results, span;
+    unsigned n, i;            // the pass, and where it stands
+    unsigned ahead;           // how many passes reading is ahead of multiplying
+    token_place found[1 + lead][2]; // of tokens that are read, one for each port, and of those before
     token_place token, written;
     tap_place tap;
-    typename words<C>::narrow x[joined];
     sum_t sum[C::tile_out], done[C::tile_out]; // of the token that is multiplied, and of the one before, which is written
 };
 
@@ -273,19 +301,23 @@ First:
 // Go to the next tile; return the steps that it takes, 0 after the last.
 template <class C> unsigned next_linear(linear_state<C> &state, const linear_fields &I, const queues<C> &queue) {
     #pragma HLS INLINE
-    static const unsigned lanes = linear_state<C>::lanes, reads = linear_state<C>::reads;
+    static const unsigned lanes = linear_state<C>::lanes;
     if (!state.next.valid)
         return 0;
     const tile_job now = state.now = state.next;
     state.next = next_tile<C>(state.place, I, queue);
     state.loading = first_word<C>(state.next);
     state.loads = words_left(state.loading);
-    state.steps = !now.fresh ? now.n_in / C::tile_in : now.conv ? now.n_in / lanes : now.n_in / lanes / reads;
+    state.steps = now.n_in / C::tile_in;
+    state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
+    state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
     state.results = now.mode == to_output   ? now.outputs
                     : now.mode == to_narrow ? words_of<words<C>::narrow_lanes>(now.outputs)
                                             : words_of<words<C>::wide_lanes>(now.outputs);
     state.span = state.steps > state.results ? state.steps : state.results;
-    state.passes = (now.count + 1) * state.span;
+    const unsigned reading = state.reads > linear_state<C>::least_span ? state.reads : linear_state<C>::least_span;
+    state.span = now.fresh && reading > state.span ? reading : state.span;
+    state.passes = (now.count + 1 + state.ahead) * state.span;
     state.n = state.i = 0;
     return state.passes > state.loads ? state.passes : state.loads;
 }
@@ -336,7 +368,7 @@ void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsig
     #pragma HLS ARRAY_PARTITION variable=results complete
     for (unsigned l = 0; l < narrow_lanes; l++) {
         #pragma HLS UNROLL
-        results[l] = first + l < job.outputs ? result_of<C>(state, tile, first + l) : 0;
+        results[l] = first + l < job.outputs ? result_of<C>(state, tile, weight_tiles<C>::row_of(job, first + l)) : 0;
     }
     if (job.mode == to_narrow) {
         typename words<C>::narrow values;
@@ -380,7 +412,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
                    typename ports<C>::narrow_out narrow_out, typename ports<C>::wide_in wide_in,
                    typename ports<C>::wide wide, typename ports<C>::output output) {
     #pragma HLS INLINE
-    static const unsigned lanes = linear_state<C>::lanes, joined = linear_state<C>::joined, reads = linear_state<C>::reads;
+    static const unsigned lanes = linear_state<C>::lanes, joined = linear_state<C>::joined;
     const tile_job &now = state.now;
     const unsigned n = state.n, i = state.i;
     if (k < state.loads)
@@ -388,43 +420,49 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
     step.used = false;
     if (k >= state.passes)
         return;
-    if (i == 0 && n < now.count) {
-        state.token = place_of<C>(now, G, n, queue);
-        if (now.conv)
+    if (i == 0 && n % now.ports == 0) { // the tokens of the next passes, one for each port
+        for (unsigned p = 0; p < 2; p++) {
+            #pragma HLS UNROLL
+            for (unsigned turn = linear_state<C>::lead; turn > 0; turn--) {
+                #pragma HLS UNROLL
+                state.found[turn][p] = state.found[turn - 1][p];
+            }
+            if (p < now.ports && n + p < now.count)
+                state.found[0][p] = place_of<C>(now, G, in_order<C>(now, n + p), queue);
+        }
+        if (now.conv && n < now.count)
             state.tap = first_tap<C>(now, G, now.base + n);
     }
-    if (n > 0 && i < state.results)
+    if (i == 0)
+        state.token = state.found[now.fresh ? linear_state<C>::lead : 0][n % now.ports];
+    if (n > state.ahead && i < state.results)
         write_word<C>(state, tile, i, narrow_out, wide_in, wide, output);
-    if (n >= now.count || i >= state.steps)
+    if (i < state.reads) { // of a token each port reads so many words in a pass
+        const unsigned word = n % now.ports * state.reads + i, first = n - n % now.ports;
+        if (now.conv) {
+            if (n < now.count)
+                cache.x[n][word] = read_tap<C>(state.tap, now, G, narrow_in);
+        } else {
+            if (first < now.count)
+                cache.x[first][word] = narrow_in[state.found[0][0].from / lanes + word];
+            if (joined > 1 && first + 1 < now.count)
+                cache.x[first + 1][word] = keys[state.found[0][1].from / lanes + word];
+        }
+    }
+    if (n < state.ahead || n >= now.count + state.ahead || i >= state.steps)
         return;
-    unsigned at = i; // step of the array
-    if (!now.fresh) {
-        for (unsigned j = 0; j < joined; j++) {
-            #pragma HLS UNROLL
-            state.x[j] = cache.x[n][i * joined + j];
-        }
-        step.used = true;
-    } else if (now.conv) {
-        state.x[i % joined] = read_tap<C>(state.tap, now, G, narrow_in);
-        cache.x[n][i] = state.x[i % joined];
-        at = i / joined;
-        step.used = i % joined == joined - 1;
-    } else {
-        const unsigned first = i * reads, word = state.token.from / lanes + first;
-        state.x[first % joined] = narrow_in[word];
-        cache.x[n][first] = state.x[first % joined];
-        if (reads == 2) {
-            state.x[(first + 1) % joined] = keys[word + 1];
-            cache.x[n][first + 1] = state.x[(first + 1) % joined];
-        }
-        at = first / joined;
-        step.used = first % joined == joined - reads;
+    step.used = true;
+    typename words<C>::narrow x[joined];
+    #pragma HLS ARRAY_PARTITION variable=x complete
+    for (unsigned j = 0; j < joined; j++) {
+        #pragma HLS UNROLL
+        x[j] = cache.x[n - state.ahead][i * joined + j];
     }
     for (unsigned j = 0; j < C::tile_in; j++) {
         #pragma HLS UNROLL
         for (unsigned s = 0; s < operands<C>::spans; s++) {
             #pragma HLS UNROLL
-            step.x[s][j] = state.x[j / lanes].lane[j % lanes];
+            step.x[s][j] = x[j / lanes].lane[j % lanes];
         }
     }
     typedef weight_tiles<C> T;
@@ -433,7 +471,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
         #pragma HLS UNROLL
         for (unsigned j = 0; j < C::tile_in; j++) {
             #pragma HLS UNROLL
-            step.y[o][j] = tile.weight[state.side][at * T::joined + j / T::lanes][o].lane[j % T::lanes];
+            step.y[o][j] = tile.weight[state.side][i * T::joined + j / T::lanes][o].lane[j % T::lanes];
         }
     }
     if (now.gate) {
@@ -441,7 +479,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
             #pragma HLS UNROLL
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                const int16_t w = tile.gate[state.side][at * T::gate_joined + j / T::gate_lanes][o].lane[j % T::gate_lanes];
+                const int16_t w = tile.gate[state.side][i * T::gate_joined + j / T::gate_lanes][o].lane[j % T::gate_lanes];
                 if (C::packed) { // the low byte, from 0 on, and the high one share a multiplier
                     step.y[2 * o][j] = w & 255;
                     step.y[2 * o + 1][j] = w >> 8;
