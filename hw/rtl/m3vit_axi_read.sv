@@ -1,12 +1,11 @@
 // Reads runs of words: makes bursts of commands, ahead of their use, and keeps what comes in a queue.
 //
-// A command is `words` words from byte `first` on, each STRIDE words after the one before: those of a stride are bursts of
-// one. No more is asked for than the queue can hold, so `rready` is always up. A burst does not cross 4 KB. arsize (a
-// whole word), arburst (INCR) and ids (0) do not change and are left to the wrapper.
+// A command is `words` words, one at least, from byte `first` on. No more is asked for than the queue can hold, so `rready`
+// is always up. A burst does not cross 4 KB. arsize (a whole word), arburst (INCR) and ids (0) do not change and are left
+// to the wrapper.
 module m3vit_axi_read #(
     parameter int ADDRESS_BITS = 40,
     parameter int DATA_BITS = 128,
-    parameter int STRIDE = 1,
     parameter int BURST = 16,
     parameter int DEPTH = 128
 ) (
@@ -38,11 +37,10 @@ module m3vit_axi_read #(
     logic issue, empty;
 
     always_comb begin
-        at = command_first + (ADDRESS_BITS'(sent) * STRIDE << SHIFT);
+        at = command_first + (ADDRESS_BITS'(sent) << SHIFT);
         rest = command_words - sent;
         most = 16'(PAGE) - 16'(at[11:SHIFT]);
         if (most > 16'(BURST)) most = 16'(BURST);
-        if (STRIDE > 1) most = 1;
         size = rest < most ? rest : most;
         issue = command_valid && (!arvalid || arready) && 16'(claimed) + size <= 16'(DEPTH);
         command_ready = issue && size == rest;

@@ -134,17 +134,17 @@ module m3vit_experts #(
     localparam int WIDE = PORT_BITS / 32;
     localparam int LANES = PORT_BITS / W_BITS;
     localparam int JOINED = TILE_IN / NARROW;    // words of inputs of a step,
-    localparam int READS = JOINED > 1 ? 2 : 1;   // and those that are read in a cycle
-    localparam int STEP_WORDS = TILE_IN / LANES;
-    localparam int BANKS = STEP_WORDS > WEIGHT_PORTS ? STEP_WORDS : WEIGHT_PORTS;
-    localparam int GROUPS = BANKS / STEP_WORDS;  // steps that the banks hold side by side
-    localparam int TILE_DEPTH = (MAX_IN / LANES + BANKS - 1) / BANKS;
+    localparam int PORTS = JOINED > 1 ? 2 : 1;   // and the ports they come through
+    localparam int LEAD = 2, LEAST_SPAN = 8;     // tokens a port is ahead by; steps of a token that is read, at least
+    localparam int BANKS = TILE_IN / LANES;
+    localparam int TILE_DEPTH = MAX_IN / TILE_IN;
     localparam int ROW = TILE_DEPTH > 1 ? $clog2(TILE_DEPTH) : 1;
-    localparam int CACHE = TOKEN_BLOCK * MAX_IN / TILE_IN;
+    localparam int CACHE = TOKEN_BLOCK * MAX_IN / TILE_IN / PORTS;
     localparam int CACHE_AT = $clog2(CACHE);
     localparam int PARAMS = (TILE_OUT + NARROW - 1) / NARROW;  // rows of parameters
     localparam int PARAM = PARAMS > 1 ? $clog2(PARAMS) : 1;
     localparam int FOLD = NARROW / WIDE;         // wide words of a row of results
+    localparam int SECOND = (TILE_OUT / NARROW + 1) / 2 * NARROW;  // rows of the array from here on have the second port
     localparam int OUT_DEPTH = 64;
 
     // From a step on: its products' sums; the results' way to the queue of what is written.
@@ -199,6 +199,7 @@ module m3vit_experts #(
     logic [15:0] now_inputs, now_outputs, now_row, now_base, now_first, now_count;
     logic next_fresh, next_second;
     logic [15:0] next_inputs, next_outputs, next_row, next_base, next_first, next_count;
+    logic [15:0] now_half, next_half;  // outputs of the first port of weights
     logic [ADDRESS_BITS-1:0] expert_weights, expert_params;
     logic [EXPERT-1:0] expert_at;
     logic [2:0] asking;
@@ -261,6 +262,8 @@ module m3vit_experts #(
         end
     end
     assign asked = state == ASK && asking == 0;
+    assign next_half = WEIGHT_PORTS == 1 ? next_outputs : (next_outputs / 16'(NARROW) + 16'd1) / 16'd2 * 16'(NARROW);
+    always_ff @(posedge clk) if (pass_start) now_half <= next_half;
 
     // --- loading --------------------------------------------------------------------------------------------------
 
@@ -268,7 +271,7 @@ module m3vit_experts #(
     logic [TILE_OUT-1:0] write_output;
     logic [BANKS-1:0] write_bank;
     logic [ROW-1:0] write_at;
-    logic [BANKS*PORT_BITS-1:0] write_data;
+    logic [WEIGHT_PORTS*PORT_BITS-1:0] write_data;
     logic [NARROW-1:0] write_params;
     logic [PARAM-1:0] params_at;
     logic [NARROW*64-1:0] params_data;
@@ -281,6 +284,7 @@ module m3vit_experts #(
         .BANKS(BANKS),
         .DEPTH(TILE_DEPTH),
         .PORTS(WEIGHT_PORTS),
+        .SECOND(SECOND),
         .PARAMS(PARAMS)
     ) load (
         .clk(clk),
@@ -291,6 +295,7 @@ module m3vit_experts #(
         .second(next_second),
         .inputs(next_inputs),
         .outputs(next_outputs),
+        .half(next_half),
         .weights(expert_weights),
         .params(expert_params),
         .more(load_more),
@@ -321,7 +326,7 @@ module m3vit_experts #(
 
     // --- rows of tokens: requests for inputs and for what is added to, addresses of results --------------------------
 
-    logic walking, walk_valid, walk_ready;
+    logic walking, walk_valid, walk_ready, walk_port;
     logic [ADDRESS_BITS-1:0] inputs_at, results_at, scattered, dense;
     logic [17:0] walk_weight;
     logic [24:0] pitch;
@@ -331,11 +336,12 @@ module m3vit_experts #(
         ? wide_base + (ADDRESS_BITS'((dst + 32'(now_row)) / WIDE) << SHIFT)
         : narrow_base + (ADDRESS_BITS'(src / NARROW) << SHIFT);
     assign dense = narrow_base + (ADDRESS_BITS'((hidden + (now_second ? 0 : 32'(now_row))) / NARROW) << SHIFT);
-    assign input_words = now_inputs / 16'(NARROW * READS);
+    assign input_words = now_inputs / 16'(NARROW);
     assign result_words = now_outputs / (now_second ? 16'(WIDE) : 16'(NARROW));
     m3vit_walk #(
         .ADDRESS_BITS(ADDRESS_BITS),
         .PORT_BITS(PORT_BITS),
+        .PORTS(PORTS),
         .QUEUE(QUEUE)
     ) walk (
         .clk(clk),
@@ -356,6 +362,7 @@ module m3vit_experts #(
         .ready(walk_ready),
         .busy(walking),
         .valid(walk_valid),
+        .port(walk_port),
         .inputs_at(inputs_at),
         .results_at(results_at),
         .weight(walk_weight)
@@ -369,16 +376,16 @@ module m3vit_experts #(
     logic [$clog2(WEIGHTS):0] weights_held;
     logic [17:0] token_weight;
     logic weight_pop, no_weight;
-    assign row_push = {walk_valid, walk_valid && now_second, walk_valid && now_fresh && READS == 2, walk_valid && now_fresh};
+    assign row_push = {walk_valid, walk_valid && now_second, walk_valid && now_fresh && walk_port, walk_valid && now_fresh && !walk_port};
     always_comb begin
         row_in[0] = inputs_at;
-        row_in[1] = inputs_at + (1 << SHIFT);
+        row_in[1] = inputs_at;
         row_in[2] = results_at;
         row_in[3] = results_at;
         walk_ready = weights_held < ($clog2(WEIGHTS) + 1)'(WEIGHTS - 8);
         for (int r = 0; r < 4; r++) if (rows_held[r] >= ($clog2(AHEAD) + 1)'(AHEAD - 8)) walk_ready = 0;
     end
-    for (genvar r = 0; r < 4; r++) begin : rows
+    for (genvar r = 0; r < 4; r++) begin : row_queue
         m3vit_fifo #(
             .WIDTH(ADDRESS_BITS),
             .DEPTH(AHEAD)
@@ -412,11 +419,10 @@ module m3vit_experts #(
     logic [7:0] in_arlen[0:2];
     logic [PORT_BITS-1:0] in_rdata[0:2], in_word[0:2];
     logic [7:0] in_held[0:2];
-    for (genvar r = 0; r < 3; r++) begin : reads
+    for (genvar r = 0; r < 3; r++) begin : reading
         m3vit_axi_read #(
             .ADDRESS_BITS(ADDRESS_BITS),
-            .DATA_BITS(PORT_BITS),
-            .STRIDE(r < 2 ? READS : 1)
+            .DATA_BITS(PORT_BITS)
         ) read (
             .clk(clk),
             .reset(reset),
@@ -453,67 +459,71 @@ module m3vit_experts #(
 
     // --- steps ----------------------------------------------------------------------------------------------------
 
-    logic [15:0] n, i, steps, results, span;
-    logic [15:0] at_group, held_words;       // of the banks; words of the step's inputs that came
+    logic [15:0] n, i, steps, reads, results, span, least, ahead;
     logic [ROW-1:0] at_row;
     logic [PARAM-1:0] result_row;
     logic [7:0] result_fold;
-    logic [CACHE_AT-1:0] cache_at;
-    logic passing, multiplies, writes, used, last, room, may;
+    logic [15:0] fill_bank, filled;         // the word of inputs that is read; tokens read before it
+    logic [CACHE_AT-1:0] fill_at, kept_at;  // in the memories that keep inputs
+    logic passing, multiplies, writes, last, room, may, odd;
+    logic [1:0] fills;                      // words of inputs that a step reads
     logic [6:0] out_held, wide_held, promised;  // words of results; those that steps will give
-    logic [7:0] olds_promised;                  // words of wide_in that steps will take
+    logic [7:0] olds_promised;              // words of wide_in that steps will take
     logic out_push, old_pop;
-
-    assign steps = now_fresh ? input_words : now_inputs / 16'(TILE_IN);
+    assign steps = now_inputs / 16'(TILE_IN);
+    assign reads = now_fresh ? input_words / 16'(PORTS) : 0;  // of a token, in a pass over its steps
+    assign ahead = now_fresh ? 16'(LEAD * PORTS) : 0;
     assign results = result_words;
-    assign span = steps > results ? steps : results;
-    assign passing = computing && n <= now_count;
-    assign multiplies = passing && n < now_count && i < steps;
-    assign writes = passing && n != 0 && i < results;
-    assign used = !now_fresh || held_words + 16'(READS) == 16'(JOINED) || JOINED == 1;
+    always_comb begin
+        least = now_fresh ? (reads > 16'(LEAST_SPAN) ? reads : 16'(LEAST_SPAN)) : 0;
+        span = steps > results ? steps : results;
+        if (least > span) span = least;
+    end
+    assign passing = computing && n <= now_count + ahead;
+    assign multiplies = passing && n >= ahead && n < now_count + ahead && i < steps;
+    assign writes = passing && n > ahead && i < results;
+    assign filled = PORTS == 1 ? n : {n[15:1], 1'b0};
+    assign fills[0] = passing && i < reads && filled < now_count;
+    assign fills[1] = passing && i < reads && PORTS == 2 && filled + 1 < now_count;
+    assign odd = PORTS == 2 && n[0];  // ahead is even
     assign last = i + 1 == span;
     assign room = (now_second ? wide_held : out_held) + promised < 7'(OUT_DEPTH);
-    assign may = (!multiplies || !now_fresh || (in_valid[0] && (READS == 1 || in_valid[1])))
+    assign may = (fills & ~in_valid[1:0]) == 0
               && (!writes || (room && (!now_second || in_held[2] > olds_promised)))
               && (!loading || !load_more || load_ready);
     assign step = state == STEPS && may && !steps_end;
     assign steps_end = state == STEPS && !passing && !(loading && load_more);
-    assign in_pop[0] = step && multiplies && now_fresh;
-    assign in_pop[1] = step && multiplies && now_fresh && READS == 2;
-    assign in_pop[2] = old_pop;
+    assign in_pop = {old_pop, step ? fills : 2'd0};
 
     always_ff @(posedge clk) begin
         if (state == ASK) begin
             n <= 0;
             i <= 0;
-            at_group <= 0;
             at_row <= 0;
-            held_words <= 0;
-            cache_at <= 0;
+            fill_bank <= 0;
+            fill_at <= 0;
+            kept_at <= 0;
             result_row <= 0;
             result_fold <= 0;
         end else if (step && passing) begin
             i <= last ? 0 : i + 1;
             if (last) n <= n + 1;
-            if (multiplies) begin
-                held_words <= used ? 0 : held_words + 16'(READS);
-                if (used) begin
-                    cache_at <= cache_at + 1;
-                    at_group <= at_group + 1 == 16'(GROUPS) ? 0 : at_group + 1;
-                    if (at_group + 1 == 16'(GROUPS)) at_row <= at_row + 1;
-                end
+            if (fills != 0) begin
+                fill_bank <= fill_bank + 1 == 16'(JOINED) ? 0 : fill_bank + 1;
+                if (fill_bank + 1 == 16'(JOINED)) fill_at <= fill_at + 1;
             end
-            if (writes && now_second && result_fold + 1 != 8'(FOLD)) result_fold <= result_fold + 1;
-            else if (writes) begin
-                result_fold <= 0;
-                result_row <= result_row + 1;
+            if (multiplies) at_row <= at_row + 1;
+            if (writes) begin
+                result_fold <= now_second && result_fold + 1 != 8'(FOLD) ? result_fold + 1 : 0;
+                if (!now_second || result_fold + 1 == 8'(FOLD))
+                    result_row <= WEIGHT_PORTS == 2 && 16'(result_row + 1) * 16'(NARROW) == now_half
+                        ? PARAM'(SECOND / NARROW) : result_row + 1;
             end
             if (last) begin
-                at_group <= 0;
                 at_row <= 0;
-                held_words <= 0;
                 result_row <= 0;
                 result_fold <= 0;
+                if (n >= ahead && (PORTS == 1 || odd)) kept_at <= kept_at + CACHE_AT'(steps);
             end
         end
         if (reset) begin
@@ -531,39 +541,30 @@ module m3vit_experts #(
     always_ff @(posedge clk) alive <= reset ? 0 : {alive[ALIVE-1:0], step};
     assign drained = computing ? alive == 0 && !walking && narrow_idle && wide_idle : alive[1:0] == 0;
 
-    // --- operands: inputs from memory, which are kept for the block's other tiles, or those that were kept ------------
+    // --- operands: inputs are kept for all tiles of a block; tokens of each port have memories of their own ---------
 
-    logic fresh_1, take_1;
-    logic [15:0] held_1, group_1;
-    logic [PORT_BITS-1:0] came_1[0:1];
-    logic [JOINED*PORT_BITS-1:0] kept, x, skewed;
-    for (genvar j = 0; j < JOINED; j++) begin : inputs
-        logic here;
-        assign here = 16'(j) >= held_words && 16'(j) < held_words + 16'(READS);
-        m3vit_ram #(
-            .WIDTH(PORT_BITS),
-            .DEPTH(CACHE),
-            .STYLE(INPUTS)
-        ) cache (
-            .clk(clk),
-            .write(step && multiplies && now_fresh && here),
-            .write_at(cache_at),
-            .data(in_word[j%READS]),
-            .read_at(cache_at),
-            .word(kept[j*PORT_BITS+:PORT_BITS])
-        );
-        always_ff @(posedge clk) begin
-            if (take_1) x[j*PORT_BITS+:PORT_BITS] <= !fresh_1 ? kept[j*PORT_BITS+:PORT_BITS]
-                : 16'(j) >= held_1 && 16'(j) < held_1 + 16'(READS) ? came_1[j%READS] : x[j*PORT_BITS+:PORT_BITS];
+    logic odd_1;
+    logic [JOINED*PORT_BITS-1:0] kept[0:PORTS-1];
+    logic [JOINED*PORT_BITS-1:0] x, skewed;
+    for (genvar p = 0; p < PORTS; p++) begin : inputs
+        for (genvar j = 0; j < JOINED; j++) begin : bank
+            m3vit_ram #(
+                .WIDTH(PORT_BITS),
+                .DEPTH(CACHE),
+                .STYLE(INPUTS)
+            ) cache (
+                .clk(clk),
+                .write(step && fills[p] && fill_bank == 16'(j)),
+                .write_at(fill_at),
+                .data(in_word[p]),
+                .read_at(kept_at + CACHE_AT'(at_row)),
+                .word(kept[p][j*PORT_BITS+:PORT_BITS])
+            );
         end
     end
     always_ff @(posedge clk) begin
-        fresh_1 <= now_fresh;
-        take_1 <= step && multiplies;
-        held_1 <= held_words;
-        group_1 <= at_group;
-        came_1[0] <= in_word[0];
-        came_1[1] <= in_word[READS-1];
+        odd_1 <= odd;
+        x <= odd_1 ? kept[PORTS-1] : kept[0];
     end
     m3vit_skew #(
         .BITS (A_BITS),
@@ -584,7 +585,7 @@ module m3vit_experts #(
     ) summed (
         .clk(clk),
         .reset(reset),
-        .in({step && multiplies && used, step && passing && i == 0, step && passing && last}),
+        .in({step && multiplies, step && passing && i == 0, step && passing && last}),
         .out({add, first, hold})
     );
     for (genvar p = 0; p < TILE_OUT / 2; p++) begin : array
@@ -593,7 +594,6 @@ module m3vit_experts #(
             .W_BITS(W_BITS),
             .A_BITS(A_BITS),
             .PORT_BITS(PORT_BITS),
-            .BANKS(BANKS),
             .DEPTH(2 << ROW),
             .PACKED(PACKED),
             .STYLE(TILES),
@@ -602,9 +602,8 @@ module m3vit_experts #(
             .clk(clk),
             .write({write_bank & {BANKS{write_output[2*p+1]}}, write_bank & {BANKS{write_output[2*p]}}}),
             .write_at({!side, write_at}),
-            .data(write_data),
+            .data(write_data[(2*p<SECOND?0:WEIGHT_PORTS-1)*PORT_BITS+:PORT_BITS]),
             .read_at({side, at_row}),
-            .group(8'(group_1)),
             .x(skewed),
             .add(add),
             .first(first),
@@ -661,7 +660,7 @@ module m3vit_experts #(
                 sum_2 <= sums_1[from*SUM_BITS+:SUM_BITS];
                 params_2 <= params_1[from*45+:45];
             end
-        end else begin : narrow
+        end else begin : narrow_only
             always_ff @(posedge clk) begin
                 sum_2 <= sums_1[l*SUM_BITS+:SUM_BITS];
                 params_2 <= params_1[l*45+:45];
@@ -681,7 +680,7 @@ module m3vit_experts #(
 
     // Hidden channels.
     logic [PORT_BITS-1:0] narrow_word, wide_word;
-    for (genvar l = 0; l < NARROW; l++) begin : gelus
+    for (genvar l = 0; l < NARROW; l++) begin : narrow_way
         logic signed [ACT_BITS-1:0] value;
         m3vit_gelu #(
             .ACT_BITS(ACT_BITS),
@@ -718,7 +717,7 @@ module m3vit_experts #(
         .out(old_pop)
     );
     logic [PORT_BITS-1:0] added;
-    for (genvar l = 0; l < WIDE; l++) begin : scales
+    for (genvar l = 0; l < WIDE; l++) begin : wide_lane
         m3vit_scale scale (
             .clk(clk),
             .result(rounded[l*32+:32]),

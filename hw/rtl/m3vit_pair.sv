@@ -2,28 +2,26 @@
 //
 // PACKED: both share the multipliers (WP486): x * (low + 2^18 high). Four of these have the first sum in their low 18 bits,
 // since |x * low| is at most 2^14, and the second, less the borrow of the first, above.
-// LATENCY, in cycles: from `read_at` and a cycle-later select to the products' inputs 2, the cascade 6, taking apart and
+// LATENCY, in cycles: from `read_at` to the products' inputs 2, the cascade 6, taking apart and
 // adding 2, the accumulator 1: 11 from read_at to `sums` (m3vit_experts.sv counts them).
 module m3vit_pair #(
     parameter int TILE_IN = 16,
     parameter int W_BITS = 8,
     parameter int A_BITS = 8,
     parameter int PORT_BITS = 128,
-    parameter int BANKS = 1,       // memories of a word each, for an output
     parameter int DEPTH = 64,      // words of one
     parameter int PACKED = 1,
     parameter STYLE = "block",
     parameter int SUM_BITS = 48,
     localparam int ADDRESS = DEPTH > 1 ? $clog2(DEPTH) : 1,
     localparam int STEP = TILE_IN * W_BITS,  // bits of a step's weights
-    localparam int GROUPS = BANKS * PORT_BITS / STEP
+    localparam int BANKS = STEP / PORT_BITS  // memories of a word each, for an output
 ) (
     input  logic                       clk,
     input  logic [        2*BANKS-1:0] write,     // bank b of output o: bit o * BANKS + b
     input  logic [        ADDRESS-1:0] write_at,
-    input  logic [BANKS*PORT_BITS-1:0] data,
+    input  logic [PORT_BITS-1:0] data,
     input  logic [        ADDRESS-1:0] read_at,
-    input  logic [                7:0] group,     // of banks; a cycle after read_at
     input  logic [ TILE_IN*A_BITS-1:0] x,         // skewed
     input  logic                       add,       // the products, to
     input  logic                       first,     // nothing
@@ -45,16 +43,12 @@ module m3vit_pair #(
                 .clk(clk),
                 .write(write[o*BANKS+b]),
                 .write_at(write_at),
-                .data(data[b*PORT_BITS+:PORT_BITS]),
+                .data(data),
                 .read_at(read_at),
                 .word(words[b*PORT_BITS+:PORT_BITS])
             );
         end
-        if (GROUPS == 1) begin : one
-            always_ff @(posedge clk) y[o*STEP+:STEP] <= words;
-        end else begin : several
-            always_ff @(posedge clk) y[o*STEP+:STEP] <= words[group*STEP+:STEP];
-        end
+        always_ff @(posedge clk) y[o*STEP+:STEP] <= words;
         m3vit_skew #(
             .BITS (W_BITS),
             .COUNT(TILE_IN)

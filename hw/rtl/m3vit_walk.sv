@@ -1,8 +1,10 @@
 // Where the rows of a tile's tokens lie: of each token, in the order of its queue, the address of its inputs, that of its
-// results, and its weight by the router. A token a cycle; four cycles from `start` to the first.
+// results, and its weight by the router. A token a cycle; four cycles from `start` to the first. Where inputs come through
+// two ports, tokens are taken from both halves of a block in turn: each port reads whole rows of its half.
 module m3vit_walk #(
     parameter int ADDRESS_BITS = 40,
     parameter int PORT_BITS = 128,
+    parameter int PORTS = 1,   // of inputs
     parameter int QUEUE = 1024  // places
 ) (
     input  logic                     clk,
@@ -23,18 +25,20 @@ module m3vit_walk #(
     input  logic                     ready,          // there is room for this and the four before
     output logic                     busy,
     output logic                     valid,
+    output logic                     port,           // of its inputs
     output logic [ ADDRESS_BITS-1:0] inputs_at,
     output logic [ ADDRESS_BITS-1:0] results_at,
     output logic [             17:0] weight
 );
     localparam int SHIFT = $clog2(PORT_BITS / 8);
-    logic [15:0] n, place, token;
-    logic running, valid_1, valid_2, valid_3;
+    logic [15:0] n, taken, place, token;
+    logic running, valid_1, valid_2, valid_3, port_1, port_2, port_3;
     logic [17:0] weight_1, weight_2, weight_3;
     logic signed [16:0] token_2, place_1, place_2;
     logic signed [42:0] scattered_3, dense_3;
 
-    assign place = first + n;
+    assign taken = PORTS == 1 ? n : (n >> 1) + (n[0] ? (count + 16'd1) >> 1 : 0);
+    assign place = first + taken;
     assign busy = running || valid_1 || valid_2 || valid_3;
     m3vit_ram #(
         .WIDTH(34),
@@ -65,20 +69,24 @@ module m3vit_walk #(
             valid_2 <= valid_1;
             valid_3 <= valid_2;
         end
-        place_1 <= 17'(base + n);
+        port_1 <= n[0];
+        place_1 <= 17'(base + taken);
 
         token_2 <= 17'(token);
+        port_2 <= port_1;
         place_2 <= place_1;
         weight_2 <= weight_1;
 
         scattered_3 <= token_2 * $signed({1'b0, pitch});
         dense_3 <= place_2 * $signed({1'b0, dense_pitch});
         weight_3 <= weight_2;
+        port_3 <= port_2;
     end
     logic [ADDRESS_BITS-1:0] scattered_at, dense_at;
     assign scattered_at = scattered + (ADDRESS_BITS'(scattered_3) << SHIFT);
     assign dense_at = dense + (ADDRESS_BITS'(dense_3) << SHIFT);
     assign valid = valid_3;
+    assign port = PORTS != 1 && port_3;
     assign inputs_at = second ? dense_at : scattered_at;
     assign results_at = second ? scattered_at : dense_at;
     assign weight = weight_3;
