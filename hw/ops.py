@@ -60,9 +60,9 @@ class Timing(NamedTuple):
     read: int = 0
     write: int = 0
 
-    def loop(self, trips: int, ii: int = 1, reads: bool = False, writes: bool = False) -> int:
-        """Return the cycles of one pass of a pipelined loop."""
-        return trips * ii + self.depth + reads * self.read + writes * self.write
+    def loop(self, trips: int, ii: int = 1, reads: bool = False, writes: bool = False, after: int = 0) -> int:
+        """Return the cycles of one pass of a pipelined loop; after: cycles of its trips after the last write."""
+        return trips * ii + self.depth + reads * self.read + writes * max(0, self.write - after)
 
 
 LOOPS = Timing()  # trips alone
@@ -327,7 +327,7 @@ def _results(tile: Tile, h: Hardware) -> int:
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
     """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
     bits = GATE_BITS if isinstance(i, Gate) else h.weight_word
-    loads, spans, reading = [], [], []
+    loads, spans, idle, reading = [], [], [], []  # idle: steps after the last result
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
         rows = tile.outputs  # whose weights come through a port: half of the words of results
@@ -340,10 +340,12 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
             ports = 1 if isinstance(i, Conv) or h.tile_in == h.values(h.act_word) else 2
             span, ahead = max(span, tile.n_in // h.values(h.act_word) // ports, LEAST_SPAN), LEAD * ports
         spans.append((tile.tokens + 1 + ahead) * span)
+        idle.append(span - _results(tile, h))
         reading.append(tile.fresh or tile.adds)  # beside the next tile
     cycles = t.loop(loads[0] if loads else 0, reads=True)
-    for span, reads, following in zip(spans, reading, [*loads[1:], 0], strict=False):
-        cycles += t.loop(max(span, following), reads=reads or following > 0, writes=True)
+    for span, rest, reads, following in zip(spans, idle, reading, [*loads[1:], 0], strict=False):
+        trips = max(span, following)
+        cycles += t.loop(trips, reads=reads or following > 0, writes=True, after=trips - span + rest)
     return cycles
 
 

@@ -6,7 +6,8 @@ latency or bus is another evaluation of the same records.
 
 A pass takes trips times II; or, if that is more, what the busiest bus takes for its words (and `gap` for each run of
 consecutive ones, which is a burst), or the memory for all bytes; and depth cycles to fill and drain the pipeline, once
-the latency of a read if it reads, and of a write if it writes (requests are made ahead within a pass). One pass follows
+the latency of a read if it reads, and what is left of a write's when the trips after the last one are done (requests are
+made ahead within a pass). One pass follows
 the other: there is one program and no dataflow region.
 """
 
@@ -55,7 +56,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Trace:
-    """Records of frames: for each pass `frame`, `pc`, `loop`, `ii`, `trips`, and of each port `words` and `runs`."""
+    """Records of frames: for each pass `frame`, `pc`, `loop`, `ii`, `trips`, `written` (the last trip that wrote, from 1
+    on; 0: none), and of each port `words` and `runs`."""
 
     loops: list[str]
     ports: list[str]
@@ -68,7 +70,7 @@ class Trace:
             with open(path, "rb") as file:
                 names = json.loads(file.readline())
                 kind = np.dtype(
-                    [(name, "<u4") for name in ("frame", "pc", "loop", "ii", "trips")]
+                    [(name, "<u4") for name in ("frame", "pc", "loop", "ii", "trips", "written")]
                     + [(name, "<u4", (len(names["ports"]),)) for name in ("words", "runs")]
                 )
                 data = file.read()
@@ -103,7 +105,9 @@ def evaluate(trace: Trace, hardware: Hardware, assumed: Timed) -> Cycles:
     records, words = trace.records, trace.records["words"].astype(np.int64)
     gaps = assumed.gap * records["runs"].astype(np.int64)
     changed = np.array([assumed.iis.get(name, 0) for name in trace.loops])[records["loop"]]
-    loops = records["trips"].astype(np.int64) * np.where(changed > 0, changed, records["ii"])
+    iis = np.where(changed > 0, changed, records["ii"])
+    loops = records["trips"].astype(np.int64) * iis
+    after = (records["trips"].astype(np.int64) - records["written"]) * iis  # the last write
     beats = -(-hardware.port_bits // (assumed.bus_bits or hardware.port_bits))
     buses: dict[str, np.ndarray] = {}
     for place, port in enumerate(trace.ports):
@@ -115,7 +119,8 @@ def evaluate(trace: Trace, hardware: Hardware, assumed: Timed) -> Cycles:
     depths = np.array([assumed.depths.get(name, assumed.base.depth) for name in trace.loops])
     writing = np.array([port in WRITING for port in trace.ports])
     reads, writes = (words[:, chosen].any(axis=1) for chosen in (~writing, writing))
-    waits = depths[records["loop"]] + reads * assumed.base.read + writes * assumed.base.write
+    answers = writes * np.maximum(assumed.base.write - after, 0)
+    waits = depths[records["loop"]] + reads * assumed.base.read + answers
     return Cycles(np.maximum(np.maximum(loops, busiest), memory) + waits, loops, busiest, memory)
 
 

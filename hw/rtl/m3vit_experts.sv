@@ -144,13 +144,14 @@ module m3vit_experts #(
     localparam int PARAMS = (TILE_OUT + NARROW - 1) / NARROW;  // rows of parameters
     localparam int PARAM = PARAMS > 1 ? $clog2(PARAMS) : 1;
     localparam int FOLD = NARROW / WIDE;         // wide words of a row of results
+    localparam int FOLD_BITS = FOLD > 1 ? $clog2(FOLD) : 1;
     localparam int SECOND = (TILE_OUT / NARROW + 1) / 2 * NARROW;  // rows of the array from here on have the second port
     localparam int OUT_DEPTH = 64;
 
     // From a step on: its products' sums; the results' way to the queue of what is written.
     localparam int SUMMED = 10;
     localparam int SELECTED = 2, ROUNDED = 5, GELU = 10;
-    localparam int ALIVE = SUMMED + SELECTED + ROUNDED + GELU;
+    localparam int ALIVE = SUMMED + SELECTED + ROUNDED + GELU + 2;  // and through that queue
     localparam int WALKED = 4;  // from a pass's start to its first address
 
     // --- jobs: the tile that is multiplied (`now`), and the next, which is loaded ---------------------------------
@@ -337,7 +338,7 @@ module m3vit_experts #(
         : narrow_base + (ADDRESS_BITS'(src / NARROW) << SHIFT);
     assign dense = narrow_base + (ADDRESS_BITS'((hidden + (now_second ? 0 : 32'(now_row))) / NARROW) << SHIFT);
     assign input_words = now_inputs / 16'(NARROW);
-    assign result_words = now_outputs / (now_second ? 16'(WIDE) : 16'(NARROW));
+    assign result_words = now_second ? now_outputs / 16'(WIDE) : now_outputs / 16'(NARROW);
     m3vit_walk #(
         .ADDRESS_BITS(ADDRESS_BITS),
         .PORT_BITS(PORT_BITS),
@@ -462,7 +463,7 @@ module m3vit_experts #(
     logic [15:0] n, i, steps, reads, results, span, least, ahead;
     logic [ROW-1:0] at_row;
     logic [PARAM-1:0] result_row;
-    logic [7:0] result_fold;
+    logic [FOLD_BITS-1:0] result_fold;
     logic [15:0] fill_bank, filled;         // the word of inputs that is read; tokens read before it
     logic [CACHE_AT-1:0] fill_at, kept_at;  // in the memories that keep inputs
     logic passing, multiplies, writes, last, room, may, odd;
@@ -514,8 +515,8 @@ module m3vit_experts #(
             end
             if (multiplies) at_row <= at_row + 1;
             if (writes) begin
-                result_fold <= now_second && result_fold + 1 != 8'(FOLD) ? result_fold + 1 : 0;
-                if (!now_second || result_fold + 1 == 8'(FOLD))
+                result_fold <= now_second && result_fold != FOLD_BITS'(FOLD - 1) ? result_fold + 1 : 0;
+                if (!now_second || result_fold == FOLD_BITS'(FOLD - 1))
                     result_row <= WEIGHT_PORTS == 2 && 16'(result_row + 1) * 16'(NARROW) == now_half
                         ? PARAM'(SECOND / NARROW) : result_row + 1;
             end
@@ -617,12 +618,12 @@ module m3vit_experts #(
     // A row of them, NARROW side by side with their parameters; of a wide word a part of it.
     logic write_0, last_0;
     logic [PARAM-1:0] row_0;
-    logic [7:0] fold_0, fold_1;
+    logic [FOLD_BITS-1:0] fold_0, fold_1;
     logic [NARROW*SUM_BITS-1:0] sums_1;
     logic [NARROW*45-1:0] params_1;
     logic [NARROW*32-1:0] rounded;
     m3vit_delay #(
-        .BITS(10 + PARAM),
+        .BITS(2 + FOLD_BITS + PARAM),
         .CYCLES(SUMMED)
     ) selected (
         .clk(clk),
@@ -630,9 +631,13 @@ module m3vit_experts #(
         .in({step && writes, i + 16'd1 == results, result_fold, result_row}),
         .out({write_0, last_0, fold_0, row_0})
     );
+    logic [NARROW*SUM_BITS-1:0] sums_of[0:PARAMS-1];
+    for (genvar r = 0; r < PARAMS; r++) begin : result
+        assign sums_of[r] = sums[r*NARROW*SUM_BITS+:NARROW*SUM_BITS];
+    end
     always_ff @(posedge clk) begin
-        sums_1 <= sums[row_0*NARROW*SUM_BITS+:NARROW*SUM_BITS];
-        fold_1 <= fold_0;
+        sums_1 <= sums_of[row_0];
+        fold_1 <= now_second ? fold_0 : 0;
     end
     for (genvar l = 0; l < NARROW; l++) begin : lane
         logic [7:0] shifts;
@@ -654,12 +659,11 @@ module m3vit_experts #(
         logic [SUM_BITS-1:0] sum_2;
         logic [44:0] params_2;
         if (l < WIDE) begin : both
-            logic [15:0] from;
-            assign from = now_second ? 16'(fold_1) * WIDE + l : l;
-            always_ff @(posedge clk) begin
-                sum_2 <= sums_1[from*SUM_BITS+:SUM_BITS];
-                params_2 <= params_1[from*45+:45];
+            logic [SUM_BITS+44:0] folded[0:FOLD-1];
+            for (genvar f = 0; f < FOLD; f++) begin : part
+                assign folded[f] = {sums_1[(f*WIDE+l)*SUM_BITS+:SUM_BITS], params_1[(f*WIDE+l)*45+:45]};
             end
+            always_ff @(posedge clk) {sum_2, params_2} <= folded[fold_1];
         end else begin : narrow_only
             always_ff @(posedge clk) begin
                 sum_2 <= sums_1[l*SUM_BITS+:SUM_BITS];

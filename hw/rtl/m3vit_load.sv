@@ -69,7 +69,7 @@ module m3vit_load #(
     logic [15:0] row, w, bank, column, param;
     logic [ROW-1:0] bank_at;
     logic [PARAM-1:0] param_at;
-    logic rows_left, params_left, row_ends, any;
+    logic rows_left, params_left, row_ends;
 
     assign words = inputs / 16'(LANES);
     assign row_bytes = ADDRESS_BITS'(words) << SHIFT;
@@ -176,7 +176,6 @@ module m3vit_load #(
     assign ready = (has & ~valid) == 0 && (!params_left || params_valid);
     assign pop = step ? has : 0;
     assign params_pop = step && params_left;
-    assign any = step && rows_left;
     always_ff @(posedge clk) begin
         if (start) begin
             row <= 0;
@@ -203,8 +202,9 @@ module m3vit_load #(
                 end
             end
         end
-        write_output <= TILE_OUT'(any) << row;
-        if (PORTS == 2 && pop[PORTS-1]) write_output <= TILE_OUT'(any) << row | (TILE_OUT'(1) << SECOND) << row;
+        for (int o = 0; o < TILE_OUT; o++)
+            write_output[o] <= PORTS == 1 || o < SECOND ? pop[0] && row == 16'(o)
+                                                        : pop[PORTS-1] && row + 16'(SECOND) == 16'(o);
         for (int b = 0; b < BANKS; b++) write_bank[b] <= bank == 16'(b);
         write_data <= word;
         write_at <= bank_at;

@@ -32,7 +32,7 @@ MOST_FRAC = 23  # fractional bits of what GELU takes, of m3vit_gelu.sv
 PAGE = 4096
 # Cycles of a pass that are none of its steps and no latency of the memory, if it reads and writes; and of the first,
 # which only loads. m3vit_experts.sv: from the first address to the first step, and its stages.
-STEP_DEPTH, FIRST_DEPTH = 43, 13
+STEP_DEPTH, FIRST_DEPTH = 38, 13
 BITS_A_CYCLE = 256  # of the model's rate: parts of a byte
 
 

@@ -121,12 +121,12 @@ def check_runs(trace: Trace, program: Sequence[Instruction], hardware: Hardware)
 
 
 def records(*passes: tuple[int, int, int, dict[str, tuple[int, int]]]) -> Trace:
-    """A trace of passes (loop, II, trips, {port: (words, runs)}) of a first instruction."""
+    """A trace of passes (loop, II, trips, {port: (words, runs)}) of a first instruction; who writes does so last."""
     ports = ["weights", "gates", "params", "wide", "image"]
-    kind = [(name, "<u4") for name in ("frame", "pc", "loop", "ii", "trips")]
+    kind = [(name, "<u4") for name in ("frame", "pc", "loop", "ii", "trips", "written")]
     array = np.zeros(len(passes), [*kind, ("words", "<u4", (5,)), ("runs", "<u4", (5,))])
     for entry, (loop, ii, trips, moved) in zip(array, passes, strict=True):
-        entry["loop"], entry["ii"], entry["trips"] = loop, ii, trips
+        entry["loop"], entry["ii"], entry["trips"], entry["written"] = loop, ii, trips, trips
         for port, (words, runs) in moved.items():
             entry["words"][ports.index(port)], entry["runs"][ports.index(port)] = words, runs
     return Trace(["first", "second"], ports, array)
@@ -148,6 +148,11 @@ def test_time_by_hand() -> None:
     assert total() == [112, 200 + 12 + 70, 100 + 12 + 40, 160 + 12 + 70, 100 + 12 + 70]
     assert total(base=Assumptions(0, 0, 0)) == [100, 200, 100, 160, 100]
     assert total(base=Assumptions(0, 0, 0), depths={"second": 5}) == [100, 200, 105, 165, 105]
+    # The last write 30 trips before the end: its answer is 10 cycles behind; 50 before it, it is there.
+    for trips, waited in ((30, 10), (50, 0)):
+        trace.records["written"] = trace.records["trips"] - trips
+        assert total()[2] == 100 + 12 + waited
+    trace.records["written"] = trace.records["trips"]
     # A word of 128 bits is two beats of 64; the image moves single bytes.
     assert total(base=Assumptions(0, 0, 0), bus_bits=64) == [100, 200, 200, 320, 100]
     assert total(base=Assumptions(0, 0, 0), gap=3) == [100, 200, 130, 169, 115]

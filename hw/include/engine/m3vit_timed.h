@@ -1,8 +1,8 @@
 // Timed C-simulation: with -DM3VIT_TIMED, loops and ports are objects that write down what they do; without it a port is
 // a pointer, and a loop's object is empty: the code is the same.
 //
-// A record is one pass of a pipelined loop: its trips, and what it moved through each port, in words and in runs of
-// consecutive ones. It holds no time: m3vit/hw/timed.py makes cycles of it, under assumptions that it prints, as often as
+// A record is one pass of a pipelined loop: its trips, the last of them that reached a port that is written to (from 1 on,
+// 0: none), and what it moved through each port, in words and in runs of consecutive ones. It holds no time: m3vit/hw/timed.py makes cycles of it, under assumptions that it prints, as often as
 // wanted. Records go to the file that the environment's M3VIT_TIMED_TRACE names, after a line of JSON with the names.
 #ifndef M3VIT_TIMED_H_
 #define M3VIT_TIMED_H_
@@ -76,7 +76,7 @@ namespace vit {
 
 // What goes to the file.
 struct timed_record {
-    uint32_t frame, pc, loop, ii, trips, words[num_ports], runs[num_ports];
+    uint32_t frame, pc, loop, ii, trips, written, words[num_ports], runs[num_ports];
 };
 
 class timed_trace {
@@ -102,6 +102,8 @@ class timed_trace {
     void tick() { now.trips++; }
     void access(uint32_t port, size_t word) {
         now.words[port]++;
+        if (port == port_narrow_out || port == port_wide || port == port_output)
+            now.written = now.trips;
         now.runs[port] += word != following[port];
         following[port] = word + 1;
     }
