@@ -12,7 +12,7 @@ from pathlib import Path
 
 from m3vit.errors import InputError
 from m3vit.hw.hardware import LUT_RAM_DEPTH, Hardware
-from m3vit.hw.ops import ENGINES, memories
+from m3vit.hw.ops import ENGINES, OnChip, memories
 
 BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8, "uram": 0.8}
 FIXED_DSP = 20  # addresses
@@ -60,21 +60,28 @@ BOARDS = {
 }
 
 
+def taken(memory: OnChip) -> dict[str, int]:
+    """Return the modelled LUTs, BRAM36 or URAMs of an on-chip memory."""
+    if memory.kind == "uram":
+        return {
+            "lut": 0,
+            "bram36": 0,
+            "uram": memory.copies * math.ceil(memory.bits / 72) * math.ceil(memory.words / 4096),
+        }
+    if memory.kind == "bram" or (memory.kind == "any" and memory.words > LUT_RAM_DEPTH):
+        one = min(math.ceil(memory.bits / width) * math.ceil(memory.words / depth) for depth, width in BRAM_SHAPES)
+        return {"lut": 0, "bram36": memory.copies * one, "uram": 0}
+    bits_a_lut = 14 if memory.words <= LUT_RAM_DEPTH // 2 else 7
+    deep = math.ceil(memory.words / LUT_RAM_DEPTH)
+    return {"lut": memory.copies * 8 * deep * math.ceil(memory.bits / bits_a_lut), "bram36": 0, "uram": 0}
+
+
 def resources(hardware: Hardware) -> dict[str, int]:
     """Return the modelled LUTs, BRAM36, DSPs and URAMs."""
     used = {"lut": FIXED_LUT, "bram36": 0, "dsp": FIXED_DSP, "uram": 0}
     for memory in memories(hardware):
-        columns = math.ceil(memory.bits / 72)
-        if memory.kind == "uram":
-            used["uram"] += memory.copies * columns * math.ceil(memory.words / 4096)
-        elif memory.kind == "bram" or (memory.kind == "any" and memory.words > LUT_RAM_DEPTH):
-            used["bram36"] += memory.copies * min(
-                math.ceil(memory.bits / width) * math.ceil(memory.words / depth) for depth, width in BRAM_SHAPES
-            )
-        else:
-            bits_a_lut = 14 if memory.words <= LUT_RAM_DEPTH // 2 else 7
-            deep = math.ceil(memory.words / LUT_RAM_DEPTH)
-            used["lut"] += memory.copies * 8 * deep * math.ceil(memory.bits / bits_a_lut)
+        for name, count in taken(memory).items():
+            used[name] += count
     for engine in ENGINES.values():
         used["dsp"] += engine.multipliers(hardware) + engine.dsps(hardware)
         used["lut"] += engine.multipliers(hardware) * LUT_PER_MULTIPLIER + engine.shifters(hardware) * LUT_PER_SHIFTER

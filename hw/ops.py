@@ -45,8 +45,9 @@ ROUTE_ROWS = 16  # tokens whose logits the router reads at once
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
+_GELU = next(table for table in TABLES if table.name == "gelu_gap")
+GELU_BITS, GELU_ENTRIES = max(_GELU.values()).bit_length(), _GELU.intervals + 1
 TABLE_BITS = max(value.bit_length() for table in TABLES for value in table.values())
-TABLE_ENTRIES = max(table.intervals for table in TABLES) + 1
 EXP_ENTRIES = min(table.intervals for table in TABLES) + 1  # of all tables but GELU's
 
 Queue = Sequence[int]
@@ -106,8 +107,8 @@ class OpSpec(NamedTuple):
     macs: Callable[[Any, Queue], int] = lambda i, queue: 0
 
 
-def _tables(copies: int, entries: int) -> OnChip:
-    return OnChip("look-up tables", copies, TABLE_BITS, entries)
+def _tables(copies: int) -> OnChip:
+    return OnChip("look-up tables", copies, TABLE_BITS, EXP_ENTRIES)
 
 
 def _times(count: int, size: int) -> int:
@@ -155,7 +156,7 @@ def norm_memories(h: Hardware) -> list[OnChip]:
         OnChip("rows that are summed and centred", 1, 32 * lanes, 4 * words),
         OnChip("differences from the mean", 2, 48 * lanes, 4 * words),
         OnChip("scales, biases", 2 * h.norm_words, h.port_bits, words),
-        _tables(2, EXP_ENTRIES),  # both of 1/sqrt
+        _tables(2),  # both of 1/sqrt
     ]
 
 
@@ -197,7 +198,7 @@ def attention_memories(h: Hardware) -> list[OnChip]:
         OnChip("sums of before", 1, min(channels, h.tile_out) * sums, rounds * _times(channels, h.tile_out), "lut"),
         OnChip("context", 1, min(channels, h.tile_out) * sums, h.groups * _times(channels, h.tile_out)),
         OnChip("total and maximum", 2, sums, h.groups * h.group),
-        _tables(h.lanes + 1, EXP_ENTRIES),  # 2^-x of each score, 1/x
+        _tables(h.lanes + 1),  # 2^-x of each score, 1/x
     ]
 
 
@@ -254,7 +255,7 @@ def route_memories(h: Hardware) -> list[OnChip]:
         OnChip("logits", 1, h.port_bits, ROUTE_ROWS * _words(h, h.max_experts, WIDE_BITS)),
         OnChip("choices, queues", 2, 16 + PROB_FRAC + 1, h.max_rows * h.max_top),
         OnChip("counts, starts, active experts", 3, 16, h.max_experts),
-        _tables(2, EXP_ENTRIES),  # 2^-x, 1/x
+        _tables(2),  # 2^-x, 1/x
     ]
 
 
@@ -299,7 +300,7 @@ def linear_memories(h: Hardware) -> list[OnChip]:
         OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
         OnChip("weights of two tiles", banks * h.tile_out, h.port_bits, words, tiles_in),
         OnChip("gates of two tiles", gate_banks * h.gate_out, h.port_bits, gate_words, gates_in),
-        _tables(h.values(h.act_word), TABLE_ENTRIES),  # GELU
+        OnChip("table of GELU", h.values(h.act_word), GELU_BITS, GELU_ENTRIES),
     ]
 
 

@@ -6,9 +6,8 @@ latency or bus is another evaluation of the same records.
 
 A pass takes trips times II; or, if that is more, what the busiest bus takes for its words (and `gap` for each run of
 consecutive ones, which is a burst), or the memory for all bytes; and depth cycles to fill and drain the pipeline, once
-the latency of a read if it reads, and what is left of a write's when the trips after the last one are done (requests are
-made ahead within a pass). One pass follows
-the other: there is one program and no dataflow region.
+the latency of a read if it reads, and what is left of a write's when the trips after the last write are done (requests
+are made ahead within a pass). One pass follows the other: there is one program and no dataflow region.
 """
 
 import json
@@ -56,8 +55,8 @@ class Timed:
 
 @dataclass(frozen=True)
 class Trace:
-    """Records of frames: for each pass `frame`, `pc`, `loop`, `ii`, `trips`, `written` (the last trip that wrote, from 1
-    on; 0: none), and of each port `words` and `runs`."""
+    """Records of frames: for each pass `frame`, `pc`, `loop`, `ii`, `trips`, `written` (the last trip that wrote, from
+    1 on; 0: none), and of each port `words` and `runs`."""
 
     loops: list[str]
     ports: list[str]
