@@ -10,7 +10,7 @@ ROW, REORDERING = 0.007, 0.0003  # of a row of table 4, and of what its memory a
 EDGE_MOE = (-0.10, 0.05)
 TABLE4, MEASURED = Table4(), EdgeMoe()
 HALF = (0.45, 0.55)
-TIMED = 0.05
+TIMED, RTL = 0.05, 0.005
 
 
 class Row(NamedTuple):
@@ -77,10 +77,24 @@ def timed_rows(name: str, report: Mapping[str, Any]) -> Iterator[Row]:
             yield Row(f"{name}, {task}, {part}", "ms", *levels, -TIMED, TIMED)
 
 
-def validate(projects: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[Row]:
-    """Return all rows; projects: timed C-simulations by name."""
+def rtl_rows(name: str, report: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield of each layer with experts the cycles of timed C-simulation beside those of the expert engine's RTL
+    (m3vit.export.hls.multiplexed.rtl), both with the RTL's depths."""
+    per_ms, levels = report["clock_mhz"] * 1e3, ("timed C-sim with the RTL's depths", "RTL (Verilator)")
+    for layer in report["layers"]:
+        what = f"{name}, {report['task']}, experts {layer['layer']}"
+        timed, cycles = layer["timed_cycles"] / per_ms, layer["cycles"] / per_ms
+        yield Row(what, "ms", timed, levels[0], cycles, levels[1], -RTL, RTL)
+
+
+def validate(
+    projects: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    engines: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> list[Row]:
+    """Return all rows; projects: timed C-simulations by name, engines: what the RTL of their experts did."""
     timed = [row for name, report in projects.items() for row in timed_rows(name, report)]
-    return [*table4_rows(), *edge_moe_rows(), *timed]
+    rtl = [row for name, report in engines.items() for row in rtl_rows(name, report)]
+    return [*table4_rows(), *edge_moe_rows(), *timed, *rtl]
 
 
 def plain(rows: list[Row]) -> dict[str, Any]:

@@ -84,6 +84,10 @@ COMMANDS: dict[str, Command] = {
         "Compare torch, emulator and C++ of an HLS project on one image, layer by layer.",
         *command(hardware.Trace, hardware.run_trace),
     ),
+    "hw rtl": (
+        "Run the expert engine's SystemVerilog under Verilator: words, cycles, resources. Exit code 1 if one is out.",
+        *command(hardware.Rtl, hardware.run_rtl),
+    ),
     "hw validate": (
         "Print numbers of the accelerator that must agree with published ones. Exit code 1 if one is out.",
         *command(hardware.Validate, hardware.run_validate),
@@ -117,6 +121,7 @@ PLUGGABLE = (
     "export hls",
     "hw csim",
     "hw trace",
+    "hw rtl",
     "hw report",
     "hw cost",
     "hw explore",

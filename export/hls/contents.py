@@ -125,7 +125,7 @@ def check_replaceable(out: Path) -> None:
         work = [name for name in editable_names(found & set(files)) if sha256_file(out / name) != files[name]]
         if work:
             raise InputError(f"{out} holds work of yours ({edited(work)}), which would be lost: {advice}")
-        built = {name for name in found if name.endswith((".so", ".o")) or PARTIAL in name}
+        built = {name for name in found if name.endswith((".so", ".o")) or name.startswith("rtl/") or PARTIAL in name}
         return BUILT | set(files) | built
 
     require_replaceable(out, "project", MANIFEST, own)

@@ -1,11 +1,11 @@
-"""m3vit hw csim --timed, hw trace, hw validate, hw report."""
+"""m3vit hw csim --timed, hw trace, hw rtl, hw validate, hw report."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from m3vit.commands.terminal import console, progress_bar, say, say_changed
-from m3vit.options import File, Folder, Value
+from m3vit.options import File, Folder, Positive, Value
 
 
 def above_zero(text: str) -> float:
@@ -89,11 +89,83 @@ def print_trace(found: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Rtl:
+    """Options of m3vit hw rtl.
+
+    Attributes:
+        project: HLS project of the multiplexed schedule (m3vit export hls)
+        layer: the layer with experts, from 1 on (default: all)
+        task: the task of the frame (default: the first)
+        synth: also the engine's resources, by Yosys beside the closed form
+        json: also write what is printed to this file (default: do not)
+    """
+
+    project: Annotated[Path, Value(metavar="DIR", positional=True)]
+    layer: Positive | None = None
+    task: Annotated[str, Value(metavar="TASK")] | None = None
+    synth: bool = False
+    json: File | None = None
+
+
+def run_rtl(wanted: Rtl) -> int:
+    """Print the RTL's words and cycles beside the other levels; return 1 if a word or a layer's cycles are out."""
+    from m3vit.export.hls.multiplexed.rtl import simulate
+    from m3vit.files import write_json
+    from m3vit.hw.validate import rtl_rows
+
+    with progress_bar("RTL") as bar:
+        found = simulate(wanted.project, wanted.task, wanted.layer, wanted.synth, bar)
+    if wanted.json:
+        write_json(wanted.json, found)
+    print_rtl(found)
+    rows = list(rtl_rows(wanted.project.resolve().name, found))
+    return int(not all(row.holds for row in rows) or any(layer["different"] for layer in found["layers"]))
+
+
+def print_rtl(found: dict[str, Any]) -> None:
+    """Print what the RTL did: a row for each layer with experts."""
+    from rich.table import Table
+
+    table = Table(caption=f"{found['board']} at {found['clock_mhz']} MHz, task {found['task']}; {found['note']}")
+    titles = (
+        "layer",
+        "experts, tokens",
+        "words differ",
+        "RTL cycles",
+        "timed C-sim",
+        "against",
+        "as assumed",
+        "modelled",
+    )
+    for title in titles:
+        table.add_column(title, justify="right")
+    for layer in found["layers"]:
+        tokens = f"{len(layer['tokens'])}, {min(layer['tokens'])} to {max(layer['tokens'])}"
+        cells = [str(layer["layer"]), tokens, str(layer["different"]), str(layer["cycles"]), str(layer["timed_cycles"])]
+        cells += [f"{100 * layer['difference']:+.3f} %", str(layer["timed_as_assumed_cycles"])]
+        table.add_row(*cells, str(layer["modelled_cycles"]))
+    console(max(console().width, 140)).print(table)
+    depths = ", ".join(f"{loop} {depth}" for loop, depth in found["depths"].items())
+    say(
+        f"timed C-sim: with the RTL's own depths ({depths}); as assumed: {found['assumed']['depth']} for every loop; "
+        f"words differ: from the emulator's"
+    )
+    if "resources" in found:
+        yosys, modelled = (found["resources"][level] for level in ("yosys", "modelled"))
+        said = "; ".join(
+            f"{kind} {yosys[kind]} by Yosys, {modelled[kind]} modelled" for kind in ("dsp", "bram18", "uram")
+        )
+        say(f"resources of the expert engine: {said}; by Yosys {yosys['lut']} LUTs, {yosys['ff']} registers")
+    say_changed(found["changed_files"], found["changes"])
+
+
+@dataclass(frozen=True)
 class Validate:
     """Options of m3vit hw validate.
 
     Attributes:
-        project: an HLS project of the multiplexed schedule, whose timed C-simulation is run too (default: none)
+        project: an HLS project of the multiplexed schedule, whose timed C-simulation is run too, and its experts as
+            RTL if there is a Verilator (default: none)
         json: also write the rows to this file (default: do not)
     """
 
@@ -108,13 +180,24 @@ def run_validate(wanted: Validate) -> int:
     from m3vit.files import write_json
     from m3vit.hw.validate import all_hold, plain, validate
 
-    projects = {}
+    projects, engines, missing = {}, {}, ""
     if wanted.project:
+        from m3vit.errors import InputError
+        from m3vit.export.hls.multiplexed.rtl import simulate
         from m3vit.export.hls.multiplexed.timing import evaluated, record
+        from m3vit.hw.sim.rtl import find_tool
 
+        name = wanted.project.resolve().name
         with progress_bar("timing") as bar:
-            projects[wanted.project.resolve().name] = evaluated(wanted.project, record(wanted.project, progress=bar))
-    rows = validate(projects)
+            projects[name] = evaluated(wanted.project, record(wanted.project, progress=bar))
+        try:
+            find_tool("verilator")
+        except InputError as error:
+            missing = f"no row of the RTL: {error}"
+        else:
+            with progress_bar("RTL") as bar:
+                engines[name] = simulate(wanted.project, progress=bar)
+    rows = validate(projects, engines)
     if wanted.json:
         write_json(wanted.json, plain(rows))
     table = Table(caption="nothing was synthesised, nothing ran on a board")
@@ -127,6 +210,8 @@ def run_validate(wanted: Validate) -> int:
         table.add_row(row.what, *said, "" if row.holds else "OUT")
     console(max(console().width, 180)).print(table)
     out = sum(not row.holds for row in rows)
+    if missing:
+        say(missing)
     say(f"{len(rows) - out} of {len(rows)} agree" + (f", {out} are out" if out else ""))
     return 0 if all_hold(rows) else 1
 
