@@ -111,8 +111,8 @@ def test_fields_of_an_opcode_have_words_of_their_own(op: Op) -> None:
 
 NOWHERE: dict[str, int] = {"weights": 0, "params": 0}
 # 16 x 16 multipliers, 16 outputs a gate tile, blocks of 32 tokens, 32 queries (one at once) and 64 keys, heads of up to
-# 32; words of 8 narrow values, weights or gates, and of 4 wide ones. Inputs come through two ports, four tokens ahead; tokens
-# that are read take 8 steps each, the least.
+# 32; words of 8 narrow values, weights or gates, and of 4 wide ones. Inputs come through two ports, four tokens ahead;
+# tokens that are read take 8 steps each, the least.
 CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
     Op.IMAGE: (isa.Patches(rows=6, n_in=48, patch=4, columns=3), [], 6 * 48),
     Op.POSITION: (isa.Position(rows=7, n_out=32, params=0, prefix=1), [], 7 * 8),
@@ -134,13 +134,13 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
     ),
     # 9 to reset; 3 words of 50 tokens; of each 9 logits, 9 exponentials, 3 choices; 9 starts; 50 x 3 places at II = 2.
     Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 150 + 50 * 21 + 9 + 300),
-    # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens, four ahead and one more: 8 steps each, beside
-    # 16; the second tile, 10 tokens and one more, has 2 steps = 22.
+    # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens, four ahead and one more: 8 steps each,
+    # beside 16; the second tile, 10 tokens and one more, has 2 steps = 22.
     Op.LINEAR: (isa.Linear(rows=10, n_in=32, n_out=20, mode=Mode.NARROW, **NOWHERE), [], 64 + 120 + 22),
     # One tile of 9 outputs, 36 words, and 15 x 8.
     Op.GATE: (isa.Gate(rows=10, n_in=32, n_out=9, **NOWHERE), [], 36 + 120),
-    # One expert has 3 tokens, 16 -> 16 -> 16: 32 words of weights a map. Each map reads its inputs: 3 tokens, four ahead
-    # and one more, of 8 steps.
+    # One expert has 3 tokens, 16 -> 16 -> 16: 32 words of weights a map. Each map reads its inputs: 3 tokens, four
+    # ahead and one more, of 8 steps.
     Op.EXPERTS: (
         isa.Experts(
             rows=10, n_in=16, n_out=16, gelu_in=9, gelu_out=9, experts=5, hidden_pitch=16,
