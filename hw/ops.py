@@ -39,6 +39,7 @@ from m3vit.hw.tables import PROB_FRAC, TABLES
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
 WIDE_BITS = 32
 RING = 4  # blocks of keys and values on chip
+NORM_PAIRS = 4  # places for pairs of rows that LayerNorm reads, sums and centres
 NORM_SPAN = 16  # steps that LayerNorm gives a row at least
 LEAD, LEAST_SPAN = 2, 8  # by how many tokens a port reads inputs ahead, and least steps of a token that is read
 ROUTE_ROWS = 16  # tokens whose logits the router reads at once
@@ -151,8 +152,9 @@ def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
 
 def norm_memories(h: Hardware) -> list[OnChip]:
     lanes, words = h.norm_words * h.values(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
+    longest = _times(words, h.norm_words)
     return [
-        OnChip("rows that are summed and centred", 1, 32 * lanes, 4 * words),
+        OnChip("rows that were read", 2 * h.norm_words, h.port_bits, NORM_PAIRS * longest),
         OnChip("differences from the mean", 2, 48 * lanes, 4 * words),
         OnChip("scales, biases", 2 * h.norm_words, h.port_bits, words),
         _tables(2, EXP_ENTRIES),  # both of 1/sqrt
@@ -160,11 +162,11 @@ def norm_memories(h: Hardware) -> list[OnChip]:
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least,
-    three rows more than there are to drain its stages."""
-    words = _words(h, i.n_in, WIDE_BITS)
-    span = max(_times(words, h.norm_words if i.mode == Mode.NARROW else 1), NORM_SPAN)
-    return t.loop(2 * words, reads=True) + t.loop((i.rows + 3) * span, reads=True, writes=True)
+    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least; more
+    rows than there are, by one for each port that reads ahead and three to drain its stages."""
+    words, ports = _words(h, i.n_in, WIDE_BITS), h.norm_words if i.mode == Mode.NARROW else 1
+    rows = i.rows + ports + 3
+    return t.loop(2 * words, reads=True) + t.loop(rows * max(_times(words, ports), NORM_SPAN), reads=True, writes=True)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:

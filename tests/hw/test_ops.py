@@ -116,13 +116,14 @@ NOWHERE: dict[str, int] = {"weights": 0, "params": 0}
 CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
     Op.IMAGE: (isa.Patches(rows=6, n_in=48, patch=4, columns=3), [], 6 * 48),
     Op.POSITION: (isa.Position(rows=7, n_out=32, params=0, prefix=1), [], 7 * 8),
-    # 24 channels are 6 words: of scales, and of biases. 5 rows and 3 more take 16 steps each, the least.
+    # 24 channels are 6 words: of scales, and of biases. 5 rows, one ahead and 3 more take 16 steps each,
+    # the least.
     Op.NORM: (
         isa.Norm(
             rows=5, n_in=24, n_out=24, params=0, mode=Mode.WIDE, shift=0, bias_shift=0, sqrt_dim=0, eps=1
         ),
         [],
-        2 * 6 + (5 + 3) * 16,
+        2 * 6 + (5 + 4) * 16,
     ),
     # A head of 24 channels is 3 words. 64 to clear what it leaves of 32. Blocks of 24, 24 and 22 queries, and of 64 and
     # 6 keys. A query takes 16 cycles: 4 passes of keys x 2 steps of channels, 4 steps of keys x 2 passes of channels;
