@@ -42,7 +42,7 @@ RING = 4  # blocks of keys and values on chip
 NORM_PAIRS = 4  # places for pairs of rows that LayerNorm reads, sums and centres
 NORM_SPAN = 16  # steps that LayerNorm gives a row at least
 LEAD, LEAST_SPAN = 2, 8  # by how many tokens a port reads inputs ahead, and least steps of a token that is read
-ROUTE_ROWS = 16  # tokens whose logits the router reads at once
+ROUTE_SPAN = 16  # steps that the router gives a token at least
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
@@ -253,19 +253,18 @@ def attention_needs(i: Attention) -> dict[str, int]:
 
 def route_memories(h: Hardware) -> list[OnChip]:
     return [
-        OnChip("logits", 1, h.port_bits, ROUTE_ROWS * _words(h, h.max_experts, WIDE_BITS)),
+        OnChip("logits", 4, h.port_bits, _words(h, h.max_experts, WIDE_BITS)),
         OnChip("choices, queues", 2, 16 + PROB_FRAC + 1, h.max_rows * h.max_top),
         OnChip("counts, starts, active experts", 3, 16, h.max_experts),
-        _tables(2, EXP_ENTRIES),  # 2^-x, 1/x
+        _tables(3, EXP_ENTRIES),  # 2^-x of what is summed, and of what is chosen; 1/x
     ]
 
 
 def route_cycles(i: Route, h: Hardware, queue: Queue, t: Timing) -> int:
-    """route: Reset; for ROUTE_ROWS tokens Read; by token Logit, Softmax, Choose; Start; Place at II=2."""
-    words = _words(h, i.n_in, WIDE_BITS)
-    blocks = [min(ROUTE_ROWS, i.rows - start) for start in range(0, i.rows, ROUTE_ROWS)]
-    token = 2 * t.loop(i.n_in) + t.loop(i.top_k) + t.loop(i.top_k, 2)
-    return 2 * t.loop(i.n_in) + sum(t.loop(rows * words, reads=True) for rows in blocks) + i.rows * token
+    """route: Reset; Token, a logit an iteration, ROUTE_SPAN a token at least, three tokens more; Start; Place at II=2."""
+    span = max(i.n_in, i.top_k, ROUTE_SPAN)
+    token = t.loop((i.rows + 3) * span, reads=True)
+    return 2 * t.loop(i.n_in) + token + t.loop(i.rows * i.top_k, 2)
 
 
 def route_traffic(i: Route, h: Hardware, queue: Queue = ()) -> Bytes:

@@ -133,8 +133,8 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
         [],
         64 + 70 * 3 + 3 * 384 + 3 * (2 * 3 + 3) * 128 + 70 * 3,
     ),
-    # 9 to reset; 3 words of 50 tokens; of each 9 logits, 9 exponentials, 3 choices; 9 starts; 50 x 3 places at II = 2.
-    Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 150 + 50 * 21 + 9 + 300),
+    # 9 to reset; 50 tokens and three more of 16 steps, the least; 9 starts; 50 x 3 places at II = 2.
+    Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 53 * 16 + 9 + 300),
     # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens, four ahead and one more: 8 steps each,
     # beside 16; the second tile, 10 tokens and one more, has 2 steps = 22.
     Op.LINEAR: (isa.Linear(rows=10, n_in=32, n_out=20, mode=Mode.NARROW, **NOWHERE), [], 64 + 120 + 22),

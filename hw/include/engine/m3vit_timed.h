@@ -26,10 +26,7 @@ enum loop_id {
     loop_norm_load,
     loop_norm_row,
     loop_router_reset,
-    loop_router_read,
-    loop_router_logit,
-    loop_router_softmax,
-    loop_router_choose,
+    loop_router_token,
     loop_router_start,
     loop_router_place,
     num_loops
@@ -119,9 +116,8 @@ class timed_trace {
         if (file)
             fputs("{\"loops\": [\"engine_fetch\", \"attention_rest\", \"attention_query\", \"attention_divide\", "
                   "\"attention_first\", \"compute_step\", \"linear_first\", \"norm_pixel\", "
-                  "\"norm_token\", \"norm_load\", \"norm_row\", \"router_reset\", \"router_read\", "
-                  "\"router_logit\", \"router_softmax\", \"router_choose\", \"router_start\", "
-                  "\"router_place\"], "
+                  "\"norm_token\", \"norm_load\", \"norm_row\", \"router_reset\", \"router_token\", "
+                  "\"router_start\", \"router_place\"], "
                   "\"ports\": [\"image\", \"weights\", \"more_weights\", \"gates\", \"params\", \"keys\", \"narrow_in\", "
                   "\"narrow_out\", \"wide_in\", \"wide\", \"output\"]}\n",
                   file);
