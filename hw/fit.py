@@ -12,7 +12,7 @@ from m3vit.hw.boards import BOARDS, BUDGETS, Board, fits, resources
 from m3vit.hw.cost import lines_of
 from m3vit.hw.design import SIZES
 from m3vit.hw.hardware import GROUPS, TILES_OUT, Hardware, round_up, row_unit
-from m3vit.hw.isa import Instruction
+from m3vit.hw.isa import Instruction, Patches
 from m3vit.hw.ops import needs
 from m3vit.hw.program import MAX_TOKENS
 
@@ -25,7 +25,10 @@ def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: i
     least = Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
     unit = row_unit(least.weight_word, least.act_word, board.port_bits)
     limits["max_in"] = round_up(limits["max_in"], unit)
-    return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], port_bits=board.port_bits, **limits)
+    least = replace(least, port_bits=board.port_bits)
+    # They divide a line of a patch and a narrow word.
+    pixels = math.gcd(least.values(least.act_word), *(3 * i.patch for i in program if isinstance(i, Patches)))
+    return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], pixels=pixels, **limits)
 
 
 def sizes_of(hardware: Hardware, board: Board, fixed: Sizes) -> Iterator[Hardware]:

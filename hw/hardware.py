@@ -49,6 +49,7 @@ class Hardware:
     port_bits: int = PORT_BITS
     weight_ports: int = 1
     norm_words: int = 1  # that LayerNorm takes a step
+    pixels: int = 1  # values of the image that are read at once
 
     @property
     def packed(self) -> bool:

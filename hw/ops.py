@@ -129,8 +129,8 @@ def _bytes(h: Hardware, words: int) -> int:
 
 
 def image_cycles(i: Patches, h: Hardware, queue: Queue, t: Timing) -> int:
-    """read_image: one pixel value an iteration, a loop for each patch."""
-    return i.rows * t.loop(i.n_in, reads=True, writes=True)
+    """read_image: `pixels` values an iteration."""
+    return t.loop(i.rows * i.n_in // h.pixels, reads=True, writes=True)
 
 
 def image_traffic(i: Patches, h: Hardware, queue: Queue = ()) -> Bytes:

@@ -38,7 +38,7 @@ BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can bui
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
-TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
+TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
            const vit_words::weights *more_weights, const vit_words::gates *gates, const vit_words::wide *params,
            const vit_words::narrow *keys, const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out,
            const vit_words::wide *wide_in, vit_words::wide *wide, int32_t *output"""
@@ -150,14 +150,21 @@ def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
 
 
 def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
-    """Return the words that each port of the accelerator reaches; of image and output single values."""
+    """Return the words that each port of the accelerator reaches; of the output single values."""
     memory = image.memory
     lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
     narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.values(hardware.act_word)))
     wide = -(-memory.wide // hardware.values(32))
     sections = {name: max(1, -(-getattr(image, name).size // hardware.values(bits))) for name, bits in lanes.items()}
     sections["more_weights"] = sections["weights"]
-    return {"image": memory.image, **sections, **narrow, "wide_in": wide, "wide": wide, "output": memory.output}
+    return {
+        "image": memory.image // hardware.pixels,
+        **sections,
+        **narrow,
+        "wide_in": wide,
+        "wide": wide,
+        "output": memory.output,
+    }
 
 
 def program_lines(image: Image) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
 //   widths     act_bits; packed: two products share a multiplier (both have 8 bits)
 //   memory     port_bits: the width of a port; a word is what it moves in a cycle; weight_ports: 1, or 2 that weights are
-//              read through
+//              read through; pixels: values of the image that are read at once
 //   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; token_block tokens whose inputs
 //              are kept on chip
 //   attention  head: the most channels of a head, filled up to a power of two; span: outputs that share their inputs;
@@ -72,7 +72,7 @@ template <class T, unsigned BITS> struct word {
 
 // The words of each memory.
 template <class C> struct words {
-    typedef word<uint8_t, C::port_bits> image;
+    typedef word<uint8_t, 8 * C::pixels> image;
     typedef word<typename C::wt_t, C::port_bits> weights;
     typedef word<int16_t, C::port_bits> gates;
     typedef word<typename C::act_t, C::port_bits> narrow;
@@ -82,7 +82,7 @@ template <class C> struct words {
 
 // What the engines reach memory by: pointers, or, in timed C-simulation, objects.
 template <class C> struct ports {
-    typedef typename port<const uint8_t, port_image>::type image;
+    typedef typename port<const typename words<C>::image, port_image>::type image;
     typedef typename port<const typename words<C>::weights, port_weights>::type weights;
     typedef typename port<const typename words<C>::weights, port_more_weights>::type more_weights;
     typedef typename port<const typename words<C>::gates, port_gates>::type gates;

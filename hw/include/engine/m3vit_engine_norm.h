@@ -8,38 +8,40 @@ namespace nnet {
 namespace vit {
 
 // Cut the image uint8 [rows p, columns p, 3] into patches in the order (y, x, colour); pixel - 128 fits 8 signed bits.
-// Lines of a patch begin anywhere in a word of the image, so its port moves single values.
-// Cycles: rows * n_in.
+// A line of a patch begins anywhere in a word of a port, so the image's moves C::pixels values, which divide such a line and
+// a narrow word.
+// Cycles: rows * n_in / C::pixels.
 template <class C>
 void read_image(const image_fields &I, typename ports<C>::image image, typename ports<C>::narrow_out narrow) {
     #pragma HLS INLINE off
-    static const unsigned lanes = words<C>::narrow_lanes;
-    const unsigned p = I.patch, columns = I.columns, line = 3 * p * columns;
-Patch:
-    for (unsigned t = 0; t < I.rows; t++) {
-        const unsigned corner = t / columns * p * line + t % columns * 3 * p;
-        typename words<C>::narrow values;
-        #pragma HLS ARRAY_PARTITION variable=values.lane complete
-        unsigned x = 0, y = 0, l = 0, w = 0;
-        pipelined<loop_norm_pixel, 1> pixel_loop;
-    Pixel:
-        for (unsigned i = 0; i < I.n_in; i++) {
-            #pragma HLS PIPELINE II=1
-            pixel_loop.tick();
-            values.lane[l] = (typename C::act_t)((int)image[corner + y * line + x] - pixel_zero);
-            if (++l == lanes || i == I.n_in - 1) {
-                for (unsigned rest = 0; rest < lanes; rest++) {
-                    #pragma HLS UNROLL
-                    if (rest >= l)
-                        values.lane[rest] = 0;
-                }
-                narrow[(I.dst + t * I.dst_pitch) / lanes + w++] = values;
-                l = 0;
-            }
-            if (++x == 3 * p) {
-                x = 0;
-                y++;
-            }
+    static const unsigned lanes = words<C>::narrow_lanes, joined = lanes / C::pixels;
+    const unsigned columns = I.columns, across = 3 * I.patch / C::pixels, line = across * columns;
+    typename words<C>::narrow values;
+    #pragma HLS ARRAY_PARTITION variable=values.lane complete
+    unsigned t = 0, column = 0, corner = 0, x = 0, y = 0, at = 0, l = 0, w = 0; // at: of line y
+    pipelined<loop_norm_pixel, 1> pixel_loop;
+Pixel:
+    for (unsigned n = 0; n < I.rows * (I.n_in / C::pixels); n++) {
+        #pragma HLS PIPELINE II=1
+        pixel_loop.tick();
+        const typename words<C>::image pixels = image[corner + at + x];
+        for (unsigned j = 0; j < lanes; j++) {
+            #pragma HLS UNROLL
+            if (j / C::pixels >= l)
+                values.lane[j] = j / C::pixels == l ? (typename C::act_t)((int)pixels.lane[j % C::pixels] - pixel_zero) : 0;
+        }
+        const bool whole = x + 1 == across, last = whole && y + 1 == I.patch;
+        if (last || l + 1 == joined)
+            narrow[(I.dst + t * I.dst_pitch) / lanes + w] = values;
+        w = last ? 0 : l + 1 == joined ? w + 1 : w;
+        l = last || l + 1 == joined ? 0 : l + 1;
+        x = whole ? 0 : x + 1;
+        y = last ? 0 : whole ? y + 1 : y;
+        at = last ? 0 : whole ? at + line : at;
+        if (last) { // the next patch; below the last of a row, the first of the next one
+            t++;
+            column = column + 1 == columns ? 0 : column + 1;
+            corner = column == 0 ? corner + across + (I.patch - 1) * line : corner + across;
         }
     }
     M3VIT_COUNT(image, I.rows * I.n_in);
