@@ -162,8 +162,8 @@ def norm_memories(h: Hardware) -> list[OnChip]:
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least; more
-    rows than there are, by one for each port that reads ahead and three to drain its stages."""
+    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least;
+    more rows than there are, by one for each port that reads ahead and three to drain its stages."""
     words, ports = _words(h, i.n_in, WIDE_BITS), h.norm_words if i.mode == Mode.NARROW else 1
     rows = i.rows + ports + 3
     return t.loop(2 * words, reads=True) + t.loop(rows * max(_times(words, ports), NORM_SPAN), reads=True, writes=True)
@@ -261,7 +261,7 @@ def route_memories(h: Hardware) -> list[OnChip]:
 
 
 def route_cycles(i: Route, h: Hardware, queue: Queue, t: Timing) -> int:
-    """route: Reset; Token, a logit an iteration, ROUTE_SPAN a token at least, three tokens more; Start; Place at II=2."""
+    """route: Reset; Token, a logit an iteration, ROUTE_SPAN a token at least, three tokens more; Start; Place, II=2."""
     span = max(i.n_in, i.top_k, ROUTE_SPAN)
     token = t.loop((i.rows + 3) * span, reads=True)
     return 2 * t.loop(i.n_in) + token + t.loop(i.rows * i.top_k, 2)
@@ -287,6 +287,7 @@ class Tile(NamedTuple):
     fresh: bool
     adds: bool
     mode: Mode
+    gate: bool
 
 
 def linear_memories(h: Hardware) -> list[OnChip]:
@@ -316,13 +317,31 @@ def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> 
         for base in range(0, tokens, block):
             for row in range(0, n_out, size):
                 adds = mode in (Mode.RESIDUAL, Mode.QUEUE)
-                yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), row == 0, adds, mode)
+                yield Tile(
+                    min(size, n_out - row), n_in, min(block, tokens - base), row == 0, adds, mode, isinstance(i, Gate)
+                )
+
+
+def _half(tile: Tile, h: Hardware) -> int:
+    """Return the outputs of the first half of a tile: half of the words of results, if they are narrow. A router's
+    tiles have one part."""
+    unit = h.values(h.act_word)
+    return tile.outputs if tile.gate else min(tile.outputs, _times(_times(tile.outputs, unit), 2) * unit)
 
 
 def _results(tile: Tile, h: Hardware) -> int:
-    """Return the steps in which a token's results are written: words, to the output single values."""
-    bits = {Mode.NARROW: h.act_word, Mode.OUTPUT: h.port_bits}.get(tile.mode, WIDE_BITS)
-    return _words(h, tile.outputs, bits)
+    """Return the steps in which a token's results are written: wide words of both halves at once, narrow ones, or to the
+    output single values."""
+    if tile.mode in (Mode.NARROW, Mode.OUTPUT):
+        return _words(h, tile.outputs, h.act_word if tile.mode == Mode.NARROW else h.port_bits)
+    return _words(h, _half(tile, h), WIDE_BITS)
+
+
+def _result_words(tile: Tile, h: Hardware) -> int:
+    """Return the words, or to the output single values, of a token's results."""
+    if tile.mode in (Mode.NARROW, Mode.OUTPUT):
+        return _results(tile, h)
+    return _words(h, tile.outputs, WIDE_BITS)
 
 
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
@@ -331,10 +350,7 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     loads, spans, reading = [], [], []
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        rows = tile.outputs  # whose weights come through a port: half of the words of results
-        if h.weight_ports == 2 and not isinstance(i, Gate):
-            unit = h.values(h.act_word)
-            rows = min(rows, _times(_times(rows, unit), 2) * unit)
+        rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
         loads.append(max(rows * (tile.n_in // h.values(bits)), params))
         span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
         if tile.fresh:
@@ -359,7 +375,7 @@ def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue 
     act = h.act_word // 8
     moved = dict.fromkeys(PORTS, 0)
     for tile in tiles(i, h, queue):
-        results = tile.tokens * _results(tile, h)
+        results = tile.tokens * _result_words(tile, h)
         moved[weights] += tile.outputs * tile.n_in * bits // 8
         moved["params"] += _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
         moved["narrow_read"] += tile.fresh * tile.tokens * tile.n_in * act

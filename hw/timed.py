@@ -27,7 +27,7 @@ from m3vit.hw.ops import ENGINES, OPS
 
 # Ports by the AXI bus that they share (PORTS of m3vit.export.hls.multiplexed.writer), and those that write.
 BUSES = {"image": "io", "output": "io", "gates": "tables", "params": "tables"}
-WRITING = ("narrow_out", "wide", "output")  # LayerNorm also reads through wide, beside wide_in
+WRITING = ("narrow_out", "wide", "more_wide", "output")  # a bus reads and writes at the same time
 OUTPUT_BYTES = 4  # of a value: the output's port moves single ones
 
 

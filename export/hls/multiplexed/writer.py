@@ -41,7 +41,8 @@ NOTICE = "// Written by m3vit; depends on the model."
 TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
            const vit_words::weights *more_weights, const vit_words::gates *gates, const vit_words::wide *params,
            const vit_words::narrow *keys, const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out,
-           const vit_words::wide *wide_in, vit_words::wide *wide, int32_t *output"""
+           const vit_words::wide *wide_in, vit_words::wide *wide, const vit_words::wide *more_wide_in,
+           vit_words::wide *more_wide, int32_t *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
@@ -52,8 +53,10 @@ PORTS = {
     "keys": "keys",
     "narrow_in": "narrow_in",
     "narrow_out": "narrow_out",
-    "wide_in": "wide_in",
+    "wide_in": "wide",
     "wide": "wide",
+    "more_wide_in": "more_wide",
+    "more_wide": "more_wide",
     "output": "io",
 }
 
@@ -106,7 +109,8 @@ def top_text(depths: dict[str, int], port_bits: int) -> str:
             *pragmas,
             *scalars,
             "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, weights, more_weights, gates, params, keys,",
-            "                                    narrow_in, narrow_out, wide_in, wide, output);",
+            "                                    narrow_in, narrow_out, wide_in, wide, more_wide_in,",
+            "                                    more_wide, output);",
             "}",
             "",
         ]
@@ -119,7 +123,8 @@ HEADER_TEXT = f"""{NOTICE}
 
 #include "parameters.h"
 
-// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in and wide: the wide memory.
+// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in, wide, more_wide_in and more_wide: the
+// wide memory.
 void m3vit({TOP_ARGUMENTS});
 
 #endif
@@ -163,6 +168,8 @@ def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
         **narrow,
         "wide_in": wide,
         "wide": wide,
+        "more_wide_in": wide,
+        "more_wide": wide,
         "output": memory.output,
     }
 

@@ -15,7 +15,9 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
              typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
              typename ports<C>::gates gates, typename ports<C>::params params, typename ports<C>::keys keys,
              typename ports<C>::narrow_in narrow_in, typename ports<C>::narrow_out narrow_out,
-             typename ports<C>::wide_in wide_in, typename ports<C>::wide wide, typename ports<C>::output output) {
+             typename ports<C>::wide_in wide_in, typename ports<C>::wide wide,
+             typename ports<C>::more_wide_in more_wide_in, typename ports<C>::more_wide more_wide,
+             typename ports<C>::output output) {
     #pragma HLS INLINE off
     static weight_tiles<C> tile;
     static token_cache<C> cache;
@@ -90,6 +92,7 @@ Work:
             #pragma HLS DEPENDENCE variable=tile.gate inter false
             #pragma HLS DEPENDENCE variable=cache.x inter false
             #pragma HLS DEPENDENCE variable=wide inter false
+            #pragma HLS DEPENDENCE variable=more_wide inter false
             #pragma HLS DEPENDENCE variable=buffer.k inter false
             #pragma HLS DEPENDENCE variable=buffer.v inter false
             #pragma HLS DEPENDENCE variable=buffer.product inter false
@@ -110,7 +113,7 @@ Work:
                 turn = attention_before<C>(attention, A, buffer, keys, step);
             else
                 linear_before<C>(linear, k, G, queue, tile, cache, step, weights, more_weights, gates, params, keys,
-                                 narrow_in, narrow_out, wide_in, wide, output);
+                                 narrow_in, narrow_out, wide_in, wide, more_wide_in, more_wide, output);
             if (step.used)
                 multiply<C>(step, sum);
             if (attends)

@@ -118,7 +118,8 @@ template <class C, class ROWS> int value_of(const ROWS &x, unsigned t, unsigned 
 // Cycles: (rows + ports + 3) * n_in / values of a step, or norm_span a row if there are fewer.
 template <class C>
 void layernorm(const norm_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
-               typename ports<C>::narrow_out narrow, typename ports<C>::wide wide_out) {
+               typename ports<C>::more_wide_in more_wide_in, typename ports<C>::narrow_out narrow,
+               typename ports<C>::wide wide_out) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes, most = (C::max_dim + lanes - 1) / lanes;
     static const unsigned side = C::norm_words * lanes;           // values of a step
@@ -193,7 +194,7 @@ Row:
             if (first < I.rows)
                 x[first & 1][at % C::norm_words][place] = wide_in[row / lanes + at];
             if (together == 2 && first + 1 < I.rows) // the same memory through another port
-                x[1][at % C::norm_words][place] = wide_out[(row + half * I.src_pitch) / lanes + at];
+                x[1][at % C::norm_words][place] = more_wide_in[(row + half * I.src_pitch) / lanes + at];
         }
         const unsigned t = pass - together; // below 0 it is beyond all rows
         if (within && t < I.rows) {

@@ -43,6 +43,8 @@ enum port_id {
     port_narrow_out,
     port_wide_in,
     port_wide,
+    port_more_wide_in,
+    port_more_wide,
     port_output,
     num_ports
 };
@@ -119,7 +121,8 @@ class timed_trace {
                   "\"norm_token\", \"norm_load\", \"norm_row\", \"router_reset\", \"router_token\", "
                   "\"router_start\", \"router_place\"], "
                   "\"ports\": [\"image\", \"weights\", \"more_weights\", \"gates\", \"params\", \"keys\", \"narrow_in\", "
-                  "\"narrow_out\", \"wide_in\", \"wide\", \"output\"]}\n",
+                  "\"narrow_out\", \"wide_in\", \"wide\", \"more_wide_in\", "
+                  "\"more_wide\", \"output\"]}\n",
                   file);
     }
     ~timed_trace() {
