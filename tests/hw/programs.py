@@ -38,8 +38,12 @@ HARDWARE = Hardware(
 )
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 # Arrays from one that takes keys and heads in several passes to one with several queries at once.
-ARRAYS = {"w16a16": 16, "w8a8": 128, "w12a14": 64}
-REST = {"w16a16": {}, "w8a8": {"pixels": 4}, "w12a14": {"pixels": 2, "norm_words": 1}}
+ARRAYS = {"w16a16": 16, "w8a8": 144, "w12a14": 72}
+REST = {
+    "w16a16": {},
+    "w8a8": {"pixels": 4, "divided": 16, "results": 16},
+    "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4},
+}
 
 
 def hardware_of(name: str) -> Hardware:

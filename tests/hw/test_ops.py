@@ -127,11 +127,13 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
     ),
     # A head of 24 channels is 3 words. 64 to clear what it leaves of 32. Blocks of 24, 24 and 22 queries, and of 64 and
     # 6 keys. A query takes 16 cycles: 4 passes of keys x 2 steps of channels, 4 steps of keys x 2 passes of channels;
-    # a round of 8 of them 128. A block of keys is 384 words: 3 rounds, as many as 24 queries. So 2 x 3 rounds, 3 more.
+    # a round of 8 of them 128. A block of keys is 384 words, which with 16 to settle take 4 rounds; 24 queries take 3.
+    # The first block is read in 384. So 3 x 2 x 4 rounds, 3 more, and 3 to write: 24 x 3 times 8
+    # values, 1 round, and 2.
     Op.ATTENTION: (
         isa.Attention(rows=70, n_in=72, n_out=24, heads=1, score_shift=0, value_shift=0),
         [],
-        64 + 70 * 3 + 3 * 384 + 3 * (2 * 3 + 3) * 128 + 70 * 3,
+        64 + 384 + (3 * 2 * 4 + 3 + 3) * 128,
     ),
     # 9 to reset; 50 tokens and three more of 16 steps, the least; 9 starts; 50 x 3 places at II = 2.
     Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 53 * 16 + 9 + 300),

@@ -31,6 +31,8 @@ HEAD = (
     "uram",
     "tiles_in_lut",
     "gates_in_lut",
+    "finished_in_uram",
+    "norm_in_lut",
 )  # of Hardware: written in other words
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
@@ -75,6 +77,8 @@ def parameters_text(hardware: Hardware) -> str:
             *(["#define M3VIT_URAM // the inputs of a block of tokens lie in URAM"] if hardware.uram else []),
             *(["#define M3VIT_TILES_IN_LUT // weight tiles lie in LUTs"] if hardware.tiles_in_lut else []),
             *(["#define M3VIT_GATES_IN_LUT // and those of routers"] if hardware.gates_in_lut else []),
+            *(["#define M3VIT_FINISHED_IN_URAM // and what attention divides"] if hardware.finished_in_uram else []),
+            *(["#define M3VIT_NORM_IN_LUT // so do some of LayerNorm's products"] if hardware.norm_in_lut else []),
             '#include "nnet_utils/m3vit_accelerator.h"',
             "",
             "struct vit_cfg {",
@@ -123,8 +127,8 @@ HEADER_TEXT = f"""{NOTICE}
 
 #include "parameters.h"
 
-// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in, wide, more_wide_in and more_wide: the
-// wide memory.
+// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in, wide, more_wide_in and
+// more_wide: the wide memory.
 void m3vit({TOP_ARGUMENTS});
 
 #endif

@@ -280,6 +280,7 @@ template <class C> struct linear_state {
     token_place found[1 + lead][2]; // of tokens that are read, one for each port, and of those before
     token_place token, written;
     tap_place tap;
+    typename words<C>::narrow gathered; // results of the word that is not whole yet
     sum_t sum[C::tile_out], done[C::tile_out]; // of the token that is multiplied, and of the one before, which is written
 };
 
@@ -317,7 +318,7 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
     state.results = now.mode == to_output   ? now.outputs
-                    : now.mode == to_narrow ? words_of<words<C>::narrow_lanes>(now.outputs)
+                    : now.mode == to_narrow ? words_of<C::results>(now.outputs)
                                             : words_of<words<C>::wide_lanes>(first_half(now));
     state.span = state.steps > state.results ? state.steps : state.results;
     const unsigned reading = state.reads > linear_state<C>::least_span ? state.reads : linear_state<C>::least_span;
@@ -334,7 +335,8 @@ template <class C> void end_tile(linear_state<C> &state) {
     if (now.fresh && !now.conv)
         M3VIT_COUNT(narrow_read, now.count * now.n_in * sizeof(typename C::act_t));
     if (now.mode == to_narrow)
-        M3VIT_COUNT(narrow_write, now.count * state.results * sizeof(typename words<C>::narrow));
+        M3VIT_COUNT(narrow_write,
+                    now.count * words_of<words<C>::narrow_lanes>(now.outputs) * sizeof(typename words<C>::narrow));
     else if (now.mode == to_output)
         M3VIT_COUNT(output, now.count * state.results * 4);
     else
@@ -358,28 +360,29 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
     return shift_round((long long)state.done[o] + bias, tile.shift[side][o]);
 }
 
-// Write step `w` of a token's results: a narrow word, after its activation; a wide word of each half, with what is in
-// memory added; or one value of the output.
+// Write step `w` of a token's results: C::results narrow values, after their activation, and each word that is whole; a wide
+// word of each half, with what is in memory added; or one value of the output.
 template <class C>
-void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
+void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
                 typename ports<C>::narrow_out narrow, typename ports<C>::wide_in wide_in, typename ports<C>::wide wide,
                 typename ports<C>::more_wide_in more_wide_in, typename ports<C>::more_wide more_wide,
                 typename ports<C>::output output) {
     #pragma HLS INLINE
     static const unsigned narrow_lanes = words<C>::narrow_lanes, wide_lanes = words<C>::wide_lanes;
-    static_assert(narrow_lanes >= 2 * wide_lanes, "a step's results are a narrow word, or two wide ones");
+    static const unsigned joined = narrow_lanes / C::results; // steps of a narrow word
+    static_assert(C::results >= 2 * wide_lanes && joined > 0, "a step's results are two wide words, or of one narrow word");
     const tile_job &job = state.now;
     const token_place &token = state.written;
     const bool to_words = job.mode != to_narrow && job.mode != to_output, adds = to_words && job.mode != to_wide;
     // The results of a step, and which outputs they are.
-    long long results[narrow_lanes];
-    unsigned outputs[narrow_lanes];
+    long long results[C::results];
+    unsigned outputs[C::results];
     #pragma HLS ARRAY_PARTITION variable=results complete
     #pragma HLS ARRAY_PARTITION variable=outputs complete
-    for (unsigned l = 0; l < narrow_lanes; l++) {
+    for (unsigned l = 0; l < C::results; l++) {
         #pragma HLS UNROLL
         const unsigned part = l / wide_lanes, of_word = w * wide_lanes + l % wide_lanes;
-        outputs[l] = job.mode == to_narrow   ? w * narrow_lanes + l
+        outputs[l] = job.mode == to_narrow   ? w * C::results + l
                      : job.mode == to_output ? w + l
                      : part == 0             ? (of_word < job.half ? of_word : job.outputs)
                      : part == 1             ? job.half + of_word
@@ -387,16 +390,23 @@ void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsig
         results[l] = outputs[l] < job.outputs ? result_of<C>(state, tile, weight_tiles<C>::row_of(job, outputs[l])) : 0;
     }
     if (job.mode == to_narrow) {
-        typename words<C>::narrow values;
-        for (unsigned l = 0; l < narrow_lanes; l++) {
+        typename C::act_t values[C::results];
+        #pragma HLS ARRAY_PARTITION variable=values complete
+        for (unsigned l = 0; l < C::results; l++) {
             #pragma HLS UNROLL
-            values.lane[l] = 0;
+            values[l] = 0;
             if (outputs[l] < job.outputs) {
                 const long long n = saturate<C::act_bits>(results[l]);
-                values.lane[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
+                values[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
             }
         }
-        narrow[token.at / narrow_lanes + w] = values;
+        for (unsigned l = 0; l < narrow_lanes; l++) {
+            #pragma HLS UNROLL
+            if (l / C::results >= w % joined)
+                state.gathered.lane[l] = l / C::results == w % joined ? values[l % C::results] : 0;
+        }
+        if (w % joined == joined - 1 || w + 1 == state.results)
+            narrow[token.at / narrow_lanes + w / joined] = state.gathered;
     } else if (job.mode == to_output) { // rows of outputs are as the host reads them: a value a step
         output[token.at + w] = (int32_t)saturate<32>(results[0]);
     } else {

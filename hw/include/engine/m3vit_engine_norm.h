@@ -83,13 +83,23 @@ Token:
     M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
 }
 
+// LayerNorm's values in the width that they need, which decides how many DSPs a product takes: channels fewer than
+// 2^dim_bits, n x - S, the same shifted so that it has 24 bits (25 if it was rounded up), its factor, and what is scaled.
+struct norm_types {
+    static const unsigned dim_bits = 11;
+    typedef sums<dim_bits + 1>::type dim;
+    typedef sums<32 + dim_bits + 1>::type centred;
+    typedef sums<26>::type shifted;
+    typedef sums<27>::type factor, normal;
+};
+
 // What one stage of LayerNorm hands to the next of a row.
 struct norm_row {
     long long sum;
     unsigned long long any; // all bits that occur in a magnitude
     int drop;
     unsigned long long squares;
-    long long factor;
+    norm_types::factor factor;
     int shift;
 };
 
@@ -128,7 +138,9 @@ void layernorm(const norm_fields &I, typename ports<C>::params params, typename 
     // Rows that were read: odd or even, by word of a step. Each is written by one port and read by one stage.
     static typename words<C>::wide x[2][C::norm_words][norm_pairs * longest];
     static int scale[C::norm_words][most][lanes], bias[C::norm_words][most][lanes];
-    static long long centred[4][most][side], shifted[4][most][side];
+    static norm_types::centred centred[4][most][side];
+    static norm_types::shifted shifted[4][most][side];
+    static_assert(C::max_dim < 1 << norm_types::dim_bits, "the widths of products hold");
     #pragma HLS ARRAY_PARTITION variable=scale dim=1 complete
     #pragma HLS ARRAY_PARTITION variable=bias dim=1 complete
     #pragma HLS ARRAY_RESHAPE variable=scale dim=3 complete
@@ -174,7 +186,7 @@ Row:
         #pragma HLS DEPENDENCE variable=shifted inter false
         if (w == 0) { // each stage takes the row that the one before it has finished
             const scaled inverse = rsqrt(squared.squares > 0 ? squared.squares : 1);
-            scaling.factor = shift_round(inverse.mantissa * (long long)I.sqrt_dim, 16);
+            scaling.factor = norm_types::factor(shift_round(inverse.mantissa * (long long)I.sqrt_dim, 16));
             scaling.shift = inverse.shift;
             const int exponent = normalise(centring.any | 1).exponent;
             squared.drop = exponent > 23 ? exponent - 23 : 0;
@@ -206,16 +218,19 @@ Row:
         if (within && t - 1 < I.rows) {
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long x_n = (long long)value_of<C>(x[(t - 1) & 1], t - 1, word, l) * n;
-                const long long d = l < inside ? x_n - centring.sum : 0;
-                centred[(t - 1) & 3][w][l] = d;
+                const long long product = (long long)(norm_types::dim(n) * value_of<C>(x[(t - 1) & 1], t - 1, word, l));
+#ifdef M3VIT_NORM_IN_LUT
+                #pragma HLS BIND_OP variable=product op=mul impl=fabric
+#endif
+                const long long d = l < inside ? product - centring.sum : 0;
+                centred[(t - 1) & 3][w][l] = norm_types::centred(d);
                 centring.any |= (unsigned long long)(d < 0 ? -d : d);
             }
         }
         if (within && t - 2 < I.rows) {
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long d = shift_round(centred[(t - 2) & 3][w][l], squared.drop);
+                const norm_types::shifted d(shift_round((long long)centred[(t - 2) & 3][w][l], squared.drop));
                 shifted[(t - 2) & 3][w][l] = d;
                 squared.squares += (unsigned long long)(d * d);
             }
@@ -224,9 +239,10 @@ Row:
             typename words<C>::wide values;
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long y = (int)shift_round(shifted[(t - 3) & 3][w][l] * scaling.factor, 20 + scaling.shift - norm_frac);
+                const long long scaled_up = (long long)(shifted[(t - 3) & 3][w][l] * scaling.factor);
+                const norm_types::normal y(shift_round(scaled_up, 20 + scaling.shift - norm_frac));
                 const long long of_bias = bias[l / lanes][w][l % lanes] * (1LL << I.bias_shift);
-                const long long z = shift_round(y * scale[l / lanes][w][l % lanes] + of_bias, I.shift);
+                const long long z = shift_round((long long)(y * scale[l / lanes][w][l % lanes]) + of_bias, I.shift);
                 if (I.mode == to_narrow)
                     gathered.lane[w % joined * side + l] = l < inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
                 else if (l < lanes)

@@ -16,8 +16,6 @@ namespace vit {
 enum loop_id {
     loop_engine_fetch,
     loop_attention_rest,
-    loop_attention_query,
-    loop_attention_divide,
     loop_attention_first,
     loop_compute_step,
     loop_linear_first,
@@ -116,8 +114,7 @@ class timed_trace {
         const char *path = getenv("M3VIT_TIMED_TRACE");
         file = path ? fopen(path, "wb") : 0;
         if (file)
-            fputs("{\"loops\": [\"engine_fetch\", \"attention_rest\", \"attention_query\", \"attention_divide\", "
-                  "\"attention_first\", \"compute_step\", \"linear_first\", \"norm_pixel\", "
+            fputs("{\"loops\": [\"engine_fetch\", \"attention_rest\", \"attention_first\", \"compute_step\", \"linear_first\", \"norm_pixel\", "
                   "\"norm_token\", \"norm_load\", \"norm_row\", \"router_reset\", \"router_token\", "
                   "\"router_start\", \"router_place\"], "
                   "\"ports\": [\"image\", \"weights\", \"more_weights\", \"gates\", \"params\", \"keys\", \"narrow_in\", "
