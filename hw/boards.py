@@ -12,7 +12,7 @@ from pathlib import Path
 
 from m3vit.errors import InputError
 from m3vit.hw.hardware import LUT_RAM_DEPTH, Hardware
-from m3vit.hw.ops import ENGINES, OnChip, memories
+from m3vit.hw.ops import ENGINES, Engine, OnChip
 
 BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8, "uram": 0.8}
 FIXED_DSP = 20  # addresses
@@ -23,7 +23,11 @@ FIXED_LUT = 36_000
 LUT_PER_MULTIPLIER = 40
 # 48 bits shifted by a run-time distance (3 levels of 4 to 1), rounded and held (two adders, a choice).
 LUT_PER_SHIFTER = 300
-BRAM_SHAPES = ((512, 72), (1024, 36), (2048, 18), (4096, 9))  # words and bits of a BRAM36
+# Words and bits of a BRAM36, and of its two halves.
+BRAM_SHAPES = (
+    *((512, 72, 1.0), (1024, 36, 1.0), (2048, 18, 1.0), (4096, 9, 1.0)),
+    *((512, 36, 0.5), (1024, 18, 0.5), (2048, 9, 0.5)),
+)
 # Memories up to LUT_RAM_DEPTH words go into LUTs: 8 hold 7 bits of 64 words (RAM64M8) or 14 bits of 32 (RAM32M16).
 
 
@@ -60,33 +64,40 @@ BOARDS = {
 }
 
 
-def taken(memory: OnChip) -> dict[str, int]:
-    """Return the modelled LUTs, BRAM36 or URAMs of an on-chip memory."""
+def taken(memory: OnChip) -> dict[str, float]:
+    """Return the LUTs, BRAM36 (halves are whole BRAM18) or URAMs of an on-chip memory."""
     if memory.kind == "uram":
-        return {
-            "lut": 0,
-            "bram36": 0,
-            "uram": memory.copies * math.ceil(memory.bits / 72) * math.ceil(memory.words / 4096),
-        }
+        one = math.ceil(memory.bits / 72) * math.ceil(memory.words / 4096)
+        return {"lut": 0, "bram36": 0.0, "uram": memory.copies * one}
     if memory.kind == "bram" or (memory.kind == "any" and memory.words > LUT_RAM_DEPTH):
-        one = min(math.ceil(memory.bits / width) * math.ceil(memory.words / depth) for depth, width in BRAM_SHAPES)
-        return {"lut": 0, "bram36": memory.copies * one, "uram": 0}
+        least = min(
+            size * math.ceil(memory.bits / width) * math.ceil(memory.words / depth)
+            for depth, width, size in BRAM_SHAPES
+        )
+        return {"lut": 0, "bram36": memory.copies * least, "uram": 0}
     bits_a_lut = 14 if memory.words <= LUT_RAM_DEPTH // 2 else 7
     deep = math.ceil(memory.words / LUT_RAM_DEPTH)
-    return {"lut": memory.copies * 8 * deep * math.ceil(memory.bits / bits_a_lut), "bram36": 0, "uram": 0}
+    return {"lut": memory.copies * 8 * deep * math.ceil(memory.bits / bits_a_lut), "bram36": 0.0, "uram": 0}
+
+
+def engine_resources(engine: Engine, hardware: Hardware) -> dict[str, float]:
+    """Return what one engine takes: LUTs, BRAM36 (halves are whole BRAM18), DSPs and URAMs."""
+    multipliers = engine.multipliers(hardware)
+    lut = multipliers * LUT_PER_MULTIPLIER + engine.shifters(hardware) * LUT_PER_SHIFTER + engine.luts(hardware)
+    used: dict[str, float] = {"lut": lut, "bram36": 0.0, "dsp": multipliers + engine.dsps(hardware), "uram": 0}
+    for memory in engine.memories(hardware):
+        for kind, count in taken(memory).items():
+            used[kind] += count
+    return used
 
 
 def resources(hardware: Hardware) -> dict[str, int]:
     """Return the modelled LUTs, BRAM36, DSPs and URAMs."""
-    used = {"lut": FIXED_LUT, "bram36": 0, "dsp": FIXED_DSP, "uram": 0}
-    for memory in memories(hardware):
-        for name, count in taken(memory).items():
-            used[name] += count
+    used = {"lut": float(FIXED_LUT), "bram36": 0.0, "dsp": float(FIXED_DSP), "uram": 0.0}
     for engine in ENGINES.values():
-        used["dsp"] += engine.multipliers(hardware) + engine.dsps(hardware)
-        used["lut"] += engine.multipliers(hardware) * LUT_PER_MULTIPLIER + engine.shifters(hardware) * LUT_PER_SHIFTER
-        used["lut"] += engine.selected(hardware)  # one of up to four bits
-    return used
+        for kind, count in engine_resources(engine, hardware).items():
+            used[kind] += count
+    return {kind: math.ceil(count) for kind, count in used.items()}
 
 
 def fits(hardware: Hardware, board: Board) -> bool:

@@ -9,7 +9,17 @@ from typing import Any
 from m3vit.errors import InputError
 from m3vit.files import read_json
 from m3vit.hw.boards import BOARDS, Board, find_board
-from m3vit.hw.hardware import GROUPS, LANES_CHOICES, NORM_WORDS, PORT_WIDTHS, TILES_OUT, TOKEN_BLOCKS, WEIGHT_PORTS
+from m3vit.hw.hardware import (
+    DIVIDED,
+    GROUPS,
+    LANES_CHOICES,
+    NORM_WORDS,
+    PORT_WIDTHS,
+    RESULTS,
+    TILES_OUT,
+    TOKEN_BLOCKS,
+    WEIGHT_PORTS,
+)
 
 CLOCKS = range(50, 601)  # MHz
 WRITTEN = "give a file that `m3vit hw explore --out` wrote"
@@ -24,6 +34,10 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "gates_in_lut": (True, False),
     "weight_ports": WEIGHT_PORTS,
     "norm_words": NORM_WORDS,
+    "norm_in_lut": (False, True),
+    "results": RESULTS,
+    "divided": DIVIDED,
+    "finished_in_uram": (True, False),
 }
 OPTIONS = {"array": "tile_out", "ports": "weight_ports"}  # of the command line, and the sizes that they fix
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from m3vit.errors import InputError
-from m3vit.hw.boards import BUDGETS, fits, resources
+from m3vit.hw.boards import BUDGETS, resources
 from m3vit.hw.design import SIZES, Design
-from m3vit.hw.fit import FrameTimes, check_tokens, least_hardware, sizes_of
+from m3vit.hw.fit import Candidates, check_tokens, least_hardware
 from m3vit.hw.hardware import PORT_WIDTHS, Hardware
 from m3vit.hw.isa import Instruction
 
@@ -22,7 +22,7 @@ class Point(NamedTuple):
 
 
 def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) -> Iterator[Point]:
-    """Yield all engines that fit the design's board."""
+    """Yield the engines that fit the design's board and may be on a front."""
     widths = [design.target.port_bits] if design.port_bits else [w for w in PORT_WIDTHS if w <= design.target.port_bits]
     for weight_bits, act_bits in bits:
         for width in widths:
@@ -30,10 +30,8 @@ def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) 
             program = programs(weight_bits, act_bits, width)
             hardware = least_hardware(program, weight_bits, act_bits, board)
             check_tokens(hardware.max_rows)
-            times = FrameTimes(program, board)
-            for size in sizes_of(hardware, board, design.sizes):
-                if fits(size, board):
-                    yield Point(times.cycles(size) / board.clock_mhz / 1e3, size, resources(size))
+            for cycles, size in Candidates(program, hardware, board, design.sizes):
+                yield Point(cycles / board.clock_mhz / 1e3, size, resources(size))
 
 
 def front(found: Sequence[Point], resource: str) -> list[Point]:

@@ -1,22 +1,38 @@
 """The engines for a program on a board: of those that fit, the fastest, modelled. No torch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3vit.errors import InputError
-from m3vit.hw.boards import BOARDS, BUDGETS, Board, fits, resources
+from m3vit.hw.boards import BOARDS, BUDGETS, FIXED_DSP, FIXED_LUT, Board, engine_resources, resources
 from m3vit.hw.cost import lines_of
 from m3vit.hw.design import SIZES
 from m3vit.hw.hardware import GROUPS, TILES_OUT, Hardware, round_up, row_unit
-from m3vit.hw.isa import Instruction
-from m3vit.hw.ops import needs
+from m3vit.hw.isa import Experts, Instruction, Patches, Route
+from m3vit.hw.ops import ENGINES, OPS, needs
 from m3vit.hw.program import MAX_TOKENS
 
 Sizes = Mapping[str, Any]  # fields of Hardware that are fixed
+# Fields of instructions that cost nothing: where their tensors lie, and how numbers are shifted.
+PLACES = {
+    *(
+        "src",
+        "src_pitch",
+        "dst",
+        "dst_pitch",
+        "hidden",
+        "hidden_pitch",
+        "weights",
+        "params",
+        "weights_step",
+        "params_step",
+    ),
+    *("gelu_in", "gelu_out", "score_shift", "value_shift", "logit_frac", "shift", "bias_shift", "biases", "eps"),
+}
 
 
 def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board) -> Hardware:
@@ -25,58 +41,158 @@ def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: i
     least = Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
     unit = row_unit(least.weight_word, least.act_word, board.port_bits)
     limits["max_in"] = round_up(limits["max_in"], unit)
-    return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], port_bits=board.port_bits, **limits)
+    least = replace(least, port_bits=board.port_bits)
+    # They divide a line of a patch and a narrow word.
+    pixels = math.gcd(least.values(least.act_word), *(3 * i.patch for i in program if isinstance(i, Patches)))
+    return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], pixels=pixels, **limits)
 
 
-def sizes_of(hardware: Hardware, board: Board, fixed: Sizes) -> Iterator[Hardware]:
-    """Yield the hardware with engines of every size that the array allows, larger ones first, with what is fixed."""
-    choices = {name: (fixed[name],) if name in fixed else every for name, every in SIZES.items()}
-    for values in product(*choices.values()):
-        sizes: dict[str, Any] = dict(zip(choices, values, strict=True))
-        words = sizes["tile_out"] % hardware.values(hardware.act_word) == 0  # a tile's results are whole words
-        together = sizes["lanes"] % hardware.tile_in == 0  # weights of a step of values are made together
-        if words and together and sizes["weight_ports"] < board.ports:
-            yield replace(hardware, uram=board.uram > 0, **sizes)
+# Of each engine that has sizes of its own those of SIZES, beside tile_out, that its cycles and its resources depend on.
+PARTS = {
+    "linear": ("token_block", "weight_ports", "results", "tiles_in_lut", "gates_in_lut"),
+    "attention": ("lanes", "groups", "divided", "finished_in_uram"),
+    "norm": ("norm_words", "norm_in_lut"),
+}
 
 
-def fitting(hardware: Hardware, board: Board, fixed: Sizes) -> list[Hardware]:
-    """Return what fits, but none that another exceeds in all that makes it faster."""
-    found: dict[tuple[int, ...], Hardware] = {}
-    if not _holds(hardware, board, fixed):
-        return []
-    for size in sizes_of(hardware, board, fixed):
-        key = (size.tile_out, size.lanes, size.groups, size.token_block, size.weight_ports, size.norm_words)
-        beaten = any(all(a >= b for a, b in zip(other, key, strict=True)) for other in found)
-        if not beaten and fits(size, board):
-            found[key] = size
-    return list(found.values())
+def possible(h: Hardware, board: Board) -> bool:
+    """Return whether sizes go together, on this board."""
+    narrow, wide = h.values(h.act_word), h.values(32)
+    return (
+        h.tile_out % narrow == 0  # a tile's results are whole words
+        and h.lanes % h.tile_in == 0  # weights of a step of values are made together
+        and h.divided <= narrow
+        and 2 * wide <= h.results <= narrow
+        and h.weight_ports < board.ports
+        and (h.weight_ports == 1 or h.tile_out >= 2 * narrow)  # each port has rows of its own
+        and (board.uram > 0 or not h.finished_in_uram)
+    )
+
+
+# And those that its cycles depend on.
+TIMED = {
+    "linear": ("tile_out", "token_block", "weight_ports", "results"),
+    "attention": ("tile_out", "lanes", "groups", "divided"),
+    "norm": ("norm_words",),
+}
+
+
+class Option(NamedTuple):
+    """Sizes of one engine: the cycles that it takes of a frame, and what it takes of each of BUDGETS."""
+
+    cycles: int
+    takes: tuple[float, ...]
+    sizes: dict[str, Any]
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        return (self.cycles, *self.takes)
+
+
+def unbeaten(options: Iterable[Option]) -> list[Option]:
+    """Return the options that no other one is as good as in everything, fastest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda one: one.costs):
+        if not any(all(a <= b for a, b in zip(other.costs, option.costs, strict=True)) for other in kept):
+            kept.append(option)
+    return kept
+
+
+class Candidates:
+    """The engines for a program on a board that may be the best at anything: each engine has options of its own, of
+    which those that others beat in everything are left out."""
+
+    def __init__(self, program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> None:
+        self.board = board
+        self.base = replace(hardware, uram=board.uram > 0)
+        self.times = FrameTimes(program, board)
+        self.choices = {name: (fixed[name],) if name in fixed else every for name, every in SIZES.items()}
+        rest = [ENGINES[name] for name in ENGINES if name not in PARTS]
+        self.least = {"lut": float(FIXED_LUT), "dsp": float(FIXED_DSP)}
+        for engine in rest:
+            for kind, count in engine_resources(engine, self.base).items():
+                self.least[kind] = self.least.get(kind, 0) + count
+
+    def options(self, part: str, tile_out: int) -> list[Option]:
+        """Return the options of one engine beside an array."""
+        found = []
+        for values in product(*(self.choices[name] for name in PARTS[part])):
+            sizes = dict(zip(PARTS[part], values, strict=True))
+            size = replace(self.base, tile_out=tile_out, **sizes)
+            # What other engines have must not forbid it: the least of these always goes.
+            if possible(replace(size, **self._harmless(part, size)), self.board):
+                takes = engine_resources(ENGINES[part], size)
+                found.append(Option(self.times.part(part, size), tuple(takes[kind] for kind in BUDGETS), sizes))
+        return unbeaten(found)
+
+    def _harmless(self, part: str, size: Hardware) -> dict[str, Any]:
+        of_others: dict[str, Any] = {"weight_ports": 1, "results": 2 * size.values(32), "lanes": size.tile_in}
+        of_others |= {"divided": 1, "finished_in_uram": False}
+        return {name: value for name, value in of_others.items() if name not in PARTS[part]}
+
+    def __iter__(self) -> Iterator[tuple[int, Hardware]]:
+        """Yield cycles of a frame and engines that fit."""
+        limits = [BUDGETS[kind] * getattr(self.board, kind) for kind in BUDGETS]
+        start = [self.least.get(kind, 0) for kind in BUDGETS]
+        for tile_out in self.choices["tile_out"]:
+            for chosen in product(*(self.options(part, tile_out) for part in PARTS)):
+                takes = [sum(counts) for counts in zip(start, *(option.takes for option in chosen), strict=True)]
+                if all(math.ceil(count) <= limit for count, limit in zip(takes, limits, strict=True)):
+                    sizes = {name: value for option in chosen for name, value in option.sizes.items()}
+                    cycles = self.times.rest_of(self.base) + sum(option.cycles for option in chosen)
+                    yield cycles, replace(self.base, tile_out=tile_out, **sizes)
+
+    def smallest(self) -> Hardware | None:
+        """Return the engines of the smallest sizes, whether they fit or not; None: none go together."""
+        for tile_out in reversed(self.choices["tile_out"]):
+            parts = [self.options(part, tile_out) for part in PARTS]
+            if all(parts):
+                chosen = [min(options, key=lambda one: one.takes) for options in parts]
+                sizes = {name: value for option in chosen for name, value in option.sizes.items()}
+                return replace(self.base, tile_out=tile_out, **sizes)
+        return None
 
 
 class FrameTimes:
-    """The modelled cycles of frames of a program's first task, for engines of many sizes.
-
-    Each part depends on some sizes, the rest on the words of LayerNorm alone: each is counted once for those.
-    """
+    """The modelled cycles of frames of a program's first task, for engines of many sizes: each part depends on some of
+    them, and is counted once for those."""
 
     def __init__(self, program: Sequence[Instruction], board: Board) -> None:
-        self.program, self.board = list(program), board
+        self.board = board
         self.known: dict[tuple[Any, ...], int] = {}
+        # Equal instructions cost the same wherever they read and write; experts, with the queues of the router before.
+        self.kinds: dict[tuple[Any, ...], list[Any]] = {}
+        route: Instruction | None = None
+        for i in program:
+            route = i if isinstance(i, Route) else route
+            of_size = tuple((name, value) for name, value in vars(i).items() if name not in PLACES)
+            entry = self.kinds.setdefault((i.op, *of_size), [[route, i] if isinstance(i, Experts) else [i], 0])
+            entry[1] += 1
+        self._rest: int | None = None
+
+    def part(self, name: str, hardware: Hardware) -> int:
+        """Return the cycles of an engine in a frame."""
+        key = (name, *(getattr(hardware, size) for size in TIMED[name]))
+        if key not in self.known:
+            self.known[key] = self._count(hardware, (name,))
+        return self.known[key]
+
+    def rest_of(self, hardware: Hardware) -> int:
+        """Return the cycles of all other engines, which have no sizes to choose."""
+        if self._rest is None:
+            self._rest = self._count(hardware, [name for name in ENGINES if name not in PARTS])
+        return self._rest
 
     def cycles(self, hardware: Hardware) -> int:
         """Return the cycles of a frame."""
-        key = (hardware.tile_out, hardware.lanes, hardware.groups)
-        keys = {
-            "attention": key,
-            "linear": (hardware.tile_out, hardware.token_block, hardware.weight_ports),
-            "": (hardware.norm_words,),
-        }
-        for name, sizes in keys.items():
-            if (name, *sizes) not in self.known:
-                lines = lines_of(self.program, hardware, self.board)
-                for part, others in keys.items():
-                    own = [line.cycles for line in lines if (line.engine if line.engine in keys else "") == part]
-                    self.known[(part, *others)] = sum(own)
-        return sum(self.known[(name, *sizes)] for name, sizes in keys.items())
+        return self.rest_of(hardware) + sum(self.part(name, hardware) for name in PARTS)
+
+    def _count(self, hardware: Hardware, engines: Sequence[str]) -> int:
+        total = 0
+        for instructions, count in self.kinds.values():
+            if OPS[instructions[-1].op].engine in engines:
+                total += count * lines_of(instructions, hardware, self.board)[-1].cycles
+        return total
 
 
 def check_tokens(tokens: int) -> None:
@@ -98,22 +214,15 @@ def fit(
     """
     hardware = least_hardware(program, weight_bits, act_bits, board)
     check_tokens(hardware.max_rows)
-    found = fitting(hardware, board, fixed)
-    if found:
-        times = FrameTimes(program, board)
-        return min(found, key=times.cycles)
-    raise _nothing_fits(program, hardware, board, fixed)
+    best = min(Candidates(program, hardware, board, fixed), key=lambda found: found[0], default=None)
+    if best is None:
+        raise _nothing_fits(program, hardware, board, fixed)
+    return best[1]
 
 
-def _size(h: Hardware) -> tuple[int, ...]:
-    return h.tile_out * h.lanes * h.groups * h.token_block, h.weight_ports * h.norm_words
-
-
-def _holds(hardware: Hardware, board: Board, fixed: Sizes) -> bool:
-    """Return whether the smallest engines fit, wherever their memories lie: what is larger takes more."""
-    sizes = list(sizes_of(hardware, board, fixed))
-    least = min(map(_size, sizes), default=None)
-    return any(fits(size, board) for size in sizes if _size(size) == least)
+def _fits_any(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> bool:
+    """Return whether any engines fit."""
+    return next(iter(Candidates(program, hardware, board, fixed)), None) is not None
 
 
 def _over(h: Hardware, board: Board) -> str:
@@ -128,19 +237,21 @@ def _over(h: Hardware, board: Board) -> str:
 def _nothing_fits(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> InputError:
     """Return the error that says what is over, and what would fit."""
     bits = (hardware.weight_bits, hardware.act_bits)
-    free = fitting(hardware, board, {})
-    if fixed and free:
+    if fixed and _fits_any(program, hardware, board, {}):
         given = ", ".join(f"{name} {value}" for name, value in fixed.items())
-        smallest = min(sizes_of(hardware, board, fixed), key=_size, default=None)
+        smallest = Candidates(program, hardware, board, fixed).smallest()
         why = _over(smallest, board) if smallest else "sizes that do not go together, or more ports than there are"
-        near = min(sizes_of(hardware, board, {}), key=lambda h: (not fits(h, board), _distance(h, fixed)))
-        nearest = ", ".join(f"{name} {getattr(near, name)}" for name in fixed)
+        near = next(sizes for sizes in _nearest(fixed) if _fits_any(program, hardware, board, sizes))
+        nearest = ", ".join(f"{name} {value}" for name, value in near.items())
         return InputError(f"{given} does not fit {board.name} (modelled): {why}; the nearest that fits is {nearest}")
-    smallest = min(sizes_of(hardware, board, {}), key=_size)
+    smallest = Candidates(program, hardware, board, {}).smallest()
+    assert smallest is not None
     options = [
-        f"--board {other.name}" for other in BOARDS.values() if _holds(least_hardware(program, *bits, other), other, {})
+        f"--board {other.name}"
+        for other in BOARDS.values()
+        if _fits_any(program, least_hardware(program, *bits, other), other, {})
     ]
-    if bits[0] > 8 and _holds(replace(hardware, weight_bits=8), board, {}):
+    if bits[0] > 8 and _fits_any(program, replace(hardware, weight_bits=8), board, {}):
         options.append("--weight-bits 8")
     advice = f"give {' or '.join(options)}" if options else "no board here holds it: give a narrower model"
     return InputError(
@@ -150,6 +261,7 @@ def _nothing_fits(program: Sequence[Instruction], hardware: Hardware, board: Boa
     )
 
 
-def _distance(h: Hardware, fixed: Sizes) -> float:
-    """Return how far sizes are from the fixed ones, in powers of two."""
-    return sum(abs(math.log2((1 + getattr(h, name)) / (1 + value))) for name, value in fixed.items())
+def _nearest(fixed: Sizes) -> list[dict[str, Any]]:
+    """Return all values of the sizes that are fixed, nearest first, in powers of two."""
+    every = [dict(zip(fixed, values, strict=True)) for values in product(*(SIZES[name] for name in fixed))]
+    return sorted(every, key=lambda sizes: sum(abs(math.log2((1 + sizes[name]) / (1 + fixed[name]))) for name in fixed))

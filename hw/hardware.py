@@ -15,11 +15,13 @@ PACKED_PROB_FRAC = 8  # fractional bits of softmax weights where two products sh
 SPLIT_INPUTS = 512  # a linear map to wide tokens with more inputs is several, each adding to the one before
 PORT_BITS = 128  # of most boards
 PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
-TOKEN_BLOCKS = (256, 128, 64, 32)  # largest first, as all of these
-TILES_OUT = (256, 192, 160, 128, 112, 96, 80, 64, 48, 32, 16)
-GROUPS = (512, 256, 128, 64, 32)  # of queries on chip
+TOKEN_BLOCKS = (1024, 512, 256, 128, 64, 32)  # largest first, as all of these
+TILES_OUT = (*range(256, 144, -16), *range(144, 8, -8))
+GROUPS = (512, 384, 256, 192, 128, 96, 64, 32)  # of queries on chip
 LANES_CHOICES = (64, 32, 16)  # of softmax
 WEIGHT_PORTS = (2, 1)
+DIVIDED = (16, 8, 4)
+RESULTS = (16, 8, 4)
 NORM_WORDS = (2, 1)
 # Properties of Hardware that firmware/parameters.h states too.
 DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits")
@@ -49,6 +51,11 @@ class Hardware:
     port_bits: int = PORT_BITS
     weight_ports: int = 1
     norm_words: int = 1  # that LayerNorm takes a step
+    norm_in_lut: bool = False  # its products with the number of channels are made in LUTs
+    results: int = 8  # narrow ones of linear maps in a cycle
+    divided: int = 8  # values of attention that are divided in a cycle
+    finished_in_uram: bool = False  # what attention divides lies in URAM
+    pixels: int = 1  # values of the image that are read at once
 
     @property
     def packed(self) -> bool:

@@ -39,9 +39,11 @@ from m3vit.hw.tables import PROB_FRAC, TABLES
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
 WIDE_BITS = 32
 RING = 4  # blocks of keys and values on chip
+NORM_PAIRS = 4  # places for pairs of rows that LayerNorm reads, sums and centres
 NORM_SPAN = 16  # steps that LayerNorm gives a row at least
+SETTLED = 16  # cycles from a word's loading to its use in attention
 LEAD, LEAST_SPAN = 2, 8  # by how many tokens a port reads inputs ahead, and least steps of a token that is read
-ROUTE_ROWS = 16  # tokens whose logits the router reads at once
+ROUTE_SPAN = 16  # steps that the router gives a token at least
 WORD_BYTES = 4  # of params, wide and output
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
@@ -83,14 +85,14 @@ class Engine(NamedTuple):
     """A part of the hardware, of which there is one: its memories and multipliers for a configuration.
 
     dsps: what products beside the array take. shifters: values that are rounded and held side by side in a cycle.
-    selected: bits of operands that are one of several.
+    luts: what takes LUTs in other ways.
     """
 
     memories: Callable[[Hardware], list[OnChip]]
     multipliers: Callable[[Hardware], int] = lambda h: 0
     dsps: Callable[[Hardware], int] = lambda h: 0
     shifters: Callable[[Hardware], int] = lambda h: 0
-    selected: Callable[[Hardware], int] = lambda h: 0
+    luts: Callable[[Hardware], int] = lambda h: 0
 
 
 class OpSpec(NamedTuple):
@@ -129,8 +131,8 @@ def _bytes(h: Hardware, words: int) -> int:
 
 
 def image_cycles(i: Patches, h: Hardware, queue: Queue, t: Timing) -> int:
-    """read_image: one pixel value an iteration, a loop for each patch."""
-    return i.rows * t.loop(i.n_in, reads=True, writes=True)
+    """read_image: `pixels` values an iteration."""
+    return t.loop(i.rows * i.n_in // h.pixels, reads=True, writes=True)
 
 
 def image_traffic(i: Patches, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -152,20 +154,22 @@ def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
 
 def norm_memories(h: Hardware) -> list[OnChip]:
     lanes, words = h.norm_words * h.values(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
+    longest = _times(words, h.norm_words)
     return [
-        OnChip("rows that are summed and centred", 1, 32 * lanes, 4 * words),
-        OnChip("differences from the mean", 2, 48 * lanes, 4 * words),
+        OnChip("rows that were read", 2 * h.norm_words, h.port_bits, NORM_PAIRS * longest),
+        OnChip("differences from the mean", 1, 44 * lanes, 4 * words),
+        OnChip("the same, shifted", 1, 26 * lanes, 4 * words),
         OnChip("scales, biases", 2 * h.norm_words, h.port_bits, words),
         _tables(2),  # both of 1/sqrt
     ]
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least,
-    three rows more than there are to drain its stages."""
-    words = _words(h, i.n_in, WIDE_BITS)
-    span = max(_times(words, h.norm_words if i.mode == Mode.NARROW else 1), NORM_SPAN)
-    return t.loop(2 * words, reads=True) + t.loop((i.rows + 3) * span, reads=True, writes=True)
+    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least;
+    more rows than there are, by one for each port that reads ahead and three to drain its stages."""
+    words, ports = _words(h, i.n_in, WIDE_BITS), h.norm_words if i.mode == Mode.NARROW else 1
+    rows = i.rows + ports + 3
+    return t.loop(2 * words, reads=True) + t.loop(rows * max(_times(words, ports), NORM_SPAN), reads=True, writes=True)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -191,13 +195,22 @@ def attention_memories(h: Hardware) -> list[OnChip]:
     return [
         OnChip("keys", 1, some * h.tile_in * h.act_word, RING * KEY_BLOCK * h.head // some // h.tile_in, "lut"),
         OnChip("values", 1, h.tile_in * outputs * h.act_word, RING * KEY_BLOCK * h.head // outputs // h.tile_in, "lut"),
-        OnChip("queries", h.score_queries, h.tile_in * h.act_word, h.groups * channels // h.score_queries // h.tile_in),
+        OnChip(
+            "queries", h.score_queries, h.tile_in * h.act_word, 2 * h.groups * channels // h.score_queries // h.tile_in
+        ),
         OnChip("products", 1, min(keys, h.tile_out) * h.product_bits, rounds * _times(keys, h.tile_out), "lut"),
         OnChip("scores", 1, h.lanes * SCORE_BITS, rounds * keys // h.lanes, "lut"),
         OnChip("weights", 1, values * weight_bits, rounds * _times(keys, values), "lut"),
         OnChip("sums of before", 1, min(channels, h.tile_out) * sums, rounds * _times(channels, h.tile_out), "lut"),
         OnChip("context", 1, min(channels, h.tile_out) * sums, h.groups * _times(channels, h.tile_out)),
-        OnChip("total and maximum", 2, sums, h.groups * h.group),
+        OnChip(
+            "finished",
+            1,
+            min(channels, h.tile_out) * sums,
+            h.groups * _times(channels, h.tile_out),
+            "uram" if h.finished_in_uram else "any",
+        ),
+        OnChip("total, maximum, divisor", 3, sums, h.groups * h.group),
         _tables(h.lanes + 1),  # 2^-x of each score, 1/x
     ]
 
@@ -218,20 +231,27 @@ def query_blocks(i: Attention, h: Hardware) -> list[int]:
 
 
 def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
-    """attention: Rest; of each head and block of queries Query, First, Step (rounds of each block of keys, and
-    STAGES - 1 more), Divide."""
-    words = i.n_out // i.heads // h.values(h.act_word)
-    length = BATCH * attention_turn(i, h)
-    loads = 2 * min(i.rows, KEY_BLOCK) * words
-    cycles = t.loop(max(KEY_BLOCK, h.groups))
-    for queries in query_blocks(i, h):
-        rounds = max(_times(_times(queries, h.group), BATCH), STAGES - 1, _times(loads, length))
-        steps = (_times(i.rows, KEY_BLOCK) * rounds + STAGES - 1) * length
-        block = (
-            t.loop(queries * words, reads=True) + t.loop(loads, reads=True) + t.loop(steps, reads=i.rows > KEY_BLOCK)
-        )
-        cycles += i.heads * (block + t.loop(queries * words, writes=True))
-    return cycles
+    """attention: Rest; First reads the first job; Step: rounds of each block of keys of each head and block of queries,
+    STAGES - 1 more, and those that write the last job."""
+    width, length, blocks = i.n_out // i.heads, BATCH * attention_turn(i, h), _times(i.rows, KEY_BLOCK)
+    words, queries = width // h.values(h.act_word), query_blocks(i, h)
+    loads, reads = 2 * min(i.rows, KEY_BLOCK) * words, queries[0] * words
+    used = _times(_times(queries[0], h.group), BATCH)
+    writing = _times(queries[0] * (width // h.divided), length) + 2
+    rounds = max(
+        used,
+        STAGES - 1,
+        _times(loads + SETTLED, length),
+        _times(_times(reads + SETTLED, length), blocks),
+        _times(used + writing, blocks),
+    )
+    steps = (i.heads * len(queries) * blocks * rounds + STAGES - 1 + writing) * length
+    more = i.rows > KEY_BLOCK or i.heads * len(queries) > 1  # keys, queries to read meanwhile
+    return (
+        t.loop(max(KEY_BLOCK, h.groups))
+        + t.loop(max(loads, reads), reads=True)
+        + t.loop(steps, reads=more, writes=True)
+    )
 
 
 def attention_traffic(i: Attention, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -252,19 +272,18 @@ def attention_needs(i: Attention) -> dict[str, int]:
 
 def route_memories(h: Hardware) -> list[OnChip]:
     return [
-        OnChip("logits", 1, h.port_bits, ROUTE_ROWS * _words(h, h.max_experts, WIDE_BITS)),
+        OnChip("logits", 4, h.port_bits, _words(h, h.max_experts, WIDE_BITS)),
         OnChip("choices, queues", 2, 16 + PROB_FRAC + 1, h.max_rows * h.max_top),
         OnChip("counts, starts, active experts", 3, 16, h.max_experts),
-        _tables(2),  # 2^-x, 1/x
+        _tables(3),  # 2^-x of what is summed, and of what is chosen; 1/x
     ]
 
 
 def route_cycles(i: Route, h: Hardware, queue: Queue, t: Timing) -> int:
-    """route: Reset; for ROUTE_ROWS tokens Read; by token Logit, Softmax, Choose; Start; Place at II=2."""
-    words = _words(h, i.n_in, WIDE_BITS)
-    blocks = [min(ROUTE_ROWS, i.rows - start) for start in range(0, i.rows, ROUTE_ROWS)]
-    token = 2 * t.loop(i.n_in) + t.loop(i.top_k) + t.loop(i.top_k, 2)
-    return 2 * t.loop(i.n_in) + sum(t.loop(rows * words, reads=True) for rows in blocks) + i.rows * token
+    """route: Reset; Token, a logit an iteration, ROUTE_SPAN a token at least, three tokens more; Start; Place, II=2."""
+    span = max(i.n_in, i.top_k, ROUTE_SPAN)
+    token = t.loop((i.rows + 3) * span, reads=True)
+    return 2 * t.loop(i.n_in) + token + t.loop(i.rows * i.top_k, 2)
 
 
 def route_traffic(i: Route, h: Hardware, queue: Queue = ()) -> Bytes:
@@ -287,6 +306,7 @@ class Tile(NamedTuple):
     fresh: bool
     adds: bool
     mode: Mode
+    gate: bool
 
 
 def linear_memories(h: Hardware) -> list[OnChip]:
@@ -300,7 +320,7 @@ def linear_memories(h: Hardware) -> list[OnChip]:
         OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
         OnChip("weights of two tiles", banks * h.tile_out, h.port_bits, words, tiles_in),
         OnChip("gates of two tiles", gate_banks * h.gate_out, h.port_bits, gate_words, gates_in),
-        OnChip("table of GELU", h.values(h.act_word), GELU_BITS, GELU_ENTRIES),
+        OnChip("table of GELU", h.results, GELU_BITS, GELU_ENTRIES),
     ]
 
 
@@ -316,13 +336,31 @@ def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> 
         for base in range(0, tokens, block):
             for row in range(0, n_out, size):
                 adds = mode in (Mode.RESIDUAL, Mode.QUEUE)
-                yield Tile(min(size, n_out - row), n_in, min(block, tokens - base), row == 0, adds, mode)
+                yield Tile(
+                    min(size, n_out - row), n_in, min(block, tokens - base), row == 0, adds, mode, isinstance(i, Gate)
+                )
+
+
+def _half(tile: Tile, h: Hardware) -> int:
+    """Return the outputs of the first half of a tile: half of the words of results, if they are narrow. A router's
+    tiles have one part."""
+    unit = h.values(h.act_word)
+    return tile.outputs if tile.gate else min(tile.outputs, _times(_times(tile.outputs, unit), 2) * unit)
 
 
 def _results(tile: Tile, h: Hardware) -> int:
-    """Return the steps in which a token's results are written: words, to the output single values."""
-    bits = {Mode.NARROW: h.act_word, Mode.OUTPUT: h.port_bits}.get(tile.mode, WIDE_BITS)
-    return _words(h, tile.outputs, bits)
+    """Return the steps in which a token's results are written: a wide word of both halves at once, `results` narrow
+    values, or to the output single ones."""
+    if tile.mode == Mode.OUTPUT:
+        return tile.outputs
+    return _times(tile.outputs, h.results) if tile.mode == Mode.NARROW else _words(h, _half(tile, h), WIDE_BITS)
+
+
+def _result_words(tile: Tile, h: Hardware) -> int:
+    """Return the words, or to the output single values, of a token's results."""
+    if tile.mode == Mode.OUTPUT:
+        return tile.outputs
+    return _words(h, tile.outputs, h.act_word if tile.mode == Mode.NARROW else WIDE_BITS)
 
 
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
@@ -331,10 +369,7 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     loads, spans, idle, reading = [], [], [], []  # idle: steps after the last result
     for tile in tiles(i, h, queue):
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        rows = tile.outputs  # whose weights come through a port: half of the words of results
-        if h.weight_ports == 2 and not isinstance(i, Gate):
-            unit = h.values(h.act_word)
-            rows = min(rows, _times(_times(rows, unit), 2) * unit)
+        rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
         loads.append(max(rows * (tile.n_in // h.values(bits)), params))
         span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
         if tile.fresh:
@@ -361,7 +396,7 @@ def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue 
     act = h.act_word // 8
     moved = dict.fromkeys(PORTS, 0)
     for tile in tiles(i, h, queue):
-        results = tile.tokens * _results(tile, h)
+        results = tile.tokens * _result_words(tile, h)
         moved[weights] += tile.outputs * tile.n_in * bits // 8
         moved["params"] += _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
         moved["narrow_read"] += tile.fresh * tile.tokens * tile.n_in * act
@@ -402,22 +437,28 @@ def _shifted_in_attention(h: Hardware) -> int:
 
 
 # DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times
-# the factor 4, times the scale 2. Linear maps, routers and attention have one array.
+# the factor 2, times the scale 1. Linear maps, routers and attention have one array.
+LUT_PER_NORM = 420  # n x, if it is made of LUTs
 ENGINES = {
     "linear": Engine(
         linear_memories,
         lambda h: h.multipliers,
-        lambda h: h.values(h.act_word) + 2 * h.values(WIDE_BITS),
-        lambda h: h.values(h.act_word),  # results of a narrow word, which wide ones share
-        lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word),
+        lambda h: h.results + 2 * 2 * h.values(WIDE_BITS),
+        lambda h: h.results,  # of narrow tokens, which wide ones share
+        lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word),  # operands are one of up to four
     ),
     # Shifted in each lane: a score, a weight (few bits both), a sum of before; and what is divided.
     "attention": Engine(
         attention_memories,
-        dsps=lambda h: h.lanes + 4 * h.values(h.act_word),
-        shifters=lambda h: h.values(h.act_word) + _shifted_in_attention(h) // ACCUMULATOR_BITS,
+        dsps=lambda h: h.lanes + 4 * h.divided,
+        shifters=lambda h: h.divided + _shifted_in_attention(h) // ACCUMULATOR_BITS,
     ),
-    "norm": Engine(norm_memories, dsps=lambda h: 10 * _normed(h), shifters=lambda h: 3 * _normed(h)),
+    "norm": Engine(
+        norm_memories,
+        dsps=lambda h: (5 if h.norm_in_lut else 7) * _normed(h),
+        shifters=lambda h: 3 * _normed(h),
+        luts=lambda h: LUT_PER_NORM * _normed(h) * h.norm_in_lut,
+    ),
     "router": Engine(route_memories),
     "stream": Engine(lambda h: []),  # passes over tokens: image, position
 }

@@ -27,8 +27,8 @@ from m3vit.hw.ops import ENGINES, OPS
 
 # Ports by the AXI bus that they share (PORTS of m3vit.export.hls.multiplexed.writer), and those that write.
 BUSES = {"image": "io", "output": "io", "gates": "tables", "params": "tables"}
-WRITING = ("narrow_out", "wide", "output")  # LayerNorm also reads through wide, beside wide_in
-SINGLE = {"image": 1, "output": 4}  # bytes of ports that move single values; the others move words
+WRITING = ("narrow_out", "wide", "more_wide", "output")  # a bus reads and writes at the same time
+OUTPUT_BYTES = 4  # of a value: the output's port moves single ones
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ class Trace:
         """Return the records of one frame."""
         return Trace(self.loops, self.ports, self.records[self.records["frame"] == frame])
 
+    def widths(self, hardware: Hardware) -> np.ndarray:
+        """Return the bytes of a word of each port, int64 [ports]."""
+        narrower = {"image": hardware.pixels, "output": OUTPUT_BYTES}
+        return np.array([narrower.get(port, hardware.port_bits // 8) for port in self.ports])
+
     def bytes(self, hardware: Hardware) -> np.ndarray:
         """Return the bytes of each pass and port, int64 [passes, ports]."""
-        widths = [SINGLE.get(port, hardware.port_bits // 8) for port in self.ports]
-        return self.records["words"].astype(np.int64) * np.array(widths)
+        return self.records["words"].astype(np.int64) * self.widths(hardware)
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,11 @@ def evaluate(trace: Trace, hardware: Hardware, assumed: Timed) -> Cycles:
     iis = np.where(changed > 0, changed, records["ii"])
     loops = records["trips"].astype(np.int64) * iis
     after = (records["trips"].astype(np.int64) - records["written"]) * iis  # the last write
-    beats = -(-hardware.port_bits // (assumed.bus_bits or hardware.port_bits))
+    widths, bits = 8 * trace.widths(hardware), assumed.bus_bits or hardware.port_bits
     buses: dict[str, np.ndarray] = {}
     for place, port in enumerate(trace.ports):
-        bus, single = BUSES.get(port, port), port in SINGLE
-        buses[bus] = buses.get(bus, 0) + words[:, place] * (1 if single else beats) + gaps[:, place]
+        bus, beats = BUSES.get(port, port), -(-widths[place] // bits)
+        buses[bus] = buses.get(bus, 0) + words[:, place] * beats + gaps[:, place]
     busiest = np.max(list(buses.values()), axis=0)
     a_cycle = assumed.bandwidth_gb_s * 1e3 * assumed.base.efficiency / assumed.clock_mhz
     memory = np.ceil(trace.bytes(hardware).sum(axis=1) / a_cycle).astype(np.int64)

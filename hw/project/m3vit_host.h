@@ -61,8 +61,9 @@ struct device_memory {
     // Run one frame.
     void run(const uint8_t *image, unsigned task) {
         memset(output.data(), 0, output.size() * sizeof(int32_t));
-        m3vit(image, task, (unsigned)head.tasks, weights.data(), weights.data(), gates.data(), params.data(),
-              narrow.data(), narrow.data(), narrow.data(), wide.data(), wide.data(), output.data());
+        m3vit((const vit_words::image *)image, task, (unsigned)head.tasks, weights.data(), weights.data(), gates.data(), params.data(),
+              narrow.data(), narrow.data(), narrow.data(), wide.data(), wide.data(), wide.data(),
+              wide.data(), output.data());
     }
 
   private:

@@ -19,6 +19,7 @@ set megahertz [expr {int(1000.0 / $clock_period)}]
 set_property -dict [list \
     CONFIG.PSU__USE__M_AXI_GP0 {1} CONFIG.PSU__USE__M_AXI_GP1 {0} CONFIG.PSU__USE__M_AXI_GP2 {0} \
     CONFIG.PSU__USE__S_AXI_GP0 {1} CONFIG.PSU__SAXIGP0__DATA_WIDTH {128} \
+    CONFIG.PSU__USE__S_AXI_GP1 {1} CONFIG.PSU__SAXIGP1__DATA_WIDTH {128} \
     CONFIG.PSU__USE__S_AXI_GP2 {1} CONFIG.PSU__USE__S_AXI_GP3 {1} \
     CONFIG.PSU__USE__S_AXI_GP4 {1} CONFIG.PSU__USE__S_AXI_GP5 {1} \
     CONFIG.PSU__SAXIGP2__DATA_WIDTH {128} CONFIG.PSU__SAXIGP3__DATA_WIDTH {128} \
@@ -43,7 +44,7 @@ connect_bd_net [get_bd_pins reset_0/peripheral_aresetn] [get_bd_pins control/are
 
 # Memory: weights, which the array waits for, have ports of their own; so have keys and narrow_in, through which inputs are
 # read at the same time. Reading and writing do not disturb each other.
-foreach {port masters} {HP0 {weights} HPC0 {more_weights} HP1 {narrow_in io} HP2 {keys narrow_out} HP3 {wide wide_in tables}} {
+foreach {port masters} {HP0 {weights} HPC0 {more_weights} HP1 {narrow_in io} HP2 {keys narrow_out} HP3 {wide} HPC1 {more_wide tables}} {
     set name memory_[string tolower $port]
     set connect [create_bd_cell -type ip -vlnv xilinx.com:ip:smartconnect $name]
     set_property CONFIG.NUM_SI [llength $masters] $connect

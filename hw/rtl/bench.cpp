@@ -255,8 +255,10 @@ int main(int argc, char **argv) {
     READING(narrow_in);
     READING(keys);
     READING(wide_in);
+    READING(more_wide_in);
     WRITING(narrow_out);
     WRITING(wide);
+    WRITING(more_wide);
 
     const uint64_t began = now, limit = job["limit"];
     uint64_t pass_began = began;

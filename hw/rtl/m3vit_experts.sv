@@ -22,6 +22,7 @@ module m3vit_experts #(
     parameter int QUEUE = 128,        // places: tokens times experts a token
     parameter int MAX_EXPERTS = 16,
     parameter int WEIGHT_PORTS = 1,
+    parameter int RESULTS = 8,        // narrow ones in a cycle; of wide ones two words are
     parameter TILES = "block",        // what holds weights, and inputs
     parameter INPUTS = "block",
     parameter TABLE = "m3vit_gelu_gap.hex",
@@ -65,7 +66,8 @@ module m3vit_experts #(
     input  logic [ADDRESS_BITS-1:0] narrow_base,
     input  logic [ADDRESS_BITS-1:0] wide_base,
 
-    // AXI4: those of weights are WEIGHT_PORTS side by side; keys is the second port of narrow inputs.
+    // AXI4: those of weights are WEIGHT_PORTS side by side; keys is the second port of narrow inputs; wide words of a tile's
+    // first half pass through wide_in and wide, the others through more_wide_in and more_wide.
     output logic [             WEIGHT_PORTS-1:0] weights_arvalid,
     input  logic [             WEIGHT_PORTS-1:0] weights_arready,
     output logic [WEIGHT_PORTS*ADDRESS_BITS-1:0] weights_araddr,
@@ -106,6 +108,14 @@ module m3vit_experts #(
     output logic                    wide_in_rready,
     input  logic [   PORT_BITS-1:0] wide_in_rdata,
 
+    output logic                    more_wide_in_arvalid,
+    input  logic                    more_wide_in_arready,
+    output logic [ADDRESS_BITS-1:0] more_wide_in_araddr,
+    output logic [             7:0] more_wide_in_arlen,
+    input  logic                    more_wide_in_rvalid,
+    output logic                    more_wide_in_rready,
+    input  logic [   PORT_BITS-1:0] more_wide_in_rdata,
+
     output logic                    narrow_out_awvalid,
     input  logic                    narrow_out_awready,
     output logic [ADDRESS_BITS-1:0] narrow_out_awaddr,
@@ -126,7 +136,18 @@ module m3vit_experts #(
     output logic [   PORT_BITS-1:0] wide_wdata,
     output logic                    wide_wlast,
     input  logic                    wide_bvalid,
-    output logic                    wide_bready
+    output logic                    wide_bready,
+
+    output logic                    more_wide_awvalid,
+    input  logic                    more_wide_awready,
+    output logic [ADDRESS_BITS-1:0] more_wide_awaddr,
+    output logic [             7:0] more_wide_awlen,
+    output logic                    more_wide_wvalid,
+    input  logic                    more_wide_wready,
+    output logic [   PORT_BITS-1:0] more_wide_wdata,
+    output logic                    more_wide_wlast,
+    input  logic                    more_wide_bvalid,
+    output logic                    more_wide_bready
 );
     localparam int SUM_BITS = 48;
     localparam int SHIFT = $clog2(PORT_BITS / 8);
@@ -141,11 +162,12 @@ module m3vit_experts #(
     localparam int ROW = TILE_DEPTH > 1 ? $clog2(TILE_DEPTH) : 1;
     localparam int CACHE = TOKEN_BLOCK * MAX_IN / TILE_IN / PORTS;
     localparam int CACHE_AT = $clog2(CACHE);
-    localparam int PARAMS = (TILE_OUT + NARROW - 1) / NARROW;  // rows of parameters
+    localparam int SECOND = (TILE_OUT / NARROW + 1) / 2 * NARROW;  // the array's rows from here on: the second half
+    localparam int PARAMS = SECOND / RESULTS;  // rows of results, and of their parameters, of a tile's half
     localparam int PARAM = PARAMS > 1 ? $clog2(PARAMS) : 1;
-    localparam int FOLD = NARROW / WIDE;         // wide words of a row of results
+    localparam int FOLD = RESULTS / WIDE;        // wide words of a row of results
+    localparam int GATHER = NARROW / RESULTS;    // steps of a narrow word
     localparam int FOLD_BITS = FOLD > 1 ? $clog2(FOLD) : 1;
-    localparam int SECOND = (TILE_OUT / NARROW + 1) / 2 * NARROW;  // rows of the array from here on have the second port
     localparam int OUT_DEPTH = 64;
 
     // From a step on: its products' sums; the results' way to the queue of what is written.
@@ -200,7 +222,7 @@ module m3vit_experts #(
     logic [15:0] now_inputs, now_outputs, now_row, now_base, now_first, now_count;
     logic next_fresh, next_second;
     logic [15:0] next_inputs, next_outputs, next_row, next_base, next_first, next_count;
-    logic [15:0] now_half, next_half;  // outputs of the first port of weights
+    logic [15:0] now_half, next_half;  // outputs of the first half
     logic [ADDRESS_BITS-1:0] expert_weights, expert_params;
     logic [EXPERT-1:0] expert_at;
     logic [2:0] asking;
@@ -263,7 +285,7 @@ module m3vit_experts #(
         end
     end
     assign asked = state == ASK && asking == 0;
-    assign next_half = WEIGHT_PORTS == 1 ? next_outputs : (next_outputs / 16'(NARROW) + 16'd1) / 16'd2 * 16'(NARROW);
+    assign next_half = (next_outputs / 16'(NARROW) + 16'd1) / 16'd2 * 16'(NARROW);
     always_ff @(posedge clk) if (pass_start) now_half <= next_half;
 
     // --- loading --------------------------------------------------------------------------------------------------
@@ -273,14 +295,14 @@ module m3vit_experts #(
     logic [BANKS-1:0] write_bank;
     logic [ROW-1:0] write_at;
     logic [WEIGHT_PORTS*PORT_BITS-1:0] write_data;
-    logic [NARROW-1:0] write_params;
+    logic [2*RESULTS-1:0] write_params;
     logic [PARAM-1:0] params_at;
-    logic [NARROW*64-1:0] params_data;
+    logic [RESULTS*64-1:0] params_data;
     m3vit_load #(
         .ADDRESS_BITS(ADDRESS_BITS),
         .PORT_BITS(PORT_BITS),
         .W_BITS(W_BITS),
-        .NARROW(NARROW),
+        .COLUMNS(RESULTS),
         .TILE_OUT(TILE_OUT),
         .BANKS(BANKS),
         .DEPTH(TILE_DEPTH),
@@ -331,14 +353,15 @@ module m3vit_experts #(
     logic [ADDRESS_BITS-1:0] inputs_at, results_at, scattered, dense;
     logic [17:0] walk_weight;
     logic [24:0] pitch;
-    logic [15:0] input_words, result_words;
+    logic [15:0] input_words, result_words, more_words;  // of a token's row; of its results, in each half
     assign pitch = now_second ? 25'(dst_pitch / WIDE) : 25'(src_pitch / NARROW);
     assign scattered = now_second
         ? wide_base + (ADDRESS_BITS'((dst + 32'(now_row)) / WIDE) << SHIFT)
         : narrow_base + (ADDRESS_BITS'(src / NARROW) << SHIFT);
     assign dense = narrow_base + (ADDRESS_BITS'((hidden + (now_second ? 0 : 32'(now_row))) / NARROW) << SHIFT);
     assign input_words = now_inputs / 16'(NARROW);
-    assign result_words = now_second ? now_outputs / 16'(WIDE) : now_outputs / 16'(NARROW);
+    assign result_words = now_second ? now_half / 16'(WIDE) : now_outputs / 16'(NARROW);
+    assign more_words = (now_outputs - now_half) / 16'(WIDE);
     m3vit_walk #(
         .ADDRESS_BITS(ADDRESS_BITS),
         .PORT_BITS(PORT_BITS),
@@ -371,22 +394,27 @@ module m3vit_experts #(
 
     // Rows that were walked and not asked for yet; weights of tokens that were not written yet.
     localparam int AHEAD = 32, WEIGHTS = 128;
-    logic [$clog2(AHEAD):0] rows_held[0:3];
-    logic [3:0] row_push, row_pop, row_empty;  // of narrow_in, keys, wide_in, and of results
-    logic [ADDRESS_BITS-1:0] row_in[0:3], row_out[0:3];
+    logic [$clog2(AHEAD):0] rows_held[0:5];
+    logic [5:0] row_push, row_pop, row_empty;  // of narrow_in, keys, wide_in, more_wide_in; of results, and of more
+    logic [ADDRESS_BITS-1:0] row_in[0:5], row_out[0:5], more_at;
+    logic more_results;
     logic [$clog2(WEIGHTS):0] weights_held;
     logic [17:0] token_weight;
     logic weight_pop, no_weight;
-    assign row_push = {walk_valid, walk_valid && now_second, walk_valid && now_fresh && walk_port, walk_valid && now_fresh && !walk_port};
+    assign more_results = now_second && now_half < now_outputs;
+    assign more_at = results_at + (ADDRESS_BITS'(result_words) << SHIFT);
+    assign row_push = {6{walk_valid}} & {more_results, 1'b1, more_results, now_second, now_fresh && walk_port, now_fresh && !walk_port};
     always_comb begin
         row_in[0] = inputs_at;
         row_in[1] = inputs_at;
         row_in[2] = results_at;
-        row_in[3] = results_at;
+        row_in[3] = more_at;
+        row_in[4] = results_at;
+        row_in[5] = more_at;
         walk_ready = weights_held < ($clog2(WEIGHTS) + 1)'(WEIGHTS - 8);
-        for (int r = 0; r < 4; r++) if (rows_held[r] >= ($clog2(AHEAD) + 1)'(AHEAD - 8)) walk_ready = 0;
+        for (int r = 0; r < 6; r++) if (rows_held[r] >= ($clog2(AHEAD) + 1)'(AHEAD - 8)) walk_ready = 0;
     end
-    for (genvar r = 0; r < 4; r++) begin : row_queue
+    for (genvar r = 0; r < 6; r++) begin : row_queue
         m3vit_fifo #(
             .WIDTH(ADDRESS_BITS),
             .DEPTH(AHEAD)
@@ -415,12 +443,12 @@ module m3vit_experts #(
         .held(weights_held)
     );
 
-    logic [2:0] in_arvalid, in_arready, in_rvalid, in_rready, in_valid, in_pop;  // narrow_in, keys, wide_in
-    logic [ADDRESS_BITS-1:0] in_araddr[0:2];
-    logic [7:0] in_arlen[0:2];
-    logic [PORT_BITS-1:0] in_rdata[0:2], in_word[0:2];
-    logic [7:0] in_held[0:2];
-    for (genvar r = 0; r < 3; r++) begin : reading
+    logic [3:0] in_arvalid, in_arready, in_rvalid, in_rready, in_valid, in_pop;  // in the order of their rows
+    logic [ADDRESS_BITS-1:0] in_araddr[0:3];
+    logic [7:0] in_arlen[0:3];
+    logic [PORT_BITS-1:0] in_rdata[0:3], in_word[0:3];
+    logic [7:0] in_held[0:3];
+    for (genvar r = 0; r < 4; r++) begin : reading
         m3vit_axi_read #(
             .ADDRESS_BITS(ADDRESS_BITS),
             .DATA_BITS(PORT_BITS)
@@ -430,7 +458,7 @@ module m3vit_experts #(
             .command_valid(!row_empty[r]),
             .command_ready(row_pop[r]),
             .command_first(row_out[r]),
-            .command_words(r < 2 ? input_words : result_words),
+            .command_words(r < 2 ? input_words : r == 2 ? result_words : more_words),
             .word(in_word[r]),
             .word_valid(in_valid[r]),
             .held(in_held[r]),
@@ -444,19 +472,22 @@ module m3vit_experts #(
             .rdata(in_rdata[r])
         );
     end
-    assign {wide_in_arvalid, keys_arvalid, narrow_in_arvalid} = in_arvalid;
-    assign in_arready = {wide_in_arready, keys_arready, narrow_in_arready};
-    assign {wide_in_rready, keys_rready, narrow_in_rready} = in_rready;
-    assign in_rvalid = {wide_in_rvalid, keys_rvalid, narrow_in_rvalid};
+    assign {more_wide_in_arvalid, wide_in_arvalid, keys_arvalid, narrow_in_arvalid} = in_arvalid;
+    assign in_arready = {more_wide_in_arready, wide_in_arready, keys_arready, narrow_in_arready};
+    assign {more_wide_in_rready, wide_in_rready, keys_rready, narrow_in_rready} = in_rready;
+    assign in_rvalid = {more_wide_in_rvalid, wide_in_rvalid, keys_rvalid, narrow_in_rvalid};
     assign narrow_in_araddr = in_araddr[0];
     assign keys_araddr = in_araddr[1];
     assign wide_in_araddr = in_araddr[2];
+    assign more_wide_in_araddr = in_araddr[3];
     assign narrow_in_arlen = in_arlen[0];
     assign keys_arlen = in_arlen[1];
     assign wide_in_arlen = in_arlen[2];
+    assign more_wide_in_arlen = in_arlen[3];
     assign in_rdata[0] = narrow_in_rdata;
     assign in_rdata[1] = keys_rdata;
     assign in_rdata[2] = wide_in_rdata;
+    assign in_rdata[3] = more_wide_in_rdata;
 
     // --- steps ----------------------------------------------------------------------------------------------------
 
@@ -464,17 +495,19 @@ module m3vit_experts #(
     logic [ROW-1:0] at_row;
     logic [PARAM-1:0] result_row;
     logic [FOLD_BITS-1:0] result_fold;
+    logic [7:0] gathering;                  // results of a narrow word that are there
+    logic result_half, more, completes;
     logic [15:0] fill_bank, filled;         // the word of inputs that is read; tokens read before it
     logic [CACHE_AT-1:0] fill_at, kept_at;  // in the memories that keep inputs
     logic passing, multiplies, writes, last, room, may, odd;
     logic [1:0] fills;                      // words of inputs that a step reads
-    logic [6:0] out_held, wide_held, promised;  // words of results; those that steps will give
+    logic [6:0] out_held, wide_held, more_held, promised;  // words of results; those that steps will give
     logic [7:0] olds_promised;              // words of wide_in that steps will take
-    logic out_push, old_pop;
+    logic out_push, more_push, old_pop, more_pop;
     assign steps = now_inputs / 16'(TILE_IN);
     assign reads = now_fresh ? input_words / 16'(PORTS) : 0;  // of a token, in a pass over its steps
     assign ahead = now_fresh ? 16'(LEAD * PORTS) : 0;
-    assign results = result_words;
+    assign results = now_second ? result_words : now_outputs / 16'(RESULTS);
     always_comb begin
         least = now_fresh ? (reads > 16'(LEAST_SPAN) ? reads : 16'(LEAST_SPAN)) : 0;
         span = steps > results ? steps : results;
@@ -488,13 +521,16 @@ module m3vit_experts #(
     assign fills[1] = passing && i < reads && PORTS == 2 && filled + 1 < now_count;
     assign odd = PORTS == 2 && n[0];  // ahead is even
     assign last = i + 1 == span;
-    assign room = (now_second ? wide_held : out_held) + promised < 7'(OUT_DEPTH);
+    assign more = more_results && i < more_words;
+    assign completes = now_second || gathering == 8'(GATHER - 1);
+    assign room = (now_second ? wide_held : out_held) + promised < 7'(OUT_DEPTH)
+               && more_held + promised < 7'(OUT_DEPTH);
     assign may = (fills & ~in_valid[1:0]) == 0
-              && (!writes || (room && (!now_second || in_held[2] > olds_promised)))
+              && (!writes || (room && (!now_second || (in_held[2] > olds_promised && (!more || in_held[3] > olds_promised)))))
               && (!loading || !load_more || load_ready);
     assign step = state == STEPS && may && !steps_end;
     assign steps_end = state == STEPS && !passing && !(loading && load_more);
-    assign in_pop = {old_pop, step ? fills : 2'd0};
+    assign in_pop = {more_pop, old_pop, step ? fills : 2'd0};
 
     always_ff @(posedge clk) begin
         if (state == ASK) begin
@@ -506,6 +542,8 @@ module m3vit_experts #(
             kept_at <= 0;
             result_row <= 0;
             result_fold <= 0;
+            result_half <= 0;
+            gathering <= 0;
         end else if (step && passing) begin
             i <= last ? 0 : i + 1;
             if (last) n <= n + 1;
@@ -516,14 +554,20 @@ module m3vit_experts #(
             if (multiplies) at_row <= at_row + 1;
             if (writes) begin
                 result_fold <= now_second && result_fold != FOLD_BITS'(FOLD - 1) ? result_fold + 1 : 0;
-                if (!now_second || result_fold == FOLD_BITS'(FOLD - 1))
-                    result_row <= WEIGHT_PORTS == 2 && 16'(result_row + 1) * 16'(NARROW) == now_half
-                        ? PARAM'(SECOND / NARROW) : result_row + 1;
+                gathering <= completes ? 0 : gathering + 1;
+                if (now_second ? result_fold == FOLD_BITS'(FOLD - 1) : 16'(result_row + 1) * 16'(RESULTS) != now_half || result_half)
+                    result_row <= result_row + 1;
+                else if (!now_second) begin
+                    result_row <= 0;
+                    result_half <= 1;
+                end
             end
             if (last) begin
                 at_row <= 0;
                 result_row <= 0;
                 result_fold <= 0;
+                result_half <= 0;
+                gathering <= 0;
                 if (n >= ahead && (PORTS == 1 || odd)) kept_at <= kept_at + CACHE_AT'(steps);
             end
         end
@@ -531,16 +575,16 @@ module m3vit_experts #(
             promised <= 0;
             olds_promised <= 0;
         end else begin
-            promised <= promised + 7'(step && writes) - 7'(out_push);
+            promised <= promised + 7'(step && writes && completes) - 7'(out_push);
             olds_promised <= olds_promised + 8'(step && writes && now_second) - 8'(old_pop);
         end
     end
 
     // Steps on their way, and whether all is written.
     logic [ALIVE:0] alive;
-    logic narrow_idle, wide_idle;
+    logic narrow_idle, wide_idle, more_idle;
     always_ff @(posedge clk) alive <= reset ? 0 : {alive[ALIVE-1:0], step};
-    assign drained = computing ? alive == 0 && !walking && narrow_idle && wide_idle : alive[1:0] == 0;
+    assign drained = computing ? alive == 0 && !walking && narrow_idle && wide_idle && more_idle : alive[1:0] == 0;
 
     // --- operands: inputs are kept for all tiles of a block; tokens of each port have memories of their own ---------
 
@@ -615,60 +659,77 @@ module m3vit_experts #(
 
     // --- results --------------------------------------------------------------------------------------------------
 
-    // A row of them, NARROW side by side with their parameters; of a wide word a part of it.
-    logic write_0, last_0;
+    // A row of each half, RESULTS side by side with their parameters; of these the narrow ones of a step, or a wide word of
+    // each half.
+    logic write_0, push_0, more_0, last_0, half_0, half_1;
     logic [PARAM-1:0] row_0;
     logic [FOLD_BITS-1:0] fold_0, fold_1;
-    logic [NARROW*SUM_BITS-1:0] sums_1;
-    logic [NARROW*45-1:0] params_1;
-    logic [NARROW*32-1:0] rounded;
+    logic [7:0] gather_0;
+    logic [RESULTS*SUM_BITS-1:0] sums_1[0:1];
+    logic [RESULTS*45-1:0] params_1[0:1];
+    logic [RESULTS*32-1:0] rounded;
     m3vit_delay #(
-        .BITS(2 + FOLD_BITS + PARAM),
+        .BITS(13 + FOLD_BITS + PARAM),
         .CYCLES(SUMMED)
     ) selected (
         .clk(clk),
         .reset(reset),
-        .in({step && writes, i + 16'd1 == results, result_fold, result_row}),
-        .out({write_0, last_0, fold_0, row_0})
+        .in({step && writes, step && writes && completes, step && writes && more, i + 16'd1 == results, result_half, gathering, result_fold, result_row}),
+        .out({write_0, push_0, more_0, last_0, half_0, gather_0, fold_0, row_0})
     );
-    logic [NARROW*SUM_BITS-1:0] sums_of[0:PARAMS-1];
+    logic [RESULTS*SUM_BITS-1:0] sums_of[0:2*PARAMS-1];
     for (genvar r = 0; r < PARAMS; r++) begin : result
-        assign sums_of[r] = sums[r*NARROW*SUM_BITS+:NARROW*SUM_BITS];
+        assign sums_of[r] = sums[r*RESULTS*SUM_BITS+:RESULTS*SUM_BITS];
+        if (SECOND + (r + 1) * RESULTS <= TILE_OUT) begin : second
+            assign sums_of[PARAMS+r] = sums[(SECOND+r*RESULTS)*SUM_BITS+:RESULTS*SUM_BITS];
+        end else begin : none
+            assign sums_of[PARAMS+r] = 0;
+        end
+    end
+    logic [RESULTS*SUM_BITS-1:0] sums_first[0:PARAMS-1], sums_second[0:PARAMS-1];
+    for (genvar r = 0; r < PARAMS; r++) begin : halves
+        assign sums_first[r] = sums_of[r];
+        assign sums_second[r] = sums_of[PARAMS+r];
     end
     always_ff @(posedge clk) begin
-        sums_1 <= sums_of[row_0];
-        fold_1 <= now_second ? fold_0 : 0;
+        sums_1[0] <= sums_first[row_0];
+        sums_1[1] <= sums_second[row_0];
+        fold_1 <= fold_0;
+        half_1 <= half_0;
     end
-    for (genvar l = 0; l < NARROW; l++) begin : lane
+    for (genvar l = 0; l < RESULTS; l++) begin : lane
         logic [7:0] shifts;
         logic [6:0] distance;  // shift + 31, and what is below 0 or above 79 gives what these do
         assign shifts = params_data[l*64+32+:8];
         assign distance = shifts < 33 ? 0 : shifts > 112 ? 79 : 7'(shifts - 33);
-        m3vit_ram #(
-            .WIDTH(45),
-            .DEPTH(2 << PARAM),
-            .STYLE("distributed")
-        ) parameters (
-            .clk(clk),
-            .write(write_params[l]),
-            .write_at({!side, params_at}),
-            .data({params_data[l*64+:32], params_data[l*64+40+:6], distance}),
-            .read_at({side, row_0}),
-            .word(params_1[l*45+:45])
-        );
+        for (genvar h = 0; h < 2; h++) begin : half
+            m3vit_ram #(
+                .WIDTH(45),
+                .DEPTH(2 << PARAM),
+                .STYLE("distributed")
+            ) parameters (
+                .clk(clk),
+                .write(write_params[h*RESULTS+l]),
+                .write_at({!side, params_at}),
+                .data({params_data[l*64+:32], params_data[l*64+40+:6], distance}),
+                .read_at({side, row_0}),
+                .word(params_1[h][l*45+:45])
+            );
+        end
         logic [SUM_BITS-1:0] sum_2;
         logic [44:0] params_2;
-        if (l < WIDE) begin : both
+        logic [SUM_BITS+44:0] narrow;
+        assign narrow = {sums_1[half_1][l*SUM_BITS+:SUM_BITS], params_1[half_1][l*45+:45]};
+        if (l < 2 * WIDE) begin : both  // lane l % WIDE of a wide word of half l / WIDE
             logic [SUM_BITS+44:0] folded[0:FOLD-1];
             for (genvar f = 0; f < FOLD; f++) begin : part
-                assign folded[f] = {sums_1[(f*WIDE+l)*SUM_BITS+:SUM_BITS], params_1[(f*WIDE+l)*45+:45]};
+                assign folded[f] = {
+                    sums_1[l/WIDE][(f*WIDE+l%WIDE)*SUM_BITS+:SUM_BITS], params_1[l/WIDE][(f*WIDE+l%WIDE)*45+:45]
+                };
             end
-            always_ff @(posedge clk) {sum_2, params_2} <= folded[fold_1];
+            always_ff @(posedge clk) {sum_2, params_2} <= now_second ? folded[fold_1] : narrow;
         end else begin : narrow_only
-            always_ff @(posedge clk) begin
-                sum_2 <= sums_1[l*SUM_BITS+:SUM_BITS];
-                params_2 <= params_1[l*45+:45];
-            end
+            always_ff @(posedge clk) {sum_2, params_2} <= narrow;
         end
         m3vit_round #(
             .SUM_BITS(SUM_BITS)
@@ -682,9 +743,11 @@ module m3vit_experts #(
         );
     end
 
-    // Hidden channels.
-    logic [PORT_BITS-1:0] narrow_word, wide_word;
-    for (genvar l = 0; l < NARROW; l++) begin : narrow_way
+    // Hidden channels: gathered to words.
+    logic [PORT_BITS-1:0] narrow_word, gathered;
+    logic [RESULTS*A_BITS-1:0] values;
+    logic [7:0] gather_last;
+    for (genvar l = 0; l < RESULTS; l++) begin : narrow_way
         logic signed [ACT_BITS-1:0] value;
         m3vit_gelu #(
             .ACT_BITS(ACT_BITS),
@@ -696,7 +759,12 @@ module m3vit_experts #(
             .frac_out(gelu_out),
             .value(value)
         );
-        assign narrow_word[l*A_BITS+:A_BITS] = A_BITS'(value);
+        assign values[l*A_BITS+:A_BITS] = A_BITS'(value);
+    end
+    for (genvar g = 0; g < GATHER; g++) begin : gather
+        assign narrow_word[g*RESULTS*A_BITS+:RESULTS*A_BITS] =
+            gather_last == 8'(g) ? values : gathered[g*RESULTS*A_BITS+:RESULTS*A_BITS];
+        always_ff @(posedge clk) if (gather_last == 8'(g)) gathered[g*RESULTS*A_BITS+:RESULTS*A_BITS] <= values;
     end
 
     // The residual stream: a token's weight is that of all its words; what is added to comes when the product is there.
@@ -712,42 +780,42 @@ module m3vit_experts #(
     );
     assign weight_pop = scale_0 && scale_last;
     m3vit_delay #(
-        .BITS(1),
-        .CYCLES(5)
+        .BITS(2),
+        .CYCLES(SELECTED + ROUNDED + 5)
     ) olds (
         .clk(clk),
         .reset(reset),
-        .in(scale_0),
-        .out(old_pop)
+        .in({write_0 && now_second, more_0}),
+        .out({old_pop, more_pop})
     );
-    logic [PORT_BITS-1:0] added;
-    for (genvar l = 0; l < WIDE; l++) begin : wide_lane
+    logic [2*PORT_BITS-1:0] added, wide_words;
+    for (genvar l = 0; l < 2 * WIDE; l++) begin : wide_lane
         m3vit_scale scale (
             .clk(clk),
             .result(rounded[l*32+:32]),
             .weight(token_weight),
-            .old(in_word[2][l*32+:32]),
+            .old(in_word[2+l/WIDE][l%WIDE*32+:32]),
             .sum(added[l*32+:32])
         );
     end
     m3vit_delay #(
-        .BITS(PORT_BITS),
+        .BITS(2 * PORT_BITS),
         .CYCLES(GELU - 7)  // as long as the way of hidden channels
     ) wide_way (
         .clk(clk),
         .reset(1'b0),
         .in(added),
-        .out(wide_word)
+        .out(wide_words)
     );
 
     m3vit_delay #(
-        .BITS(1),
+        .BITS(10),
         .CYCLES(SELECTED + ROUNDED + GELU)
     ) pushed (
         .clk(clk),
         .reset(reset),
-        .in(write_0),
-        .out(out_push)
+        .in({push_0, more_0, gather_0}),
+        .out({out_push, more_push, gather_last})
     );
     m3vit_axi_write #(
         .ADDRESS_BITS(ADDRESS_BITS),
@@ -756,9 +824,9 @@ module m3vit_experts #(
     ) narrow_write (
         .clk(clk),
         .reset(reset),
-        .command_valid(!row_empty[3] && !now_second),
+        .command_valid(!row_empty[4] && !now_second),
         .command_ready(narrow_ready),
-        .command_first(row_out[3]),
+        .command_first(row_out[4]),
         .command_words(result_words),
         .push(out_push && !now_second),
         .word(narrow_word),
@@ -776,7 +844,7 @@ module m3vit_experts #(
         .bready(narrow_out_bready)
     );
     logic narrow_ready, wide_ready;
-    assign row_pop[3] = now_second ? wide_ready : narrow_ready;
+    assign row_pop[4] = now_second ? wide_ready : narrow_ready;
     m3vit_axi_write #(
         .ADDRESS_BITS(ADDRESS_BITS),
         .DATA_BITS(PORT_BITS),
@@ -784,12 +852,12 @@ module m3vit_experts #(
     ) wide_write (
         .clk(clk),
         .reset(reset),
-        .command_valid(!row_empty[3] && now_second),
+        .command_valid(!row_empty[4] && now_second),
         .command_ready(wide_ready),
-        .command_first(row_out[3]),
+        .command_first(row_out[4]),
         .command_words(result_words),
         .push(out_push && now_second),
-        .word(wide_word),
+        .word(wide_words[0+:PORT_BITS]),
         .held(wide_held),
         .idle(wide_idle),
         .awvalid(wide_awvalid),
@@ -802,5 +870,33 @@ module m3vit_experts #(
         .wlast(wide_wlast),
         .bvalid(wide_bvalid),
         .bready(wide_bready)
+    );
+    logic more_ready;
+    assign row_pop[5] = more_ready;
+    m3vit_axi_write #(
+        .ADDRESS_BITS(ADDRESS_BITS),
+        .DATA_BITS(PORT_BITS),
+        .DEPTH(OUT_DEPTH)
+    ) more_wide_write (
+        .clk(clk),
+        .reset(reset),
+        .command_valid(!row_empty[5]),
+        .command_ready(more_ready),
+        .command_first(row_out[5]),
+        .command_words(more_words),
+        .push(more_push),
+        .word(wide_words[PORT_BITS+:PORT_BITS]),
+        .held(more_held),
+        .idle(more_idle),
+        .awvalid(more_wide_awvalid),
+        .awready(more_wide_awready),
+        .awaddr(more_wide_awaddr),
+        .awlen(more_wide_awlen),
+        .wvalid(more_wide_wvalid),
+        .wready(more_wide_wready),
+        .wdata(more_wide_wdata),
+        .wlast(more_wide_wlast),
+        .bvalid(more_wide_bvalid),
+        .bready(more_wide_bready)
     );
 endmodule

@@ -1,20 +1,21 @@
 // Loads a tile: its weights, and of each output bias and shifts (load_word of m3vit_engine_linear.h). The rows of a tile
 // are one run of addresses, the tiles of a map follow one another, and so do the maps of an expert.
 //
-// Of two ports the first fills the array's rows below SECOND with half of the words of results, the other the rest.
+// The first half of a tile's words of results are made by the array's rows below SECOND, the others by those from there on.
+// Of two ports each fills its half; one fills both.
 // `start` asks for all of it; a word of weights from each port and one of parameters is taken at each `step` for which
 // `ready` is up, while there is `more`. What is taken goes out a cycle later, with where it belongs.
 module m3vit_load #(
     parameter int ADDRESS_BITS = 40,
     parameter int PORT_BITS = 128,
     parameter int W_BITS = 8,
-    parameter int NARROW = 16,   // values of a narrow word: columns of the parameters
+    parameter int COLUMNS = 8,   // of the parameters: results of a step
     parameter int TILE_OUT = 16,
     parameter int BANKS = 1,
     parameter int DEPTH = 64,    // words of a bank, of one tile
     parameter int PORTS = 1,
     parameter int SECOND = 16,
-    parameter int PARAMS = 8,    // rows of parameters of a tile
+    parameter int PARAMS = 8,    // rows of parameters of a tile's half
     localparam int ROW = DEPTH > 1 ? $clog2(DEPTH) : 1,
     localparam int PARAM = PARAMS > 1 ? $clog2(PARAMS) : 1
 ) (
@@ -26,7 +27,7 @@ module m3vit_load #(
     input  logic                          second,          // map
     input  logic [                  15:0] inputs,          // these three some cycles before `start`
     input  logic [                  15:0] outputs,
-    input  logic [                  15:0] half,            // of the outputs: the first port's
+    input  logic [                  15:0] half,            // of the outputs: those of the first half
     input  logic [      ADDRESS_BITS-1:0] weights,         // bytes: of the expert
     input  logic [      ADDRESS_BITS-1:0] params,
     output logic                          more,
@@ -36,9 +37,9 @@ module m3vit_load #(
     output logic [             BANKS-1:0] write_bank,
     output logic [               ROW-1:0] write_at,
     output logic [   PORTS*PORT_BITS-1:0] write_data,
-    output logic [            NARROW-1:0] write_params,    // columns
+    output logic [         2*COLUMNS-1:0] write_params,    // columns of both halves
     output logic [             PARAM-1:0] params_at,
-    output logic [         NARROW*64-1:0] params_data,
+    output logic [        COLUMNS*64-1:0] params_data,
     output logic [             PORTS-1:0] arvalid,
     input  logic [             PORTS-1:0] arready,
     output logic [PORTS*ADDRESS_BITS-1:0] araddr,
@@ -66,7 +67,8 @@ module m3vit_load #(
     logic [PORTS*ADDRESS_BITS-1:0] next_at;
     logic params_asking, params_accepted, params_valid, params_pop;
     logic [PORT_BITS-1:0] params_word;
-    logic [15:0] row, w, bank, column, param;
+    logic [15:0] row, target, w, bank, column, param;  // target: the array's row
+    logic param_half;
     logic [ROW-1:0] bank_at;
     logic [PARAM-1:0] param_at;
     logic rows_left, params_left, row_ends;
@@ -74,7 +76,7 @@ module m3vit_load #(
     assign words = inputs / 16'(LANES);
     assign row_bytes = ADDRESS_BITS'(words) << SHIFT;
     assign param_words = (outputs + 16'(ROWS - 1)) / 16'(ROWS);
-    assign rows_left = row < half;
+    assign rows_left = row < (PORTS == 1 ? outputs : half);
     assign params_left = param < param_words;
     assign more = rows_left || params_left;
     assign row_ends = w + 1 == words;
@@ -111,7 +113,7 @@ module m3vit_load #(
         assign next_at[p*ADDRESS_BITS+:ADDRESS_BITS] = at;
         assign asking = asked < rows;
         if (p == 0) begin : first
-            always_ff @(posedge clk) if (start) rows <= half;
+            always_ff @(posedge clk) if (start) rows <= PORTS == 1 ? outputs : half;
             always_ff @(posedge clk) if (start) at <= first_at; else if (accepted) at <= at + row_bytes;
         end else begin : second_
             logic [ADDRESS_BITS-1:0] half_bytes;
@@ -179,6 +181,8 @@ module m3vit_load #(
     always_ff @(posedge clk) begin
         if (start) begin
             row <= 0;
+            target <= 0;
+            param_half <= 0;
             w <= 0;
             bank <= 0;
             bank_at <= 0;
@@ -188,28 +192,32 @@ module m3vit_load #(
         end else if (step) begin
             if (rows_left) begin
                 w <= row_ends ? 0 : w + 1;
-                if (row_ends) row <= row + 1;
+                if (row_ends) begin
+                    row <= row + 1;
+                    target <= PORTS == 1 && row + 1 == half ? 16'(SECOND) : target + 1;
+                end
                 bank <= bank + 1 == 16'(BANKS) ? 0 : bank + 1;
                 if (bank + 1 == 16'(BANKS)) bank_at <= row_ends ? 0 : bank_at + 1;
             end
             if (params_left) begin
                 param <= param + 1;
-                column <= column + 16'(ROWS) == 16'(NARROW) ? 0 : column + 16'(ROWS);
-                if (column + 16'(ROWS) == 16'(NARROW)) begin
-                    // The row of the array's next outputs: those of the second half begin at SECOND.
-                    if (PORTS == 2 && (param + 1) * 16'(ROWS) == half) param_at <= PARAM'(SECOND / NARROW);
-                    else param_at <= param_at + 1;
+                column <= column + 16'(ROWS) == 16'(COLUMNS) ? 0 : column + 16'(ROWS);
+                if (column + 16'(ROWS) == 16'(COLUMNS)) begin
+                    param_at <= (param + 1) * 16'(ROWS) == half ? 0 : param_at + 1;
+                    if ((param + 1) * 16'(ROWS) == half) param_half <= 1;
                 end
             end
         end
         for (int o = 0; o < TILE_OUT; o++)
-            write_output[o] <= PORTS == 1 || o < SECOND ? pop[0] && row == 16'(o)
-                                                        : pop[PORTS-1] && row + 16'(SECOND) == 16'(o);
+            write_output[o] <= PORTS == 1 || o < SECOND ? pop[0] && target == 16'(o)
+                                                        : pop[PORTS-1] && target + 16'(SECOND) == 16'(o);
         for (int b = 0; b < BANKS; b++) write_bank[b] <= bank == 16'(b);
         write_data <= word;
         write_at <= bank_at;
-        for (int c = 0; c < NARROW; c++) begin
-            write_params[c] <= params_pop && 16'(c) >= column && 16'(c) < column + 16'(ROWS);
+        for (int c = 0; c < COLUMNS; c++) begin
+            for (int h = 0; h < 2; h++)
+                write_params[h*COLUMNS+c] <= params_pop && param_half == (h == 1) && 16'(c) >= column
+                                          && 16'(c) < column + 16'(ROWS);
             params_data[c*64+:64] <= params_word[c%ROWS*64+:64];
         end
         params_at <= param_at;

@@ -73,6 +73,7 @@ def parameters_of(hardware: Hardware) -> dict[str, int | str]:
         "QUEUE": hardware.max_rows * hardware.max_top,
         "MAX_EXPERTS": hardware.max_experts,
         "WEIGHT_PORTS": hardware.weight_ports,
+        "RESULTS": hardware.results,
         "TILES": "distributed" if hardware.tiles_in_lut else "block",
         "INPUTS": "ultra" if hardware.uram else "block",
         "TABLE": TABLE,

@@ -34,19 +34,23 @@ HARDWARE = Hardware(
     token_block=32,
     groups=32,
     norm_words=2,
+    pixels=1,
 )
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 # Arrays from one that takes keys and heads in several passes to one with several queries at once.
-ARRAYS = {"w16a16": 16, "w8a8": 128, "w12a14": 64}
+ARRAYS = {"w16a16": 16, "w8a8": 144, "w12a14": 72}
+REST = {
+    "w16a16": {},
+    "w8a8": {"pixels": 4, "divided": 16, "results": 16},
+    "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4},
+}
 
 
 def hardware_of(name: str) -> Hardware:
     """Return the configuration that the random models of a format run on."""
     weight_bits, act_bits = FORMATS[name]
     sizes = {"tile_out": ARRAYS[name], "weight_ports": 2 if name == "w8a8" else 1}
-    return replace(
-        HARDWARE, weight_bits=weight_bits, act_bits=act_bits, **sizes, norm_words=1 if name == "w12a14" else 2
-    )
+    return replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits, **sizes, **REST[name])
 
 
 @dataclass

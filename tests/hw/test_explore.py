@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.hw.boards import fits
+from m3vit.hw.boards import fits, resources
+from m3vit.hw.cost import lines_of
 from m3vit.hw.design import SIZES, design_of, read_design
 from m3vit.hw.explore import configuration, explore, front, points, render
-from m3vit.hw.fit import FrameTimes, fit
+from m3vit.hw.fit import Candidates, FrameTimes, fit, least_hardware, possible
 from m3vit.hw.isa import Instruction
 from m3vit.hw.network import Head, Network, program_of
 from tests.hw.programs import HARDWARE
@@ -39,7 +41,7 @@ def test_part_clock_and_ports_change_the_board() -> None:
         ({"board": "zcu104", "part": "xczu9eg-x"}, "zcu104 has a xczu7ev.*: give --board zcu102"),
         ({"board": "zcu104", "clock": 5000}, "--clock 5000: give 50 to 600 MHz"),
         ({"board": "zcu104", "port_bits": 256}, "--port-bits 256: zcu104 has 64, 128"),
-        ({"board": "zcu104", "array": 65}, "--array 65: choose from 16, 32"),
+        ({"board": "zcu104", "array": 65}, "--array 65: choose from 16, 24"),
         ({"board": "zcu104", "ports": 3}, "--ports 3: choose from 1, 2"),
         ({"board": "nowhere"}, "--board nowhere: choose from"),
     ],
@@ -57,6 +59,35 @@ def test_fronts_hold_what_nothing_beats() -> None:
         kept = {(p.ms, p.takes[resource]) for p in front(found, resource)}
         every = {(p.ms, p.takes[resource]) for p in found}
         assert kept == {a for a in every if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in every)}
+
+
+def test_the_fastest_is_the_fastest_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all engines of a few sizes, each counted as a whole."""
+    few = {
+        **{"tile_out": (144, 96, 64, 16), "lanes": (32, 16), "groups": (64, 32), "token_block": (256, 32)},
+        **{"tiles_in_lut": (False, True), "gates_in_lut": (True, False), "weight_ports": (2, 1), "norm_words": (2, 1)},
+        **{"norm_in_lut": (False, True), "results": (16, 8), "divided": (16, 4), "finished_in_uram": (True, False)},
+    }
+    assert set(few) == set(SIZES)
+    monkeypatch.setattr("m3vit.hw.fit.SIZES", few)
+    board = design_of("kv260").target
+    program = programs(8, 8, board.port_bits)
+    least = least_hardware(program, 8, 8, board)
+    found = list(Candidates(program, least, board, {}))
+    assert all(
+        fits(h, board) and cycles == sum(line.cycles for line in lines_of(program, h, board)) for cycles, h in found
+    )
+    whole: dict[int, int] = {}  # the least LUTs of engines that take so many cycles
+    times = FrameTimes(program, board)
+    for values in product(*few.values()):
+        size = replace(least, uram=board.uram > 0, **dict(zip(few, values, strict=True)))
+        if possible(size, board) and fits(size, board):
+            cycles = times.cycles(size)
+            whole[cycles] = min(whole.get(cycles, 1 << 30), resources(size)["lut"])
+    fastest = min(whole)
+    assert min(cycles for cycles, _ in found) == fastest
+    assert min(resources(h)["lut"] for cycles, h in found if cycles == fastest) == whole[fastest]
+    assert min(resources(h)["lut"] for _, h in found) == min(whole.values())
 
 
 def test_a_configuration_comes_back_and_is_what_is_built(tmp_path: Path) -> None:

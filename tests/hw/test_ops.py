@@ -111,36 +111,39 @@ def test_fields_of_an_opcode_have_words_of_their_own(op: Op) -> None:
 
 NOWHERE: dict[str, int] = {"weights": 0, "params": 0}
 # 16 x 16 multipliers, 16 outputs a gate tile, blocks of 32 tokens, 32 queries (one at once) and 64 keys, heads of up to
-# 32; words of 8 narrow values, weights or gates, and of 4 wide ones. Inputs come through two ports, four tokens ahead; tokens
-# that are read take 8 steps each, the least.
+# 32; words of 8 narrow values, weights or gates, and of 4 wide ones. Inputs come through two ports, four tokens ahead;
+# tokens that are read take 8 steps each, the least.
 CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
     Op.IMAGE: (isa.Patches(rows=6, n_in=48, patch=4, columns=3), [], 6 * 48),
     Op.POSITION: (isa.Position(rows=7, n_out=32, params=0, prefix=1), [], 7 * 8),
-    # 24 channels are 6 words: of scales, and of biases. 5 rows and 3 more take 16 steps each, the least.
+    # 24 channels are 6 words: of scales, and of biases. 5 rows, one ahead and 3 more take 16 steps each,
+    # the least.
     Op.NORM: (
         isa.Norm(
             rows=5, n_in=24, n_out=24, params=0, mode=Mode.WIDE, shift=0, bias_shift=0, sqrt_dim=0, eps=1
         ),
         [],
-        2 * 6 + (5 + 3) * 16,
+        2 * 6 + (5 + 4) * 16,
     ),
     # A head of 24 channels is 3 words. 64 to clear what it leaves of 32. Blocks of 24, 24 and 22 queries, and of 64 and
     # 6 keys. A query takes 16 cycles: 4 passes of keys x 2 steps of channels, 4 steps of keys x 2 passes of channels;
-    # a round of 8 of them 128. A block of keys is 384 words: 3 rounds, as many as 24 queries. So 2 x 3 rounds, 3 more.
+    # a round of 8 of them 128. A block of keys is 384 words, which with 16 to settle take 4 rounds; 24 queries take 3.
+    # The first block is read in 384. So 3 x 2 x 4 rounds, 3 more, and 3 to write: 24 x 3 times 8
+    # values, 1 round, and 2.
     Op.ATTENTION: (
         isa.Attention(rows=70, n_in=72, n_out=24, heads=1, score_shift=0, value_shift=0),
         [],
-        64 + 70 * 3 + 3 * 384 + 3 * (2 * 3 + 3) * 128 + 70 * 3,
+        64 + 384 + (3 * 2 * 4 + 3 + 3) * 128,
     ),
-    # 9 to reset; 3 words of 50 tokens; of each 9 logits, 9 exponentials, 3 choices; 9 starts; 50 x 3 places at II = 2.
-    Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 150 + 50 * 21 + 9 + 300),
-    # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens, four ahead and one more: 8 steps each, beside
-    # 16; the second tile, 10 tokens and one more, has 2 steps = 22.
+    # 9 to reset; 50 tokens and three more of 16 steps, the least; 9 starts; 50 x 3 places at II = 2.
+    Op.ROUTE: (isa.Route(rows=50, n_in=9, top_k=3, logit_frac=20), [], 9 + 53 * 16 + 9 + 300),
+    # 20 outputs: tiles of 16 and 4, 64 and 16 words of weights. 10 tokens, four ahead and one more: 8 steps each,
+    # beside 16; the second tile, 10 tokens and one more, has 2 steps = 22.
     Op.LINEAR: (isa.Linear(rows=10, n_in=32, n_out=20, mode=Mode.NARROW, **NOWHERE), [], 64 + 120 + 22),
     # One tile of 9 outputs, 36 words, and 15 x 8.
     Op.GATE: (isa.Gate(rows=10, n_in=32, n_out=9, **NOWHERE), [], 36 + 120),
-    # One expert has 3 tokens, 16 -> 16 -> 16: 32 words of weights a map. Each map reads its inputs: 3 tokens, four ahead
-    # and one more, of 8 steps.
+    # One expert has 3 tokens, 16 -> 16 -> 16: 32 words of weights a map. Each map reads its inputs: 3 tokens, four
+    # ahead and one more, of 8 steps.
     Op.EXPERTS: (
         isa.Experts(
             rows=10, n_in=16, n_out=16, gelu_in=9, gelu_out=9, experts=5, hidden_pitch=16,

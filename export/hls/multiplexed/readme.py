@@ -65,7 +65,7 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 - `weights`, `gates`, `params`: the three sections of `firmware/weights/weights.bin`; `weights_map.json` says where each
   tensor lies, lists the program, and the elements of the memories below.
 - `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16};
-  `wide_in`, `wide`: one of int32. Scratch: nothing in them outlasts a frame.
+  `wide_in`, `wide`, `more_wide_in`, `more_wide`: one of int32. Scratch: nothing in them outlasts a frame.
 - `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {manifest["outputs"]}], raw words with the
   fractional bits below; a token's are {order_of_outputs(manifest)}.
   A pixel shuffle and a bilinear resize make them logits (`host/m3vit_decoding.py`).

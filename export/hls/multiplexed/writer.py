@@ -31,6 +31,8 @@ HEAD = (
     "uram",
     "tiles_in_lut",
     "gates_in_lut",
+    "finished_in_uram",
+    "norm_in_lut",
 )  # of Hardware: written in other words
 # Modules that the host driver has a copy of: they import numpy alone.
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
@@ -38,10 +40,11 @@ BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can bui
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
-TOP_ARGUMENTS = """const uint8_t *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
+TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
            const vit_words::weights *more_weights, const vit_words::gates *gates, const vit_words::wide *params,
            const vit_words::narrow *keys, const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out,
-           const vit_words::wide *wide_in, vit_words::wide *wide, int32_t *output"""
+           const vit_words::wide *wide_in, vit_words::wide *wide, const vit_words::wide *more_wide_in,
+           vit_words::wide *more_wide, int32_t *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
@@ -52,8 +55,10 @@ PORTS = {
     "keys": "keys",
     "narrow_in": "narrow_in",
     "narrow_out": "narrow_out",
-    "wide_in": "wide_in",
+    "wide_in": "wide",
     "wide": "wide",
+    "more_wide_in": "more_wide",
+    "more_wide": "more_wide",
     "output": "io",
 }
 
@@ -72,6 +77,8 @@ def parameters_text(hardware: Hardware) -> str:
             *(["#define M3VIT_URAM // the inputs of a block of tokens lie in URAM"] if hardware.uram else []),
             *(["#define M3VIT_TILES_IN_LUT // weight tiles lie in LUTs"] if hardware.tiles_in_lut else []),
             *(["#define M3VIT_GATES_IN_LUT // and those of routers"] if hardware.gates_in_lut else []),
+            *(["#define M3VIT_FINISHED_IN_URAM // and what attention divides"] if hardware.finished_in_uram else []),
+            *(["#define M3VIT_NORM_IN_LUT // so do some of LayerNorm's products"] if hardware.norm_in_lut else []),
             '#include "nnet_utils/m3vit_accelerator.h"',
             "",
             "struct vit_cfg {",
@@ -106,7 +113,8 @@ def top_text(depths: dict[str, int], port_bits: int) -> str:
             *pragmas,
             *scalars,
             "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, weights, more_weights, gates, params, keys,",
-            "                                    narrow_in, narrow_out, wide_in, wide, output);",
+            "                                    narrow_in, narrow_out, wide_in, wide, more_wide_in,",
+            "                                    more_wide, output);",
             "}",
             "",
         ]
@@ -119,7 +127,8 @@ HEADER_TEXT = f"""{NOTICE}
 
 #include "parameters.h"
 
-// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in and wide: the wide memory.
+// more_weights: the weights; keys, narrow_in and narrow_out: the narrow memory; wide_in, wide, more_wide_in and
+// more_wide: the wide memory.
 void m3vit({TOP_ARGUMENTS});
 
 #endif
@@ -150,14 +159,23 @@ def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
 
 
 def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
-    """Return the words that each port of the accelerator reaches; of image and output single values."""
+    """Return the words that each port of the accelerator reaches; of the output single values."""
     memory = image.memory
     lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
     narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.values(hardware.act_word)))
     wide = -(-memory.wide // hardware.values(32))
     sections = {name: max(1, -(-getattr(image, name).size // hardware.values(bits))) for name, bits in lanes.items()}
     sections["more_weights"] = sections["weights"]
-    return {"image": memory.image, **sections, **narrow, "wide_in": wide, "wide": wide, "output": memory.output}
+    return {
+        "image": memory.image // hardware.pixels,
+        **sections,
+        **narrow,
+        "wide_in": wide,
+        "wide": wide,
+        "more_wide_in": wide,
+        "more_wide": wide,
+        "output": memory.output,
+    }
 
 
 def program_lines(image: Image) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ inline counters *&program_counters() {
 #endif
 
 // Each engine has one place where it is called, hence one instance in hardware.
-// keys, narrow_in and narrow_out are the same memory, as are wide_in and wide, weights and more_weights.
+// keys, narrow_in and narrow_out are the same memory, as are weights and more_weights; wide_in, wide, more_wide_in and
+// more_wide too, by two ports, each of which reads and writes.
 // An unknown task id is 0.
 template <class C>
 void run_program(typename ports<C>::image image, unsigned task, unsigned num_tasks, typename ports<C>::weights weights,
@@ -29,7 +30,8 @@ void run_program(typename ports<C>::image image, unsigned task, unsigned num_tas
                  typename ports<C>::params params,
                  typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
                  typename ports<C>::narrow_out narrow_out, typename ports<C>::wide_in wide_in,
-                 typename ports<C>::wide wide, typename ports<C>::output output) {
+                 typename ports<C>::wide wide, typename ports<C>::more_wide_in more_wide_in,
+                 typename ports<C>::more_wide more_wide, typename ports<C>::output output) {
     static queues<C> queue;
     const int wanted = task < num_tasks ? (int)task : 0;
 Program:
@@ -58,13 +60,14 @@ Program:
         case op_conv:
         case op_attention:
             compute<C>(w[opcode_word] == op_attention, linear_of(w), conv_of(w), attention_of(w), queue, weights,
-                       more_weights, gates, params, keys, narrow_in, narrow_out, wide_in, wide, output);
+                       more_weights, gates, params, keys, narrow_in, narrow_out, wide_in, wide, more_wide_in,
+                       more_wide, output);
             break;
         case op_position:
             position<C>(position_of(w), params, wide_in, wide);
             break;
         case op_norm:
-            layernorm<C>(norm_of(w), params, wide_in, narrow_out, wide);
+            layernorm<C>(norm_of(w), params, wide_in, more_wide_in, narrow_out, wide);
             break;
         default: // op_route
             route<C>(route_of(w), wide_in, queue);

@@ -17,12 +17,13 @@
 //   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
 //   widths     act_bits; packed: two products share a multiplier (both have 8 bits)
 //   memory     port_bits: the width of a port; a word is what it moves in a cycle; weight_ports: 1, or 2 that weights are
-//              read through
-//   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; token_block tokens whose inputs
+//              read through; pixels: values of the image that are read at once
+//   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; results: narrow ones of linear
+//              maps in a cycle; token_block tokens whose inputs
 //              are kept on chip
 //   attention  head: the most channels of a head, filled up to a power of two; span: outputs that share their inputs;
 //              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are rounded,
-//              weighed in a cycle; product_bits, context_bits: of the sums of a score, and of weighted values
+//              weighed in a cycle; divided: values that are divided at once; product_bits, context_bits: of the sums of a score, and of weighted values
 //   LayerNorm  norm_words: 1 or 2 words of a row a step
 //   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
@@ -72,7 +73,7 @@ template <class T, unsigned BITS> struct word {
 
 // The words of each memory.
 template <class C> struct words {
-    typedef word<uint8_t, C::port_bits> image;
+    typedef word<uint8_t, 8 * C::pixels> image;
     typedef word<typename C::wt_t, C::port_bits> weights;
     typedef word<int16_t, C::port_bits> gates;
     typedef word<typename C::act_t, C::port_bits> narrow;
@@ -82,7 +83,7 @@ template <class C> struct words {
 
 // What the engines reach memory by: pointers, or, in timed C-simulation, objects.
 template <class C> struct ports {
-    typedef typename port<const uint8_t, port_image>::type image;
+    typedef typename port<const typename words<C>::image, port_image>::type image;
     typedef typename port<const typename words<C>::weights, port_weights>::type weights;
     typedef typename port<const typename words<C>::weights, port_more_weights>::type more_weights;
     typedef typename port<const typename words<C>::gates, port_gates>::type gates;
@@ -92,6 +93,8 @@ template <class C> struct ports {
     typedef typename port<typename words<C>::narrow, port_narrow_out>::type narrow_out;
     typedef typename port<const typename words<C>::wide, port_wide_in>::type wide_in;
     typedef typename port<typename words<C>::wide, port_wide>::type wide;
+    typedef typename port<const typename words<C>::wide, port_more_wide_in>::type more_wide_in;
+    typedef typename port<typename words<C>::wide, port_more_wide>::type more_wide;
     typedef typename port<int32_t, port_output>::type output;
 };
 

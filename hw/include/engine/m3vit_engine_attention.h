@@ -7,13 +7,14 @@
 // block of queries. Queries hold log2(e) / sqrt(head width) already, hence base 2. Rounding depends on key_block, not on
 // how queries are grouped. Weights have prob_frac - weight_drop fractional bits.
 //
-// Work on a head and a block of queries is a sequence of rounds: `batch` groups of C::group queries against a block of
+// A job is a head and a block of queries, and a sequence of rounds: `batch` groups of C::group queries against a block of
 // keys. Four stages work side by side, each on the round before that of the last one: score multiplies queries and keys;
 // round rounds the sums and finds the maxima; weigh makes the weights and shifts the sums of before; value multiplies
 // weights and values and adds. So what a stage makes is used a round later. Scores and values take turns on the array, `turn`
-// cycles a group. The next block of keys is loaded meanwhile; a block has `ring` places, since values are used three rounds
-// after keys.
-// Cycles of a head and a block of queries: (blocks of keys * rounds + 3) * batch * turn, and once reading and writing it.
+// cycles a group. Meanwhile the next block of keys is loaded, which has `ring` places since values are used three rounds
+// after keys; the queries of the next job; and the job before is divided by its sums of weights, C::divided values a
+// cycle, and written. Jobs follow one another without a gap.
+// Cycles: (jobs * blocks of keys * rounds + 3 + what writing the last job takes) * batch * turn, and reading the first job.
 #ifndef M3VIT_ENGINE_ATTENTION_H_
 #define M3VIT_ENGINE_ATTENTION_H_
 
@@ -26,6 +27,7 @@ static const unsigned batch = 8;     // groups of a round, at least 4 cycles eac
 static const unsigned stages = 4;    // and least rounds of a block of keys but one: its sums are used again after them
 static const unsigned least_turn = 4;
 static const unsigned ring = 4; // blocks of keys and values on chip
+static const unsigned settled = 16; // cycles from a word's loading to its use
 
 // Sums of scores and of weighted values, in the width that they need.
 template <class C> struct attention_sums {
@@ -44,33 +46,48 @@ template <class C> struct attention_sizes {
 
 template <class C> struct attention_buffers {
     typename C::act_t k[ring][key_block][C::head], v[ring][C::head][key_block]; // values: channel by channel
-    typename C::act_t q[C::groups][C::group][C::head];
+    typename C::act_t q[2][C::groups][C::group][C::head]; // of this job and of the next
     // By round, odd or even: sums of products, rounded scores and their maxima, weights, and the sums before these.
     typename attention_sums<C>::product product[2][batch][C::group][key_block];
     int score[2][batch][C::group][key_block], best[2][batch][C::group], weight[2][batch][C::group][key_block];
     typename attention_sums<C>::context carried[2][batch][C::group][C::head];
     long long top[C::groups][C::group];
     typename attention_sums<C>::context total[C::groups][C::group], context[C::groups][C::group][C::head];
+    // After the last block of keys: what is divided and written during the next job.
+    typename attention_sums<C>::context divisor[C::groups][C::group], finished[C::groups][C::group][C::head];
 };
 
-// Where a stage stands: block of keys, and batch of groups of it.
+// A head and a block of queries: which one of all, its first query, and how many.
+struct attention_job {
+    unsigned number, head, query, queries;
+};
+
+// Where a stage stands: job, block of keys (block: of the job; number: of all), and batch of groups of it.
 struct attention_round {
     bool valid;
-    unsigned block, group; // group: the first of the batch
+    attention_job job;
+    unsigned block, number, group; // group: the first of the batch
 };
 
 template <class C> struct attention_state {
     // Of the instruction.
-    unsigned width, blocks, query_blocks, query_size;
-    // Of a head and a block of queries.
-    unsigned head, query, queries, rounds; // rounds: of a block of keys
-    unsigned turn, length;                 // cycles of a group, and of a round
+    unsigned width, blocks, query_size;
+    unsigned rounds, turn, length; // rounds of a block of keys, cycles of a group, and of a round
     // Where it stands: rounds begun; group of the batch, cycle of the turn.
+    bool begun;
     unsigned round, g, i;
     attention_round stage[stages];
-    // Loading: block, place of its word, and how many words are left of it.
-    unsigned load_block, load_key, load_word;
+    // Loading keys: block, place of its word. Queries: job, place of its word.
+    attention_round load;
+    unsigned load_key, load_word;
     bool load_value;
+    attention_job read;
+    unsigned read_query, read_word;
+    // Writing: jobs that are finished, the one that is written, and the place of its values.
+    unsigned finished;
+    attention_job write;
+    unsigned write_query, write_value;
+    typename words<C>::narrow written;
     typename attention_sums<C>::product score_sum[C::tile_out];
     typename attention_sums<C>::context value_sum[C::tile_out], total;
     int best;
@@ -88,16 +105,34 @@ inline unsigned times(unsigned count, unsigned size) {
     return (count + size - 1) / size;
 }
 
+template <class C> attention_job first_job(const attention_state<C> &state, const attention_fields &I) {
+    #pragma HLS INLINE
+    attention_job job = {0, 0, 0, I.rows < state.query_size ? I.rows : state.query_size};
+    return job;
+}
+
+// The next block of queries of the head, or the first of the next one; after the last head there is none.
+template <class C> void next_job(const attention_state<C> &state, const attention_fields &I, attention_job &job) {
+    #pragma HLS INLINE
+    job.number++;
+    job.query += state.query_size;
+    if (job.query >= I.rows) {
+        job.query = 0;
+        job.head++;
+    }
+    job.queries = I.rows - job.query < state.query_size ? I.rows - job.query : state.query_size;
+}
+
 // Load one word of keys or values, and go to the next; nothing after the last, nor further ahead than one block.
 template <class C>
 void load_key(attention_state<C> &state, const attention_fields &I, typename ports<C>::keys narrow,
               attention_buffers<C> &buffer) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::narrow_lanes;
-    if (state.load_block >= state.blocks || state.load_block > state.stage[0].block + 1)
+    if (state.load.job.head >= I.heads || state.load.number > state.stage[0].number + 1)
         return;
-    const unsigned place = state.load_block % ring, j = state.load_key, w = state.load_word;
-    const unsigned row = I.src + (state.load_block * key_block + j) * I.src_pitch + state.head * state.width;
+    const unsigned place = state.load.number % ring, j = state.load_key, w = state.load_word;
+    const unsigned row = I.src + (state.load.block * key_block + j) * I.src_pitch + state.load.job.head * state.width;
     const typename words<C>::narrow values = narrow[(row + (state.load_value ? 2 : 1) * I.n_out) / lanes + w];
     M3VIT_COUNT(narrow_read, sizeof(values));
     for (unsigned l = 0; l < lanes; l++) {
@@ -110,9 +145,69 @@ void load_key(attention_state<C> &state, const attention_fields &I, typename por
     if (++state.load_word == state.width / lanes) {
         state.load_word = 0;
         state.load_value = !state.load_value;
-        if (!state.load_value && ++state.load_key == keys_of(I, state.load_block)) {
+        if (!state.load_value && ++state.load_key == keys_of(I, state.load.block)) {
             state.load_key = 0;
-            state.load_block++;
+            state.load.number++;
+            if (++state.load.block == state.blocks) {
+                state.load.block = 0;
+                next_job<C>(state, I, state.load.job);
+            }
+        }
+    }
+}
+
+// Load one word of queries, and go to the next; nothing after the last, nor further ahead than one job.
+template <class C>
+void load_query(attention_state<C> &state, const attention_fields &I, typename ports<C>::narrow_in narrow,
+                attention_buffers<C> &buffer) {
+    #pragma HLS INLINE
+    static const unsigned lanes = words<C>::narrow_lanes;
+    if (state.read.head >= I.heads || state.read.number > state.stage[0].job.number + 1)
+        return;
+    const unsigned i = state.read_query, w = state.read_word;
+    const unsigned row = I.src + (state.read.query + i) * I.src_pitch + state.read.head * state.width;
+    const typename words<C>::narrow values = narrow[row / lanes + w];
+    M3VIT_COUNT(narrow_read, sizeof(values));
+    for (unsigned l = 0; l < lanes; l++) {
+        #pragma HLS UNROLL
+        buffer.q[state.read.number % 2][i / C::group][i % C::group][w * lanes + l] = values.lane[l];
+    }
+    if (++state.read_word == state.width / lanes) {
+        state.read_word = 0;
+        if (++state.read_query == state.read.queries) {
+            state.read_query = 0;
+            next_job<C>(state, I, state.read);
+        }
+    }
+}
+
+// Divide C::divided values of a finished job, and write each word that is whole.
+template <class C>
+void write_context(attention_state<C> &state, const attention_fields &I, const attention_buffers<C> &buffer,
+                   typename ports<C>::narrow_out narrow) {
+    #pragma HLS INLINE
+    static const unsigned lanes = words<C>::narrow_lanes;
+    if (state.write.number >= state.finished)
+        return;
+    const unsigned i = state.write_query, g = i / C::group, q = i % C::group, first = state.write_value;
+    const scaled inverse = reciprocal((unsigned long long)buffer.divisor[g][q]); // not 0: the last maximum weighs 1/2 or more
+    for (unsigned l = 0; l < C::divided; l++) {
+        #pragma HLS UNROLL
+        const long long sum = shift_round((long long)buffer.finished[g][q][first + l], context_drop);
+        const long long y = shift_round(sum * inverse.mantissa, 20 + inverse.shift - context_drop + I.value_shift);
+        state.written.lane[first % lanes + l] = (typename C::act_t)saturate<C::act_bits>(y);
+    }
+    state.write_value += C::divided;
+    if (state.write_value % lanes == 0) {
+        const unsigned row = I.dst + (state.write.query + i) * I.dst_pitch + state.write.head * state.width;
+        narrow[(row + state.write_value) / lanes - 1] = state.written;
+        M3VIT_COUNT(narrow_write, sizeof(state.written));
+    }
+    if (state.write_value == state.width) {
+        state.write_value = 0;
+        if (++state.write_query == state.write.queries) {
+            state.write_query = 0;
+            next_job<C>(state, I, state.write);
         }
     }
 }
@@ -136,65 +231,11 @@ Rest:
                 for (unsigned q = 0; q < C::group; q++) {
                     #pragma HLS UNROLL
                     if (j < C::groups)
-                        buffer.q[j][q][c] = 0;
+                        buffer.q[0][j][q][c] = buffer.q[1][j][q][c] = 0;
                 }
             }
         }
     }
-}
-
-template <class C>
-void read_queries(const attention_state<C> &state, const attention_fields &I, typename ports<C>::narrow_in narrow,
-                  attention_buffers<C> &buffer) {
-    #pragma HLS INLINE off
-    static const unsigned lanes = words<C>::narrow_lanes;
-    unsigned i = 0, w = 0;
-    pipelined<loop_attention_query, 1> query_loop;
-Query:
-    for (unsigned n = 0; n < state.queries * (state.width / lanes); n++) {
-        #pragma HLS PIPELINE II=1
-        query_loop.tick();
-        const unsigned row = I.src + (state.query + i) * I.src_pitch + state.head * state.width;
-        const typename words<C>::narrow values = narrow[row / lanes + w];
-        for (unsigned l = 0; l < lanes; l++) {
-            #pragma HLS UNROLL
-            buffer.q[i / C::group][i % C::group][w * lanes + l] = values.lane[l];
-        }
-        if (++w == state.width / lanes) {
-            w = 0;
-            i++;
-        }
-    }
-    M3VIT_COUNT(narrow_read, state.queries * state.width * sizeof(typename C::act_t));
-}
-
-template <class C>
-void write_context(const attention_state<C> &state, const attention_fields &I, const attention_buffers<C> &buffer,
-                   typename ports<C>::narrow_out narrow) {
-    #pragma HLS INLINE off
-    static const unsigned lanes = words<C>::narrow_lanes;
-    unsigned i = 0, w = 0;
-    pipelined<loop_attention_divide, 1> divide_loop;
-Divide:
-    for (unsigned n = 0; n < state.queries * (state.width / lanes); n++) {
-        #pragma HLS PIPELINE II=1
-        divide_loop.tick();
-        const unsigned g = i / C::group, q = i % C::group;
-        const scaled inverse = reciprocal((unsigned long long)buffer.total[g][q]); // not 0: the last maximum weighs 1/2 or more
-        typename words<C>::narrow values;
-        for (unsigned l = 0; l < lanes; l++) {
-            #pragma HLS UNROLL
-            const long long sum = shift_round((long long)buffer.context[g][q][w * lanes + l], context_drop);
-            const long long y = shift_round(sum * inverse.mantissa, 20 + inverse.shift - context_drop + I.value_shift);
-            values.lane[l] = (typename C::act_t)saturate<C::act_bits>(y);
-        }
-        narrow[(I.dst + (state.query + i) * I.dst_pitch + state.head * state.width) / lanes + w] = values;
-        if (++w == state.width / lanes) {
-            w = 0;
-            i++;
-        }
-    }
-    M3VIT_COUNT(narrow_write, state.queries * state.width * sizeof(typename C::act_t));
 }
 
 // The cycles in which the weights of a query are made, and its sums of before shifted.
@@ -210,9 +251,7 @@ void begin_attention(attention_state<C> &state, const attention_fields &I, atten
     #pragma HLS INLINE off
     state.width = I.n_out / I.heads;
     state.blocks = times(I.rows, key_block);
-    state.query_blocks = times(I.rows, C::groups * C::group);
-    state.query_size = times(I.rows, state.query_blocks);
-    state.head = state.query = state.queries = 0;
+    state.query_size = times(I.rows, times(I.rows, C::groups * C::group));
     const unsigned keys = keys_of(I, 0), score = times(keys, C::tile_out) * times(state.width, C::tile_in);
     const unsigned value = times(keys, C::tile_in) * times(state.width, C::tile_out);
     const unsigned on_array = times(C::group, attention_sizes<C>::score_queries) * score +
@@ -221,51 +260,64 @@ void begin_attention(attention_state<C> &state, const attention_fields &I, atten
     const unsigned turn = on_array > weighed ? on_array : weighed;
     state.turn = turn > least_turn ? turn : least_turn;
     state.length = batch * state.turn;
+    state.begun = false;
     clear_rest<C>(buffer, state.width);
 }
 
-// Go to the next head or block of queries, with its first block of keys; return the cycles it takes, 0 after the last.
+// Read the first job, and return the cycles that all jobs take; 0 when they were returned before.
 template <class C>
 unsigned next_attention(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
                         typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in) {
     #pragma HLS INLINE off
-    state.query += state.queries;
-    if (state.query >= I.rows) {
-        state.query = 0;
-        state.head++;
-    }
-    if (state.head >= I.heads)
+    if (state.begun)
         return 0;
-    state.queries = I.rows - state.query < state.query_size ? I.rows - state.query : state.query_size;
-    read_queries<C>(state, I, narrow_in, buffer);
-    state.load_block = state.load_key = state.load_word = 0;
-    state.load_value = false;
-    state.stage[0].block = 0;
-    const unsigned loads = 2 * keys_of(I, 0) * (state.width / words<C>::narrow_lanes);
-    pipelined<loop_attention_first, 1> first_loop;
-First:
-    for (unsigned n = 0; n < loads; n++) {
-        #pragma HLS PIPELINE II=1
-        first_loop.tick();
-        load_key<C>(state, I, keys, buffer);
-    }
-    unsigned rounds = times(times(state.queries, C::group), batch);
-    rounds = rounds > stages - 1 ? rounds : stages - 1;
-    const unsigned loading = times(loads, state.length);
-    state.rounds = rounds > loading ? rounds : loading;
-    state.round = state.g = state.i = 0;
+    state.begun = true;
+    const attention_job job = first_job<C>(state, I);
     for (unsigned s = 0; s < stages; s++) {
         #pragma HLS UNROLL
         state.stage[s].valid = s == 0;
-        state.stage[s].block = state.stage[s].group = 0;
+        state.stage[s].job = job;
+        state.stage[s].block = state.stage[s].number = state.stage[s].group = 0;
     }
-    return (state.blocks * state.rounds + stages - 1) * state.length;
+    state.load = state.stage[0];
+    state.read = state.write = job;
+    state.load_key = state.load_word = state.read_query = state.read_word = 0;
+    state.load_value = false;
+    state.finished = state.write_query = state.write_value = 0;
+    state.round = state.g = state.i = 0;
+    const unsigned words_of_head = state.width / words<C>::narrow_lanes;
+    const unsigned loads = 2 * keys_of(I, 0) * words_of_head, reads = job.queries * words_of_head;
+    const unsigned first = loads > reads ? loads : reads;
+    pipelined<loop_attention_first, 1> first_loop;
+First:
+    for (unsigned n = 0; n < first; n++) {
+        #pragma HLS PIPELINE II=1
+        first_loop.tick();
+        if (n < loads)
+            load_key<C>(state, I, keys, buffer);
+        if (n < reads)
+            load_query<C>(state, I, narrow_in, buffer);
+    }
+    // A round for each batch of groups, and enough for what goes on meanwhile: loading the next block of keys, reading the
+    // next job, and writing the one before while there are rounds that do not finish its places.
+    const unsigned used = times(times(state.query_size, C::group), batch);
+    const unsigned writing = times(state.query_size * (state.width / C::divided), state.length) + 2;
+    const unsigned each[] = {used, stages - 1, times(loads + settled, state.length),
+                             times(times(reads + settled, state.length), state.blocks), times(used + writing, state.blocks)};
+    state.rounds = 0;
+    for (unsigned n = 0; n < sizeof each / sizeof each[0]; n++) {
+        #pragma HLS UNROLL
+        state.rounds = each[n] > state.rounds ? each[n] : state.rounds;
+    }
+    const unsigned jobs = I.heads * times(I.rows, state.query_size);
+    return (jobs * state.blocks * state.rounds + stages - 1 + writing) * state.length;
 }
 
 // A group of a stage: whether there is one, its number, and the keys that it meets.
 struct stage_group {
     bool valid;
-    unsigned group, block, keys;
+    unsigned group, block, keys, place; // place: of the block in the ring
+    attention_job job;
 };
 
 template <class C>
@@ -273,8 +325,10 @@ stage_group group_of(const attention_state<C> &state, const attention_fields &I,
     #pragma HLS INLINE
     stage_group found;
     found.group = state.stage[s].group + state.g;
-    found.valid = state.stage[s].valid && found.group * C::group < state.queries;
+    found.job = state.stage[s].job;
+    found.valid = state.stage[s].valid && found.group * C::group < found.job.queries;
     found.block = state.stage[s].block;
+    found.place = state.stage[s].number % ring;
     found.keys = found.valid ? keys_of(I, found.block) : key_block;
     return found;
 }
@@ -313,7 +367,7 @@ void round_scores(attention_state<C> &state, const attention_fields &I, attentio
     if (!at.valid || q >= C::group)
         return;
     // Of queries beyond the last, which the block may hold from before, nothing is kept or counted.
-    const bool known = at.group * C::group + q < state.queries;
+    const bool known = at.group * C::group + q < at.job.queries;
     for (unsigned l = 0; l < C::lanes; l++) {
         #pragma HLS UNROLL
         const unsigned j = e + l;
@@ -372,12 +426,19 @@ void weigh(attention_state<C> &state, const attention_fields &I, attention_buffe
     if (turn + 1 == turns) {
         buffer.top[group][q] = state.top;
         buffer.total[group][q] = state.total;
+        if (at.block + 1 == state.blocks)
+            buffer.divisor[group][q] = state.total;
     }
 }
 
 // Each stage takes the round that the one before it has finished.
-template <class C> void next_rounds(attention_state<C> &state) {
+template <class C> void next_rounds(attention_state<C> &state, const attention_fields &I) {
     #pragma HLS INLINE
+    const attention_round &last = state.stage[stages - 1];
+    const unsigned after = last.group + batch; // a job is finished with its last group, in the last block of keys
+    if (last.valid && last.block + 1 == state.blocks && last.group * C::group < last.job.queries &&
+        after * C::group >= last.job.queries)
+        state.finished++;
     for (unsigned s = stages - 1; s > 0; s--) {
         #pragma HLS UNROLL
         state.stage[s] = state.stage[s - 1];
@@ -386,18 +447,25 @@ template <class C> void next_rounds(attention_state<C> &state) {
     first.group += batch;
     if (first.group >= state.rounds * batch) {
         first.group = 0;
-        first.block++;
+        first.number++;
+        if (++first.block == state.blocks) {
+            first.block = 0;
+            next_job<C>(state, I, first.job);
+        }
     }
-    first.valid = first.block < state.blocks;
+    first.valid = first.job.head < I.heads;
 }
 
-// One cycle before the array: load, round, weigh, and bring the operands of the array.
+// One cycle before the array: load, write, round, weigh, and bring the operands of the array.
 template <class C>
 array_turn attention_before(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
-                            typename ports<C>::keys keys, operands<C> &step) {
+                            typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
+                            typename ports<C>::narrow_out narrow_out, operands<C> &step) {
     #pragma HLS INLINE
     const unsigned g = state.g, now = state.round & 1, before = now ^ 1; // stages 0 and 2 fill `now`, 1 and 3 `before`
     load_key<C>(state, I, keys, buffer);
+    load_query<C>(state, I, narrow_in, buffer);
+    write_context<C>(state, I, buffer, narrow_out);
     round_scores<C>(state, I, buffer, group_of<C>(state, I, 1), before);
     weigh<C>(state, I, buffer, group_of<C>(state, I, 2), now);
     const stage_group scored = group_of<C>(state, I, 0), valued = group_of<C>(state, I, 3);
@@ -411,7 +479,7 @@ array_turn attention_before(attention_state<C> &state, const attention_fields &I
             const unsigned query = t.query + s * C::span / key_block, q = query < C::group ? query : 0;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                step.x[s][j] = buffer.q[scored.group][q][t.step * C::tile_in + j];
+                step.x[s][j] = buffer.q[scored.job.number % 2][scored.group][q][t.step * C::tile_in + j];
             }
         }
         for (unsigned o = 0; o < C::tile_out; o++) {
@@ -419,7 +487,7 @@ array_turn attention_before(attention_state<C> &state, const attention_fields &I
             const unsigned key = (o + t.pass * C::tile_out) % key_block;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                step.y[o][j] = buffer.k[scored.block % ring][key][t.step * C::tile_in + j];
+                step.y[o][j] = buffer.k[scored.place][key][t.step * C::tile_in + j];
             }
         }
     } else if (t.value) {
@@ -436,7 +504,7 @@ array_turn attention_before(attention_state<C> &state, const attention_fields &I
             const unsigned c = (o + t.pass * C::tile_out) % C::head;
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                step.y[o][j] = buffer.v[valued.block % ring][c][t.step * C::tile_in + j];
+                step.y[o][j] = buffer.v[valued.place][c][t.step * C::tile_in + j];
             }
         }
     }
@@ -460,6 +528,7 @@ void attention_after(attention_state<C> &state, const attention_fields &I, atten
         }
     } else if (t.value) {
         const unsigned group = state.stage[3].group + g;
+        const bool finished = state.stage[3].block + 1 == state.blocks;
         for (unsigned o = 0; o < C::tile_out; o++) {
             #pragma HLS UNROLL
             const unsigned q = t.query + o / C::head, c = o % C::head + t.pass * C::tile_out;
@@ -467,7 +536,9 @@ void attention_after(attention_state<C> &state, const attention_fields &I, atten
                 typedef typename attention_sums<C>::context context_t;
                 const context_t sum_before = t.first ? buffer.carried[before][g][q][c] : state.value_sum[o];
                 state.value_sum[o] = context_t(sum_before + sum[o] * (1LL << I.weight_drop));
-                if (t.last)
+                if (t.last && finished)
+                    buffer.finished[group][q][c] = state.value_sum[o];
+                else if (t.last)
                     buffer.context[group][q][c] = state.value_sum[o];
             }
         }
@@ -477,7 +548,7 @@ void attention_after(attention_state<C> &state, const attention_fields &I, atten
         if (++state.g == batch) {
             state.g = 0;
             state.round++;
-            next_rounds<C>(state);
+            next_rounds<C>(state, I);
         }
     }
 }

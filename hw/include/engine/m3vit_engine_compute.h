@@ -15,7 +15,9 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
              typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
              typename ports<C>::gates gates, typename ports<C>::params params, typename ports<C>::keys keys,
              typename ports<C>::narrow_in narrow_in, typename ports<C>::narrow_out narrow_out,
-             typename ports<C>::wide_in wide_in, typename ports<C>::wide wide, typename ports<C>::output output) {
+             typename ports<C>::wide_in wide_in, typename ports<C>::wide wide,
+             typename ports<C>::more_wide_in more_wide_in, typename ports<C>::more_wide more_wide,
+             typename ports<C>::output output) {
     #pragma HLS INLINE off
     static weight_tiles<C> tile;
     static token_cache<C> cache;
@@ -34,8 +36,8 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     #pragma HLS ARRAY_PARTITION variable=buffer.k dim=3 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.v dim=2 cyclic factor=attention_sizes<C>::channels
     #pragma HLS ARRAY_PARTITION variable=buffer.v dim=3 cyclic factor=C::tile_in
-    #pragma HLS ARRAY_PARTITION variable=buffer.q dim=2 complete
-    #pragma HLS ARRAY_PARTITION variable=buffer.q dim=3 cyclic factor=C::tile_in
+    #pragma HLS ARRAY_PARTITION variable=buffer.q dim=3 complete
+    #pragma HLS ARRAY_PARTITION variable=buffer.q dim=4 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.product dim=3 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.product dim=4 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.score dim=4 cyclic factor=C::lanes
@@ -45,12 +47,17 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     #pragma HLS ARRAY_PARTITION variable=buffer.carried dim=4 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.context dim=2 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.context dim=3 complete
+    #pragma HLS ARRAY_PARTITION variable=buffer.finished dim=2 complete
+    #pragma HLS ARRAY_PARTITION variable=buffer.finished dim=3 complete
     #pragma HLS BIND_STORAGE variable=buffer.k type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=buffer.v type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=buffer.q type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=buffer.product type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=buffer.weight type=ram_s2p impl=lutram
     #pragma HLS BIND_STORAGE variable=buffer.carried type=ram_s2p impl=lutram
+#ifdef M3VIT_FINISHED_IN_URAM
+    #pragma HLS BIND_STORAGE variable=buffer.finished type=ram_s2p impl=uram
+#endif
 #ifdef M3VIT_URAM
     #pragma HLS BIND_STORAGE variable=cache.x type=ram_s2p impl=uram
 #endif
@@ -67,9 +74,11 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     linear_state<C> linear;
     attention_state<C> attention;
     #pragma HLS ARRAY_PARTITION variable=linear.found complete dim=0
+    #pragma HLS ARRAY_PARTITION variable=linear.gathered.lane complete
     #pragma HLS ARRAY_PARTITION variable=linear.sum complete
     #pragma HLS ARRAY_PARTITION variable=linear.done complete
     #pragma HLS ARRAY_PARTITION variable=attention.stage complete
+    #pragma HLS ARRAY_PARTITION variable=attention.written.lane complete
     #pragma HLS ARRAY_PARTITION variable=attention.score_sum complete
     #pragma HLS ARRAY_PARTITION variable=attention.value_sum complete
     if (attends)
@@ -90,8 +99,12 @@ Work:
             #pragma HLS DEPENDENCE variable=tile.gate inter false
             #pragma HLS DEPENDENCE variable=cache.x inter false
             #pragma HLS DEPENDENCE variable=wide inter false
+            #pragma HLS DEPENDENCE variable=more_wide inter false
             #pragma HLS DEPENDENCE variable=buffer.k inter false
             #pragma HLS DEPENDENCE variable=buffer.v inter false
+            #pragma HLS DEPENDENCE variable=buffer.q inter false
+            #pragma HLS DEPENDENCE variable=buffer.finished inter false
+            #pragma HLS DEPENDENCE variable=buffer.divisor inter false
             #pragma HLS DEPENDENCE variable=buffer.product inter false
             #pragma HLS DEPENDENCE variable=buffer.score inter false
             #pragma HLS DEPENDENCE variable=buffer.best inter false
@@ -107,10 +120,10 @@ Work:
             #pragma HLS ARRAY_PARTITION variable=sum complete
             array_turn turn = {false, false, false, false, 0, 0, 0};
             if (attends)
-                turn = attention_before<C>(attention, A, buffer, keys, step);
+                turn = attention_before<C>(attention, A, buffer, keys, narrow_in, narrow_out, step);
             else
                 linear_before<C>(linear, k, G, queue, tile, cache, step, weights, more_weights, gates, params, keys,
-                                 narrow_in, narrow_out, wide_in, wide, output);
+                                 narrow_in, narrow_out, wide_in, wide, more_wide_in, more_wide, output);
             if (step.used)
                 multiply<C>(step, sum);
             if (attends)
@@ -119,7 +132,6 @@ Work:
                 linear_after<C>(linear, k, step.used, sum);
         }
         if (attends) {
-            write_context<C>(attention, A, buffer, narrow_out);
             steps = next_attention<C>(attention, A, buffer, keys, narrow_in);
         } else {
             end_tile<C>(linear);

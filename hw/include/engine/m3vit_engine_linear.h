@@ -31,12 +31,17 @@ struct tile_job {
     bool valid, fresh;
     bool gate, gather, conv;
     unsigned weights, params, n_in, outputs;
-    unsigned half; // outputs whose weights come through the first port
+    unsigned half; // outputs of the first half, those whose weights and wide results pass through the first port
     unsigned base, first, count;
     unsigned ports; // through which inputs are read
     unsigned src, src_pitch, dst, dst_pitch;
     int mode, gelu_in, gelu_out;
 };
+
+inline unsigned first_half(const tile_job &job) {
+    #pragma HLS INLINE
+    return job.half < job.outputs ? job.half : job.outputs;
+}
 
 // Where the sequence of tiles stands: linear map `map` (for experts two for each active one), tokens from `base` on,
 // output row `row`.
@@ -80,7 +85,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     job.n_in = second ? I.n_out : I.n_in;
     const unsigned size = job.gate ? C::gate_out : C::tile_out;
     job.outputs = n_out - place.row < size ? n_out - place.row : size;
-    job.half = C::weight_ports == 1 || job.gate ? job.outputs : weight_tiles<C>::half_of(job.outputs);
+    job.half = job.gate ? job.outputs : weight_tiles<C>::half_of(job.outputs);
     job.weights = I.weights + place.row * job.n_in;
     job.params = I.params + row_words * place.row;
     job.gather = experts && !second;
@@ -130,7 +135,7 @@ struct tile_progress {
 
 template <class C> tile_progress first_word(const tile_job &job) {
     tile_progress place;
-    place.rows = job.valid ? job.half < job.outputs ? job.half : job.outputs : 0;
+    place.rows = !job.valid ? 0 : C::weight_ports == 2 && job.half < job.outputs ? job.half : job.outputs;
     place.words = !job.valid ? 0 : job.gate ? job.n_in / weight_tiles<C>::gate_lanes : job.n_in / weight_tiles<C>::lanes;
     place.params = job.valid ? words_of<words<C>::wide_lanes>(row_words * job.outputs) : 0;
     place.row = place.w = place.param = 0;
@@ -156,7 +161,7 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
         if (job.gate)
             tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / T::gate_lanes + at];
         else
-            tile.weight[side][place.w][place.row] = weights[job.weights / T::lanes + at];
+            tile.weight[side][place.w][T::row_of(job, place.row)] = weights[job.weights / T::lanes + at];
         if (C::weight_ports == 2 && job.half + place.row < job.outputs)
             tile.weight[side][place.w][T::second + place.row] =
                 more_weights[job.weights / T::lanes + job.half * place.words + at];
@@ -275,6 +280,7 @@ template <class C> struct linear_state {
     token_place found[1 + lead][2]; // of tokens that are read, one for each port, and of those before
     token_place token, written;
     tap_place tap;
+    typename words<C>::narrow gathered; // results of the word that is not whole yet
     sum_t sum[C::tile_out], done[C::tile_out]; // of the token that is multiplied, and of the one before, which is written
 };
 
@@ -312,8 +318,8 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
     state.results = now.mode == to_output   ? now.outputs
-                    : now.mode == to_narrow ? words_of<words<C>::narrow_lanes>(now.outputs)
-                                            : words_of<words<C>::wide_lanes>(now.outputs);
+                    : now.mode == to_narrow ? words_of<C::results>(now.outputs)
+                                            : words_of<words<C>::wide_lanes>(first_half(now));
     state.span = state.steps > state.results ? state.steps : state.results;
     const unsigned reading = state.reads > linear_state<C>::least_span ? state.reads : linear_state<C>::least_span;
     state.span = now.fresh && reading > state.span ? reading : state.span;
@@ -329,13 +335,14 @@ template <class C> void end_tile(linear_state<C> &state) {
     if (now.fresh && !now.conv)
         M3VIT_COUNT(narrow_read, now.count * now.n_in * sizeof(typename C::act_t));
     if (now.mode == to_narrow)
-        M3VIT_COUNT(narrow_write, now.count * state.results * sizeof(typename words<C>::narrow));
+        M3VIT_COUNT(narrow_write,
+                    now.count * words_of<words<C>::narrow_lanes>(now.outputs) * sizeof(typename words<C>::narrow));
     else if (now.mode == to_output)
         M3VIT_COUNT(output, now.count * state.results * 4);
     else
-        M3VIT_COUNT(wide_write, now.count * state.results * sizeof(typename words<C>::wide));
+        M3VIT_COUNT(wide_write, now.count * words_of<words<C>::wide_lanes>(now.outputs) * sizeof(typename words<C>::wide));
     if (now.mode == to_residual || now.mode == to_queue)
-        M3VIT_COUNT(wide_read, now.count * state.results * sizeof(typename words<C>::wide));
+        M3VIT_COUNT(wide_read, now.count * words_of<words<C>::wide_lanes>(now.outputs) * sizeof(typename words<C>::wide));
     M3VIT_COUNT(params, words_of<words<C>::wide_lanes>(row_words * now.outputs) * sizeof(typename words<C>::wide));
     if (now.gate)
         M3VIT_COUNT(gates, now.outputs * now.n_in * sizeof(int16_t));
@@ -353,53 +360,79 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
     return shift_round((long long)state.done[o] + bias, tile.shift[side][o]);
 }
 
-// Write word `w` of a token's results: activation, or what is in memory added, and to 
+// Write step `w` of a token's results: C::results narrow values, after their activation, and each word that is whole; a wide
+// word of each half, with what is in memory added; or one value of the output.
 template <class C>
-void write_word(const linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
-                typename ports<C>::narrow_out narrow,
-                typename ports<C>::wide_in wide_in, typename ports<C>::wide wide, typename ports<C>::output output) {
+void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
+                typename ports<C>::narrow_out narrow, typename ports<C>::wide_in wide_in, typename ports<C>::wide wide,
+                typename ports<C>::more_wide_in more_wide_in, typename ports<C>::more_wide more_wide,
+                typename ports<C>::output output) {
     #pragma HLS INLINE
     static const unsigned narrow_lanes = words<C>::narrow_lanes, wide_lanes = words<C>::wide_lanes;
+    static const unsigned joined = narrow_lanes / C::results; // steps of a narrow word
+    static_assert(C::results >= 2 * wide_lanes && joined > 0, "a step's results are two wide words, or of one narrow word");
     const tile_job &job = state.now;
     const token_place &token = state.written;
-    // The results of a narrow word, of a wide one, or one.
-    const unsigned first = w * (job.mode == to_narrow ? narrow_lanes : job.mode == to_output ? 1 : wide_lanes);
-    long long results[narrow_lanes];
+    const bool to_words = job.mode != to_narrow && job.mode != to_output, adds = to_words && job.mode != to_wide;
+    // The results of a step, and which outputs they are.
+    long long results[C::results];
+    unsigned outputs[C::results];
     #pragma HLS ARRAY_PARTITION variable=results complete
-    for (unsigned l = 0; l < narrow_lanes; l++) {
+    #pragma HLS ARRAY_PARTITION variable=outputs complete
+    for (unsigned l = 0; l < C::results; l++) {
         #pragma HLS UNROLL
-        results[l] = first + l < job.outputs ? result_of<C>(state, tile, weight_tiles<C>::row_of(job, first + l)) : 0;
+        const unsigned part = l / wide_lanes, of_word = w * wide_lanes + l % wide_lanes;
+        outputs[l] = job.mode == to_narrow   ? w * C::results + l
+                     : job.mode == to_output ? w + l
+                     : part == 0             ? (of_word < job.half ? of_word : job.outputs)
+                     : part == 1             ? job.half + of_word
+                                             : job.outputs;
+        results[l] = outputs[l] < job.outputs ? result_of<C>(state, tile, weight_tiles<C>::row_of(job, outputs[l])) : 0;
     }
     if (job.mode == to_narrow) {
-        typename words<C>::narrow values;
-        for (unsigned l = 0; l < narrow_lanes; l++) {
+        typename C::act_t values[C::results];
+        #pragma HLS ARRAY_PARTITION variable=values complete
+        for (unsigned l = 0; l < C::results; l++) {
             #pragma HLS UNROLL
-            values.lane[l] = 0;
-            if (first + l < job.outputs) {
+            values[l] = 0;
+            if (outputs[l] < job.outputs) {
                 const long long n = saturate<C::act_bits>(results[l]);
-                values.lane[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
+                values[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
             }
         }
-        narrow[token.at / narrow_lanes + w] = values;
+        for (unsigned l = 0; l < narrow_lanes; l++) {
+            #pragma HLS UNROLL
+            if (l / C::results >= w % joined)
+                state.gathered.lane[l] = l / C::results == w % joined ? values[l % C::results] : 0;
+        }
+        if (w % joined == joined - 1 || w + 1 == state.results)
+            narrow[token.at / narrow_lanes + w / joined] = state.gathered;
     } else if (job.mode == to_output) { // rows of outputs are as the host reads them: a value a step
         output[token.at + w] = (int32_t)saturate<32>(results[0]);
     } else {
-        const bool adds = job.mode != to_wide;
-        typename words<C>::wide values;
         // No two tokens of a tile have the same row, so it may be read before the one before is written.
+        const unsigned at = token.at / wide_lanes + w, more_at = at + job.half / wide_lanes;
+        const bool more = outputs[wide_lanes] < job.outputs;
+        typename words<C>::wide values[2];
+        #pragma HLS ARRAY_PARTITION variable=values complete
         if (adds)
-            values = wide_in[token.at / wide_lanes + w];
-        for (unsigned l = 0; l < wide_lanes; l++) {
+            values[0] = wide_in[at];
+        if (adds && more)
+            values[1] = more_wide_in[more_at];
+        for (unsigned l = 0; l < 2 * wide_lanes; l++) {
             #pragma HLS UNROLL
-            const long long before = adds ? values.lane[l] : 0;
-            values.lane[l] = 0;
-            if (first + l < job.outputs) {
+            int32_t &value = values[l / wide_lanes].lane[l % wide_lanes];
+            const long long before = adds && outputs[l] < job.outputs ? value : 0;
+            value = 0;
+            if (outputs[l] < job.outputs) {
                 const long long y = results[l];
                 const long long added = job.mode == to_queue ? shift_round(saturate<32>(y) * token.score, prob_frac) : y;
-                values.lane[l] = (int32_t)saturate<32>(before + added);
+                value = (int32_t)saturate<32>(before + added);
             }
         }
-        wide[token.at / wide_lanes + w] = values;
+        wide[at] = values[0];
+        if (more)
+            more_wide[more_at] = values[1];
     }
 }
 
@@ -410,7 +443,8 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
                    typename ports<C>::more_weights more_weights, typename ports<C>::gates gates, typename ports<C>::params params,
                    typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
                    typename ports<C>::narrow_out narrow_out, typename ports<C>::wide_in wide_in,
-                   typename ports<C>::wide wide, typename ports<C>::output output) {
+                   typename ports<C>::wide wide, typename ports<C>::more_wide_in more_wide_in,
+                   typename ports<C>::more_wide more_wide, typename ports<C>::output output) {
     #pragma HLS INLINE
     static const unsigned lanes = linear_state<C>::lanes, joined = linear_state<C>::joined;
     const tile_job &now = state.now;
@@ -436,7 +470,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
     if (i == 0)
         state.token = state.found[now.fresh ? linear_state<C>::lead : 0][n % now.ports];
     if (n > state.ahead && i < state.results)
-        write_word<C>(state, tile, i, narrow_out, wide_in, wide, output);
+        write_word<C>(state, tile, i, narrow_out, wide_in, wide, more_wide_in, more_wide, output);
     if (i < state.reads) { // of a token each port reads so many words in a pass
         const unsigned word = n % now.ports * state.reads + i, first = n - n % now.ports;
         if (now.conv) {

@@ -8,38 +8,40 @@ namespace nnet {
 namespace vit {
 
 // Cut the image uint8 [rows p, columns p, 3] into patches in the order (y, x, colour); pixel - 128 fits 8 signed bits.
-// Lines of a patch begin anywhere in a word of the image, so its port moves single values.
-// Cycles: rows * n_in.
+// A line of a patch begins anywhere in a word of a port, so the image's moves C::pixels values, which divide such a line and
+// a narrow word.
+// Cycles: rows * n_in / C::pixels.
 template <class C>
 void read_image(const image_fields &I, typename ports<C>::image image, typename ports<C>::narrow_out narrow) {
     #pragma HLS INLINE off
-    static const unsigned lanes = words<C>::narrow_lanes;
-    const unsigned p = I.patch, columns = I.columns, line = 3 * p * columns;
-Patch:
-    for (unsigned t = 0; t < I.rows; t++) {
-        const unsigned corner = t / columns * p * line + t % columns * 3 * p;
-        typename words<C>::narrow values;
-        #pragma HLS ARRAY_PARTITION variable=values.lane complete
-        unsigned x = 0, y = 0, l = 0, w = 0;
-        pipelined<loop_norm_pixel, 1> pixel_loop;
-    Pixel:
-        for (unsigned i = 0; i < I.n_in; i++) {
-            #pragma HLS PIPELINE II=1
-            pixel_loop.tick();
-            values.lane[l] = (typename C::act_t)((int)image[corner + y * line + x] - pixel_zero);
-            if (++l == lanes || i == I.n_in - 1) {
-                for (unsigned rest = 0; rest < lanes; rest++) {
-                    #pragma HLS UNROLL
-                    if (rest >= l)
-                        values.lane[rest] = 0;
-                }
-                narrow[(I.dst + t * I.dst_pitch) / lanes + w++] = values;
-                l = 0;
-            }
-            if (++x == 3 * p) {
-                x = 0;
-                y++;
-            }
+    static const unsigned lanes = words<C>::narrow_lanes, joined = lanes / C::pixels;
+    const unsigned columns = I.columns, across = 3 * I.patch / C::pixels, line = across * columns;
+    typename words<C>::narrow values;
+    #pragma HLS ARRAY_PARTITION variable=values.lane complete
+    unsigned t = 0, column = 0, corner = 0, x = 0, y = 0, at = 0, l = 0, w = 0; // at: of line y
+    pipelined<loop_norm_pixel, 1> pixel_loop;
+Pixel:
+    for (unsigned n = 0; n < I.rows * (I.n_in / C::pixels); n++) {
+        #pragma HLS PIPELINE II=1
+        pixel_loop.tick();
+        const typename words<C>::image pixels = image[corner + at + x];
+        for (unsigned j = 0; j < lanes; j++) {
+            #pragma HLS UNROLL
+            if (j / C::pixels >= l)
+                values.lane[j] = j / C::pixels == l ? (typename C::act_t)((int)pixels.lane[j % C::pixels] - pixel_zero) : 0;
+        }
+        const bool whole = x + 1 == across, last = whole && y + 1 == I.patch;
+        if (last || l + 1 == joined)
+            narrow[(I.dst + t * I.dst_pitch) / lanes + w] = values;
+        w = last ? 0 : l + 1 == joined ? w + 1 : w;
+        l = last || l + 1 == joined ? 0 : l + 1;
+        x = whole ? 0 : x + 1;
+        y = last ? 0 : whole ? y + 1 : y;
+        at = last ? 0 : whole ? at + line : at;
+        if (last) { // the next patch; below the last of a row, the first of the next one
+            t++;
+            column = column + 1 == columns ? 0 : column + 1;
+            corner = column == 0 ? corner + across + (I.patch - 1) * line : corner + across;
         }
     }
     M3VIT_COUNT(image, I.rows * I.n_in);
@@ -81,15 +83,37 @@ Token:
     M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
 }
 
+// LayerNorm's values in the width that they need, which decides how many DSPs a product takes: channels fewer than
+// 2^dim_bits, n x - S, the same shifted so that it has 24 bits (25 if it was rounded up), its factor, and what is scaled.
+struct norm_types {
+    static const unsigned dim_bits = 11;
+    typedef sums<dim_bits + 1>::type dim;
+    typedef sums<32 + dim_bits + 1>::type centred;
+    typedef sums<26>::type shifted;
+    typedef sums<27>::type factor, normal;
+};
+
 // What one stage of LayerNorm hands to the next of a row.
 struct norm_row {
     long long sum;
     unsigned long long any; // all bits that occur in a magnitude
     int drop;
     unsigned long long squares;
-    long long factor;
+    norm_types::factor factor;
     int shift;
 };
+
+static const unsigned norm_span = 16; // steps of a row at least: what a stage writes is there when the next row reads it
+static const unsigned norm_pairs = 4; // places for pairs of rows that are read, summed and centred
+
+// Value l of a step whose first word is `word`, of row t, where layernorm keeps what it read.
+template <class C, class ROWS> int value_of(const ROWS &x, unsigned t, unsigned word, unsigned l) {
+    #pragma HLS INLINE
+    static const unsigned lanes = words<C>::wide_lanes, most = (C::max_dim + lanes - 1) / lanes;
+    static const unsigned longest = (most + C::norm_words - 1) / C::norm_words;
+    const unsigned at = word + l / lanes, place = t / 2 % norm_pairs * longest + at / C::norm_words;
+    return x[at % C::norm_words][place].lane[l % lanes];
+}
 
 // LayerNorm of rows, its affine part, rounding, and to memory. params: scales, and from `biases` on biases (a bias counts
 // 2^bias_shift).
@@ -98,28 +122,37 @@ struct norm_row {
 // d_i are first shifted so that the largest has 24 bits: sums of squares then fit 64 bits for any variance of 32-bit
 // inputs. sqrt_dim: sqrt(n) * 2^16; eps: n^3 eps * 2^(2 fractional bits of x), at least 1.
 // One loop passes over all rows, C::norm_words words a step, read through as many ports (one, if results are wide: these go
-// out through one): while it sums a row it centres the one before, squares the one before that and scales and writes a
-// fourth. A stage's result for a row is used from the next row on.
-// Cycles: (rows + 3) * n_in / values of a step, or norm_span a row if there are fewer.
-static const unsigned norm_span = 16; // steps of a row at least: what a stage writes is there when the next row reads it
+// out through one). Each port reads its part of the rows, whole rows one after the other, and rows are taken from all
+// parts in turn once they were read: while the loop sums a row it centres the one before, squares the one before that
+// and scales and writes a fourth. A stage's result for a row is used from the next row on.
+// Cycles: (rows + ports + 3) * n_in / values of a step, or norm_span a row if there are fewer.
 template <class C>
 void layernorm(const norm_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
-               typename ports<C>::narrow_out narrow, typename ports<C>::wide wide_out) {
+               typename ports<C>::more_wide_in more_wide_in, typename ports<C>::narrow_out narrow,
+               typename ports<C>::wide wide_out) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes, most = (C::max_dim + lanes - 1) / lanes;
-    static const unsigned side = C::norm_words * lanes;            // values of a step
+    static const unsigned side = C::norm_words * lanes;           // values of a step
+    static const unsigned longest = (most + C::norm_words - 1) / C::norm_words;
     static const unsigned joined = words<C>::narrow_lanes / side; // steps whose values a narrow word holds
-    static int scale[C::norm_words][most][lanes], bias[C::norm_words][most][lanes], x[4][most][side];
-    static long long centred[4][most][side], shifted[4][most][side];
+    // Rows that were read: odd or even, by word of a step. Each is written by one port and read by one stage.
+    static typename words<C>::wide x[2][C::norm_words][norm_pairs * longest];
+    static int scale[C::norm_words][most][lanes], bias[C::norm_words][most][lanes];
+    static norm_types::centred centred[4][most][side];
+    static norm_types::shifted shifted[4][most][side];
+    static_assert(C::max_dim < 1 << norm_types::dim_bits, "the widths of products hold");
     #pragma HLS ARRAY_PARTITION variable=scale dim=1 complete
     #pragma HLS ARRAY_PARTITION variable=bias dim=1 complete
     #pragma HLS ARRAY_RESHAPE variable=scale dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=bias dim=3 complete
-    #pragma HLS ARRAY_RESHAPE variable=x dim=3 complete
+    #pragma HLS ARRAY_PARTITION variable=x dim=1 complete
+    #pragma HLS ARRAY_PARTITION variable=x dim=2 complete
     #pragma HLS ARRAY_RESHAPE variable=centred dim=3 complete
     #pragma HLS ARRAY_RESHAPE variable=shifted dim=3 complete
+    // together: words of a step, and ports; row 2 p is the p-th one of the first port's, row 2 p + 1 of the second's.
     const unsigned n = I.n_in, count = words_of<lanes>(n), together = I.mode == to_narrow ? C::norm_words : 1;
     const unsigned steps = (count + together - 1) / together, span = steps > norm_span ? steps : norm_span;
+    const unsigned half = (I.rows + together - 1) / together; // rows of the first port
     pipelined<loop_norm_load, 1> load_loop;
 Load:
     for (unsigned w = 0; w < 2 * count; w++) {
@@ -137,15 +170,15 @@ Load:
         }
     }
     M3VIT_COUNT(params, 2 * count * sizeof(typename words<C>::wide));
-    norm_row summed, centring, squared, scaling; // of the rows t, t - 1, t - 2, t - 3
+    norm_row summed, centring, squared, scaling; // of the rows t, t - 1, t - 2, t - 3: t is `together` after what is read
     summed.sum = centring.any = squared.squares = 0;
     scaling.factor = scaling.shift = squared.drop = 0;
     typename words<C>::narrow gathered;
     #pragma HLS ARRAY_PARTITION variable=gathered.lane complete
-    unsigned t = 0, w = 0;
+    unsigned pass = 0, w = 0;
     pipelined<loop_norm_row, 1> row_loop;
 Row:
-    for (unsigned k = 0; k < (I.rows + 3) * span; k++) {
+    for (unsigned k = 0; k < (I.rows + together + 3) * span; k++) {
         #pragma HLS PIPELINE II=1
         row_loop.tick();
         #pragma HLS DEPENDENCE variable=x inter false
@@ -153,7 +186,7 @@ Row:
         #pragma HLS DEPENDENCE variable=shifted inter false
         if (w == 0) { // each stage takes the row that the one before it has finished
             const scaled inverse = rsqrt(squared.squares > 0 ? squared.squares : 1);
-            scaling.factor = shift_round(inverse.mantissa * (long long)I.sqrt_dim, 16);
+            scaling.factor = norm_types::factor(shift_round(inverse.mantissa * (long long)I.sqrt_dim, 16));
             scaling.shift = inverse.shift;
             const int exponent = normalise(centring.any | 1).exponent;
             squared.drop = exponent > 23 ? exponent - 23 : 0;
@@ -165,48 +198,58 @@ Row:
         const bool within = w < steps;
         const unsigned word = w * together; // the first of this step; of its values, `inside` are of the row
         const unsigned left = n - word * lanes, inside = left < together * lanes ? left : together * lanes;
+        // Of a row a port reads a part in each of so many passes as there are ports.
+        const unsigned turn = pass % together, at = turn * steps + w, first = pass - turn;
+        if (within && at < count) {
+            const unsigned place = first / 2 % norm_pairs * longest + at / C::norm_words;
+            const unsigned row = I.src + first / together * I.src_pitch;
+            if (first < I.rows)
+                x[first & 1][at % C::norm_words][place] = wide_in[row / lanes + at];
+            if (together == 2 && first + 1 < I.rows) // the same memory through another port
+                x[1][at % C::norm_words][place] = more_wide_in[(row + half * I.src_pitch) / lanes + at];
+        }
+        const unsigned t = pass - together; // below 0 it is beyond all rows
         if (within && t < I.rows) {
-            const unsigned place = (I.src + t * I.src_pitch) / lanes + word;
-            typename words<C>::wide values[C::norm_words];
-            values[0] = wide_in[place];
-            if (C::norm_words == 2) // the same memory through another port
-                values[C::norm_words - 1] = inside > lanes ? wide_out[place + 1] : values[0];
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const int value = l < inside ? values[l / lanes].lane[l % lanes] : 0;
-                x[t & 3][w][l] = value;
-                summed.sum += value;
+                summed.sum += l < inside ? value_of<C>(x[t & 1], t, word, l) : 0;
             }
         }
-        if (within && t >= 1 && t < I.rows + 1) {
+        if (within && t - 1 < I.rows) {
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long d = l < inside ? (long long)x[(t - 1) & 3][w][l] * n - centring.sum : 0;
-                centred[(t - 1) & 3][w][l] = d;
+                const long long product = (long long)(norm_types::dim(n) * value_of<C>(x[(t - 1) & 1], t - 1, word, l));
+#ifdef M3VIT_NORM_IN_LUT
+                #pragma HLS BIND_OP variable=product op=mul impl=fabric
+#endif
+                const long long d = l < inside ? product - centring.sum : 0;
+                centred[(t - 1) & 3][w][l] = norm_types::centred(d);
                 centring.any |= (unsigned long long)(d < 0 ? -d : d);
             }
         }
-        if (within && t >= 2 && t < I.rows + 2) {
+        if (within && t - 2 < I.rows) {
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long d = shift_round(centred[(t - 2) & 3][w][l], squared.drop);
+                const norm_types::shifted d(shift_round((long long)centred[(t - 2) & 3][w][l], squared.drop));
                 shifted[(t - 2) & 3][w][l] = d;
                 squared.squares += (unsigned long long)(d * d);
             }
         }
-        if (within && t >= 3) {
+        if (within && t - 3 < I.rows) {
             typename words<C>::wide values;
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long y = (int)shift_round(shifted[(t - 3) & 3][w][l] * scaling.factor, 20 + scaling.shift - norm_frac);
+                const long long scaled_up = (long long)(shifted[(t - 3) & 3][w][l] * scaling.factor);
+                const norm_types::normal y(shift_round(scaled_up, 20 + scaling.shift - norm_frac));
                 const long long of_bias = bias[l / lanes][w][l % lanes] * (1LL << I.bias_shift);
-                const long long z = shift_round(y * scale[l / lanes][w][l % lanes] + of_bias, I.shift);
+                const long long z = shift_round((long long)(y * scale[l / lanes][w][l % lanes]) + of_bias, I.shift);
                 if (I.mode == to_narrow)
                     gathered.lane[w % joined * side + l] = l < inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
                 else if (l < lanes)
                     values.lane[l] = l < inside ? (int32_t)saturate<32>(z) : 0;
             }
-            const unsigned place = I.dst + (t - 3) * I.dst_pitch + word * lanes;
+            const unsigned row = (t - 3) / together + (t - 3) % together * half;
+            const unsigned place = I.dst + row * I.dst_pitch + word * lanes;
             if (I.mode != to_narrow) {
                 wide_out[place / lanes] = values;
             } else if (w % joined == joined - 1 || w == steps - 1) {
@@ -220,7 +263,7 @@ Row:
         }
         if (++w == span) {
             w = 0;
-            t++;
+            pass++;
         }
     }
     M3VIT_COUNT(wide_read, I.rows * count * sizeof(typename words<C>::wide));

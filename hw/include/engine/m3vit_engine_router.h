@@ -3,8 +3,9 @@
 // Logits (base 2) come from the gate, one row a token. The k largest are kept in order as they arrive, ties to the lowest
 // expert id; weights are not renormalised. The queues are one list of rows * k entries sorted by expert (counting sort),
 // so their size does not depend on the number of experts; `active` lists the experts with tokens.
-// Logits are read for route_rows tokens at once.
-// Cycles: rows * (words of experts + 2 * experts + 3 * k) + 2 * experts.
+// One loop passes over all tokens: while it reads the logits of one it inserts those of the one before, sums the
+// exponentials of the one before that, and keeps the choice of a fourth.
+// Cycles: (rows + 3) * experts, or route_span a token if there are fewer, + 2 * rows * k + 2 * experts.
 #ifndef M3VIT_ENGINE_ROUTER_H_
 #define M3VIT_ENGINE_ROUTER_H_
 
@@ -46,14 +47,15 @@ void insert_best(long long best[C::max_top], unsigned expert[C::max_top], unsign
     }
 }
 
-static const unsigned route_rows = 16; // tokens whose logits are read at once
+static const unsigned route_span = 16; // steps of a token at least: what is read is there when the next one comes
 
 template <class C> void route(const route_fields &I, typename ports<C>::wide_in wide, queues<C> &queue) {
     #pragma HLS INLINE off
     static const unsigned lanes = words<C>::wide_lanes, most = (C::max_experts + lanes - 1) / lanes;
-    static typename words<C>::wide logits[route_rows][most];
+    static typename words<C>::wide logits[4][most];
     static uint16_t choice[C::max_rows * C::max_top];
     static int score[C::max_rows * C::max_top];
+    #pragma HLS ARRAY_PARTITION variable=logits dim=1 complete
     const unsigned E = I.n_in, K = I.top_k;
     unsigned fill[C::max_experts];
     pipelined<loop_router_reset, 1> reset_loop;
@@ -63,60 +65,53 @@ Reset:
         reset_loop.tick();
         fill[e] = 0;
     }
-    const unsigned count = words_of<lanes>(E);
+    const unsigned count = words_of<lanes>(E), longest = E > K ? E : K, span = longest > route_span ? longest : route_span;
+    // The k best of the tokens t - 1, t - 2 and t - 3, and the sum of exponentials of the last two.
+    long long best[3][C::max_top], total = 0;
+    unsigned expert[3][C::max_top];
+    scaled inverse = {0, 0};
+    #pragma HLS ARRAY_PARTITION variable=best complete dim=0
+    #pragma HLS ARRAY_PARTITION variable=expert complete dim=0
+    for (unsigned i = 0; i < 3 * C::max_top; i++) {
+        #pragma HLS UNROLL
+        best[i / C::max_top][i % C::max_top] = expert[i / C::max_top][i % C::max_top] = 0;
+    }
+    unsigned t = 0, w = 0;
+    pipelined<loop_router_token, 1> token_loop;
 Token:
-    for (unsigned t = 0; t < I.rows; t++) {
-        if (t % route_rows == 0) {
-            const unsigned tokens = I.rows - t < route_rows ? I.rows - t : route_rows;
-            unsigned r = 0, w = 0;
-            pipelined<loop_router_read, 1> read_loop;
-        Read:
-            for (unsigned n = 0; n < tokens * count; n++) {
-                #pragma HLS PIPELINE II=1
-                read_loop.tick();
-                logits[r][w] = wide[(I.src + (t + r) * I.src_pitch) / lanes + w];
-                if (++w == count) {
-                    w = 0;
-                    r++;
+    for (unsigned n = 0; n < (I.rows + 3) * span; n++) {
+        #pragma HLS PIPELINE II=1
+        token_loop.tick();
+        #pragma HLS DEPENDENCE variable=logits inter false
+        if (w == 0) {
+            inverse = reciprocal(total > 0 ? (unsigned long long)total : 1);
+            total = 0;
+            for (unsigned i = 0; i < C::max_top; i++) {
+                #pragma HLS UNROLL
+                for (unsigned stage = 2; stage > 0; stage--) {
+                    #pragma HLS UNROLL
+                    best[stage][i] = best[stage - 1][i];
+                    expert[stage][i] = expert[stage - 1][i];
                 }
+                best[0][i] = -(1LL << 40); // below every logit
+                expert[0][i] = 0;
             }
         }
-        int logit[C::max_experts];
-        long long best[C::max_top];
-        unsigned expert[C::max_top];
-        #pragma HLS ARRAY_PARTITION variable=best complete
-        #pragma HLS ARRAY_PARTITION variable=expert complete
-        for (unsigned i = 0; i < C::max_top; i++) {
-            #pragma HLS UNROLL
-            best[i] = -(1LL << 40); // below every logit
-            expert[i] = 0;
+        if (t < I.rows && w < count)
+            logits[t & 3][w] = wide[(I.src + t * I.src_pitch) / lanes + w];
+        if (t - 1 < I.rows && w < E)
+            insert_best<C>(best[0], expert[0], K, logits[(t - 1) & 3][w / lanes].lane[w % lanes], w);
+        if (t - 2 < I.rows && w < E)
+            total += exp2_neg(best[1][0] - logits[(t - 2) & 3][w / lanes].lane[w % lanes], I.logit_frac, prob_frac);
+        if (t - 3 < I.rows && w < K) {
+            const long long weight = exp2_neg(best[2][0] - best[2][w], I.logit_frac, prob_frac);
+            choice[(t - 3) * K + w] = (uint16_t)expert[2][w];
+            score[(t - 3) * K + w] = (int)shift_round(weight * inverse.mantissa, 20 + inverse.shift - prob_frac);
+            fill[expert[2][w]]++;
         }
-        pipelined<loop_router_logit, 1> logit_loop;
-    Logit:
-        for (unsigned e = 0; e < E; e++) {
-            #pragma HLS PIPELINE II=1
-            logit_loop.tick();
-            logit[e] = logits[t % route_rows][e / lanes].lane[e % lanes];
-            insert_best<C>(best, expert, K, logit[e], e);
-        }
-        long long total = 0;
-        pipelined<loop_router_softmax, 1> softmax_loop;
-    Softmax:
-        for (unsigned e = 0; e < E; e++) {
-            #pragma HLS PIPELINE II=1
-            softmax_loop.tick();
-            total += exp2_neg(best[0] - logit[e], I.logit_frac, prob_frac);
-        }
-        const scaled inverse = reciprocal(total);
-        pipelined<loop_router_choose, 1> choose_loop;
-    Choose:
-        for (unsigned i = 0; i < K; i++) {
-            #pragma HLS PIPELINE II=1
-            choose_loop.tick();
-            const long long weight = exp2_neg(best[0] - best[i], I.logit_frac, prob_frac);
-            choice[t * K + i] = (uint16_t)expert[i];
-            score[t * K + i] = (int)shift_round(weight * inverse.mantissa, 20 + inverse.shift - prob_frac);
-            fill[expert[i]]++;
+        if (++w == span) {
+            w = 0;
+            t++;
         }
     }
     M3VIT_COUNT(wide_read, I.rows * count * sizeof(typename words<C>::wide));
@@ -138,15 +133,18 @@ Start:
         next += count;
     }
     queue.start[E] = next;
+    unsigned token = 0, place = 0;
+    pipelined<loop_router_place, 2> place_loop;
 Place:
-    for (unsigned t = 0; t < I.rows; t++) {
-        pipelined<loop_router_place, 2> place_loop;
-        for (unsigned i = 0; i < K; i++) {
-            #pragma HLS PIPELINE II=2
-            place_loop.tick();
-            const unsigned place = fill[choice[t * K + i]]++;
-            queue.token[place] = (uint16_t)t;
-            queue.weight[place] = score[t * K + i];
+    for (unsigned n = 0; n < I.rows * K; n++) {
+        #pragma HLS PIPELINE II=2
+        place_loop.tick();
+        const unsigned at = fill[choice[n]]++;
+        queue.token[at] = (uint16_t)token;
+        queue.weight[at] = score[n];
+        if (++place == K) {
+            place = 0;
+            token++;
         }
     }
 }

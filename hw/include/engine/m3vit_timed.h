@@ -16,8 +16,6 @@ namespace vit {
 enum loop_id {
     loop_engine_fetch,
     loop_attention_rest,
-    loop_attention_query,
-    loop_attention_divide,
     loop_attention_first,
     loop_compute_step,
     loop_linear_first,
@@ -26,10 +24,7 @@ enum loop_id {
     loop_norm_load,
     loop_norm_row,
     loop_router_reset,
-    loop_router_read,
-    loop_router_logit,
-    loop_router_softmax,
-    loop_router_choose,
+    loop_router_token,
     loop_router_start,
     loop_router_place,
     num_loops
@@ -46,6 +41,8 @@ enum port_id {
     port_narrow_out,
     port_wide_in,
     port_wide,
+    port_more_wide_in,
+    port_more_wide,
     port_output,
     num_ports
 };
@@ -102,7 +99,7 @@ class timed_trace {
     void tick() { now.trips++; }
     void access(uint32_t port, size_t word) {
         now.words[port]++;
-        if (port == port_narrow_out || port == port_wide || port == port_output)
+        if (port == port_narrow_out || port == port_wide || port == port_more_wide || port == port_output)
             now.written = now.trips;
         now.runs[port] += word != following[port];
         following[port] = word + 1;
@@ -119,13 +116,12 @@ class timed_trace {
         const char *path = getenv("M3VIT_TIMED_TRACE");
         file = path ? fopen(path, "wb") : 0;
         if (file)
-            fputs("{\"loops\": [\"engine_fetch\", \"attention_rest\", \"attention_query\", \"attention_divide\", "
-                  "\"attention_first\", \"compute_step\", \"linear_first\", \"norm_pixel\", "
-                  "\"norm_token\", \"norm_load\", \"norm_row\", \"router_reset\", \"router_read\", "
-                  "\"router_logit\", \"router_softmax\", \"router_choose\", \"router_start\", "
-                  "\"router_place\"], "
+            fputs("{\"loops\": [\"engine_fetch\", \"attention_rest\", \"attention_first\", \"compute_step\", \"linear_first\", \"norm_pixel\", "
+                  "\"norm_token\", \"norm_load\", \"norm_row\", \"router_reset\", \"router_token\", "
+                  "\"router_start\", \"router_place\"], "
                   "\"ports\": [\"image\", \"weights\", \"more_weights\", \"gates\", \"params\", \"keys\", \"narrow_in\", "
-                  "\"narrow_out\", \"wide_in\", \"wide\", \"output\"]}\n",
+                  "\"narrow_out\", \"wide_in\", \"wide\", \"more_wide_in\", "
+                  "\"more_wide\", \"output\"]}\n",
                   file);
     }
     ~timed_trace() {

@@ -37,6 +37,8 @@ POINTERS = {
     "narrow_out": "narrow",
     "wide_in": "wide",
     "wide": "wide",
+    "more_wide_in": "wide",
+    "more_wide": "wide",
     "output": "output",
 }
 

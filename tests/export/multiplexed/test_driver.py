@@ -39,9 +39,9 @@ class ModelledDevice:
         wrapper.write_text(
             '#include "firmware/m3vit.h"\nextern "C" void call(void **p, unsigned task, unsigned tasks) {\n'
             "    typedef vit_words w; typedef w::narrow act; typedef w::wide wide;\n"
-            "    m3vit((uint8_t *)p[0], task, tasks, (w::weights *)p[1], (w::weights *)p[2], (w::gates *)p[3],\n"
+            "    m3vit((w::image *)p[0], task, tasks, (w::weights *)p[1], (w::weights *)p[2], (w::gates *)p[3],\n"
             "          (wide *)p[4], (act *)p[5], (act *)p[6], (act *)p[7], (wide *)p[8], (wide *)p[9],\n"
-            "          (int32_t *)p[10]);\n}\n"
+            "          (wide *)p[10], (wide *)p[11], (int32_t *)p[12]);\n}\n"
         )
         library = project / "libm3vit.so"
         sources = [str(wrapper), str(project / "firmware" / "m3vit.cpp")]

@@ -72,7 +72,7 @@ def test_the_command(cli: Cli, timed: Path, spatial: Path, tmp_path: Path) -> No
     done = cli("hw", "csim", timed, "--timed", "--recorded", "--gap", "1", "--json", out, "--timeline", picture)
     assert done.returncode == 0, done.stderr
     assert "timed C-simulation" in done.stdout and "II 2 and depth 12: router_place" in done.stdout
-    assert json.loads(out.read_text())["tasks"]["depth"]["instructions"][0]["loops"]["norm_pixel"]["passes"] == 12
+    assert json.loads(out.read_text())["tasks"]["depth"]["instructions"][0]["loops"]["norm_pixel"]["passes"] == 1
     assert picture.read_text().count("<svg") == 1
     for words, message in (
         (["hw", "csim", timed, "--gap", "1"], "--gap: give --timed too"),
