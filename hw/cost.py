@@ -76,7 +76,7 @@ def lines_of(
     a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz  # bytes
     for pc, i in enumerate(program):
         skipped = i.task not in (-1, task)
-        if isinstance(i, Route):
+        if isinstance(i, Route) and not skipped:
             queue = list(next(given, uniform_queues(i.rows, i.n_in, i.top_k)))
         chosen = queue if isinstance(i, Experts) else ()
         moved = ops.traffic(i, hardware, chosen, skipped)
@@ -121,7 +121,7 @@ def weights_used(program: Sequence[Instruction], hardware: Hardware, lines: Sequ
     """Return the bytes of the weights that a frame uses, each once; of experts, of those that have tokens."""
     total, used = 0, 0
     for i, line in zip(program, lines, strict=True):
-        if isinstance(i, Route):
+        if isinstance(i, Route) and i.task in (-1, task):
             used = len(uniform_queues(i.rows, i.n_in, i.top_k))
         if i.task in (-1, task) and line.bytes["weights"]:
             copies = 2 * used if isinstance(i, Experts) else 1

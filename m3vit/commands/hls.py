@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from m3vit.commands.terminal import print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import File, Positive, RunFolder, Value, add_options, count, options
+from m3vit.options import File, Positive, RunFolder, Value, add_options, count, options, words
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,29 @@ class ExportHls:
         run: run folder
         out: project folder to write, new, empty or an earlier project
         top_k: experts per token, of all tasks (default: as trained)
-        budget: a file of m3vit search, with the same experts per token for all tasks of a block (default: as trained)
+        budget_files: hidden units and experts per token from a file of m3vit search; of several, with commas between
+            them, each has a program in the project, around one file of weights, called as their files, the first what
+            it runs unless told otherwise; full is the model as trained (multiplexed schedule; the spatial one has one
+            budget, with the same experts per token for all tasks of a block) (default: as trained)
     """
 
     run: RunFolder
     out: Path
     top_k: Annotated[str, Value(metavar="K")] | None = None
-    budget: File | None = None
+    budget_files: Annotated[tuple[str, ...], Value(words, "FILE,...", flag="budget")] = ()
 
 
 def add_export_hls(parser: argparse.ArgumentParser) -> None:
     from m3vit.export.hls.options import Request
 
-    add_options(parser, ExportHls, Request, exclusive=("top_k", "budget"))
+    add_options(parser, ExportHls, Request, exclusive=("top_k", "budget_files"))
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
     from m3vit.export.hls.from_run import export_run
     from m3vit.export.hls.options import Request
     from m3vit.models.budget import in_all_layers, read_top_k
-    from m3vit.models.budget_file import read_budget
+    from m3vit.models.budget_file import read_budgets
     from m3vit.run_folder import load_run
 
     wanted = options(ExportHls, args)
@@ -47,10 +50,15 @@ def run_export_hls(args: argparse.Namespace) -> None:
     top_k = read_top_k(wanted.top_k, config.tasks, config.num_experts) if wanted.top_k else {}
     if top_k and not run.model.backbone.moe_indices:
         raise InputError("this model has no experts: leave out --top-k")
-    budget = read_budget(wanted.budget) if wanted.budget else in_all_layers(top_k, run.model.backbone.moe_indices)
+    budgets = read_budgets(wanted.budget_files)
+    budget = in_all_layers(top_k, run.model.backbone.moe_indices)
     with progress_bar("exporting") as bar:
-        info = export_run(run, wanted.out, options(Request, args), budget=budget, progress=bar)
+        info = export_run(run, wanted.out, options(Request, args), budget=budget, budgets=budgets, progress=bar)
     say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(config.tasks)}: {wanted.out}")
+    for line in info.get("filled", []):
+        say(line)
+    if names := [one["name"] for one in info.get("budgets", [])]:
+        say(f"budgets: {', '.join(names)}, each a program around one file of weights; {names[0]} unless told otherwise")
 
 
 @dataclass(frozen=True)
