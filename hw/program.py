@@ -93,7 +93,7 @@ class Image:
         )
         memory = Memory(header.narrow, header.wide, header.output, header.image, header.tasks)
         starts = params[header.programs_at : header.programs_at + header.programs] if header.programs else np.zeros(1)
-        if not starts.size or starts.min() < 0 or (starts.max() + 1) * WORDS > params.size:
+        if not starts.size or starts.min() < 0 or int(starts.max() + 1) * WORDS > params.size:
             raise InputError(f"{path} is damaged (its programs): export the project again")
         return cls(params, weights, gates, memory, header.act_bits, tuple(map(int, starts)), header.programs_at)
 

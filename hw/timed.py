@@ -82,6 +82,12 @@ class Trace:
         """Return the records of one frame."""
         return Trace(self.loops, self.ports, self.records[self.records["frame"] == frame])
 
+    def shifted(self, start: int) -> "Trace":
+        """Return it with `pc` counted from an instruction: that of the program's start."""
+        records = self.records.copy()
+        records["pc"] -= start
+        return Trace(self.loops, self.ports, records)
+
     def bytes(self, hardware: Hardware) -> np.ndarray:
         """Return the bytes of each pass and port, int64 [passes, ports]."""
         widths = [SINGLE.get(port, hardware.port_bits // 8) for port in self.ports]

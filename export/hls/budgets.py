@@ -11,6 +11,7 @@ import numpy as np
 from m3vit.export.hls import leaf
 from m3vit.export.hls.calibration import Calibration, calibrate
 from m3vit.export.hls.schedules import Progress, silent
+from m3vit.hw.manifest import top_ks
 from m3vit.hw.sim.csim import tokenise
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
@@ -72,6 +73,20 @@ def calibrate_all(models: Sequence[leaf.LoweredModel], images: np.ndarray, progr
 def _take_larger(found: dict[str, float], others: Mapping[str, float]) -> None:
     for name, value in others.items():
         found[name] = max(found.get(name, 0.0), value)
+
+
+def budget_of(model: MultiTaskModel, manifest: Mapping[str, Any], number: int) -> Budget:
+    """Return a budget of a project, which is of this model, by its number."""
+    blocks, whole = model.backbone.moe_indices, model.hidden_widths()
+    counts = top_ks(dict(manifest), number)
+    widths = manifest["budgets"][number]["width"] if "budgets" in manifest else whole
+    return Budget(
+        {
+            task: {block: of[place] for block, of in zip(blocks, counts, strict=True)}
+            for place, task in enumerate(model.config.tasks)
+        },
+        width={block: widths[block] for block, units in whole.items() if widths[block] < units},
+    )
 
 
 def described(model: MultiTaskModel, budgets: Mapping[str, Budget]) -> list[dict[str, Any]]:

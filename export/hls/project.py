@@ -119,7 +119,8 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel, budgets: Mappin
     widths, config = lowered.widths, model.config
     rows, columns = lowered.grid
     said = described(model, budgets)
-    uneven = any(len(set(counts)) > 1 for counts in said[0]["top_k"])  # what moe_layers cannot say
+    # What moe_layers cannot say.
+    uneven = any(len(set(counts)) > 1 for counts in said[0]["top_k"]) or next(iter(budgets.values())).width
     return {
         "format": FORMAT,
         "m3vit": __version__,

@@ -227,7 +227,7 @@ def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
 
 
 def _by_layer(routing: np.ndarray, counts: list[list[int]], rows: int, layers: int) -> list[np.ndarray]:
-    """Return for each MoE layer expert ids [n, N, K]; routing: frame after frame; counts: experts of frame and layer."""
+    """Return for each MoE layer expert ids [n, N, K]; routing: frame by frame; counts: experts of frame and layer."""
     found = [
         np.full((len(counts), rows, max((frame[layer] for frame in counts), default=1)), -1) for layer in range(layers)
     ]

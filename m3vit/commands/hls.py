@@ -68,6 +68,7 @@ class Csim:
     Attributes:
         project: HLS project (m3vit export hls)
         samples: images to simulate (default: all that are stored; with --timed one)
+        budget: with --timed, of a project with several, by its name (default: the first); else all are simulated
         timed: count cycles in the C++ instead, with the routing of each image (multiplexed schedule)
         recorded: with --timed, evaluate what was recorded before; no C++ is run
         clock: with --timed, MHz (default: what project.tcl asks for)
@@ -82,6 +83,7 @@ class Csim:
 
     project: Annotated[Path, Value(metavar="DIR", positional=True)]
     samples: Positive | None = None
+    budget: Annotated[str, Value(metavar="NAME")] | None = None
     timed: bool = False
     recorded: bool = False
     clock: Positive | None = None
@@ -110,14 +112,16 @@ def run_csim(wanted: Csim) -> None:
     with progress_bar("C-simulating") as bar:
         report = verify_project(wanted.project, wanted.samples, bar)
     caption = f"{report['images']} images, C-simulation with g++; protocol {report['protocol']}"
-    print_scores(report["tasks"], ("torch", "csim"), caption)
-    for task, result in report["tasks"].items():
-        say(
-            f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
-            f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
-        )
-    for line in schedule_of(read_manifest(wanted.project)).said(report):
-        say(line)
+    schedule, further = schedule_of(read_manifest(wanted.project)), report.get("budgets", {})
+    for name, found in {report.get("budget", ""): report, **further}.items():
+        print_scores(found["tasks"], ("torch", "csim"), f"{caption}; budget {name}" if further else caption)
+        for task, result in found["tasks"].items():
+            say(
+                f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
+                f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
+            )
+        for line in schedule.said(found):
+            say(line)
     say_changed(report["changed_files"], report["changes"])
 
 
@@ -160,6 +164,7 @@ def run_cost(argv: Sequence[str]) -> None:
         parser = OneLineParser(prog="m3vit hw cost", allow_abbrev=False)
         parser.add_argument("project", type=Path)
         add_cost_options(parser)
+        parser.add_argument("--budget", type=str, default=None, metavar="NAME", help="of a project with several")
         parser.add_argument("--json", type=Path, default=None, metavar="FILE")
         args: Any = parser.parse_args(list(argv))
         if args.weight_bits or args.act_bits:
@@ -167,7 +172,7 @@ def run_cost(argv: Sequence[str]) -> None:
         if given := [name for name, value in _engines(args).items() if value is not None]:
             option = "engines" if given[0] == "config" else given[0].replace("_", "-")
             raise InputError(f"{args.project} was exported with its engines: leave out --{option}")
-        report = of_project(args.project, args.board, args.task)
+        report = of_project(args.project, args.board, args.task, args.budget)
     else:
         config, args = _configured("hw cost", argv)
         from m3vit.export.hls.multiplexed.costing import of_model  # needs torch, which help does not

@@ -37,7 +37,7 @@ Program:
         #pragma HLS PIPELINE off
         int32_t w[instruction_words];
         #pragma HLS ARRAY_PARTITION variable=w complete
-        begin_instruction(pc);
+        begin_instruction(pc, pc == entry);
         read_instruction<C>(params, pc, w);
         if (w[opcode_word] == op_end)
             break;
