@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,12 @@ import pytest
 
 from m3vit.commands.hls import run_cost
 from m3vit.errors import InputError
+from m3vit.export.hls.multiplexed import tracing
 from m3vit.export.hls.multiplexed.scheduler import Units
 from m3vit.export.hls.multiplexed.timing import evaluated, record
 from m3vit.export.hls.project import reference
-from m3vit.export.hls.tracing import trace
+from m3vit.export.hls.schedules import silent
+from m3vit.export.hls.tracing import Reference, compare, first_of, trace
 from m3vit.export.hls.verify import verify_project
 from m3vit.hw.isa import Experts, Linear, Route
 from m3vit.hw.manifest import WEIGHTS, budget_names, find_budget, read_manifest, top_ks
@@ -21,11 +26,13 @@ from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.budget import Budget
+from m3vit.models.budget_file import write_budget
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import TASKS, make_images, make_model, make_samples
 from tests.export.multiplexed.exporting import export
 from tests.export.multiplexed.test_driver import ModelledDevice, emitted_driver, modelled_allocate
 
+Cli = Callable[..., subprocess.CompletedProcess]
 # Blocks 0 and 2 are dense with 64 hidden units, block 1 has experts with 32. Light: tasks with other numbers of
 # experts, widths that fill no word of a port, a block less. Mid: another block less, which light has.
 BUDGETS = {
@@ -177,9 +184,20 @@ def test_timed_by_budget(several: Path) -> None:
         assert len(found["instructions"]) == len(program) and abs(found["difference"]) < 0.02
 
 
-def test_trace_of_a_budget(several: Path, judged: dict[str, Any]) -> None:
-    found = trace(several, budget="light", task="semseg")
-    assert found["budget"] == "light" and found["first"]["different"] is None and found["whole_frame_different"] == 0
+@pytest.mark.slow
+def test_trace_of_a_budget(several: Path, judged: dict[str, Any], other: MultiTaskModel) -> None:
+    """Layer by layer against torch under that budget: hidden units lie apart, sums come in parts, a block is out."""
+    manifest, (pixels,) = read_manifest(several), make_images(1, seed=6)
+    run: Any = SimpleNamespace(model=other)
+    torch_of = Reference(run, manifest, 2)
+    found = tracing.trace(several, manifest, pixels, 1, torch_of, silent, budget=2)
+    layers = compare(found.layers, torch_of, pixels, 1)
+    assert found.facts["whole_frame_different"] == 0
+    assert first_of(layers, 0.01) == {"different": None, "out_of_bounds": None}
+    bare = [layer["name"] for layer in layers if "own" not in layer]
+    assert bare == ["image", "blocks_1_moe.route", "blocks_1_moe.part0"], "torch has nothing of a part"
+    with pytest.raises(InputError, match="no budget 'slow'"):
+        trace(several, budget="slow")
 
 
 def test_a_damaged_table_of_programs_is_refused(several: Path, tmp_path: Path) -> None:
@@ -198,3 +216,24 @@ def test_one_budget_for_the_spatial_schedule(other: MultiTaskModel, tmp_path: Pa
     with pytest.raises(InputError, match="names 3 budgets, and a project of the spatial schedule has one"):
         export_project(other, tmp_path / "out", calibration=make_images(2), samples=make_samples(), budgets=BUDGETS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_commands(cli: Cli, tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A run that was not trained for budgets: experts per token by task, from files, in one project."""
+    write_budget(tmp_path / "light.json", Budget({"depth": {1: 1}, "normals": {1: 1}}), {})
+    words = ("export", "hls", tiny_run, "--samples", 1, "--budget", f"full,{tmp_path / 'light.json'}")
+    result = cli(*words, "--out", tmp_path / "no")
+    assert result.returncode == 2 and "names 2 budgets, and a project of the spatial" in result.stderr
+    out = tmp_path / "hls"
+    result = cli(*words, "--schedule", "multiplexed", "--weight-bits", 8, "--act-bits", 8, "--out", out)
+    assert "budgets: full, light, each a program" in result.stdout, result.stderr
+    done = cli("hw", "csim", out)
+    assert done.stdout.count("output words equal the emulator's") == 2 and "budget light" in done.stdout, done.stderr
+    evaluation = ("eval", out, "--data.root", tiny_data, "--workers", 1, "--budget")
+    for name, folder in (("light", out / "budgets" / "light"), ("full", out)):
+        assert cli(*evaluation, name).returncode == 0
+        assert json.loads((folder / "eval.json").read_text())["protocols"]["A"]["budget"] == name
+    done = cli(*evaluation, "slow")
+    assert done.returncode == 2 and done.stderr.endswith("no budget 'slow': choose from full, light\n")
+    assert cli(*words, "--schedule", "multiplexed", "--out", out).returncode == 0, "what eval left may be replaced"
