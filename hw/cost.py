@@ -76,7 +76,7 @@ def lines_of(
     a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz  # bytes
     for pc, i in enumerate(program):
         skipped = i.task not in (-1, task)
-        if isinstance(i, Route):
+        if isinstance(i, Route) and not skipped:
             queue = list(next(given, uniform_queues(i.rows, i.n_in, i.top_k)))
         chosen = queue if isinstance(i, Experts) else ()
         moved = ops.traffic(i, hardware, chosen, skipped)
@@ -121,7 +121,7 @@ def weights_used(program: Sequence[Instruction], hardware: Hardware, lines: Sequ
     """Return the bytes of the weights that a frame uses, each once; of experts, of those that have tokens."""
     total, used = 0, 0
     for i, line in zip(program, lines, strict=True):
-        if isinstance(i, Route):
+        if isinstance(i, Route) and i.task in (-1, task):
             used = len(uniform_queues(i.rows, i.n_in, i.top_k))
         if i.task in (-1, task) and line.bytes["weights"]:
             copies = 2 * used if isinstance(i, Experts) else 1
@@ -204,13 +204,20 @@ def render(report: dict[str, Any]) -> str:
     name = max(report["floor_ms"], key=lambda key: report["floor_ms"][key])
     floors = ", ".join(f"{key} {value:.2f}" for key, value in report["floor_ms"].items())
     ports = ", ".join(f"{port} {count / 1e6:.1f}" for port, count in report["bytes"].items() if count)
+    others = [
+        f"budget {budget}: {found['ms']:.2f} ms, {found['macs'] / 1e9:.2f} GMAC, {found['bytes'] / 1e6:.1f} MB, "
+        f"{found['instructions']} instructions"
+        for budget, found in report.get("budgets", {}).items()
+    ]
+    of_budget = f", budget {report['of_budget']}" if "of_budget" in report else ""
     used = ", ".join(f"{kind} {count} of {report['budget'][kind]}" for kind, count in report["resources"].items())
     return "\n".join(
         [
-            f"Modelled, task {report['task']}: {report['board']} at {report['clock_mhz']} MHz, {h['weight_bits']}-bit "
-            f"weights, {h['act_bits']}-bit activations, array {h['tile_in']} x {h['tile_out']}, blocks of "
-            f"{h['token_block']} tokens",
+            f"Modelled, task {report['task']}{of_budget}: {report['board']} at {report['clock_mhz']} MHz, "
+            f"{h['weight_bits']}-bit weights, {h['act_bits']}-bit activations, array {h['tile_in']} x {h['tile_out']}, "
+            f"blocks of {h['token_block']} tokens",
             *table,
+            *others,
             f"floor, ms: {floors}; the frame is {report['ratio']:.1f} times its {name}",
             f"MB by port: {ports}",
             f"resources: {used}",

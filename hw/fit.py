@@ -205,14 +205,19 @@ def check_tokens(tokens: int) -> None:
 
 
 def fit(
-    program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board, fixed: Sizes = MappingProxyType({})
+    program: Sequence[Instruction],
+    weight_bits: int,
+    act_bits: int,
+    board: Board,
+    fixed: Sizes = MappingProxyType({}),
+    others: Sequence[Instruction] = (),
 ) -> Hardware:
     """Return the engines that run a program's first task fastest, modelled, of those that fit the board.
 
-    fixed: sizes that are not to be chosen. Raises InputError, with what is over and what would fit, if none does, or if
-    there are too many tokens.
+    fixed: sizes that are not to be chosen. others: instructions of other programs, which they must hold. Raises
+    InputError, with what is over and what would fit, if none does, or if there are too many tokens.
     """
-    hardware = least_hardware(program, weight_bits, act_bits, board)
+    hardware = least_hardware([*program, *others], weight_bits, act_bits, board)
     check_tokens(hardware.max_rows)
     best = min(Candidates(program, hardware, board, fixed), key=lambda found: found[0], default=None)
     if best is None:

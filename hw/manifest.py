@@ -84,6 +84,56 @@ def _layers(manifest: dict[str, Any]) -> bool:
     )
 
 
+def _budgets(manifest: dict[str, Any]) -> bool:
+    budgets, layers, tasks = manifest.get("budgets", []), manifest["moe_layers"], len(manifest["tasks"])
+    names = [budget["name"] for budget in budgets]
+    return (
+        all(isinstance(name, str) and name for name in names)
+        and len(set(names)) == len(names)
+        and all(len(budget["top_k"]) == len(layers) for budget in budgets)
+        and all(
+            len(counts) == tasks and all(_whole(count, 1, layer["experts"]) for count in counts)
+            for budget in budgets
+            for layer, counts in zip(layers, budget["top_k"], strict=True)
+        )
+        and all(_whole(units) for budget in budgets for units in budget["width"])
+    )
+
+
+def budget_names(manifest: dict[str, Any]) -> list[str]:
+    """Return the names of a project's budgets, in order; of a project that says none one name, which is empty."""
+    return [budget["name"] for budget in manifest.get("budgets", [])] or [""]
+
+
+def find_budget(manifest: dict[str, Any], name: str | None) -> int:
+    """Return the number of the budget of a name; None: the first. Raises InputError for one that is not there."""
+    names = budget_names(manifest)
+    if name is None:
+        return 0
+    if name not in names or not name:
+        have = f"choose from {', '.join(names)}" if names[0] else "it has one, without a name: leave --budget out"
+        raise InputError(f"the project has no budget {name!r}: {have}")
+    return names.index(name)
+
+
+def top_ks(manifest: dict[str, Any], budget: int = 0) -> list[list[int]]:
+    """Return the experts per token of each layer with experts, by task, under a budget by its number."""
+    if "budgets" in manifest:
+        return [list(counts) for counts in manifest["budgets"][budget]["top_k"]]
+    return [[layer["top_k"]] * len(manifest["tasks"]) for layer in manifest["moe_layers"]]
+
+
+def sample_name(name: str, budget: int) -> str:
+    """Return what torch's results under a budget, by its number, are called in SAMPLES."""
+    return f"budget{budget}_{name}" if budget else name
+
+
+def of_budget(arrays: dict[str, Any], budget: int) -> dict[str, Any]:
+    """Return the arrays of SAMPLES with torch's results under another budget than the first."""
+    start = sample_name("", budget)
+    return {**arrays, **{name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}}
+
+
 def _fractions(manifest: dict[str, Any]) -> bool:
     fracs = manifest["output_fracs"]
     return len(fracs) == len(manifest["tasks"]) and all(
@@ -106,6 +156,7 @@ RULES: dict[str, Rule] = {
     "sizes": _sizes,
     "tasks": _tasks,
     "moe_layers": _layers,
+    "budgets": _budgets,
     "files": _files,
 }
 

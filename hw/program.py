@@ -1,6 +1,6 @@
-"""Programs of the time-multiplexed accelerator, and the file that holds one with its weights. No torch.
+"""Programs of the time-multiplexed accelerator, and the file that holds them with their weights. No torch.
 
-A file (weights.bin; its header is in m3vit.hw.weights_file) has three sections: `params` (int32: the program, biases,
+A file (weights.bin; its header is in m3vit.hw.weights_file) has three sections: `params` (int32: the programs, biases,
 shifts, LayerNorm and position tables), `weights` (int8 or int16) and `gates` (int16: the routers). docs/hls.md has the
 whole format; hw/include/engine/m3vit_engine.h is what reads it.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from m3vit.errors import InputError
-from m3vit.hw.isa import BIAS_SHIFT_LIMIT, SHARED, SHIFT_OFFSET, WORDS, End, Instruction, decode_program
+from m3vit.hw.isa import BIAS_SHIFT_LIMIT, OPCODE, SHARED, SHIFT_OFFSET, WORDS, End, Instruction, Op, decode_program
 from m3vit.hw.weights_file import ALIGNMENT, HEADER_WORDS, MAGIC, Header
 
 MAX_TOKENS = 8192  # token ids are 16 bits, row offsets 32; above this, queues would not be small
@@ -39,18 +39,24 @@ class Memory(NamedTuple):
 
 @dataclass
 class Image:
-    """A program and its weights, as they lie in DDR."""
+    """Programs around one set of weights, as they lie in DDR. starts: the instruction that each program begins with."""
 
     params: np.ndarray
     weights: np.ndarray
     gates: np.ndarray
     memory: Memory
     act_bits: int  # of a narrow value; it is stored in 8 bits or in 16
+    starts: tuple[int, ...] = (0,)
+    starts_at: int = 0  # in params, of several programs
 
     @property
     def program(self) -> list[Instruction]:
-        """The instructions, without the end."""
-        return list(decode_program(self.params))
+        """The instructions of the first program, without the end."""
+        return self.program_of(0)
+
+    def program_of(self, place: int) -> list[Instruction]:
+        """Return the instructions of a program, without the end."""
+        return list(decode_program(self.params[self.starts[place] * WORDS :]))
 
     def write(self, path: Path) -> None:
         """Write the file."""
@@ -61,7 +67,9 @@ class Image:
             places += [place, section.size]
             place += section.nbytes
         bits = [self.weights.itemsize * 8, self.act_bits]
-        header = Header._make([MAGIC, *places, *bits, *self.memory, len(self.program)])
+        several = len(self.starts) if len(self.starts) > 1 else 0
+        instructions = self.starts[-1] + len(self.program_of(len(self.starts) - 1))
+        header = Header._make([MAGIC, *places, *bits, *self.memory, instructions, several, self.starts_at])
         with open(path, "wb") as file:
             file.write(header.words().tobytes())
             for section, start in zip(sections, places[::2], strict=True):
@@ -84,7 +92,10 @@ class Image:
             np.fromfile(path, kind, count, offset=start) for start, count, kind in sections.values()
         )
         memory = Memory(header.narrow, header.wide, header.output, header.image, header.tasks)
-        return cls(params, weights, gates, memory, header.act_bits)
+        starts = params[header.programs_at : header.programs_at + header.programs] if header.programs else np.zeros(1)
+        if not starts.size or starts.min() < 0 or int(starts.max() + 1) * WORDS > params.size:
+            raise InputError(f"{path} is damaged (its programs): export the project again")
+        return cls(params, weights, gates, memory, header.act_bits, tuple(map(int, starts)), header.programs_at)
 
 
 class Builder:
@@ -108,20 +119,24 @@ class Builder:
         self.sizes[section] = place + typed.size
         return place
 
-    def build(self, program: Sequence[Instruction], memory: Memory) -> Image:
-        """Return the image of a program (without its end)."""
-        room = program_words(len(program))
-        words = np.stack([instruction.encode() for instruction in [*program, End()]])
-        words[:-1, SHARED["params"]] += room  # an opcode without params does not read it
+    def build(self, program: Sequence[Instruction], memory: Memory, *others: Sequence[Instruction]) -> Image:
+        """Return the image of a program and others around the same weights (without their ends)."""
+        together = [one for each in (program, *others) for one in (*each, End())]
+        starts = np.cumsum([0, *(len(each) + 1 for each in (program, *others))])[:-1]
+        room = program_words(len(together) - 1)
+        words = np.stack([instruction.encode() for instruction in together])
+        words[words[:, OPCODE] != Op.END, SHARED["params"]] += room  # an opcode without params does not read it
+        table = room + self.put("params", starts) if others else 0
         for name in self.kinds:  # a port reads whole words
             self.put(name, np.zeros(0))
         params, weights, gates = (np.concatenate(self.sections[name]) for name in self.kinds)
         head = np.pad(words.ravel(), (0, room - words.size))
-        return Image(np.concatenate([head, params]), weights, gates, memory, self.act_bits)
+        together_params = np.concatenate([head, params])
+        return Image(together_params, weights, gates, memory, self.act_bits, tuple(map(int, starts)), table)
 
 
 def program_words(instructions: int) -> int:
-    """Return how many words of params a program takes, its end and the gap after it included."""
+    """Return how many words of params so many instructions take, one more end and the gap after it included."""
     unit = ALIGNMENT // 4
     return -(-(instructions + 1) * WORDS // unit) * unit
 

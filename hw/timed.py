@@ -88,6 +88,12 @@ class Trace:
         narrower = {"image": hardware.pixels, "output": OUTPUT_BYTES}
         return np.array([narrower.get(port, hardware.port_bits // 8) for port in self.ports])
 
+    def shifted(self, start: int) -> "Trace":
+        """Return it with `pc` counted from an instruction: that of the program's start."""
+        records = self.records.copy()
+        records["pc"] -= start
+        return Trace(self.loops, self.ports, records)
+
     def bytes(self, hardware: Hardware) -> np.ndarray:
         """Return the bytes of each pass and port, int64 [passes, ports]."""
         return self.records["words"].astype(np.int64) * self.widths(hardware)

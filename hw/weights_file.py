@@ -18,7 +18,9 @@ class Header(NamedTuple):
     """The header's words in their order, zeros after them; file_header in m3vit_isa.h.
 
     For each section its place in bytes and its elements; bits of a stored weight and of a narrow value; what the host
-    has to allocate: elements of the narrow, wide and output memories, bytes of an image; tasks and instructions.
+    has to allocate: elements of the narrow, wide and output memories, bytes of an image; tasks; instructions of all
+    programs, the ends between them too. Of several programs their number, and where in params (words) it is written
+    with which instruction each begins; 0 where there is one, and in older files.
     """
 
     magic: int
@@ -36,6 +38,8 @@ class Header(NamedTuple):
     image: int
     tasks: int
     instructions: int
+    programs: int = 0
+    programs_at: int = 0
 
     @classmethod
     def read(cls, path: str | Path) -> "Header | None":

@@ -102,29 +102,31 @@ def evaluate(
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     predictions: Path | None = None,
-    budget: Path | None = None,
+    budget: Path | str | None = None,
 ) -> dict[str, Any]:
     """Score a run, an ONNX package or an HLS project on the val split, add the result to its eval.json, return it.
 
     The scores are in result["tasks"][task]["torch" or "onnx" or ...], by metric; of a run "trivial" stands beside it.
     protocol: A or B (docs/datasets.md). device, batch: of a run. precision: of a package that holds several. workers:
     processes that match edges. predictions: a new folder for the files that the published code stores and scores.
-    budget: of a run, a file of `m3vit search`; its eval.json is then that of the folder RUN/budgets/NAME of the file.
+    budget: of a run, a file of `m3vit search`; of a package or a project, the name of one that it holds. Its eval.json
+    is then that of the folder FOLDER/budgets/NAME, unless it is the export's own (its first).
     Under torchrun, processes other than the first get {}.
     """
-    from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor
+    from m3vit.evaluation.artefacts import choose_device, is_export, open_predictor, own_budget
     from m3vit.evaluation.scoring import score
-    from m3vit.models.budget import FULL
     from m3vit.models.budget_file import BUDGETS, read_budget
     from m3vit.tasks import TASKS
     from m3vit.training.config import read_run_config
 
     folder = Path(folder)
     is_run = not is_export(folder)
-    used = read_budget(budget) if budget else FULL
+    used = (read_budget(Path(budget)) if is_run else str(budget)) if budget else None
     place = choose_device(device) if is_run else "cpu"
     predictor, info, root = open_predictor(folder, place, batch, precision, used)
-    into = folder / BUDGETS / budget.stem if budget else folder
+    into = folder
+    if budget and (is_run or str(budget) != own_budget(folder)):
+        into = folder / BUDGETS / (Path(budget).stem if is_run else str(budget))
     if workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
         raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")
     if not (data_root or root):

@@ -12,7 +12,7 @@ from typing import Any
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
-from m3vit.evaluation.protocols import EVALUATION_FILES
+from m3vit.evaluation.protocols import of_evaluation
 from m3vit.files import require_replaceable, sha256_file
 from m3vit.hw.manifest import MANIFEST, read_manifest
 from m3vit.hw.sim.csim import TESTBENCH, TIMED_BENCH
@@ -47,7 +47,6 @@ BUILT = {
     "tb_data/csim_outputs.npz",
     "tb_data/csim_outputs.bin",
     "tb_data/csim_results.log",
-    *EVALUATION_FILES,
 }
 EDITING = """## Changing it
 
@@ -119,14 +118,15 @@ def check_replaceable(out: Path) -> None:
     """Raise InputError if writing to `out` would delete anything but an earlier project of ours and what it built."""
 
     def own(found: set[str], advice: str) -> set[str]:
-        files = read_sealed_json(out / MANIFEST, advice).get("files")
+        manifest = read_sealed_json(out / MANIFEST, advice)
+        files, budgets = manifest.get("files"), [one["name"] for one in manifest.get("budgets", [])]
         if not isinstance(files, dict):
             raise InputError(f"{out / MANIFEST} is not an HLS project's: {advice}")
         work = [name for name in editable_names(found & set(files)) if sha256_file(out / name) != files[name]]
         if work:
             raise InputError(f"{out} holds work of yours ({edited(work)}), which would be lost: {advice}")
         built = {name for name in found if name.endswith((".so", ".o")) or name.startswith("rtl/") or PARTIAL in name}
-        return BUILT | set(files) | built
+        return BUILT | set(files) | built | {name for name in found if of_evaluation(name, budgets)}
 
     require_replaceable(out, "project", MANIFEST, own)
 

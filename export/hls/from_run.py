@@ -1,6 +1,8 @@
 """`m3vit export hls`: from a run folder to an hls4ml project with validation samples inside."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,13 +34,16 @@ def export_run(
     request: Request = Request(),
     *,
     budget: Budget = FULL,
+    budgets: Mapping[str, Budget] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the project of a run to `out`, with validation images for `m3vit hw csim`.
 
-    `budget`: what is used of the experts; InputError if it is another model's, or more than the engines can keep to.
+    `budget`: what is used of the model; or `budgets`: several, by name, the first the project's own (multiplexed
+    schedule). InputError for one that is another model's, or more than the engines can keep to.
     """
-    require_trained_run(run, budget)
+    for one in budgets.values() or [budget]:
+        require_trained_run(run, one)
     tasks, labels = run.config.model.tasks, run.config.model.label_set
     root = request.data_root or run.config.data.root
     train, val = (
@@ -76,6 +81,7 @@ def export_run(
         board=request.board,
         **request.engines,
         budget=budget,
+        budgets=budgets,
         progress=progress,
     )
 

@@ -10,7 +10,7 @@ scale and bias of each head's LayerNorm into its Linear.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -117,6 +117,7 @@ class VitAttention(Leaf):
 class VitMoE(Leaf):
     """All experts of a layer and the routers of all tasks; `task` [B, 1] chooses the router of each image.
 
+    top_ks: experts per token of each task.
     router_w [R, E, D] and router_b [R, E] give logits in base 2; w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D].
     """
 
@@ -127,15 +128,22 @@ class VitMoE(Leaf):
     w2: nn.Parameter
     b2: nn.Parameter
 
-    def __init__(self, layer: int, top_k: int, **weights: Tensor) -> None:
+    def __init__(self, layer: int, top_ks: Sequence[int], **weights: Tensor) -> None:
         super().__init__()
-        self.layer, self.top_k = layer, top_k
+        self.layer, self.top_ks = layer, tuple(top_ks)
         for name, value in weights.items():
             self.register_parameter(name, nn.Parameter(value.clone()))
 
+    @property
+    def top_k(self) -> int:
+        """The most experts per token of any task."""
+        return max(self.top_ks)
+
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         logits = self.observe("logit", self._logits(x, task))
-        routing = route(logits * math.log(2), self.top_k)
+        counts = {self.top_ks[row] for row in task[:, 0].long().tolist()} if len(set(self.top_ks)) > 1 else {self.top_k}
+        (top_k,) = counts  # images that are run together have one
+        routing = route(logits * math.log(2), top_k)
         x_ND, groups = x.flatten(0, 1), dispatch(routing.expert_ids_RNK.flatten(0, 1), len(self.w1))
         outputs = []
         for expert, rows in groups.slices():
@@ -223,13 +231,22 @@ class LoweredBlock(nn.Module):
         return x + (self.moe(y, task) if self.is_moe else self.fc2(self.gelu(self.fc1(y))))
 
 
+class Blocks(nn.ModuleList):
+    """Blocks under their numbers in the trunk, of which some may be left out: names stay the same."""
+
+    def __init__(self, blocks: Mapping[int, LoweredBlock]) -> None:
+        super().__init__()
+        for index, block in blocks.items():
+            self.add_module(str(index), block)
+
+
 class LoweredModel(nn.Module):
     """The whole accelerator in float: tokens [B, T, 3 p^2] of pixel / 256 and task ids [B, 1] -> outputs [B, T, C]."""
 
     embed: VitLinear
     position: VitPosition
     norm_pre: VitLayerNorm  # only some trunks have it
-    blocks: nn.ModuleList
+    blocks: Blocks
     fusion_norms: nn.ModuleDict  # by the block they follow, as the Linears that add what they give to the last tokens
     fusion_linears: nn.ModuleDict
     head: VitTaskHead
@@ -250,10 +267,10 @@ class LoweredModel(nn.Module):
         if hasattr(self, "norm_pre"):
             x = self.norm_pre(x)
         normed = {}
-        for index, block in enumerate(self.blocks):
+        for index, block in self.blocks.named_children():
             x = block(x, task)
-            if str(index) in self.fusion_norms:
-                normed[str(index)] = self.fusion_norms[str(index)](x)
+            if index in self.fusion_norms:
+                normed[index] = self.fusion_norms[index](x)
         for name, linear in self.fusion_linears.items():
             x = x + linear(normed[name])
         y = self.head(x, task)
@@ -314,13 +331,13 @@ def _attention(attention: Any, scale: Tensor | float, where: str) -> dict[str, n
     }
 
 
-def _moe(moe: MoELayer, layer: int, top_k: int, num_tasks: int, scale: Tensor | float) -> VitMoE:
-    gates = [moe.router.gate(task_id) for task_id in range(num_tasks)]
+def _moe(moe: MoELayer, layer: int, top_ks: Sequence[int], scale: Tensor | float) -> VitMoE:
+    gates = [moe.router.gate(task_id) for task_id in range(len(top_ks))]
     bank = moe.experts
     rows = scale[:, None] if isinstance(scale, Tensor) else scale
     return VitMoE(
         layer,
-        top_k,
+        top_ks,
         router_w=torch.stack([weight for weight, _ in gates]) * LOG2_E,
         router_b=torch.stack([bias for _, bias in gates]) * LOG2_E,
         w1=bank.w1,
@@ -330,7 +347,7 @@ def _moe(moe: MoELayer, layer: int, top_k: int, num_tasks: int, scale: Tensor | 
     )
 
 
-def _block(block: Any, index: int, top_ks: dict[int, int], num_tasks: int) -> LoweredBlock:
+def _block(block: Any, index: int, top_ks: Mapping[int, Sequence[int]]) -> LoweredBlock:
     if type(block) is not Block:
         raise _refuse(f"block {index} is a {type(block).__name__}")
     scale2 = _layer_scale(block.ls2, f"LayerScale of block {index}")
@@ -341,7 +358,7 @@ def _block(block: Any, index: int, top_ks: dict[int, int], num_tasks: int) -> Lo
     }
     mlp = block.mlp
     if isinstance(mlp, MoELayer):
-        moe = _moe(mlp, list(top_ks).index(index), top_ks[index], num_tasks, scale2)
+        moe = _moe(mlp, list(top_ks).index(index), top_ks[index], scale2)
         return LoweredBlock(True, **layers, moe=moe)
     activation, norm = getattr(mlp, "act", None), getattr(mlp, "norm", nn.Identity())
     plain = isinstance(activation, nn.GELU) and activation.approximate == "none" and isinstance(norm, nn.Identity)
@@ -383,8 +400,11 @@ def _pixel_head(model: MultiTaskModel, grid: tuple[int, int]) -> VitPixelHead | 
     return VitPixelHead(weights, biases, [conv.out_channels for conv in convs], grid, heads[0].upscale)
 
 
-def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
-    """Return the experts per token of each block with experts, or raise InputError for more than the engines can do."""
+def top_ks_of(model: MultiTaskModel, budget: Budget) -> dict[int, tuple[int, ...]]:
+    """Return the experts per token of each block with experts, by task.
+
+    Raises InputError for more than the engines can do.
+    """
     tasks, blocks = model.config.tasks, model.backbone.moe_indices
     uses = model.uses(budget, tasks)
     for block, layer in zip(blocks, uses.layers if uses else [], strict=False):
@@ -393,13 +413,8 @@ def _top_ks(model: MultiTaskModel, budget: Budget) -> dict[int, int]:
                 f"cannot export to HLS: the budget leaves experts of block {block} out, and the engines rank all that "
                 "their scores add up to 1 over: keep all, or export to ONNX"
             )
-        if len({use.top_k for use in layer}) > 1:
-            given = ", ".join(f"{task} {use.top_k}" for task, use in zip(tasks, layer, strict=True))
-            raise InputError(
-                f"cannot export to HLS: the budget has another top_k for each task in block {block} ({given}), and the "
-                "accelerator has one for all: give --top-k one number"
-            )
-    counts = [layer[0].top_k for layer in uses.layers] if uses else [model.config.top_k] * len(blocks)
+    every = [(model.config.top_k,) * len(tasks)] * len(blocks)
+    counts = [tuple(use.top_k for use in layer) for layer in uses.layers] if uses else every
     return dict(zip(blocks, counts, strict=True))
 
 
@@ -410,7 +425,7 @@ def _build(model: MultiTaskModel, budget: Budget, size: tuple[int, int]) -> Lowe
         raise _refuse(f"the budget leaves blocks out, and {model.config.head} heads read those before the last")
     backbone, trunk = model.backbone, model.backbone.trunk
     token_heads(model)  # refuses decoders that work in another way
-    top_ks, num_tasks = _top_ks(model, budget), len(model.config.tasks)
+    top_ks = top_ks_of(model, budget)
     if backbone.rotary:
         raise _refuse(f"{model.config.trunk} has rotary positions")
     grid = (size[0] // backbone.patch_size, size[1] // backbone.patch_size)
@@ -424,10 +439,12 @@ def _build(model: MultiTaskModel, budget: Budget, size: tuple[int, int]) -> Lowe
     if not isinstance(trunk.norm_pre, nn.Identity):
         layers["norm_pre"] = _norm(trunk.norm_pre, "norm_pre")
     *earlier, last = model.heads.blocks or (len(trunk.blocks) - 1,)
-    layers["blocks"] = nn.ModuleList(
-        _block(block, index, top_ks, num_tasks)
-        for index, block in enumerate(trunk.blocks[: last + 1])
-        if index not in skip
+    layers["blocks"] = Blocks(
+        {
+            index: _block(block, index, top_ks)
+            for index, block in enumerate(trunk.blocks[: last + 1])
+            if index not in skip
+        }
     )
     norms, linears = (model.heads.fusion.norms, model.heads.fusion.linears) if model.heads.fusion else ((), ())
     named = [(str(block), norm, linear) for block, norm, linear in zip(earlier, norms, linears, strict=True)]
@@ -464,7 +481,7 @@ def normalise(images: np.ndarray, normalisation: Normalisation, dtype: torch.dty
 def lower(model: MultiTaskModel, budget: Budget = FULL) -> LoweredModel:
     """Return the accelerator's leaf modules with the model's weights, float32, checked to compute the same.
 
-    `budget`: by block, hidden units, and one top_k for all tasks. Raises InputError for a trunk, heads or another
+    `budget`: by block, hidden units; by block and task, top_k. Raises InputError for a trunk, heads or another
     budget, which cannot be exported.
     """
     model.uses(budget, model.config.tasks)

@@ -1,9 +1,11 @@
 """Write a trained model as an hls4ml project that can be C-simulated and judged from its folder alone."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ from m3vit.digests import file_digests, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.finite import require_finite
 from m3vit.export.hls import leaf
+from m3vit.export.hls.budgets import described
 from m3vit.export.hls.contents import check_replaceable, editable_names
 from m3vit.export.hls.schedules import Options, Progress, choose_options, find_schedule, silent
 from m3vit.files import atomic_folder
-from m3vit.hw.manifest import FORMAT, MANIFEST, SAMPLES
+from m3vit.hw.manifest import FORMAT, MANIFEST, SAMPLES, sample_name
 from m3vit.label_sets import describe
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
@@ -59,21 +62,27 @@ def export_project(
     ports: int | None = None,
     config: Path | None = None,
     budget: Budget = FULL,
+    budgets: Mapping[str, Budget] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the project to `out` and return its manifest (m3vit.json).
 
     calibration: uint8 [m, H, W, 3], images that choose the fixed-point formats (not the samples, to be fair).
     `info` (JSON values: checkpoint, commit, ...) becomes the manifest's `run`. `schedule`: of SCHEDULES,
-    which has defaults and limits for the other options. `budget`: one top_k for all tasks, by block. `progress`: told
-    of the long work.
+    which has defaults and limits for the other options. `budget`: what is used of the model; or `budgets`: several, by
+    name, the first the project's own. `progress`: told of the long work.
     An existing project of ours at `out` is replaced once the new one is complete. Raises InputError for models that
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     chosen = find_schedule(schedule)
     fixed = {"part": part, "clock": clock, "array": array, "port_bits": port_bits, "ports": ports, "config": config}
     options = choose_options(schedule, weight_bits, act_bits, board, fixed)
-    options = replace(options, budget=budget, progress=progress)
+    options = replace(options, budgets=dict(budgets) or {"": budget}, progress=progress)
+    if len(options.budgets) > 1 and not getattr(chosen, "SEVERAL_BUDGETS", False):
+        raise InputError(
+            f"--budget names {len(options.budgets)} budgets, and a project of the {schedule} schedule has one: give "
+            "one, or --schedule multiplexed"
+        )
     _check_images(model, calibration, samples)
     check_replaceable(out)
     require_finite(model)
@@ -81,8 +90,8 @@ def export_project(
     progress(0, 1, "lowering the model")
     with atomic_folder(out) as folder:
         lowered, facts = chosen.write(folder, model, calibration, options)
-        manifest = {**_manifest(model, lowered), "schedule": schedule, **facts, "run": info or {}}
-        outputs = _write_samples(folder / SAMPLES, model, lowered, samples, options)
+        manifest = {**_manifest(model, lowered, options.budgets), "schedule": schedule, **facts, "run": info or {}}
+        outputs = _write_samples(folder / SAMPLES, model, samples, options)
         progress(0, 1, "the test bench's frames")
         chosen.write_bench(folder, samples.images, outputs, manifest)
         (folder / "README.md").write_text(chosen.readme(manifest))
@@ -106,9 +115,12 @@ def _check_images(model: MultiTaskModel, calibration: np.ndarray, samples: Sampl
             raise InputError(f"samples have no {task} label for each image")
 
 
-def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, Any]:
+def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel, budgets: Mapping[str, Budget]) -> dict[str, Any]:
     widths, config = lowered.widths, model.config
     rows, columns = lowered.grid
+    said = described(model, budgets)
+    # What moe_layers cannot say.
+    uneven = any(len(set(counts)) > 1 for counts in said[0]["top_k"]) or next(iter(budgets.values())).width
     return {
         "format": FORMAT,
         "m3vit": __version__,
@@ -139,9 +151,12 @@ def _manifest(model: MultiTaskModel, lowered: leaf.LoweredModel) -> dict[str, An
             for index, task in enumerate(config.tasks)
         ],
         "moe_layers": [
-            {"block": block, "experts": len(layer.w1), "top_k": layer.top_k}
-            for block, layer in zip(model.backbone.moe_indices, lowered.moe_layers(), strict=True)
+            {"block": block, "experts": len(layer.w1), "top_k": max(counts)}
+            for block, layer, counts in zip(
+                model.backbone.moe_indices, lowered.moe_layers(), said[0]["top_k"], strict=True
+            )
         ],
+        **({"budgets": said} if len(said) > 1 or uneven else {}),
     }
 
 
@@ -162,27 +177,28 @@ def reference(
     return torch.cat([outputs for outputs, _ in batches]), routings
 
 
-def _write_samples(
-    path: Path, model: MultiTaskModel, lowered: leaf.LoweredModel, samples: Samples, options: Options
-) -> dict[str, np.ndarray]:
-    """Write samples.npz for `m3vit hw csim`; return torch's outputs [n, T, C_r] by task.
+def _write_samples(path: Path, model: MultiTaskModel, samples: Samples, options: Options) -> dict[str, np.ndarray]:
+    """Write samples.npz for `m3vit hw csim`; return torch's outputs [n, T, C_r] by task, under the project's budget.
 
     It holds ids, images; for each task `output_<task>` [n, T, C_r] float32, and `label_<task>_<i>` of each image i,
     at its own size; for each MoE layer l `experts_<task>_<l>` [n, N, K] and `margin_<task>_<l>` [n, N] float32, the gap
-    between logits of rank K and K + 1.
+    between logits of rank K and K + 1. Results under further budgets are called as `sample_name` says.
     """
-    n, top_ks = len(samples.images), [layer.top_k for layer in lowered.moe_layers()]
+    n, tasks = len(samples.images), model.config.tasks
     arrays: dict[str, Any] = {"ids": np.array(samples.ids), "images": samples.images}
-    for place, task in enumerate(lowered.tasks):
-        options.progress(place, len(lowered.tasks), f"torch's outputs of {n} samples, {task}")
-        outputs, routings = reference(model, samples.images, task, options.budget)
-        arrays[f"output_{task}"] = outputs.numpy()
-        arrays |= {f"label_{task}_{i}": labels[task] for i, labels in enumerate(samples.labels)}
-        for layer, (routing, top_k) in enumerate(zip(routings, top_ks, strict=True)):
+    arrays |= {f"label_{task}_{i}": labels[task] for task in tasks for i, labels in enumerate(samples.labels)}
+    work = [(number, budget, task) for number, budget in enumerate(options.budgets.values()) for task in tasks]
+    for place, (number, budget, task) in enumerate(work):
+        options.progress(place, len(work), f"torch's outputs of {n} samples, {task}")
+        outputs, routings = reference(model, samples.images, task, budget)
+        arrays[sample_name(f"output_{task}", number)] = outputs.numpy()
+        for layer, routing in enumerate(routings):
+            top_k = routing.expert_ids_RNK.shape[-1]
             ranked = routing.scores_RNE[0].log().sort(dim=-1, descending=True).values  # logits, up to a constant
             gap = ranked[:, top_k - 1] - ranked[:, top_k] if top_k < ranked.shape[1] else ranked[:, 0] * 0 + np.inf
-            arrays[f"experts_{task}_{layer}"] = routing.expert_ids_RNK[0].numpy().astype(np.int16).reshape(n, -1, top_k)
-            arrays[f"margin_{task}_{layer}"] = gap.numpy().reshape(n, -1)
+            ids = routing.expert_ids_RNK[0].numpy().astype(np.int16).reshape(n, -1, top_k)
+            arrays[sample_name(f"experts_{task}_{layer}", number)] = ids
+            arrays[sample_name(f"margin_{task}_{layer}", number)] = gap.numpy().reshape(n, -1)
     path.parent.mkdir(exist_ok=True)
     np.savez_compressed(path, **arrays)
-    return {task: arrays[f"output_{task}"] for task in lowered.tasks}
+    return {task: arrays[f"output_{task}"] for task in tasks}

@@ -6,7 +6,7 @@ Imports neither torch nor hls4ml: the modules are imported when they are used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -40,28 +40,35 @@ def silent(done: int, total: int, what: str) -> None:
 class Options:
     """What a user chooses of a project.
 
-    board: a name, or None in a schedule that is for no board. design: what is fixed of its engines. budget: what is
-    used of the experts. progress: told of the long work.
+    board: a name, or None in a schedule that is for no board. design: what is fixed of its engines. budgets: what is
+    used of the model, by name, the first the project's own. progress: told of the long work.
     """
 
     weight_bits: int
     act_bits: int
     board: str | None
     design: Design | None = None
-    budget: Budget = FULL
+    budgets: Mapping[str, Budget] = field(default_factory=lambda: {"": FULL})
     progress: Progress = silent
+
+    @property
+    def budget(self) -> Budget:
+        """The project's own budget."""
+        return next(iter(self.budgets.values()))
 
 
 class Simulated(NamedTuple):
     """What a C-simulation of n images for R tasks returned.
 
-    outputs: float32 [n, R, T, C], whatever beyond a task's own outputs. expert_ids: [n, R, N, K] of each MoE layer.
-    facts: more for csim.json.
+    outputs: float32 [n, R, T, C], whatever beyond a task's own outputs. expert_ids: [n, R, N, K] of each MoE layer, K
+    the most of any task, -1 beyond a task's own. facts: more for csim.json. others: the same of further budgets, by
+    name.
     """
 
     outputs: np.ndarray
     expert_ids: list[np.ndarray]
     facts: dict[str, Any]
+    others: Mapping[str, "Simulated"] = MappingProxyType({})
 
 
 class Runner(NamedTuple):
@@ -74,7 +81,7 @@ class Runner(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What a schedule's module has."""
+    """What a schedule's module has. One that can write several budgets into a project has SEVERAL_BUDGETS, True."""
 
     LIMITS: Mapping[str, Sequence[int]]  # of weight_bits and act_bits
     ACT_BITS: int  # unless told otherwise
@@ -107,8 +114,8 @@ class Schedule(Protocol):
     def said(self, report: dict[str, Any]) -> list[str]:
         """Return more lines about a simulation, for people."""
 
-    def runner(self, project: Path, manifest: dict[str, Any]) -> Runner:
-        """Make a project ready to be scored."""
+    def runner(self, project: Path, manifest: dict[str, Any], budget: int = 0) -> Runner:
+        """Make a project ready to be scored. budget: by its number, 0 where there is one."""
 
 
 def find_schedule(name: str) -> Schedule:

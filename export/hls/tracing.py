@@ -18,13 +18,13 @@ from m3vit.digests import UncheckedWarning, read_sealed_json
 from m3vit.errors import InputError
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls import leaf
+from m3vit.export.hls.budgets import budget_of
 from m3vit.export.hls.contents import naming, open_project
 from m3vit.export.hls.edits import said_changes
 from m3vit.export.hls.schedules import Progress, schedule_of, silent
-from m3vit.hw.manifest import SAMPLES
+from m3vit.hw.manifest import SAMPLES, find_budget
 from m3vit.hw.sim.csim import find_compiler, tokenise
 from m3vit.images import read_image
-from m3vit.models.budget import Budget
 from m3vit.models.saved import INFO
 from m3vit.run_folder import Run, load_run
 
@@ -87,13 +87,9 @@ class _Interpreter(fx.Interpreter):
 class Reference:
     """The model of a run as the project has it, in float: the values of every layer."""
 
-    def __init__(self, run: Run, manifest: dict[str, Any]) -> None:
-        config = run.config.model
-        blocks = {layer["block"]: layer["top_k"] for layer in manifest["moe_layers"]}
-        budget = Budget(top_k={task: blocks for task in config.tasks})
-        self.model = leaf.lower(run.model, budget)
+    def __init__(self, run: Run, manifest: dict[str, Any], budget: int = 0) -> None:
+        self.model = leaf.lower(run.model, budget_of(run.model, manifest, budget))
         self.graph = fx.GraphModule(self.model, CustomFXTracer().trace(self.model))
-        self.top_ks = {layer.layer: layer.top_k for layer in self.model.moe_layers()}
 
     def after(self, name: str) -> str:
         """Return the node that takes what a node gives."""
@@ -155,6 +151,7 @@ def trace(
     task: str | None = None,
     run: Path | None = None,
     bound: float = BOUND,
+    budget: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Return what `m3vit hw trace` prints, as JSON values.
@@ -163,7 +160,7 @@ def trace(
     two); worst, error, own: the largest difference from torch, its root mean square, and that of the layer alone, the
     last two over the standard deviation of torch's values; flips, own_flips of `decisions`: tokens whose experts are
     not torch's. first: the first layer that is different, and the first whose own error is above `bound`.
-    Raises InputError for a project, image, task or run that cannot be used, and a simulation that fails.
+    Raises InputError for a project, image, task, budget or run that cannot be used, and a simulation that fails.
     """
     manifest, changed = open_project(project)
     schedule, names = schedule_of(manifest), [entry["name"] for entry in manifest["tasks"]]
@@ -174,14 +171,17 @@ def trace(
     find_compiler()
     place = names.index(task) if task else 0
     source, said = find_run(project, manifest, run)
-    reference = Reference(source, manifest) if source else None
+    number = find_budget(manifest, budget)
+    reference = Reference(source, manifest, number) if source else None
+    used = {"budget": number} if number else {}
     pixels = pixels_of(project, manifest, image)
     with naming(changed):
-        found: Found = schedule.trace(project, manifest, pixels, place, reference, progress)
+        found: Found = schedule.trace(project, manifest, pixels, place, reference, progress, **used)
     report = {
         "schedule": manifest.get("schedule", "spatial"),
         "image": str(image) if image else "the first stored one",
         "task": names[place],
+        **({"budget": budget} if budget else {}),
         "torch": said,
         "bound": bound,
         "changed_files": changed,

@@ -20,9 +20,9 @@ from m3vit.evaluation.meters import make_meter
 from m3vit.evaluation.protocols import PROTOCOLS, NetworkImage, prediction
 from m3vit.export.hls.contents import edited, naming, open_project
 from m3vit.export.hls.edits import said_changes
-from m3vit.export.hls.schedules import Progress, schedule_of
+from m3vit.export.hls.schedules import Progress, Simulated, schedule_of
 from m3vit.files import atomic_path
-from m3vit.hw.manifest import SAMPLES
+from m3vit.hw.manifest import SAMPLES, budget_names, of_budget
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.compiler import require_writable
 from m3vit.models.decoders.base import resize
@@ -46,7 +46,8 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
     {metric: value} on the same images, worst_error and mean_error of the token outputs (absolute; *_relative: over the
     standard deviation of torch's), flips of `decisions` (token, layer) pairs whose expert set is not torch's,
     flipped_tokens of `tokens`, worst_error_unflipped, and largest_flip_margin, the largest gap between torch's logits
-    of rank K and K + 1 where a token's first flip happened.
+    of rank K and K + 1 where a token's first flip happened. Of several budgets all this is of the first, `budget`;
+    `budgets` has the facts and the tasks of the others.
     Raises InputError if `project` is not a project, a protected file was changed since the export, it has fewer
     samples, the compiler or what it built fails, or words differ that must not.
     """
@@ -61,31 +62,48 @@ def verify_project(project: Path, samples: int | None = None, progress: Progress
         raise InputError(f"samples {samples}: {project} holds {available} images")
     n, tasks = samples or available, [task["name"] for task in manifest["tasks"]]
     with sigterm_as_exit(), naming(changed):
-        raw, experts, facts = schedule.simulate(project, arrays["images"][:n], manifest, progress)
-    outputs = {task: raw[:, i, :, : manifest["tasks"][i]["outputs"]] for i, task in enumerate(tasks)}
+        found = schedule.simulate(project, arrays["images"][:n], manifest, progress)
+    outputs = _outputs_of(found, manifest)
+    budgets = {
+        name: {**one.facts, "tasks": _judged(one, of_budget(arrays, number), manifest)}
+        for number, (name, one) in enumerate(found.others.items(), 1)
+    }
     report = {
         "protocol": PROTOCOLS[PROTOCOL],
         "images": n,
         "changed_files": changed,
         "changes": said_changes(project, manifest, changed),
-        **facts,
-        "tasks": {
-            task: {
-                "csim": _score(task, outputs[task], arrays, manifest),
-                "torch": _score(task, arrays[f"output_{task}"][:n], arrays, manifest),
-                **_compare(task, outputs[task], [ids[:, i] for ids in experts], arrays, manifest["prefix_tokens"]),
-            }
-            for i, task in enumerate(tasks)
-        },
+        **found.facts,
+        "tasks": _judged(found, arrays, manifest),
+        **({"budget": budget_names(manifest)[0], "budgets": budgets} if budgets else {}),
     }
     saved: dict[str, Any] = {f"output_{task}": values for task, values in outputs.items()}
-    for layer, ids in enumerate(experts):
+    for layer, ids in enumerate(found.expert_ids):
         saved |= {f"experts_{task}_{layer}": ids[:, i].astype(np.int16) for i, task in enumerate(tasks)}
     with atomic_path(project / OUTPUTS) as path:
         np.savez_compressed(path, ids=arrays["ids"][:n], **saved)
     report["files"] = file_digests(project, [OUTPUTS, *simulated(changed)])
     write_sealed_json(project / REPORT, report)
     return report
+
+
+def _outputs_of(found: Simulated, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the token outputs [n, T, C_r] of each task."""
+    tasks = manifest["tasks"]
+    return {task["name"]: found.outputs[:, i, :, : task["outputs"]] for i, task in enumerate(tasks)}
+
+
+def _judged(found: Simulated, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what the report says of each task."""
+    n, prefix = len(found.outputs), manifest["prefix_tokens"]
+    return {
+        task: {
+            "csim": _score(task, outputs, arrays, manifest),
+            "torch": _score(task, arrays[f"output_{task}"][:n], arrays, manifest),
+            **_compare(task, outputs, [ids[:, i] for ids in found.expert_ids], arrays, prefix),
+        }
+        for i, (task, outputs) in enumerate(_outputs_of(found, manifest).items())
+    }
 
 
 def simulated(names: list[str]) -> list[str]:
@@ -129,7 +147,7 @@ def _compare(
     flipped, flips, margin, decisions = np.zeros((n, prefix + tokens), dtype=bool), 0, 0.0, 0
     for layer, ids in enumerate(experts):
         wanted = arrays[f"experts_{task}_{layer}"][:n]
-        differs = (np.sort(ids, axis=-1) != np.sort(wanted, axis=-1)).any(axis=-1)
+        differs = (np.sort(ids[..., : wanted.shape[-1]], axis=-1) != np.sort(wanted, axis=-1)).any(axis=-1)
         flips, decisions = flips + int(differs.sum()), decisions + differs.size
         first = differs & ~flipped  # later ones may follow from it, at any margin
         if first.any():

@@ -19,14 +19,14 @@ import m3vit
 from m3vit import plugins
 from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
-from m3vit.evaluation.protocols import EVALUATION_FILES
+from m3vit.evaluation.protocols import of_evaluation
 from m3vit.export.finite import require_finite
 from m3vit.export.onnx.graph import of_task, require_onnx, trace_backbone, trace_head, tracer
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.options import Content
 from m3vit.export.onnx.quantize import FLOAT, quantize
 from m3vit.export.onnx.widths import narrow_mlps
-from m3vit.export.runtime.manifest import ALL, FORMAT, FORMAT_VERSION, MANIFEST, file_entries
+from m3vit.export.runtime.manifest import ALL, FORMAT, FORMAT_VERSION, MANIFEST, budgets_of, file_entries
 from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_file
 from m3vit.label_sets import describe, resolve
 from m3vit.models.budget import Budget
@@ -374,4 +374,5 @@ def _own_files(out: Path, found: set[str], advice: str) -> set[str]:
     manifest = read_json(out / MANIFEST, f"no package to replace; {advice}")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{out / MANIFEST} is not an m3vit package's: {advice}")
-    return {MANIFEST, WEIGHTS, *EVALUATION_FILES, *(entry["file"] for entry in file_entries(manifest))}
+    evaluated = {name for name in found if of_evaluation(name, budgets_of(manifest))}
+    return {MANIFEST, WEIGHTS, *evaluated, *(entry["file"] for entry in file_entries(manifest))}

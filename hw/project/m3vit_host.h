@@ -58,12 +58,17 @@ struct device_memory {
         memset((void *)wide.data(), 0x35 + pattern, wide.size() * sizeof(vit_words::wide));
     }
 
+    // The instruction that a frame of a budget begins with; an unknown one is 0.
+    unsigned entry(unsigned budget) const {
+        return budget < (unsigned)head.programs ? (unsigned)((const int32_t *)params.data())[head.programs_at + budget] : 0;
+    }
+
     // Run one frame.
-    void run(const uint8_t *image, unsigned task) {
+    void run(const uint8_t *image, unsigned task, unsigned budget = 0) {
         memset(output.data(), 0, output.size() * sizeof(int32_t));
-        m3vit((const vit_words::image *)image, task, (unsigned)head.tasks, weights.data(), weights.data(), gates.data(), params.data(),
-              narrow.data(), narrow.data(), narrow.data(), wide.data(), wide.data(), wide.data(),
-              wide.data(), output.data());
+        m3vit((const vit_words::image *)image, task, (unsigned)head.tasks, entry(budget), weights.data(), weights.data(),
+              gates.data(), params.data(), narrow.data(), narrow.data(), narrow.data(), wide.data(), wide.data(),
+              wide.data(), wide.data(), output.data());
     }
 
   private:

@@ -3,7 +3,7 @@
 //   ./csim.exe                                   the frames of tb_data/, compared word for word with the expected outputs
 //   ./csim.exe WEIGHTS IMAGES TASKS OUTPUTS [COUNTERS [ROUTING [MEMORIES [START]]]]
 //
-// IMAGES: uint8 frames [n, H, W, 3]; TASKS: uint8 [n]; OUTPUTS: int32 words of each frame; COUNTERS: a JSON line for
+// IMAGES: uint8 frames [n, H, W, 3]; TASKS: uint8 [n], or [2, n]: tasks, then budgets; OUTPUTS: int32 words of each frame; COUNTERS: a JSON line for
 // each frame and instruction that ran; ROUTING: uint16 expert ids, in order of frames, MoE layers, tokens and rank;
 // MEMORIES: the narrow, then the wide memory after each frame; START: the same before every frame (else a pattern).
 // Exit code: 0; 1 if frames differ from the expected outputs; 2 if a file cannot be used.
@@ -38,9 +38,13 @@ int main(int argc, char **argv) {
         fprintf(stderr, "csim: %s is not %zu bytes of memories\n", argv[8], narrow_bytes + wide_bytes);
         return 2;
     }
-    const size_t frames = tasks.size(), frame_bytes = (size_t)memory.head.image;
+    const size_t frame_bytes = (size_t)memory.head.image;
+    const size_t frames = frame_bytes ? images.size() / frame_bytes : tasks.size();
+    if (tasks.size() != 2 * frames)
+        tasks.resize(tasks.size() + frames); // the first budget
     const size_t output_bytes = memory.output.size() * sizeof(int32_t);
-    if (images.size() != frames * frame_bytes || (check && expected.size() != frames * output_bytes)) {
+    if (images.size() != frames * frame_bytes || tasks.size() != 2 * frames ||
+        (check && expected.size() != frames * output_bytes)) {
         fprintf(stderr, "csim: %zu bytes of images (and %zu of outputs) are not %zu frames of %zu\n", images.size(),
                 expected.size(), frames, frame_bytes);
         return 2;
@@ -66,7 +70,8 @@ int main(int argc, char **argv) {
             memcpy((void *)memory.wide.data(), start.data() + narrow_bytes, wide_bytes);
         }
         const std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
-        memory.run((const uint8_t *)images.data() + frame * frame_bytes, (unsigned char)tasks[frame]);
+        memory.run((const uint8_t *)images.data() + frame * frame_bytes, (unsigned char)tasks[frame],
+                   (unsigned char)tasks[frames + frame]);
         seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         fwrite(memory.output.data(), 1, output_bytes, out);
         if (memories) {

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3vit.errors import InputError
-from m3vit.hw.manifest import FORMAT, MANIFEST, WEIGHTS, read_manifest
+from m3vit.hw.manifest import FORMAT, MANIFEST, WEIGHTS, budget_names, read_manifest, top_ks
 from m3vit.hw.sim.compiler import advising, built, compiler, find_compiler, require_writable, run_program
 
 __all__ = ["FORMAT", "MANIFEST", "find_compiler", "read_manifest"]  # used from here by others
@@ -53,8 +53,9 @@ class SimulationResult(NamedTuple):
 class FrameResult(NamedTuple):
     """What the C-simulation of n frames of a multiplexed project returned.
 
-    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K]. counters: for each frame,
-    by instruction, bytes by port and `saturated` values. seconds: as SimulationResult's.
+    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K], K the most of any frame, -1
+    beyond a frame's own. counters: for each frame, by instruction (of all programs together), bytes by port and
+    `saturated` values. seconds: as SimulationResult's.
     """
 
     outputs: np.ndarray
@@ -225,6 +226,19 @@ def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
     return outputs.reshape(shape)
 
 
+def _by_layer(routing: np.ndarray, counts: list[list[int]], rows: int, layers: int) -> list[np.ndarray]:
+    """Return for each MoE layer expert ids [n, N, K]; routing: frame by frame; counts: experts of frame and layer."""
+    found = [
+        np.full((len(counts), rows, max((frame[layer] for frame in counts), default=1)), -1) for layer in range(layers)
+    ]
+    place = 0
+    for number, frame in enumerate(counts):
+        for layer, count in enumerate(frame):
+            found[layer][number, :, :count] = routing[place : place + rows * count].reshape(rows, count)
+            place += rows * count
+    return found
+
+
 def read_counters(path: Path) -> list[dict[str, int]]:
     """Return what the test bench counted: of each frame and instruction a line. Raises OSError, ValueError."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -246,10 +260,17 @@ def build_timed(project: Path) -> Path:
     return _build(project, arguments, TIMED_BENCH)
 
 
-def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray, timed: Path | None = None) -> FrameResult:
+def run_frames(
+    project: Path,
+    images: np.ndarray,
+    task_ids: np.ndarray,
+    timed: Path | None = None,
+    budgets: np.ndarray | None = None,
+) -> FrameResult:
     """Simulate frames uint8 [n, H, W, 3], each for a task id of [n], with the test bench built before.
 
-    timed: the file for what loops and ports did (m3vit.hw.timed), by the timed test bench.
+    budgets: the number of each frame's budget [n] (default: the first). timed: the file for what loops and ports did
+    (m3vit.hw.timed), by the timed test bench.
     """
     manifest = read_manifest(project)
     task_ids, size = np.asarray(task_ids), (*manifest["image_size"], 3)
@@ -260,10 +281,13 @@ def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray, timed: P
         )
     if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < 256:
         raise InputError(f"task ids {sorted(set(task_ids.tolist()))}: give 0 to 255")
+    used = np.zeros(len(images), np.int64) if budgets is None else np.asarray(budgets)
+    if used.shape != task_ids.shape or (len(used) and not 0 <= used.min() <= used.max() < len(budget_names(manifest))):
+        raise InputError(f"budgets {used.tolist()}: give each frame one, 0 to {len(budget_names(manifest)) - 1}")
     with tempfile.TemporaryDirectory(prefix="m3vit-csim-") as name:
         folder = Path(name)
         images.tofile(folder / "images.bin")
-        task_ids.astype(np.uint8).tofile(folder / "tasks.bin")
+        np.concatenate([task_ids, used]).astype(np.uint8).tofile(folder / "tasks.bin")
         weights = project.resolve() / WEIGHTS
         names = ("images.bin", "tasks.bin", "outputs.bin", "counters.json", "routing.bin")
         start = time.perf_counter()
@@ -273,21 +297,25 @@ def run_frames(project: Path, images: np.ndarray, task_ids: np.ndarray, timed: P
         seconds = time.perf_counter() - start
         try:
             outputs = np.fromfile(folder / "outputs.bin", np.int32).reshape(len(images), manifest["tokens"], -1)
-            routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64).reshape(len(images), -1)
+            routing = np.fromfile(folder / "routing.bin", np.uint16).astype(np.int64)
             lines = read_counters(folder / "counters.json")
         except (OSError, ValueError) as error:
             raise InputError(f"the test bench wrote outputs that cannot be read ({error})") from None
     rows = manifest["tokens"] + manifest["prefix_tokens"]
-    words = [rows * layer["top_k"] for layer in manifest["moe_layers"]]
-    if outputs.shape[-1] != manifest["outputs"] or routing.shape[-1] != sum(words):
-        raise InputError(
-            f"the test bench wrote {outputs.shape[-1]} outputs a token and {routing.shape[-1]} routing words a frame "
-            f"instead of {manifest['outputs']} and {sum(words)}"
-        )
-    experts = [
-        part.reshape(len(images), rows, layer["top_k"])
-        for part, layer in zip(np.split(routing, np.cumsum(words)[:-1], axis=1), manifest["moe_layers"], strict=False)
+    # An unknown task counts as the first.
+    counts = [top_ks(manifest, budget) for budget in range(len(budget_names(manifest)))]
+    tasks = len(manifest["tasks"])
+    by_frame = [
+        [layer[task if task < tasks else 0] for layer in counts[budget]]
+        for task, budget in zip(task_ids.tolist(), used.tolist(), strict=True)
     ]
+    words = rows * sum(sum(frame) for frame in by_frame)
+    if outputs.shape[-1] != manifest["outputs"] or routing.size != words:
+        raise InputError(
+            f"the test bench wrote {outputs.shape[-1]} outputs a token and {routing.size} routing words instead of "
+            f"{manifest['outputs']} and {words}"
+        )
+    experts = _by_layer(routing, by_frame, rows, len(manifest["moe_layers"]))
     counters: list[list[dict[str, int]]] = [[] for _ in images]
     for line in lines:
         counters[line.pop("frame")].append(line)

@@ -91,17 +91,20 @@ def _gelu_table(bits: int, frac_in: int, frac_out: int) -> tuple[Tensor, Tensor]
 
 
 class Emulator:
-    """Runs frames of one weights file. Opening it prepares the weights; frames do not affect one another."""
+    """Runs frames by one program of a weights file: that of `budget`, by its number.
 
-    def __init__(self, image: Image) -> None:
-        self.image, self.program, self.bits = image, image.program, image.act_bits
+    Opening it prepares the weights; frames do not affect one another.
+    """
+
+    def __init__(self, image: Image, budget: int = 0) -> None:
+        self.image, self.program, self.bits = image, image.program_of(budget), image.act_bits
         self.prepared: dict[int, Any] = {pc: self._prepare(i) for pc, i in enumerate(self.program)}
         self.first_task_step = next((pc for pc, i in enumerate(self.program) if i.task >= 0), len(self.program))
 
     @classmethod
-    def open(cls, path: Path) -> "Emulator":
+    def open(cls, path: Path, budget: int = 0) -> "Emulator":
         """Open a weights file, or raise InputError."""
-        return cls(Image.read(path))
+        return cls(Image.read(path), budget)
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

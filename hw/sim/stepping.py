@@ -35,13 +35,15 @@ class Memories:
     experts: np.ndarray | None
 
 
-def step_frame(project: Path, image: Image, pixels: np.ndarray, task: int) -> Iterator[tuple[int, Memories]]:
-    """Yield each instruction that a frame uint8 [H, W, 3] of a task runs, and the memories after it.
+def step_frame(
+    project: Path, image: Image, pixels: np.ndarray, task: int, budget: int = 0
+) -> Iterator[tuple[int, Memories]]:
+    """Yield each instruction that a frame uint8 [H, W, 3] of a task and budget runs, and the memories after it.
 
     The test bench was built before. Raises InputError if it fails, or does not write memories.
     """
     memory, kind = image.memory, np.dtype("int8" if image.act_bits <= 8 else "int16")
-    program = image.program
+    program = image.program_of(budget)
     with tempfile.TemporaryDirectory(prefix="m3vit-trace-") as name:
         folder = Path(name)
         weights = folder / NAMES[0]

@@ -25,8 +25,8 @@ class Eval:
         workers: processes that match edges (default: one a core)
         predictions: write the predictions too, into a new folder: the files that the published code of protocol A
             stores and scores, semseg/ID.png, depth/ID.mat, edge/ID.png, ... (default: none is written)
-        budget: of a run alone: a file of m3vit search; the result goes into RUN/budgets/NAME of the file (default: all
-            experts, as trained)
+        budget: of a run: a file of m3vit search; of a package or a project with several: the name of one of them. The
+            result goes into DIR/budgets/NAME (default: a run as trained, an export's first)
         all_metrics: print every metric, not only the main one of each task
         compare: show two or more folders that were evaluated in one table; evaluates nothing
         baseline: with --compare: the single-task figures that delta_m is over: an evaluated folder, or a published set
@@ -43,7 +43,7 @@ class Eval:
     batch: Positive | None = None
     workers: Positive | None = None
     predictions: Folder | None = None
-    budget: File | None = None
+    budget: Annotated[str, Value(metavar="FILE")] | None = None
     all_metrics: bool = False
     compare: bool = False
     baseline: Annotated[str, Value(metavar="NAME")] | None = None

@@ -29,6 +29,7 @@ class Trace:
         project: HLS project (m3vit export hls)
         image: image to trace (default: the first that the project has stored)
         task: the task of the frame (default: the first)
+        budget: of a project with several, by its name (default: the first)
         run: the run that the project came from (default: if it lies beside the project)
         bound: of a layer's own error against torch, over the standard deviation of its values
         json: also write the trace to this file (default: do not)
@@ -37,6 +38,7 @@ class Trace:
     project: Annotated[Path, Value(metavar="DIR", positional=True)]
     image: File | None = None
     task: Annotated[str, Value(metavar="TASK")] | None = None
+    budget: Annotated[str, Value(metavar="NAME")] | None = None
     run: Folder | None = None
     bound: Annotated[float, Value(above_zero, "X")] = 0.1
     json: File | None = None
@@ -47,7 +49,7 @@ def run_trace(wanted: Trace) -> None:
     from m3vit.files import write_json
 
     with progress_bar("tracing") as bar:
-        found = trace(wanted.project, wanted.image, wanted.task, wanted.run, wanted.bound, bar)
+        found = trace(wanted.project, wanted.image, wanted.task, wanted.run, wanted.bound, wanted.budget, bar)
     if wanted.json:
         write_json(wanted.json, found)
     print_trace(found)
@@ -58,7 +60,8 @@ def print_trace(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     torch, several = any("own" in layer for layer in found["layers"]), len(found["simulators"]) > 1
-    caption = f"{found['image']}, task {found['task']}; {found['torch']}"
+    budget = f", budget {found['budget']}" if "budget" in found else ""
+    caption = f"{found['image']}, task {found['task']}{budget}; {found['torch']}"
     caption += "\nerrors: root mean squares, in standard deviations of torch's values" if torch else ""
     table = Table(caption=caption)
     for title in ("layer", "what"):
@@ -228,11 +231,14 @@ def run_timed(wanted: Any) -> None:
 
     if wanted.timeline:
         check_form(wanted.timeline)
-    if wanted.recorded and wanted.samples:
-        raise InputError("--recorded evaluates the images that were recorded: leave out --samples")
+    if wanted.recorded and (wanted.samples or wanted.budget):
+        raise InputError("--recorded evaluates what was recorded: leave out --samples and --budget")
     given = {name: getattr(wanted, name) for name in ASSUMED}
     with progress_bar("timing") as bar:
-        found = recorded(wanted.project) if wanted.recorded else record(wanted.project, wanted.samples, bar)
+        if wanted.recorded:
+            found = recorded(wanted.project)
+        else:
+            found = record(wanted.project, wanted.samples, bar, wanted.budget)
         report = evaluated(wanted.project, found, given)
     if wanted.json:
         write_json(wanted.json, report)
@@ -250,6 +256,8 @@ def print_timed(report: dict[str, Any]) -> None:
     tasks = report["tasks"]
     engines = list(dict.fromkeys(engine for found in tasks.values() for engine in found["engines"]))
     caption = f"{report['board']} at {report['clock_mhz']:g} MHz; {report['note']}; ms over {report['images']} images"
+    if "budget" in report:
+        caption += f"; budget {report['budget']}"
     table = Table(caption=caption)
     titles = (
         "task",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from m3vit.commands.terminal import print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
-from m3vit.options import File, Positive, RunFolder, Value, add_options, count, options
+from m3vit.options import File, Positive, RunFolder, Value, add_options, count, options, words
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,29 @@ class ExportHls:
         run: run folder
         out: project folder to write, new, empty or an earlier project
         top_k: experts per token, of all tasks (default: as trained)
-        budget: a file of m3vit search, with the same experts per token for all tasks of a block (default: as trained)
+        budget_files: hidden units and experts per token from a file of m3vit search; of several, with commas between
+            them, each has a program in the project, around one file of weights, called as their files, the first what
+            it runs unless told otherwise; full is the model as trained (multiplexed schedule; the spatial one has one
+            budget, with the same experts per token for all tasks of a block) (default: as trained)
     """
 
     run: RunFolder
     out: Path
     top_k: Annotated[str, Value(metavar="K")] | None = None
-    budget: File | None = None
+    budget_files: Annotated[tuple[str, ...], Value(words, "FILE,...", flag="budget")] = ()
 
 
 def add_export_hls(parser: argparse.ArgumentParser) -> None:
     from m3vit.export.hls.options import Request
 
-    add_options(parser, ExportHls, Request, exclusive=("top_k", "budget"))
+    add_options(parser, ExportHls, Request, exclusive=("top_k", "budget_files"))
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
     from m3vit.export.hls.from_run import export_run
     from m3vit.export.hls.options import Request
     from m3vit.models.budget import in_all_layers, read_top_k
-    from m3vit.models.budget_file import read_budget
+    from m3vit.models.budget_file import read_budgets
     from m3vit.run_folder import load_run
 
     wanted = options(ExportHls, args)
@@ -47,10 +50,15 @@ def run_export_hls(args: argparse.Namespace) -> None:
     top_k = read_top_k(wanted.top_k, config.tasks, config.num_experts) if wanted.top_k else {}
     if top_k and not run.model.backbone.moe_indices:
         raise InputError("this model has no experts: leave out --top-k")
-    budget = read_budget(wanted.budget) if wanted.budget else in_all_layers(top_k, run.model.backbone.moe_indices)
+    budgets = read_budgets(wanted.budget_files)
+    budget = in_all_layers(top_k, run.model.backbone.moe_indices)
     with progress_bar("exporting") as bar:
-        info = export_run(run, wanted.out, options(Request, args), budget=budget, progress=bar)
+        info = export_run(run, wanted.out, options(Request, args), budget=budget, budgets=budgets, progress=bar)
     say(f"hls4ml {info['hls4ml']} project with tasks {', '.join(config.tasks)}: {wanted.out}")
+    for line in info.get("filled", []):
+        say(line)
+    if names := [one["name"] for one in info.get("budgets", [])]:
+        say(f"budgets: {', '.join(names)}, each a program around one file of weights; {names[0]} unless told otherwise")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Csim:
     Attributes:
         project: HLS project (m3vit export hls)
         samples: images to simulate (default: all that are stored; with --timed one)
+        budget: with --timed, of a project with several, by its name (default: the first); else all are simulated
         timed: count cycles in the C++ instead, with the routing of each image (multiplexed schedule)
         recorded: with --timed, evaluate what was recorded before; no C++ is run
         clock: with --timed, MHz (default: what project.tcl asks for)
@@ -74,6 +83,7 @@ class Csim:
 
     project: Annotated[Path, Value(metavar="DIR", positional=True)]
     samples: Positive | None = None
+    budget: Annotated[str, Value(metavar="NAME")] | None = None
     timed: bool = False
     recorded: bool = False
     clock: Positive | None = None
@@ -102,14 +112,16 @@ def run_csim(wanted: Csim) -> None:
     with progress_bar("C-simulating") as bar:
         report = verify_project(wanted.project, wanted.samples, bar)
     caption = f"{report['images']} images, C-simulation with g++; protocol {report['protocol']}"
-    print_scores(report["tasks"], ("torch", "csim"), caption)
-    for task, result in report["tasks"].items():
-        say(
-            f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
-            f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
-        )
-    for line in schedule_of(read_manifest(wanted.project)).said(report):
-        say(line)
+    schedule, further = schedule_of(read_manifest(wanted.project)), report.get("budgets", {})
+    for name, found in {report.get("budget", ""): report, **further}.items():
+        print_scores(found["tasks"], ("torch", "csim"), f"{caption}; budget {name}" if further else caption)
+        for task, result in found["tasks"].items():
+            say(
+                f"{task}: worst error {result['worst_error']:.4g}, mean error {result['mean_error']:.4g}, "
+                f"{result['flips']} top-k flips in {result['decisions']} routing decisions"
+            )
+        for line in schedule.said(found):
+            say(line)
     say_changed(report["changed_files"], report["changes"])
 
 
@@ -152,6 +164,7 @@ def run_cost(argv: Sequence[str]) -> None:
         parser = OneLineParser(prog="m3vit hw cost", allow_abbrev=False)
         parser.add_argument("project", type=Path)
         add_cost_options(parser)
+        parser.add_argument("--budget", type=str, default=None, metavar="NAME", help="of a project with several")
         parser.add_argument("--json", type=Path, default=None, metavar="FILE")
         args: Any = parser.parse_args(list(argv))
         if args.weight_bits or args.act_bits:
@@ -159,7 +172,7 @@ def run_cost(argv: Sequence[str]) -> None:
         if given := [name for name, value in _engines(args).items() if value is not None]:
             option = "engines" if given[0] == "config" else given[0].replace("_", "-")
             raise InputError(f"{args.project} was exported with its engines: leave out --{option}")
-        report = of_project(args.project, args.board, args.task)
+        report = of_project(args.project, args.board, args.task, args.budget)
     else:
         config, args = _configured("hw cost", argv)
         from m3vit.export.hls.multiplexed.costing import of_model  # needs torch, which help does not

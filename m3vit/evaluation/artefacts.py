@@ -12,8 +12,11 @@ from m3vit.collectives import world_size
 from m3vit.errors import InputError, short
 from m3vit.evaluation.evaluate import Predictor, normalised, torch_predictor
 from m3vit.evaluation.protocols import NetworkImage
+from m3vit.export.runtime.manifest import budgets_of
+from m3vit.export.runtime.manifest import read_manifest as read_package_manifest
 from m3vit.export.runtime.package import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime.package import NotFinite, Package
+from m3vit.hw.manifest import budget_names, find_budget
 from m3vit.hw.sim import csim
 from m3vit.label_sets import LABEL_SETS, declare, resolve
 from m3vit.launched import place
@@ -48,8 +51,10 @@ def onnx_predictor(package: Package) -> Predictor:
     return Predictor("onnx", package.tasks, labels, (height, width), run)
 
 
-def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
+def hls_predictor(project: Path, manifest: dict[str, Any], budget: int = 0) -> Predictor:
     """Return an HLS project (`open_project`) as a predictor: made ready as its schedule does, and run image by image.
+
+    budget: by its number.
 
     The accelerator's input is pixels, so padding (protocol B) is the mean colour, 0.01 at most from the zero that torch
     gets after normalisation.
@@ -57,7 +62,7 @@ def hls_predictor(project: Path, manifest: dict[str, Any]) -> Predictor:
     from m3vit.export.hls.schedules import schedule_of
     from m3vit.export.hls.verify import logits_of
 
-    runner = schedule_of(manifest).runner(project, manifest)
+    runner = schedule_of(manifest).runner(project, manifest, **({"budget": budget} if budget else {}))
     widths = {task["name"]: task["outputs"] for task in manifest["tasks"]}
     padding = project_normalisation(project, manifest).pixel
 
@@ -108,19 +113,30 @@ def is_export(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (PACKAGE_MANIFEST, csim.MANIFEST))
 
 
+def own_budget(export: Path) -> str:
+    """Return the name of the budget that an export runs unless told otherwise; empty for one without a name."""
+    if (export / PACKAGE_MANIFEST).is_file():
+        return next(iter(budgets_of(read_package_manifest(export))), "")
+    return budget_names(csim.read_manifest(export))[0]
+
+
 def open_predictor(
-    folder: Path, device: str, batch: int, precision: str | None = None, budget: Budget = FULL
+    folder: Path, device: str, batch: int, precision: str | None = None, budget: Budget | str | None = None
 ) -> tuple[Predictor, dict[str, Any], str]:
     """Open a run, an ONNX package or an HLS project; return it, what eval.json says of it, and a run's data root.
 
     `device` (a torch device) and `batch` are those of a run; packages and projects run on the CPU. `precision`: of a
-    package that holds several. `budget`: of a run.
+    package that holds several. `budget`: of a run; of a package or a project the name of one that it holds.
     """
-    if not budget.full and is_export(folder):
-        raise InputError(f"--budget is of a run, and {folder} is an export, which keeps to its own: leave it out")
+    assert budget is None or isinstance(budget, str) == is_export(folder)
+    name = budget if isinstance(budget, str) else None
     if (folder / PACKAGE_MANIFEST).is_file():
-        package = Package.load(folder, precision=precision)
-        info = {"weights_sha256": package.manifest["weights"]["sha256"], "precision": package.precision}
+        package = Package.load(folder, precision=precision, budget=name)
+        info = {
+            **({"budget": name} if name else {}),
+            "weights_sha256": package.manifest["weights"]["sha256"],
+            "precision": package.precision,
+        }
         return onnx_predictor(package), info, ""
     if precision is not None:
         raise InputError(f"--precision is of an ONNX package, and {folder} is none: leave it out")
@@ -131,11 +147,12 @@ def open_predictor(
         from m3vit.export.hls.edits import said_changes
 
         manifest, changed = open_project(folder)
+        number = find_budget(manifest, name)
         weights = manifest.get("run", {}).get("weights_sha256")
         info = {"hls4ml": manifest["hls4ml"], "weights_sha256": weights, "changed_files": changed}
         info |= {"changes": said_changes(folder, manifest, changed)} if changed else {}
         with naming(changed):
-            return hls_predictor(folder, manifest), info, ""
+            return hls_predictor(folder, manifest, number), info | ({"budget": name} if name else {}), ""
     if not (folder / "config.yaml").is_file():
         raise InputError(
             f"{folder} is not a run folder, an ONNX package or an HLS project (no config.yaml, {PACKAGE_MANIFEST} or "
@@ -145,7 +162,8 @@ def open_predictor(
 
     run = load_run(folder)
     info = {"weights_sha256": run.info["weights_sha256"], "epochs_trained": run.info["epochs_trained"]}
-    if not budget.full:
-        require_trained_run(run, budget)
-        info["budget"] = budget.to_json()
-    return torch_predictor(run.model.to(device), batch, budget), info, run.config.data.root
+    used = budget if isinstance(budget, Budget) else FULL
+    if not used.full:
+        require_trained_run(run, used)
+        info["budget"] = used.to_json()
+    return torch_predictor(run.model.to(device), batch, used), info, run.config.data.root

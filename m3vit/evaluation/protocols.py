@@ -10,6 +10,7 @@ Figures of different protocols are not comparable, so each carries its protocol 
 Shapes: n images, C channels, H x W the network's size, h x w the label's.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from m3vit.data.network_input import padded_place, resize_image
 from m3vit.errors import InputError
+from m3vit.models.budget_file import BUDGETS
 from m3vit.tasks import TASKS, kind_of
 
 PROTOCOLS = {
@@ -26,11 +28,19 @@ PROTOCOLS = {
     "B": "B (ATRC, InvPT: images padded, scored at the network's resolution)",
 }
 
-# What `m3vit eval` leaves in the folder of a run, a package or a project: the exporters may replace it.
+# What `m3vit eval` leaves in the folder of a run, a package or a project: the exporters may replace it, and what it
+# leaves of other budgets (`of_evaluation`).
 EVALUATION_FILES = (
     "eval.json",
     *(name for protocol in PROTOCOLS for name in (f"eval-{protocol}.npz", f"breakdown-{protocol}.json")),
 )
+
+
+def of_evaluation(name: str, budgets: Collection[str]) -> bool:
+    """Return whether a file, named from its folder, is what `m3vit eval` leaves, with --budget too."""
+    *folders, last = name.split("/")
+    of_budget = len(folders) == 2 and folders[0] == BUDGETS and folders[1] in budgets
+    return last in EVALUATION_FILES and (not folders or of_budget)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from m3vit.models.budget import FULL, Budget
 
 FORMAT = 1
 WHOLE = "full"  # instead of a file: the model as trained
-BUDGETS = "budgets"  # of a run: a folder for each budget that it was evaluated with
+BUDGETS = "budgets"  # of a run or an export: a folder for each budget that it was evaluated with
 WHAT = "a budget file, which m3vit search writes: search again"
 
 

@@ -9,12 +9,10 @@ from matplotlib.figure import Figure
 from m3vit.errors import InputError
 from m3vit.export.hls.contents import open_project
 from m3vit.export.hls.edits import hardware_of
-from m3vit.export.hls.multiplexed.timing import TRACE, assumptions
+from m3vit.export.hls.multiplexed.timing import assumptions, recorded, traced
 from m3vit.files import atomic_path
 from m3vit.hw.isa import Instruction
-from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.ops import ENGINES, OPS
-from m3vit.hw.program import Image
 from m3vit.hw.timed import Cycles, Trace, evaluate
 
 FORMS = (".png", ".svg", ".pdf")
@@ -60,7 +58,8 @@ def timeline(project: Path, given: Mapping[str, int | None], path: Path) -> None
     """Draw the first frame that was recorded of a project; given: as of m3vit.export.hls.multiplexed.timing."""
     manifest, _ = open_project(project)
     assumed, _ = assumptions(project, manifest, given)
-    trace = Trace.read(project / TRACE).of_frame(0)
+    trace, program = traced(project, recorded(project))
+    trace = trace.of_frame(0)
     cycles = evaluate(trace, hardware_of(project, manifest), assumed)
     title = f"timed C-simulation, {assumed.clock_mhz} MHz, task {manifest['tasks'][0]['name']}"
-    draw(path, trace, cycles, Image.read(project / WEIGHTS).program, assumed.clock_mhz, title)
+    draw(path, trace, cycles, program, assumed.clock_mhz, title)

@@ -89,12 +89,12 @@ def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
     x = scheduler.embed("embed", x, draw(dim, x.columns, std=2 * x.columns**-0.5), draw(dim, std=0.2), s.prefix)
     x = scheduler.position("position", x, draw(x.rows, dim, std=0.3), s.prefix)
     for block in range(s.depth):
-        y = scheduler.norm("norm1", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
+        y = scheduler.norm(f"norm1_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
         fracs = np.array([frac, frac - 1, frac])
-        y = scheduler.qkv("qkv", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs, s.heads)
-        y = scheduler.attention("attention", y, s.heads, frac + 1)
-        x = scheduler.linear_added("proj", y, draw(dim, dim), draw(dim, std=0.1), x)
-        y = scheduler.norm("norm2", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
+        y = scheduler.qkv(f"qkv_{block}", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs, s.heads)
+        y = scheduler.attention(f"attention_{block}", y, s.heads, frac + 1)
+        x = scheduler.linear_added(f"proj_{block}", y, draw(dim, dim), draw(dim, std=0.1), x)
+        y = scheduler.norm(f"norm2_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
         if block % 2:
             weights = {
                 "router_w": draw(s.tasks, s.experts, dim, std=2 * dim**-0.5),
@@ -104,10 +104,10 @@ def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
                 "w2": draw(s.experts, dim, s.hidden),
                 "b2": draw(s.experts, dim, std=0.1),
             }
-            x = scheduler.moe_added("moe", y, weights, s.top_k, 20, (frac, frac), x)
+            x = scheduler.moe_added(f"moe_{block}", y, weights, s.top_k, 20, (frac, frac), x)
         else:
-            y = scheduler.linear("fc1", y, draw(s.mlp, dim), draw(s.mlp, std=0.1), 0, (frac, frac))
-            x = scheduler.linear_added("fc2", y, draw(dim, s.mlp), draw(dim, std=0.1), x)
+            y = scheduler.linear(f"fc1_{block}", y, draw(s.mlp, dim), draw(s.mlp, std=0.1), 0, (frac, frac))
+            x = scheduler.linear_added(f"fc2_{block}", y, draw(dim, s.mlp), draw(dim, std=0.1), x)
     y = scheduler.norm("head.norm", x, np.ones(dim), np.zeros(dim), 1e-6, frac, skip=s.prefix)
     widths = [3 + 4 * task for task in range(s.tasks)]
     fracs = [16] * s.tasks

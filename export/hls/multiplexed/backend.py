@@ -5,6 +5,7 @@ the ModelGraph into a program, buffers and one weight image instead of a kernel 
 by every `import hls4ml` (it is a plugin), so it imports neither torch nor the rest of the exporter.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from hls4ml.model.flow import register_flow
 from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor
+from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor, Units
 from m3vit.hw.design import Design
 from m3vit.hw.fit import fit
 from m3vit.hw.hardware import Hardware
@@ -34,6 +35,7 @@ class Planned:
     tensors: list[dict[str, Any]]  # of weights_map.json
     sum_bits: int
     output_fracs: list[int]  # of each task
+    filled: list[str]  # of hidden units that lie apart: what is filled up with zeros, for people
 
 
 class VitisMoEBackend(VitisBackend):
@@ -54,11 +56,15 @@ class VitisMoEBackend(VitisBackend):
     def create_initial_config(self, **options: Any) -> dict[str, Any]:
         """Return Vitis' configuration for the board, and ours under NAME.
 
-        design: Design as a dictionary; formats: Formats as one; grid, patch: of the image.
+        design: Design as a dictionary; formats: Formats as one; grid, patch: of the image; programs: what each has
+        (m3vit.export.hls.budgets).
         """
         design = options.pop("design", {"board": "zcu104"})
         board = Design(**design).target
-        ours = {key: options.pop(key) for key in ("formats", "grid", "patch")} | {"board": board.name, "design": design}
+        ours = {key: options.pop(key) for key in ("formats", "grid", "patch", "programs")} | {
+            "board": board.name,
+            "design": design,
+        }
         period = round(1000 / board.clock_mhz, 3)
         config = super().create_initial_config(part=board.part, clock_period=period, **options)
         return {**config, NAME: ours}
@@ -85,8 +91,11 @@ def split_rows(values: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(counts)[:-1])
 
 
+BLOCK = re.compile(r"blocks_(\d+)_")  # begins the names of a block's layers
+
+
 class _Planner:
-    """Walks a ModelGraph once and tells the scheduler its layers.
+    """Walks a ModelGraph, once for each program, and tells the scheduler its layers.
 
     Linears are held back until their consumer is met: embedding and positions, GELU and residual additions are parts of
     what the linear engine does when it writes.
@@ -99,6 +108,7 @@ class _Planner:
         inputs = {node.name: node for node in self.nodes if node.class_name in ("Input", "InputLayer")}
         self.tasks = next(node for node in self.nodes if node.class_name == "VitTaskHead").get_attr("n_task")
         self.inputs = set(inputs)
+        self.activated = {node.outputs[0] for node in self.nodes if node.class_name == "VitGelu"}
         self.tensors: dict[str, Tensor] = {}
         self.pending: dict[str, Any] = {}  # output name -> node whose work its consumer will order
         self.last_use = {name: place for place, node in enumerate(self.nodes) for name in node.inputs}
@@ -107,6 +117,22 @@ class _Planner:
         self.board = self.design.target
         self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"], self.board.port_bits)
         self.output_fracs: list[int] = []
+        self.programs: list[dict[str, dict[int, Any]]] = settings["programs"]
+        self.program = self.programs[0]
+
+    def block(self, node: Any) -> int:
+        """Return the block that a layer is of, -1 for one before or after the blocks."""
+        found = BLOCK.match(node.name)
+        return int(found[1]) if found else -1
+
+    def left_out(self, node: Any) -> bool:
+        """Return whether the program leaves a layer out."""
+        return bool(self.program["width"].get(self.block(node)) == 0)
+
+    def units(self, block: int) -> tuple[Units, int]:
+        """Return how a block's hidden units lie, and how many of them the program has."""
+        counts = {program["width"][block] for program in self.programs} - {0}
+        return Units(tuple(sorted(counts)), self.scheduler.unit), int(self.program["width"][block])
 
     def frac(self, node: Any, kind: str = "result") -> int:
         """Return the fraction chosen for a layer."""
@@ -133,18 +159,41 @@ class _Planner:
             "VitTaskHead": self.head,
             "VitPixelHead": self.pixel_head,
         }
-        for place, node in enumerate(self.nodes):
-            if node.class_name in LINEAR:
-                self.pending[node.outputs[0]] = node
-            elif node.class_name in rules:
-                rules[node.class_name](node, place)
-            elif node.name not in self.inputs:
-                raise self.refuse(node, "at all")
         scheduler = self.scheduler
+        for number, program in enumerate(self.programs):
+            self.program = program
+            if number:
+                scheduler.begin()
+                self.tensors, self.pending = {}, {}
+            for place, node in enumerate(self.nodes):
+                if self.left_out(node):
+                    self.pending[node.outputs[0]] = node
+                elif node.class_name in LINEAR:
+                    self.pending[node.outputs[0]] = node
+                elif node.class_name in rules:
+                    rules[node.class_name](node, place)
+                elif node.name not in self.inputs:
+                    raise self.refuse(node, "at all")
         image = scheduler.build()
-        hardware = fit(image.program, scheduler.weight_bits, scheduler.act_bits, self.board, self.design.sizes)
-        facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs)
+        bits = (scheduler.weight_bits, scheduler.act_bits)
+        first, *others = (image.program_of(number) for number in range(len(self.programs)))
+        hardware = fit(first, *bits, self.board, self.design.sizes, [one for other in others for one in other])
+        facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs, self.filled())
         return Planned(image, hardware, *facts)
+
+    def filled(self) -> list[str]:
+        """Return what is filled up where the budgets' hidden units lie apart."""
+        found = []
+        for block in sorted({self.block(node) for node in self.nodes} - {-1}):
+            units, _ = self.units(block)
+            sizes = [(end - start, -(end - start) % units.unit) for start, end in units.spans[:-1]]
+            if any(zeros for _, zeros in sizes):
+                parts = ", ".join(f"{size} + {zeros}" if zeros else str(size) for size, zeros in sizes)
+                found.append(
+                    f"block {block}: hidden units of smaller budgets are filled up to multiples of {units.unit} with "
+                    f"zeros, which are computed too ({parts})"
+                )
+        return found
 
     def take_linear(self, node: Any, name: str) -> Any:
         """Return the held-back Linear that computes an input of `node`, which must be its only consumer."""
@@ -181,9 +230,9 @@ class _Planner:
 
     def gelu(self, node: Any, place: int) -> None:
         linear = self.take_linear(node, node.inputs[0])
-        x = self.stream(linear, linear.inputs[0])
+        x, units = self.stream(linear, linear.inputs[0]), self.units(self.block(node))
         gelu = (self.frac(node, "input"), self.frac(node))
-        self.tensors[node.outputs[0]] = self.scheduler.linear(linear.name, x, *_linear(linear), 0, gelu)
+        self.tensors[node.outputs[0]] = self.scheduler.linear(linear.name, x, *_linear(linear), 0, gelu, units)
 
     def attention(self, node: Any, place: int) -> None:
         linear = self.take_linear(node, node.inputs[0])
@@ -203,11 +252,17 @@ class _Planner:
         if self.last_use[others[0]] != place:
             raise self.refuse(node, "whose residual is used again later")
         residual, branch = self.tensors[others[0]], self.pending.pop(branches[0])
+        if self.left_out(branch):
+            self.tensors[node.outputs[0]] = residual
+            return
         x = self.stream(branch, branch.inputs[0])
         if branch.class_name == "VitMoE":
             self.tensors[node.outputs[0]] = self.experts(branch, x, residual)
         else:
-            self.tensors[node.outputs[0]] = self.scheduler.linear_added(branch.name, x, *_linear(branch), residual)
+            arguments = (branch.name, x, *_linear(branch), residual)
+            # The second map of an MLP: its inputs are the hidden units.
+            units = self.units(self.block(branch)) if branch.inputs[0] in self.activated else None
+            self.tensors[node.outputs[0]] = self.scheduler.linear_added(*arguments, units)
 
     def experts(self, node: Any, x: Tensor, residual: Tensor) -> Tensor:
         sizes = {name: node.get_attr(name) for name in ("n_task", "n_exp", "n_hid", "n_dim")}
@@ -215,8 +270,9 @@ class _Planner:
         shapes = ((R, E, D), (R, E), (E, H, D), (E, H), (E, D, H), (E, D))
         weights = {name: _values(node, name).reshape(shape) for name, shape in zip(MOE_WEIGHTS, shapes, strict=True)}
         hidden = (self.frac(node, "hidden"), self.frac(node, "active"))
-        arguments = (weights, node.get_attr("n_top"), self.frac(node, "logit"), hidden, residual)
-        return self.scheduler.moe_added(node.name, x, *arguments)
+        block = self.block(node)
+        arguments = (weights, self.program["top_k"][block], self.frac(node, "logit"), hidden, residual)
+        return self.scheduler.moe_added(node.name, x, *arguments, self.units(block))
 
     def head(self, node: Any, place: int) -> None:
         if any(other.class_name == "VitPixelHead" for other in self.consumers(node)):

@@ -1,6 +1,6 @@
 """`m3vit hw cost`: what a model would cost in the multiplexed schedule, from its sizes; or what a project costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from m3vit.hw.design import Design
 from m3vit.hw.explore import explore
 from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
-from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.isa import Instruction
+from m3vit.hw.manifest import WEIGHTS, budget_names, find_budget
 from m3vit.hw.network import Head, Network, program_of
 from m3vit.hw.program import Image
 from m3vit.models.config import ModelConfig
@@ -112,14 +113,18 @@ def explore_model(
     return explore(partial(program_of, network), tried, design)
 
 
-def of_project(project: Path, board: str | None, task: str | None) -> dict[str, Any]:
-    """Return the cost of a project: of its own engines, or with another `board` of those that fit there."""
+def of_project(project: Path, board: str | None, task: str | None, budget: str | None = None) -> dict[str, Any]:
+    """Return the cost of a project: of its own engines, or with another `board` of those that fit there.
+
+    Of several budgets that of `budget` (default: the first), `budget` its name, and under `budgets` a line of each.
+    """
     manifest, _ = open_project(project)
     if manifest.get("schedule") != "multiplexed":
         raise InputError(
             f"{project} is of the spatial schedule, which has no program: give one of --schedule multiplexed"
         )
-    program = Image.read(project / WEIGHTS).program
+    image, number = Image.read(project / WEIGHTS), find_budget(manifest, budget)
+    programs = [image.program_of(place) for place in range(len(image.starts))]
     if set(manifest["hardware"]) != {field.name for field in fields(Hardware)}:
         raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
     hardware, design = Hardware(**manifest["hardware"]), Design(**manifest.get("design", {"board": manifest["board"]}))
@@ -130,5 +135,19 @@ def of_project(project: Path, board: str | None, task: str | None) -> dict[str, 
             f"{hardware.port_bits}: export it with --board {board}"
         )
     if chosen.name != manifest["board"]:
-        hardware = fit(program, hardware.weight_bits, hardware.act_bits, chosen)
-    return cost(program, hardware, chosen, _task(task, [entry["name"] for entry in manifest["tasks"]]))
+        others = [one for program in programs[1:] for one in program]
+        hardware = fit(programs[0], hardware.weight_bits, hardware.act_bits, chosen, others=others)
+    names, tasks = budget_names(manifest), [entry["name"] for entry in manifest["tasks"]]
+    found = [cost(program, hardware, chosen, _task(task, tasks)) for program in programs]
+    lines = {name: _line(one, programs[place]) for place, (name, one) in enumerate(zip(names, found, strict=True))}
+    return {**found[number], **({"of_budget": names[number], "budgets": lines} if len(names) > 1 else {})}
+
+
+def _line(found: dict[str, Any], program: Sequence[Instruction]) -> dict[str, Any]:
+    """Return what is said of each budget."""
+    return {
+        "ms": found["ms"],
+        "macs": found["macs"],
+        "bytes": sum(found["bytes"].values()),
+        "instructions": len(program),
+    }

@@ -4,6 +4,7 @@ from typing import Any
 
 from m3vit.export.hls.contents import EDITING, order_of_outputs
 from m3vit.hw.boards import find_board
+from m3vit.hw.manifest import budget_names
 
 BITSTREAM = "vivado -mode batch -source vivado_design.tcl -tclargs bitstream      # m3vit.bit, m3vit.hwh"
 NO_DESIGN = "# the block design around the IP is yours to make: the one that we have is for Zynq UltraScale+ boards"
@@ -18,11 +19,20 @@ def readme(manifest: dict[str, Any]) -> str:
     rows, columns = manifest["grid"]
     height, width = manifest["image_size"]
     hardware = manifest["hardware"]
+    names = [name for name in budget_names(manifest) if name]
+    several = (
+        f"""
+`accelerator.set_budget("{names[-1]}")` takes another program around the same weights; there are {", ".join(names)}.
+"""
+        if len(names) > 1
+        else ""
+    )
+    entries = "; ".join(f"{name} {start}" for name, start in zip(names, manifest.get("entries", []), strict=False))
     return f"""# m3vit: a time-multiplexed accelerator
 
 Written by m3vit {manifest["m3vit"]} with hls4ml {manifest["hls4ml"]} (backend VitisMoE) for {manifest["board"]}. One
 engine of each kind (linear, attention, LayerNorm, router) works through a program in DDR, from the pixels of an image
-to the outputs of the task heads. The task is a register, chosen for each frame.
+to the outputs of the task heads. The task is a register, chosen for each frame; so is the program, of several budgets.
 
 **What has been simulated:** the C++ in `firmware/`, with g++ (`make check`, `m3vit hw csim .`), word for word against
 an emulator in Python; the engines, on random models, also under address and undefined-behaviour sanitizers. **What has
@@ -33,7 +43,7 @@ instead of executed, the host driver against a software model of the registers a
 ## C-simulate
 
 ```
-make check          # g++ only: the stored frame for each task, compared with tb_data/expected_outputs.bin
+make check          # g++ only: the stored frame for each budget and task, compared with tb_data/expected_outputs.bin
 m3vit hw csim .     # all stored images against torch and the emulator -> csim.json
 m3vit eval . --data.root DIR                     # a whole validation set, by the emulator
 ```
@@ -57,11 +67,12 @@ accelerator = Accelerator(overlay.m3vit_0, allocate, "..")
 accelerator.set_task("{manifest["tasks"][0]["name"]}")
 prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 ```
-
+{several}
 ## Interface
 
 - `image`: uint8 [{height}, {width}, 3], RGB; normalisation is folded into the weights.
 - `task`: the task id, an unknown one counts as 0; `num_tasks`: {len(manifest["tasks"])}.
+- `entry`: the instruction that a frame begins with: {entries or "0"}.
 - `weights`, `gates`, `params`: the three sections of `firmware/weights/weights.bin`; `weights_map.json` says where each
   tensor lies, lists the program, and the elements of the memories below.
 - `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16};

@@ -3,6 +3,7 @@
 Written by hls4ml backend VitisMoE; simulated by its test bench beside the emulator, and scored by the emulator.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import hls4ml
 import numpy as np
 
 from m3vit.export.hls import leaf
-from m3vit.export.hls.calibration import calibrate
+from m3vit.export.hls.budgets import calibrate_all, lowered_of, programs_of
 from m3vit.export.hls.conversion import convert
 from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.backend import NAME
@@ -22,16 +23,16 @@ from m3vit.export.hls.multiplexed.tracing import trace
 from m3vit.export.hls.schedules import Options, Runner
 from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
-from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.manifest import WEIGHTS, budget_names
 from m3vit.hw.network import Head, Network, program_of
-from m3vit.hw.sim.csim import tokenise
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
 
 __all__ = ["LIMITS", "readme", "simulate", "trace"]  # parts of a schedule
 ACT_BITS = 16
 BOARD: str | None = "zcu104"
-CHECK_FRAMES = 1  # stored images that `make check` runs, each for every task
+SEVERAL_BUDGETS = True
+CHECK_FRAMES = 1  # stored images that `make check` runs, each for every budget and task
 
 
 def write(
@@ -40,9 +41,10 @@ def write(
     """Write sources and weights; see schedules.Schedule."""
     rows, columns = (side // model.backbone.patch_size for side in model.config.image_size)
     check_tokens(rows * columns + model.backbone.trunk.num_prefix_tokens)
-    lowered = leaf.lower(model, options.budget)
-    needed_hardware(lowered, options)  # refuses what does not fit before the long work
-    return lowered, write_project(lowered, calibration, options, folder)
+    budgets = list(options.budgets.values())
+    lowered = lowered_of(model, budgets)
+    needed_hardware(lowered[0], options)  # refuses what does not fit before the long work
+    return lowered[0], write_project(lowered, programs_of(model, budgets), calibration, options, folder)
 
 
 def sizes_of(model: leaf.LoweredModel) -> Network:
@@ -99,16 +101,23 @@ def _precisions(formats: Formats, config: dict[str, Any]) -> None:
     config["LayerName"]["task"]["Precision"] = {"result": "ap_uint<8>"}
 
 
-def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Options, out: Path) -> dict[str, Any]:
+def write_project(
+    models: Sequence[leaf.LoweredModel],
+    programs: Sequence[dict[str, Any]],
+    calibration: np.ndarray,
+    options: Options,
+    out: Path,
+) -> dict[str, Any]:
     """Write the project into the folder `out`; return what its manifest says of precision and hardware.
 
-    calibration: images uint8 [m, H, W, 3].
+    models, programs: as of `lowered_of` and `programs_of`. calibration: images uint8 [m, H, W, 3].
     """
+    model = models[0]
     if NAME.lower() not in hls4ml.backends.get_available_backends():  # installed without its entry point
         plugin.register(
             register_backend=hls4ml.backends.register_backend, register_writer=hls4ml.writer.register_writer
         )
-    seen = calibrate(model, tokenise(calibration, model.patch), options.progress)
+    seen = calibrate_all(models, calibration, options.progress)
     formats = choose(seen, options.weight_bits, options.act_bits)
     options.progress(0, 1, "hls4ml's conversion, quantisation and the program")
     graph = convert(
@@ -122,6 +131,7 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         formats=formats._asdict(),
         grid=list(model.grid),
         patch=model.patch,
+        programs=list(programs),
     )
     schedule = graph.schedule
     kinds = {name: dict(layer) for name, layer in formats.layers.items()}
@@ -137,17 +147,21 @@ def write_project(model: leaf.LoweredModel, calibration: np.ndarray, options: Op
         **({"design": options.design.plain()} if options.design else {}),
         "hardware": asdict(schedule.hardware),
         "output_fracs": schedule.output_fracs,
+        **({"entries": list(schedule.image.starts)} if len(programs) > 1 else {}),
+        **({"filled": schedule.filled} if schedule.filled else {}),
     }
 
 
 def write_bench(folder: Path, images: np.ndarray, outputs: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
     """Write what `make check` compares: frames, their task ids and the emulator's outputs."""
-    emulator, tasks = Emulator.open(folder / WEIGHTS), len(outputs)
-    frames = images[:CHECK_FRAMES]
-    results = [result for frame in frames for result in emulator.run_tasks(frame, list(range(tasks)))]
+    tasks, budgets, frames = len(outputs), len(budget_names(manifest)), images[:CHECK_FRAMES]
+    emulators = [Emulator.open(folder / WEIGHTS, budget) for budget in range(budgets)]
+    results = [result for frame in frames for one in emulators for result in one.run_tasks(frame, list(range(tasks)))]
     data = folder / "tb_data"
-    frames.repeat(tasks, axis=0).tofile(data / "images.bin")
-    np.tile(np.arange(tasks, dtype=np.uint8), len(frames)).tofile(data / "tasks.bin")
+    frames.repeat(budgets * tasks, axis=0).tofile(data / "images.bin")
+    ids = np.tile(np.arange(tasks, dtype=np.uint8), len(frames) * budgets)
+    of_budgets = np.tile(np.arange(budgets, dtype=np.uint8).repeat(tasks), len(frames))
+    np.concatenate([ids, of_budgets] if budgets > 1 else [ids]).tofile(data / "tasks.bin")
     np.concatenate([result.outputs for result in results]).astype(np.int32).tofile(data / "expected_outputs.bin")
 
 
@@ -168,9 +182,9 @@ def said(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def runner(project: Path, manifest: dict[str, Any]) -> Runner:
+def runner(project: Path, manifest: dict[str, Any], budget: int = 0) -> Runner:
     """Open the emulator, which gives the words of the C-simulation; tasks share what no task changes."""
-    emulator, tasks = Emulator.open(project / WEIGHTS), list(range(len(manifest["tasks"])))
+    emulator, tasks = Emulator.open(project / WEIGHTS, budget), list(range(len(manifest["tasks"])))
 
     def run(images: np.ndarray) -> np.ndarray:
         words = np.stack([[result.outputs for result in emulator.run_tasks(image, tasks)] for image in images])

@@ -1,11 +1,15 @@
-"""From layers to a program: instructions, quantised weights, and where every tensor lies (buffer liveness).
+"""From layers to programs: instructions, quantised weights, and where every tensor lies (buffer liveness).
 
-A scheduler is told the layers in the order they run. Tensors are narrow (inputs of products) or wide (the residual
-stream, logits); a tensor's buffer is taken from its first use to its last, and others reuse its place.
+A scheduler is told the layers in the order they run; of several programs, the layers of one after those of the other.
+Weights are named by their layer and stored once, whatever programs use them. Tensors are narrow (inputs of products) or
+wide (the residual stream, logits); a tensor's buffer is taken from its first use to its last, and others reuse its
+place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,8 +80,45 @@ class _Step:
     places: dict[str, Buffer] = field(default_factory=dict)
 
 
+class Units(NamedTuple):
+    """Hidden units of an MLP, or of each expert, in parts that lie apart: part p has units ends[p - 1] to ends[p].
+
+    A program with fewer units has the first parts alone, so every number of units that a program has is an end. Each
+    part but the last is filled up with zeros to `unit`.
+    """
+
+    ends: tuple[int, ...]
+    unit: int
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The first unit of each part, and that after its last."""
+        return list(zip((0, *self.ends[:-1]), self.ends, strict=True))
+
+    @property
+    def places(self) -> list[int]:
+        """Where each part begins, filled up; and after these where the last one ends, which is not."""
+        sizes = [round_up(end - start, self.unit) for start, end in self.spans[:-1]]
+        last = self.spans[-1][1] - self.spans[-1][0]
+        return [int(place) for place in np.cumsum([0, *sizes, last])]
+
+    def parts(self, count: int) -> int:
+        """Return how many parts hold so many units."""
+        return self.ends.index(count) + 1
+
+    def filled(self, values: Floats, axis: int) -> Floats:
+        """Return values with zeros where parts are filled up."""
+        found = []
+        for (start, end), place, following in zip(self.spans, self.places, self.places[1:], strict=False):
+            part = values.take(range(start, end), axis=axis)
+            gap = [(0, 0)] * values.ndim
+            gap[axis] = (0, following - place - (end - start))
+            found.append(np.pad(part, gap))
+        return np.concatenate(found, axis=axis)
+
+
 class Scheduler:
-    """Collects the program of one model. `wide_frac`: of every wide tensor but logits and outputs.
+    """Collects the programs of one model. `wide_frac`: of every wide tensor but logits and outputs.
 
     port_bits: of the ports that will read it: rows begin at their words, inputs of products fill steps of the array.
     """
@@ -88,12 +129,19 @@ class Scheduler:
         self.tasks, self.weight_bits, self.act_bits, self.wide_frac = tasks, weight_bits, act_bits, wide_frac
         self.steps: list[_Step] = []
         self.buffers: list[Buffer] = []
+        self.ended: list[tuple[list[_Step], list[Buffer]]] = []  # programs before
+        self.stored: dict[str, dict[str, Any]] = {}  # fields of what is in the image, by name
         self.builder = Builder(weight_bits, act_bits)
         self.tensors: list[dict[str, Any]] = []  # of the weight file, for weights_map.json
         self.output_size = self.image_size = 0
         self.largest_sum_bits = 0
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin another program, of the same layers or some of them."""
+        self.ended.append((self.steps, self.buffers))
+        self.steps, self.buffers = [], []
 
     def _tensor(
         self, wide: bool, rows: int, columns: int, frac: Fracs, start: int = 0, groups: int = 0, group: int = 0
@@ -129,13 +177,32 @@ class Scheduler:
         self.largest_sum_bits = max(self.largest_sum_bits, words.sum_bits)
         return words
 
-    def _store(self, name: str, words: LinearWords, section: str = "weights") -> dict[str, Any]:
-        """Put a linear map into the image; return the instruction's fields."""
+    def _store(
+        self,
+        name: str,
+        weight: Floats,
+        bias: Floats,
+        x: Tensor,
+        y_frac: Fracs,
+        section: str = "weights",
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Put a linear map into the image, unless it is there; return the instruction's fields."""
+        if name in self.stored:
+            return self.stored[name]
+        words = self._words(name, weight, bias, x, y_frac, **options)
         weights, params = self.builder.put(section, words.weights), self.builder.put("params", words.params)
         shape = words.weights.shape
         self._note(f"{name}.weight", section, weights, shape, frac_min=int(words.fracs.min()), rows_have_fracs=True)
         self._note(f"{name}.rows", "params", params, (shape[0], ROW_WORDS))
-        return {"weights": weights, "params": params}
+        return self.stored.setdefault(name, {"n_in": words.inputs, "weights": weights, "params": params})
+
+    def _table(self, name: str, values: np.ndarray, **facts: Any) -> int:
+        """Put a table into params; return where it lies."""
+        if name not in self.stored:
+            self.stored[name] = {"params": self.builder.put("params", values)}
+            self._note(name, "params", self.stored[name]["params"], values.shape, **facts)
+        return int(self.stored[name]["params"])
 
     # --- layers -----------------------------------------------------------------------------------------------------
 
@@ -158,8 +225,7 @@ class Scheduler:
         """Prefix tokens and position embedding, in place: table [N, D]."""
         words = rounded(table, self.wide_frac, WIDE_BITS)
         words = np.pad(words, ((0, 0), (0, round_up(x.columns, PARAMS_UNIT) - x.columns)))
-        params = self.builder.put("params", words)
-        self._note(f"{name}.table", "params", params, words.shape, frac=self.wide_frac)
+        params = self._table(f"{name}.table", words, frac=self.wide_frac)
         self._add(isa.Position(rows=x.rows, n_out=words.shape[1], params=params, prefix=prefix), None, x)
         return x
 
@@ -180,8 +246,7 @@ class Scheduler:
         out_frac = self.wide_frac if wide else frac
         words = norm_words(scale, bias, eps, x.frac, out_frac, NORM_FRAC)
         biases = round_up(n, PARAMS_UNIT)
-        params = self.builder.put("params", np.pad(words.params.reshape(2, n), ((0, 0), (0, biases - n))))
-        self._note(f"{name}.scale_bias", "params", params, (2, biases))
+        params = self._table(f"{name}.scale_bias", np.pad(words.params.reshape(2, n), ((0, 0), (0, biases - n))))
         source = Tensor(x.buffer, rows, n, x.frac, x.pitch, x.start + skip)
         dst = self._tensor(wide, rows, n, out_frac)
         names = ("shift", "bias_shift", "sqrt_dim", "eps")
@@ -191,15 +256,28 @@ class Scheduler:
         return dst
 
     def linear(
-        self, name: str, x: Tensor, weight: Floats, bias: Floats, frac: Fracs, gelu: tuple[int, int] | None = None
+        self,
+        name: str,
+        x: Tensor,
+        weight: Floats,
+        bias: Floats,
+        frac: Fracs,
+        gelu: tuple[int, int] | None = None,
+        units: tuple[Units, int] | None = None,
     ) -> Tensor:
-        """Linear to narrow tokens of `frac`; with `gelu` = (fraction before, after), followed by GELU."""
-        words = self._words(name, weight, bias, x, gelu[0] if gelu else self._per_row(frac, len(weight)))
-        dst = self._tensor(False, x.rows, len(weight), gelu[1] if gelu else frac)
-        fields = self._store(name, words)
-        fields |= {"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {}
-        shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
-        self._add(isa.Linear(mode=Mode.NARROW, **shape, **fields), x, dst)
+        """Linear to narrow tokens of `frac`; with `gelu` = (fraction before, after), followed by GELU.
+
+        units: how the outputs lie, and how many of them this program has (default: all).
+        """
+        count = len(weight)
+        if units:
+            weight, bias = (units[0].filled(values, 0) for values in (weight, bias))
+            part = units[0].parts(units[1])
+            count = units[0].places[part - 1] + units[1] - units[0].spans[part - 1][0]
+        fields = self._store(name, weight, bias, x, gelu[0] if gelu else self._per_row(frac, len(weight)))
+        dst = self._tensor(False, x.rows, count, gelu[1] if gelu else frac)
+        fields = fields | ({"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {})
+        self._add(isa.Linear(mode=Mode.NARROW, rows=x.rows, n_out=count, **fields), x, dst)
         return dst
 
     @staticmethod
@@ -207,26 +285,46 @@ class Scheduler:
         """Return the fraction of each output: those of q, k and v hold for a third of them each."""
         return frac if isinstance(frac, int) else np.repeat(frac, rows // len(frac))
 
-    def linear_added(self, name: str, x: Tensor, weight: Floats, bias: Floats, residual: Tensor) -> Tensor:
-        """Linear, added to the residual stream in place."""
-        self._wide(name, x, weight, bias, residual, Mode.RESIDUAL)
+    def linear_added(
+        self,
+        name: str,
+        x: Tensor,
+        weight: Floats,
+        bias: Floats,
+        residual: Tensor,
+        units: tuple[Units, int] | None = None,
+    ) -> Tensor:
+        """Linear, added to the residual stream in place; units: as of `linear`, of its inputs."""
+        self._wide(name, x, weight, bias, residual, Mode.RESIDUAL, units)
         return residual
 
     def _wide(
-        self, name: str, x: Tensor, weight: Floats, bias: Floats, dst: Tensor, mode: Mode, **options: Any
+        self,
+        name: str,
+        x: Tensor,
+        weight: Floats,
+        bias: Floats,
+        dst: Tensor,
+        mode: Mode,
+        units: tuple[Units, int] | None = None,
+        **options: Any,
     ) -> None:
         """Linear to wide tokens; one of many inputs in parts, each added to those before, so that tiles stay small."""
         if x.groups:
             weight, x = spread(weight, x.columns // x.groups, x.group, 1), replace(x, groups=0, columns=x.places)
-        parts, start = split_inputs(round_up(x.columns, self.unit), self.unit), 0
+        parts, several = split_inputs(round_up(x.columns, self.unit), self.unit), False
+        if units:
+            weight, places = units[0].filled(weight, 1), units[0].places
+            several, count = len(units[0].ends) > 1, units[0].parts(units[1])
+            sizes = [end - start for start, end in pairwise(places[: count + 1])]
+            parts = [one for size in sizes for one in split_inputs(round_up(size, self.unit), self.unit)]
+        start = 0
         for place, size in enumerate(parts):
             part = weight[:, start : start + size]
-            words = self._words(name, part, bias * (place == 0), x, self.wide_frac, **options)
-            suffix = f".part{place}" if len(parts) > 1 else ""
-            fields = self._store(name + suffix, words)
-            shape = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
-            source = replace(x, offset=start)
-            self._add(isa.Linear(mode=Mode.RESIDUAL if place else mode, **shape, **fields), source, dst)
+            suffix = f".part{place}" if several or len(parts) > 1 else ""
+            fields = self._store(name + suffix, part, bias * (place == 0), x, self.wide_frac, **options)
+            shape: dict[str, Any] = {"mode": Mode.RESIDUAL if place else mode, "rows": x.rows, "n_out": len(weight)}
+            self._add(isa.Linear(**shape, **fields), replace(x, offset=start), dst)
             start += size
 
     def qkv(self, name: str, x: Tensor, weight: Floats, bias: Floats, fracs: Fracs, heads: int) -> Tensor:
@@ -254,66 +352,80 @@ class Scheduler:
         name: str,
         x: Tensor,
         weights: dict[str, Floats],
-        top_k: int,
+        top_k: int | Sequence[int],
         logit_frac: int,
         hidden: tuple[int, int],
         residual: Tensor,
+        units: tuple[Units, int] | None = None,
     ) -> Tensor:
         """Router and experts, added to the residual stream in place.
 
         weights: router_w [R, E, D] and router_b [R, E] (logits in base 2), w1 [E, H, D], b1, w2 [E, D, H], b2;
-        `hidden`: fractions of the hidden channels before and after GELU.
+        `hidden`: fractions of the hidden channels before and after GELU. top_k: of each task. units: as of `linear`.
         """
         gates, biases = weights["router_w"], weights["router_b"]
         tasks, experts, _ = gates.shape
         logits = self._tensor(True, x.rows, experts, logit_frac)
         same = tasks > 1 and all(np.array_equal(gates[0], g) for g in gates) and not np.ptp(biases, axis=0).any()
         for task in range(1 if same or tasks == 1 else tasks):
-            words = self._words(f"{name}.gate{task}", gates[task], biases[task], x, logit_frac, bits=GATE_BITS)
-            fields = self._store(f"{name}.gate{task}", words, "gates")
-            shape = {"rows": x.rows, "n_in": words.inputs, "n_out": experts}
+            gate = (gates[task], biases[task], x, logit_frac)
+            fields = self._store(f"{name}.gate{task}", *gate, "gates", bits=GATE_BITS)
             only = -1 if same or tasks == 1 else task
-            self._add(isa.Gate(task=only, **shape, **fields), x, logits)
-        route = isa.Route(rows=x.rows, n_in=experts, top_k=top_k, logit_frac=logit_frac)
-        self._add(route, logits, None)
-        self._experts(name, x, weights, hidden, residual)
+            self._add(isa.Gate(task=only, rows=x.rows, n_out=experts, **fields), x, logits)
+        counts = [top_k] * tasks if isinstance(top_k, int) else list(top_k)
+        for task in range(tasks) if len(set(counts)) > 1 else [-1]:
+            route = isa.Route(task=task, rows=x.rows, n_in=experts, top_k=counts[task], logit_frac=logit_frac)
+            self._add(route, logits, None)
+        w1, b1, w2, b2 = (weights[key] for key in ("w1", "b1", "w2", "b2"))
+        how, count = units or (Units((w1.shape[1],), self.unit), w1.shape[1])
+        for part, (start, end) in enumerate(how.spans[: how.parts(count)]):
+            own = (w1[:, start:end], b1[:, start:end], w2[:, :, start:end], b2 * (part == 0))
+            self._experts(f"{name}.part{part}" if len(how.ends) > 1 else name, x, own, hidden, residual)
         return residual
 
     def _experts(
-        self, name: str, x: Tensor, weights: dict[str, Floats], hidden: tuple[int, int], residual: Tensor
+        self, name: str, x: Tensor, weights: Sequence[Floats], hidden: tuple[int, int], residual: Tensor
     ) -> None:
-        w1, b1, w2, b2 = (weights[key] for key in ("w1", "b1", "w2", "b2"))
+        """Some hidden units of all experts: w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]."""
+        w1, b1, w2, b2 = weights
         experts, width, dim = w1.shape
         filled, inputs = round_up(width, self.unit), round_up(dim, self.unit)  # also outputs of one map, of the other
         w1, b1 = (np.pad(values, [(0, 0), (0, filled - width), (0, 0)][: values.ndim]) for values in (w1, b1))
         w2, b2 = (np.pad(values, [(0, 0), (0, inputs - dim), (0, 0)][: values.ndim]) for values in (w2, b2))
         w2 = np.pad(w2, ((0, 0), (0, 0), (0, filled - width)))
         inner = self._tensor(False, x.rows, filled, hidden[1])
+        fields = dict(self.stored.get(name) or self._store_experts(name, x, inner, (w1, b1, w2, b2), hidden[0]))
+        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": inner.pitch}
+        shape: dict[str, Any] = {"rows": x.rows, "n_in": inputs, "n_out": filled}
+        self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
+
+    def _store_experts(
+        self, name: str, x: Tensor, inner: Tensor, weights: Sequence[Floats], hidden_frac: int
+    ) -> dict[str, Any]:
+        """Put experts into the image; return the instruction's fields."""
+        w1, b1, w2, b2 = weights
         packed: dict[str, list[np.ndarray]] = {"weights": [], "params": []}
-        for e in range(experts):
-            first = self._words(f"{name}.expert{e}.w1", w1[e], b1[e], x, hidden[0])
+        for e in range(len(w1)):
+            first = self._words(f"{name}.expert{e}.w1", w1[e], b1[e], x, hidden_frac)
             second = self._words(f"{name}.expert{e}.w2", w2[e], b2[e], inner, self.wide_frac)
             packed["weights"].append(np.concatenate([first.weights.ravel(), second.weights.ravel()]))
             packed["params"].append(np.concatenate([first.params, second.params]))
-        fields: dict[str, Any] = {}
+        fields = self.stored.setdefault(name, {})
         for section, parts in packed.items():
             size = -(-len(parts[0]) // ALIGNMENT) * ALIGNMENT
             fields[section] = self.builder.put(section, np.concatenate([np.pad(p, (0, size - len(p))) for p in parts]))
             fields[f"{section}_step"] = size
-            self._note(f"{name}.experts", section, fields[section], (experts, size))
-        fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": inner.pitch}
-        shape: dict[str, Any] = {"rows": x.rows, "n_in": inputs, "n_out": filled}
-        self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
+            self._note(f"{name}.experts", section, fields[section], (len(w1), size))
+        return fields
 
     def head(self, name: str, x: Tensor, maps: Maps, fracs: list[int]) -> None:
         """The Linear of each task to the output memory; task r's outputs have fracs[r]."""
         pitch = max(len(weight) for weight, _ in maps)
         for task, ((weight, bias), frac) in enumerate(zip(maps, fracs, strict=True)):
-            words = self._words(f"{name}.{task}", weight, bias, x, frac)
-            shape: dict[str, Any] = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight)}
-            shape |= {"mode": Mode.OUTPUT, "dst_pitch": pitch}
+            shape: dict[str, Any] = {"rows": x.rows, "n_out": len(weight), "mode": Mode.OUTPUT, "dst_pitch": pitch}
             only = task if len(maps) > 1 else -1
-            self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.{task}", words)), x, None)
+            fields = self._store(f"{name}.{task}", weight, bias, x, frac)
+            self._add(isa.Linear(task=only, **shape, **fields), x, None)
         self.output_size = x.rows * pitch
 
     def pixel_head(
@@ -340,37 +452,45 @@ class Scheduler:
             weight, bias = (spread(values, count, filled, 0) for values in (weight, bias))
             kernel = spread(kernel, count, filled, 1)
             pixels = self._tensor(False, x.rows, len(weight), fracs[task])
-            words = self._words(f"{name}.features{task}", weight, bias, x, fracs[task])
-            shape: dict[str, Any] = {"rows": x.rows, "n_in": words.inputs, "n_out": len(weight), "mode": Mode.NARROW}
-            self._add(isa.Linear(task=only, **shape, **self._store(f"{name}.features{task}", words)), x, pixels)
-            words = self._words(f"{name}.{task}", kernel, kernel_bias, pixels, output_fracs[task])
-            shape = {"rows": x.rows * upscale**2, "n_in": kernel.shape[1], "n_out": len(kernel)}
+            fields = self._store(f"{name}.features{task}", weight, bias, x, fracs[task])
+            shape: dict[str, Any] = {"rows": x.rows, "n_out": len(weight), "mode": Mode.NARROW}
+            self._add(isa.Linear(task=only, **shape, **fields), x, pixels)
+            fields = self._store(f"{name}.{task}", kernel, kernel_bias, pixels, output_fracs[task])
+            shape = {"rows": x.rows * upscale**2, "n_out": len(kernel)}
             shape |= {"columns": columns, "upscale": upscale, "dst_pitch": pitch}
-            self._add(isa.Conv(task=only, **shape, **self._store(f"{name}.{task}", words)), pixels, None)
+            self._add(isa.Conv(task=only, **shape, **fields), pixels, None)
         self.output_size = x.rows * pitch
 
     @property
     def limits(self) -> dict[str, int]:
-        """What the program so far needs of the hardware: fields of Hardware."""
-        return needs([step.instruction for step in self.steps])
+        """What the programs so far need of the hardware: fields of Hardware."""
+        return needs([step.instruction for steps, _ in self.programs for step in steps])
+
+    @property
+    def programs(self) -> list[tuple[list[_Step], list[Buffer]]]:
+        """The steps and buffers of each program so far."""
+        return [*self.ended, (self.steps, self.buffers)]
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def build(self) -> Image:
-        """Place the buffers and return the image."""
-        sizes = {}
-        for wide in (False, True):
-            chosen = [buffer for buffer in self.buffers if buffer.wide == wide]
-            offsets, sizes[wide] = allocate([(b.size, b.first, b.last) for b in chosen])
-            places = {id(buffer): offset for buffer, offset in zip(chosen, offsets, strict=True)}
-            for step in self.steps:
-                for name, buffer in step.places.items():
-                    if buffer.wide == wide:
-                        setattr(step.instruction, name, getattr(step.instruction, name) + places[id(buffer)])
+        """Place the buffers and return the image: the memories are those of the program that needs most."""
+        sizes = {False: 0, True: 0}
+        for steps, buffers in self.programs:
+            for wide in (False, True):
+                chosen = [buffer for buffer in buffers if buffer.wide == wide]
+                offsets, size = allocate([(b.size, b.first, b.last) for b in chosen])
+                sizes[wide] = max(sizes[wide], size)
+                places = {id(buffer): offset for buffer, offset in zip(chosen, offsets, strict=True)}
+                for step in steps:
+                    for name, buffer in step.places.items():
+                        if buffer.wide == wide:
+                            setattr(step.instruction, name, getattr(step.instruction, name) + places[id(buffer)])
         memory = Memory(sizes[False], sizes[True], self.output_size, self.image_size, self.tasks)
-        return self.builder.build([step.instruction for step in self.steps], memory)
+        first, *others = [[step.instruction for step in steps] for steps, _ in self.programs]
+        return self.builder.build(first, memory, *others)
 
     def named_tensors(self) -> list[dict[str, Any]]:
         """Return where each tensor lies in its section of the weight file: name, section, offset (elements), shape."""
-        room = program_words(len(self.steps))
+        room = program_words(sum(len(steps) + 1 for steps, _ in self.programs) - 1)
         return [{**t, "offset": t["offset"] + (room if t["section"] == "params" else 0)} for t in self.tensors]

@@ -18,7 +18,8 @@ from m3vit.hw.boards import resources
 from m3vit.hw.cost import Assumptions, lines_of
 from m3vit.hw.csynth import matched, read_csynth
 from m3vit.hw.design import Design
-from m3vit.hw.manifest import SAMPLES, WEIGHTS
+from m3vit.hw.isa import Instruction
+from m3vit.hw.manifest import SAMPLES, WEIGHTS, budget_names, find_budget
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.compiler import require_writable
@@ -29,13 +30,15 @@ RECORD, TRACE = "csim_timed.json", "tb_data/csim_timed.bin"
 NOTE = "timed C-simulation; nothing was synthesised, nothing ran on a board"
 
 
-def record(project: Path, samples: int | None = None, progress: Progress = silent) -> dict[str, Any]:
+def record(
+    project: Path, samples: int | None = None, progress: Progress = silent, budget: str | None = None
+) -> dict[str, Any]:
     """Run the first `samples` stored images (default: one), each for every task, through the timed test bench; return
     what RECORD holds, beside what loops and ports did in TRACE.
 
-    RECORD: images, frames (image and task of each, and of each layer with experts the tokens of those that have any),
-    changed_files, files with digests. Raises InputError for another schedule's project, and words that are not the
-    emulator's.
+    budget: of a project with several (default: the first). RECORD: its name and number, images, frames (image and task
+    of each, and of each layer with experts the tokens of those that have any), changed_files, files with digests.
+    Raises InputError for another schedule's project, and words that are not the emulator's.
     """
     manifest, changed = open_project(project)
     if manifest.get("schedule") != "multiplexed":
@@ -47,22 +50,23 @@ def record(project: Path, samples: int | None = None, progress: Progress = silen
         images = np.array(stored["images"])
     if samples is not None and samples > len(images):
         raise InputError(f"samples {samples}: {project} holds {len(images)} images")
-    n, tasks = samples or 1, len(manifest["tasks"])
+    n, tasks, number = samples or 1, len(manifest["tasks"]), find_budget(manifest, budget)
     with naming(changed):
         progress(0, 1, "g++ builds the timed test bench")
         csim.build_timed(project)
         ids = np.tile(np.arange(tasks), n)
         frames = images[:n].repeat(tasks, axis=0)
         progress(0, 1, "timed test bench")
-        result = csim.run_frames(project, frames, ids, timed=project / TRACE)
+        result = csim.run_frames(project, frames, ids, project / TRACE, np.full(len(ids), number))
         progress(0, 1, "emulator")
-        emulator = Emulator.open(project / WEIGHTS)
+        emulator = Emulator.open(project / WEIGHTS, number)
         expected = [found.outputs for image in images[:n] for found in emulator.run_tasks(image, list(range(tasks)))]
         different = int((np.stack(expected).reshape(result.outputs.shape) != result.outputs).sum())
         if different:
             raise InputError(f"{different} words of the timed C-simulation are not the emulator's")
     queues = [[_queue(ids[frame]) for ids in result.expert_ids] for frame in range(len(frames))]
     found = {
+        **({"budget": budget_names(manifest)[number], "number": number} if "budgets" in manifest else {}),
         "images": n,
         "frames": [
             {"image": frame // tasks, "task": frame % tasks, "queues": queues[frame]} for frame in range(n * tasks)
@@ -75,8 +79,14 @@ def record(project: Path, samples: int | None = None, progress: Progress = silen
 
 
 def _queue(experts: np.ndarray) -> list[int]:
-    counts = np.bincount(experts.ravel())
+    counts = np.bincount(experts[experts >= 0])
     return [int(count) for count in counts if count]
+
+
+def traced(project: Path, found: dict[str, Any]) -> tuple[Trace, list[Instruction]]:
+    """Return what loops and ports did, and the program of the budget that was recorded, whose first pc is 0."""
+    trace, image, number = Trace.read(project / TRACE), Image.read(project / WEIGHTS), found.get("number", 0)
+    return trace.shifted(image.starts[number]), image.program_of(number)
 
 
 def recorded(project: Path) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def evaluated(
     difference), and the least and the most ms over all images.
     """
     manifest, changed = open_project(project)
-    hardware, program = hardware_of(project, manifest), Image.read(project / WEIGHTS).program
+    hardware, (trace, program) = hardware_of(project, manifest), traced(project, found)
     assumed, design = assumptions(project, manifest, given)
     iis, depths = ({name: pair[place] for name, pair in reported.items()} for place in range(2))
     assumed = replace(assumed, iis=iis, depths=depths)
@@ -123,7 +133,7 @@ def evaluated(
         raise InputError(f"--bus-bits {assumed.bus_bits}: a part of the ports' {hardware.port_bits} bits")
     other = apart(project, hardware)
     board = replace(design.target, clock_mhz=assumed.clock_mhz)
-    trace, tasks = Trace.read(project / TRACE), {}
+    tasks = {}
     for place, entry in enumerate(manifest["tasks"]):
         own = [number for number, frame in enumerate(found["frames"]) if frame["task"] == place]
         reports = [frame_report(trace.of_frame(one), program, hardware, assumed, entry["name"]) for one in own]
@@ -142,6 +152,7 @@ def evaluated(
             "difference": reports[0]["cycles"] / modelled - 1,
         }
     return {
+        **({"budget": found["budget"]} if "budget" in found else {}),
         "note": NOTE,
         "board": board.name,
         "clock_mhz": assumed.clock_mhz,

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3vit.errors import InputError
+from m3vit.export.hls.multiplexed.backend import BLOCK
+from m3vit.export.hls.multiplexed.scheduler import Units
 from m3vit.export.hls.schedules import Progress
 from m3vit.export.hls.tracing import Found, Layer, Place, Reference
 from m3vit.hw import isa
+from m3vit.hw.hardware import row_unit, stored_bits
 from m3vit.hw.isa import Instruction, Mode
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim
@@ -120,14 +123,15 @@ def describe(
                 found.append(Described(f"{base}.gate", (base, "logit"), int(formats[base]["logit"])))
             case isa.Route():
                 found.append(Described(f"{layer}.route", (layer, "logit")))
-            case isa.Experts():
-                found.append(Described(base, after(base), wide))
+            case isa.Experts():  # of hidden units in parts, the last gives the sum
+                partial = isinstance(following, isa.Experts)
+                found.append(Described(full.removesuffix(".experts"), None if partial else after(base), wide))
             case isa.Conv():
                 found.append(Described(full, base, output))
             case isa.Linear() if i.mode == Mode.OUTPUT:
                 found.append(Described(full, base, output))
             case isa.Linear() if i.mode == Mode.NARROW and i.gelu_in >= 0:
-                found.append(Described(base, after(base), i.gelu_out))
+                found.append(Described(base, after(base), i.gelu_out, _units(manifest, base, i.n_out)))
             case isa.Linear() if i.mode == Mode.NARROW:  # of a head whose outputs a convolution takes
                 found.append(Described(full, None, int(formats[base][f"output{task}"])))
             case isa.Linear():
@@ -144,6 +148,19 @@ def describe(
     return found
 
 
+def _units(manifest: dict[str, Any], name: str, places: int) -> np.ndarray | None:
+    """Return the columns that hold a block's hidden units, where budgets have them in parts (default: all)."""
+    block, hardware = BLOCK.match(name), manifest["hardware"]
+    if block is None or "budgets" not in manifest:
+        return None
+    counts = {budget["width"][int(block[1])] for budget in manifest["budgets"]} - {0}
+    unit = row_unit(stored_bits(hardware["weight_bits"]), stored_bits(hardware["act_bits"]), hardware["port_bits"])
+    units = Units(tuple(sorted(counts)), unit)
+    parts = zip(units.spans, units.places, strict=False)
+    columns = np.concatenate([place + np.arange(end - start) for (start, end), place in parts])
+    return columns[columns < places]
+
+
 def _heads(groups: int, places: int, values: int) -> np.ndarray:
     """Return the columns that hold values: the first ones of each group of places."""
     group, width = places // groups, values // groups
@@ -157,16 +174,17 @@ def trace(
     task: int,
     reference: Reference | None,
     progress: Progress,
+    budget: int = 0,
 ) -> Found:
     """Return what every instruction of a frame gave, in the emulator and in the C++, and whether the frame as a whole
     has the same outputs. See m3vit.export.hls.tracing.trace."""
-    emulator = Emulator.open(project / WEIGHTS)
+    emulator = Emulator.open(project / WEIGHTS, budget)
     program = emulator.program
     described = describe(program, names_of(project), manifest, task, reference)
     progress(0, len(program), "g++ builds the test bench")
     csim.build_frames(project)
     layers, output, before = [], np.zeros(0, np.int32), 0
-    steps = zip(emulator.steps(pixels, task), step_frame(project, emulator.image, pixels, task), strict=True)
+    steps = zip(emulator.steps(pixels, task), step_frame(project, emulator.image, pixels, task, budget), strict=True)
     for (pc, state), (_, memories) in steps:
         i, what, region = program[pc], described[pc], region_of(program[pc])
         total = sum(state.saturated.values())
@@ -187,7 +205,7 @@ def trace(
             if region.memory == "output":
                 output = memories.output
         progress(pc + 1, len(program), "emulator and C++")
-    whole = csim.run_frames(project, pixels[None], np.array([task])).outputs.ravel()
+    whole = csim.run_frames(project, pixels[None], np.array([task]), budgets=np.array([budget])).outputs.ravel()
     facts = {"simulators": ["emulator", "C++"], "whole_frame_different": int((whole != output).sum())}
     return Found(layers, facts)
 

@@ -40,11 +40,11 @@ BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can bui
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
-TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_tasks, const vit_words::weights *weights,
-           const vit_words::weights *more_weights, const vit_words::gates *gates, const vit_words::wide *params,
-           const vit_words::narrow *keys, const vit_words::narrow *narrow_in, vit_words::narrow *narrow_out,
-           const vit_words::wide *wide_in, vit_words::wide *wide, const vit_words::wide *more_wide_in,
-           vit_words::wide *more_wide, int32_t *output"""
+TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_tasks, unsigned entry,
+           const vit_words::weights *weights, const vit_words::weights *more_weights, const vit_words::gates *gates,
+           const vit_words::wide *params, const vit_words::narrow *keys, const vit_words::narrow *narrow_in,
+           vit_words::narrow *narrow_out, const vit_words::wide *wide_in, vit_words::wide *wide,
+           const vit_words::wide *more_wide_in, vit_words::wide *more_wide, int32_t *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
@@ -103,7 +103,7 @@ def top_text(depths: dict[str, int], port_bits: int) -> str:
         f"max_widen_bitwidth={port_bits} num_read_outstanding=64 num_write_outstanding=64"
         for port, bundle in PORTS.items()
     ]
-    scalars = [f"    #pragma HLS INTERFACE s_axilite port={port}" for port in ("task", "num_tasks", "return")]
+    scalars = [f"    #pragma HLS INTERFACE s_axilite port={port}" for port in ("task", "num_tasks", "entry", "return")]
     return "\n".join(
         [
             NOTICE,
@@ -112,8 +112,8 @@ def top_text(depths: dict[str, int], port_bits: int) -> str:
             f"void m3vit({TOP_ARGUMENTS}) {{",
             *pragmas,
             *scalars,
-            "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, weights, more_weights, gates, params, keys,",
-            "                                    narrow_in, narrow_out, wide_in, wide, more_wide_in,",
+            "    nnet::vit::run_program<vit_cfg>(image, task, num_tasks, entry, weights, more_weights, gates, params,",
+            "                                    keys, narrow_in, narrow_out, wide_in, wide, more_wide_in,",
             "                                    more_wide, output);",
             "}",
             "",
@@ -178,10 +178,10 @@ def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
     }
 
 
-def program_lines(image: Image) -> list[dict[str, Any]]:
-    """Return the program for people: one entry an instruction, zeros and what is not set left out."""
+def program_lines(image: Image, place: int = 0) -> list[dict[str, Any]]:
+    """Return a program for people: one entry an instruction, zeros and what is not set left out."""
     lines = []
-    for pc, instruction in enumerate(image.program):
+    for pc, instruction in enumerate(image.program_of(place), image.starts[place]):
         values = asdict(instruction).items()
         fields = {name: value for name, value in values if value != BLANK.get(name, 0) or name in ("src", "dst")}
         if "mode" in fields:
@@ -191,13 +191,15 @@ def program_lines(image: Image) -> list[dict[str, Any]]:
 
 
 def weights_map(schedule: Any) -> dict[str, Any]:
-    """Return weights_map.json: where everything lies in weights.bin, the program, and the memories to allocate."""
+    """Return weights_map.json: where everything lies in weights.bin, the programs, and the memories to allocate."""
     image = schedule.image
+    further = [program_lines(image, place) for place in range(1, len(image.starts))]
     return {
         "header_words": HEADER_WORDS,
         "memory_elements": image.memory._asdict(),
         "tensors": schedule.tensors,
         "program": program_lines(image),
+        **({"further_programs": further} if further else {}),
     }
 
 

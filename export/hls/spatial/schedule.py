@@ -41,6 +41,13 @@ def lower(model: MultiTaskModel, budget: Budget = FULL) -> leaf.LoweredModel:
             f"{most} of them and {heads}; set model.moe_blocks to at most {most} blocks, or give --schedule "
             "multiplexed, which has no such limit"
         )
+    for block, counts in leaf.top_ks_of(model, budget).items():
+        if len(set(counts)) > 1:
+            given = ", ".join(f"{task} {count}" for task, count in zip(model.config.tasks, counts, strict=True))
+            raise InputError(
+                f"cannot export to HLS: the budget has another top_k for each task in block {block} ({given}), and the "
+                "spatial schedule has one for all: give --top-k one number, or --schedule multiplexed"
+            )
     return leaf.lower(model, budget)
 
 
@@ -118,7 +125,7 @@ def said(report: dict[str, Any]) -> list[str]:
     return []
 
 
-def runner(project: Path, manifest: dict[str, Any]) -> Runner:
+def runner(project: Path, manifest: dict[str, Any], budget: int = 0) -> Runner:
     """Build hls4ml's bridge and run images through its predict()."""
     csim.build_bridge(project)
     tasks = len(manifest["tasks"])

@@ -1,7 +1,8 @@
 // The accelerator: fetches instruction after instruction and hands each to its engine.
 //
 // The task id is an argument (a register): instructions of other tasks are skipped, which changes the router's gates
-// and the head, nothing else. Nothing is kept from one frame to the next.
+// and the head, and how many experts a token has, nothing else. So is the instruction that a frame begins with: a
+// budget has a program of its own, around the same weights. Nothing is kept from one frame to the next.
 #ifndef M3VIT_ACCELERATOR_H_
 #define M3VIT_ACCELERATOR_H_
 
@@ -25,21 +26,20 @@ inline counters *&program_counters() {
 // more_wide too, by two ports, each of which reads and writes.
 // An unknown task id is 0.
 template <class C>
-void run_program(typename ports<C>::image image, unsigned task, unsigned num_tasks, typename ports<C>::weights weights,
-                 typename ports<C>::more_weights more_weights, typename ports<C>::gates gates,
-                 typename ports<C>::params params,
-                 typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
+void run_program(typename ports<C>::image image, unsigned task, unsigned num_tasks, unsigned entry,
+                 typename ports<C>::weights weights, typename ports<C>::more_weights more_weights,
+                 typename ports<C>::gates gates, typename ports<C>::params params, typename ports<C>::keys keys, typename ports<C>::narrow_in narrow_in,
                  typename ports<C>::narrow_out narrow_out, typename ports<C>::wide_in wide_in,
                  typename ports<C>::wide wide, typename ports<C>::more_wide_in more_wide_in,
                  typename ports<C>::more_wide more_wide, typename ports<C>::output output) {
     static queues<C> queue;
     const int wanted = task < num_tasks ? (int)task : 0;
 Program:
-    for (unsigned pc = 0;; pc++) {
+    for (unsigned pc = entry;; pc++) {
         #pragma HLS PIPELINE off
         int32_t w[instruction_words];
         #pragma HLS ARRAY_PARTITION variable=w complete
-        begin_instruction(pc);
+        begin_instruction(pc, pc == entry);
         read_instruction<C>(params, pc, w);
         if (w[opcode_word] == op_end)
             break;

@@ -55,7 +55,7 @@ template <class T, port_id PORT> struct port {
 template <loop_id LOOP, unsigned II> struct pipelined {
     void tick() const {}
 };
-inline void begin_instruction(unsigned) {
+inline void begin_instruction(unsigned, bool) {
     #pragma HLS INLINE
 }
 
@@ -82,8 +82,8 @@ class timed_trace {
         static timed_trace trace;
         return trace;
     }
-    void begin_instruction(unsigned pc) {
-        frames += pc == 0;
+    void begin_instruction(unsigned pc, bool first) {
+        frames += first;
         at = pc;
     }
     void begin(uint32_t loop, uint32_t ii) {
@@ -153,7 +153,7 @@ template <loop_id LOOP, unsigned II> struct pipelined {
     pipelined() { timed_trace::get().begin(LOOP, II); }
     void tick() const { timed_trace::get().tick(); }
 };
-inline void begin_instruction(unsigned pc) { timed_trace::get().begin_instruction(pc); }
+inline void begin_instruction(unsigned pc, bool first) { timed_trace::get().begin_instruction(pc, first); }
 
 #endif
 

@@ -1,4 +1,4 @@
-"""Host driver of the accelerator for PYNQ (Python 3.10 or newer, numpy): weights, task, run, predictions.
+"""Host driver of the accelerator for PYNQ (Python 3.10 or newer, numpy): weights, task, budget, run, predictions.
 
     from pynq import Overlay, allocate
     from m3vit_driver import Accelerator
@@ -7,6 +7,7 @@
     accelerator = Accelerator(overlay.m3vit_0, allocate, "..")  # .. is the project's folder
     accelerator.set_task("depth")
     depth_m = accelerator.predict(image)                        # image: uint8 [H, W, 3], RGB
+    accelerator.set_budget("light")                             # of a project with several
 
 It has run against a software model of the registers and the memory (tests/export/multiplexed/test_driver.py of m3vit),
 never on a board. Registers are taken by name from the overlay's description: it does not depend on the addresses that
@@ -71,13 +72,14 @@ class Accelerator:
         if self.manifest["files"].get(WEIGHTS) != hashlib.sha256(weights.read_bytes()).hexdigest():
             raise ValueError(f"{weights} was changed since export (its sha256 differs): copy the project again")
         self.tasks = [task["name"] for task in self.manifest["tasks"]]
+        self.budgets = [budget["name"] for budget in self.manifest.get("budgets", [])]
         self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
         self.buffers: dict[str, Any] = {}
         self.load_weights(weights)
         self.set_task(0)
 
     def load_weights(self, path: str | Path) -> None:
-        """Copy a weights file into DDR, and allocate the memories that its program needs.
+        """Copy a weights file into DDR, and allocate the memories that its programs need; the first budget is chosen.
 
         The file may be another one than the accelerator was built with, if its sizes fit the hardware.
         """
@@ -108,6 +110,9 @@ class Accelerator:
             self.ip.write(self._register(argument, 1), address & 0xFFFFFFFF)
             self.ip.write(self._register(argument, 2), address >> 32)
         self.ip.write(self._register("num_tasks"), header.tasks)
+        starts = self.buffers["params"][header.programs_at : header.programs_at + header.programs]
+        self.entries = [int(start) for start in starts] or [0]
+        self.set_budget(0)
 
     def set_task(self, task: str | int) -> None:
         """Choose what the next run computes; nothing is loaded again."""
@@ -115,6 +120,16 @@ class Accelerator:
             raise ValueError(f"no task {task!r}: this accelerator has {', '.join(self.tasks)}")
         self.task = self.tasks.index(task) if isinstance(task, str) else int(task)
         self.ip.write(self._register("task"), self.task)
+
+    def set_budget(self, budget: str | int) -> None:
+        """Choose how much of the model the next run uses, by name or number; nothing is loaded again."""
+        names = self.budgets or [""]
+        number = names.index(budget) if budget in names else budget
+        if number not in range(len(self.entries)):
+            have = ", ".join(self.budgets) or "one"
+            raise ValueError(f"no budget {budget!r}: this accelerator has {have}")
+        self.budget = int(number)
+        self.ip.write(self._register("entry"), self.entries[self.budget])
 
     def run(self, image: np.ndarray) -> np.ndarray:
         """Run one frame uint8 [H, W, 3] and return its token outputs float32 [T, C of the task]."""

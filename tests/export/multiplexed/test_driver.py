@@ -1,12 +1,15 @@
 """What an emitted project runs elsewhere: the host driver on a software model of the board, and the vendor's Tcl."""
 
 import ctypes
+import importlib
 import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +40,19 @@ class ModelledDevice:
     def __init__(self, project: Path) -> None:
         wrapper = project / "wrapper.cpp"
         wrapper.write_text(
-            '#include "firmware/m3vit.h"\nextern "C" void call(void **p, unsigned task, unsigned tasks) {\n'
+            '#include "firmware/m3vit.h"\n'
+            'extern "C" void call(void **p, unsigned task, unsigned tasks, unsigned entry) {\n'
             "    typedef vit_words w; typedef w::narrow act; typedef w::wide wide;\n"
-            "    m3vit((w::image *)p[0], task, tasks, (w::weights *)p[1], (w::weights *)p[2], (w::gates *)p[3],\n"
-            "          (wide *)p[4], (act *)p[5], (act *)p[6], (act *)p[7], (wide *)p[8], (wide *)p[9],\n"
-            "          (wide *)p[10], (wide *)p[11], (int32_t *)p[12]);\n}\n"
+            "    m3vit((w::image *)p[0], task, tasks, entry, (w::weights *)p[1], (w::weights *)p[2],\n"
+            "          (w::gates *)p[3], (wide *)p[4], (act *)p[5], (act *)p[6], (act *)p[7], (wide *)p[8],\n"
+            "          (wide *)p[9], (wide *)p[10], (wide *)p[11], (int32_t *)p[12]);\n}\n"
         )
         library = project / "libm3vit.so"
         sources = [str(wrapper), str(project / "firmware" / "m3vit.cpp")]
         flags = ["-O2", "-std=c++11", "-w", "-shared", "-fPIC", f"-I{project}"]
         subprocess.run([csim.find_compiler(), *flags, *sources, "-o", str(library)], check=True)
         self.function = ctypes.CDLL(str(library)).call
-        names = ["CTRL", "GIER", "task_r", "num_tasks"]  # `task` is a word of Verilog
+        names = ["CTRL", "GIER", "task_r", "num_tasks", "entry"]  # `task` is a word of Verilog
         for argument in self.ARGUMENTS:
             names += [f"{argument}_1", f"{argument}_2"]
         self.description = {
@@ -70,7 +74,7 @@ class ModelledDevice:
                 for name in self.ARGUMENTS
             ]
             array = (ctypes.c_void_p * len(pointers))(*pointers)
-            self.function(array, self.words[self.offset("task_r")], self.words[self.offset("num_tasks")])
+            self.function(array, *(self.words[self.offset(name)] for name in ("task_r", "num_tasks", "entry")))
             self.starts += 1
             self.words[offset] = 0x2
 
@@ -99,17 +103,23 @@ def modelled_allocate(shape: tuple[int, ...], dtype: Any) -> ModelledBuffer:
     return np.full(shape, 77, dtype).view(ModelledBuffer)
 
 
-@pytest.fixture
-def driver(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+@contextmanager
+def emitted_driver(project: Path) -> Iterator[Any]:
     """The emitted driver's module, as it would be imported on the board."""
-    monkeypatch.syspath_prepend(str(copy / "host"))
-    for name in ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import m3vit_driver  # type: ignore[import-not-found]
+    names = ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(project / "host"))
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module("m3vit_driver")
+        for name in names:
+            sys.modules.pop(name, None)
 
-    yield m3vit_driver
-    for name in ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file"):
-        sys.modules.pop(name, None)
+
+@pytest.fixture
+def driver(copy: Path) -> Iterator[Any]:
+    with emitted_driver(copy) as module:
+        yield module
 
 
 def test_driver_runs_frames_and_switches_tasks(driver: Any, copy: Path) -> None:
