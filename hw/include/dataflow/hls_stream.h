@@ -39,6 +39,7 @@ struct channel {
     long reads = 0, writes = 0;      // begun
     std::vector<cycle> wrote, taken; // the cycles of those that are done
     process *writer = nullptr, *reader = nullptr;
+    cycle empty = 0, full = 0; // cycles that its reader, and its writer, stood still for it
     int id = 0;
 };
 
@@ -338,7 +339,7 @@ class engine {
             hollow_nests.insert(own.site);
             leave();
         }
-        const site &known = sites(number, ii, depth);
+        const site known = as_assumed(number, ii, depth);
         if (number != own.site || own.straight) {
             drain();
             own.site = number;
@@ -362,15 +363,13 @@ class engine {
         current->nests = 0;
         drain();
     }
-    const site &sites(int number, int ii, int depth) {
-        std::map<int, site>::iterator found = seen.find(number);
-        if (found != seen.end())
-            return found->second;
+    site as_assumed(int number, int ii, int depth) {
         site value = {std::max(1, ii), depth ? depth : loop_depth};
         if (assumed.count(number))
             value = assumed[number];
         value.depth = std::max(1, value.depth);
-        return seen[number] = value;
+        seen[number] = value;
+        return value;
     }
     cycle most_accesses() const {
         cycle most = 1;
@@ -440,7 +439,8 @@ class engine {
         process &own = *current;
         const access one = {stage(fifo, write), fifo, write, number};
         remember(fifo, write);
-        commit(one.local);
+        // Before this, nothing is due any more; what the next iterations read is due before what this one writes.
+        commit(write && own.in_iteration ? own.begun + std::min(1, own.depth - 1) : one.local);
         if (!write)
             while (!one.known()) {
                 own.needs = one;
@@ -457,15 +457,22 @@ class engine {
         while (!own.due.empty() && own.due.front().local < before) {
             const cycle due = own.due.front().local;
             size_t last = 0;
-            cycle t = own.at + due - own.local;
+            const cycle unhindered = own.at + due - own.local;
+            cycle t = unhindered;
+            const access *slowest = nullptr;
             for (; last < own.due.size() && own.due[last].local == due; last++) {
-                const access one = own.due[last];
+                const access &one = own.due[last];
                 while (!one.known()) {
                     own.needs = one;
                     sleep(waits);
                 }
-                t = std::max(t, one.ready());
+                if (one.ready() > t) {
+                    t = one.ready();
+                    slowest = &one;
+                }
             }
+            if (slowest)
+                (slowest->write ? slowest->fifo->full : slowest->fifo->empty) += t - unhindered;
             for (size_t i = 0; i < last; i++)
                 (own.due[i].write ? own.due[i].fifo->wrote : own.due[i].fifo->taken).push_back(t);
             own.due.erase(own.due.begin(), own.due.begin() + last);
@@ -573,6 +580,7 @@ class engine {
         fputs("\"fifos\": [", file);
         for (size_t i = 0; i < order.size(); i++) {
             fprintf(file, "%s{\"name\": \"%s\", \"depth\": %ld, ", i ? ", " : "", order[i]->name.c_str(), order[i]->depth);
+            fprintf(file, "\"empty\": %ld, \"full\": %ld, ", (long)order[i]->empty, (long)order[i]->full);
             fprintf(file, "\"writer\": %d, \"reader\": %d, ", order[i]->writer ? order[i]->writer->id : -1,
                     order[i]->reader ? order[i]->reader->id : -1);
             list(file, "wrote", order[i]->wrote);
