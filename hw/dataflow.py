@@ -61,17 +61,19 @@ class Fifo:
 class Recording:
     """What one frame's processes did. timed: it asked whether a FIFO was full or empty, so it is of its own cycles only.
 
-    loops: II and depth of each pipelined loop, as they were assumed. cycles: of each FIFO that leads outside, the cycle
-    of each of its writes, of all frames that were run.
+    loops: II, depth and stage of reading of each pipelined loop, as they were assumed. cycles: of each FIFO that leads outside, the cycle
+    of each of its writes, of all frames that were run. end: when the last process was ready for another frame. stalls:
+    by FIFO, cycles that its reader and its writer stood still for it.
     """
 
     fifos: list[Fifo]
     processes: list[str]
-    loops: dict[int, tuple[int, int]]
+    loops: dict[int, tuple[int, int, int]]
     passes: np.ndarray
     accesses: np.ndarray
     frames: int
     timed: bool
+    end: int
     cycles: dict[str, np.ndarray]
     stalls: dict[str, tuple[int, int]]
 
@@ -88,11 +90,12 @@ class Recording:
             recording = cls(
                 fifos,
                 [one["name"] for one in head["processes"]],
-                {loop: (ii, depth) for loop, ii, depth in head["loops"]},
+                {loop: (ii, depth, first) for loop, ii, depth, first in head["loops"]},
                 passes,
                 accesses,
                 head["frames"],
                 head["dynamic"],
+                max((one["end"] for one in head["processes"]), default=0),
                 {one["name"]: np.array(one["cycles"]) for one in head["fifos"] if "cycles" in one},
                 {one["name"]: (one["empty"], one["full"]) for one in head["fifos"]},
             )
@@ -149,7 +152,6 @@ def outputs_of(cycles: np.ndarray, frames: int) -> Outputs:
 
 def programs(recording: Recording, loops: Mapping[int, tuple[int, int]] = MappingProxyType({})) -> list[Program]:
     """Return what each process does, by its own cycles. loops: II and depth of those that have others than recorded."""
-    known = {**recording.loops, **loops}
     passes, accesses = recording.passes, recording.accesses
     order = np.argsort(accesses["pass"], kind="stable")
     ends = np.searchsorted(accesses["pass"][order], np.arange(len(passes) + 1))
@@ -164,10 +166,10 @@ def programs(recording: Recording, loops: Mapping[int, tuple[int, int]] = Mappin
             local = begin + own["iteration"].astype(np.int64)
             starts[process] = again[process] = begin + times
         else:
-            depth = known[loop][1]
-            ii = loops[loop][0] if loop in loops else ii
+            _, depth, first = recording.loops[loop]
+            ii, depth = loops.get(loop, (ii, depth))
             begins = _begins(own, ii, times)
-            stage = np.where(own["fifo"] & 1, depth - 1, min(1, depth - 1))
+            stage = np.where(own["fifo"] & 1, depth - 1, min(first, depth - 1))
             local = begin + begins[own["iteration"]] + stage + own["late"]
             last = begin + int(begins[-1])
             starts[process] = last + max(depth, ii) + 1

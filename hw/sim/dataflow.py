@@ -77,6 +77,7 @@ def build(
         (folder / name).write_text(instrumented(text, name, loops, name in synthesised))
     program = folder / "timed.exe"
     defines = ["-DM3VIT_SYNTHESISED"] if synthesised else []
-    command = [*compiler(), *FLAGS, *defines, f"-I{INCLUDE}", *flags, *units, "-o", program.name]
+    includes = [f"-I{INCLUDE}", "-include", str(INCLUDE / "hls_stream.h")]
+    command = [*compiler(), *FLAGS, *defines, *includes, *flags, *units, "-o", program.name]
     run_program(command, folder, "building the timed program")
     return Kernel(program, loops)

@@ -23,11 +23,12 @@ MOVES = 3  # stages of a pipeline that only moves values
 
 @dataclass(frozen=True)
 class Loop:
-    """A pipelined loop: its file, line, and label (or what stands there); automatic: no pragma asks for it."""
+    """A pipelined loop: its file, line, label (or what stands there), function; automatic: no pragma asks for it."""
 
     file: str
     line: int
     label: str
+    function: str
     automatic: bool
 
     @property
@@ -206,15 +207,32 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
             label = LABEL.search(bare[max(0, place - 80) : place]) if one.loop is not None else None
             body = bare[one.start : one.end]
             said = label[1] if label else " ".join((head if one.loop is None else bare[place : one.start]).split())[:40]
-            arguments = f"{len(loops)}, {(pragma or {}).get('ii', '1')}, {0 if _computes(body) else MOVES}"
-            loops.append(Loop(source.file, bisect(source.lines, place) + 1, said, automatic))
-            added = f" m3vit_timed::iteration m3vit_iteration({arguments}, {'true' if automatic else 'false'});"
+            condition = "".join(bare[place : one.start].split())
+            counted = one.loop is not None and not re.fullmatch(r"while\((true|1)\)|for\([^;]*;;[^;]*\)", condition)
+            waits = len(re.findall(r"\bap_wait\s*\(", body))
+            numbers = (pragma or {}).get("ii", "1"), 0 if _computes(body) else MOVES, waits, _bool(counted), _bool(automatic)
+            rules = f"m3vit_timed::rules{{{len(loops)}, {', '.join(map(str, numbers))}}}"
+            line, function = bisect(source.lines, place) + 1, _function(source, one)
+            loops.append(Loop(source.file, line, said, function, automatic))
+            added = f" m3vit_timed::iteration m3vit_iteration({rules});"
             edits.append((one.start + 1, one.start + 1, added))
             outer, inner = _outer(source.root, one), one
             while outer and outer.loop is not None and _rolled(outer) == [inner] and outer.has("pipeline") is None:
-                edits.append((outer.start + 1, outer.start + 1, f" m3vit_timed::nest m3vit_nest({arguments});"))
+                edits.append((outer.start + 1, outer.start + 1, f" m3vit_timed::nest m3vit_nest({rules});"))
                 outer, inner = _outer(source.root, outer), outer
         _pipelines(one, inside or wanted or constant, source)
+
+
+def _function(source: _Source, block: _Block | None) -> str:
+    """Return the name of the function that a block is, or is in."""
+    while block and not _is_function(source.bare, block):
+        block = _outer(source.root, block)
+    names = re.findall(r"(\w+)\s*\(", _head(source.bare, block)) if block else []
+    return names[0] if names else ""
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _rolled(block: _Block) -> list[_Block]:

@@ -4,11 +4,11 @@
 // until it needs a cycle that is not known yet; so the order in which processes run does not matter, and what a
 // non-blocking access finds is what it would find in that cycle.
 //
-// The rules. An iteration of a pipelined loop begins II cycles after the one before it. It reads in its second stage
-// (in its only one, if depth is 1) and writes in its last. A pipeline stalls as a whole: what is due in one cycle
+// The rules. An iteration of a pipelined loop begins II cycles after the one before it. It tests in its first stage
+// whether to go on, if it has a condition, reads in the next (in its only one, if depth is 1) and writes in its last. A pipeline stalls as a whole: what is due in one cycle
 // happens in the first one in which all of it can. What is written can be read a cycle later; what is read makes room
 // a cycle later. A loop that follows another begins when that has drained. Outside of pipelined loops accesses follow
-// one another, and share a cycle if they are of different FIFOs and none is written after a read. A process begins
+// one another, and share a cycle if they are of different FIFOs, and all reads or all writes. A process begins
 // anew, for the next frame, II + 1 cycles after its last iteration began, if it is one pipelined loop, and else
 // when it has ended.
 #ifndef M3VIT_DATAFLOW_STREAM_H_
@@ -93,7 +93,7 @@ struct process {
     cycle trips = 0, late = 0;
     bool straight = false; // outside of loops, and so not
     bool in_iteration = false, open = false, soft = false, early = false;
-    int nests = 0;
+    int nests = 0, waits = 0, first = 0;
     std::vector<channel *> now; // accesses in this iteration, or in this cycle outside of loops
     bool now_read = false;
     int pass_id = -1;
@@ -101,7 +101,14 @@ struct process {
 };
 
 struct site {
-    int ii, depth;
+    int ii, depth, first; // first: the stage in which it reads
+};
+
+// What the source says of a loop. depth: 0 if it is what is assumed of all; waits: ap_wait()s in an iteration; counted:
+// it tests whether to go on before anything else; automatic: no pragma asks for its pipeline.
+struct rules {
+    int number, ii, depth, waits;
+    bool counted, automatic;
 };
 
 class engine {
@@ -112,6 +119,7 @@ class engine {
     }
 
     process *current = nullptr;
+    int regions = 0; // that the test bench is in
 
     // ---- FIFOs
     channel *open(const std::string &given) {
@@ -120,7 +128,7 @@ class engine {
         if (!found) {
             found.reset(new channel);
             found->id = order.size();
-            found->depth = current ? assumed_depth : 0;
+            found->depth = current || regions ? assumed_depth : 0;
             found->name = key;
             order.push_back(found.get());
         }
@@ -132,7 +140,7 @@ class engine {
         fifo->name = current && !current->path.empty() ? current->path + "/" + given : given;
     }
     void depth(channel *fifo, long value) {
-        if (current)
+        if (current || regions)
             fifo->depth = fixed_depth > 0 ? fixed_depth : value;
     }
 
@@ -186,7 +194,8 @@ class engine {
     }
 
     // ---- loops
-    void begin(int number, int ii, int depth, bool automatic) {
+    void begin(const rules &loop) {
+        const int number = loop.number;
         if (!current)
             return;
         process &own = *current;
@@ -201,10 +210,10 @@ class engine {
         if (hollow.count(number))
             return;
         if (!own.early || own.site != number)
-            iterate(number, ii, depth);
+            iterate(loop);
         own.early = false;
         own.open = true;
-        own.soft = automatic;
+        own.soft = loop.automatic;
         own.nested = 0;
     }
     void end(int number) {
@@ -220,11 +229,11 @@ class engine {
     }
     // A loop with one loop in it: they are flattened, so what stands before and after the inner one is in its first and
     // last iteration.
-    bool begin_nest(int number, int ii, int depth) {
-        if (!current || current->open || hollow.count(number) || hollow_nests.count(number))
+    bool begin_nest(const rules &loop) {
+        if (!current || current->open || hollow.count(loop.number) || hollow_nests.count(loop.number))
             return false;
         if (!current->early)
-            iterate(number, ii, depth);
+            iterate(loop);
         current->early = true;
         current->nests++;
         return true;
@@ -307,6 +316,7 @@ class engine {
     std::vector<std::vector<cycle>> frames;
     ucontext_t main_context;
     int top_named = 0, top_children = 0;
+    long asked_in_vain = 0;
     long assumed_depth = 2, fixed_depth = 0;
     int loop_depth = 12;
     bool dynamic = false, recording = true;
@@ -326,29 +336,31 @@ class engine {
             if (FILE *file = fopen(path, "r")) {
                 int loop, ii, depth;
                 while (fscanf(file, "%d %d %d", &loop, &ii, &depth) == 3)
-                    assumed[loop] = {ii, depth};
+                    assumed[loop] = {ii, depth, 0};
                 fclose(file);
             }
         }
     }
     ~engine() { report(""); }
 
-    void iterate(int number, int ii, int depth) {
+    void iterate(const rules &loop) {
         process &own = *current;
         if (own.early) { // another loop than the one that was thought to be the only one
             hollow_nests.insert(own.site);
             leave();
         }
-        const site known = as_assumed(number, ii, depth);
-        if (number != own.site || own.straight) {
+        if (loop.number != own.site || own.straight) {
             drain();
-            own.site = number;
+            const site known = as_assumed(loop);
+            own.site = loop.number;
             own.ii = known.ii;
             own.depth = known.depth;
+            own.waits = loop.waits;
+            own.first = known.first;
             own.begun = own.cursor;
             own.trips = 0;
             own.passes++;
-            begin_pass(number, known.ii);
+            begin_pass(loop.number, known.ii);
         } else {
             own.begun += std::max<cycle>(own.ii, most_accesses());
         }
@@ -363,12 +375,14 @@ class engine {
         current->nests = 0;
         drain();
     }
-    site as_assumed(int number, int ii, int depth) {
-        site value = {std::max(1, ii), depth ? depth : loop_depth};
-        if (assumed.count(number))
-            value = assumed[number];
+    site as_assumed(const rules &loop) {
+        site value = {std::max(1, loop.ii), loop.depth ? loop.depth : loop_depth, 0};
+        std::map<int, site>::iterator other = assumed.find(loop.number);
+        if (other != assumed.end())
+            value = other->second;
         value.depth = std::max(1, value.depth);
-        seen[number] = value;
+        value.first = std::min(loop.counted ? 1 : 0, value.depth - 1);
+        seen[loop.number] = value;
         return value;
     }
     cycle most_accesses() const {
@@ -402,29 +416,31 @@ class engine {
         own.site = -1;
         own.now.clear();
     }
+    int first_stage(bool write) const {
+        const int last = current->depth - 1;
+        return write ? std::max(0, last - current->waits) : current->first;
+    }
     // The cycle, without stalls, of an access by the process that runs.
     cycle stage(channel *fifo, bool write) {
         process &own = *current;
         const cycle again = std::count(own.now.begin(), own.now.end(), fifo);
         if (own.in_iteration) {
             own.now.push_back(fifo);
-            return own.begun + (write ? own.depth - 1 : std::min(1, own.depth - 1)) + own.late + again;
+            return own.begun + first_stage(write) + own.late + again;
         }
         if (!own.straight) {
             drain();
             own.straight = true;
             own.passes++;
             own.begun = own.cursor;
-            own.now_read = false;
             own.late = 0;
             begin_pass(-1, 1);
-        } else if (again || (write && own.now_read)) {
+        } else if (again || write == own.now_read) {
             own.cursor++;
             own.now.clear();
-            own.now_read = false;
         }
         own.now.push_back(fifo);
-        own.now_read |= !write;
+        own.now_read = !write;
         return own.cursor;
     }
     void remember(channel *fifo, bool write) {
@@ -440,7 +456,7 @@ class engine {
         const access one = {stage(fifo, write), fifo, write, number};
         remember(fifo, write);
         // Before this, nothing is due any more; what the next iterations read is due before what this one writes.
-        commit(write && own.in_iteration ? own.begun + std::min(1, own.depth - 1) : one.local);
+        commit(write && own.in_iteration ? own.begun + own.first : one.local);
         if (!write)
             while (!one.known()) {
                 own.needs = one;
@@ -527,18 +543,21 @@ class engine {
     }
     void schedule() {
         while (top_children) {
-            bool ran = false;
+            bool ran = false, answered = false;
             for (size_t i = 0; i < live.size(); i++) {
                 process *one = live[i];
                 if (!can_run(*one))
                     continue;
                 ran = true;
+                answered |= one->is != asks || !one->denied;
                 current = one;
                 swapcontext(&main_context, &one->context);
             }
             live.erase(std::remove_if(live.begin(), live.end(), [](process *one) { return one->is == ended; }), live.end());
-            if (ran)
+            if (ran) {
+                asked_in_vain = answered ? 0 : asked_in_vain;
                 continue;
+            }
             // Nobody can go on: what the earliest of those that ask asks for will not have happened.
             process *first = nullptr;
             for (process *one : live)
@@ -547,12 +566,14 @@ class engine {
             if (!first)
                 deadlock();
             first->denied = true;
+            if (++asked_in_vain > 1000000)
+                deadlock();
         }
     }
     void deadlock() {
         std::string stuck;
         for (process *one : live)
-            if (one->is == waits) {
+            if (one->is == waits || one->is == asks) {
                 const access &needs = one->needs;
                 process *other = needs.write ? needs.fifo->reader : needs.fifo->writer;
                 stuck += std::string(stuck.empty() ? "" : ", ") + "[\"" + one->path + "\", \"" +
@@ -600,7 +621,7 @@ class engine {
         fputs("], \"loops\": [", file);
         bool first = true;
         for (const std::pair<const int, site> &one : seen) {
-            fprintf(file, "%s[%d, %d, %d]", first ? "" : ", ", one.first, one.second.ii, one.second.depth);
+            fprintf(file, "%s[%d, %d, %d, %d]", first ? "" : ", ", one.first, one.second.ii, one.second.depth, one.second.first);
             first = false;
         }
         fprintf(file, "], \"passes\": %ld, \"accesses\": %ld}\n", (long)passes.size(), (long)records.size());
@@ -612,15 +633,13 @@ class engine {
 
 struct iteration {
     int loop;
-    iteration(int number, int ii, int depth, bool automatic = false) : loop(number) {
-        engine::get().begin(loop, ii, depth, automatic);
-    }
+    iteration(const rules &of) : loop(of.number) { engine::get().begin(of); }
     ~iteration() { engine::get().end(loop); }
 };
 
 struct nest {
     bool flat;
-    nest(int number, int ii, int depth) : flat(engine::get().begin_nest(number, ii, depth)) {}
+    nest(const rules &of) : flat(engine::get().begin_nest(of)) {}
     ~nest() {
         if (flat)
             engine::get().end_nest();
@@ -628,6 +647,9 @@ struct nest {
 };
 
 struct region {
+    bool outermost;
+    region() : outermost(!engine::get().current) { engine::get().regions += outermost; }
+    ~region() { engine::get().regions -= outermost; }
     void process(const char *label, std::function<void()> body) { engine::get().spawn(label, std::move(body)); }
     void join() { engine::get().join(); }
 };
