@@ -89,7 +89,7 @@ def verilated(verilog: Path, top: str, cache: Path) -> np.ndarray:
         run_program(command, folder, "verilator")
         out = run_program([str(folder / "obj_dir" / "VTOP"), str(FRAMES)], folder, "the Verilog")
         found.write_text(out)
-    return np.array(found.read_text().split(), np.int64)
+    return np.array([line for line in found.read_text().splitlines() if line.isdigit()], np.int64)
 
 
 def of_states(verilog: str, top: str, loops: Sequence[Loop]) -> dict[int, tuple[int, int]]:
@@ -166,9 +166,19 @@ def omnisim(root: Path, cache: Path) -> list[Row]:
         stamps = [int(stamp) for stamp in re.findall(r'RTL Simulation : \d+ / 1 \[[^]]*\] @ "(\d+)"', log)]
         rtl = (stamps[1] - stamps[0]) // (1000 * NS) if len(stamps) > 1 else None
         took = re.search(r"Took (\d+) cycles", (own / "omnisim.log").read_text())
-        note = "cosimulation: " + ("deadlock" if "Blocked by empty" in log else f"OmniSim says {took[1]}" if took else "")
+        note = "cosimulation: " + (
+            "deadlock" if "Blocked by empty" in log else f"OmniSim says {took[1]}" if took else ""
+        )
         rows.append(
-            Row(own.name, "cycles", None, rtl, ended(kernel, own, folder, {}), ended(kernel, own, folder, informed), note)
+            Row(
+                own.name,
+                "cycles",
+                None,
+                rtl,
+                ended(kernel, own, folder, {}),
+                ended(kernel, own, folder, informed),
+                note,
+            )
         )
     return rows
 

@@ -129,7 +129,9 @@ class Timing:
 
     def of_outputs(self) -> "Outputs":
         """Return when the frames left, by the FIFO that leads outside and ends last."""
-        own = [place for place, fifo in enumerate(self.fifos) if not fifo.depth and fifo.reader < 0 and fifo.writer >= 0]
+        own = [
+            place for place, fifo in enumerate(self.fifos) if not fifo.depth and fifo.reader < 0 and fifo.writer >= 0
+        ]
         if not own:
             raise InputError("no FIFO leads outside: nothing says when a frame ends")
         return outputs_of(max((self.wrote[place] for place in own), key=lambda cycles: int(cycles[-1])), self.frames)
@@ -232,7 +234,9 @@ def evaluate(
     for a recording that holds for its own cycles alone.
     """
     if recording.timed:
-        raise InputError("the C++ asks whether FIFOs are full or empty, so what it does depends on cycles: run it again")
+        raise InputError(
+            "the C++ asks whether FIFOs are full or empty, so what it does depends on cycles: run it again"
+        )
     fifos = [_with(fifo, depths) for fifo in recording.fifos]
     work = programs(recording, loops)
     state = _State(fifos, [[] for _ in fifos], [[] for _ in fifos], [[0, 0] for _ in fifos])
@@ -321,7 +325,11 @@ def _stuck(recording: Recording, fifos: list[Fifo], program: Program, process: _
     )
     other = fifos[fifo].reader if write else fifos[fifo].writer
     return Stuck(
-        next(name for number, name in enumerate(recording.processes) if number == (fifos[fifo].writer if write else fifos[fifo].reader)),
+        next(
+            name
+            for number, name in enumerate(recording.processes)
+            if number == (fifos[fifo].writer if write else fifos[fifo].reader)
+        ),
         "writes" if write else "reads",
         fifos[fifo].name,
         fifos[fifo].depth,

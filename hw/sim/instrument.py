@@ -200,7 +200,11 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
         pragma = one.has("pipeline")
         wanted = pragma is not None and "off" not in pragma
         automatic = False
-        if one.loop is not None and not inside and all(one.has(kind) is None for kind in ("pipeline", "unroll", "dataflow")):
+        if (
+            one.loop is not None
+            and not inside
+            and all(one.has(kind) is None for kind in ("pipeline", "unroll", "dataflow"))
+        ):
             automatic = all(loop.has("unroll") is not None for loop in one.all_loops())
         if (wanted or automatic) and not constant:
             place = one.start if one.loop is None else one.loop
@@ -210,7 +214,13 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
             condition = "".join(bare[place : one.start].split())
             counted = one.loop is not None and not re.fullmatch(r"while\((true|1)\)|for\([^;]*;;[^;]*\)", condition)
             waits = len(re.findall(r"\bap_wait\s*\(", body))
-            numbers = (pragma or {}).get("ii", "1"), 0 if _computes(body) else MOVES, waits, _bool(counted), _bool(automatic)
+            numbers = (
+                (pragma or {}).get("ii", "1"),
+                0 if _computes(body) else MOVES,
+                waits,
+                _bool(counted),
+                _bool(automatic),
+            )
             rules = f"m3vit_timed::rules{{{len(loops)}, {', '.join(map(str, numbers))}}}"
             line, function = bisect(source.lines, place) + 1, _function(source, one)
             loops.append(Loop(source.file, line, said, function, automatic))
@@ -250,7 +260,9 @@ def _computes(body: str) -> bool:
     """Return whether a loop's body has products or quotients, of indices apart."""
     while (shorter := re.sub(r"\[[^\[\]]*\]", "", body)) != body:
         body = shorter
-    body = re.sub(r"\b(for|if|while)\s*\([^{};]*?;[^{};]*;[^{}]*?\)|\b(if|while)\s*\([^{};]*\)|^\s*#[^\n]*", "", body, flags=re.M)
+    body = re.sub(
+        r"\b(for|if|while)\s*\([^{};]*?;[^{};]*;[^{}]*?\)|\b(if|while)\s*\([^{};]*\)|^\s*#[^\n]*", "", body, flags=re.M
+    )
     return re.search(r"[\w)]\s*[*/%]=?\s*[\w(]", _without_arguments(body)) is not None
 
 

@@ -123,7 +123,9 @@ class engine {
 
     // ---- FIFOs
     channel *open(const std::string &given) {
-        const std::string key = (current ? current->path : "") + "#" + std::to_string(count()++);
+        const std::string place = current ? current->path : regions ? "top" : "";
+        int &count = current ? current->named : regions ? top_named : bench_named;
+        const std::string key = place + "#" + std::to_string(count++);
         std::unique_ptr<channel> &found = channels[key];
         if (!found) {
             found.reset(new channel);
@@ -297,7 +299,6 @@ class engine {
         frames.push_back(std::vector<cycle>());
         recording = false; // a frame's accesses are what is recorded
     }
-    int &count() { return current ? current->named : top_named; }
 
     [[noreturn]] void fail(const std::string &why) {
         fprintf(stderr, "%s\n", why.c_str());
@@ -315,7 +316,7 @@ class engine {
     std::vector<record> records;
     std::vector<std::vector<cycle>> frames;
     ucontext_t main_context;
-    int top_named = 0, top_children = 0;
+    int top_named = 0, bench_named = 0, top_children = 0;
     long asked_in_vain = 0;
     long assumed_depth = 2, fixed_depth = 0;
     int loop_depth = 12;
