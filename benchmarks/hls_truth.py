@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/hls_truth.py [--hg-pipe DIR] [--omnisim DIR] [--blocks HEAD,...] [--cache DIR] [--json FILE]
 
-DIR are clones that you bring (github.com/hguq/HG-PIPE, github.com/ArkaneMoose/omnisim-benchmarks; compared with
-18bd164 and its HEAD of 2026-08); nothing of them is in this repository. Their C++ is compiled as it is, with the objects
-of m3vit/hw/include/dataflow in the place of its pragmas, and runs its own test bench. Two rows each: with what the C++
-says (II of the pragmas; pipelines of 12 stages, or 3 if they only move values), and with the II and depth that Vitis
-says it gave each loop, in its log or in its Verilog's states. Needs g++ and Verilator.
+DIR are clones that you bring (github.com/hguq/HG-PIPE, github.com/ArkaneMoose/omnisim-benchmarks); nothing of them is
+in this repository. Their C++ is compiled as it is, with the objects of hw/include/dataflow in the place of its pragmas,
+and runs its own test bench. Two columns: with what the C++ says (II of the pragmas; pipelines of 12 stages, 3 if they
+only move values), and with the II and depth that Vitis gave each loop, as its log or the states of its Verilog say.
+Needs g++ and Verilator.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Stuck(NamedTuple):
         return f"{self.process} {self.does} {self.fifo}, {why}: it waits for {self.waits_for or 'nobody'}"
 
 
-class Deadlock(InputError):
+class DeadlockError(InputError):
     """Processes that wait for each other; `stuck` names them and their FIFOs."""
 
     def __init__(self, stuck: Sequence[Stuck]) -> None:
@@ -59,11 +59,12 @@ class Fifo:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one frame's processes did. timed: it asked whether a FIFO was full or empty, so it is of its own cycles only.
+    """What one frame's processes did.
 
-    loops: II, depth and stage of reading of each pipelined loop, as they were assumed. cycles: of each FIFO that leads outside, the cycle
-    of each of its writes, of all frames that were run. end: when the last process was ready for another frame. stalls:
-    by FIFO, cycles that its reader and its writer stood still for it.
+    loops: II, depth and stage of reading of each pipelined loop, as they were assumed. frames: that were run. timed:
+    the C++ asked whether a FIFO was full or empty, so what it did is of these cycles only. end: when the last process
+    was ready for another frame. cycles: of each FIFO that leads outside, the cycle of each write, of all frames.
+    stalls: of each FIFO, cycles that its reader and its writer stood still for it.
     """
 
     fifos: list[Fifo]
@@ -79,7 +80,7 @@ class Recording:
 
     @classmethod
     def read(cls, path: Path) -> "Recording":
-        """Read what an instrumented program wrote. Raises Deadlock if it ended in one, InputError for another file."""
+        """Read what an instrumented program wrote. Raises DeadlockError if it ended in one, InputError for others."""
         try:
             with open(path, "rb") as file:
                 head = json.loads(file.readline())
@@ -102,7 +103,7 @@ class Recording:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a recording of timed C-simulation ({error})") from None
         if head["deadlock"]:
-            raise Deadlock([Stuck(*one) for one in head["deadlock"]])
+            raise DeadlockError([Stuck(*one) for one in head["deadlock"]])
         return recording
 
 
@@ -230,8 +231,8 @@ def evaluate(
 ) -> Timing:
     """Return the cycles of some frames like the recorded one, each as early as the one before lets it.
 
-    depths: of FIFOs, by name, that have others than recorded. loops: see `programs`. Raises Deadlock, and InputError
-    for a recording that holds for its own cycles alone.
+    depths: of FIFOs, by name, that have others than recorded. loops: see `programs`. Raises DeadlockError,
+    and InputError for a recording that holds for its own cycles alone.
     """
     if recording.timed:
         raise InputError(
@@ -249,7 +250,7 @@ def evaluate(
         if needs is not None:
             waiting.setdefault(needs, []).append(number)
     if stuck := [(number, fifo) for fifo, numbers in waiting.items() for number in numbers]:
-        raise Deadlock([_stuck(recording, fifos, work[number], processes[number], fifo) for number, fifo in stuck])
+        raise DeadlockError([_stuck(recording, fifos, work[number], processes[number], fifo) for number, fifo in stuck])
     wrote, taken = ([np.array(cycles, np.int64) for cycles in side] for side in (state.wrote, state.taken))
     return Timing(fifos, wrote, taken, [(empty, full) for empty, full in state.stalls], frames)
 
@@ -282,7 +283,8 @@ def _advance(
             continue
         due = local[process.place]
         unhindered = cycle = process.at + due - process.local
-        slowest, end, done = -1, process.place, {}
+        slowest, end = -1, process.place
+        done: dict[tuple[int, bool], int] = {}
         while end < count and local[end] == due:
             fifo, write = fifo_of[end], write_of[end]
             own = done.get((fifo, write), 0)

@@ -33,7 +33,7 @@ class Kernel:
         depth: int | None = None,
         fifos: int | None = None,
     ) -> Recording:
-        """Run it in a folder and return what it recorded in a file. Raises Deadlock, and InputError if it fails.
+        """Run it in a folder and return what it recorded in a file. Raises DeadlockError, and InputError if it fails.
 
         loops: II and depth of some. depth: stages of the pipelines that have products. fifos: depth of every FIFO.
         """
@@ -64,7 +64,7 @@ def build(
 ) -> Kernel:
     """Build a program of sources below `root`, of which `units` are compiled, in a folder of its own.
 
-    hardware: those of which what stands under __SYNTHESIS__ is taken. Raises InputError if they cannot be read or built.
+    hardware: those of which what stands under __SYNTHESIS__ is taken. Raises InputError for sources that are no C++.
     """
     loops: list[Loop] = []
     synthesised = set(hardware)

@@ -226,10 +226,10 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
             loops.append(Loop(source.file, line, said, function, automatic))
             added = f" m3vit_timed::iteration m3vit_iteration({rules});"
             edits.append((one.start + 1, one.start + 1, added))
-            outer, inner = _outer(source.root, one), one
+            inner, outer = one, _outer(source.root, one)
             while outer and outer.loop is not None and _rolled(outer) == [inner] and outer.has("pipeline") is None:
                 edits.append((outer.start + 1, outer.start + 1, f" m3vit_timed::nest m3vit_nest({rules});"))
-                outer, inner = _outer(source.root, outer), outer
+                inner, outer = outer, _outer(source.root, outer)
         _pipelines(one, inside or wanted or constant, source)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m3vit.errors import InputError
-from m3vit.hw.dataflow import ACCESS, PASS, Deadlock, Fifo, Program, Recording, Stuck, evaluate, programs
+from m3vit.hw.dataflow import ACCESS, PASS, DeadlockError, Fifo, Program, Recording, Stuck, evaluate, programs
 from m3vit.hw.sim.dataflow import Kernel, build
 from m3vit.hw.sim.instrument import Loop, instrumented
 
@@ -114,7 +114,7 @@ def test_a_fifo_that_is_too_shallow_is_named(run) -> None:
         lambda: run("diamond", fifos=needed - 1),
         lambda: evaluate(recording, FRAMES, {fifo.name: needed - 1 for fifo in recording.fifos}),
     ):
-        with pytest.raises(Deadlock) as caught:
+        with pytest.raises(DeadlockError) as caught:
             found()
         assert Stuck("both", "writes", "other", needed - 1, "sums") in [
             one._replace(waits_for="sums") for one in caught.value.stuck
@@ -130,7 +130,7 @@ def _deep(fifo: Fifo, depth: int) -> Fifo:
 def _goes(recording: Recording, depths: dict[str, int]) -> bool:
     try:
         evaluate(recording, FRAMES, depths)
-    except Deadlock:
+    except DeadlockError:
         return False
     return True
 
@@ -180,7 +180,7 @@ def test_random_networks_cycle_by_cycle() -> None:
         found = walk(programs(recording), recording.fifos, 2)
         if found is None:
             stuck += 1
-            with pytest.raises(Deadlock):
+            with pytest.raises(DeadlockError):
                 evaluate(recording, 2)
             continue
         timing = evaluate(recording, 2)
