@@ -15,7 +15,7 @@ from m3vit.errors import InputError
 
 PRAGMA = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+HLS[ \t]+(\w+)([^\n]*)", re.IGNORECASE | re.MULTILINE)
 LOOP = re.compile(r"\b(for|while)\s*\(")
-SETTING = re.compile(r"(\w+)\s*=\s*(\S.*?)(?=\s+\w+\s*=|\s+off\b|\s*$)", re.IGNORECASE)
+SETTING = re.compile(r"(\w+)\s*=\s*(\S.*?)(?=\s+\w+\s*=|\s+(?:off|rewind|enable_flush)\b|\s*$)", re.IGNORECASE)
 LABEL = re.compile(r"(\w+)\s*:\s*$")
 STREAMS = re.compile(r"^(?:hls\s*::\s*)?stream\s*<")
 MOVES = 3  # stages of a pipeline that only moves values
@@ -123,21 +123,36 @@ def _matching(bare: str, start: int) -> int:
     return -1
 
 
+def _after_blanks(bare: str, place: int) -> int:
+    return place + len(bare[place:]) - len(bare[place:].lstrip())
+
+
+def _statement_end(bare: str, start: int) -> int:
+    """Return the place after the statement that begins at `start`."""
+    if bare[start] == "{":
+        return _matching(bare, start) + 1
+    if control := re.compile(r"(if|for|while|switch)\b\s*\(").match(bare, start):
+        end = _statement_end(bare, _after_blanks(bare, _matching(bare, control.end() - 1) + 1))
+        other = _after_blanks(bare, end)
+        if control[1] == "if" and re.compile(r"else\b").match(bare, other):
+            return _statement_end(bare, _after_blanks(bare, other + len("else")))
+        return end
+    place = start
+    while place < len(bare) and bare[place] != ";":
+        place = _matching(bare, place) + 1 if bare[place] in "([{" else place + 1
+    return place + 1
+
+
 def _with_braces(bare: str, text: str) -> tuple[str, str]:
     """Return both with braces around the bodies of loops that are single statements."""
     for match in reversed(list(LOOP.finditer(bare))):
         close = _matching(bare, match.end() - 1)
-        body = close + 1 + len(bare[close + 1 :]) - len(bare[close + 1 :].lstrip())
+        body = _after_blanks(bare, close + 1)
         if close < 0 or body >= len(bare) or bare[body] in "{;#":
             continue
-        end, nested = body, 0
-        while end < len(bare):
-            nested += {"(": 1, "{": 1, ")": -1, "}": -1}.get(bare[end], 0)
-            if not nested and (bare[end] == ";" or bare[end] == "}"):
-                break
-            end += 1
-        bare = bare[:body] + "{" + bare[body : end + 1] + "}" + bare[end + 1 :]
-        text = text[:body] + "{" + text[body : end + 1] + "}" + text[end + 1 :]
+        end = _statement_end(bare, body)
+        bare = bare[:body] + "{" + bare[body:end] + "}" + bare[end:]
+        text = text[:body] + "{" + text[body:end] + "}" + text[end:]
     return bare, text
 
 
