@@ -14,6 +14,8 @@ from m3vit.export.hls.contents import open_project
 from m3vit.export.hls.multiplexed.timing import RECORD, summary
 from m3vit.export.hls.verify import PROTOCOL as SIMULATED_PROTOCOL
 from m3vit.export.hls.verify import SimulatedOutputs
+from m3vit.hw.manifest import MANIFEST
+from m3vit.report.hardware import hardware_part
 from m3vit.run_folder import Run
 
 
@@ -22,7 +24,7 @@ class ProjectResults:
     """Columns of the metric table from an HLS project, and the images that it has all of them for.
 
     `scored` are to be scored, `stored` were by `m3vit eval` (on the whole val split); `indices` are places in the
-    split. `drawn` gives pictures of the images `drawable`, under the title `drawn_as`.
+    split. `drawn` gives pictures of the images `drawable`, under the title `drawn_as`. `hardware`: of `hardware_part`.
     """
 
     indices: list[int]
@@ -31,6 +33,7 @@ class ProjectResults:
     stored: dict[str, Evaluation] = field(default_factory=dict)
     drawn: Predictor | None = None
     drawn_as: str = "C-sim"
+    hardware: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,9 +53,14 @@ def read_project(run: Run, folder: Path, split: Split, protocol: str) -> Project
             f"No C-simulation and no evaluation of an HLS project at {folder}: made with m3vit export hls, then "
             "m3vit hw csim or m3vit eval."
         )
+        if (folder / MANIFEST).exists():
+            manifest, _ = open_project(folder)
+            check_same_weights(run, folder, manifest)
+            results.hardware = hardware_part(folder, manifest)
         return results
     manifest, _ = open_project(folder)
     check_same_weights(run, folder, manifest)
+    results.hardware = hardware_part(folder, manifest)
     if protocol in evaluated:
         result, evaluation = read_current(folder, protocol)
         check_evaluation(run, folder, evaluation, split)

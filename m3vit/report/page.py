@@ -131,6 +131,8 @@ def write_report(
         "images_by_error": errors.ranked(evaluations["torch"], tasks),
         "notes": notes,
     }
+    if project.hardware and not project.hardware["note"]:
+        report["hardware"] = project.hardware["json"]
     if used:
         report["budgets"] = budget_figures(run, split, used, protocol, indices, progress)
     routing, unrouted = read_routing(run.folder, run.info["weights_sha256"])
@@ -408,6 +410,7 @@ def render(
         routed=routed,
         wrong=wrong,
         budgets=budgets,
+        hardware=project.hardware,
         mixed=mixed,
     )
 
