@@ -58,7 +58,7 @@ ABLATIONS: dict[str, list[str]] = {
     }.items()
 }
 REFERENCE = "multiscale, dense"
-ROUNDS, STEPS = 3, 4
+ROUNDS, STEPS = 2, 4
 
 
 def folder_of(out: Path, row: str, seed: int) -> Path:
@@ -203,8 +203,9 @@ def main() -> None:
     wholes = () if args.equal_epochs else ("taskexpert, dense", "taskexpert, MoE")
     steps = step_costs(args.out, list(dict.fromkeys([*rows, *wholes])))
     epochs = {row: args.epochs if args.equal_epochs else equal_epochs(row, args.epochs, steps) for row in rows}
-    # Seed by seed, so that what an interruption leaves is whole seeds.
+    # Seed by seed, ablations last, so that what an interruption leaves is whole seeds.
     jobs = [(row, seed) for seed in range(max(seeds.values())) for row in rows if seed < seeds[row]]
+    jobs.sort(key=lambda job: job[0] in ABLATIONS)
     with ThreadPoolExecutor(args.jobs) as pool:
         words = ROWS | ABLATIONS
         list(pool.map(lambda job: train_and_score(args.out, *job, words[job[0]], epochs[job[0]]), jobs))
