@@ -1,15 +1,17 @@
 """What a decoder gives: linear, pup, multi-scale and TaskExpert-style on a dense trunk and on one with experts.
 
-    python benchmarks/decoders.py --out runs/decoders [--epochs 40] [--seeds 3] [--jobs 2] [--ablations] [--json FILE]
+    python benchmarks/decoders.py --out runs/decoders [--epochs 20] [--seeds 3] [--jobs 2] [--ablations] [--json FILE]
 
 Nothing but public commands: m3vit data synth, train, eval (protocol A) and profile with the recipe
-synthetic-taskexpert-tiny on rendered scenes, the same number of epochs for each row; multi-scale has the width that
-makes its MACs those of TaskExpert-style. What was trained, scored or timed before is not done again and an interrupted
-training is resumed, so that the table may be made in several goes. It gives mean and standard deviation over seeds;
-delta_m is over the multi-scale decoder on the dense trunk, its mean over the seeds. Time and memory are those of steps
-on random images of the recipe's batch, one thread, each row in a process of its own, in turn; memory is the process's
-peak beyond what it held before the model was built. --ablations adds rows of TaskExpert-style without one of its
-parts. Rendered scenes and small models: the table says nothing about photographs.
+synthetic-taskexpert-tiny on rendered scenes. --epochs are those of TaskExpert-style; every other row on its trunk has
+as many as take the same time of training, by the measured step (--equal-epochs: the same number instead). Multi-scale
+has the width that makes its MACs those of TaskExpert-style. What was trained, scored or timed before is not done again
+and an interrupted training is resumed, so that the table may be made in several goes. It gives mean and standard
+deviation over seeds; delta_m is over the multi-scale decoder on the dense trunk, its mean over the seeds. Time (CPU
+seconds of one thread) and memory are those of steps on random images of the recipe's batch, each row in a process of
+its own, in turn; memory is the process's peak beyond what it held before the model was built. --ablations adds rows of
+TaskExpert-style without one of its parts, with --ablation-seeds. Rendered scenes and small models: the table says
+nothing about photographs.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
 from _bench import arguments, child, machine, save
 from quality import NAMES, beside, print_table, run  # beside this file
 
@@ -55,7 +58,7 @@ ABLATIONS: dict[str, list[str]] = {
     }.items()
 }
 REFERENCE = "multiscale, dense"
-ROUNDS, STEPS = 5, 4
+ROUNDS, STEPS = 2, 4
 
 
 def folder_of(out: Path, row: str, seed: int) -> Path:
@@ -76,21 +79,28 @@ def train_and_score(out: Path, row: str, seed: int, words: list[str], epochs: in
         run("profile", folder, "--json", folder / "profile.json")
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Return the seconds of a training step of a run's model, and the MiB of its peak; in this process."""
+def keys_of(words: list[str]) -> dict[str, object]:
+    """Return {key: value} of the words of a command line."""
+    pairs = (word.removeprefix("--").split("=", 1) for word in words)
+    return {key: yaml.safe_load(value) for key, value in pairs}
+
+
+def measure(row: str) -> dict[str, float]:
+    """Return the CPU seconds of a training step of a row's model, and the MiB of its peak; in this process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
+    from m3vit.api import configure
     from m3vit.kinds.kind import IGNORE
     from m3vit.models.initialise import new_model
-    from m3vit.training.config import read_config
     from m3vit.training.launch import launch
     from m3vit.training.optim import make_optimizer
     from m3vit.training.step import Stepper
     from m3vit.training.weighting import make_weighting
 
     torch.set_num_threads(1)
-    config = read_config(folder / "config.yaml")
+    keys = {"data.root": ".", "model.label_set": "nyud", **keys_of((ROWS | ABLATIONS)[row])}
+    config = configure(RECIPE, keys)
     fabric = launch(config.train)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     model, weighting = new_model(config.model).train(), make_weighting(config, fabric.device)
@@ -106,17 +116,17 @@ def measure(folder: Path) -> dict[str, float]:
     labels["semseg"][:, :2] = IGNORE
     images, times = torch.randn(batch, 3, height, width), []
     for step in range(STEPS + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         stepper.gradients(step, images, labels)
         stepper.clip()
         stepper.optimizer.step()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     return {"s_per_step": statistics.median(times[1:]), "peak_mib": peak}
 
 
-def costs(out: Path, rows: list[str]) -> dict[str, dict[str, float]]:
-    """Return MACs and parameters of each row's model, and its steps' time and memory, measured once in turn."""
+def step_costs(out: Path, rows: list[str]) -> dict[str, dict[str, float]]:
+    """Return the time and memory of a step of each row's model, measured once in turn."""
     path = out / "steps.json"
     found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
     missing, shuffle = [row for row in rows if row not in found], random.Random(0)
@@ -125,19 +135,30 @@ def costs(out: Path, rows: list[str]) -> dict[str, dict[str, float]]:
         rounds.setdefault(REFERENCE, [])
     for _ in range(ROUNDS if missing else 0):
         for row in shuffle.sample(list(rounds), len(rounds)):
-            rounds[row].append(child(["--measure", folder_of(out, row, 0)]))
+            rounds[row].append(child(["--measure", row]))
     for row in missing:
-        ratios = [
-            one["s_per_step"] / other["s_per_step"] for one, other in zip(rounds[row], rounds[REFERENCE], strict=True)
-        ]
+        pairs = zip(rounds[row], rounds[REFERENCE], strict=True)
         found[row] = {key: statistics.median(each[key] for each in rounds[row]) for key in rounds[row][0]}
-        found[row]["time_ratio"] = statistics.median(ratios)
-        profile = json.loads((folder_of(out, row, 0) / "profile.json").read_text())
-        found[row]["gmac"] = profile["all_tasks_in_one_pass"]["macs"]["total"] / 1e9
-        found[row]["gmac_heads"] = profile["all_tasks_in_one_pass"]["macs"]["parts"]["heads"] / 1e9
-        found[row]["parameters"] = profile["stored"]["total"]
+        found[row]["time_ratio"] = statistics.median(one["s_per_step"] / other["s_per_step"] for one, other in pairs)
     save(path, found)
     return {row: found[row] for row in rows}
+
+
+def profiled(out: Path, row: str) -> dict[str, float]:
+    """Return the MACs and parameters of a row's model."""
+    profile = json.loads((folder_of(out, row, 0) / "profile.json").read_text())
+    macs = profile["all_tasks_in_one_pass"]["macs"]
+    return {
+        "gmac": macs["total"] / 1e9,
+        "gmac_heads": macs["parts"]["heads"] / 1e9,
+        "parameters": profile["stored"]["total"],
+    }
+
+
+def equal_epochs(row: str, epochs: int, steps: dict[str, dict[str, float]]) -> int:
+    """Return the epochs of a row that take the time of `epochs` of TaskExpert-style on the same trunk."""
+    whole = f"taskexpert, {'MoE' if row.endswith('MoE') else 'dense'}"
+    return max(1, round(epochs * steps[whole]["time_ratio"] / steps[row]["time_ratio"]))
 
 
 def figures(out: Path, row: str, seed: int) -> dict[str, dict[str, float]]:
@@ -148,10 +169,10 @@ def figures(out: Path, row: str, seed: int) -> dict[str, dict[str, float]]:
 
 def print_costs(found: dict[str, dict[str, float]]) -> None:
     """Print what the rows cost."""
-    heads = ("GMAC", "of the heads", "parameters", "step (ms)", f"x {REFERENCE}", "peak (MiB)")
+    heads = ("epochs", "GMAC", "of the heads", "parameters", "step (CPU ms)", f"x {REFERENCE}", "peak (MiB)")
     print("| | " + " | ".join(heads) + " |\n|---|" + "---:|" * len(heads))
     for row, one in found.items():
-        cells = (f"{one['gmac']:.3f}", f"{one['gmac_heads']:.3f}", f"{one['parameters']:,}")
+        cells = (f"{one['epochs']}", f"{one['gmac']:.3f}", f"{one['gmac_heads']:.3f}", f"{one['parameters']:,}")
         times = (f"{1000 * one['s_per_step']:.0f}", f"{one['time_ratio']:.2f}", f"{one['peak_mib']:.0f}")
         print(f"| {row} | " + " | ".join((*cells, *times)) + " |")
 
@@ -159,13 +180,15 @@ def print_costs(found: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=20, help="of TaskExpert-style")
+    parser.add_argument("--equal-epochs", action="store_true", help="the same number for every row")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="models trained at a time, on one thread each")
     parser.add_argument("--images", type=int, nargs=2, default=(400, 100), metavar=("TRAIN", "VAL"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=[*ROWS, *ABLATIONS], metavar="ROW")
     parser.add_argument("--ablations", action="store_true", help="the rows without one of the parts too")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ablation-seeds", type=int, default=1)
+    parser.add_argument("--measure", choices=[*ROWS, *ABLATIONS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure)))
@@ -176,17 +199,22 @@ def main() -> None:
     train, val = args.images
     if not (args.out / "data").exists():
         run("data", "synth", "--out", args.out / "data", "--train", train, "--val", val)
-    # Seed by seed, so that what an interruption leaves is whole seeds.
-    jobs = [(row, seed) for seed in range(args.seeds) for row in rows]
+    seeds = {row: args.ablation_seeds if row in ABLATIONS else args.seeds for row in rows}
+    wholes = () if args.equal_epochs else ("taskexpert, dense", "taskexpert, MoE")
+    steps = step_costs(args.out, list(dict.fromkeys([*rows, *wholes])))
+    epochs = {row: args.epochs if args.equal_epochs else equal_epochs(row, args.epochs, steps) for row in rows}
+    # Seed by seed, ablations last, so that what an interruption leaves is whole seeds.
+    jobs = [(row, seed) for seed in range(max(seeds.values())) for row in rows if seed < seeds[row]]
+    jobs.sort(key=lambda job: job[0] in ABLATIONS)
     with ThreadPoolExecutor(args.jobs) as pool:
         words = ROWS | ABLATIONS
-        list(pool.map(lambda job: train_and_score(args.out, *job, words[job[0]], args.epochs), jobs))
+        list(pool.map(lambda job: train_and_score(args.out, *job, words[job[0]], epochs[job[0]]), jobs))
 
-    table = beside({row: [figures(args.out, row, seed) for seed in range(args.seeds)] for row in rows}, REFERENCE)
+    table = beside({row: [figures(args.out, row, seed) for seed in range(seeds[row])] for row in rows}, REFERENCE)
     where = machine()
-    print(f"{args.epochs} epochs, {args.seeds} seeds, protocol A; mean ± standard deviation")
+    print(f"{args.seeds} seeds ({args.ablation_seeds} of the ablations), protocol A; mean ± standard deviation")
     print_table(table)
-    cost = costs(args.out, rows)
+    cost = {row: {"epochs": epochs[row], **steps[row], **profiled(args.out, row)} for row in rows}
     print_costs(cost)
     for trunk in ("dense", "MoE"):
         if {f"taskexpert, {trunk}", f"multiscale, {trunk}"} <= set(rows):
@@ -195,7 +223,7 @@ def main() -> None:
             macs = cost[f"taskexpert, {trunk}"]["gmac"] / cost[f"multiscale, {trunk}"]["gmac"]
             print(f"{trunk} trunk: delta_m of taskexpert less that of multiscale, by seed: {ahead} (MACs x{macs:.2f})")
     metrics = {task: TASKS[task].metric for task in NAMES}
-    save(args.json, {"machine": where, "epochs": args.epochs, "metrics": metrics, "rows": table, "costs": cost})
+    save(args.json, {"machine": where, "metrics": metrics, "rows": table, "costs": cost})
 
 
 if __name__ == "__main__":
