@@ -43,7 +43,7 @@ GATES, QUEUES = "gates of two tiles", "choices, queues"  # memories of m3vit.hw.
 # Modules of which there are many stay functions: a tenth of the code. The model's own warnings are lint.
 VERILATED = ("--cc", "--top-module", TOP, "--prefix", f"V{TOP}", "-O3", "--inline-mult", "1", "--x-assign", "fast")
 VERILATED += ("--x-initial", "fast", "--noassert", "-Wno-fatal", "-Wno-lint", "-Wno-style")
-FLAGS = ("-O1", "-std=c++17", "-w", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TRACE=0")
+FLAGS = ("-O3", "-std=c++17", "-w", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TRACE=0")
 LEAST = ("proc", "opt_expr", "opt_clean", "opt_muxtree", "opt_reduce -fine", "opt_merge -share_all", "opt_expr")
 LEAST += ("wreduce", "opt_clean")
 LUT_MEMORIES = {"RAM32M16": 8, "RAM64M8": 8, "RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2}  # LUTs of each
@@ -107,6 +107,8 @@ def write_sources(folder: Path, hardware: Hardware) -> list[str]:
 def build(folder: Path, hardware: Hardware) -> Path:
     """Build the engine of a configuration with its bench into a folder, and return the bench's path."""
     verilator = find_tool("verilator")
+    if hardware.token_block & hardware.token_block - 1:
+        raise InputError(f"token_block {hardware.token_block}: the RTL takes powers of two")
     what, folder = "building the RTL's bench", folder.resolve()
     names = write_sources(folder, hardware)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
