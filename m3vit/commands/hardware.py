@@ -127,7 +127,7 @@ def print_rtl(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(caption=f"{found['board']} at {found['clock_mhz']} MHz, task {found['task']}; {found['note']}")
-    titles = ("layer", "experts, tokens", "words differ", "RTL cycles", "timed C-sim", "against")
+    titles: tuple[str, ...] = ("layer", "experts, tokens", "words differ", "RTL cycles", "timed C-sim", "against")
     titles += ("RTL at bandwidth", "timed C-sim", "against", "as assumed", "modelled")
     for title in titles:
         table.add_column(title, justify="right")

@@ -55,8 +55,8 @@ def simulate(
     """Run the layers with experts (or one, from 1 on) of the first stored image for a task (default: the first).
 
     Returns JSON values: of each layer the words that are not the emulator's, and its cycles: RTL and timed C-simulation
-    with the RTL's depths, with a memory that is no bound and (at_bandwidth) with the board's; timed C-simulation as it is
-    assumed, and modelled. The timed C-simulation that was recorded is evaluated; one is recorded if there is none.
+    with the RTL's depths, with a memory that is no bound and (at_bandwidth) with the board's; timed C-simulation as it
+    is assumed, and modelled. The timed C-simulation that was recorded is evaluated; one is recorded if there is none.
     synth: also the resources by Yosys beside the closed form. Raises InputError for another schedule's project, and
     without Verilator.
     """
