@@ -98,6 +98,14 @@ def unbeaten(options: Iterable[Option]) -> list[Option]:
     return kept
 
 
+class Candidate(NamedTuple):
+    """Sizes of all engines: the cycles of a frame, and what they take."""
+
+    cycles: int
+    takes: dict[str, int]
+    sizes: dict[str, Any]
+
+
 class Candidates:
     """The engines for a program on a board that may be the best at anything: each engine has options of its own, of
     which those that others beat in everything are left out."""
@@ -130,8 +138,8 @@ class Candidates:
         of_others |= {"divided": 1, "finished_in_uram": False}
         return {name: value for name, value in of_others.items() if name not in PARTS[part]}
 
-    def __iter__(self) -> Iterator[tuple[int, Hardware]]:
-        """Yield cycles of a frame and engines that fit."""
+    def __iter__(self) -> Iterator[Candidate]:
+        """Yield the engines that fit."""
         limits = [BUDGETS[kind] * getattr(self.board, kind) for kind in BUDGETS]
         start = [self.least.get(kind, 0) for kind in BUDGETS]
         for tile_out in self.choices["tile_out"]:
@@ -140,7 +148,8 @@ class Candidates:
                 if all(math.ceil(count) <= limit for count, limit in zip(takes, limits, strict=True)):
                     sizes = {name: value for option in chosen for name, value in option.sizes.items()}
                     cycles = self.times.rest_of(self.base) + sum(option.cycles for option in chosen)
-                    yield cycles, replace(self.base, tile_out=tile_out, **sizes)
+                    whole = dict(zip(BUDGETS, map(math.ceil, takes), strict=True))
+                    yield Candidate(cycles, whole, {"tile_out": tile_out, **sizes})
 
     def smallest(self) -> Hardware | None:
         """Return the engines of the smallest sizes, whether they fit or not; None: none go together."""
@@ -214,10 +223,11 @@ def fit(
     """
     hardware = least_hardware(program, weight_bits, act_bits, board)
     check_tokens(hardware.max_rows)
-    best = min(Candidates(program, hardware, board, fixed), key=lambda found: found[0], default=None)
+    candidates = Candidates(program, hardware, board, fixed)
+    best = min(candidates, key=lambda found: found.cycles, default=None)
     if best is None:
         raise _nothing_fits(program, hardware, board, fixed)
-    return best[1]
+    return replace(candidates.base, **best.sizes)
 
 
 def _fits_any(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> bool:
