@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from m3vit.errors import InputError
 from m3vit.hw.boards import BOARDS, BUDGETS, FIXED_DSP, FIXED_LUT, Board, engine_resources, resources
-from m3vit.hw.cost import lines_of
+from m3vit.hw.cost import Assumptions, cycles_of, uniform_queues
 from m3vit.hw.design import SIZES
 from m3vit.hw.hardware import GROUPS, TILES_OUT, Hardware, round_up, row_unit
 from m3vit.hw.isa import Experts, Instruction, Patches, Route
-from m3vit.hw.ops import ENGINES, OPS, needs
+from m3vit.hw.ops import ENGINES, OPS, fetch, needs
 from m3vit.hw.program import MAX_TOKENS
 
 Sizes = Mapping[str, Any]  # fields of Hardware that are fixed
@@ -171,12 +171,13 @@ class FrameTimes:
         self.known: dict[tuple[Any, ...], int] = {}
         # Equal instructions cost the same wherever they read and write; experts, with the queues of the router before.
         self.kinds: dict[tuple[Any, ...], list[Any]] = {}
-        route: Instruction | None = None
+        route: Route | None = None
         for i in program:
             route = i if isinstance(i, Route) else route
             of_size = tuple((name, value) for name, value in vars(i).items() if name not in PLACES)
-            entry = self.kinds.setdefault((i.op, *of_size), [[route, i] if isinstance(i, Experts) else [i], 0])
-            entry[1] += 1
+            queue = uniform_queues(route.rows, route.n_in, route.top_k) if route and isinstance(i, Experts) else []
+            entry = self.kinds.setdefault((i.op, *of_size), [i, queue, 0, i.task in (-1, 0)])
+            entry[2] += 1
         self._rest: int | None = None
 
     def part(self, name: str, hardware: Hardware) -> int:
@@ -198,10 +199,15 @@ class FrameTimes:
 
     def _count(self, hardware: Hardware, engines: Sequence[str]) -> int:
         total = 0
-        for instructions, count in self.kinds.values():
-            if OPS[instructions[-1].op].engine in engines:
-                total += count * lines_of(instructions, hardware, self.board)[-1].cycles
+        for instruction, queue, count, runs in self.kinds.values():
+            if OPS[instruction.op].engine in engines:
+                whole = cycles_of(instruction, hardware, self.board, queue) if runs else self.fetched(hardware)
+                total += count * whole
         return total
+
+    def fetched(self, hardware: Hardware) -> int:
+        """Return the cycles of an instruction of another task."""
+        return fetch(hardware, Assumptions().timing)
 
 
 def check_tokens(tokens: int) -> None:

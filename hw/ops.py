@@ -362,24 +362,50 @@ def _result_words(tile: Tile, h: Hardware) -> int:
     return _words(h, tile.outputs, h.act_word if tile.mode == Mode.NARROW else WIDE_BITS)
 
 
+def _alike(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue) -> Iterator[tuple[list[Tile], int]]:
+    """Yield the tiles of each expert that has other tokens than those before, and how many have as many; of other
+    instructions all tiles."""
+    if not isinstance(i, Experts):
+        yield list(tiles(i, h)), 1
+        return
+    for tokens in dict.fromkeys(queue):
+        yield list(tiles(i, h, [tokens])), list(queue).count(tokens)
+
+
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
     """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
-    bits = GATE_BITS if isinstance(i, Gate) else h.weight_word
-    loads, spans, reading = [], [], []
-    for tile in tiles(i, h, queue):
-        params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
-        loads.append(max(rows * (tile.n_in // h.values(bits)), params))
-        span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
-        if tile.fresh:
-            ports = 1 if isinstance(i, Conv) or h.tile_in == h.values(h.act_word) else 2
-            span, ahead = max(span, tile.n_in // h.values(h.act_word) // ports, LEAST_SPAN), LEAD * ports
-        spans.append((tile.tokens + 1 + ahead) * span)
-        reading.append(tile.fresh or tile.adds)  # beside the next tile
-    cycles = t.loop(loads[0] if loads else 0, reads=True)
-    for span, reads, following in zip(spans, reading, [*loads[1:], 0], strict=False):
-        cycles += t.loop(max(span, following), reads=reads or following > 0, writes=True)
-    return cycles
+    bits = h.values(GATE_BITS if isinstance(i, Gate) else h.weight_word)
+    narrow = h.values(h.act_word)
+    known: dict[Tile, tuple[int, int]] = {}
+
+    def counted(tile: Tile) -> tuple[int, int]:
+        """Return the steps that load a tile, and those that work on it."""
+        if tile not in known:
+            params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
+            rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
+            span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
+            if tile.fresh:
+                ports = 1 if isinstance(i, Conv) or h.tile_in == narrow else 2
+                span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
+            known[tile] = max(rows * (tile.n_in // bits), params), (tile.tokens + 1 + ahead) * span
+        return known[tile]
+
+    def worked(tile: Tile, following: int) -> int:
+        """Return the cycles of a tile beside which the next one is loaded."""
+        reads = tile.fresh or tile.adds or following > 0
+        return t.loop(max(counted(tile)[1], following), reads=reads, writes=True)
+
+    # The first tile of any expert takes the same to load, and one expert's last tile is followed by another's first.
+    cycles, first, last = 0, 0, None
+    for group, times in _alike(i, h, queue):
+        first = counted(group[0])[0]
+        following = [counted(tile)[0] for tile in group[1:]] + [first]
+        cycles += times * sum(worked(tile, loads) for tile, loads in zip(group, following, strict=True))
+        if not isinstance(i, Experts) or group[0] == next(tiles(i, h, queue[-1:])):
+            last = group[-1]
+    if last is not None:
+        cycles += worked(last, 0) - worked(last, first)
+    return cycles + t.loop(first, reads=True)
 
 
 def inside(i: Conv) -> int:
@@ -392,11 +418,11 @@ def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue 
     weights, bits = ("gates", GATE_BITS) if isinstance(i, Gate) else ("weights", h.weight_word)
     act = h.act_word // 8
     moved = dict.fromkeys(PORTS, 0)
-    for tile in tiles(i, h, queue):
-        results = tile.tokens * _result_words(tile, h)
-        moved[weights] += tile.outputs * tile.n_in * bits // 8
-        moved["params"] += _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
-        moved["narrow_read"] += tile.fresh * tile.tokens * tile.n_in * act
+    for tile, times in ((tile, times) for group, times in _alike(i, h, queue) for tile in group):
+        results = times * tile.tokens * _result_words(tile, h)
+        moved[weights] += times * tile.outputs * tile.n_in * bits // 8
+        moved["params"] += times * _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
+        moved["narrow_read"] += times * tile.fresh * tile.tokens * tile.n_in * act
         moved["wide_read"] += tile.adds * _bytes(h, results)
         if tile.mode == Mode.OUTPUT:
             moved["output"] += results * WORD_BYTES
