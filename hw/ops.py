@@ -9,8 +9,8 @@ itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from m3vit.hw.hardware import BATCH, LEAST_TURN, PACKED_PROB_FRAC, STAGES, Hardware
 from m3vit.hw.isa import (
@@ -34,6 +34,7 @@ from m3vit.hw.isa import (
     Position,
     Route,
 )
+from m3vit.hw.opspec import LOOPS, Bytes, Engine, OnChip, OpSpec, Queue, Timing
 from m3vit.hw.tables import PROB_FRAC, TABLES
 
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
@@ -50,62 +51,6 @@ FETCH_BYTES = {"params": WORDS * WORD_BYTES}
 TABLE_BITS = max(value.bit_length() for table in TABLES for value in table.values())
 TABLE_ENTRIES = max(table.intervals for table in TABLES) + 1
 EXP_ENTRIES = min(table.intervals for table in TABLES) + 1  # of all tables but GELU's
-
-Queue = Sequence[int]
-Bytes = dict[str, int]
-
-
-class Timing(NamedTuple):
-    """Cycles that each entry of a pipelined loop costs beside its trips; reads, writes: if it begins bursts of them."""
-
-    depth: int = 0
-    read: int = 0
-    write: int = 0
-
-    def loop(self, trips: int, ii: int = 1, reads: bool = False, writes: bool = False) -> int:
-        """Return the cycles of one pass of a pipelined loop."""
-        return trips * ii + self.depth + reads * self.read + writes * self.write
-
-
-LOOPS = Timing()  # trips alone
-
-
-class OnChip(NamedTuple):
-    """Memories of one shape: how many, bits a word, words; "any": in LUTs if they are few words, else in BRAM."""
-
-    name: str
-    copies: int
-    bits: int
-    words: int
-    kind: str = "any"  # or lut, bram, uram
-
-
-class Engine(NamedTuple):
-    """A part of the hardware, of which there is one: its memories and multipliers for a configuration.
-
-    dsps: what products beside the array take. shifters: values that are rounded and held side by side in a cycle.
-    luts: what takes LUTs in other ways.
-    """
-
-    memories: Callable[[Hardware], list[OnChip]]
-    multipliers: Callable[[Hardware], int] = lambda h: 0
-    dsps: Callable[[Hardware], int] = lambda h: 0
-    shifters: Callable[[Hardware], int] = lambda h: 0
-    luts: Callable[[Hardware], int] = lambda h: 0
-
-
-class OpSpec(NamedTuple):
-    """An opcode: its fields, the engine that it runs on (a key of ENGINES), its cycles and the bytes by port.
-
-    needs: the least buffers of Hardware for an instruction, but for max_rows. macs: multiply-accumulates.
-    """
-
-    instruction: type[Instruction]
-    engine: str
-    cycles: Callable[[Any, Hardware, Queue, Timing], int]
-    traffic: Callable[[Any, Hardware, Queue], Bytes]
-    needs: Callable[[Any], dict[str, int]] = lambda i: {}
-    macs: Callable[[Any, Queue], int] = lambda i, queue: 0
 
 
 def _tables(copies: int, entries: int) -> OnChip:
