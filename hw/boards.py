@@ -12,7 +12,8 @@ from pathlib import Path
 
 from m3vit.errors import InputError
 from m3vit.hw.hardware import LUT_RAM_DEPTH, Hardware
-from m3vit.hw.ops import ENGINES, Engine, OnChip
+from m3vit.hw.ops import ENGINES
+from m3vit.hw.opspec import Engine, OnChip
 
 BUDGETS = {"lut": 0.7, "bram36": 0.8, "dsp": 0.8, "uram": 0.8}
 FIXED_DSP = 20  # addresses

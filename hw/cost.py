@@ -87,6 +87,19 @@ def lines_of(
     return lines
 
 
+def cycles_of(
+    instruction: Instruction,
+    hardware: Hardware,
+    board: Board,
+    queue: Sequence[int] = (),
+    assumed: Assumptions = Assumptions(),
+) -> int:
+    """Return the cycles of one instruction that runs, as lines_of has them."""
+    a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz
+    memory = round(sum(ops.traffic(instruction, hardware, queue).values()) / a_cycle)
+    return max(ops.cycles(instruction, hardware, queue, assumed.timing), memory)
+
+
 def products_of(engine: str, h: Hardware) -> int:
     """Return the products that an engine makes in a cycle; linear maps and attention take turns on one array."""
     return h.tile_in * h.tile_out if engine in ON_ARRAY else 0

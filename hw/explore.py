@@ -1,10 +1,11 @@
 """Search of engines for a program by the closed form: what is fastest for what it takes of a board. No torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from m3vit.errors import InputError
-from m3vit.hw.boards import BUDGETS, resources
+from m3vit.hw.boards import BUDGETS
 from m3vit.hw.design import SIZES, Design
 from m3vit.hw.fit import Candidates, check_tokens, least_hardware
 from m3vit.hw.hardware import PORT_WIDTHS, Hardware
@@ -17,8 +18,13 @@ class Point(NamedTuple):
     """Engines, the milliseconds of a frame, and what they take."""
 
     ms: float
-    hardware: Hardware
+    base: Hardware
+    sizes: dict[str, Any]
     takes: dict[str, int]
+
+    @property
+    def hardware(self) -> Hardware:
+        return replace(self.base, **self.sizes)
 
 
 def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) -> Iterator[Point]:
@@ -30,8 +36,9 @@ def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) 
             program = programs(weight_bits, act_bits, width)
             hardware = least_hardware(program, weight_bits, act_bits, board)
             check_tokens(hardware.max_rows)
-            for cycles, size in Candidates(program, hardware, board, design.sizes):
-                yield Point(cycles / board.clock_mhz / 1e3, size, resources(size))
+            candidates = Candidates(program, hardware, board, design.sizes)
+            for found in candidates:
+                yield Point(found.cycles / board.clock_mhz / 1e3, candidates.base, found.sizes, found.takes)
 
 
 def front(found: Sequence[Point], resource: str) -> list[Point]:

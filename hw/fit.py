@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from m3vit.errors import InputError
 from m3vit.hw.boards import BOARDS, BUDGETS, FIXED_DSP, FIXED_LUT, Board, engine_resources, resources
-from m3vit.hw.cost import lines_of
+from m3vit.hw.cost import Assumptions, cycles_of, uniform_queues
 from m3vit.hw.design import SIZES
 from m3vit.hw.hardware import GROUPS, TILES_OUT, Hardware, round_up, row_unit
 from m3vit.hw.isa import Experts, Instruction, Patches, Route
-from m3vit.hw.ops import ENGINES, OPS, needs
+from m3vit.hw.ops import ENGINES, OPS, fetch, needs
 from m3vit.hw.program import MAX_TOKENS
 
 Sizes = Mapping[str, Any]  # fields of Hardware that are fixed
@@ -98,6 +98,14 @@ def unbeaten(options: Iterable[Option]) -> list[Option]:
     return kept
 
 
+class Candidate(NamedTuple):
+    """Sizes of all engines: the cycles of a frame, and what they take."""
+
+    cycles: int
+    takes: dict[str, int]
+    sizes: dict[str, Any]
+
+
 class Candidates:
     """The engines for a program on a board that may be the best at anything: each engine has options of its own, of
     which those that others beat in everything are left out."""
@@ -130,8 +138,8 @@ class Candidates:
         of_others |= {"divided": 1, "finished_in_uram": False}
         return {name: value for name, value in of_others.items() if name not in PARTS[part]}
 
-    def __iter__(self) -> Iterator[tuple[int, Hardware]]:
-        """Yield cycles of a frame and engines that fit."""
+    def __iter__(self) -> Iterator[Candidate]:
+        """Yield the engines that fit."""
         limits = [BUDGETS[kind] * getattr(self.board, kind) for kind in BUDGETS]
         start = [self.least.get(kind, 0) for kind in BUDGETS]
         for tile_out in self.choices["tile_out"]:
@@ -140,7 +148,8 @@ class Candidates:
                 if all(math.ceil(count) <= limit for count, limit in zip(takes, limits, strict=True)):
                     sizes = {name: value for option in chosen for name, value in option.sizes.items()}
                     cycles = self.times.rest_of(self.base) + sum(option.cycles for option in chosen)
-                    yield cycles, replace(self.base, tile_out=tile_out, **sizes)
+                    whole = dict(zip(BUDGETS, map(math.ceil, takes), strict=True))
+                    yield Candidate(cycles, whole, {"tile_out": tile_out, **sizes})
 
     def smallest(self) -> Hardware | None:
         """Return the engines of the smallest sizes, whether they fit or not; None: none go together."""
@@ -162,12 +171,13 @@ class FrameTimes:
         self.known: dict[tuple[Any, ...], int] = {}
         # Equal instructions cost the same wherever they read and write; experts, with the queues of the router before.
         self.kinds: dict[tuple[Any, ...], list[Any]] = {}
-        route: Instruction | None = None
+        route: Route | None = None
         for i in program:
             route = i if isinstance(i, Route) else route
             of_size = tuple((name, value) for name, value in vars(i).items() if name not in PLACES)
-            entry = self.kinds.setdefault((i.op, *of_size), [[route, i] if isinstance(i, Experts) else [i], 0])
-            entry[1] += 1
+            queue = uniform_queues(route.rows, route.n_in, route.top_k) if route and isinstance(i, Experts) else []
+            entry = self.kinds.setdefault((i.op, *of_size), [i, queue, 0, i.task in (-1, 0)])
+            entry[2] += 1
         self._rest: int | None = None
 
     def part(self, name: str, hardware: Hardware) -> int:
@@ -189,10 +199,15 @@ class FrameTimes:
 
     def _count(self, hardware: Hardware, engines: Sequence[str]) -> int:
         total = 0
-        for instructions, count in self.kinds.values():
-            if OPS[instructions[-1].op].engine in engines:
-                total += count * lines_of(instructions, hardware, self.board)[-1].cycles
+        for instruction, queue, count, runs in self.kinds.values():
+            if OPS[instruction.op].engine in engines:
+                whole = cycles_of(instruction, hardware, self.board, queue) if runs else self.fetched(hardware)
+                total += count * whole
         return total
+
+    def fetched(self, hardware: Hardware) -> int:
+        """Return the cycles of an instruction of another task."""
+        return fetch(hardware, Assumptions().timing)
 
 
 def check_tokens(tokens: int) -> None:
@@ -219,10 +234,11 @@ def fit(
     """
     hardware = least_hardware([*program, *others], weight_bits, act_bits, board)
     check_tokens(hardware.max_rows)
-    best = min(Candidates(program, hardware, board, fixed), key=lambda found: found[0], default=None)
+    candidates = Candidates(program, hardware, board, fixed)
+    best = min(candidates, key=lambda found: found.cycles, default=None)
     if best is None:
         raise _nothing_fits(program, hardware, board, fixed)
-    return best[1]
+    return replace(candidates.base, **best.sizes)
 
 
 def _fits_any(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> bool:

@@ -9,8 +9,8 @@ itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from m3vit.hw.hardware import BATCH, LEAST_TURN, PACKED_PROB_FRAC, STAGES, Hardware
 from m3vit.hw.isa import (
@@ -34,6 +34,7 @@ from m3vit.hw.isa import (
     Position,
     Route,
 )
+from m3vit.hw.opspec import LOOPS, Bytes, Engine, OnChip, OpSpec, Queue, Timing
 from m3vit.hw.tables import PROB_FRAC, TABLES
 
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
@@ -51,62 +52,6 @@ _GELU = next(table for table in TABLES if table.name == "gelu_gap")
 GELU_BITS, GELU_ENTRIES = max(_GELU.values()).bit_length(), _GELU.intervals + 1
 TABLE_BITS = max(value.bit_length() for table in TABLES for value in table.values())
 EXP_ENTRIES = min(table.intervals for table in TABLES) + 1  # of all tables but GELU's
-
-Queue = Sequence[int]
-Bytes = dict[str, int]
-
-
-class Timing(NamedTuple):
-    """Cycles that each entry of a pipelined loop costs beside its trips; reads, writes: if it begins bursts of them."""
-
-    depth: int = 0
-    read: int = 0
-    write: int = 0
-
-    def loop(self, trips: int, ii: int = 1, reads: bool = False, writes: bool = False, after: int = 0) -> int:
-        """Return the cycles of one pass of a pipelined loop; after: cycles of its trips after the last write."""
-        return trips * ii + self.depth + reads * self.read + writes * max(0, self.write - after)
-
-
-LOOPS = Timing()  # trips alone
-
-
-class OnChip(NamedTuple):
-    """Memories of one shape: how many, bits a word, words; "any": in LUTs if they are few words, else in BRAM."""
-
-    name: str
-    copies: int
-    bits: int
-    words: int
-    kind: str = "any"  # or lut, bram, uram
-
-
-class Engine(NamedTuple):
-    """A part of the hardware, of which there is one: its memories and multipliers for a configuration.
-
-    dsps: what products beside the array take. shifters: values that are rounded and held side by side in a cycle.
-    luts: what takes LUTs in other ways.
-    """
-
-    memories: Callable[[Hardware], list[OnChip]]
-    multipliers: Callable[[Hardware], int] = lambda h: 0
-    dsps: Callable[[Hardware], int] = lambda h: 0
-    shifters: Callable[[Hardware], int] = lambda h: 0
-    luts: Callable[[Hardware], int] = lambda h: 0
-
-
-class OpSpec(NamedTuple):
-    """An opcode: its fields, the engine that it runs on (a key of ENGINES), its cycles and the bytes by port.
-
-    needs: the least buffers of Hardware for an instruction, but for max_rows. macs: multiply-accumulates.
-    """
-
-    instruction: type[Instruction]
-    engine: str
-    cycles: Callable[[Any, Hardware, Queue, Timing], int]
-    traffic: Callable[[Any, Hardware, Queue], Bytes]
-    needs: Callable[[Any], dict[str, int]] = lambda i: {}
-    macs: Callable[[Any, Queue], int] = lambda i, queue: 0
 
 
 def _tables(copies: int) -> OnChip:
@@ -363,26 +308,53 @@ def _result_words(tile: Tile, h: Hardware) -> int:
     return _words(h, tile.outputs, h.act_word if tile.mode == Mode.NARROW else WIDE_BITS)
 
 
+def _alike(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue) -> Iterator[tuple[list[Tile], int]]:
+    """Yield the tiles of each expert that has other tokens than those before, and how many have as many; of other
+    instructions all tiles."""
+    if not isinstance(i, Experts):
+        yield list(tiles(i, h)), 1
+        return
+    for tokens in dict.fromkeys(queue):
+        yield list(tiles(i, h, [tokens])), list(queue).count(tokens)
+
+
 def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, t: Timing) -> int:
     """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
-    bits = GATE_BITS if isinstance(i, Gate) else h.weight_word
-    loads, spans, idle, reading = [], [], [], []  # idle: steps after the last result
-    for tile in tiles(i, h, queue):
-        params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-        rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
-        loads.append(max(rows * (tile.n_in // h.values(bits)), params))
-        span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
-        if tile.fresh:
-            ports = 1 if isinstance(i, Conv) or h.tile_in == h.values(h.act_word) else 2
-            span, ahead = max(span, tile.n_in // h.values(h.act_word) // ports, LEAST_SPAN), LEAD * ports
-        spans.append((tile.tokens + 1 + ahead) * span)
-        idle.append(span - _results(tile, h))
-        reading.append(tile.fresh or tile.adds)  # beside the next tile
-    cycles = t.loop(loads[0] if loads else 0, reads=True)
-    for span, rest, reads, following in zip(spans, idle, reading, [*loads[1:], 0], strict=False):
-        trips = max(span, following)
-        cycles += t.loop(trips, reads=reads or following > 0, writes=True, after=trips - span + rest)
-    return cycles
+    bits = h.values(GATE_BITS if isinstance(i, Gate) else h.weight_word)
+    narrow = h.values(h.act_word)
+    known: dict[Tile, tuple[int, int, int]] = {}
+
+    def counted(tile: Tile) -> tuple[int, int, int]:
+        """Return the steps that load a tile, those that work on it, and of these those after the last result."""
+        if tile not in known:
+            params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
+            rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
+            span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
+            if tile.fresh:
+                ports = 1 if isinstance(i, Conv) or h.tile_in == narrow else 2
+                span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
+            steps = (tile.tokens + 1 + ahead) * span
+            known[tile] = max(rows * (tile.n_in // bits), params), steps, span - _results(tile, h)
+        return known[tile]
+
+    def worked(tile: Tile, following: int) -> int:
+        """Return the cycles of a tile beside which the next one is loaded."""
+        reads = tile.fresh or tile.adds or following > 0
+        _, steps, rest = counted(tile)
+        trips = max(steps, following)
+        return t.loop(trips, reads=reads, writes=True, after=trips - steps + rest)
+
+    # The first tile of any expert takes the same to load, and one expert's last tile is followed by another's first.
+    cycles, first, last = 0, 0, None
+    for group, times in _alike(i, h, queue):
+        first = counted(group[0])[0]
+        following = [counted(tile)[0] for tile in group[1:]] + [first]
+        cycles += times * sum(worked(tile, loads) for tile, loads in zip(group, following, strict=True))
+        if not isinstance(i, Experts) or group[0] == next(tiles(i, h, queue[-1:])):
+            last = group[-1]
+    if last is not None:
+        cycles += worked(last, 0) - worked(last, first)
+    return cycles + t.loop(first, reads=True)
 
 
 def inside(i: Conv) -> int:
@@ -395,11 +367,11 @@ def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue 
     weights, bits = ("gates", GATE_BITS) if isinstance(i, Gate) else ("weights", h.weight_word)
     act = h.act_word // 8
     moved = dict.fromkeys(PORTS, 0)
-    for tile in tiles(i, h, queue):
-        results = tile.tokens * _result_words(tile, h)
-        moved[weights] += tile.outputs * tile.n_in * bits // 8
-        moved["params"] += _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
-        moved["narrow_read"] += tile.fresh * tile.tokens * tile.n_in * act
+    for tile, times in ((tile, times) for group, times in _alike(i, h, queue) for tile in group):
+        results = times * tile.tokens * _result_words(tile, h)
+        moved[weights] += times * tile.outputs * tile.n_in * bits // 8
+        moved["params"] += times * _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
+        moved["narrow_read"] += times * tile.fresh * tile.tokens * tile.n_in * act
         moved["wide_read"] += tile.adds * _bytes(h, results)
         if tile.mode == Mode.OUTPUT:
             moved["output"] += results * WORD_BYTES

@@ -502,7 +502,7 @@ module m3vit_experts #(
     logic passing, multiplies, writes, last, room, may, odd;
     logic [1:0] fills;                      // words of inputs that a step reads
     logic [6:0] out_held, wide_held, more_held, promised;  // words of results; those that steps will give
-    logic [7:0] olds_promised;              // words of wide_in that steps will take
+    logic [7:0] olds_promised, mores_promised;  // words of wide_in, more_wide_in that steps will take
     logic out_push, more_push, old_pop, more_pop;
     assign steps = now_inputs / 16'(TILE_IN);
     assign reads = now_fresh ? input_words / 16'(PORTS) : 0;  // of a token, in a pass over its steps
@@ -526,7 +526,7 @@ module m3vit_experts #(
     assign room = (now_second ? wide_held : out_held) + promised < 7'(OUT_DEPTH)
                && more_held + promised < 7'(OUT_DEPTH);
     assign may = (fills & ~in_valid[1:0]) == 0
-              && (!writes || (room && (!now_second || (in_held[2] > olds_promised && (!more || in_held[3] > olds_promised)))))
+              && (!writes || (room && (!now_second || (in_held[2] > olds_promised && (!more || in_held[3] > mores_promised)))))
               && (!loading || !load_more || load_ready);
     assign step = state == STEPS && may && !steps_end;
     assign steps_end = state == STEPS && !passing && !(loading && load_more);
@@ -574,9 +574,11 @@ module m3vit_experts #(
         if (reset) begin
             promised <= 0;
             olds_promised <= 0;
+            mores_promised <= 0;
         end else begin
             promised <= promised + 7'(step && writes && completes) - 7'(out_push);
             olds_promised <= olds_promised + 8'(step && writes && now_second) - 8'(old_pop);
+            mores_promised <= mores_promised + 8'(step && writes && more) - 8'(more_pop);
         end
     end
 

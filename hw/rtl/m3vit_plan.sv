@@ -29,6 +29,7 @@ module m3vit_plan #(
     output logic [      15:0] count
 );
     localparam int SHIFT = $clog2(TOKEN_BLOCK);
+    localparam int BITS = SHIFT + 1;
     typedef enum logic [1:0] {
         IDLE,
         SEEK,
@@ -74,12 +75,12 @@ module m3vit_plan #(
                     row <= 0;
                     tokens <= seen;
                     block <= seen;
-                    bit_ <= 17;
+                    bit_ <= BITS + 1;
                     if (16'(expert) == experts) state <= IDLE;
                     else if (seen == 0) expert <= expert + 1;
                     else state <= seen > 16'(TOKEN_BLOCK) ? DIVIDE : READY;
                 end
-                DIVIDE: begin  // tokens over blocks, rounded up: a bit a cycle
+                DIVIDE: begin  // tokens over blocks, rounded up, which is TOKEN_BLOCK at most: a bit a cycle
                     bit_ <= bit_ - 1;
                     block <= divided[15:0];
                     if (bit_ == 0) state <= READY;
@@ -102,7 +103,7 @@ module m3vit_plan #(
             endcase
     end
     always_ff @(posedge clk) begin
-        if (state == DIVIDE && bit_ == 17) divided <= {16'd0, tokens + blocks - 16'd1};
+        if (state == DIVIDE && bit_ == BITS + 1) divided <= {16'd0, tokens + blocks - 16'd1} << (16 - BITS);
         else if (divided[31:15] >= 17'(blocks)) divided <= {divided[30:15] - blocks, divided[14:0], 1'b1};
         else divided <= {divided[30:0], 1'b0};
     end

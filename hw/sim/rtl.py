@@ -41,10 +41,29 @@ RATE_UNIT = 256  # of the model's rate: parts of a byte
 ADDRESSES = 2  # products that addresses take: a token's row times the pitch, in and out
 GATES, QUEUES = "gates of two tiles", "choices, queues"  # memories of m3vit.hw.ops
 # Modules of which there are many stay functions: a tenth of the code. The model's own warnings are lint.
-VERILATED = ("--cc", "--top-module", TOP, "--prefix", f"V{TOP}", "-O3", "--inline-mult", "1", "--x-assign", "fast")
+VERILATED: tuple[str, ...] = (
+    "--cc",
+    "--top-module",
+    TOP,
+    "--prefix",
+    f"V{TOP}",
+    "-O3",
+    "--inline-mult",
+    "1",
+    "--x-assign",
+    "fast",
+)
 VERILATED += ("--x-initial", "fast", "--noassert", "-Wno-fatal", "-Wno-lint", "-Wno-style")
-FLAGS = ("-O1", "-std=c++17", "-w", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TRACE=0")
-LEAST = ("proc", "opt_expr", "opt_clean", "opt_muxtree", "opt_reduce -fine", "opt_merge -share_all", "opt_expr")
+FLAGS = ("-O3", "-std=c++17", "-w", "-DVM_COVERAGE=0", "-DVM_SC=0", "-DVM_TRACE=0")
+LEAST: tuple[str, ...] = (
+    "proc",
+    "opt_expr",
+    "opt_clean",
+    "opt_muxtree",
+    "opt_reduce -fine",
+    "opt_merge -share_all",
+    "opt_expr",
+)
 LEAST += ("wreduce", "opt_clean")
 LUT_MEMORIES = {"RAM32M16": 8, "RAM64M8": 8, "RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2}  # LUTs of each
 
@@ -107,6 +126,8 @@ def write_sources(folder: Path, hardware: Hardware) -> list[str]:
 def build(folder: Path, hardware: Hardware) -> Path:
     """Build the engine of a configuration with its bench into a folder, and return the bench's path."""
     verilator = find_tool("verilator")
+    if hardware.token_block & hardware.token_block - 1:
+        raise InputError(f"token_block {hardware.token_block}: the RTL takes powers of two")
     what, folder = "building the RTL's bench", folder.resolve()
     names = write_sources(folder, hardware)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -181,7 +202,8 @@ def modelled(hardware: Hardware) -> Resources:
     used = [taken(memory) for memory in parts]
     addresses = ADDRESSES + (hardware.weight_ports == 2)
     dsp = linear.multipliers(hardware) + linear.dsps(hardware) + addresses
-    return Resources(dsp, 2 * sum(one["bram36"] for one in used), sum(one["uram"] for one in used))
+    halves, urams = (sum(one[kind] for one in used) for kind in ("bram36", "uram"))
+    return Resources(dsp, round(2 * halves), round(urams))
 
 
 @dataclass
@@ -234,8 +256,8 @@ def run(bench: Path, layer: Layer, assumed: Timed) -> Result:
         bases[name] = len(memory)
         memory += values.tobytes()
     memory += bytes(PAGE)
-    names = ("experts", "n_in", "n_out", "src", "src_pitch", "dst", "dst_pitch", "weights", "weights_step")
-    names += ("params", "params_step", "hidden", "hidden_pitch", "gelu_in", "gelu_out")
+    names: tuple[str, ...] = ("experts", "n_in", "n_out", "src", "src_pitch", "dst", "dst_pitch", "weights")
+    names += ("weights_step", "params", "params_step", "hidden", "hidden_pitch", "gelu_in", "gelu_out")
     job = {name: getattr(i, name) for name in names} | {f"{name}_base": at for name, at in bases.items()}
     rate = assumed.bandwidth_gb_s * 1e3 * assumed.base.efficiency / assumed.clock_mhz  # bytes a cycle
     moved = 3 * len(memory) + 64 * layer.experts.size * (i.n_in + i.n_out)

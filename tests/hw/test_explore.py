@@ -73,7 +73,9 @@ def test_the_fastest_is_the_fastest_of_all(monkeypatch: pytest.MonkeyPatch) -> N
     board = design_of("kv260").target
     program = programs(8, 8, board.port_bits)
     least = least_hardware(program, 8, 8, board)
-    found = list(Candidates(program, least, board, {}))
+    candidates = Candidates(program, least, board, {})
+    found = [(one.cycles, replace(candidates.base, **one.sizes)) for one in candidates]
+    assert all(resources(h) == one.takes for one, (_, h) in zip(candidates, found, strict=True))
     assert all(
         fits(h, board) and cycles == sum(line.cycles for line in lines_of(program, h, board)) for cycles, h in found
     )

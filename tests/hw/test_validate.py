@@ -57,6 +57,6 @@ def test_the_command(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["hold"] and {row["unit"] for row in found["rows"]} == {"ms", "MiB", ""}
     wrong = Row("a row", "ms", 2.0, "modelled", 1.0, "measured by its authors", -0.1, 0.1)
-    monkeypatch.setattr("m3vit.hw.validate.validate", lambda _: [wrong])
+    monkeypatch.setattr("m3vit.hw.validate.validate", lambda *_: [wrong])
     done = cli("hw", "validate")
     assert done.returncode == 1 and "OUT" in done.stdout and "1 are out" in done.stdout

@@ -24,6 +24,7 @@ from m3vit.hw.timed import Trace, evaluate
 FOLDER = "rtl"
 NOTE = "RTL (Verilator): the expert engine by hand; nothing was synthesised by Vitis HLS, nothing ran on a board"
 LOOPS = ("linear_first", "compute_step")
+UNBOUNDED = 1e4  # GB/s: ports alone bound
 DEPTHS: Mapping[str, int] = MappingProxyType(dict(zip(LOOPS, (rtl.FIRST_DEPTH, rtl.STEP_DEPTH), strict=True)))
 
 
@@ -53,10 +54,11 @@ def simulate(
 ) -> dict[str, Any]:
     """Run the layers with experts (or one, from 1 on) of the first stored image for a task (default: the first).
 
-    Returns JSON values: of each layer the words that are not the emulator's, and its cycles: RTL, timed C-simulation
-    with the RTL's depths and as it is assumed, and modelled. The timed C-simulation that was recorded is evaluated; one
-    is recorded if there is none. synth: also the resources by Yosys beside the closed form. Raises InputError for
-    another schedule's project, and without Verilator.
+    Returns JSON values: of each layer the words that are not the emulator's, and its cycles: RTL and timed C-simulation
+    with the RTL's depths, with a memory that is no bound and (at_bandwidth) with the board's; timed C-simulation as it
+    is assumed, and modelled. The timed C-simulation that was recorded is evaluated; one is recorded if there is none.
+    synth: also the resources by Yosys beside the closed form. Raises InputError for another schedule's project, and
+    without Verilator.
     """
     manifest, changed = open_project(project)
     if manifest.get("schedule") != "multiplexed":
@@ -80,8 +82,13 @@ def simulate(
         bench = rtl.build(folder, hardware)
         trace = Trace.read(project / TRACE).of_frame(place)  # the first image's frames come first, a task each
         assumed, design = assumptions(project, manifest)
+        # The RTL waits for each word where it needs it; timed C-simulation has the memory's bandwidth for a whole pass
+        # alone. So both are compared with ports alone, too.
+        own_depths = replace(assumed, depths=DEPTHS)
+        unbounded = replace(own_depths, bandwidth_gb_s=UNBOUNDED)
         cycles = {
-            "timed": evaluate(trace, hardware, replace(assumed, depths=DEPTHS)).total,
+            "timed": evaluate(trace, hardware, unbounded).total,
+            "timed_at_bandwidth": evaluate(trace, hardware, own_depths).total,
             "timed_as_assumed": evaluate(trace, hardware, assumed).total,
         }
         loops = np.isin(trace.records["loop"], [trace.loops.index(loop) for loop in LOOPS])
@@ -94,19 +101,24 @@ def simulate(
             if layer not in (None, number):
                 continue
             progress(number - 1, count, "RTL")
-            result = rtl.run(bench, one, assumed)
+            result, slower = (rtl.run(bench, one, memory) for memory in (unbounded, own_depths))
             own = loops & (trace.records["pc"] == pc)
             passes = cycles["timed"][own]
             modelled = ops.OPS[one.instruction.op].cycles(one.instruction, hardware, one.queue, assumed.base.timing)
-            timed, as_assumed = (int(values[own].sum()) for values in cycles.values())
+            timed, at_bandwidth, as_assumed = (int(values[own].sum()) for values in cycles.values())
             layers.append(
                 {
                     "layer": number,
                     "pc": pc,
                     "tokens": one.queue,
-                    "different": different(one, expected, result),
+                    "different": different(one, expected, result) + different(one, expected, slower),
                     "cycles": result.cycles,
                     "timed_cycles": timed,
+                    "at_bandwidth": {
+                        "cycles": slower.cycles,
+                        "timed_cycles": at_bandwidth,
+                        "difference": slower.cycles / at_bandwidth - 1,
+                    },
                     "timed_as_assumed_cycles": as_assumed,
                     "modelled_cycles": modelled,
                     "difference": result.cycles / timed - 1,

@@ -8,7 +8,8 @@ import pytest
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.timing import evaluated, record, recorded, summary
-from m3vit.hw.validate import all_hold, validate
+from m3vit.hw.sim.rtl import find_tool
+from m3vit.hw.validate import all_hold, rtl_rows, validate
 from tests.conftest import Cli
 from tests.export.models import TASKS
 from tests.export.multiplexed.test_edits import edit, quick_builds
@@ -110,3 +111,29 @@ def test_a_report_of_vitis_takes_the_place_of_what_was_assumed(cli: Cli, timed: 
     )
     done = cli("hw", "report", timed, "--csynth", tmp_path / "csynth.xml")
     assert done.returncode == 2 and "none of the loops of the engines" in done.stderr
+
+
+def test_the_rtl_of_its_experts(cli: Cli, timed: Path, spatial: Path, tmp_path: Path) -> None:
+    """Words of the emulator and cycles of timed C-simulation, on exported weights and the routing of an image."""
+    try:
+        find_tool("verilator")
+    except InputError as error:
+        pytest.skip(str(error))
+    out = tmp_path / "rtl.json"
+    done = cli("hw", "rtl", timed, "--json", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    (layer,) = found["layers"]
+    assert layer["different"] == 0 and sum(layer["tokens"]) == 2 * 13 and layer["tokens"] in found["queues_recorded"]
+    assert abs(layer["difference"]) < 0.005 and abs(layer["at_bandwidth"]["difference"]) < 0.05
+    assert layer["timed_cycles"] > layer["timed_as_assumed_cycles"]
+    assert "RTL (Verilator)" in done.stdout and "compute_step 38" in done.stdout
+    assert all_hold(validate(engines={"project": found}))
+    assert not all_hold(list(rtl_rows("project", {**found, "layers": [{**layer, "cycles": layer["cycles"] * 1.01}]})))
+    for words, message in (
+        ([timed, "--layer", "2"], "--layer 2: give 1 to 1"),
+        ([timed, "--task", "sky"], f"--task sky: choose from {', '.join(TASKS)}"),
+        ([spatial], "the RTL is of --schedule multiplexed"),
+    ):
+        done = cli("hw", "rtl", *words)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
