@@ -121,8 +121,8 @@ class Candidates:
             for kind, count in engine_resources(engine, self.base).items():
                 self.least[kind] = self.least.get(kind, 0) + count
 
-    def options(self, part: str, tile_out: int) -> list[Option]:
-        """Return the options of one engine beside an array."""
+    def options(self, part: str, tile_out: int, timed: bool = True) -> list[Option]:
+        """Return the options of one engine beside an array: those that fit by themselves, or untimed all."""
         found = []
         for values in product(*(self.choices[name] for name in PARTS[part])):
             sizes = dict(zip(PARTS[part], values, strict=True))
@@ -130,7 +130,10 @@ class Candidates:
             # What other engines have must not forbid it: the least of these always goes.
             if possible(replace(size, **self._harmless(part, size)), self.board):
                 takes = engine_resources(ENGINES[part], size)
-                found.append(Option(self.times.part(part, size), tuple(takes[kind] for kind in BUDGETS), sizes))
+                fits_alone = all(count <= BUDGETS[kind] * getattr(self.board, kind) for kind, count in takes.items())
+                if not timed or fits_alone:
+                    cycles = self.times.part(part, size) if timed else 0
+                    found.append(Option(cycles, tuple(takes[kind] for kind in BUDGETS), sizes))
         return unbeaten(found)
 
     def _harmless(self, part: str, size: Hardware) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class Candidates:
     def smallest(self) -> Hardware | None:
         """Return the engines of the smallest sizes, whether they fit or not; None: none go together."""
         for tile_out in reversed(self.choices["tile_out"]):
-            parts = [self.options(part, tile_out) for part in PARTS]
+            parts = [self.options(part, tile_out, timed=False) for part in PARTS]
             if all(parts):
                 chosen = [min(options, key=lambda one: one.takes) for options in parts]
                 sizes = {name: value for option in chosen for name, value in option.sizes.items()}
