@@ -74,20 +74,21 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         normals = torch.nn.functional.normalize(torch.randn(batch, 3, height, width), dim=1)
         labels[task] = {"depth": torch.rand(shape) + 1, "normals": normals}.get(task, classes)
     images, labels = fabric.to_device((torch.randn(batch, 3, height, width), labels))
-    times = []
+    times, processor = [], 0.0
     for step in range(args.steps + 1):  # the first warms up
-        start = time.perf_counter()
+        start, begin = time.perf_counter(), time.process_time()
         stepper.gradients(step, images, labels)
         stepper.clip()
         stepper.optimizer.step()
         if fabric.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+        processor += (time.process_time() - begin) * bool(step)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     if fabric.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     leave_group()
-    return {"peak_mib": peak, "s_per_step": sum(times[1:]) / args.steps}
+    return {"peak_mib": peak, "s_per_step": sum(times[1:]) / args.steps, "cpu_s_per_step": processor / args.steps}
 
 
 def main() -> None:
@@ -109,10 +110,13 @@ def main() -> None:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "2 proc" in way else []
         found = results["ways"][way] = child([*sys.argv[1:], "--way", way], torchrun)
         plain = results["ways"].get("plain", found)
-        found["memory_ratio"], found["time_ratio"] = (found[k] / plain[k] for k in ("peak_mib", "s_per_step"))
+        found["memory_ratio"], found["time_ratio"], found["cpu_ratio"] = (
+            found[key] / plain[key] for key in ("peak_mib", "s_per_step", "cpu_s_per_step")
+        )
+        cpu = f"{found['cpu_s_per_step']:.2f} s of the processor (x{found['cpu_ratio']:.2f})"
         print(
             f"{way}: {found['peak_mib']:.0f} MiB (x{found['memory_ratio']:.2f}), {found['s_per_step']:.2f} s a step "
-            f"(x{found['time_ratio']:.2f})",
+            f"(x{found['time_ratio']:.2f}), {cpu}",
             flush=True,
         )
     save(args.json, results)

@@ -345,6 +345,7 @@ def create_app(package: Package, tasks: list[str], limits: Limits, hosts: Hosts 
             "budgets": package.budgets,
             "budget": package.manifest.get("budget"),
             "fallback": limits.fallback,
+            "macs": {name: sum(package.of(name).entry(task)["macs"] for task in tasks) for name in package.budgets},
         }
 
     @app.get("/metrics", summary="Prometheus metrics.")

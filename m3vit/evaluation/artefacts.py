@@ -12,8 +12,6 @@ from m3vit.collectives import world_size
 from m3vit.errors import InputError, short
 from m3vit.evaluation.evaluate import Predictor, normalised, torch_predictor
 from m3vit.evaluation.protocols import NetworkImage
-from m3vit.export.runtime.manifest import budgets_of
-from m3vit.export.runtime.manifest import read_manifest as read_package_manifest
 from m3vit.export.runtime.package import MANIFEST as PACKAGE_MANIFEST
 from m3vit.export.runtime.package import NotFinite, Package
 from m3vit.hw.manifest import budget_names, find_budget
@@ -116,7 +114,9 @@ def is_export(folder: Path) -> bool:
 def own_budget(export: Path) -> str:
     """Return the name of the budget that an export runs unless told otherwise; empty for one without a name."""
     if (export / PACKAGE_MANIFEST).is_file():
-        return next(iter(budgets_of(read_package_manifest(export))), "")
+        from m3vit.export.runtime.manifest import budgets_of, read_manifest
+
+        return next(iter(budgets_of(read_manifest(export))), "")
     return budget_names(csim.read_manifest(export))[0]
 
 

@@ -90,12 +90,14 @@ class Dispatch(NamedTuple):
         return shares_NE.scatter_add_(1, self.expert_ids_NK, weights_NK)
 
 
-def dispatch(expert_ids_NK: Tensor, num_experts: int) -> Dispatch:
+def dispatch(expert_ids_NK: Tensor, num_experts: int, used_NK: Tensor | None = None) -> Dispatch:
     """Group (token, slot) pairs by expert; tokens keep their order within an expert. A pure function.
 
+    Pairs that are not `used` (bool; None: all are) come after those of the last expert: they are of none.
     Nothing in it waits for a GPU (torch.bincount does).
     """
-    ids_S, order_S = expert_ids_NK.flatten().sort(stable=True)
+    ids_NK = expert_ids_NK if used_NK is None else expert_ids_NK.masked_fill(~used_NK, num_experts)
+    ids_S, order_S = ids_NK.flatten().sort(stable=True)
     place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(order_S.numel(), device=order_S.device))
     experts_E = torch.arange(num_experts, device=order_S.device)
     ends_E = torch.searchsorted(ids_S, experts_E, right=True, out_int32=True)
@@ -212,9 +214,10 @@ class _Sorted:
 
     @staticmethod
     def forward(groups: Dispatch, x_ND: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, list[Tensor]]:
-        hidden, out_SD = [], x_ND.new_empty(len(groups.token_S), x_ND.shape[1])
+        hidden, out_SD, rows = [], x_ND.new_empty(len(groups.token_S), x_ND.shape[1]), slice(0, 0)
         for expert, rows in groups.slices():
             hidden.append(mlp_rows(OneExpert(groups, expert, rows), x_ND, w1, b1, w2, out_SD[rows])[1])
+        out_SD[rows.stop :] = 0  # of no expert
         return out_SD, hidden
 
     @staticmethod
@@ -223,9 +226,12 @@ class _Sorted:
     ) -> tuple[Tensor, ...]:
         rowwise = x_ND.new_empty(len(groups.token_S), x_ND.shape[1]), x_ND.new_empty(len(groups.token_S))
         parameters = torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2)
+        rows = slice(0, 0)
         for expert, rows in groups.slices():
             on, out = OneExpert(groups, expert, rows), [*(g[rows] for g in rowwise), *(g[expert] for g in parameters)]
             mlp_rows_backward(on, grad_ND, weights_S1[rows], x_ND, w1, w2, hidden[expert], out)
+        for gradient in rowwise:
+            gradient[rows.stop :] = 0
         return *rowwise, *parameters
 
 
@@ -274,9 +280,15 @@ def _operands(bank: Bank, x_ND: Tensor, weights_NK: Tensor) -> list[Tensor]:
 
 
 @torch.compiler.disable
-def run_sorted(bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor) -> Tensor:
-    """Return sum_k weights[n, k] * expert(ids[n, k])(x[n]), shape [N, D]: each expert runs once, on its own tokens."""
-    return _Experts.apply(_Sorted, dispatch(expert_ids_NK, len(bank.w1)), *_operands(bank, x_ND, weights_NK))
+def run_sorted(
+    bank: Bank, x_ND: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor, used_NK: Tensor | None = None
+) -> Tensor:
+    """Return sum_k weights[n, k] * expert(ids[n, k])(x[n]), shape [N, D]: each expert runs once, on its own tokens.
+
+    used: bool, False where a weight is 0 and nothing need be computed; None: everywhere True.
+    """
+    groups = dispatch(expert_ids_NK, len(bank.w1), used_NK)
+    return _Experts.apply(_Sorted, groups, *_operands(bank, x_ND, weights_NK))
 
 
 @torch.compiler.disable

@@ -11,6 +11,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from m3vit.models.moe import MoELayer, first_units
+from m3vit.models.slices import first
 
 
 def mlp_width(block: Any) -> int | None:
@@ -42,9 +43,9 @@ def first_units_of(block: Any, width: int | None) -> Iterator[None]:
 
 
 def _forward(mlp: Any, width: int, x: Tensor) -> Tensor:
-    bias = None if mlp.fc1.bias is None else mlp.fc1.bias[:width]
-    hidden = mlp.drop1(mlp.act(F.linear(x, mlp.fc1.weight[:width], bias)))
-    return mlp.drop2(F.linear(hidden, mlp.fc2.weight[:, :width], mlp.fc2.bias))  # type: ignore[no-any-return]
+    bias = None if mlp.fc1.bias is None else first(mlp.fc1.bias, 0, width)
+    hidden = mlp.drop1(mlp.act(F.linear(x, first(mlp.fc1.weight, 0, width), bias)))
+    return mlp.drop2(F.linear(hidden, first(mlp.fc2.weight, 1, width), mlp.fc2.bias))  # type: ignore[no-any-return]
 
 
 def cut(model: Any, widths: Mapping[int, int]) -> Any:
@@ -62,8 +63,8 @@ def cut(model: Any, widths: Mapping[int, int]) -> Any:
             for name in ("w1", "b1", "w2"):
                 setattr(mlp.experts, name, nn.Parameter(getattr(bank, name).detach().clone()))
             continue
-        first, second = mlp.fc1, mlp.fc2
-        bias = None if first.bias is None else nn.Parameter(first.bias[:width].detach().clone())
-        first.weight, first.bias, first.out_features = nn.Parameter(first.weight[:width].detach().clone()), bias, width
+        one, second = mlp.fc1, mlp.fc2
+        bias = None if one.bias is None else nn.Parameter(one.bias[:width].detach().clone())
+        one.weight, one.bias, one.out_features = nn.Parameter(one.weight[:width].detach().clone()), bias, width
         second.weight, second.in_features = nn.Parameter(second.weight[:, :width].detach().clone()), width
     return small

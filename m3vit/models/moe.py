@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from m3vit.models.budget import LayerBudget, Use
 from m3vit.models.experts import EXECUTIONS, Bank, ExpertBank, choose_execution, run_reference
 from m3vit.models.router import Router, Routing, route
+from m3vit.models.slices import first
 
 TaskIds = tuple[int, ...] | Tensor  # a tensor, int64 [1], picks the one task when an exported graph runs
 
@@ -46,7 +47,12 @@ class MoELayer(nn.Module):
         x_ND = x_RND.reshape(-1, D)
         bank = self.experts if uses is None else first_units(self.experts, uses[0].width)
         execution = choose_execution(self.execution, bank, x_ND)
-        y = EXECUTIONS[execution](bank, x_ND, weights_NK, ids_NK)
+        # Where tasks differ in their top-k, all have as many slots as the most: the sorted execution leaves out those
+        # that are not used. A grouped GEMM computes all rows that it is given.
+        used: dict[str, Tensor] = {}
+        if routing.used_RK is not None and execution == "sorted":
+            used["used_NK"] = routing.used_RK[:, None].expand_as(routing.expert_ids_RNK).flatten(0, 1)
+        y = EXECUTIONS[execution](bank, x_ND, weights_NK, ids_NK, **used)
         return y.view(R, B, T, D), routing
 
     def use(self, budget: LayerBudget) -> Use:
@@ -80,7 +86,7 @@ def first_units(bank: Bank, width: int) -> Bank:
     """Return a bank of the first hidden units of each expert: views of its parameters, to which gradients go."""
     if width == bank.w1.shape[1]:
         return bank
-    return _Weights(bank.w1[:, :width], bank.b1[:, :width], bank.w2[:, :, :width], bank.b2)
+    return _Weights(first(bank.w1, 1, width), first(bank.b1, 1, width), first(bank.w2, 2, width), bank.b2)
 
 
 @torch.library.custom_op("m3vit::moe", mutates_args=())

@@ -22,6 +22,7 @@ from m3vit.label_sets import resolve
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing
+from m3vit.models.slices import gradients_in_place
 from m3vit.training.budgets import Whole, left_out, of_step, output_distance, space, token_distance
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
@@ -278,11 +279,14 @@ class Stepper:
                 last = place == len(parts) - 1 and number == len(budgets) - 1
                 wait = world_size() > 1 and not is_sharded(self.model) and not (reduce and last)
                 keep = self.fabric.no_backward_sync(self.wrapped) if wait else None
+                # Of one process no one else is to be told of gradients.
+                place_of = gradients_in_place if whole is not None and world_size() == 1 else nullcontext
                 with keep or nullcontext():
                     loss, losses, output = self.losses(
                         part, budget, whole, tasks, weights, counts, len(parts), len(budgets)
                     )
-                    self.fabric.backward(loss * (factor / len(budgets)))
+                    with place_of():
+                        self.fabric.backward(loss * (factor / len(budgets)))
                 for name, value in losses.items():
                     share = 1 if whole is None else 1 / (len(budgets) - 1)
                     sums[name] = sums.get(name, 0) + value.detach() * share

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.export.serving import Server, serving
 from tests.export.test_runtime import CHANNELS, make_image, make_package
+from tests.export.test_serve_budgets import make_budgets
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TASKS = list(CHANNELS)
@@ -87,6 +89,7 @@ def test_a_dropped_image_shows_every_task(page: Page, server: Server) -> None:
     data = png(24, 36)
     drop(page, "room.png", data)
     expect(page.locator("#status")).to_have_text("4 predictions are ready.")
+    expect(page.locator("#budgets")).to_be_hidden()
     for task in TASKS:
         expected = server.post(f"/predict/{task}?resize=always", data)[2]
         np.testing.assert_array_equal(shown(page, task), np.asarray(Image.open(io.BytesIO(expected))))
@@ -102,6 +105,27 @@ def test_a_dropped_image_shows_every_task(page: Page, server: Server) -> None:
     expect(page.locator('[data-task="normals"] li')).to_have_count(5)
     expect(page.locator('[data-task="edge"] .ends')).to_contain_text("probability")
     assert page.locator('[data-task="image"] img').evaluate("(image) => image.naturalWidth") == 36
+
+
+def test_a_budget_is_chosen(browser: Browser, tmp_path: Path) -> None:
+    """Of a package with several: the first unless told otherwise, and with another one the pictures are its own."""
+    with serving(make_budgets(tmp_path / "onnx"), "--fallback", "light", "--concurrency", 4) as running:
+        opened = browser.new_page(viewport={"width": 1200, "height": 900})
+        opened.goto(f"http://127.0.0.1:{running.port}/")
+        expect(opened.locator("#budget option")).to_have_text(["full, light under load", "light, 40 % of its compute"])
+        data = png(24, 36)
+        drop(opened, "room.png", data)
+        for name, query in (("full", ""), ("light", "&budget=light")):
+            expect(opened.locator("#status")).to_have_text("4 predictions are ready.")
+            expect(opened.locator('[data-task="depth"] .head span')).to_contain_text(f"{name}, ")
+            expected = running.post(f"/predict/depth?resize=always{query}", data)[2]
+            np.testing.assert_array_equal(shown(opened, "depth"), np.asarray(Image.open(io.BytesIO(expected))))
+            if name == "full":
+                opened.locator("#status").evaluate("(status) => status.textContent = ''")
+                opened.get_by_label("Budget").select_option("light")
+        if folder := os.environ.get("M3VIT_SCREENSHOTS"):
+            opened.screenshot(path=Path(folder) / "budgets.png")
+        opened.close()
 
 
 def test_a_chosen_image_at_its_own_size_and_the_mix(page: Page, server: Server, tmp_path: Path) -> None:

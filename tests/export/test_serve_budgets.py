@@ -67,6 +67,7 @@ def test_a_request_names_its_budget_and_the_answer_says_it(server: Server) -> No
     assert status == 422 and message.endswith("has no budget 'slow': choose from full, light")
     told = json.loads(server.request("GET", "/tasks")[2])
     assert (told["budgets"], told["budget"], told["fallback"]) == (["full", "light"], "full", "light")
+    assert 0 < told["macs"]["light"] < told["macs"]["full"]
 
 
 @pytest.mark.process

@@ -90,3 +90,23 @@ def test_what_is_kept_for_the_gradient() -> None:
             execute(bank, x, weights, ids)
         outside = [value for value in kept if value.is_floating_point() and value.shape[:1] != (E,)]
         assert sum(value.numel() for value in outside) == N * K * 24 + x.numel() + weights.numel()
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_slots_that_are_not_used_are_not_computed(name: str) -> None:
+    """Their weights are 0: results and gradients are those of computing them, but for the gradient of their weights."""
+    generator = torch.Generator().manual_seed(3)
+    ids = ROUTINGS[name](generator)
+    used = torch.rand(ids.shape, generator=generator) < 0.6
+    bank, found = ExpertBank(E, D, H), []
+    for execute, more in ((run_reference, {}), (run_sorted, {"used_NK": used})):
+        x, weights = (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+                      for seed, shape in enumerate([(len(ids), D), ids.shape]))  # fmt: skip
+        bank.zero_grad()
+        y = execute(bank, x, weights * used, ids, **more)
+        (y * torch.linspace(-1, 1, D)).sum().backward()
+        found.append([y, x.grad, weights.grad, *(parameter.grad for parameter in bank.parameters())])
+    for wanted, one in zip(*found, strict=True):
+        torch.testing.assert_close(one, wanted)
+    groups = dispatch(ids, E, used)
+    assert int(groups.ends_E[-1]) == int(used.sum())
