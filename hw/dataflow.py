@@ -82,26 +82,34 @@ class Recording:
     def read(cls, path: Path) -> "Recording":
         """Read what an instrumented program wrote. Raises DeadlockError if it ended in one, InputError for others."""
         try:
-            with open(path, "rb") as file:
-                head = json.loads(file.readline())
-                data = file.read()
-            passes = np.frombuffer(data, PASS, head["passes"])
-            accesses = np.frombuffer(data, ACCESS, head["accesses"], passes.nbytes)
-            fifos = [Fifo(one["name"], one["depth"], one["writer"], one["reader"]) for one in head["fifos"]]
-            recording = cls(
-                fifos,
-                [one["name"] for one in head["processes"]],
-                {loop: (ii, depth, first) for loop, ii, depth, first in head["loops"]},
-                passes,
-                accesses,
-                head["frames"],
-                head["dynamic"],
-                max((one["end"] for one in head["processes"]), default=0),
-                {one["name"]: np.array(one["cycles"]) for one in head["fifos"] if "cycles" in one},
-                {one["name"]: (one["empty"], one["full"]) for one in head["fifos"]},
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls.parse(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        except DeadlockError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a recording of timed C-simulation ({error})") from None
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Recording":
+        """Return what an instrumented program wrote. Raises DeadlockError, and ValueError or the like for others."""
+        line, _, data = content.partition(b"\n")
+        head = json.loads(line)
+        passes = np.frombuffer(data, PASS, head["passes"])
+        accesses = np.frombuffer(data, ACCESS, head["accesses"], passes.nbytes)
+        fifos = [Fifo(one["name"], one["depth"], one["writer"], one["reader"]) for one in head["fifos"]]
+        recording = cls(
+            fifos,
+            [one["name"] for one in head["processes"]],
+            {loop: (ii, depth, first) for loop, ii, depth, first in head["loops"]},
+            passes,
+            accesses,
+            head["frames"],
+            head["dynamic"],
+            max((one["end"] for one in head["processes"]), default=0),
+            {one["name"]: np.array(one["cycles"]) for one in head["fifos"] if "cycles" in one},
+            {one["name"]: (one["empty"], one["full"]) for one in head["fifos"]},
+        )
         if head["deadlock"]:
             raise DeadlockError([Stuck(*one) for one in head["deadlock"]])
         return recording
@@ -127,6 +135,14 @@ class Timing:
     taken: list[np.ndarray]
     stalls: list[tuple[int, int]]
     frames: int
+
+    def held(self) -> list[int]:
+        """Return the most words that each FIFO holds at the beginning of a cycle (0 of those from or to outside)."""
+        most = []
+        for fifo, wrote, taken in zip(self.fifos, self.wrote, self.taken, strict=True):
+            before = np.searchsorted(taken, wrote, side="right")  # taken when a word has been written
+            most.append(int((np.arange(1, len(wrote) + 1) - before).max(initial=0)) if fifo.depth else 0)
+        return most
 
     def of_outputs(self) -> "Outputs":
         """Return when the frames left, by the FIFO that leads outside and ends last."""
