@@ -36,7 +36,7 @@ class Stuck(NamedTuple):
 
     def __str__(self) -> str:
         why = f"full at depth {self.depth}" if self.does == "writes" else "empty"
-        return f"{self.process} {self.does} {self.fifo}, {why}: it waits for {self.waits_for or 'nobody'}"
+        return f"{self.process} {self.does} {self.fifo}, {why}: it waits for {self.waits_for or 'its other end'}"
 
 
 class DeadlockError(InputError):
@@ -44,7 +44,10 @@ class DeadlockError(InputError):
 
     def __init__(self, stuck: Sequence[Stuck]) -> None:
         self.stuck = list(stuck)
-        super().__init__("deadlock: " + "; ".join(map(str, self.stuck)))
+        full = [one for one in self.stuck if one.does == "writes"]
+        rest = len(self.stuck) - len(full)
+        others = f"; {rest} more wait for words" if full and rest else ""
+        super().__init__("deadlock: " + "; ".join(map(str, full or self.stuck)) + others)
 
 
 @dataclass(frozen=True)
