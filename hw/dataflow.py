@@ -269,7 +269,7 @@ def evaluate(
         if needs is not None:
             waiting.setdefault(needs, []).append(number)
     if stuck := [(number, fifo) for fifo, numbers in waiting.items() for number in numbers]:
-        raise DeadlockError([_stuck(recording, fifos, work[number], processes[number], fifo) for number, fifo in stuck])
+        raise DeadlockError([_stuck(recording, fifos, work[n], processes[n], n, fifo) for n, fifo in stuck])
     wrote, taken = ([np.array(cycles, np.int64) for cycles in side] for side in (state.wrote, state.taken))
     return Timing(fifos, wrote, taken, [(empty, full) for empty, full in state.stalls], frames)
 
@@ -337,22 +337,12 @@ def _advance(
         process.at, process.local, process.place = cycle, due, end
 
 
-def _stuck(recording: Recording, fifos: list[Fifo], program: Program, process: _Process, fifo: int) -> Stuck:
-    due = program.local[process.place]
-    write = next(
-        write
-        for local, number, write in zip(program.local, program.fifo, program.write, strict=True)
-        if local == due and number == fifo
-    )
-    other = fifos[fifo].reader if write else fifos[fifo].writer
-    return Stuck(
-        next(
-            name
-            for number, name in enumerate(recording.processes)
-            if number == (fifos[fifo].writer if write else fifos[fifo].reader)
-        ),
-        "writes" if write else "reads",
-        fifos[fifo].name,
-        fifos[fifo].depth,
-        recording.processes[other] if other >= 0 else "",
-    )
+def _stuck(
+    recording: Recording, fifos: list[Fifo], program: Program, process: _Process, number: int, fifo: int
+) -> Stuck:
+    """Return what a process waits for: its next access to a FIFO."""
+    write = program.write[next(p for p in range(process.place, len(program.local)) if program.fifo[p] == fifo)]
+    one = fifos[fifo]
+    other = one.reader if write else one.writer
+    waits_for = recording.processes[other] if other >= 0 else ""
+    return Stuck(recording.processes[number], "writes" if write else "reads", one.name, one.depth, waits_for)

@@ -19,9 +19,7 @@ SETTING = re.compile(r"(\w+)\s*=\s*(\S.*?)(?=\s+\w+\s*=|\s+(?:off|rewind|enable_
 LABEL = re.compile(r"(\w+)\s*:\s*$")
 STREAMS = re.compile(r"^(?:hls\s*::\s*)?stream\s*<")
 # What may be called by a loop that only moves values: streams, conversions, choices.
-MOVING = re.compile(
-    r"read|write|read_nb|write_nb|empty|full|if|for|while|sizeof|min|max|to_raw|from_raw|cast|\w+_[tT]|vec_\w+"
-)
+MOVING = re.compile(r"read|write|read_nb|write_nb|empty|full|if|for|while|sizeof|min|max|to_raw|from_raw|cast|\w+_[tT]")
 MOVES = 3  # stages of a pipeline that only moves values
 
 
@@ -266,6 +264,7 @@ def _computes(body: str) -> bool:
         body = shorter
     loops = r"\b(for|if|while)\s*\([^{};]*?;[^{};]*;[^{}]*?\)|\b(if|while)\s*\([^{};]*\)|^\s*#[^\n]*"
     body = _without_arguments(re.sub(loops, "", body, flags=re.MULTILINE))
+    body = re.sub(r"\b(?!return\b|else\b)\w+\s+\w+\s*\(", "(", body)  # what is declared is not called
     return re.search(r"[\w)]\s*[*/%]=?\s*[\w(]", body) is not None or any(
         not MOVING.fullmatch(name) for name in re.findall(r"(\w+)\s*\(", body)
     )
