@@ -219,6 +219,8 @@ def programs(recording: Recording, loops: Mapping[int, tuple[int, int]] = Mappin
 
 def _begins(own: np.ndarray, ii: int, trips: int) -> np.ndarray:
     """Return when each iteration of a pass begins: II apart, or as often as it accesses one FIFO."""
+    if not len(own):
+        return ii * np.arange(trips)
     gaps = np.full(trips, ii, np.int64)
     pairs, times = np.unique(np.stack([own["iteration"], own["fifo"]]), axis=1, return_counts=True)
     np.maximum.at(gaps, pairs[0], times)
