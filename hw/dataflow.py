@@ -36,7 +36,7 @@ class Stuck(NamedTuple):
 
     def __str__(self) -> str:
         why = f"full at depth {self.depth}" if self.does == "writes" else "empty"
-        return f"{self.process} {self.does} {self.fifo}, {why}: it waits for {self.waits_for or 'nobody'}"
+        return f"{self.process} {self.does} {self.fifo}, {why}: it waits for {self.waits_for or 'its other end'}"
 
 
 class DeadlockError(InputError):
@@ -44,7 +44,10 @@ class DeadlockError(InputError):
 
     def __init__(self, stuck: Sequence[Stuck]) -> None:
         self.stuck = list(stuck)
-        super().__init__("deadlock: " + "; ".join(map(str, self.stuck)))
+        full = [one for one in self.stuck if one.does == "writes"]
+        rest = len(self.stuck) - len(full)
+        others = f"; {rest} more wait for words" if full and rest else ""
+        super().__init__("deadlock: " + "; ".join(map(str, full or self.stuck)) + others)
 
 
 @dataclass(frozen=True)
@@ -82,26 +85,34 @@ class Recording:
     def read(cls, path: Path) -> "Recording":
         """Read what an instrumented program wrote. Raises DeadlockError if it ended in one, InputError for others."""
         try:
-            with open(path, "rb") as file:
-                head = json.loads(file.readline())
-                data = file.read()
-            passes = np.frombuffer(data, PASS, head["passes"])
-            accesses = np.frombuffer(data, ACCESS, head["accesses"], passes.nbytes)
-            fifos = [Fifo(one["name"], one["depth"], one["writer"], one["reader"]) for one in head["fifos"]]
-            recording = cls(
-                fifos,
-                [one["name"] for one in head["processes"]],
-                {loop: (ii, depth, first) for loop, ii, depth, first in head["loops"]},
-                passes,
-                accesses,
-                head["frames"],
-                head["dynamic"],
-                max((one["end"] for one in head["processes"]), default=0),
-                {one["name"]: np.array(one["cycles"]) for one in head["fifos"] if "cycles" in one},
-                {one["name"]: (one["empty"], one["full"]) for one in head["fifos"]},
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls.parse(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        except DeadlockError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a recording of timed C-simulation ({error})") from None
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Recording":
+        """Return what an instrumented program wrote. Raises DeadlockError, and ValueError or the like for others."""
+        line, _, data = content.partition(b"\n")
+        head = json.loads(line)
+        passes = np.frombuffer(data, PASS, head["passes"])
+        accesses = np.frombuffer(data, ACCESS, head["accesses"], passes.nbytes)
+        fifos = [Fifo(one["name"], one["depth"], one["writer"], one["reader"]) for one in head["fifos"]]
+        recording = cls(
+            fifos,
+            [one["name"] for one in head["processes"]],
+            {loop: (ii, depth, first) for loop, ii, depth, first in head["loops"]},
+            passes,
+            accesses,
+            head["frames"],
+            head["dynamic"],
+            max((one["end"] for one in head["processes"]), default=0),
+            {one["name"]: np.array(one["cycles"]) for one in head["fifos"] if "cycles" in one},
+            {one["name"]: (one["empty"], one["full"]) for one in head["fifos"]},
+        )
         if head["deadlock"]:
             raise DeadlockError([Stuck(*one) for one in head["deadlock"]])
         return recording
@@ -127,6 +138,14 @@ class Timing:
     taken: list[np.ndarray]
     stalls: list[tuple[int, int]]
     frames: int
+
+    def held(self) -> list[int]:
+        """Return the most words that each FIFO holds at the beginning of a cycle (0 of those from or to outside)."""
+        most = []
+        for fifo, wrote, taken in zip(self.fifos, self.wrote, self.taken, strict=True):
+            before = np.searchsorted(taken, wrote, side="right")  # taken when a word has been written
+            most.append(int((np.arange(1, len(wrote) + 1) - before).max(initial=0)) if fifo.depth else 0)
+        return most
 
     def of_outputs(self) -> "Outputs":
         """Return when the frames left, by the FIFO that leads outside and ends last."""
@@ -200,6 +219,8 @@ def programs(recording: Recording, loops: Mapping[int, tuple[int, int]] = Mappin
 
 def _begins(own: np.ndarray, ii: int, trips: int) -> np.ndarray:
     """Return when each iteration of a pass begins: II apart, or as often as it accesses one FIFO."""
+    if not len(own):
+        return ii * np.arange(trips)
     gaps = np.full(trips, ii, np.int64)
     pairs, times = np.unique(np.stack([own["iteration"], own["fifo"]]), axis=1, return_counts=True)
     np.maximum.at(gaps, pairs[0], times)
@@ -250,7 +271,7 @@ def evaluate(
         if needs is not None:
             waiting.setdefault(needs, []).append(number)
     if stuck := [(number, fifo) for fifo, numbers in waiting.items() for number in numbers]:
-        raise DeadlockError([_stuck(recording, fifos, work[number], processes[number], fifo) for number, fifo in stuck])
+        raise DeadlockError([_stuck(recording, fifos, work[n], processes[n], n, fifo) for n, fifo in stuck])
     wrote, taken = ([np.array(cycles, np.int64) for cycles in side] for side in (state.wrote, state.taken))
     return Timing(fifos, wrote, taken, [(empty, full) for empty, full in state.stalls], frames)
 
@@ -318,22 +339,12 @@ def _advance(
         process.at, process.local, process.place = cycle, due, end
 
 
-def _stuck(recording: Recording, fifos: list[Fifo], program: Program, process: _Process, fifo: int) -> Stuck:
-    due = program.local[process.place]
-    write = next(
-        write
-        for local, number, write in zip(program.local, program.fifo, program.write, strict=True)
-        if local == due and number == fifo
-    )
-    other = fifos[fifo].reader if write else fifos[fifo].writer
-    return Stuck(
-        next(
-            name
-            for number, name in enumerate(recording.processes)
-            if number == (fifos[fifo].writer if write else fifos[fifo].reader)
-        ),
-        "writes" if write else "reads",
-        fifos[fifo].name,
-        fifos[fifo].depth,
-        recording.processes[other] if other >= 0 else "",
-    )
+def _stuck(
+    recording: Recording, fifos: list[Fifo], program: Program, process: _Process, number: int, fifo: int
+) -> Stuck:
+    """Return what a process waits for: its next access to a FIFO."""
+    write = program.write[next(p for p in range(process.place, len(program.local)) if program.fifo[p] == fifo)]
+    one = fifos[fifo]
+    other = one.reader if write else one.writer
+    waits_for = recording.processes[other] if other >= 0 else ""
+    return Stuck(recording.processes[number], "writes" if write else "reads", one.name, one.depth, waits_for)

@@ -86,6 +86,16 @@ EDGE_MOE_QUEUES = {
 }
 
 
+# HG-PIPE (ICCAD 2024, hguq/HG-PIPE): trips of each block's longest loop in its C++, II 1, and the cycles between frames
+# of the Verilog that Vitis HLS 2023.2 made of it, under Verilator (benchmarks/hls_truth.py).
+HG_PIPE = {
+    "HEAD": (250 * 192, 48_001),
+    "PATCH_EMBED": (98 * 12 * 48, 56_449),
+    "MLP0": (98 * 3 * 192, 56_449),
+    "ATTN0": (98 * 3 * 196, 57_625),
+}
+
+
 @dataclass(frozen=True)
 class EdgeMoe:
     """Edge-MoE's structure: cycles of its kernels, one after the other.

@@ -4,13 +4,22 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from m3vit.hw.published import EDGE_MOE_MS, EDGE_MOE_QUEUES, TABLE4_MIB, TABLE4_MS, TOKENS, EdgeMoe, Table4
+from m3vit.hw.published import (
+    EDGE_MOE_MS,
+    EDGE_MOE_QUEUES,
+    HG_PIPE,
+    TABLE4_MIB,
+    TABLE4_MS,
+    TOKENS,
+    EdgeMoe,
+    Table4,
+)
 
 ROW, REORDERING = 0.007, 0.0003  # of a row of table 4, and of what its memory and its reordering alone explain
 EDGE_MOE = (-0.10, 0.05)
 TABLE4, MEASURED = Table4(), EdgeMoe()
 HALF = (0.45, 0.55)
-TIMED, RTL = 0.05, 0.005
+TIMED, RTL, INTERVAL = 0.05, 0.005, 0.01
 
 
 class Row(NamedTuple):
@@ -65,6 +74,13 @@ def edge_moe_rows(model: EdgeMoe = MEASURED) -> Iterator[Row]:
     yield Row("Edge-MoE, share of attention's products", "", share, ours, 0.5, 'published: "half"', low, high)
 
 
+def hg_pipe_rows() -> Iterator[Row]:
+    """Yield the cycles between frames of HG-PIPE's blocks: a loop's trips, and the one that ends it."""
+    for block, (trips, rtl) in HG_PIPE.items():
+        levels = (trips + 1, "modelled: trips and one", rtl, "RTL (Verilator)")
+        yield Row(f"HG-PIPE, {block}, between frames", "cycles", *levels, -INTERVAL, INTERVAL)
+
+
 def timed_rows(name: str, report: Mapping[str, Any]) -> Iterator[Row]:
     """Yield the cycles of a project's timed C-simulation (m3vit.export.hls.multiplexed.timing) beside the closed form
     of the same routing: of each task's frame and of each engine in it."""
@@ -96,7 +112,7 @@ def validate(
     """Return all rows; projects: timed C-simulations by name, engines: what the RTL of their experts did."""
     timed = [row for name, report in projects.items() for row in timed_rows(name, report)]
     rtl = [row for name, report in engines.items() for row in rtl_rows(name, report)]
-    return [*table4_rows(), *edge_moe_rows(), *timed, *rtl]
+    return [*table4_rows(), *edge_moe_rows(), *hg_pipe_rows(), *timed, *rtl]
 
 
 def plain(rows: list[Row]) -> dict[str, Any]:

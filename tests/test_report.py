@@ -144,6 +144,9 @@ def test_report_of_a_multiplexed_project(cli: Cli, tiny_run: Path, evaluated: Pa
     assert any("was not C-simulated" in note for note in report["notes"])
     text = page.read_text()
     assert "<th>emulator</th>" in text and "integers computed in torch" in text
+    assert "<h2>Hardware</h2>" in text and "No timed C-simulation" in text
+    levels = report["hardware"]["levels"]
+    assert set(levels) == set(TASKS) and all(list(one) == ["modelled"] for one in levels.values())
     assert text.count("<img ") == 2 * (1 + 4 * 3) + 2 * 5 + 2 * 4 * 3, "no ONNX, but pictures of the emulator"
 
     # C-simulated in part: a note. Wholly: a column, and the same figures, for the words are the same.

@@ -176,7 +176,7 @@ def run_testbench(project: Path, tokens: np.ndarray, task_ids: np.ndarray) -> Si
         start = time.perf_counter()
         run_program([str((project / TESTBENCH).resolve())], folder, "the test bench", env)
         seconds = time.perf_counter() - start
-        outputs = _outputs(data / "csim_results.log", len(tokens), manifest)
+        outputs = read_outputs(data / "csim_results.log", len(tokens), manifest)
         return SimulationResult(outputs, _read_routing(folder, manifest, len(tokens)), seconds)
 
 
@@ -214,7 +214,7 @@ def trace_bridge(
         return values, _read_routing(folder, manifest, 1)
 
 
-def _outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
+def read_outputs(log: Path, runs: int, manifest: dict[str, Any]) -> np.ndarray:
     """Read the text log of a spatial project's test bench: outputs [n, T, n_out] float32."""
     shape = (runs, manifest["tokens"], manifest["outputs"])
     try:

@@ -32,10 +32,12 @@ class Kernel:
         loops: Mapping[int, tuple[int, int]] = MappingProxyType({}),
         depth: int | None = None,
         fifos: int | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Recording:
         """Run it in a folder and return what it recorded in a file. Raises DeadlockError, and InputError if it fails.
 
         loops: II and depth of some. depth: stages of the pipelines that have products. fifos: depth of every FIFO.
+        environment: more variables.
         """
         assumed = recording.with_suffix(".loops")
         assumed.write_text("".join(f"{loop} {ii} {stages}\n" for loop, (ii, stages) in loops.items()))
@@ -44,7 +46,12 @@ class Kernel:
         env |= {"M3VIT_DATAFLOW_FIFO": str(fifos)} if fifos is not None else {}
         recording.unlink(missing_ok=True)
         try:
-            run_program([str(self.program.resolve()), *arguments], folder, "the timed program", {**os.environ, **env})
+            run_program(
+                [str(self.program.resolve()), *arguments],
+                folder,
+                "the timed program",
+                {**os.environ, **environment, **env},
+            )
         except InputError:
             if recording.is_file():
                 Recording.read(recording)  # its deadlock, if it was one

@@ -18,18 +18,24 @@ LOOP = re.compile(r"\b(for|while)\s*\(")
 SETTING = re.compile(r"(\w+)\s*=\s*(\S.*?)(?=\s+\w+\s*=|\s+(?:off|rewind|enable_flush)\b|\s*$)", re.IGNORECASE)
 LABEL = re.compile(r"(\w+)\s*:\s*$")
 STREAMS = re.compile(r"^(?:hls\s*::\s*)?stream\s*<")
+# What may be called by a loop that only moves values: streams, conversions, choices.
+MOVING = re.compile(r"read|write|read_nb|write_nb|empty|full|if|for|while|sizeof|min|max|to_raw|from_raw|cast|\w+_[tT]")
 MOVES = 3  # stages of a pipeline that only moves values
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A pipelined loop: its file, line, label (or what stands there), function; automatic: no pragma asks for it."""
+    """A pipelined loop: its file, line, label (or what stands there), function.
+
+    automatic: no pragma asks for its pipeline. moves: it has no products, so its pipeline is taken to be short.
+    """
 
     file: str
     line: int
     label: str
     function: str
     automatic: bool
+    moves: bool
 
     @property
     def name(self) -> str:
@@ -64,6 +70,7 @@ class _Source:
     lines: list[int]
     loops: list[Loop]
     edits: list[tuple[int, int, str]]
+    simulated: list[tuple[int, int]]  # what only C-simulation has
 
 
 def instrumented(text: str, file: str, loops: list[Loop], as_hardware: bool = False) -> str:
@@ -90,7 +97,7 @@ def instrumented(text: str, file: str, loops: list[Loop], as_hardware: bool = Fa
         if kind == "stream" and {"variable", "depth"} <= settings.keys():
             code = f"m3vit_timed::set_depth({settings['variable']}, {settings['depth']});"
             edits.append((match.start(), match.end(), code))
-    _pipelines(root, False, _Source(file, bare, root, lines, loops, edits))
+    _pipelines(root, False, _Source(file, bare, root, lines, loops, edits, _simulated(bare)))
     for block in _all(root):
         if block.has("dataflow") is not None:
             edits += _region(block, bare, text)
@@ -210,6 +217,8 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
     """Add what begins an iteration to loops and functions that are pipelined. inside: of a pipeline, or constexpr."""
     bare, loops, edits = source.bare, source.loops, source.edits
     for one in block.inner:
+        if any(begin <= one.start < end for begin, end in source.simulated):
+            continue
         head = " ".join(_head(bare, one).split())
         constant = "constexpr" in head
         pragma = one.has("pipeline")
@@ -228,17 +237,18 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
             said = label[1] if label else " ".join((head if one.loop is None else bare[place : one.start]).split())[:40]
             condition = "".join(bare[place : one.start].split())
             counted = one.loop is not None and not re.fullmatch(r"while\((true|1)\)|for\([^;]*;;[^;]*\)", condition)
+            moves = not _computes(body)
             waits = len(re.findall(r"\bap_wait\s*\(", body))
             numbers = (
                 (pragma or {}).get("ii", "1"),
-                0 if _computes(body) else MOVES,
+                MOVES if moves else 0,
                 waits,
                 _bool(counted),
                 _bool(automatic),
             )
             rules = f"m3vit_timed::rules{{{len(loops)}, {', '.join(map(str, numbers))}}}"
             line, function = bisect(source.lines, place) + 1, _function(source, one)
-            loops.append(Loop(source.file, line, said, function, automatic))
+            loops.append(Loop(source.file, line, said, function, automatic, moves))
             added = f" m3vit_timed::iteration m3vit_iteration({rules});"
             edits.append((one.start + 1, one.start + 1, added))
             inner, outer = one, _outer(source.root, one)
@@ -246,6 +256,37 @@ def _pipelines(block: _Block, inside: bool, source: "_Source") -> None:
                 edits.append((outer.start + 1, outer.start + 1, f" m3vit_timed::nest m3vit_nest({rules});"))
                 inner, outer = outer, _outer(source.root, outer)
         _pipelines(one, inside or wanted or constant, source)
+
+
+def _computes(body: str) -> bool:
+    """Return whether a loop's body has products or quotients, of indices apart, or calls something."""
+    while (shorter := re.sub(r"\[[^\[\]]*\]", "", body)) != body:
+        body = shorter
+    loops = r"\b(for|if|while)\s*\([^{};]*?;[^{};]*;[^{}]*?\)|\b(if|while)\s*\([^{};]*\)|^\s*#[^\n]*"
+    body = _without_arguments(re.sub(loops, "", body, flags=re.MULTILINE))
+    body = re.sub(r"\b(?!return\b|else\b)\w+\s+\w+\s*\(", "(", body)  # what is declared is not called
+    return re.search(r"[\w)]\s*[*/%]=?\s*[\w(]", body) is not None or any(
+        not MOVING.fullmatch(name) for name in re.findall(r"(\w+)\s*\(", body)
+    )
+
+
+def _simulated(bare: str) -> list[tuple[int, int]]:
+    """Return from where to where stands what #ifndef __SYNTHESIS__ leaves to C-simulation."""
+    found, nested, begin = [], 0, -1
+    for match in re.finditer(
+        r"^[ \t]*#[ \t]*(ifndef[ \t]+__SYNTHESIS__|ifndef|ifdef|if|else|endif)\b", bare, re.MULTILINE
+    ):
+        if begin < 0:
+            if match[1].endswith("__SYNTHESIS__"):
+                begin, nested = match.end(), 0
+        elif match[1].startswith("if"):
+            nested += 1
+        elif nested and match[1] == "endif":
+            nested -= 1
+        elif not nested:
+            found.append((begin, match.start()))
+            begin = -1
+    return found
 
 
 def _function(source: _Source, block: _Block | None) -> str:
@@ -271,44 +312,17 @@ def _rolled(block: _Block) -> list[_Block]:
     return found
 
 
-def _computes(body: str) -> bool:
-    """Return whether a loop's body has products or quotients, of indices apart."""
-    while (shorter := re.sub(r"\[[^\[\]]*\]", "", body)) != body:
-        body = shorter
-    body = re.sub(
-        r"\b(for|if|while)\s*\([^{};]*?;[^{};]*;[^{}]*?\)|\b(if|while)\s*\([^{};]*\)|^\s*#[^\n]*", "", body, flags=re.M
-    )
-    return re.search(r"[\w)]\s*[*/%]=?\s*[\w(]", _without_arguments(body)) is not None
-
-
 def _statements(block: _Block, bare: str) -> Iterator[tuple[int, int]]:
     """Yield the statements of a block, `if` with its `else`, without what only C-simulation has."""
-    begin, place, skipped = block.start + 1, block.start + 1, 0
-    while place < block.end:
-        char = bare[place]
-        if char == "#":
-            end = bare.find("\n", place)
-            directive = bare[place:end]
-            if re.match(r"#\s*ifndef\s+__SYNTHESIS__", directive) or (skipped and re.match(r"#\s*if", directive)):
-                skipped += 1
-            elif skipped and re.match(r"#\s*endif", directive):
-                skipped -= 1
-            begin = place = end
-        elif char in "([":
-            place = _matching(bare, place)
-        elif char == "{":
-            place = _matching(bare, place)
-            head = bare[begin:place].split("{")[0]
-            rest = bare[place + 1 :].lstrip()
-            if re.match(r"\s*(if|else|for|while)\b", head) and not rest.startswith("else"):
-                if not skipped:
-                    yield begin, place + 1
-                begin = place + 1
-        elif char == ";":
-            if not skipped:
-                yield begin, place + 1
-            begin = place + 1
-        place += 1
+    place, simulated = block.start + 1, _simulated(bare)
+    while (place := _after_blanks(bare, place)) < block.end:
+        if bare[place] == "#":
+            place = bare.find("\n", place)
+            continue
+        end = _statement_end(bare, place)
+        if not any(begin <= place < last for begin, last in simulated):
+            yield place, end
+        place = end
 
 
 def _without_arguments(text: str) -> str:

@@ -212,14 +212,16 @@ def run_validate(wanted: Validate) -> int:
     return 0 if all_hold(rows) else 1
 
 
-ASSUMED = ("clock", "depth", "read", "write", "bus_bits", "gap")
+ASSUMED = ("clock", "depth", "fifo", "read", "write", "bus_bits", "gap")
 
 
 def run_timed(wanted: Any) -> None:
     """Run, or evaluate again, the timed C-simulation of a project, and print what it takes; wanted: hls.Csim."""
     from m3vit.errors import InputError
-    from m3vit.export.hls.multiplexed.timing import evaluated, record, recorded
+    from m3vit.export.hls.multiplexed import timing as multiplexed
+    from m3vit.export.hls.spatial import timing as spatial
     from m3vit.files import write_json
+    from m3vit.hw.manifest import read_manifest
     from m3vit.report.timeline import check_form, timeline
 
     if wanted.timeline:
@@ -227,19 +229,52 @@ def run_timed(wanted: Any) -> None:
     if wanted.recorded and (wanted.samples or wanted.budget):
         raise InputError("--recorded evaluates what was recorded: leave out --samples and --budget")
     given = {name: getattr(wanted, name) for name in ASSUMED}
+    of_layers = read_manifest(wanted.project).get("schedule", "spatial") == "spatial"
+    if of_layers and wanted.timeline:
+        raise InputError("--timeline: the spatial schedule has no engines that take turns; leave it out")
+    if of_layers and wanted.budget:
+        raise InputError("--budget: a project of the spatial schedule has one budget; leave it out")
+    schedule = spatial if of_layers else multiplexed
     with progress_bar("timing") as bar:
         if wanted.recorded:
-            found = recorded(wanted.project)
+            found = schedule.recorded(wanted.project)
+        elif of_layers:
+            found = spatial.record(wanted.project, wanted.samples, bar)
         else:
-            found = record(wanted.project, wanted.samples, bar, wanted.budget)
-        report = evaluated(wanted.project, found, given)
+            found = multiplexed.record(wanted.project, wanted.samples, bar, wanted.budget)
+        report = schedule.evaluated(wanted.project, found, given)
     if wanted.json:
         write_json(wanted.json, report)
-    print_timed(report)
+    (print_layers if of_layers else print_timed)(report)
     if wanted.timeline:
         timeline(wanted.project, given, wanted.timeline)
         say(str(wanted.timeline))
     say_changed(report["changed_files"], report["changes"])
+
+
+def print_layers(report: dict[str, Any]) -> None:
+    """Print when frames of each task leave a spatial project, and which layers and FIFOs decide that."""
+    from rich.table import Table
+
+    table = Table(caption=f"at {report['clock_mhz']:g} MHz; {report['note']}")
+    for title in (
+        "task",
+        "first word, cycles",
+        "a frame",
+        "between frames",
+        "ms a frame",
+        "frames a second",
+        "busiest",
+    ):
+        table.add_column(title, justify="left" if title in ("task", "busiest") else "right")
+    for task, found in report["tasks"].items():
+        name, busiest = max(found["processes"].items(), key=lambda item: item[1]["share"])
+        cells = [f"{found[key]:,}" for key in ("first", "latency", "interval")]
+        cells += [f"{found['latency_ms']:.3f}", f"{1e3 / found['interval_ms']:,.0f}"]
+        table.add_row(task, *cells, f"{name} {busiest['share']:.0%}")
+    console(max(console().width, 140)).print(table)
+    for line in report["said"]:
+        say(line)
 
 
 def print_timed(report: dict[str, Any]) -> None:

@@ -69,10 +69,11 @@ class Csim:
         project: HLS project (m3vit export hls)
         samples: images to simulate (default: all that are stored; with --timed one)
         budget: with --timed, of a project with several, by its name (default: the first); else all are simulated
-        timed: count cycles in the C++ instead, with the routing of each image (multiplexed schedule)
+        timed: count cycles in the C++ instead, with the routing of each image
         recorded: with --timed, evaluate what was recorded before; no C++ is run
         clock: with --timed, MHz (default: what project.tcl asks for)
         depth: with --timed, cycles to fill and drain a pipelined loop (default: 12)
+        fifo: with --timed, words that each FIFO holds (default: what the C++ says; spatial schedule)
         read: with --timed, cycles from a request to its first word (default: 70)
         write: with --timed, cycles from the last word to the answer (default: 40)
         bus_bits: with --timed, width of the AXI buses (default: of the ports)
@@ -88,6 +89,7 @@ class Csim:
     recorded: bool = False
     clock: Positive | None = None
     depth: Annotated[int, Value(count, "N")] | None = None
+    fifo: Positive | None = None
     read: Annotated[int, Value(count, "N")] | None = None
     write: Annotated[int, Value(count, "N")] | None = None
     bus_bits: Positive | None = None

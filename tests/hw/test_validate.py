@@ -55,7 +55,7 @@ def test_the_command(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = cli("hw", "validate", "--json", tmp_path / "rows.json")
     assert done.returncode == 0 and "reproduces the paper's model" in " ".join(done.stdout.split())
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert found["hold"] and {row["unit"] for row in found["rows"]} == {"ms", "MiB", ""}
+    assert found["hold"] and {row["unit"] for row in found["rows"]} == {"ms", "MiB", "", "cycles"}
     wrong = Row("a row", "ms", 2.0, "modelled", 1.0, "measured by its authors", -0.1, 0.1)
     monkeypatch.setattr("m3vit.hw.validate.validate", lambda *_: [wrong])
     done = cli("hw", "validate")

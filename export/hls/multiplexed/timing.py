@@ -43,7 +43,7 @@ def record(
     manifest, changed = open_project(project)
     if manifest.get("schedule") != "multiplexed":
         raise InputError(
-            f"{project} is of the spatial schedule, which has no timed C-simulation: give one of --schedule multiplexed"
+            f"{project} is of the spatial schedule, which has no engines: give one of --schedule multiplexed"
         )
     require_writable(project, project / "tb_data")
     with np.load(project / SAMPLES) as stored:
@@ -107,6 +107,8 @@ def assumptions(
     says another clock, depth, read, write, bus_bits or gap."""
     design = Design(**manifest.get("design", {"board": manifest["board"]}))
     chosen = {name: value for name, value in given.items() if value is not None}
+    if "fifo" in chosen:
+        raise InputError("--fifo: the engines have no FIFOs between them; leave it out")
     base = replace(Assumptions(), **{key: chosen.pop(key) for key in ("depth", "read", "write") if key in chosen})
     clock = chosen.pop("clock", None) or round(clock_mhz(project))
     bus: dict[str, Any] = chosen

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from m3vit.errors import InputError
+from m3vit.export.hls.contents import open_project
 from m3vit.export.hls.multiplexed.timing import evaluated, record, recorded, summary
 from m3vit.hw.sim.rtl import find_tool
 from m3vit.hw.validate import all_hold, rtl_rows, validate
+from m3vit.report.hardware import hardware_part
 from tests.conftest import Cli
 from tests.export.models import TASKS
 from tests.export.multiplexed.test_edits import edit, quick_builds
@@ -79,11 +81,28 @@ def test_the_command(cli: Cli, timed: Path, spatial: Path, tmp_path: Path) -> No
         (["hw", "csim", timed, "--gap", "1"], "--gap: give --timed too"),
         (["hw", "csim", timed, "--timed", "--recorded", "--samples", "1"], "leave out --samples"),
         (["hw", "csim", timed, "--timed", "--timeline", tmp_path / "x.txt"], "ends in .png, .svg"),
-        (["hw", "csim", spatial, "--timed"], "of the spatial schedule, which has no timed C-simulation"),
+        (["hw", "csim", timed, "--timed", "--recorded", "--fifo", "2"], "--fifo: the engines have no FIFOs"),
+        (["hw", "csim", spatial, "--timed", "--timeline", tmp_path / "x.svg"], "--timeline: the spatial schedule"),
         (["hw", "csim", timed, "--timed", "--samples", "99"], "samples 99"),
     ):
         done = cli(*words)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_the_page_has_every_level(timed: Path) -> None:
+    manifest, _ = open_project(timed)
+    part = hardware_part(timed, manifest)
+    assert part is not None and part["note"] == "" and len(part["charts"]) == 4
+    same = {task: found["ms"] for task, found in evaluated(timed, recorded(timed))["tasks"].items()}
+    for task, levels in part["levels"].items():
+        assert list(levels) == ["modelled", "modelled, the same routing", "timed C-sim"]
+        assert levels["timed C-sim"] == same[task]
+        assert levels["timed C-sim"] == pytest.approx(levels["modelled, the same routing"], rel=0.05)
+    modelled, moved = part["json"]["bytes"]["modelled"], part["json"]["bytes"]["timed C-sim"]
+    assert modelled.keys() == moved.keys()
+    for kind in ("weights", "narrow", "wide"):
+        assert moved[kind] == pytest.approx(modelled[kind], rel=0.2)  # modelled: tokens spread at random
+    assert hardware_part(timed, {"schedule": "spatial"}) is None
 
 
 def test_a_report_of_vitis_takes_the_place_of_what_was_assumed(cli: Cli, timed: Path, tmp_path: Path) -> None:
