@@ -5,13 +5,13 @@
 Nothing but public commands: m3vit data synth, train, eval (protocol A) and profile with the recipe
 synthetic-taskexpert-tiny on rendered scenes. --epochs are those of TaskExpert-style; every other row on its trunk has
 as many as take the same time of training, by the time of a step and of reading a batch (--equal-epochs: the same number
-instead). Multi-scale has the width that makes its MACs those of TaskExpert-style. What was trained, scored or timed before is not done again
-and an interrupted training is resumed, so that the table may be made in several goes. It gives mean and standard
-deviation over seeds; delta_m is over the multi-scale decoder on the dense trunk, its mean over the seeds. Time (CPU
-seconds of one thread) and memory are those of steps on random images of the recipe's batch, each row in a process of
-its own, in turn; memory is the process's peak beyond what it held before the model was built. --ablations adds rows of
-TaskExpert-style without one of its parts, with --ablation-seeds. Rendered scenes and small models: the table says
-nothing about photographs.
+instead). Multi-scale has the width that makes its MACs those of TaskExpert-style. What was trained, scored or timed
+before is not done again and an interrupted training is resumed, so that the table may be made in several goes. It gives
+mean and standard deviation over seeds; delta_m is over the multi-scale decoder on the dense trunk, its mean over the
+seeds. Time (CPU seconds of one thread) and memory are those of steps on random images of the recipe's batch, each row
+in a process of its own, in turn; memory is the process's peak beyond what it held before the model was built.
+--ablations adds rows of TaskExpert-style without one of its parts, with --ablation-seeds. Rendered scenes and small
+models: the table says nothing about photographs.
 """
 
 import argparse
