@@ -1,10 +1,10 @@
-"""How the accelerator scales, modelled: tasks that alternate, 4 to 256 experts, ports of weights, 129 to 4097 tokens.
+"""How the accelerator scales, modelled: tasks and budgets in turn, 4 to 256 experts, ports, 129 to 4097 tokens.
 
 Usage: python benchmarks/scaling.py [--plot FILE.png] [--json FILE]
 
 All of it is the closed form of `m3vit hw cost` for M3ViT-S (384 channels, 12 blocks, experts in every second one, top-4
-of 16, four tasks with linear heads) on a ZCU104 at W8A8, engines fitted to each case; nothing was synthesised. Tokens
-are spread over experts at random.
+of 16, four tasks with linear heads) on a ZCU104 at W8A8, engines fitted to each case; budgets, which differ in experts
+a token, have the engines of the whole model. Nothing was synthesised. Tokens are spread over experts at random.
 """
 
 import argparse
@@ -60,8 +60,24 @@ def switching() -> list[dict[str, Any]]:
     """Return each task in every frame, and all in turn: engines are those of the program, whatever runs."""
     program_frames = [frame(M3VIT_S, task) for task in range(len(WIDTHS))]
     rows = [{"case": name, **row(report)} for name, report in zip(WIDTHS, program_frames, strict=True)]
+    return [*rows, in_turn(rows)]
+
+
+def in_turn(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean frame: nothing is kept from one to the next."""
     mean = {key: sum(one[key] for one in rows) / len(rows) for key in rows[0] if key != "case"}
-    return [*rows, {"case": "all in turn, a frame each", **mean}]
+    return {"case": "all in turn, a frame each", **mean}
+
+
+def budgets() -> list[dict[str, Any]]:
+    """Return budgets of four, two and one expert a token, and all in turn, with the engines of the whole model."""
+    board = find_board("zcu104")
+    whole = program_of(M3VIT_S, *BITS, board.port_bits)
+    hardware, rows = fit(whole, *BITS, board), []
+    for top_k in (4, 2, 1):
+        program = program_of(replace(M3VIT_S, top_ks=[0, top_k] * 6), *BITS, board.port_bits)
+        rows.append({"case": f"{top_k} experts a token", **row(cost(program, hardware, board, 0))})
+    return [*rows, in_turn(rows)]
 
 
 def experts() -> list[dict[str, Any]]:
@@ -85,16 +101,19 @@ def tokens() -> list[dict[str, Any]]:
     return [{"case": count, **row(frame(replace(M3VIT_S, grid=grid)))} for count, grid in GRIDS.items()]
 
 
-SERIES = {"tasks": switching, "experts": experts, "ports of weights": ports, "tokens": tokens}
+SERIES = {"tasks": switching, "budgets": budgets, "experts": experts, "ports of weights": ports, "tokens": tokens}
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw ms and MB against each."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
     figure.suptitle("M3ViT-S, W8A8, ZCU104: modelled, nothing was synthesised")
-    for axes, (name, rows) in zip(figure.subplots(2, 2).flat, found.items(), strict=True):
+    places = list(figure.subplots(2, 3).flat)
+    for empty in places[len(found) :]:
+        empty.remove()
+    for axes, (name, rows) in zip(places, found.items(), strict=False):
         cases = [str(one["case"]).replace(", ", "\n") for one in rows]
         axes.bar(range(len(rows)), [one["ms"] for one in rows], color="0.75")
         axes.set(title=name, ylabel="ms a frame")

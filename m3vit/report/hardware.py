@@ -8,6 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed.costing import of_project
+from m3vit.export.hls.multiplexed.rtl import left
 from m3vit.export.hls.multiplexed.timing import RECORD, evaluated, recorded
 from m3vit.hw.boards import find_board
 from m3vit.hw.ops import ENGINES
@@ -67,6 +68,7 @@ def hardware_part(project: Path, manifest: dict[str, Any]) -> dict[str, Any] | N
         "columns": list(levels[tasks[0]]),
         "levels": levels,
         "published": published,
+        "rtl": rtl_part(project),
         "without": "" if timed else f"No timed C-simulation: m3vit hw csim {project} --timed.",
         "charts": [
             ("What the engines take of the board, modelled; the line is what may be taken of it.", budget_chart(first)),
@@ -89,7 +91,30 @@ def hardware_part(project: Path, manifest: dict[str, Any]) -> dict[str, Any] | N
             "budget": first["budget"],
             "bytes": traffic,
             "latency_ms": latency,
+            "rtl": rtl_part(project),
         },
+    }
+
+
+def rtl_part(project: Path) -> dict[str, Any] | None:
+    """Return what `m3vit hw rtl` last left: the task, and of each layer with experts its cycles by level."""
+    found = left(project)
+    if not found:
+        return None
+    return {
+        "task": found["task"],
+        "depth": max(found["depths"].values()),
+        "layers": [
+            {
+                "layer": layer["layer"],
+                "different": layer["different"],
+                "modelled": layer["modelled_cycles"],
+                "timed": layer["timed_as_assumed_cycles"],
+                "timed with the RTL's depths": layer["timed_cycles"],
+                "rtl": layer["cycles"],
+            }
+            for layer in found["layers"]
+        ],
     }
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from m3vit.digests import read_sealed_json, write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.hls.contents import naming, open_project
 from m3vit.export.hls.edits import hardware_of, said_changes
 from m3vit.export.hls.multiplexed.timing import RECORD, TRACE, assumptions, record, recorded
 from m3vit.export.hls.schedules import Progress, silent
+from m3vit.files import sha256_file
 from m3vit.hw import ops
 from m3vit.hw.isa import Experts
 from m3vit.hw.manifest import SAMPLES, WEIGHTS
@@ -22,6 +24,7 @@ from m3vit.hw.sim.emulator import Emulator
 from m3vit.hw.timed import Trace, evaluate
 
 FOLDER = "rtl"
+LEFT = f"{FOLDER}/rtl.json"
 NOTE = "RTL (Verilator): the expert engine by hand; nothing was synthesised by Vitis HLS, nothing ran on a board"
 LOOPS = ("linear_first", "compute_step")
 UNBOUNDED = 1e4  # GB/s: ports alone bound
@@ -144,4 +147,17 @@ def simulate(
             progress(0, 1, "Yosys")
             levels = {"yosys": rtl.synthesise(folder, hardware), "modelled": rtl.modelled(hardware)}
             report["resources"] = {level: one._asdict() for level, one in levels.items()}
+        write_sealed_json(project / LEFT, report | {"trace": sha256_file(project / TRACE)})
     return report
+
+
+def left(project: Path) -> dict[str, Any] | None:
+    """Return what `simulate` last returned, or None if it was not called since the timed C-simulation was recorded.
+
+    Raises InputError if the file is damaged.
+    """
+    path, trace = project / LEFT, project / TRACE
+    if not path.is_file() or not trace.is_file():
+        return None
+    found = read_sealed_json(path, f"run m3vit hw rtl {project}")
+    return found if found["trace"] == sha256_file(trace) else None

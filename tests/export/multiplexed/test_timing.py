@@ -149,6 +149,9 @@ def test_the_rtl_of_its_experts(cli: Cli, timed: Path, spatial: Path, tmp_path: 
     assert "RTL (Verilator)" in done.stdout and "compute_step 38" in done.stdout
     assert all_hold(validate(engines={"project": found}))
     assert not all_hold(list(rtl_rows("project", {**found, "layers": [{**layer, "cycles": layer["cycles"] * 1.01}]})))
+    part = hardware_part(timed, open_project(timed)[0])
+    assert part is not None and part["rtl"]["task"] == found["task"]
+    assert [(row["rtl"], row["different"]) for row in part["rtl"]["layers"]] == [(layer["cycles"], 0)]
     for words, message in (
         ([timed, "--layer", "2"], "--layer 2: give 1 to 1"),
         ([timed, "--task", "sky"], f"--task sky: choose from {', '.join(TASKS)}"),
