@@ -237,7 +237,7 @@ def run_timed(wanted: Any) -> None:
     schedule = spatial if of_layers else multiplexed
     with progress_bar("timing") as bar:
         if wanted.recorded:
-            found = schedule.recorded(wanted.project)
+            found = multiplexed.recorded(wanted.project)
         elif of_layers:
             found = spatial.record(wanted.project, wanted.samples, bar)
         else:

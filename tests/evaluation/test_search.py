@@ -224,7 +224,7 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     entry = json.loads((package / "manifest.json").read_text())["tasks"]["depth"]
     assert entry["macs"] == told["tasks"]["depth"]["macs"]
-    refused(cli("eval", package, "--budget", file), "is of a run")
+    refused(cli("eval", package, "--budget", file), "has no budgets to choose from")
     write_budget(tmp_path / "narrow.json", Budget(width={1: 8}), {})
     refused(cli("eval", run, "--budget", tmp_path / "narrow.json"), "this run was not trained for fewer than all")
     write_budget(tmp_path / "other.json", Budget({"depth": {7: 1}}), {})
@@ -262,6 +262,14 @@ def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: P
     assert result.returncode == 0, result.stderr
     assert "depth, budget fast: worst relative error" in result.stdout and "fp32, budget fast" in result.stdout
     assert Package.load(package).budgets == ["full", "light", "fast"]
+    result = cli("eval", package, "--budget", "fast")
+    assert result.returncode == 0, result.stderr
+    of_run, of_package = (
+        json.loads((folder / "budgets" / "fast" / "eval.json").read_text())["protocols"]["A"]["tasks"]["depth"]
+        for folder in (run, package)
+    )
+    assert of_package["onnx"]["RMSE"] == pytest.approx(of_run["torch"]["RMSE"], rel=1e-3)
+    refused(cli("eval", package, "--budget", "slow"), "slow")
 
     page = tmp_path / "report.html"
     assert cli("eval", run).returncode == 0
