@@ -80,7 +80,8 @@ def lines_of(
             queue = list(next(given, uniform_queues(i.rows, i.n_in, i.top_k)))
         chosen = queue if isinstance(i, Experts) else ()
         moved = ops.traffic(i, hardware, chosen, skipped)
-        loops, timed = (ops.cycles(i, hardware, chosen, t, skipped) for t in (LOOPS, assumed.timing))
+        timing = assumed.timing._replace(bytes_a_cycle=a_cycle)
+        loops, timed = (ops.cycles(i, hardware, chosen, t, skipped) for t in (LOOPS, timing))
         memory = round(sum(moved.values()) / a_cycle)
         macs = 0 if skipped else OPS[i.op].macs(i, chosen)
         lines.append(Line(pc, i.op, OPS[i.op].engine, macs, loops, memory, max(timed, memory), moved))
@@ -97,7 +98,8 @@ def cycles_of(
     """Return the cycles of one instruction that runs, as lines_of has them."""
     a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz
     memory = round(sum(ops.traffic(instruction, hardware, queue).values()) / a_cycle)
-    return max(ops.cycles(instruction, hardware, queue, assumed.timing), memory)
+    timing = assumed.timing._replace(bytes_a_cycle=a_cycle)
+    return max(ops.cycles(instruction, hardware, queue, timing), memory)
 
 
 def products_of(engine: str, h: Hardware) -> int:

@@ -10,6 +10,7 @@ itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 """
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import NamedTuple
 
 from m3vit.hw.hardware import BATCH, LEAST_TURN, PACKED_PROB_FRAC, STAGES, Hardware
@@ -337,24 +338,26 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
             known[tile] = max(rows * (tile.n_in // bits), params), steps, span - _results(tile, h)
         return known[tile]
 
-    def worked(tile: Tile, following: int) -> int:
+    def worked(tile: Tile, following: Tile | None) -> int:
         """Return the cycles of a tile beside which the next one is loaded."""
-        reads = tile.fresh or tile.adds or following > 0
+        reads = tile.fresh or tile.adds or following is not None
         _, steps, rest = counted(tile)
-        trips = max(steps, following)
+        trips = max(steps, counted(following)[0] if following else 0)
+        if t.bytes_a_cycle < inf:
+            moved = sum(_moved(i, tile, h).values()) + (sum(_loaded(i, following, h).values()) if following else 0)
+            trips = max(trips, round(moved / t.bytes_a_cycle))
         return t.loop(trips, reads=reads, writes=True, after=trips - steps + rest)
 
     # The first tile of any expert takes the same to load, and one expert's last tile is followed by another's first.
-    cycles, first, last = 0, 0, None
+    cycles, first, last = 0, None, None
     for group, times in _alike(i, h, queue):
-        first = counted(group[0])[0]
-        following = [counted(tile)[0] for tile in group[1:]] + [first]
-        cycles += times * sum(worked(tile, loads) for tile, loads in zip(group, following, strict=True))
+        first = group[0]
+        cycles += times * sum(worked(*pair) for pair in zip(group, [*group[1:], first], strict=True))
         if not isinstance(i, Experts) or group[0] == next(tiles(i, h, queue[-1:])):
             last = group[-1]
     if last is not None:
-        cycles += worked(last, 0) - worked(last, first)
-    return cycles + t.loop(first, reads=True)
+        cycles += worked(last, None) - worked(last, first)
+    return cycles + t.loop(counted(first)[0] if first else 0, reads=True)
 
 
 def inside(i: Conv) -> int:
@@ -363,20 +366,33 @@ def inside(i: Conv) -> int:
     return (3 * width - 2) * (3 * (i.rows // width) - 2)
 
 
-def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Bytes:
+def _loaded(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes:
+    """Return the bytes that a tile itself is: its weights and parameters."""
     weights, bits = ("gates", GATE_BITS) if isinstance(i, Gate) else ("weights", h.weight_word)
+    params = _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
+    return {weights: tile.outputs * tile.n_in * bits // 8, "params": params}
+
+
+def _moved(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes:
+    """Return the bytes that a tile's pass reads and writes of tokens; of a 3x3 convolution's inputs about so many."""
+    results = tile.tokens * _result_words(tile, h)
+    inputs = tile.fresh * tile.tokens * tile.n_in * h.act_word // 8
+    ports = {Mode.OUTPUT: "output", Mode.NARROW: "narrow_write"}
+    written = results * WORD_BYTES if tile.mode == Mode.OUTPUT else _bytes(h, results)
+    return {
+        "narrow_read": inputs,
+        "wide_read": tile.adds * _bytes(h, results),
+        ports.get(tile.mode, "wide_write"): written,
+    }
+
+
+def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Bytes:
     act = h.act_word // 8
     moved = dict.fromkeys(PORTS, 0)
     for tile, times in ((tile, times) for group, times in _alike(i, h, queue) for tile in group):
-        results = times * tile.tokens * _result_words(tile, h)
-        moved[weights] += times * tile.outputs * tile.n_in * bits // 8
-        moved["params"] += times * _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
-        moved["narrow_read"] += times * tile.fresh * tile.tokens * tile.n_in * act
-        moved["wide_read"] += tile.adds * _bytes(h, results)
-        if tile.mode == Mode.OUTPUT:
-            moved["output"] += results * WORD_BYTES
-        else:
-            moved["narrow_write" if tile.mode == Mode.NARROW else "wide_write"] += _bytes(h, results)
+        for part in (_loaded(i, tile, h), _moved(i, tile, h)):
+            for port, count in part.items():
+                moved[port] += times * count
     if isinstance(i, Conv):
         moved["narrow_read"] = inside(i) * i.n_in // TAPS * act
     return {port: count for port, count in moved.items() if count}

@@ -1,6 +1,7 @@
 """What is said of an opcode and of an engine for their costs: m3vit.hw.ops has both tables. No torch."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 from m3vit.hw.hardware import Hardware
@@ -11,11 +12,15 @@ Bytes = dict[str, int]
 
 
 class Timing(NamedTuple):
-    """Cycles that each entry of a pipelined loop costs beside its trips; reads, writes: if it begins bursts of them."""
+    """Cycles that each entry of a pipelined loop costs beside its trips; reads, writes: if it begins bursts of them.
+
+    bytes_a_cycle: what the memory gives; it may hold up a pass of a tile though the whole instruction asks for less.
+    """
 
     depth: int = 0
     read: int = 0
     write: int = 0
+    bytes_a_cycle: float = inf
 
     def loop(self, trips: int, ii: int = 1, reads: bool = False, writes: bool = False, after: int = 0) -> int:
         """Return the cycles of one pass of a pipelined loop; after: cycles of its trips after the last write."""

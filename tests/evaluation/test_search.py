@@ -262,13 +262,13 @@ def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: P
     assert result.returncode == 0, result.stderr
     assert "depth, budget fast: worst relative error" in result.stdout and "fp32, budget fast" in result.stdout
     assert Package.load(package).budgets == ["full", "light", "fast"]
-    result = cli("eval", package, "--budget", "fast")
+    result = cli("eval", package, "--budget", "fast", "--data.root", tiny_data)
     assert result.returncode == 0, result.stderr
     of_run, of_package = (
         json.loads((folder / "budgets" / "fast" / "eval.json").read_text())["protocols"]["A"]["tasks"]["depth"]
         for folder in (run, package)
     )
-    assert of_package["onnx"]["RMSE"] == pytest.approx(of_run["torch"]["RMSE"], rel=1e-3)
+    assert of_package["onnx"]["rmse"] == pytest.approx(of_run["torch"]["rmse"], rel=1e-3)
     refused(cli("eval", package, "--budget", "slow"), "slow")
 
     page = tmp_path / "report.html"
