@@ -20,6 +20,7 @@ EDGE_MOE = (-0.10, 0.05)
 TABLE4, MEASURED = Table4(), EdgeMoe()
 HALF = (0.45, 0.55)
 TIMED, RTL, INTERVAL = 0.05, 0.005, 0.01
+AT_BANDWIDTH = 0.08  # timed C-simulation spreads a pass's bytes over it, the RTL waits where it needs them
 
 
 class Row(NamedTuple):
@@ -99,7 +100,7 @@ def rtl_rows(name: str, report: Mapping[str, Any]) -> Iterator[Row]:
     per_ms, levels = report["clock_mhz"] * 1e3, ("timed C-sim with the RTL's depths", "RTL (Verilator)")
     for layer in report["layers"]:
         what = f"{name}, {report['task']}, experts {layer['layer']}"
-        for case, within in ((layer, RTL), (layer["at_bandwidth"], TIMED)):
+        for case, within in ((layer, RTL), (layer["at_bandwidth"], AT_BANDWIDTH)):
             timed, cycles = case["timed_cycles"] / per_ms, case["cycles"] / per_ms
             yield Row(what, "ms", timed, levels[0], cycles, levels[1], -within, within)
             what += ", at the board's bandwidth"
