@@ -51,6 +51,9 @@ class ModelledDevice:
         sources = [str(wrapper), str(project / "firmware" / "m3vit.cpp")]
         flags = ["-O2", "-std=c++11", "-w", "-shared", "-fPIC", f"-I{project}"]
         subprocess.run([csim.find_compiler(), *flags, *sources, "-o", str(library)], check=True)
+        # The engines' memories are the library's own: another project's, in the same process, has others.
+        names = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+        assert "call" in names.stdout and "vit_cfg" not in names.stdout
         self.function = ctypes.CDLL(str(library)).call
         names = ["CTRL", "GIER", "task_r", "num_tasks", "entry"]  # `task` is a word of Verilog
         for argument in self.ARGUMENTS:
