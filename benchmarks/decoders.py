@@ -58,7 +58,7 @@ ABLATIONS: dict[str, list[str]] = {
     }.items()
 }
 REFERENCE = "multiscale, dense"
-ROUNDS, STEPS = 2, 4
+ROUNDS, STEPS = 5, 4
 
 
 def folder_of(out: Path, row: str, seed: int) -> Path:

@@ -60,6 +60,12 @@ def uniform_queues(rows: int, experts: int, top_k: int) -> list[int]:
     return [whole + 1] * more + [whole] * (used - more)
 
 
+def _timing(board: Board, assumed: Assumptions) -> Timing:
+    """Return what is assumed of loops, with what the board's memory gives."""
+    a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz
+    return assumed.timing._replace(bytes_a_cycle=a_cycle)
+
+
 def lines_of(
     program: Sequence[Instruction],
     hardware: Hardware,
@@ -73,16 +79,15 @@ def lines_of(
     queues: of each layer with experts the tokens of those that have any; without, as uniform_queues.
     """
     given, lines, queue = iter(queues), [], list[int]()
-    a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz  # bytes
+    timing = _timing(board, assumed)
     for pc, i in enumerate(program):
         skipped = i.task not in (-1, task)
         if isinstance(i, Route) and not skipped:
             queue = list(next(given, uniform_queues(i.rows, i.n_in, i.top_k)))
         chosen = queue if isinstance(i, Experts) else ()
         moved = ops.traffic(i, hardware, chosen, skipped)
-        timing = assumed.timing._replace(bytes_a_cycle=a_cycle)
         loops, timed = (ops.cycles(i, hardware, chosen, t, skipped) for t in (LOOPS, timing))
-        memory = round(sum(moved.values()) / a_cycle)
+        memory = round(sum(moved.values()) / timing.bytes_a_cycle)
         macs = 0 if skipped else OPS[i.op].macs(i, chosen)
         lines.append(Line(pc, i.op, OPS[i.op].engine, macs, loops, memory, max(timed, memory), moved))
     return lines
@@ -96,9 +101,8 @@ def cycles_of(
     assumed: Assumptions = Assumptions(),
 ) -> int:
     """Return the cycles of one instruction that runs, as lines_of has them."""
-    a_cycle = board.bandwidth_gb_s * 1e3 * assumed.efficiency / board.clock_mhz
-    memory = round(sum(ops.traffic(instruction, hardware, queue).values()) / a_cycle)
-    timing = assumed.timing._replace(bytes_a_cycle=a_cycle)
+    timing = _timing(board, assumed)
+    memory = round(sum(ops.traffic(instruction, hardware, queue).values()) / timing.bytes_a_cycle)
     return max(ops.cycles(instruction, hardware, queue, timing), memory)
 
 

@@ -58,7 +58,7 @@ def hardware_part(project: Path, manifest: dict[str, Any]) -> dict[str, Any] | N
         }
         for row in validate()
     ]
-    traffic = {"modelled": by_kind(first["bytes"])}
+    traffic, rtl = {"modelled": by_kind(first["bytes"])}, rtl_part(project)
     if timed:
         ports = timed["tasks"][tasks[0]]["ports"]
         traffic["timed C-sim"] = by_kind({port: entry["bytes"] for port, entry in ports.items()})
@@ -68,7 +68,7 @@ def hardware_part(project: Path, manifest: dict[str, Any]) -> dict[str, Any] | N
         "columns": list(levels[tasks[0]]),
         "levels": levels,
         "published": published,
-        "rtl": rtl_part(project),
+        "rtl": rtl,
         "without": "" if timed else f"No timed C-simulation: m3vit hw csim {project} --timed.",
         "charts": [
             ("What the engines take of the board, modelled; the line is what may be taken of it.", budget_chart(first)),
@@ -91,7 +91,7 @@ def hardware_part(project: Path, manifest: dict[str, Any]) -> dict[str, Any] | N
             "budget": first["budget"],
             "bytes": traffic,
             "latency_ms": latency,
-            "rtl": rtl_part(project),
+            "rtl": rtl,
         },
     }
 
