@@ -86,14 +86,12 @@ def profile(config: ModelConfig, task: str | None = None, budget: Budget = FULL)
 
 def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budget: Budget) -> dict[str, Any]:
     stored, paper = count_parameters(model), paper_parameters(model)
-    tasks = {
-        name: {
-            "macs": _totals(count_macs(model, [name], budget=budget)),
-            "activated": _totals(activated_parameters(model, name, budget)),
-            **_inside(model, [name]),
-        }
-        for name in chosen
-    }
+    tasks = {}
+    for name in chosen:
+        counted = _counted(model, [name], budget=budget)
+        activated = _totals(activated_parameters(model, name, budget))
+        tasks[name] = {"macs": _totals(counted.counts), "activated": activated, **_inside(counted)}
+    at_once = _counted(model, config.tasks, budget=budget)
     distilling = count_macs(model, config.tasks, training=True) if stored["distillation"] else stored
     return {
         "format": FORMAT,
@@ -110,8 +108,8 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budge
         "tasks": tasks,
         "all_tasks_in_one_pass": {
             "tasks": list(config.tasks),
-            "macs": _totals(count_macs(model, config.tasks, budget=budget)),
-            **_inside(model, config.tasks),
+            "macs": _totals(at_once.counts),
+            **_inside(at_once),
         },
         "distillation": {"parameters": stored["distillation"], "macs": distilling["distillation"]},
         "as_the_paper_counts": {
@@ -122,10 +120,9 @@ def _report(config: ModelConfig, model: MultiTaskModel, chosen: list[str], budge
     }
 
 
-def _inside(model: MultiTaskModel, tasks: list[str]) -> dict[str, Counts]:
+def _inside(counted: "_MacCounter") -> dict[str, Counts]:
     """Return what a report says of a decoder that has parts of its own."""
-    parts = decoder_macs(model, tasks)
-    return {"decoder": parts} if len(parts) > 1 else {}
+    return {"decoder": counted.decoder} if len(counted.decoder) > 1 else {}
 
 
 def _totals(counts: Counts) -> dict[str, Any]:
@@ -192,13 +189,12 @@ def count_macs(
     return _counted(model, tasks, training, budget, every_expert).counts
 
 
-def decoder_macs(model: MultiTaskModel, tasks: list[str], budget: Budget = FULL) -> Counts:
-    """Return the MACs of one image in the decoder, by its own parts (`Decoder.part_of`), as `count_macs` counts."""
-    return _counted(model, tasks, False, budget, False).decoder
-
-
 def _counted(
-    model: MultiTaskModel, tasks: list[str], training: bool, budget: Budget, every_expert: bool
+    model: MultiTaskModel,
+    tasks: list[str],
+    training: bool = False,
+    budget: Budget = FULL,
+    every_expert: bool = False,
 ) -> "_MacCounter":
     counter, handles = _MacCounter(model, every_expert), []
     for name, module in model.named_modules():

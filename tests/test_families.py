@@ -1,4 +1,4 @@
-"""Every family of trunks that README names, small, on the whole path: init, profile, a training step, ONNX, predict."""
+"""Every family of trunks that README names, small: init, profile, a training step, ONNX at any grid, predict."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 from m3vit.cli import main
 from m3vit.data.network_input import image_tensor, normalise
 from m3vit.run_folder import load_run
+from tests.models.grids import assert_exported_at_any_grid
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +66,4 @@ def test_whole_path(name: str, tiny_data: Path, tmp_path: Path) -> None:
         expected = model(normalise(image_tensor(image), model.normalisation)[None]).logits["depth"][0, 0].numpy()
     found = np.load(tmp_path / "out" / "image_depth.npy")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32, in another order
+    assert_exported_at_any_grid(model)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from m3vit.export.onnx.graph import trace_task
+from m3vit.export.onnx.graph import of_task, trace_task, trace_tasks
 from m3vit.export.onnx.lower import lower_moe
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.export.onnx.quantize import quantize
@@ -101,7 +101,7 @@ def traced(tiny_run: Path) -> dict[str, onnx.ModelProto]:
     """Graphs of one task before lowering: of any size, of a fixed one not trained at, and for one image of it."""
     model = load_run(tiny_run).model
     return {
-        "any": trace_task(model, "normals"),
+        "any": of_task(trace_tasks(model, model.config.tasks), model, "normals"),  # as for the package
         "fixed": trace_task(model, "normals", opset=23, size=(40, 64)),
         "static": trace_task(model, "normals", size=(40, 64), batch=1),
     }
@@ -145,6 +145,7 @@ def copy(graph: onnx.ModelProto) -> onnx.ModelProto:
 def test_full_check_of_200_images(cli: Cli, tiny_run: Path, make_data: Any, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", train=4, val=198)
     words = ("export", "onnx", tiny_run, "--out", tmp_path / "onnx", "--data.root", data, "--check-images", 203)
+    words += ("--tasks", *(tasks := ("semseg", "edge")))
     result = cli(*words)
     assert result.returncode == 0, result.stderr
     assert "comparing with torch on 198 val and 4 train and 1 noise images, each at every size" in result.stdout
@@ -153,7 +154,8 @@ def test_full_check_of_200_images(cli: Cli, tiny_run: Path, make_data: Any, tmp_
     assert parity["image_sources"] == {"val": 198, "train": 4, "noise": 1}
     assert len(parity["sizes"]) == 3 and parity["threads"] == [1, 2]
     assert parity["race_hunt"]["tokens"] >= 1024 and parity["race_hunt"]["repeats"] >= 20
-    for task in TASKS:
+    assert set(parity["tasks"]) == set(tasks)
+    for task in tasks:
         entry = parity["tasks"][task]
         assert entry["worst_relative_error"] < LIMIT
         assert entry["comparisons"] + entry["near_tie_images"] >= 203 * 3 * 2

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -13,14 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.attention import FORMS
-from m3vit.export.onnx.graph import trace_task
-from m3vit.export.onnx.lower import copied, lower_moe
-from m3vit.export.onnx.parity import LIMIT
 from m3vit.models.config import ModelConfig
 from m3vit.models.initialise import new_model
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.pretrained import RUN_PREFIX
+from tests.models.grids import assert_exported_at_any_grid
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 2}
 NATIVE, OTHER = (3, 4), (5, 2)  # patch grids (rows, columns)
@@ -130,34 +125,9 @@ def test_post_norm_blocks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "vit_tiny_patch16_224",
-        "vit_small_patch14_reg4_dinov2",
-        "vit_giant_patch14_dinov2",
-        "eva02_tiny_patch14_224",
-        "vit_small_patch16_dinov3",
-    ],
-)
-def test_export_with_positions_of_any_grid(name: str) -> None:
-    model = make(name, tasks=["depth"])
-    traced = trace_task(model, "depth")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    sessions = [
-        onnxruntime.InferenceSession(
-            lower_moe(copied(traced), attention=form).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        for form in FORMS
-    ]
-    for batch, grid in ((1, NATIVE), (3, (4, 3)), (2, (1, 1)), (1, (9, 5)), (1, (2, 12)), (1, (6, 6))):
-        images = torch.randn(batch, 3, *size(grid, model.backbone.patch_size))
-        with torch.no_grad():
-            expected = model(images).logits["depth"].numpy()
-        for session, form in zip(sessions, FORMS, strict=True):
-            actual = session.run(["depth"], {"image": images.numpy()})[0]
-            assert np.abs(actual - expected).max() < LIMIT * np.abs(expected).max(), (grid, form)
+def test_export_with_positions_of_any_grid() -> None:
+    # Those of other families: tests/test_families.py.
+    assert_exported_at_any_grid(make("vit_giant_patch14_dinov2", tasks=["depth"]))
 
 
 # --- weights from files ---------------------------------------------------------------------------------------------

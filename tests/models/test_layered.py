@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.export.hls.leaf import lower
+from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.layered import tapped_blocks
 from m3vit.models.decoders.multiscale import Scale
@@ -263,6 +264,13 @@ def test_taskexpert_by_hand() -> None:
         made = {"decompose": L * once, "gate": gate, "assemble": L * T * E * W, "update": update}
         assert depth == made | {"outputs": T * s * s * (W * M + 9 * M)}
         assert sum(report["all_tasks_in_one_pass"]["decoder"].values()) == together
+    lean = profile(config(), "depth", Budget(decoder={"depth": {0: (1,)}}))["tasks"]["depth"]
+    parts = dict(depth) | {"decompose": depth["decompose"] - 2 * T * 9 * W * W}  # 2 of 3 experts of the first block
+    parts["assemble"] -= 2 * T * W
+    assert {name: lean["decoder"][name] for name in ("decompose", "assemble", "outputs")} == {
+        name: parts[name] for name in ("decompose", "assemble", "outputs")
+    }
+    assert sum(lean["decoder"].values()) == lean["macs"]["parts"]["heads"]
     step = 2 * W + (E + 1) * (1 + 2 * W) + W * W + W
     shared = 2 * D + W * (D + 1) + E * W * (9 * W + 1)
     depth = W + L * step + 2 * W + (W + 1) * s * s * M + 9 * M + 1
