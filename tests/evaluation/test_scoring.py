@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from m3vit.evaluation.meters import make_meter
 from m3vit.label_sets import LABEL_SETS, NYUD_CLASSES
 from tests.conftest import TINY
 from tests.test_cli import refused
+from tests.training import launching
 
 pytestmark = pytest.mark.slow
 
@@ -70,11 +70,8 @@ def test_two_processes_score_as_one(run: Path, tmp_path: Path) -> None:
     """Three images on two processes: an uneven split."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    words = ["--nproc-per-node=2", "--standalone", "-m", "m3vit", "eval", str(copy), "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("│ semseg") == 1, "one process prints"
+    printed = launching.run(["eval", copy, "--device", "cpu"], tmp_path, processes=2)
+    assert printed.count("│ semseg") == 1, "one process prints"
     assert results(copy)["A"] == results(run)["A"]
     with np.load(copy / "eval-A.npz") as two, np.load(run / "eval-A.npz") as one:
         for name in one.files:

@@ -341,10 +341,10 @@ def send_many(server: Server, count: int, make: Callable[[random.Random], bytes]
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_a_thousand_requests(onnx_package: Path) -> None:
-    """A real package, images of many sizes, some damaged: within 16 MiB of where 200 requests have brought it.
+def test_memory_stays_flat_over_hundreds_of_requests(onnx_package: Path) -> None:
+    """A real package, images of many sizes, some damaged: within 8 MiB of where 200 requests have brought it.
 
-    Measured: within 2. Without the care that the service and the runtime take it grows by more than 60.
+    Measured: within 2. Without the care that the service and the runtime take it grows by 60 in a thousand requests.
     """
 
     def make(rng: random.Random) -> bytes:
@@ -354,11 +354,11 @@ def test_memory_stays_flat_over_a_thousand_requests(onnx_package: Path) -> None:
     with serving(onnx_package) as server:
         send_many(server, 200, make)
         settled = server.resident_mib()
-        statuses = send_many(server, 1000, make)
-        assert len(statuses) == 1000 and set(statuses) == {200, 400}
-        assert statuses.count(400) < 200
+        statuses = send_many(server, 500, make)
+        assert len(statuses) == 500 and set(statuses) == {200, 400}
+        assert statuses.count(400) < 100
         grown = server.resident_mib() - settled
-        assert grown < 16, f"{grown:.1f} MiB on {settled:.0f}"
+        assert grown < 8, f"{grown:.1f} MiB on {settled:.0f}"
         assert server.request("GET", "/health")[0] == 200
 
 

@@ -3,7 +3,6 @@
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from m3vit.training.checkpoint import load_state, save_state
 from tests.conftest import TINY
+from tests.training.launching import Run
 
 pytestmark = pytest.mark.process
 
@@ -36,24 +36,16 @@ def unbroken(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_killed_at_random_moments_and_resumed(unbroken: Path, cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     run, moments = tmp_path / "run", random.Random(0)
-    command = [sys.executable, "-m", "m3vit.cli", "train", *RECIPE, f"--data.root={tiny_data}", "--out", str(run)]
+    words = ["train", *RECIPE, f"--data.root={tiny_data}", "--out", run, "--resume"]
     kills = 0
     for wanted in (1, 4, 8):  # steps done before the kill; then a random moment later
-        process = subprocess.Popen(
-            [*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and len(metrics.read_text().splitlines()) >= wanted:
-                break
-            time.sleep(0.002)
+        started = Run(words, tmp_path)
+        started.wait_for_lines(run / "metrics.jsonl", wanted)
         time.sleep(moments.uniform(0, 0.05))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
+        started.kill()
+        kills += started.processes[0].exitcode == -signal.SIGKILL
     assert kills >= 2, "the run ended before it could be killed: give it more steps"
-    result = cli(*command[3:], "--resume")
+    result = cli(*words)
     assert result.returncode == 0, result.stderr
     expected, resumed = weights(unbroken), weights(run)
     assert expected.keys() == resumed.keys()
