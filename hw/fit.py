@@ -244,6 +244,16 @@ def fit(
     return replace(candidates.base, **best.sizes)
 
 
+def require_fit(
+    program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board, fixed: Sizes = MappingProxyType({})
+) -> None:
+    """Raise InputError as `fit` does if no engines for a program fit, without looking for the best."""
+    hardware = least_hardware(program, weight_bits, act_bits, board)
+    check_tokens(hardware.max_rows)
+    if next(iter(Candidates(program, hardware, board, fixed)), None) is None:
+        raise _nothing_fits(program, hardware, board, fixed)
+
+
 def _fits_any(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> bool:
     """Return whether any engines fit."""
     return next(iter(Candidates(program, hardware, board, fixed)), None) is not None

@@ -21,8 +21,7 @@ from m3vit.export.hls.multiplexed.readme import readme
 from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
 from m3vit.export.hls.multiplexed.tracing import trace
 from m3vit.export.hls.schedules import Options, Runner
-from m3vit.hw.fit import check_tokens, fit
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.fit import check_tokens, require_fit
 from m3vit.hw.manifest import WEIGHTS, budget_names
 from m3vit.hw.network import Head, Network, program_of
 from m3vit.hw.sim.emulator import Emulator
@@ -43,7 +42,7 @@ def write(
     check_tokens(rows * columns + model.backbone.trunk.num_prefix_tokens)
     budgets = list(options.budgets.values())
     lowered = lowered_of(model, budgets)
-    needed_hardware(lowered[0], options)  # refuses what does not fit before the long work
+    require_engines(lowered[0], options)
     return lowered[0], write_project(lowered, programs_of(model, budgets), calibration, options, folder)
 
 
@@ -80,12 +79,12 @@ def sizes_of(model: leaf.LoweredModel) -> Network:
     )
 
 
-def needed_hardware(model: leaf.LoweredModel, options: Options) -> Hardware:
-    """Return the engines for a model, fitted to the board; raises InputError before any work if they do not fit."""
+def require_engines(model: leaf.LoweredModel, options: Options) -> None:
+    """Raise InputError, before the long work, if no engines for a model fit the board."""
     assert options.design is not None
     board, fixed = options.design.target, options.design.sizes
     program = program_of(sizes_of(model), options.weight_bits, options.act_bits, board.port_bits)
-    return fit(program, options.weight_bits, options.act_bits, board, fixed)
+    require_fit(program, options.weight_bits, options.act_bits, board, fixed)
 
 
 def _precisions(formats: Formats, config: dict[str, Any]) -> None:

@@ -20,8 +20,10 @@ from m3vit.export.hls.multiplexed import schedule
 from m3vit.export.hls.project import reference
 from m3vit.export.hls.schedules import choose_options
 from m3vit.export.hls.verify import SimulatedOutputs
+from m3vit.hw.fit import fit
 from m3vit.hw.isa import Norm
 from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.network import program_of
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
@@ -212,8 +214,11 @@ def test_a_budget_by_layer(tmp_path: Path) -> None:
 
 
 def test_hardware_known_before_is_that_of_the_schedule(model: MultiTaskModel, project: Path) -> None:
-    needed = schedule.needed_hardware(leaf.lower(model), choose_options("multiplexed", 16, None, None))
-    assert asdict(needed) == csim.read_manifest(project)["hardware"]
+    options = choose_options("multiplexed", 16, None, None)
+    assert options.design is not None
+    bits, board = (options.weight_bits, options.act_bits), options.design.target
+    program = program_of(schedule.sizes_of(leaf.lower(model)), *bits, board.port_bits)
+    assert asdict(fit(program, *bits, board, options.design.sizes)) == csim.read_manifest(project)["hardware"]
 
 
 @pytest.mark.slow
