@@ -32,6 +32,7 @@ PLACES = {
         "params_step",
     ),
     *("gelu_in", "gelu_out", "score_shift", "value_shift", "logit_frac", "shift", "bias_shift", "biases", "eps"),
+    "pixel_pitch",
 }
 
 

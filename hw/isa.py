@@ -288,7 +288,7 @@ class Conv(Instruction):
 
     A token holds upscale^2 pixels, line by line, of n_in / 9 features each, and `columns` tokens are side by side. The
     rows are the pixels, token after token; n_in is what one reads: the features of its neighbours, line by line. Pixel
-    p of token t is written to dst + t dst_pitch + p n_out.
+    p of token t is written to dst + t dst_pitch + p pixel_pitch (0 in older programs, where it is n_out).
     """
 
     op = Op.CONV
@@ -304,6 +304,7 @@ class Conv(Instruction):
     mode: Target = Mode.OUTPUT
     columns: Unsigned
     upscale: Unsigned
+    pixel_pitch: Unsigned = 0
 
 
 INSTRUCTIONS: dict[Op, type[Instruction]] = {

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from m3vit.digests import read_sealed_json
 from m3vit.errors import InputError
+from m3vit.hw.output_memory import MANIFEST_KEY, OutputLayout
 from m3vit.label_sets import LABEL_SETS, declare, resolve
 
 MANIFEST = "m3vit.json"
@@ -141,6 +142,22 @@ def _fractions(manifest: dict[str, Any]) -> bool:
     )
 
 
+def _output_layout(manifest: dict[str, Any]) -> bool:
+    if MANIFEST_KEY not in manifest:  # older ones: outputs lie side by side
+        return True
+    layout, tasks = OutputLayout.of(manifest), manifest["tasks"]
+    return (
+        _whole(layout.token_pitch, 1)
+        and layout.pixels in (1, manifest["upscale"] ** 2)
+        and len(layout.pixel_pitches) == len(layout.pixel_outputs) == len(tasks)
+        and [layout.pixels * count for count in layout.pixel_outputs] == [task["outputs"] for task in tasks]
+        and all(
+            _whole(pitch, count, layout.token_pitch // layout.pixels)
+            for count, pitch in zip(layout.pixel_outputs, layout.pixel_pitches, strict=True)
+        )
+    )
+
+
 def _files(manifest: dict[str, Any]) -> bool:
     files, needed = manifest["files"], {SAMPLES, *NEEDS[_schedule(manifest)].files}
     inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in files)
@@ -168,4 +185,7 @@ class Needs(NamedTuple):
     files: Sequence[str] = ()
 
 
-NEEDS: dict[str, Needs] = {"spatial": Needs(), "multiplexed": Needs({"output_fracs": _fractions}, (WEIGHTS,))}
+NEEDS: dict[str, Needs] = {
+    "spatial": Needs(),
+    "multiplexed": Needs({"output_fracs": _fractions, MANIFEST_KEY: _output_layout}, (WEIGHTS,)),
+}

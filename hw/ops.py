@@ -46,7 +46,7 @@ NORM_SPAN = 16  # steps that LayerNorm gives a row at least
 SETTLED = 16  # cycles from a word's loading to its use in attention
 LEAD, LEAST_SPAN = 2, 8  # by how many tokens a port reads inputs ahead, and least steps of a token that is read
 ROUTE_SPAN = 16  # steps that the router gives a token at least
-WORD_BYTES = 4  # of params, wide and output
+WORD_BYTES = 4  # of an element of params
 GATE_BITS = 16  # routing is discrete and gates are few: they keep 16 bits whatever the weights have
 FETCH_BYTES = {"params": WORDS * WORD_BYTES}
 _GELU = next(table for table in TABLES if table.name == "gelu_gap")
@@ -296,16 +296,14 @@ def _half(tile: Tile, h: Hardware) -> int:
 
 def _results(tile: Tile, h: Hardware) -> int:
     """Return the steps in which a token's results are written: a wide word of both halves at once, `results` narrow
-    values, or to the output single ones."""
-    if tile.mode == Mode.OUTPUT:
-        return tile.outputs
-    return _times(tile.outputs, h.results) if tile.mode == Mode.NARROW else _words(h, _half(tile, h), WIDE_BITS)
+    values, or a word of the output."""
+    if tile.mode == Mode.NARROW:
+        return _times(tile.outputs, h.results)
+    return _words(h, tile.outputs if tile.mode == Mode.OUTPUT else _half(tile, h), WIDE_BITS)
 
 
 def _result_words(tile: Tile, h: Hardware) -> int:
-    """Return the words, or to the output single values, of a token's results."""
-    if tile.mode == Mode.OUTPUT:
-        return tile.outputs
+    """Return the words of a token's results."""
     return _words(h, tile.outputs, h.act_word if tile.mode == Mode.NARROW else WIDE_BITS)
 
 
@@ -375,14 +373,13 @@ def _loaded(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes
 
 def _moved(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes:
     """Return the bytes that a tile's pass reads and writes of tokens; of a 3x3 convolution's inputs about so many."""
-    results = tile.tokens * _result_words(tile, h)
+    results = _bytes(h, tile.tokens * _result_words(tile, h))
     inputs = tile.fresh * tile.tokens * tile.n_in * h.act_word // 8
     ports = {Mode.OUTPUT: "output", Mode.NARROW: "narrow_write"}
-    written = results * WORD_BYTES if tile.mode == Mode.OUTPUT else _bytes(h, results)
     return {
         "narrow_read": inputs,
-        "wide_read": tile.adds * _bytes(h, results),
-        ports.get(tile.mode, "wide_write"): written,
+        "wide_read": tile.adds * results,
+        ports.get(tile.mode, "wide_write"): results,
     }
 
 

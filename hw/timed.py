@@ -28,7 +28,6 @@ from m3vit.hw.ops import ENGINES, OPS
 # Ports by the AXI bus that they share (PORTS of m3vit.export.hls.multiplexed.writer), and those that write.
 BUSES = {"image": "io", "output": "io", "gates": "tables", "params": "tables"}
 WRITING = ("narrow_out", "wide", "more_wide", "output")  # a bus reads and writes at the same time
-OUTPUT_BYTES = 4  # of a value: the output's port moves single ones
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class Trace:
 
     def widths(self, hardware: Hardware) -> np.ndarray:
         """Return the bytes of a word of each port, int64 [ports]."""
-        narrower = {"image": hardware.pixels, "output": OUTPUT_BYTES}
-        return np.array([narrower.get(port, hardware.port_bits // 8) for port in self.ports])
+        return np.array([hardware.pixels if port == "image" else hardware.port_bits // 8 for port in self.ports])
 
     def shifted(self, start: int) -> "Trace":
         """Return it with `pc` counted from an instruction: that of the program's start."""

@@ -10,6 +10,7 @@ import yaml
 from m3vit.errors import InputError
 from m3vit.files import read_text
 from m3vit.hw.hardware import DERIVED, Hardware
+from m3vit.hw.output_memory import MANIFEST_KEY
 
 PARAMETERS, TCL, CONFIG = "firmware/parameters.h", "project.tcl", "hls4ml_config.yml"
 CONSTANT = re.compile(r"^\s*static const \w+ (\w+) = (\w+);", re.MULTILINE)
@@ -25,14 +26,20 @@ def constants(project: Path) -> dict[str, str]:
     return dict(CONSTANT.findall(read_text(project / PARAMETERS, f"{project} is not a whole project: export it again")))
 
 
+def check_engines(project: Path, manifest: dict[str, Any]) -> None:
+    """Raise InputError for a multiplexed project whose engines the closed form does not know: those of another version
+    (which have other sizes, or wrote single values to the output)."""
+    if set(manifest["hardware"]) != {field.name for field in fields(Hardware)} or MANIFEST_KEY not in manifest:
+        raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
+
+
 def hardware_of(project: Path, manifest: dict[str, Any]) -> Hardware:
     """Return the engines of a multiplexed project as its sources have them now.
 
     Raises InputError for engines of another version, and constants that are no numbers.
     """
+    check_engines(project, manifest)
     known = manifest["hardware"]
-    if set(known) != {field.name for field in fields(Hardware)}:
-        raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
     found = dict(known)
     for name, text in constants(project).items():
         if name in known and type(known[name]) is int:

@@ -28,8 +28,16 @@ template <class T> static void run(const T *tokens, const T *task, T *outputs) {
     const unsigned id = (unsigned)task[0] < (unsigned)memory().head.tasks ? (unsigned)task[0] : 0;
     memory().fill(0);
     memory().run(image.data(), id);
-    for (size_t i = 0; i < memory().output.size(); i++)
-        outputs[i] = (T)ldexp((double)memory().output[i], -vit_model::output_frac(id));
+    // Rows of the output memory begin at words of its port; those of predict() lie side by side.
+    const int32_t *words = (const int32_t *)memory().output.data();
+    const int count = vit_model::pixel_outputs(id), pitch = vit_model::pixel_pitch(id);
+    for (int t = 0; t < vit_model::rows * vit_model::columns; t++) {
+        for (int i = 0; i < vit_model::outputs; i++) {
+            const bool own = i < vit_model::pixels * count; // else of a wider task
+            const int32_t word = own ? words[t * vit_model::token_pitch + i / count * pitch + i % count] : 0;
+            outputs[t * vit_model::outputs + i] = (T)ldexp((double)word, -vit_model::output_frac(id));
+        }
+    }
 }
 
 extern "C" {

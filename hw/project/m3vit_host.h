@@ -27,8 +27,7 @@ inline bool read_file(const char *path, std::vector<char> &data) {
 // DDR as the accelerator sees it.
 struct device_memory {
     nnet::vit::file_header head;
-    std::vector<vit_words::wide> params, wide;
-    std::vector<int32_t> output;
+    std::vector<vit_words::wide> params, wide, output;
     std::vector<vit_words::weights> weights;
     std::vector<vit_words::gates> gates;
     std::vector<vit_words::narrow> narrow;
@@ -48,7 +47,7 @@ struct device_memory {
         section(data, head.gates_at, head.gates_words * (int64_t)sizeof(int16_t), gates);
         narrow.resize(whole<vit_words::narrow>(head.narrow * (int64_t)sizeof(vit_cfg::act_t)));
         wide.resize(whole<vit_words::wide>(head.wide * (int64_t)sizeof(int32_t)));
-        output.resize((size_t)head.output);
+        output.resize(whole<vit_words::wide>(head.output * (int64_t)sizeof(int32_t)));
         return true;
     }
 
@@ -65,7 +64,7 @@ struct device_memory {
 
     // Run one frame.
     void run(const uint8_t *image, unsigned task, unsigned budget = 0) {
-        memset(output.data(), 0, output.size() * sizeof(int32_t));
+        memset((void *)output.data(), 0, output.size() * sizeof(vit_words::wide));
         m3vit((const vit_words::image *)image, task, (unsigned)head.tasks, entry(budget), weights.data(), weights.data(),
               gates.data(), params.data(), narrow.data(), narrow.data(), narrow.data(), wide.data(), wide.data(),
               wide.data(), wide.data(), output.data());

@@ -42,7 +42,7 @@ int main(int argc, char **argv) {
     const size_t frames = frame_bytes ? images.size() / frame_bytes : tasks.size();
     if (tasks.size() != 2 * frames)
         tasks.resize(tasks.size() + frames); // the first budget
-    const size_t output_bytes = memory.output.size() * sizeof(int32_t);
+    const size_t output_bytes = (size_t)memory.head.output * sizeof(int32_t);
     if (images.size() != frames * frame_bytes || tasks.size() != 2 * frames ||
         (check && expected.size() != frames * output_bytes)) {
         fprintf(stderr, "csim: %zu bytes of images (and %zu of outputs) are not %zu frames of %zu\n", images.size(),

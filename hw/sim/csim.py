@@ -21,6 +21,7 @@ import numpy as np
 
 from m3vit.errors import InputError
 from m3vit.hw.manifest import FORMAT, MANIFEST, WEIGHTS, budget_names, read_manifest, top_ks
+from m3vit.hw.output_memory import OutputLayout
 from m3vit.hw.sim.compiler import advising, built, compiler, find_compiler, require_writable, run_program
 
 __all__ = ["FORMAT", "MANIFEST", "find_compiler", "read_manifest"]  # used from here by others
@@ -53,9 +54,9 @@ class SimulationResult(NamedTuple):
 class FrameResult(NamedTuple):
     """What the C-simulation of n frames of a multiplexed project returned.
 
-    outputs: [n, T, widest task] int32, raw words. expert_ids: for each MoE layer [n, N, K], K the most of any frame, -1
-    beyond a frame's own. counters: for each frame, by instruction (of all programs together), bytes by port and
-    `saturated` values. seconds: as SimulationResult's.
+    outputs: [n, T, token_pitch] int32, the output memory (m3vit.hw.output_memory). expert_ids: for each MoE layer
+    [n, N, K], K the most of any frame, -1 beyond a frame's own. counters: for each frame, by instruction (of all
+    programs together), bytes by port and `saturated` values. seconds: as SimulationResult's.
     """
 
     outputs: np.ndarray
@@ -310,10 +311,11 @@ def run_frames(
         for task, budget in zip(task_ids.tolist(), used.tolist(), strict=True)
     ]
     words = rows * sum(sum(frame) for frame in by_frame)
-    if outputs.shape[-1] != manifest["outputs"] or routing.size != words:
+    pitch = OutputLayout.of(manifest).token_pitch
+    if outputs.shape[-1] != pitch or routing.size != words:
         raise InputError(
-            f"the test bench wrote {outputs.shape[-1]} outputs a token and {routing.size} routing words instead of "
-            f"{manifest['outputs']} and {words}"
+            f"the test bench wrote {outputs.shape[-1]} values a token and {routing.size} routing words instead of "
+            f"{pitch} and {words}"
         )
     experts = _by_layer(routing, by_frame, rows, len(manifest["moe_layers"]))
     counters: list[list[dict[str, int]]] = [[] for _ in images]

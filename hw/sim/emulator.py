@@ -272,8 +272,9 @@ class Emulator:
         padded = F.pad(lines, (0, 0, 1, 1, 1, 1))
         around = padded.unfold(0, 3, 1).unfold(1, 3, 1).permute(0, 1, 3, 4, 2)  # [lines, columns, 3, 3, features]
         y = self._hold(state, pc, self._multiply(around.reshape(-1, i.n_in), self.prepared[pc]), 32)
-        by_token = y.reshape(-1, s, columns, s, i.n_out).transpose(1, 2).reshape(tokens, -1)
-        _rows(state.output, i.dst, i.dst_pitch, *by_token.shape).copy_(by_token)
+        by_token = y.reshape(-1, s, columns, s, i.n_out).transpose(1, 2).reshape(tokens, s * s, i.n_out)
+        pitches = (i.dst_pitch, i.pixel_pitch or i.n_out, 1)
+        state.output.as_strided(by_token.shape, pitches, i.dst).copy_(by_token)
 
     def _norm(self, state: _State, pc: int, i: isa.Norm) -> None:
         scale, bias = self.prepared[pc]

@@ -1,5 +1,7 @@
 """Heads with a convolution through both HLS schedules, and the layouts of their pixels."""
 
+import ctypes
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from m3vit.export.hls import leaf
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.spatial.schedule import lower
 from m3vit.export.hls.verify import logits_of, verify_project
-from m3vit.hw.isa import Op
-from m3vit.hw.manifest import WEIGHTS
+from m3vit.hw.isa import Conv, Op
+from m3vit.hw.manifest import WEIGHTS, read_manifest
 from m3vit.hw.program import Image
+from m3vit.hw.sim import csim
+from m3vit.hw.sim.emulator import Emulator
 from m3vit.kinds.decoding import assemble
 from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
 from tests.export.models import make_images, make_model, make_samples
+from tests.export.multiplexed.test_driver import ModelledDevice, emitted_driver, modelled_allocate
 
 HEAD = {"head": "conv", "head_args": {"width": 6}}
 FUSED = {"head": "conv", "head_args": {"width": 6, "blocks": 2}}
@@ -43,7 +48,9 @@ def test_pixels_there_and_back() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "head"), [("spatial", FUSED), ("multiplexed", HEAD), ("multiplexed", FUSED)])
-def test_simulation_agrees_with_torch(schedule: str, head: dict[str, Any], tmp_path: Path) -> None:
+def test_simulation_agrees_with_torch(
+    schedule: str, head: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, project = make_model(**head), tmp_path / "project"
     data = {"calibration": make_images(4, seed=9), "samples": make_samples()}
     manifest = export_project(model, project, schedule=schedule, **data)
@@ -55,6 +62,38 @@ def test_simulation_agrees_with_torch(schedule: str, head: dict[str, Any], tmp_p
         *trunk, before = [i.op for i in Image.read(project / WEIGHTS).program[:-7]]
         assert [i.op for i in Image.read(project / WEIGHTS).program[-7:]] == [Op.NORM, *3 * [Op.LINEAR, Op.CONV]]
         assert before == (Op.LINEAR if head is FUSED else Op.EXPERTS) and trunk.count(Op.NORM) == 4 + (head is FUSED)
+        if head is HEAD:
+            check_readers(project, monkeypatch)
+
+
+def check_readers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bridge to predict() and the host driver return outputs without what fills up rows of 1 and 40."""
+    image, image_file = make_images(1, seed=6)[0], Image.read(project / WEIGHTS)
+    convs = [i for i in image_file.program if isinstance(i, Conv)]
+    fracs, emulator = read_manifest(project)["output_fracs"], Emulator(image_file)
+    library = project / "bridge.so"
+    sources = ["m3vit_bridge.cpp", "firmware/m3vit.cpp"]
+    flags = ["-O1", "-std=c++11", "-w", "-shared", "-fPIC", "-I.", '-DWEIGHTS_DIR="firmware/weights"']
+    subprocess.run([csim.find_compiler(), *flags, *sources, "-o", library.name], cwd=project, check=True)
+    predict = ctypes.CDLL(str(library)).m3vit_float
+    tokens = np.ascontiguousarray(csim.tokenise(image[None], 8)[0])
+    monkeypatch.chdir(project)
+    with emitted_driver(project) as driver:
+        accelerator = driver.Accelerator(ModelledDevice(project), modelled_allocate, project)
+        for task, conv in enumerate(convs):
+            words = emulator.run(image, task).outputs
+            places = [
+                [token * conv.dst_pitch + pixel * conv.pixel_pitch + o for pixel in range(4) for o in range(conv.n_out)]
+                for token in range(12)
+            ]
+            expected = (words[places] * 2.0 ** -fracs[task]).astype(np.float32)
+            assert conv.pixel_pitch == (40 if conv.n_out == 40 else 4) and expected.any()
+            accelerator.set_task(task)
+            np.testing.assert_array_equal(accelerator.run(image), expected)
+            outputs, number = np.full((12, 160), 9, np.float32), np.array([task], np.float32)
+            predict(*(ctypes.c_void_p(array.ctypes.data) for array in (tokens, number, outputs)))
+            np.testing.assert_array_equal(outputs[:, : expected.shape[1]], expected)
+            assert not outputs[:, expected.shape[1] :].any()
 
 
 def test_one_task_less_to_tell() -> None:

@@ -61,8 +61,10 @@ class Bench:
 
     def dst(self, memory: str, rows: int, columns: int) -> dict[str, int]:
         if memory == "output":
-            offset, self.output_size = self.output_size, self.output_size + rows * columns
-            return {"dst": offset, "dst_pitch": columns}
+            lanes = self.h.values(32)
+            offset, pitch = (round_up(n, lanes) + lanes * self.between(0, 1) for n in (self.output_size, columns))
+            self.output_size = offset + rows * pitch
+            return {"dst": offset, "dst_pitch": pitch}
         place = self.region(memory, rows, columns)
         return {"dst": place["at"], "dst_pitch": place["pitch"]}
 
@@ -363,7 +365,8 @@ def make_conv(b: Bench) -> Iterator[isa.Instruction]:
         lines, columns, features = b.between(1, 5), b.between(1, 5), b.sized(b.h.max_in // isa.TAPS)
         tokens, n_in, n_out = lines * columns, isa.TAPS * features, b.between(1, 40)
         places = b.src("narrow", tokens, upscale**2 * features) | b.linear("weights", n_out, n_in)
-        places |= b.dst("output", tokens, upscale**2 * n_out + b.between(0, 5))
+        pitch = round_up(n_out, b.h.values(32)) + b.h.values(32) * b.between(0, 1)
+        places |= b.dst("output", tokens, upscale**2 * pitch) | {"pixel_pitch": pitch}
         sizes = {"rows": tokens * upscale**2, "n_in": n_in, "n_out": n_out, "columns": columns, "upscale": upscale}
         yield isa.Conv(task=b.task(), **sizes, **places)
 
@@ -389,7 +392,7 @@ def run_conv(i: isa.Conv, m: Machine, pixels: np.ndarray) -> None:
                         taps += [0] * features
             token, pixel = place(y, x)
             for o, value in enumerate(m.sums("weights", i.weights, i.params, taps, i.n_out)):
-                m.output[i.dst + token * i.dst_pitch + pixel * i.n_out + o] = m.hold(value, 32)
+                m.output[i.dst + token * i.dst_pitch + pixel * i.pixel_pitch + o] = m.hold(value, 32)
 
 
 class Opcode(NamedTuple):

@@ -112,22 +112,18 @@ def test_no_float_and_no_allocation_in_the_engines() -> None:
             assert word not in code, f"{word} in {path.name}"
 
 
-# Ports that move single values: rows of outputs begin anywhere.
-SINGLE = {"output"}
-
-
 def test_every_port_moves_whole_words() -> None:
     """A loop that reads or writes a port moves what it is typed as: in the emitted C++, a word of its width."""
     top = top_text(dict.fromkeys(PORT_BUNDLES, 1), 128)
     declared = {name: kind for kind, name in re.findall(r"((?:vit_words::)?\w+) \*(\w+)", TOP_ARGUMENTS)}
     assert set(declared) == set(PORT_BUNDLES)
     for name, kind in declared.items():
-        assert f"port={name} " in top and (kind.startswith("vit_words::") != (name in SINGLE)), f"{kind} *{name}"
+        assert f"port={name} " in top and kind.startswith("vit_words::"), f"{kind} *{name}"
     for path in (INCLUDE / "engine").glob("m3vit_engine_*.h"):
         text = "\n".join(line.split("//")[0] for line in path.read_text().splitlines())
         for kind, name in re.findall(r"([\w:<>, ]*?[\w>]) \*(\w+)[,)]", text):
             if name in PORT_BUNDLES or name == "narrow":
-                assert "words<C>::" in kind or "word<w_t" in kind or name in SINGLE, f"{path.name}: {kind} *{name}"
+                assert "words<C>::" in kind or "word<w_t" in kind, f"{path.name}: {kind} *{name}"
 
 
 def test_integer_functions_are_those_of_the_headers(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor, Unit
 from m3vit.hw.design import Design
 from m3vit.hw.fit import fit
 from m3vit.hw.hardware import Hardware
+from m3vit.hw.output_memory import OutputLayout
 from m3vit.hw.program import Image
 
 NAME = "VitisMoE"
@@ -35,6 +36,7 @@ class Planned:
     tensors: list[dict[str, Any]]  # of weights_map.json
     sum_bits: int
     output_fracs: list[int]  # of each task
+    output_layout: OutputLayout
     filled: list[str]  # of hidden units that lie apart: what is filled up with zeros, for people
 
 
@@ -178,8 +180,8 @@ class _Planner:
         bits = (scheduler.weight_bits, scheduler.act_bits)
         first, *others = (image.program_of(number) for number in range(len(self.programs)))
         hardware = fit(first, *bits, self.board, self.design.sizes, [one for other in others for one in other])
-        facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs, self.filled())
-        return Planned(image, hardware, *facts)
+        facts = (scheduler.named_tensors(), scheduler.largest_sum_bits, self.output_fracs, scheduler.output_layout)
+        return Planned(image, hardware, *facts, self.filled())
 
     def filled(self) -> list[str]:
         """Return what is filled up where the budgets' hidden units lie apart."""

@@ -1,7 +1,6 @@
 """`m3vit hw cost`: what a model would cost in the multiplexed schedule, from its sizes; or what a project costs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +10,7 @@ import torch
 
 from m3vit.errors import InputError
 from m3vit.export.hls.contents import open_project
+from m3vit.export.hls.edits import check_engines
 from m3vit.export.hls.leaf import token_heads
 from m3vit.export.hls.schedules import choose_options
 from m3vit.hw.boards import find_board
@@ -125,8 +125,7 @@ def of_project(project: Path, board: str | None, task: str | None, budget: str |
         )
     image, number = Image.read(project / WEIGHTS), find_budget(manifest, budget)
     programs = [image.program_of(place) for place in range(len(image.starts))]
-    if set(manifest["hardware"]) != {field.name for field in fields(Hardware)}:
-        raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
+    check_engines(project, manifest)
     hardware, design = Hardware(**manifest["hardware"]), Design(**manifest.get("design", {"board": manifest["board"]}))
     chosen = design.target if board in (None, design.board) else find_board(board)
     if chosen.port_bits != hardware.port_bits:

@@ -5,6 +5,7 @@ from typing import Any
 from m3vit.export.hls.contents import EDITING, order_of_outputs
 from m3vit.hw.boards import find_board
 from m3vit.hw.manifest import budget_names
+from m3vit.hw.output_memory import OutputLayout
 
 BITSTREAM = "vivado -mode batch -source vivado_design.tcl -tclargs bitstream      # m3vit.bit, m3vit.hwh"
 NO_DESIGN = "# the block design around the IP is yours to make: the one that we have is for Zynq UltraScale+ boards"
@@ -12,9 +13,11 @@ NO_DESIGN = "# the block design around the IP is yours to make: the one that we 
 
 def readme(manifest: dict[str, Any]) -> str:
     """Return the text."""
+    layout = OutputLayout.of(manifest)
     tasks = "\n".join(
-        f"| {task['id']} | {task['name']} | {task['channels']} | {task['outputs']} | {frac} |"
-        for task, frac in zip(manifest["tasks"], manifest["output_fracs"], strict=True)
+        f"| {task['id']} | {task['name']} | {task['channels']} | {task['outputs']} | {frac} "
+        f"| {layout.pixel_outputs[place]} | {layout.pixel_pitches[place]} |"
+        for place, (task, frac) in enumerate(zip(manifest["tasks"], manifest["output_fracs"], strict=True))
     )
     rows, columns = manifest["grid"]
     height, width = manifest["image_size"]
@@ -77,12 +80,15 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
   tensor lies, lists the program, and the elements of the memories below.
 - `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16};
   `wide_in`, `wide`, `more_wide_in`, `more_wide`: one of int32. Scratch: nothing in them outlasts a frame.
-- `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {manifest["outputs"]}], raw words with the
-  fractional bits below; a token's are {order_of_outputs(manifest)}.
+- `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {layout.token_pitch}], raw words with the
+  fractional bits below. A token has {layout.pixels} row(s), each at a whole word of the port; how many outputs a row
+  begins with, and how far rows are apart, is below. What is between is no output, which `host/m3vit_output_memory.py`
+  takes out.
+  A token's outputs without it are {order_of_outputs(manifest)}.
   A pixel shuffle and a bilinear resize make them logits (`host/m3vit_decoding.py`).
 
-| task id | task | channels | outputs per token | fractional bits |
-|---|---|---|---|---|
+| task id | task | channels | outputs per token | fractional bits | outputs of a row | rows apart |
+|---|---|---|---|---|---|---|
 {tasks}
 
 Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream 32

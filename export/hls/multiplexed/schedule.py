@@ -24,6 +24,7 @@ from m3vit.export.hls.schedules import Options, Runner
 from m3vit.hw.fit import check_tokens, require_fit
 from m3vit.hw.manifest import WEIGHTS, budget_names
 from m3vit.hw.network import Head, Network, program_of
+from m3vit.hw.output_memory import MANIFEST_KEY
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
 
@@ -146,6 +147,7 @@ def write_project(
         **({"design": options.design.plain()} if options.design else {}),
         "hardware": asdict(schedule.hardware),
         "output_fracs": schedule.output_fracs,
+        MANIFEST_KEY: schedule.output_layout._asdict(),
         **({"entries": list(schedule.image.starts)} if len(programs) > 1 else {}),
         **({"filled": schedule.filled} if schedule.filled else {}),
     }

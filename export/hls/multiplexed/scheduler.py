@@ -20,6 +20,7 @@ from m3vit.hw.hardware import PACKED_PROB_FRAC, PORT_BITS, round_up, row_unit, s
 from m3vit.hw.isa import PIXEL_ZERO, ROW_WORDS, SCORE_FRAC, Instruction, Mode
 from m3vit.hw.network import PARAMS_UNIT
 from m3vit.hw.ops import GATE_BITS, needs
+from m3vit.hw.output_memory import OutputLayout
 from m3vit.hw.program import Builder, Image, Memory, allocate, program_words
 from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 from m3vit.hw.weights_file import ALIGNMENT
@@ -126,6 +127,7 @@ class Scheduler:
     def __init__(self, tasks: int, weight_bits: int, act_bits: int, wide_frac: int, port_bits: int = PORT_BITS) -> None:
         act_word = stored_bits(act_bits)
         self.unit, self.lanes = row_unit(stored_bits(weight_bits), act_word, port_bits), port_bits // act_word
+        self.wide_lanes = port_bits // WIDE_BITS
         self.tasks, self.weight_bits, self.act_bits, self.wide_frac = tasks, weight_bits, act_bits, wide_frac
         self.steps: list[_Step] = []
         self.buffers: list[Buffer] = []
@@ -134,6 +136,7 @@ class Scheduler:
         self.builder = Builder(weight_bits, act_bits)
         self.tensors: list[dict[str, Any]] = []  # of the weight file, for weights_map.json
         self.output_size = self.image_size = 0
+        self.output_layout = OutputLayout(0, 1, [], [])
         self.largest_sum_bits = 0
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
@@ -420,13 +423,19 @@ class Scheduler:
 
     def head(self, name: str, x: Tensor, maps: Maps, fracs: list[int]) -> None:
         """The Linear of each task to the output memory; task r's outputs have fracs[r]."""
-        pitch = max(len(weight) for weight, _ in maps)
+        pitch = self._lay_out(x.rows, [len(weight) for weight, _ in maps]).token_pitch
         for task, ((weight, bias), frac) in enumerate(zip(maps, fracs, strict=True)):
             shape: dict[str, Any] = {"rows": x.rows, "n_out": len(weight), "mode": Mode.OUTPUT, "dst_pitch": pitch}
             only = task if len(maps) > 1 else -1
             fields = self._store(f"{name}.{task}", weight, bias, x, frac)
             self._add(isa.Linear(task=only, **shape, **fields), x, None)
-        self.output_size = x.rows * pitch
+
+    def _lay_out(self, tokens: int, counts: list[int], pixels: int = 1) -> OutputLayout:
+        """Lay out the output memory: of each task `counts` outputs for each of a token's pixels."""
+        pitches = [round_up(count, self.wide_lanes) for count in counts]
+        self.output_layout = OutputLayout(pixels * max(pitches), pixels, counts, pitches)
+        self.output_size = tokens * self.output_layout.token_pitch
+        return self.output_layout
 
     def pixel_head(
         self,
@@ -443,7 +452,7 @@ class Scheduler:
         [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side.
         """
         (maps, fracs), (kernels, output_fracs) = features, outputs
-        pitch = upscale**2 * max(len(kernel) for kernel, _ in kernels)
+        layout = self._lay_out(x.rows, [len(kernel) for kernel, _ in kernels], upscale**2)
         for task, ((weight, bias), (kernel, kernel_bias)) in enumerate(zip(maps, kernels, strict=True)):
             only = task if len(maps) > 1 else -1
             # The features of a pixel fill steps of the array too: what is added to them is 0.
@@ -457,9 +466,9 @@ class Scheduler:
             self._add(isa.Linear(task=only, **shape, **fields), x, pixels)
             fields = self._store(f"{name}.{task}", kernel, kernel_bias, pixels, output_fracs[task])
             shape = {"rows": x.rows * upscale**2, "n_out": len(kernel)}
-            shape |= {"columns": columns, "upscale": upscale, "dst_pitch": pitch}
+            shape |= {"columns": columns, "upscale": upscale, "dst_pitch": layout.token_pitch}
+            shape["pixel_pitch"] = layout.pixel_pitches[task]
             self._add(isa.Conv(task=only, **shape, **fields), pixels, None)
-        self.output_size = x.rows * pitch
 
     @property
     def limits(self) -> dict[str, int]:

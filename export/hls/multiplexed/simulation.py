@@ -11,6 +11,7 @@ from m3vit.errors import InputError
 from m3vit.export.hls.schedules import Progress, Simulated
 from m3vit.hw.manifest import WEIGHTS, budget_names
 from m3vit.hw.ops import PORTS
+from m3vit.hw.output_memory import OutputLayout
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
@@ -19,9 +20,14 @@ CHUNK_FRAMES = 4  # simulated by one call of the test bench, which then reads th
 
 
 def real_outputs(words: np.ndarray, manifest: dict[str, Any]) -> np.ndarray:
-    """Return raw outputs [n, R, T, C] int32 as numbers, float32; outputs beyond a task's width are zero."""
-    fracs = np.array(manifest["output_fracs"])[:, None, None]
-    return np.ldexp(words.astype(np.float64), -fracs).astype(np.float32)
+    """Return output memories int32 [n, R, T, token_pitch] as numbers, float32 [n, R, T, C]; outputs beyond a task's
+    width are zero."""
+    layout = OutputLayout.of(manifest)
+    found = np.zeros((*words.shape[:3], manifest["outputs"]), np.float32)
+    for task, frac in enumerate(manifest["output_fracs"]):
+        own = layout.outputs(words[:, task], task)
+        found[:, task, :, : own.shape[-1]] = np.ldexp(own.astype(np.float64), -frac)
+    return found
 
 
 def simulate(project: Path, images: np.ndarray, manifest: dict[str, Any], progress: Progress | None) -> Simulated:

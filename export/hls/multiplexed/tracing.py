@@ -21,17 +21,23 @@ from m3vit.hw.sim.stepping import step_frame
 
 
 class Region(NamedTuple):
-    """Where an instruction leaves its results: rows x columns in a memory."""
+    """Where an instruction leaves its results: rows x columns in a memory.
+
+    The columns of a row lie side by side, or in so many groups of one size, group_pitch apart.
+    """
 
     memory: str
     rows: int
     columns: int
     offset: int
     pitch: int
+    groups: int = 1
+    group_pitch: int = 0
 
     def of(self, words: np.ndarray) -> np.ndarray:
         """Return them [rows, columns] from a flat memory."""
-        index = self.offset + self.pitch * np.arange(self.rows)[:, None] + np.arange(self.columns)
+        group, places = np.divmod(np.arange(self.columns), self.columns // self.groups)
+        index = self.offset + self.pitch * np.arange(self.rows)[:, None] + group * self.group_pitch + places
         return words[index]
 
 
@@ -48,8 +54,9 @@ def region_of(i: Instruction) -> Region | None:
     rows, columns = i.rows, i.n_out if hasattr(i, "n_out") else i.n_in  # type: ignore[attr-defined]
     if isinstance(i, isa.Experts):
         columns = i.n_in
-    if isinstance(i, isa.Conv):  # a row is a pixel, and those of a token lie side by side
-        rows, columns = rows // i.upscale**2, columns * i.upscale**2
+    if isinstance(i, isa.Conv):  # a row is a pixel
+        pixels = i.upscale**2
+        return Region(memory, rows // pixels, columns * pixels, i.dst, i.dst_pitch, pixels, i.pixel_pitch or columns)
     return Region(memory, rows, columns, i.dst, i.dst_pitch)  # type: ignore[attr-defined]
 
 

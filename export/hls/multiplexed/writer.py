@@ -20,6 +20,7 @@ from m3vit.hw.design import Design
 from m3vit.hw.hardware import DERIVED, Hardware
 from m3vit.hw.isa import BLANK, Mode
 from m3vit.hw.ops import GATE_BITS
+from m3vit.hw.output_memory import OutputLayout
 from m3vit.hw.program import Image
 from m3vit.hw.weights_file import HEADER_WORDS
 
@@ -35,7 +36,7 @@ HEAD = (
     "norm_in_lut",
 )  # of Hardware: written in other words
 # Modules that the host driver has a copy of: they import numpy alone.
-DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "weights_file"))
+DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "output_memory"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
 TYPES = {8: "int8_t", 16: "int16_t"}
 NOTICE = "// Written by m3vit; depends on the model."
@@ -44,7 +45,7 @@ TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_ta
            const vit_words::weights *weights, const vit_words::weights *more_weights, const vit_words::gates *gates,
            const vit_words::wide *params, const vit_words::narrow *keys, const vit_words::narrow *narrow_in,
            vit_words::narrow *narrow_out, const vit_words::wide *wide_in, vit_words::wide *wide,
-           const vit_words::wide *more_wide_in, vit_words::wide *more_wide, int32_t *output"""
+           const vit_words::wide *more_wide_in, vit_words::wide *more_wide, vit_words::wide *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
@@ -140,9 +141,24 @@ void m3vit({TOP_ARGUMENTS});
 """
 
 
-def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
+def model_text(settings: dict[str, Any], output_fracs: list[int], layout: OutputLayout) -> str:
     """Return firmware/model.h: what the bridge to hls4ml's predict() knows of the model."""
     rows, columns = settings["grid"]
+    of_tasks = {
+        "output_frac": output_fracs,
+        "pixel_outputs": layout.pixel_outputs,
+        "pixel_pitch": layout.pixel_pitches,
+    }
+    functions = [
+        line
+        for name, values in of_tasks.items()
+        for line in (
+            f"    static int {name}(unsigned task) {{",
+            f"        static const int values[] = {{{', '.join(map(str, values))}}};",
+            "        return values[task];",
+            "    }",
+        )
+    ]
     return "\n".join(
         [
             NOTICE,
@@ -151,10 +167,10 @@ def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
             "",
             "struct vit_model {",
             f"    static const int rows = {rows}, columns = {columns}, patch = {settings['patch']};",
-            "    static int output_frac(unsigned task) {",
-            f"        static const int frac[] = {{{', '.join(map(str, output_fracs))}}};",
-            "        return frac[task];",
-            "    }",
+            "    // outputs: of a token and the widest task; the others say where the output memory has them.",
+            f"    static const int outputs = {layout.pixels * max(layout.pixel_outputs)};",
+            f"    static const int pixels = {layout.pixels}, token_pitch = {layout.token_pitch};",
+            *functions,
             "};",
             "",
             "#endif",
@@ -164,7 +180,7 @@ def model_text(settings: dict[str, Any], output_fracs: list[int]) -> str:
 
 
 def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
-    """Return the words that each port of the accelerator reaches; of the output single values."""
+    """Return the words that each port of the accelerator reaches."""
     memory = image.memory
     lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
     narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.values(hardware.act_word)))
@@ -179,7 +195,7 @@ def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
         "wide": wide,
         "more_wide_in": wide,
         "more_wide": wide,
-        "output": memory.output,
+        "output": -(-memory.output // hardware.values(32)),
     }
 
 
@@ -232,7 +248,7 @@ class VitisMoEWriter(VitisWriter):
         self.write_build_script(model)
         self.write_board_script_override(model)
         self.write_yml(model)
-        (firmware / "model.h").write_text(model_text(settings, model.schedule.output_fracs))
+        (firmware / "model.h").write_text(model_text(settings, schedule.output_fracs, schedule.output_layout))
         (out / "vivado_synth.tcl").unlink()  # hls4ml's, for its own top level
         for path in sorted(project.rglob("*")):
             wanted = path.name != BLOCK_DESIGN or BOARDS[settings["board"]].system == SYSTEM

@@ -95,7 +95,7 @@ template <class C> struct ports {
     typedef typename port<typename words<C>::wide, port_wide>::type wide;
     typedef typename port<const typename words<C>::wide, port_more_wide_in>::type more_wide_in;
     typedef typename port<typename words<C>::wide, port_more_wide>::type more_wide;
-    typedef typename port<int32_t, port_output>::type output;
+    typedef typename port<typename words<C>::wide, port_output>::type output;
 };
 
 // How many words `count` values take.

@@ -51,7 +51,7 @@ token_place place_of(const tile_job &job, const conv_fields &G, unsigned n, cons
     place.from = job.src + (job.gather ? token : job.base + n) * job.src_pitch;
     const unsigned row = job.mode == to_queue ? token : job.base + n;
     const unsigned pixels = job.conv ? G.upscale * G.upscale : 1; // of a row of dst
-    place.at = job.dst + row / pixels * job.dst_pitch + row % pixels * G.n_out * job.conv;
+    place.at = job.dst + row / pixels * job.dst_pitch + row % pixels * G.pixel_pitch * job.conv;
     place.score = job.mode == to_queue ? queue.weight[job.first + n] : 0;
     return place;
 }
@@ -154,9 +154,9 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.steps = now.n_in / C::tile_in;
     state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
-    state.results = now.mode == to_output   ? now.outputs
-                    : now.mode == to_narrow ? words_of<C::results>(now.outputs)
-                                            : words_of<words<C>::wide_lanes>(first_half(now));
+    state.results = now.mode == to_narrow
+                        ? words_of<C::results>(now.outputs)
+                        : words_of<words<C>::wide_lanes>(now.mode == to_output ? now.outputs : first_half(now));
     state.span = state.steps > state.results ? state.steps : state.results;
     const unsigned reading = state.reads > linear_state<C>::least_span ? state.reads : linear_state<C>::least_span;
     state.span = now.fresh && reading > state.span ? reading : state.span;
@@ -175,7 +175,7 @@ template <class C> void end_tile(linear_state<C> &state) {
         M3VIT_COUNT(narrow_write,
                     now.count * words_of<words<C>::narrow_lanes>(now.outputs) * sizeof(typename words<C>::narrow));
     else if (now.mode == to_output)
-        M3VIT_COUNT(output, now.count * state.results * 4);
+        M3VIT_COUNT(output, now.count * state.results * sizeof(typename words<C>::wide));
     else
         M3VIT_COUNT(wide_write, now.count * words_of<words<C>::wide_lanes>(now.outputs) * sizeof(typename words<C>::wide));
     if (now.mode == to_residual || now.mode == to_queue)
@@ -198,7 +198,7 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
 }
 
 // Write step `w` of a token's results: C::results narrow values, after their activation, and each word that is whole; a wide
-// word of each half, with what is in memory added; or one value of the output.
+// word of each half, with what is in memory added; or a word of the output, which has one port and hence no halves.
 template <class C>
 void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
                 typename ports<C>::narrow_out narrow, typename ports<C>::wide_in wide_in, typename ports<C>::wide wide,
@@ -210,7 +210,7 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
     static_assert(C::results >= 2 * wide_lanes && joined > 0, "a step's results are two wide words, or of one narrow word");
     const tile_job &job = state.now;
     const token_place &token = state.written;
-    const bool to_words = job.mode != to_narrow && job.mode != to_output, adds = to_words && job.mode != to_wide;
+    const bool adds = job.mode == to_residual || job.mode == to_queue, whole = job.mode == to_output;
     // The results of a step, and which outputs they are.
     long long results[C::results];
     unsigned outputs[C::results];
@@ -219,11 +219,10 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
     for (unsigned l = 0; l < C::results; l++) {
         #pragma HLS UNROLL
         const unsigned part = l / wide_lanes, of_word = w * wide_lanes + l % wide_lanes;
-        outputs[l] = job.mode == to_narrow   ? w * C::results + l
-                     : job.mode == to_output ? w + l
-                     : part == 0             ? (of_word < job.half ? of_word : job.outputs)
-                     : part == 1             ? job.half + of_word
-                                             : job.outputs;
+        outputs[l] = job.mode == to_narrow ? w * C::results + l
+                     : part == 0           ? (of_word < job.half || whole ? of_word : job.outputs)
+                     : part == 1 && !whole ? job.half + of_word
+                                           : job.outputs;
         results[l] = outputs[l] < job.outputs ? result_of<C>(state, tile, weight_tiles<C>::row_of(job, outputs[l])) : 0;
     }
     if (job.mode == to_narrow) {
@@ -244,8 +243,6 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
         }
         if (w % joined == joined - 1 || w + 1 == state.results)
             narrow[token.at / narrow_lanes + w / joined] = state.gathered;
-    } else if (job.mode == to_output) { // rows of outputs are as the host reads them: a value a step
-        output[token.at + w] = (int32_t)saturate<32>(results[0]);
     } else {
         // No two tokens of a tile have the same row, so it may be read before the one before is written.
         const unsigned at = token.at / wide_lanes + w, more_at = at + job.half / wide_lanes;
@@ -267,7 +264,10 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
                 value = (int32_t)saturate<32>(before + added);
             }
         }
-        wide[at] = values[0];
+        if (whole)
+            output[at] = values[0];
+        else
+            wide[at] = values[0];
         if (more)
             more_wide[more_at] = values[1];
     }

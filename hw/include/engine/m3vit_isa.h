@@ -154,6 +154,7 @@ struct conv_fields {
     int mode;
     unsigned columns;
     unsigned upscale;
+    unsigned pixel_pitch;
 };
 inline conv_fields conv_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -172,6 +173,7 @@ inline conv_fields conv_of(const int32_t w[instruction_words]) {
     f.mode = w[11];
     f.columns = w[14];
     f.upscale = w[15];
+    f.pixel_pitch = w[16];
     return f;
 }
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from m3vit_decoding import assemble, decode
+from m3vit_output_memory import OutputLayout
 from m3vit_weights_file import Header
 
 WEIGHTS = "firmware/weights/weights.bin"
@@ -72,6 +73,7 @@ class Accelerator:
         if self.manifest["files"].get(WEIGHTS) != hashlib.sha256(weights.read_bytes()).hexdigest():
             raise ValueError(f"{weights} was changed since export (its sha256 differs): copy the project again")
         self.tasks = [task["name"] for task in self.manifest["tasks"]]
+        self.layout = OutputLayout.of(self.manifest)
         self.budgets = [budget["name"] for budget in self.manifest.get("budgets", [])]
         self.registers = {name: entry["address_offset"] for name, entry in ip.description["registers"].items()}
         self.buffers: dict[str, Any] = {}
@@ -92,6 +94,12 @@ class Accelerator:
             raise ValueError(
                 f"{path} is for {header.weight_bits}-bit words and {header.act_bits}-bit activations, the accelerator "
                 f"for {stored} and {hardware['act_bits']}: export with the same --weight-bits and --act-bits"
+            )
+        outputs = self.manifest["tokens"] * self.layout.token_pitch
+        if header.output != outputs:
+            raise ValueError(
+                f"{path} is for an output memory of {header.output} values, the accelerator for {outputs}: export it "
+                "with the same tasks, board and version of m3vit"
             )
         for name, (offset, count, kind) in header.sections().items():
             buffer = self._buffer(name, max(count, 1), kind)
@@ -144,8 +152,8 @@ class Accelerator:
             if time.monotonic() > limit:
                 raise TimeoutError(f"the accelerator did not finish within {self.timeout_s} s")
         self.buffers["output"].invalidate()
-        words = np.array(self.buffers["output"]).reshape(self.manifest["tokens"], -1)
-        used = words[:, : self.manifest["tasks"][self.task]["outputs"]]
+        words = np.array(self.buffers["output"]).reshape(self.manifest["tokens"], self.layout.token_pitch)
+        used = self.layout.outputs(words, self.task)
         return np.ldexp(used.astype(np.float64), -self.manifest["output_fracs"][self.task]).astype(np.float32)
 
     def predict(self, image: np.ndarray) -> np.ndarray:

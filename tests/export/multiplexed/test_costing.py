@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from m3vit.commands.hls import run_cost, run_explore
+from m3vit.digests import UncheckedWarning
 from m3vit.errors import InputError
 from m3vit.hw.boards import find_board
 from m3vit.hw.cost import lines_of
 from m3vit.hw.hardware import Hardware
-from m3vit.hw.manifest import WEIGHTS, read_manifest
+from m3vit.hw.manifest import MANIFEST, WEIGHTS, read_manifest
 from m3vit.hw.program import Image
 
 RECIPE = ["synthetic-tiny", "--model.label_set=nyud"]
@@ -74,3 +75,12 @@ def test_of_a_project(project: Path, tmp_path: Path) -> None:
         run_cost([str(project), "--board", "u50"])
     with pytest.raises(InputError, match="was exported with its bits: leave out --weight-bits"):
         run_cost([str(project), "--weight-bits", "8"])
+
+
+@pytest.mark.slow
+def test_engines_that_wrote_single_outputs_are_of_another_version(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["output_layout"], manifest["sha256"]
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.warns(UncheckedWarning), pytest.raises(InputError, match="engines of another version, whose cost"):
+        run_cost([str(copy)])

@@ -45,7 +45,7 @@ class ModelledDevice:
             "    typedef vit_words w; typedef w::narrow act; typedef w::wide wide;\n"
             "    m3vit((w::image *)p[0], task, tasks, entry, (w::weights *)p[1], (w::weights *)p[2],\n"
             "          (w::gates *)p[3], (wide *)p[4], (act *)p[5], (act *)p[6], (act *)p[7], (wide *)p[8],\n"
-            "          (wide *)p[9], (wide *)p[10], (wide *)p[11], (int32_t *)p[12]);\n}\n"
+            "          (wide *)p[9], (wide *)p[10], (wide *)p[11], (wide *)p[12]);\n}\n"
         )
         library = project / "libm3vit.so"
         sources = [str(wrapper), str(project / "firmware" / "m3vit.cpp")]
@@ -109,7 +109,7 @@ def modelled_allocate(shape: tuple[int, ...], dtype: Any) -> ModelledBuffer:
 @contextmanager
 def emitted_driver(project: Path) -> Iterator[Any]:
     """The emitted driver's module, as it would be imported on the board."""
-    names = ("m3vit_driver", "m3vit_decoding", "m3vit_weights_file")
+    names = ("m3vit_driver", "m3vit_decoding", "m3vit_output_memory", "m3vit_weights_file")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(project / "host"))
         for name in names:
