@@ -258,12 +258,14 @@ class Tile(NamedTuple):
 def linear_memories(h: Hardware) -> list[OnChip]:
     """Tiles: memories of a word each for every output, so many that a step of inputs is read at once; both in each."""
     joined, kind = h.tile_in // h.values(h.act_word), "uram" if h.uram else "bram"
+    ports = 2 if joined > 1 else 1  # through which inputs are read: each has tokens of its own
+    tokens = _times(h.token_block, ports)
     tiles_in, gates_in = ("lut" if in_lut else "bram" for in_lut in (h.tiles_in_lut, h.gates_in_lut))
     weights, gates = h.values(h.weight_word), h.values(GATE_BITS)
     banks, gate_banks = h.tile_in // weights, h.tile_in // gates
     words, gate_words = 2 * h.max_in // weights // banks, 2 * h.max_in // gates // gate_banks
     return [
-        OnChip("inputs of a block of tokens", joined, h.port_bits, h.token_block * h.max_in // h.tile_in, kind),
+        OnChip("inputs of a block of tokens", ports * joined, h.port_bits, tokens * h.max_in // h.tile_in, kind),
         OnChip("weights of two tiles", banks * h.tile_out, h.port_bits, words, tiles_in),
         OnChip("gates of two tiles", gate_banks * h.gate_out, h.port_bits, gate_words, gates_in),
         OnChip("table of GELU", h.results, GELU_BITS, GELU_ENTRIES),
