@@ -36,16 +36,22 @@ M3VIT_S = Network(
 GRIDS = {129: (8, 16), 257: (16, 16), 577: (24, 24), 1025: (32, 32), 2049: (32, 64), 4097: (64, 64)}
 
 
+BOARD = find_board("zcu104")
 FITTED: dict[str, Hardware] = {}  # by network and what is fixed: to fit engines takes half a minute
 
 
-def frame(network: Network, task: int = 0, **fixed: Any) -> dict[str, Any]:
-    """Return the cost of a frame, with engines fitted to the network."""
-    board, key = find_board("zcu104"), f"{network} {fixed}"
-    program = program_of(network, *BITS, board.port_bits)
+def engines(network: Network, **fixed: Any) -> Hardware:
+    """Return the engines fitted to a network."""
+    key = f"{network} {fixed}"
     if key not in FITTED:
-        FITTED[key] = fit(program, *BITS, board, fixed)
-    return cost(program, FITTED[key], board, task)
+        FITTED[key] = fit(program_of(network, *BITS, BOARD.port_bits), *BITS, BOARD, fixed)
+    return FITTED[key]
+
+
+def frame(network: Network, task: int = 0, hardware: Hardware | None = None, **fixed: Any) -> dict[str, Any]:
+    """Return the cost of a frame, with engines fitted to the network, or others."""
+    program = program_of(network, *BITS, BOARD.port_bits)
+    return cost(program, hardware or engines(network, **fixed), BOARD, task)
 
 
 def row(report: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +82,10 @@ def in_turn(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def budgets() -> list[dict[str, Any]]:
     """Return budgets of four, two and one expert a token, and all in turn, with the engines of the whole model."""
-    board, rows = find_board("zcu104"), []
-    frame(M3VIT_S)
+    rows = []
     for top_k in (4, 2, 1):
-        program = program_of(replace(M3VIT_S, top_ks=[0, top_k] * 6), *BITS, board.port_bits)
-        rows.append({"case": f"{top_k} experts a token", **row(cost(program, FITTED[f"{M3VIT_S} {{}}"], board, 0))})
+        fewer = replace(M3VIT_S, top_ks=[0, top_k] * 6)
+        rows.append({"case": f"{top_k} experts a token", **row(frame(fewer, hardware=engines(M3VIT_S)))})
     return [*rows, in_turn(rows)]
 
 

@@ -251,7 +251,7 @@ def require_fit(
     """Raise InputError as `fit` does if no engines for a program fit, without looking for the best."""
     hardware = least_hardware(program, weight_bits, act_bits, board)
     check_tokens(hardware.max_rows)
-    if next(iter(Candidates(program, hardware, board, fixed)), None) is None:
+    if not _fits_any(program, hardware, board, fixed):
         raise _nothing_fits(program, hardware, board, fixed)
 
 

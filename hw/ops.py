@@ -10,7 +10,6 @@ itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 """
 
 from collections.abc import Iterator, Sequence
-from math import inf
 from typing import NamedTuple
 
 from m3vit.hw.hardware import BATCH, LEAST_TURN, PACKED_PROB_FRAC, STAGES, Hardware
@@ -255,10 +254,15 @@ class Tile(NamedTuple):
     gate: bool
 
 
+def _input_ports(h: Hardware) -> int:
+    """Return through how many ports a block's inputs are read: a step takes a word of each."""
+    return 1 if h.tile_in == h.values(h.act_word) else 2
+
+
 def linear_memories(h: Hardware) -> list[OnChip]:
     """Tiles: memories of a word each for every output, so many that a step of inputs is read at once; both in each."""
     joined, kind = h.tile_in // h.values(h.act_word), "uram" if h.uram else "bram"
-    ports = 2 if joined > 1 else 1  # through which inputs are read: each has tokens of its own
+    ports = _input_ports(h)  # each has tokens of its own
     tokens = _times(h.token_block, ports)
     tiles_in, gates_in = ("lut" if in_lut else "bram" for in_lut in (h.tiles_in_lut, h.gates_in_lut))
     weights, gates = h.values(h.weight_word), h.values(GATE_BITS)
@@ -323,29 +327,30 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
     bits = h.values(GATE_BITS if isinstance(i, Gate) else h.weight_word)
     narrow = h.values(h.act_word)
-    known: dict[Tile, tuple[int, int, int]] = {}
+    known: dict[Tile, tuple[int, int, int, int, int]] = {}
 
-    def counted(tile: Tile) -> tuple[int, int, int]:
-        """Return the steps that load a tile, those that work on it, and of these those after the last result."""
+    def counted(tile: Tile) -> tuple[int, int, int, int, int]:
+        """Return the steps that load a tile, those that work on it, and of these those after the last result; the bytes
+        that loading and working move."""
         if tile not in known:
             params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
             rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
             span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
             if tile.fresh:
-                ports = 1 if isinstance(i, Conv) or h.tile_in == narrow else 2
+                ports = 1 if isinstance(i, Conv) else _input_ports(h)
                 span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
             steps = (tile.tokens + 1 + ahead) * span
-            known[tile] = max(rows * (tile.n_in // bits), params), steps, span - _results(tile, h)
+            loads, rest = max(rows * (tile.n_in // bits), params), span - _results(tile, h)
+            loaded, moved = (sum(part.values()) for part in (_loaded(i, tile, h), _moved(i, tile, h)))
+            known[tile] = loads, steps, rest, loaded, moved
         return known[tile]
 
     def worked(tile: Tile, following: Tile | None) -> int:
         """Return the cycles of a tile beside which the next one is loaded."""
         reads = tile.fresh or tile.adds or following is not None
-        _, steps, rest = counted(tile)
-        trips = max(steps, counted(following)[0] if following else 0)
-        if t.bytes_a_cycle < inf:
-            moved = sum(_moved(i, tile, h).values()) + (sum(_loaded(i, following, h).values()) if following else 0)
-            trips = max(trips, round(moved / t.bytes_a_cycle))
+        _, steps, rest, _, moved = counted(tile)
+        loads, _, _, loaded, _ = counted(following) if following else (0, 0, 0, 0, 0)
+        trips = max(steps, loads, round((moved + loaded) / t.bytes_a_cycle))
         return t.loop(trips, reads=reads, writes=True, after=trips - steps + rest)
 
     # The first tile of any expert takes the same to load, and one expert's last tile is followed by another's first.

@@ -163,7 +163,7 @@ def test_manifests_that_contradict_themselves(projects: dict[str, Path], tmp_pat
     manifest = json.loads((projects["multiplexed"] / MANIFEST).read_text())
     manifest.pop("sha256")
     for change in ({**manifest, key: value}, {name: one for name, one in manifest.items() if name != key}):
-        if key in ("schedule", "output_layout") and key not in change:  # older ones: a spatial project then
+        if key in ("schedule", "output_layout") and key not in change:  # as of older projects
             continue
         (tmp_path / MANIFEST).write_text(json.dumps(change))
         with pytest.warns(UncheckedWarning), pytest.raises(InputError, match=r"m3vit\.json is .*export"):

@@ -287,8 +287,7 @@ def test_heads_that_read_several_blocks(head: str, tmp_path: Path) -> None:
     with torch.no_grad():  # no two are the same
         for parameter in model.heads.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    content = Content(tasks=("depth",), one_backbone=head == "taskexpert")  # the tokens of blocks as one map
-    export_package(model, tmp_path / "package", content, info={})
+    export_package(model, tmp_path / "package", Content(tasks=("depth",), one_backbone=True), info={})
     report = check_parity(model, tmp_path / "package", make_images(2))
     assert report["depth"]["worst_relative_error"] < LIMIT
     used, arrays = {id(p) for p in model.heads.used_by("depth")}, arrays_of(tmp_path / "package" / "depth.onnx")
@@ -307,9 +306,7 @@ def test_experts_of_a_decoder_that_are_left_out_are_not_in_the_graph(
     model = make_model(tasks=["depth", "normals"], moe_blocks=moe_blocks, head="taskexpert", head_args=arguments)
     first, last = model.heads.blocks
     budget = Budget(decoder={"depth": {first: (1,), last: (0, 2)}, "normals": {first: (0, 1), last: (0, 2)}})
-    at_once = rank is None
-    precisions = ("fp32", "int8") if at_once else ("fp32",)
-    content = Content(budget=budget, all_tasks=at_once, precisions=precisions)
+    content = Content(budget=budget, all_tasks=True, precisions=("fp32", "int8"))
     manifest = export_package(model, tmp_path / "package", content, info={})
     assert budget_of(manifest).decoder == budget.decoder
     report = check_parity(model, tmp_path / "package", make_images(2))

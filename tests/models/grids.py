@@ -5,7 +5,7 @@ import onnxruntime
 import torch
 
 from m3vit.export.onnx.attention import FORMS
-from m3vit.export.onnx.graph import of_task, trace_tasks
+from m3vit.export.onnx.graph import trace_task
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.models.multitask import MultiTaskModel
@@ -17,7 +17,7 @@ GRIDS = ((1, (3, 4)), (3, (4, 3)), (2, (1, 1)), (1, (9, 5)), (1, (2, 12)), (1, (
 def assert_exported_at_any_grid(model: MultiTaskModel) -> None:
     """The graph of a model of one task computes what the model does, with attention in each form, at every grid."""
     (task,), patch = model.config.tasks, model.backbone.patch_size
-    traced = of_task(trace_tasks(model, [task]), model, task)
+    traced = trace_task(model, task)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     sessions = [

@@ -125,9 +125,9 @@ def test_post_norm_blocks() -> None:
 
 
 @pytest.mark.slow
-def test_export_with_positions_of_any_grid() -> None:
-    # Those of other families: tests/test_families.py.
-    assert_exported_at_any_grid(make("vit_giant_patch14_dinov2", tasks=["depth"]))
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_giant_patch14_dinov2"])  # others: test_families.py
+def test_export_with_positions_of_any_grid(name: str) -> None:
+    assert_exported_at_any_grid(make(name, tasks=["depth"]))
 
 
 # --- weights from files ---------------------------------------------------------------------------------------------

@@ -105,7 +105,6 @@ typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const 
 // The tile that is worked on, and the one that is loaded meanwhile.
 template <class C> struct linear_state {
     static const unsigned lanes = words<C>::narrow_lanes, joined = C::tile_in / lanes; // words of a step
-    static const unsigned most_ports = joined > 1 ? 2 : 1; // through which inputs are read
     static const unsigned lead = 2;       // turns of the ports by which reading is ahead
     static const unsigned least_span = 8; // of a pass that reads: a word is there 16 steps before it is used
     tile_place place;

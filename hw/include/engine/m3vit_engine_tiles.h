@@ -8,6 +8,11 @@
 namespace nnet {
 namespace vit {
 
+// Through how many ports the inputs of a block are read: a step takes a word of each.
+template <class C> struct input_ports {
+    static const unsigned most = C::tile_in == words<C>::narrow_lanes ? 1 : 2;
+};
+
 // `outputs` rows of one linear map, for `count` tokens: token n is row base + n of src and dst, or, in a queue, the
 // token at place first + n of it (gather: in src; mode to_queue: in dst). fresh: their inputs are not on chip yet.
 // conv: row base + n is a pixel, and its inputs are those of its neighbours.
@@ -80,7 +85,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     const unsigned blocks = (tokens + C::token_block - 1) / C::token_block, block = (tokens + blocks - 1) / blocks;
     job.count = tokens - place.base < block ? tokens - place.base : block;
     job.fresh = place.row == 0;
-    job.ports = job.conv || C::tile_in == words<C>::narrow_lanes ? 1 : 2;
+    job.ports = job.conv ? 1 : input_ports<C>::most;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
     job.dst = I.dst + place.row;
