@@ -10,8 +10,8 @@ before is not done again and an interrupted training is resumed, so that the tab
 mean and standard deviation over seeds; delta_m is over the multi-scale decoder on the dense trunk, its mean over the
 seeds. Time (CPU seconds of one thread) and memory are those of steps on random images of the recipe's batch, each row
 in a process of its own, in turn; memory is the process's peak beyond what it held before the model was built.
---ablations adds rows of TaskExpert-style without one of its parts, with --ablation-seeds. Rendered scenes and small
-models: the table says nothing about photographs.
+--ablations adds rows of TaskExpert-style without one of its parts, of as many epochs, with --ablation-seeds. Rendered
+scenes and small models: the table says nothing about photographs.
 """
 
 import argparse
@@ -239,7 +239,7 @@ def main() -> None:
     loading = loading_cost(args.out)
     epochs = {row: args.epochs for row in rows}
     if not args.equal_epochs:
-        epochs = {row: equal_epochs(row, args.epochs, steps, loading) for row in rows}
+        epochs |= {row: equal_epochs(row, args.epochs, steps, loading) for row in rows if row in ROWS}
     # Seed by seed, ablations last, so that what an interruption leaves is whole seeds.
     jobs = [(row, seed) for seed in range(max(seeds.values())) for row in rows if seed < seeds[row]]
     jobs.sort(key=lambda job: job[0] in ABLATIONS)

@@ -1,12 +1,15 @@
-"""What experts give on real photographs: NYUD-v2, a pretrained ViT-S/14, single-task, dense, and two ways of experts.
+"""What experts give on real photographs, and what decoders do: NYUD-v2 and a pretrained ViT-S/14.
 
     python benchmarks/photographs.py --data ROOT --weights FILE --out runs/nyud [--rows ...] [--exports] [--json FILE]
+    python benchmarks/photographs.py --data ROOT --weights FILE --out runs/nyud-decoders --decoders [--epochs 5] ...
 
 ROOT is NYUD-v2 in NYUD_MT's layout, FILE weights of timm's vit_small_patch14_dinov2. Nothing but public commands: m3vit
 train with the recipe nyud-vits14, the same number of epochs for each row, then eval (protocol A, whole val split) and
 profile. What was trained and scored before is not done again and an interrupted training is resumed, so that the table
-may be made in several goes. delta_m is over the single-task models of the tasks that have one. --exports goes on with
-the first row of experts: ONNX packages and multiplexed projects, scored on the same images.
+may be made in several goes. Rows: single-task, dense, two ways of experts; delta_m is over the single-task models of
+the tasks that have one. With --decoders: `linear`, `conv` (the recipe's), `multiscale` and `taskexpert`, the last two
+of the same MACs; delta_m is over `multiscale` on the dense trunk. --exports goes on with the first row of experts: ONNX
+packages and multiplexed projects, scored on the same images.
 """
 
 import json
@@ -28,6 +31,21 @@ ROWS: dict[str, list[str]] = {
     "MoE, multi-gate": [],
     "MoE, specialised": ["--train.balance_weight=0", "--train.specialise_weight=0.1"],
 }
+BLOCKS = "blocks: [3, 5, 7, 9, 11]"  # as the recipe's
+TASKEXPERT = ["--model.head=taskexpert", f"--model.head_args={{{BLOCKS}, experts: 5, width: 64, head_width: 64}}"]
+DECODERS: dict[str, list[str]] = {
+    "linear, dense": [*DENSE, "--model.head=linear", f"--model.head_args={{{BLOCKS}}}"],
+    "dense multi-task": DENSE,
+    "multiscale, dense": [
+        *DENSE,
+        "--model.head=multiscale",
+        f"--model.head_args={{{BLOCKS}, width: 61, head_width: 64}}",
+    ],
+    "taskexpert, dense": [*DENSE, *TASKEXPERT],
+    "MoE, multi-gate": [],
+    "taskexpert, MoE": TASKEXPERT,
+}
+REFERENCE = "multiscale, dense"
 METRICS = {"semseg": ("mIoU", "mIoU_trained"), "depth": ("rmse", "delta1"), "normals": ("mErr",), "edge": ("odsF",)}
 EXPORTS: dict[str, list[str]] = {  # name -> arguments of m3vit export
     "ONNX, fp32": ["onnx"],
@@ -65,7 +83,7 @@ def train_and_score(row: str, args: Any) -> None:
     """Train the model of a row, evaluate and profile it, unless that is done."""
     folder = folder_of(args.out, row)
     if not (folder / "eval.json").exists():
-        keys = [*ROWS[row], f"--data.root={args.data}", f"--model.weights={args.weights}"]
+        keys = [*(ROWS | DECODERS)[row], f"--data.root={args.data}", f"--model.weights={args.weights}"]
         keys += [f"--train.epochs={args.epochs}"] if args.epochs else []
         run("train", "nyud-vits14", *keys, "--out", folder, "--resume")
         run("eval", folder)
@@ -75,19 +93,24 @@ def train_and_score(row: str, args: Any) -> None:
 
 def rows(args: Any) -> dict[str, Any]:
     """Train what is missing; print and return the table of rows."""
-    for row in args.rows:
+    chosen = DECODERS if args.decoders else ROWS
+    for row in chosen if args.rows is None else args.rows:
         train_and_score(row, args)
-    done = {row: figures(folder_of(args.out, row)) for row in ROWS if (folder_of(args.out, row) / "eval.json").exists()}
-    single = {task: done[f"single-task, {task}"][task] for task in SINGLE if f"single-task, {task}" in done}
-    chosen = {task: (TASKS[task].metric, scores[TASKS[task].metric]) for task, scores in single.items()}
-    baseline = Baseline("single-task", "nyud", "A", "this table", chosen)
-    print("| | " + " | ".join([*headings(), f"delta_m ({', '.join(single)}) %", "GMAC, all tasks"]) + " |")
+    evaluated = (row for row in chosen if (folder_of(args.out, row) / "eval.json").exists())
+    done = {row: figures(folder_of(args.out, row)) for row in evaluated}
+    if args.decoders:
+        base = done.get(REFERENCE, {})
+    else:
+        base = {task: done[f"single-task, {task}"][task] for task in SINGLE if f"single-task, {task}" in done}
+    headline = {task: (TASKS[task].metric, scores[TASKS[task].metric]) for task, scores in base.items()}
+    baseline = Baseline(REFERENCE if args.decoders else "single-task", "nyud", "A", "this table", headline)
+    print("| | " + " | ".join([*headings(), f"delta_m ({', '.join(base)}) %", "GMAC, all tasks"]) + " |")
     print("|---|" + "---:|" * (len(headings()) + 2))
     table: dict[str, Any] = {}
     for row, scores in done.items():
         profile = json.loads((folder_of(args.out, row) / "profile.json").read_text())
         gmac = profile["all_tasks_in_one_pass"]["macs"]["total"] / 1e9
-        gain = None if "single" in row or not single else delta_m({task: scores[task] for task in single}, baseline)
+        gain = None if "single" in row or not base else delta_m({task: scores[task] for task in base}, baseline)
         table[row] = {"metrics": scores, "delta_m": gain, "gmac": gmac}
         print(
             f"| {row} | " + " | ".join([*cells(scores), "-" if gain is None else f"{gain:+.2f}", f"{gmac:.1f}"]) + " |"
@@ -118,7 +141,10 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=0, help="of each row (default: the recipe's)")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="which are to be trained")
+    parser.add_argument(
+        "--rows", nargs="*", default=None, choices=list(ROWS | DECODERS), help="which are trained (default: all)"
+    )
+    parser.add_argument("--decoders", action="store_true", help="rows of decoders, in place of those of experts")
     parser.add_argument("--exports", action="store_true")
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": machine()}
