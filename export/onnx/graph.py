@@ -20,6 +20,7 @@ from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
 from m3vit.export.onnx.attention import OPERATOR as ATTENTION
 from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, fold_convolutions, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
+from m3vit.export.onnx.simplify import without_decomposing
 from m3vit.export.onnx.widths import narrow_mlps
 from m3vit.models.budget import FULL, Budget, Uses
 from m3vit.models.decoders.base import Features
@@ -282,15 +283,20 @@ def _trace(
     was_training = model.training
     try:
         with torch.no_grad(), _quiet(), _schemas():
-            program = torch.onnx.export(
+            traced = torch.export.export(
                 function.eval(),
                 tuple(inputs.values()),
+                dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
+                strict=False,
+            )
+            program = torch.onnx.export(
+                without_decomposing(traced),
+                (),
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
                 custom_translation_table={
                     torch.ops.m3vit.moe.default: _moe_node,
                     torch.ops.aten.scaled_dot_product_attention.default: _attention_node,

@@ -1,0 +1,163 @@
+"""Rewriting of what torch.export traced to operators that the ONNX exporter translates as they are.
+
+Else the exporter decomposes what it cannot translate, for which it traces the whole program a second time: half of the
+time of an export. Operators that reshape are rewritten to one, whose sizes are numbers, taken from one tensor, or -1:
+their own translations compute each shape from that of their input, in several nodes.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+ATEN = torch.ops.aten
+WHOLE = 2**63 - 1  # the end of a slice that has none
+
+
+def without_decomposing(program: ExportedProgram) -> ExportedProgram:
+    """Return the program, simplified, whose `run_decompositions` traces it again only if there is something to do."""
+    for module in _modules(program):
+        simplify(module)
+    program.run_decompositions = partial(_decomposed, program)  # type: ignore[method-assign]
+    return program
+
+
+def simplify(module: GraphModule) -> None:
+    """Rewrite a traced graph in place: its outputs keep their values, to the bit, and their names."""
+    sizes: dict[str, Node] = {}  # expression of a size -> the node that has it
+    for node in list(module.graph.nodes):
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(str(node.meta["val"]), node)
+        elif node.op == "call_function" and node.target in RESHAPES:
+            _reshaped(node, sizes)
+        elif node.op == "call_function" and node.target in RULES:
+            RULES[node.target](node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _modules(program: ExportedProgram) -> list[GraphModule]:
+    return [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+
+
+def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
+    """Return the program, decomposed by the table if that changes anything."""
+    targets = {node.target for module in _modules(program) for node in module.graph.nodes}
+    if any(target in table or _mutates(target) or isinstance(target, _HigherOrder) for target in targets):
+        return ExportedProgram.run_decompositions(program, dict(table))
+    return program
+
+
+_HigherOrder = torch._ops.HigherOrderOperator  # of graphs, which decomposing sees to
+
+
+def _mutates(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def _reshaped(node: Node, sizes: dict[str, Node]) -> None:
+    """Say a new shape size by size, unless two of its sizes are those of no node and no dimension of the input."""
+    source: Any = node.args[0]
+    of_source = [str(size) for size in source.meta["val"].shape]
+    shape: list[Any] = [
+        size if isinstance(size, int) else sizes.get(str(size), size) for size in node.meta["val"].shape
+    ]
+    symbolic = [place for place, size in enumerate(shape) if not isinstance(size, int)]
+    unknown = [place for place in symbolic if not isinstance(shape[place], Node)]
+    for place in list(unknown):
+        if len(unknown) > 1 and str(shape[place]) in of_source:
+            with node.graph.inserting_before(node):
+                made = node.graph.call_function(ATEN.sym_size.int, (source, of_source.index(str(shape[place]))))
+            made.meta["val"] = shape[place]
+            sizes[str(shape[place])] = shape[place] = made
+            unknown.remove(place)
+    if len(unknown) > 1:
+        return
+    for place in unknown or symbolic[-1:]:
+        shape[place] = -1
+    _become(node, ATEN.reshape.default, source, shape)
+
+
+def _become(node: Node, target: Any, *args: Any, **kwargs: Any) -> None:
+    node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def _pass_on(node: Node) -> None:
+    """Use a node's input in its place, but for outputs of the graph, whose names are known elsewhere."""
+    source: Any = node.args[0]
+    node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def _resampled(node: Node) -> None:
+    """Resampling to a size is what the operator is without overload."""
+    if node.args[1] is not None:
+        _become(node, ATEN._upsample_bicubic2d_aa.default, *node.args[:3])
+
+
+def _cast(node: Node) -> None:
+    """A cast to what is there already is none."""
+    source: Any = node.args[0]
+    if source.meta["val"].dtype == node.args[1]:
+        _pass_on(node)
+    else:
+        _become(node, ATEN._to_copy.default, source, dtype=node.args[1])
+
+
+def _transposed(node: Node) -> None:
+    _become(node, ATEN.transpose.int, node.args[0], -2, -1)
+
+
+def _rectified(node: Node) -> None:
+    """In place is as good as not where nothing else sees the input, which is no view of anything."""
+    source: Any = node.args[0]
+    made = source.args[0].target if source.target is operator.getitem else source.target
+    new = isinstance(made, torch._ops.OpOverload) and not any(value.alias_info for value in made._schema.returns)
+    if new and len(source.users) == 1:
+        _become(node, ATEN.relu.default, source)
+
+
+def _normalised(node: Node) -> None:
+    """Batch normalisation by running moments: the first of what the operator for that returns."""
+    x, weight, bias, mean, variance, training, momentum, eps = node.args[:8]
+    if training:
+        return
+    arguments: Any = (x, weight, bias, mean, variance, momentum, eps)
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(ATEN._native_batch_norm_legit_no_training.default, arguments)
+    empty = node.meta["val"].new_empty(0)
+    made.meta["val"] = (node.meta["val"], empty, empty)
+    _become(node, operator.getitem, made, 0)
+
+
+def _dropped(node: Node) -> None:
+    """Dropout when not training: nothing."""
+    if node.args[2] is False:
+        _pass_on(node)
+
+
+def _sliced(node: Node) -> None:
+    """A slice of all there is: nothing."""
+    start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])[2:]
+    if start in (0, None) and end in (None, WHOLE) and step == 1:
+        _pass_on(node)
+
+
+RESHAPES = {ATEN.flatten.using_ints, ATEN.unflatten.int, ATEN.view_as.default, ATEN.view.default, ATEN.reshape.default}
+RULES: dict[Any, Callable[[Node], None]] = {
+    ATEN._upsample_bicubic2d_aa.vec: _resampled,
+    ATEN.to.dtype: _cast,
+    ATEN.mT.default: _transposed,
+    ATEN.relu_.default: _rectified,
+    ATEN.batch_norm.default: _normalised,
+    ATEN.dropout.default: _dropped,
+    ATEN.slice.Tensor: _sliced,
+}

@@ -1,0 +1,124 @@
+"""Traced programs, simplified, against the functions that they were traced from."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from m3vit.export.onnx.simplify import ATEN, RESHAPES, without_decomposing
+
+DECOMPOSED = {ATEN.elu.default: lambda x, *rest: torch.where(x > 0, x, torch.expm1(x))}
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.normal_(self.norm.running_mean)  # type: ignore[arg-type]
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("kept", torch.arange(12.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def traced(module: nn.Module) -> ExportedProgram:
+    axes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    return torch.export.export(module.eval(), (torch.randn(2, 4, 6, 10),), dynamic_shapes=axes, strict=False)
+
+
+def targets(program: ExportedProgram) -> set[object]:
+    return {node.target for node in program.graph.nodes if node.op == "call_function"}
+
+
+def assert_equal(program: ExportedProgram, module: nn.Module) -> None:
+    for shape in ((2, 4, 6, 10), (5, 4, 8, 4), (3, 4, 4, 12)):
+        x = torch.randn(shape)
+        assert torch.equal(program.module()(x.clone()), module(x.clone()))
+
+
+SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "flatten two of three sizes": lambda x: x.flatten(2),
+    "flatten the first": lambda x: x.flatten(0, 1).unsqueeze(0),
+    "unflatten into sizes of the image": lambda x: x.flatten(2).mT.unflatten(1, x.shape[2:]).mT,
+    "view like another": lambda x: (x * 2).flatten(0, 1).view_as(x),
+    "a reshape that copies": lambda x: x.mT.reshape(-1, 4, x.shape[2] * x.shape[3]),
+    "sizes of a quotient": lambda x: x.unflatten(2, (x.shape[2] // 2, 2)).unflatten(4, (x.shape[3] // 2, 2)),
+    "a transpose": lambda x: x.mT.mT + x.mT.mT,
+    "resampled": lambda x: F.interpolate(x, size=(5, 7), mode="bicubic", antialias=True),
+    "resampled to half": lambda x: F.interpolate(
+        x, size=(x.shape[2] // 2, x.shape[3] // 2), mode="bicubic", antialias=True
+    ),
+    "a cast": lambda x: x.to(torch.float64).to(torch.float32),
+    "a cast that is none": lambda x: x.to(torch.float32) + x.to(torch.float32),
+    "in place, of something new": lambda x: (x + 1).relu_() * 2,
+    "slices of all": lambda x: x[:, :, None, :] + x[:, 0:, None],
+    "slices of a part": lambda x: x[:, 1:, None, ::2],
+}
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_nothing_is_left_to_decompose(name: str) -> None:
+    module = Function(SIMPLE[name])
+    program = without_decomposing(traced(module))
+    assert not targets(program) & (RESHAPES - {ATEN.reshape.default})
+    table = dict.fromkeys([ATEN.to.dtype, ATEN._upsample_bicubic2d_aa.vec, ATEN.mT.default, ATEN.flatten.using_ints])
+    assert program.run_decompositions(table) is program  # type: ignore[arg-type]
+    assert_equal(program, module)
+
+
+def test_normalisation_by_running_moments_and_dropout() -> None:
+    module = Function(lambda x: x)
+    module.function = lambda x: module.dropout(module.norm(x)).relu_() + module.dropout(x)
+    program = without_decomposing(traced(module))
+    assert not targets(program) & {ATEN.batch_norm.default, ATEN.dropout.default, ATEN.relu_.default}
+    assert_equal(program, module)
+
+
+def test_outputs_keep_their_names_where_nothing_is_left_of_a_node() -> None:
+    module = Function(lambda x: x)
+    module.function = lambda x: module.dropout(x * 2)
+    program = traced(module)
+    names = [spec.arg.name for spec in program.graph_signature.output_specs]  # type: ignore[union-attr]
+    assert names == [node.name for node in without_decomposing(program).graph.output_node().args[0]]  # type: ignore[union-attr]
+    assert_equal(program, module)
+
+
+def test_a_shape_that_cannot_be_said_size_by_size_stays() -> None:
+    module = Function(lambda x: (2 * x[:, :, ::2, ::2]).flatten(2).view_as(x[:, :, ::2, ::2]))
+    program = without_decomposing(traced(module))
+    assert ATEN.view_as.default in targets(program)
+    assert_equal(program, module)
+
+
+def in_place_seen_elsewhere(x: Tensor) -> Tensor:
+    y = x - 1
+    return y * 2 + y.relu_()
+
+
+def in_place_on_a_view(x: Tensor) -> Tensor:
+    y = x - 1
+    y.flatten(1)[:, 2:].relu_()
+    return y
+
+
+@pytest.mark.parametrize("function", [in_place_seen_elsewhere, in_place_on_a_view])
+def test_what_changes_its_input_is_decomposed(function: Callable[[Tensor], Tensor]) -> None:
+    module = Function(function)
+    program = without_decomposing(traced(module))
+    decomposed = program.run_decompositions({})
+    assert decomposed is not program and ATEN.relu_.default not in targets(decomposed)
+    assert_equal(decomposed, module)
+
+
+def test_what_the_table_has_is_decomposed() -> None:
+    module = Function(F.elu)
+    program = without_decomposing(traced(module))
+    assert program.run_decompositions({}) is program
+    decomposed = program.run_decompositions(DECOMPOSED)
+    assert decomposed is not program and ATEN.elu.default not in targets(decomposed)
+    assert_equal(decomposed, module)
