@@ -28,10 +28,15 @@ def without_decomposing(program: ExportedProgram) -> ExportedProgram:
 
 def simplify(module: GraphModule) -> None:
     """Rewrite a traced graph in place: its outputs keep their values, to the bit, and their names."""
-    sizes: dict[str, Node] = {}  # expression of a size -> the node that has it
+    # Expression of a size -> the node that has it, if that reads the inputs alone: what a task's outputs are made of
+    # must be nothing of another's.
+    sizes: dict[str, Node] = {}
+    known = {node for node in module.graph.nodes if node.op == "placeholder"}
     for node in list(module.graph.nodes):
         if isinstance(node.meta.get("val"), torch.SymInt):
-            sizes.setdefault(str(node.meta["val"]), node)
+            if known.issuperset(node.all_input_nodes):
+                known.add(node)
+                sizes.setdefault(str(node.meta["val"]), node)
         elif node.op == "call_function" and node.target in RESHAPES:
             _reshaped(node, sizes)
         elif node.op == "call_function" and node.target in RULES:
@@ -63,7 +68,7 @@ def _mutates(target: Any) -> bool:
 
 
 def _reshaped(node: Node, sizes: dict[str, Node]) -> None:
-    """Say a new shape size by size, unless two of its sizes are those of no node and no dimension of the input."""
+    """Say a new shape size by size, unless two of its sizes are no known ones and none of the input."""
     source: Any = node.args[0]
     of_source = [str(size) for size in source.meta["val"].shape]
     shape: list[Any] = [
@@ -75,8 +80,7 @@ def _reshaped(node: Node, sizes: dict[str, Node]) -> None:
         if len(unknown) > 1 and str(shape[place]) in of_source:
             with node.graph.inserting_before(node):
                 made = node.graph.call_function(ATEN.sym_size.int, (source, of_source.index(str(shape[place]))))
-            made.meta["val"] = shape[place]
-            sizes[str(shape[place])] = shape[place] = made
+            made.meta["val"], shape[place] = shape[place], made
             unknown.remove(place)
     if len(unknown) > 1:
         return

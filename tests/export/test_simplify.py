@@ -95,6 +95,26 @@ def test_a_shape_that_cannot_be_said_size_by_size_stays() -> None:
     assert_equal(program, module)
 
 
+def test_outputs_read_nothing_of_each_other() -> None:
+    """Shapes of one are not taken from the other, although they are equal."""
+
+    def pooled(x: Tensor) -> Tensor:
+        return (2 * x[:, :, ::2, ::2]).mT.flatten(2, 3).unflatten(2, (-1, (x.shape[2] + 1) // 2)).flatten(1, 2)
+
+    module = Function(lambda x: torch.stack([pooled(x + 1), pooled(x + 2)]))
+    program = without_decomposing(traced(module))
+    (stack,) = (node for node in program.graph.nodes if node.target is ATEN.stack.default)
+    above: list[set[object]] = []
+    for node in stack.args[0]:
+        found, new = {node}, [node]
+        while new:
+            new = [other for one in new for other in one.all_input_nodes if other not in found]
+            found |= {*new}
+        above.append({one for one in found if one.target is ATEN.add.Tensor})
+    assert [len(one) for one in above] == [1, 1] and not above[0] & above[1]
+    assert_equal(program, module)
+
+
 def in_place_seen_elsewhere(x: Tensor) -> Tensor:
     y = x - 1
     return y * 2 + y.relu_()
