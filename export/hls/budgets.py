@@ -59,15 +59,19 @@ def lowered_of(model: MultiTaskModel, budgets: Sequence[Budget]) -> list[leaf.Lo
     return found + [leaf.lower(model, one) for one in budgets if programs_of(model, [one]) != alike]
 
 
-def calibrate_all(models: Sequence[leaf.LoweredModel], images: np.ndarray, progress: Progress = silent) -> Calibration:
-    """Calibrate the first model on images uint8 [m, H, W, 3], with the largest values of it and of the others."""
-    first, *others = (calibrate(model, tokenise(images, model.patch), progress) for model in models)
-    outputs, inner = dict(first.outputs), {name: dict(of) for name, of in first.inner.items()}
+def calibrate_all(
+    models: Sequence[leaf.LoweredModel], images: np.ndarray, progress: Progress = silent, octaves: bool = False
+) -> Calibration:
+    """Calibrate the first model on images uint8 [m, H, W, 3], with the values of it and of the others."""
+    first, *others = (calibrate(model, tokenise(images, model.patch), progress, octaves) for model in models)
     for other in others:
-        _take_larger(outputs, other.outputs)
+        _take_larger(first.outputs, other.outputs)
         for name, of in other.inner.items():
-            _take_larger(inner[name], of)
-    return Calibration(outputs, inner, first.graph)
+            _take_larger(first.inner[name], of)
+        for name, sums in other.octaves.items():
+            for kind, value in sums.items():
+                first.octaves[name][kind] = first.octaves[name].get(kind, 0) + value
+    return first
 
 
 def _take_larger(found: dict[str, float], others: Mapping[str, float]) -> None:

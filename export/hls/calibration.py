@@ -1,5 +1,6 @@
 """What the float model's tensors reach on calibration images: the number formats of both schedules follow from it."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,46 +15,64 @@ BATCH_TOKENS = 2048  # run at once: more only take memory
 
 
 class Calibration(NamedTuple):
-    """The largest |value| of each node's output, and of each leaf's inner tensors; plus the traced graph."""
+    """The largest |value| of each node's output, and of each leaf's inner tensors; plus the traced graph.
+
+    `octaves`: the `leaf.octave_sums` of both, by the name of the node and, for its output, "", if they were asked for.
+    """
 
     outputs: dict[str, float]
     inner: dict[str, dict[str, float]]
     graph: fx.GraphModule
+    octaves: dict[str, dict[str, Tensor]]
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the traced model and keeps the largest magnitude of every node's output."""
+    """Runs the traced model and keeps the largest magnitude of every node's output, and its octaves if asked to."""
 
-    def __init__(self, module: fx.GraphModule, largest: dict[str, float]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, largest: dict[str, float], octaves: dict[str, dict[str, Tensor]] | None
+    ) -> None:
         super().__init__(module)
-        self.largest = largest
+        self.largest, self.octaves = largest, octaves
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.largest[n.name] = max(self.largest.get(n.name, 0.0), leaf.largest(value))
+            if self.octaves is not None:
+                of = self.octaves.setdefault(n.name, {})
+                of[""] = of.get("", 0) + leaf.octave_sums(value)
         return value
 
 
+def batches(model: leaf.LoweredModel, tokens: np.ndarray, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what a model takes, for every task: tokens [B, T, 3 p^2] of [m, T, 3 p^2] and task ids [B, 1]."""
+    step = max(1, BATCH_TOKENS // tokens.shape[1])
+    for start in range(0, len(tokens), step):
+        progress(start, len(tokens), "calibration images through torch, for every task")
+        batch = torch.from_numpy(tokens[start : start + step])
+        for task_id in range(len(model.tasks)):
+            yield batch, torch.full((len(batch), 1), float(task_id))
+
+
 @torch.no_grad()
-def calibrate(model: leaf.LoweredModel, tokens: np.ndarray, progress: Progress = silent) -> Calibration:
+def calibrate(
+    model: leaf.LoweredModel, tokens: np.ndarray, progress: Progress = silent, octaves: bool = False
+) -> Calibration:
     """Run the float model on tokens [m, T, 3 p^2] for every task and record ranges. Names are those hls4ml will use."""
     graph = fx.GraphModule(model, CustomFXTracer().trace(model))
     leaves: dict[str, Any] = {
         node.name: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
     }
-    inner: dict[str, dict[str, float]] = {}
+    inner: dict[str, dict[str, float]] = {name: {} for name in leaves}
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in leaves}
     outputs: dict[str, float] = {}
     for name, module in leaves.items():
-        inner[name] = module.observed = {}
+        module.observed, module.octaves = inner[name], sums[name] if octaves else None
     try:
-        step = max(1, BATCH_TOKENS // tokens.shape[1])
-        for start in range(0, len(tokens), step):
-            progress(start, len(tokens), "calibration images through torch, for every task")
-            batch = torch.from_numpy(tokens[start : start + step])
-            for task_id in range(len(model.tasks)):
-                _Recorder(graph, outputs).run(batch, torch.full((len(batch), 1), float(task_id)))
+        for batch, task in batches(model, tokens, progress):
+            _Recorder(graph, outputs, sums if octaves else None).run(batch, task)
     finally:
         for module in leaves.values():
-            module.observed = None
-    return Calibration(outputs, inner, graph)
+            module.observed = module.octaves = None
+    return Calibration(outputs, inner, graph, sums)

@@ -73,6 +73,7 @@ def _task_head(module: leaf.VitTaskHead, shape: Shape) -> tuple[Description, Sha
         "n_task": len(module.widths),
         "widths": list(module.widths),
         "eps": module.eps,
+        "scale": module.scale.tolist(),
     }
     weights = {"weight_data": _array(module.weight), "bias_data": _array(module.bias)}
     return {**description, **weights}, [shape[0], shape[1] - module.prefix, description["n_out"]]

@@ -38,6 +38,19 @@ LOG2_E = math.log2(math.e)
 CHECKED_PATCHES = 16  # a side, of the image on which lowering is checked: the layers do not depend on the grid
 
 
+OCTAVES = 64  # that magnitudes are counted in: those of 2^-32 to 2^32
+
+
+def octave_sums(value: Tensor) -> Tensor:
+    """Return how many magnitudes |v| a tensor has in each octave, 2^(k-1) <= |v| < 2^k, and the sums of |v| and v^2:
+    float64 [3, OCTAVES], k = place - OCTAVES / 2."""
+    magnitude = value.detach().abs().flatten()
+    octave = torch.frexp(magnitude).exponent.long().add_(OCTAVES // 2).clamp_(0, OCTAVES - 1)
+    exact = magnitude.double()
+    sums = [torch.bincount(octave, weights, OCTAVES) for weights in (torch.ones_like(exact), exact, exact * exact)]
+    return torch.stack(sums)
+
+
 def largest(value: Tensor) -> float:
     """Return the largest magnitude in a tensor that is not empty."""
     low, high = value.aminmax()
@@ -45,14 +58,20 @@ def largest(value: Tensor) -> float:
 
 
 class Leaf(HLS4MLModule):
-    """A module that hls4ml does not look into; `observed`, when set, collects the largest |value| of inner tensors."""
+    """A module that hls4ml does not look into.
+
+    When set, `observed` collects the largest |value| of inner tensors, and `octaves` their `octave_sums`.
+    """
 
     observed: dict[str, float] | None = None
+    octaves: dict[str, Tensor] | None = None
 
     def observe(self, name: str, value: Tensor) -> Tensor:
-        """Return `value`, after noting its largest magnitude if calibration is on."""
+        """Return `value`, after noting its magnitudes if calibration is on."""
         if self.observed is not None and value.numel():
             self.observed[name] = max(self.observed.get(name, 0.0), largest(value))
+            if self.octaves is not None:
+                self.octaves[name] = self.octaves.get(name, 0) + octave_sums(value)
         return value
 
 
@@ -159,7 +178,7 @@ class VitMoE(Leaf):
 
 
 class VitTaskHead(Leaf):
-    """LayerNorm without affine part, then the Linear of the task: weight [sum C_r, D], bias [sum C_r], task after task.
+    """LayerNorm with a scale alone, then the Linear of the task: weight [sum C_r, D], bias [sum C_r], task after task.
 
     Drops the prefix tokens; outputs [B, T, C], zero beyond the C_r of the image's task.
     """
@@ -167,10 +186,15 @@ class VitTaskHead(Leaf):
     def __init__(self, weight: Tensor, bias: Tensor, widths: Sequence[int], prefix: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.scale = nn.Parameter(weight.new_ones(weight.shape[1]))  # 1 unless equalised
         self.widths, self.prefix, self.eps = tuple(widths), prefix, eps
 
+    def normed(self, x: Tensor) -> Tensor:
+        """Return what the Linears read: [B, T, D]."""
+        return F.layer_norm(x[:, self.prefix :], x.shape[-1:], eps=self.eps) * self.scale
+
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        normed = self.observe("normed", F.layer_norm(x[:, self.prefix :], x.shape[-1:], eps=self.eps))
+        normed = self.observe("normed", self.normed(x))
         out = x.new_zeros(*normed.shape[:2], max(self.widths))
         for image, row in enumerate(task[:, 0].long().tolist()):
             first, width = sum(self.widths[:row]), self.widths[row]

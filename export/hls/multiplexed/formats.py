@@ -1,13 +1,16 @@
 """Fractions of every tensor, from what the float model's tensors reach on calibration images.
 
 Narrow tensors are act_bits wide, each with a fraction of its own that leaves HEADROOM_BITS above the largest value
-seen (none below HEADROOM_FROM bits, where a bit is dear: there values may saturate, and simulation counts them). The
+seen. Below HEADROOM_FROM bits a bit is dear: the fraction is the one that just holds that value, or the next finer one,
+which clips it, whichever has the smaller squared error. Values may saturate there, and simulation counts them. The
 residual stream has one fraction throughout, so that layers add to it in place; it is 32 bits wide.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.export.hls import leaf
@@ -36,12 +39,26 @@ class Formats(NamedTuple):
     layers: dict[str, dict[str, int]]
 
 
-def narrow_frac(largest: float, bits: int) -> int:
-    """Return the fraction of a narrow tensor that reaches `largest`."""
+def few(bits: int) -> bool:
+    """Return whether a tensor of this width has no bit to spare."""
+    return bits < HEADROOM_FROM
+
+
+def narrow_frac(largest: float, bits: int, octaves: Tensor | None = None) -> int:
+    """Return the fraction of a narrow tensor that reaches `largest`; octaves: its `leaf.octave_sums`, of few bits."""
     if not math.isfinite(largest):
         raise InputError("cannot export to HLS: the model has weights or outputs that are not finite; train it again")
-    headroom = HEADROOM_BITS if bits >= HEADROOM_FROM else 0
-    return bits - 1 - headroom - integer_bits(max(largest, 2.0**-12))
+    headroom = 0 if few(bits) else HEADROOM_BITS
+    frac = bits - 1 - headroom - integer_bits(max(largest, 2.0**-12))
+    return frac if octaves is None else min((frac, frac + 1), key=lambda one: squared_error(octaves, one, bits))
+
+
+def squared_error(octaves: Tensor, frac: int, bits: int) -> float:
+    """Return what rounding to a fraction and clipping to a width are expected to add up to, squared."""
+    above = min(max(bits - 1 - frac + leaf.OCTAVES // 2 + 1, 0), leaf.OCTAVES)  # octaves of what is clipped
+    most = 2.0 ** (bits - 1 - frac) - 2.0**-frac
+    count, total, squares = octaves[:, above:].sum(1).tolist()
+    return float(octaves[0, :above].sum()) * 4.0**-frac / 12 + squares - 2 * most * total + most**2 * count
 
 
 def wide_frac(largest: float, limit: int) -> int:
@@ -55,6 +72,12 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats
     """Return the formats of a calibrated model."""
     layers: dict[str, dict[str, int]] = {}
     reached = calibration.outputs
+
+    def narrow(node: str, kind: str = "") -> int:
+        """Return the fraction of a node's output, or of an inner tensor of it."""
+        largest = calibration.inner[node][kind] if kind else reached[node]
+        return narrow_frac(largest, act_bits, calibration.octaves.get(node, {}).get(kind))
+
     stream = 0.0  # the largest value of the residual stream
     for node in calibration.graph.graph.nodes:
         if node.op == "call_function":
@@ -63,21 +86,22 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats
             continue
         module: Any = calibration.graph.get_submodule(node.target)
         inner = calibration.inner[node.name]
-        kinds = {"result": narrow_frac(reached[node.name], act_bits)}
+        kinds = {"result": narrow(node.name)}
         if isinstance(module, leaf.VitAttention):
-            kinds |= {name: narrow_frac(inner[name], act_bits) for name in ("query", "key", "value")}
+            kinds |= {name: narrow(node.name, name) for name in ("query", "key", "value")}
         elif isinstance(module, leaf.VitGelu):
-            kinds["input"] = narrow_frac(reached[node.args[0].name], act_bits)
+            kinds["input"] = narrow(node.args[0].name)
         elif isinstance(module, leaf.VitMoE):
             kinds["logit"] = wide_frac(inner["logit"], LOGIT_FRAC_LIMIT)
-            kinds |= {name: narrow_frac(inner[name], act_bits) for name in ("hidden", "active")}
+            kinds |= {name: narrow(node.name, name) for name in ("hidden", "active")}
         elif isinstance(module, leaf.VitTaskHead):
-            kinds["normed"] = narrow_frac(inner["normed"], act_bits)
+            kinds["normed"] = narrow(node.name, "normed")
             for task in range(len(module.widths)):
                 largest = inner[f"output{task}"]
                 # With a convolution after it, its outputs are inputs of products.
                 last = "pixel_head" not in calibration.inner
-                kinds[f"output{task}"] = wide_frac(largest, WIDE_FRAC_LIMIT) if last else narrow_frac(largest, act_bits)
+                name = f"output{task}"
+                kinds[name] = wide_frac(largest, WIDE_FRAC_LIMIT) if last else narrow(node.name, name)
         elif isinstance(module, leaf.VitPixelHead):
             for task in range(len(module.widths)):
                 kinds[f"output{task}"] = wide_frac(inner[f"output{task}"], WIDE_FRAC_LIMIT)

@@ -14,9 +14,10 @@ import numpy as np
 from m3vit.export.hls import leaf
 from m3vit.export.hls.budgets import calibrate_all, lowered_of, programs_of
 from m3vit.export.hls.conversion import convert
+from m3vit.export.hls.equalise import equalise
 from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.backend import NAME
-from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose
+from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose, few
 from m3vit.export.hls.multiplexed.readme import readme
 from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
 from m3vit.export.hls.multiplexed.tracing import trace
@@ -117,7 +118,9 @@ def write_project(
         plugin.register(
             register_backend=hls4ml.backends.register_backend, register_writer=hls4ml.writer.register_writer
         )
-    seen = calibrate_all(models, calibration, options.progress)
+    if few(options.act_bits):
+        equalise(models, calibration, options.progress)
+    seen = calibrate_all(models, calibration, options.progress, octaves=few(options.act_bits))
     formats = choose(seen, options.weight_bits, options.act_bits)
     options.progress(0, 1, "hls4ml's conversion, quantisation and the program")
     graph = convert(

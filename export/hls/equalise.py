@@ -1,0 +1,129 @@
+"""Channels of like reach, for activations of few bits: the model computes what it did, and loses less when quantised.
+
+All channels of a tensor have one fraction, so the one that reaches farthest decides for all. But what a LayerNorm or a
+Linear gives may be divided by a factor of each channel where what reads it is multiplied by that factor (SmoothQuant,
+Xiao et al., arXiv 2211.10438), and weights have a fraction for each output:
+
+    LayerNorm -> qkv; MLP, or experts and the routers of all tasks; heads, and the Linears that add earlier blocks
+    value -> projection
+    query and key: one divided, the other multiplied, so that both reach as far
+
+And what is added to all keys alike adds the same to all logits of a query, which softmax takes away: keys are centred.
+The engines run the same instructions either way.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3vit.export.hls import leaf
+from m3vit.export.hls.calibration import batches
+from m3vit.export.hls.schedules import Progress, silent
+from m3vit.hw.sim.csim import tokenise
+
+MIGRATION = 0.7  # of a channel's reach that goes to the weights; best of 0.5, 0.7 and 0.9 on a ViT-S/14
+FACTORS = (2.0**-6, 2.0**6)  # least and most
+SMALL = 1e-6
+
+Range = tuple[Tensor, Tensor]  # least and largest value of each channel
+Change = dict[str, Tensor]  # what one block, or the rest of the model, is changed by: see `_apply_block`
+
+
+@torch.no_grad()
+def equalise(models: Sequence[leaf.LoweredModel], images: np.ndarray, progress: Progress = silent) -> None:
+    """Change models in place by what the first of them reaches on images uint8 [m, H, W, 3].
+
+    The others are parts of the first, of some budgets: all are changed alike, as they share weights.
+    """
+    first: Any = models[0]
+    reached = _ranges(first, images, progress)
+    blocks: dict[str, Change] = {}
+    for name, block in first.blocks.named_children():
+        blocks[name] = _block_change(block, *(reached[f"blocks.{name}.{layer}"] for layer in ("norm1", "norm2", "qkv")))
+    fusion = {
+        name: _factors(_magnitude(reached[f"fusion_norms.{name}"]), linear.weight)
+        for name, linear in first.fusion_linears.items()
+    }
+    head = _factors(_magnitude(reached["head"]), first.head.weight)
+    model: Any
+    for model in models:
+        for name, block in model.blocks.named_children():
+            _apply_block(block, blocks[name])
+        for name, factors in fusion.items():
+            _divide(model.fusion_norms[name], factors)
+            model.fusion_linears[name].weight.mul_(factors)
+        model.head.scale.div_(head)
+        model.head.weight.mul_(head)
+
+
+def _block_change(block: Any, norm1: Range, norm2: Range, qkv: Range) -> Change:
+    """Return the factors of a block's LayerNorms, queries and values, and the middle of its keys."""
+    low, high = (values.chunk(3) for values in qkv)
+    query, value = (torch.maximum(-low[part], high[part]) for part in (0, 2))
+    key, middle = (high[1] - low[1]) / 2, (high[1] + low[1]) / 2
+    readers = [block.moe.w1, block.moe.router_w] if block.is_moe else [block.fc1.weight]
+    return {
+        "norm1": _factors(_magnitude(norm1), block.qkv.weight),
+        "norm2": _factors(_magnitude(norm2), *readers),
+        "query": (query.clamp_min(SMALL) / key.clamp_min(SMALL)).sqrt().clamp(*FACTORS),
+        "value": _factors(value, block.proj.weight),
+        "key_middle": middle,
+    }
+
+
+def _apply_block(block: Any, change: Change) -> None:
+    _divide(block.norm1, change["norm1"])
+    _divide(block.norm2, change["norm2"])
+    block.qkv.weight.mul_(change["norm1"])
+    for weight in (block.moe.w1, block.moe.router_w) if block.is_moe else (block.fc1.weight,):
+        weight.mul_(change["norm2"])
+    (_, bias, _) = block.qkv.bias.chunk(3)
+    bias.sub_(change["key_middle"])
+    by = torch.cat([1 / change["query"], change["query"], 1 / change["value"]])
+    block.qkv.weight.mul_(by[:, None])
+    block.qkv.bias.mul_(by)
+    block.proj.weight.mul_(change["value"])
+
+
+def _divide(norm: leaf.VitLayerNorm, factors: Tensor) -> None:
+    norm.scale.div_(factors)
+    norm.bias.div_(factors)
+
+
+def _magnitude(values: Range) -> Tensor:
+    return torch.maximum(-values[0], values[1])
+
+
+def _factors(reached: Tensor, *readers: Tensor) -> Tensor:
+    """Return what to divide channels by that reach so far, and that weights [.., channels] read; their mean is 1."""
+    weights = torch.stack([weight.abs().flatten(0, -2).amax(0) for weight in readers]).amax(0)
+    raw = reached.clamp_min(SMALL).log() * MIGRATION - weights.clamp_min(SMALL).log() * (1 - MIGRATION)
+    return (raw - raw.mean()).exp().clamp(*FACTORS)
+
+
+def _ranges(model: leaf.LoweredModel, images: np.ndarray, progress: Progress) -> dict[str, Range]:
+    """Return what the outputs of LayerNorms and of qkv reach, by the name of the module."""
+    found: dict[str, Range] = {}
+
+    def noted(name: str, value: Tensor) -> None:
+        low, high = torch.aminmax(value.flatten(0, -2), dim=0)
+        if name in found:
+            low, high = torch.minimum(low, found[name][0]), torch.maximum(high, found[name][1])
+        found[name] = low, high
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, leaf.VitLayerNorm) or name.endswith(".qkv"):
+            hooks.append(module.register_forward_hook(lambda _, inputs, value, name=name: noted(name, value)))
+        elif isinstance(module, leaf.VitTaskHead):
+            hooks.append(module.register_forward_pre_hook(lambda head, inputs: noted("head", head.normed(inputs[0]))))
+    try:
+        for batch, task in batches(model, tokenise(images, model.patch), progress):
+            model(batch, task)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
