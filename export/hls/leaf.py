@@ -43,13 +43,18 @@ OCTAVES = 64  # that magnitudes are counted in: those of 2^-32 to 2^32
 
 def octave_sums(value: Tensor) -> Tensor:
     """Return how many magnitudes |v| a tensor has in each octave, 2^(k-1) <= |v| < 2^k, and the sums of |v| and v^2:
-    float64 [3, OCTAVES], k = place - OCTAVES / 2. What is beyond counts to the first or the last."""
+    float64 [3, OCTAVES], k = place - OCTAVES / 2.
+
+    Those below half of the largest, which no sensible fraction clips, count to the first octave and are not summed.
+    """
     magnitude = value.detach().abs().flatten()
-    octave = torch.frexp(magnitude).exponent.long().add_(OCTAVES // 2).clamp_(0, OCTAVES - 1)
-    octave[magnitude == 0] = 0
-    exact = magnitude.double()
+    large = magnitude[(magnitude >= magnitude.max() / 2) & (magnitude > 0)]
+    octave = torch.frexp(large).exponent.long().add_(OCTAVES // 2).clamp_(1, OCTAVES - 1)
+    exact = large.double()
     sums = [torch.bincount(octave, weights, OCTAVES) for weights in (torch.ones_like(exact), exact, exact * exact)]
-    return torch.stack(sums)
+    found = torch.stack(sums)
+    found[0, 0] = len(magnitude) - len(large)
+    return found
 
 
 def largest(value: Tensor) -> float:
