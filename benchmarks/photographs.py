@@ -147,6 +147,11 @@ def main() -> None:
     parser.add_argument("--decoders", action="store_true", help="rows of decoders, in place of those of experts")
     parser.add_argument("--exports", action="store_true")
     args = parser.parse_args()
+    table = DECODERS if args.decoders else ROWS
+    if others := set(args.rows or ()) - set(table):
+        parser.error(
+            f"--rows {', '.join(sorted(others))}: this table has {', '.join(table)} (--decoders: the other one)"
+        )
     found: dict[str, Any] = {"machine": machine()}
     found["rows"] = rows(args)
     if args.exports:

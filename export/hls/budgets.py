@@ -65,18 +65,10 @@ def calibrate_all(
     """Calibrate the first model on images uint8 [m, H, W, 3], with the values of it and of the others."""
     first, *others = (calibrate(model, tokenise(images, model.patch), progress, octaves) for model in models)
     for other in others:
-        _take_larger(first.outputs, other.outputs)
+        first.outputs.take(other.outputs)
         for name, of in other.inner.items():
-            _take_larger(first.inner[name], of)
-        for name, sums in other.octaves.items():
-            for kind, value in sums.items():
-                first.octaves[name][kind] = first.octaves[name].get(kind, 0) + value
+            first.inner[name].take(of)
     return first
-
-
-def _take_larger(found: dict[str, float], others: Mapping[str, float]) -> None:
-    for name, value in others.items():
-        found[name] = max(found.get(name, 0.0), value)
 
 
 def budget_of(model: MultiTaskModel, manifest: Mapping[str, Any], number: int) -> Budget:

@@ -9,39 +9,31 @@ from hls4ml.utils.torch import CustomFXTracer
 from torch import Tensor, fx
 
 from m3vit.export.hls import leaf
+from m3vit.export.hls.magnitudes import Magnitudes
 from m3vit.export.hls.schedules import Progress, silent
 
 BATCH_TOKENS = 2048  # run at once: more only take memory
 
 
 class Calibration(NamedTuple):
-    """The largest |value| of each node's output, and of each leaf's inner tensors; plus the traced graph.
+    """What each node's output reaches, and each leaf's inner tensors, by name; plus the traced graph."""
 
-    `octaves`: the `leaf.octave_sums` of both, by the name of the node and, for its output, "", if they were asked for.
-    """
-
-    outputs: dict[str, float]
-    inner: dict[str, dict[str, float]]
+    outputs: Magnitudes
+    inner: dict[str, Magnitudes]
     graph: fx.GraphModule
-    octaves: dict[str, dict[str, Tensor]]
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the traced model and keeps the largest magnitude of every node's output, and its octaves if asked to."""
+    """Runs the traced model and notes what every node's output reaches."""
 
-    def __init__(
-        self, module: fx.GraphModule, largest: dict[str, float], octaves: dict[str, dict[str, Tensor]] | None
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, reached: Magnitudes) -> None:
         super().__init__(module)
-        self.largest, self.octaves = largest, octaves
+        self.reached = reached
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.largest[n.name] = max(self.largest.get(n.name, 0.0), leaf.largest(value))
-            if self.octaves is not None:
-                of = self.octaves.setdefault(n.name, {})
-                of[""] = of.get("", 0) + leaf.octave_sums(value)
+            self.reached.note(n.name, value)
         return value
 
 
@@ -64,15 +56,13 @@ def calibrate(
     leaves: dict[str, Any] = {
         node.name: graph.get_submodule(node.target) for node in graph.graph.nodes if node.op == "call_module"
     }
-    inner: dict[str, dict[str, float]] = {name: {} for name in leaves}
-    sums: dict[str, dict[str, Tensor]] = {name: {} for name in leaves}
-    outputs: dict[str, float] = {}
+    outputs, inner = Magnitudes(octaves), {name: Magnitudes(octaves) for name in leaves}
     for name, module in leaves.items():
-        module.observed, module.octaves = inner[name], sums[name] if octaves else None
+        module.observed = inner[name]
     try:
         for batch, task in batches(model, tokens, progress):
-            _Recorder(graph, outputs, sums if octaves else None).run(batch, task)
+            _Recorder(graph, outputs).run(batch, task)
     finally:
         for module in leaves.values():
-            module.observed = module.octaves = None
-    return Calibration(outputs, inner, graph, sums)
+            module.observed = None
+    return Calibration(outputs, inner, graph)

@@ -64,10 +64,9 @@ def _block_change(block: Any, norm1: Range, norm2: Range, qkv: Range) -> Change:
     low, high = (values.chunk(3) for values in qkv)
     query, value = (torch.maximum(-low[part], high[part]) for part in (0, 2))
     key, middle = (high[1] - low[1]) / 2, (high[1] + low[1]) / 2
-    readers = [block.moe.w1, block.moe.router_w] if block.is_moe else [block.fc1.weight]
     return {
         "norm1": _factors(_magnitude(norm1), block.qkv.weight),
-        "norm2": _factors(_magnitude(norm2), *readers),
+        "norm2": _factors(_magnitude(norm2), *_readers(block)),
         "query": (query.clamp_min(SMALL) / key.clamp_min(SMALL)).sqrt().clamp(*FACTORS),
         "value": _factors(value, block.proj.weight),
         "key_middle": middle,
@@ -78,7 +77,7 @@ def _apply_block(block: Any, change: Change) -> None:
     _divide(block.norm1, change["norm1"])
     _divide(block.norm2, change["norm2"])
     block.qkv.weight.mul_(change["norm1"])
-    for weight in (block.moe.w1, block.moe.router_w) if block.is_moe else (block.fc1.weight,):
+    for weight in _readers(block):
         weight.mul_(change["norm2"])
     (_, bias, _) = block.qkv.bias.chunk(3)
     bias.sub_(change["key_middle"])
@@ -86,6 +85,11 @@ def _apply_block(block: Any, change: Change) -> None:
     block.qkv.weight.mul_(by[:, None])
     block.qkv.bias.mul_(by)
     block.proj.weight.mul_(change["value"])
+
+
+def _readers(block: Any) -> list[Tensor]:
+    """Return the weights [.., D] that read what a block's second LayerNorm gives."""
+    return [block.moe.w1, block.moe.router_w] if block.is_moe else [block.fc1.weight]
 
 
 def _divide(norm: leaf.VitLayerNorm, factors: Tensor) -> None:

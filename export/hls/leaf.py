@@ -23,6 +23,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.export.hls.magnitudes import Magnitudes
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import TokenHead
@@ -38,46 +39,15 @@ LOG2_E = math.log2(math.e)
 CHECKED_PATCHES = 16  # a side, of the image on which lowering is checked: the layers do not depend on the grid
 
 
-OCTAVES = 64  # that magnitudes are counted in: those of 2^-32 to 2^32
-
-
-def octave_sums(value: Tensor) -> Tensor:
-    """Return how many magnitudes |v| a tensor has in each octave, 2^(k-1) <= |v| < 2^k, and the sums of |v| and v^2:
-    float64 [3, OCTAVES], k = place - OCTAVES / 2.
-
-    Those below half of the largest, which no sensible fraction clips, count to the first octave and are not summed.
-    """
-    magnitude = value.detach().abs().flatten()
-    large = magnitude[(magnitude >= magnitude.max() / 2) & (magnitude > 0)]
-    octave = torch.frexp(large).exponent.long().add_(OCTAVES // 2).clamp_(1, OCTAVES - 1)
-    exact = large.double()
-    sums = [torch.bincount(octave, weights, OCTAVES) for weights in (torch.ones_like(exact), exact, exact * exact)]
-    found = torch.stack(sums)
-    found[0, 0] = len(magnitude) - len(large)
-    return found
-
-
-def largest(value: Tensor) -> float:
-    """Return the largest magnitude in a tensor that is not empty."""
-    low, high = value.aminmax()
-    return max(-float(low), float(high))
-
-
 class Leaf(HLS4MLModule):
-    """A module that hls4ml does not look into.
+    """A module that hls4ml does not look into; `observed`, when set, collects what inner tensors reach."""
 
-    When set, `observed` collects the largest |value| of inner tensors, and `octaves` their `octave_sums`.
-    """
-
-    observed: dict[str, float] | None = None
-    octaves: dict[str, Tensor] | None = None
+    observed: Magnitudes | None = None
 
     def observe(self, name: str, value: Tensor) -> Tensor:
         """Return `value`, after noting its magnitudes if calibration is on."""
         if self.observed is not None and value.numel():
-            self.observed[name] = max(self.observed.get(name, 0.0), largest(value))
-            if self.octaves is not None:
-                self.octaves[name] = self.octaves.get(name, 0) + octave_sums(value)
+            self.observed.note(name, value)
         return value
 
 

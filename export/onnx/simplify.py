@@ -52,16 +52,15 @@ def _modules(program: ExportedProgram) -> list[GraphModule]:
 def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
     """Return the program, decomposed by the table if that changes anything."""
     targets = {node.target for module in _modules(program) for node in module.graph.nodes}
-    if any(target in table or _mutates(target) or isinstance(target, _HigherOrder) for target in targets):
+    if any(target in table or _unlike_a_function(target) for target in targets):
         return ExportedProgram.run_decompositions(program, dict(table))
     return program
 
 
-_HigherOrder = torch._ops.HigherOrderOperator  # of graphs, which decomposing sees to
-
-
-def _mutates(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+def _unlike_a_function(target: Any) -> bool:
+    """Return whether an operator changes its inputs, or runs graphs."""
+    mutates = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return mutates or isinstance(target, torch._ops.HigherOrderOperator)
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------

@@ -304,7 +304,8 @@ class _Planner:
         """Schedule the heads' LayerNorm; return its tokens, and the Linear of each task."""
         widths, dim = list(node.get_attr("widths")), node.get_attr("n_dim")
         x = self.stream(node, node.inputs[0])
-        scale = (np.array(node.get_attr("scale")), np.zeros(dim), node.get_attr("eps"), self.frac(node, "normed"))
-        normed = self.scheduler.norm(f"{node.name}.norm", x, *scale, skip=node.get_attr("n_prefix"))
+        affine = (np.array(node.get_attr("scale")), np.zeros(dim))
+        form = (node.get_attr("eps"), self.frac(node, "normed"))
+        normed = self.scheduler.norm(f"{node.name}.norm", x, *affine, *form, skip=node.get_attr("n_prefix"))
         weight, bias = _values(node, "weight").reshape(sum(widths), dim), _values(node, "bias").ravel()
         return normed, list(zip(split_rows(weight, widths), split_rows(bias, widths), strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from m3vit.errors import InputError
 from m3vit.export.hls import leaf
 from m3vit.export.hls.calibration import Calibration
+from m3vit.export.hls.magnitudes import OCTAVES
 from m3vit.export.hls.multiplexed.words import integer_bits
 
 HEADROOM_BITS = 1
@@ -45,7 +46,7 @@ def few(bits: int) -> bool:
 
 
 def narrow_frac(largest: float, bits: int, octaves: Tensor | None = None) -> int:
-    """Return the fraction of a narrow tensor that reaches `largest`; octaves: its `leaf.octave_sums`, of few bits."""
+    """Return the fraction of a narrow tensor that reaches `largest`; octaves: its `octave_sums`, of few bits."""
     if not math.isfinite(largest):
         raise InputError("cannot export to HLS: the model has weights or outputs that are not finite; train it again")
     headroom = 0 if few(bits) else HEADROOM_BITS
@@ -55,7 +56,7 @@ def narrow_frac(largest: float, bits: int, octaves: Tensor | None = None) -> int
 
 def squared_error(octaves: Tensor, frac: int, bits: int) -> float:
     """Return what rounding to a fraction and clipping to a width are expected to add up to, squared."""
-    above = min(max(bits - 1 - frac + leaf.OCTAVES // 2 + 1, 0), leaf.OCTAVES)  # octaves of what is clipped
+    above = min(max(bits - 1 - frac + OCTAVES // 2 + 1, 0), OCTAVES)  # octaves of what is clipped
     most = 2.0 ** (bits - 1 - frac) - 2.0**-frac
     count, total, squares = octaves[:, above:].sum(1).tolist()
     return float(octaves[0, :above].sum()) * 4.0**-frac / 12 + squares - 2 * most * total + most**2 * count
@@ -75,8 +76,8 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats
 
     def narrow(node: str, kind: str = "") -> int:
         """Return the fraction of a node's output, or of an inner tensor of it."""
-        largest = calibration.inner[node][kind] if kind else reached[node]
-        return narrow_frac(largest, act_bits, calibration.octaves.get(node, {}).get(kind))
+        of, name = (calibration.inner[node], kind) if kind else (reached, node)
+        return narrow_frac(of[name], act_bits, of.octaves.get(name))
 
     stream = 0.0  # the largest value of the residual stream
     for node in calibration.graph.graph.nodes:

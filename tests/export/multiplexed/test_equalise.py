@@ -10,6 +10,8 @@ import torch
 from m3vit.export.hls import leaf
 from m3vit.export.hls.budgets import lowered_of
 from m3vit.export.hls.equalise import equalise
+from m3vit.export.hls.magnitudes import OCTAVES, Magnitudes, octave_sums
+from m3vit.export.hls.magnitudes import largest as largest_of
 from m3vit.export.hls.multiplexed import formats, schedule
 from m3vit.export.hls.multiplexed.formats import narrow_frac, squared_error
 from m3vit.hw.sim.csim import tokenise
@@ -95,7 +97,7 @@ def test_channels_reach_alike_and_keys_are_centred() -> None:
 def test_squared_errors_are_those_of_rounding_and_clipping(bits: int) -> None:
     values = torch.from_numpy(np.random.default_rng(0).standard_t(3, 20_000)).float()
     # In two parts, as calibration sees them: what is large in one is not in the other.
-    octaves, largest = leaf.octave_sums(values[:100]) + leaf.octave_sums(values[100:]), leaf.largest(values)
+    octaves, largest = octave_sums(values[:100]) + octave_sums(values[100:]), largest_of(values)
     holds = narrow_frac(largest, bits)
     errors = {}
     for frac in (holds, holds + 1):
@@ -107,16 +109,29 @@ def test_squared_errors_are_those_of_rounding_and_clipping(bits: int) -> None:
     assert chosen == min(errors, key=lambda frac: errors[frac])
     assert bits > 8 or chosen == holds + 1  # few values are that large
     uniform = torch.linspace(-largest, largest, 1000)
-    assert narrow_frac(largest, bits, leaf.octave_sums(uniform)) == holds
+    assert narrow_frac(largest, bits, octave_sums(uniform)) == holds
 
 
 def test_octave_sums() -> None:
-    sums = leaf.octave_sums(torch.tensor([[0.75, -0.5], [0.25, 0.0], [-1.0, 0.5]]))
-    half = leaf.OCTAVES // 2  # 2^-1 <= |v| < 1
+    sums = octave_sums(torch.tensor([[0.75, -0.5], [0.25, 0.0], [-1.0, 0.5]]))
+    half = OCTAVES // 2  # 2^-1 <= |v| < 1
     assert sums[:, 0].tolist() == [2, 0, 0]
     assert sums[:, half].tolist() == [3, 1.75, 1.0625] and sums[:, half + 1].tolist() == [1, 1, 1]
     assert sums[0].sum() == 6 and sums[1].sum() == 2.75
-    assert leaf.octave_sums(torch.zeros(5))[0].tolist() == [5] + [0] * (leaf.OCTAVES - 1)
+    assert octave_sums(torch.zeros(5))[0].tolist() == [5] + [0] * (OCTAVES - 1)
+
+
+def test_magnitudes_noted_apart_are_those_noted_together() -> None:
+    parts = [torch.randn(50), 3 * torch.randn(70)]
+    together, first, second = (Magnitudes(with_octaves=True) for _ in range(3))
+    for one, part in zip((first, second), parts, strict=True):
+        one.note("x", part)
+        together.note("x", part)
+    second.note("y", parts[0])
+    first.take(second)
+    assert first == {"x": together["x"], "y": largest_of(parts[0])} and first.keys() == first.octaves.keys()
+    assert torch.equal(first.octaves["x"], together.octaves["x"])
+    assert torch.equal(first.octaves["y"], octave_sums(parts[0]))
 
 
 def test_eight_bits_lose_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
