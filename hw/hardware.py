@@ -16,12 +16,12 @@ SPLIT_INPUTS = 512  # a linear map to wide tokens with more inputs is several, e
 PORT_BITS = 128  # of most boards
 PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
 TOKEN_BLOCKS = (1024, 512, 256, 128, 64, 32)  # largest first, as all of these
-TILES_OUT = (*range(256, 144, -16), *range(144, 8, -8))
+TILES_OUT = (512, 448, 384, 320, 288, *range(256, 144, -16), *range(144, 8, -8))
 GROUPS = (512, 384, 256, 192, 128, 96, 64, 32)  # of queries on chip
-LANES_CHOICES = (64, 32, 16)  # of softmax
+LANES_CHOICES = (128, 64, 32, 16)  # of softmax
 WEIGHT_PORTS = (2, 1)
 DIVIDED = (16, 8, 4)
-RESULTS = (16, 8, 4)
+RESULTS = (32, 16, 8, 4)
 NORM_WORDS = (2, 1)
 # Properties of Hardware that firmware/parameters.h states too.
 DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits")
@@ -93,9 +93,19 @@ class Hardware:
         return max(self.score_queries, self.value_queries)
 
     @property
-    def shifted_lanes(self) -> int:
-        """Channels whose sums attention shifts in a cycle."""
-        return self.lanes * self.head // KEY_BLOCK if self.head < KEY_BLOCK else self.lanes
+    def softmax_queries(self) -> int:
+        """Queries whose scores softmax works on in a cycle."""
+        return max(1, self.lanes // KEY_BLOCK)
+
+    @property
+    def softmax_scores(self) -> int:
+        """Scores of each of these queries."""
+        return self.lanes // self.softmax_queries
+
+    @property
+    def softmax_sums(self) -> int:
+        """Channels of each of these queries whose sums of before are shifted in a cycle."""
+        return self.softmax_scores * min(self.head, KEY_BLOCK) // KEY_BLOCK
 
     @property
     def product_bits(self) -> int:

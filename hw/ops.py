@@ -133,7 +133,7 @@ def norm_needs(i: Norm) -> dict[str, int]:
 
 def attention_memories(h: Hardware) -> list[OnChip]:
     """Width is what is read or written in a cycle, whichever is more; `rounds`: of groups of queries, two of them."""
-    rounds, sums = 2 * BATCH, h.context_bits
+    rounds, sums, queries = 2 * BATCH, h.context_bits, h.softmax_queries
     keys, channels = h.group * KEY_BLOCK, h.group * h.head
     some, outputs = min(KEY_BLOCK, h.tile_out), min(h.head, h.tile_out)  # keys and channels on the array at once
     values, weight_bits = h.value_queries * h.tile_in, (PACKED_PROB_FRAC if h.packed else PROB_FRAC) + 1
@@ -144,7 +144,7 @@ def attention_memories(h: Hardware) -> list[OnChip]:
             "queries", h.score_queries, h.tile_in * h.act_word, 2 * h.groups * channels // h.score_queries // h.tile_in
         ),
         OnChip("products", 1, min(keys, h.tile_out) * h.product_bits, rounds * _times(keys, h.tile_out), "lut"),
-        OnChip("scores", 1, h.lanes * SCORE_BITS, rounds * keys // h.lanes, "lut"),
+        OnChip("scores", 1, h.lanes * SCORE_BITS, rounds * _times(keys, h.lanes), "lut"),
         OnChip("weights", 1, values * weight_bits, rounds * _times(keys, values), "lut"),
         OnChip("sums of before", 1, min(channels, h.tile_out) * sums, rounds * _times(channels, h.tile_out), "lut"),
         OnChip("context", 1, min(channels, h.tile_out) * sums, h.groups * _times(channels, h.tile_out)),
@@ -155,7 +155,7 @@ def attention_memories(h: Hardware) -> list[OnChip]:
             h.groups * _times(channels, h.tile_out),
             "uram" if h.finished_in_uram else "any",
         ),
-        OnChip("total, maximum, divisor", 3, sums, h.groups * h.group),
+        OnChip("total, maximum, divisor", 3 * queries, sums, h.groups * _times(h.group, queries)),
         _tables(h.lanes + 1),  # 2^-x of each score, 1/x
     ]
 
@@ -165,7 +165,7 @@ def attention_turn(i: Attention, h: Hardware) -> int:
     width, keys = i.n_out // i.heads, min(i.rows, KEY_BLOCK)
     score = _times(h.group, h.score_queries) * _times(keys, h.tile_out) * _times(width, h.tile_in)
     value = _times(h.group, h.value_queries) * _times(keys, h.tile_in) * _times(width, h.tile_out)
-    weighed = h.group * max(_times(keys, h.lanes), _times(width, h.shifted_lanes))
+    weighed = _times(h.group, h.softmax_queries) * max(_times(keys, h.softmax_scores), _times(width, h.softmax_sums))
     return max(score + value, weighed, LEAST_TURN)
 
 
@@ -425,7 +425,7 @@ def _normed(h: Hardware) -> int:
 
 def _shifted_in_attention(h: Hardware) -> int:
     """Return the bits that attention shifts in a cycle: of scores, weights and sums of before."""
-    return h.lanes * (h.product_bits + PROB_FRAC + 6) + h.shifted_lanes * h.context_bits
+    return h.lanes * (h.product_bits + PROB_FRAC + 6) + h.softmax_queries * h.softmax_sums * h.context_bits
 
 
 # DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times

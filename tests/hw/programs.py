@@ -11,7 +11,7 @@ import numpy as np
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
 from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, PORTS, parameters_text, top_text
-from m3vit.hw.hardware import Hardware
+from m3vit.hw.hardware import PORT_BITS, Hardware
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 
@@ -37,13 +37,20 @@ HARDWARE = Hardware(
     pixels=1,
 )
 FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
-# Arrays from one that takes keys and heads in several passes to one with several queries at once.
-ARRAYS = {"w16a16": 16, "w8a8": 144, "w12a14": 72}
+# Arrays from one that takes keys and heads in several passes to one with several queries at once; lanes of softmax from
+# those of some keys of a query to all of two queries, of which a group has three.
+ARRAYS = {"w16a16": 16, "w8a8": 144, "w12a14": 96}
 REST = {
     "w16a16": {},
-    "w8a8": {"pixels": 4, "divided": 16, "results": 16},
-    "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4},
+    "w8a8": {"pixels": 4, "divided": 16, "results": 16, "lanes": 64},
+    "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4, "lanes": 128},
 }
+# Ports of 256 bits, as HBM has, and everything twice as wide; a group has five queries.
+WIDE = replace(
+    HARDWARE,
+    **{"weight_bits": 8, "act_bits": 8, "tile_out": 160, "tile_in": 32, "port_bits": 256, "weight_ports": 2},
+    **{"max_in": 288, "lanes": 128, "results": 32, "divided": 32, "pixels": 4, "norm_words": 2},
+)
 
 
 def hardware_of(name: str) -> Hardware:
@@ -75,7 +82,7 @@ class Shape:
     upscale: int = 0  # pixels of a token and side for heads with a convolution; 0: linear heads
 
 
-def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
+def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple[Image, dict[str, int]]:
     """Return the image of a ViT with random weights, and the sizes that its hardware needs."""
     rng = np.random.default_rng(seed)
 
@@ -83,7 +90,7 @@ def random_vit(shape: Shape, seed: int = 0) -> tuple[Image, dict[str, int]]:
         return rng.normal(0, std or size[-1] ** -0.5, size)
 
     s, dim = shape, shape.dim
-    scheduler = Scheduler(s.tasks, s.weight_bits, s.act_bits, s.wide_frac)
+    scheduler = Scheduler(s.tasks, s.weight_bits, s.act_bits, s.wide_frac, port_bits)
     frac = s.act_bits - 5 + s.finer
     x = scheduler.image(s.grid, s.patch)
     x = scheduler.embed("embed", x, draw(dim, x.columns, std=2 * x.columns**-0.5), draw(dim, std=0.2), s.prefix)

@@ -31,6 +31,7 @@ from tests.hw.programs import (
     INCLUDE,
     ROOT,
     STRICT,
+    WIDE,
     Builds,
     Shape,
     Simulator,
@@ -207,6 +208,19 @@ def random_shape(seed: int) -> Shape:
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models_word_for_word(builds: Builds, tmp_path: Path, seed: int) -> None:
     check_words(builds, random_shape(seed), tmp_path, seed)
+
+
+def test_wide_ports_word_for_word(tmp_path: Path) -> None:
+    """Ports of 256 bits, 32 narrow results a cycle, softmax of two queries at once."""
+    simulator = Simulator.build(tmp_path / "build", WIDE, ["-O1"])
+    for seed in (1, 4, 10):  # w8a8
+        shape = random_shape(seed)
+        image, _ = random_vit(shape, seed, WIDE.port_bits)
+        frames, tasks = frames_of(shape, shape.tasks, seed), list(range(shape.tasks))
+        outputs, _, _ = simulator.run(tmp_path / "run", image, frames, tasks)
+        emulator = Emulator(image)
+        expected = [emulator.run(frame, task).outputs for task, frame in enumerate(frames)]
+        np.testing.assert_array_equal(outputs, np.stack(expected))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -26,7 +26,7 @@ namespace vit {
 // The cycles in which the weights of a query are made, and its sums of before shifted.
 template <class C> unsigned weigh_turns(unsigned width, unsigned keys) {
     #pragma HLS INLINE
-    const unsigned weights = times(keys, C::lanes), shifted = times(width, attention_sums<C>::lanes);
+    const unsigned weights = times(keys, softmax_lanes<C>::scores), shifted = times(width, softmax_lanes<C>::sums);
     return weights > shifted ? weights : shifted;
 }
 
@@ -41,7 +41,7 @@ void begin_attention(attention_state<C> &state, const attention_fields &I, atten
     const unsigned value = times(keys, C::tile_in) * times(state.width, C::tile_out);
     const unsigned on_array = times(C::group, attention_sizes<C>::score_queries) * score +
                               times(C::group, attention_sizes<C>::value_queries) * value;
-    const unsigned weighed = weigh_turns<C>(state.width, keys) * C::group;
+    const unsigned weighed = weigh_turns<C>(state.width, keys) * times(C::group, softmax_lanes<C>::queries);
     const unsigned turn = on_array > weighed ? on_array : weighed;
     state.turn = turn > least_turn ? turn : least_turn;
     state.length = batch * state.turn;
@@ -143,58 +143,60 @@ template <class C> array_turn turn_of(const attention_state<C> &state, const sta
     return t;
 }
 
-// Stage 1: C::lanes scores of a query are rounded, and the largest of all is found.
+// Stage 1: C::lanes scores, of one query or several, are rounded, and the largest of each query is found.
 template <class C>
 void round_scores(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
                   const stage_group &at, unsigned side) {
     #pragma HLS INLINE
-    const unsigned turns = times(at.keys, C::lanes), q = state.i / turns, e = state.i % turns * C::lanes;
-    if (!at.valid || q >= C::group)
-        return;
-    // Of queries beyond the last, which the block may hold from before, nothing is kept or counted.
-    const bool known = at.group * C::group + q < at.job.queries;
-    for (unsigned l = 0; l < C::lanes; l++) {
+    static const unsigned queries = softmax_lanes<C>::queries, lanes = softmax_lanes<C>::scores;
+    const unsigned turns = times(at.keys, lanes), e = state.i % turns * lanes;
+    for (unsigned p = 0; p < queries; p++) {
         #pragma HLS UNROLL
-        const unsigned j = e + l;
-        if (j >= at.keys)
+        const unsigned q = state.i / turns * queries + p;
+        if (!at.valid || q >= C::group)
             continue;
-        const long long rounded = shift_round((long long)buffer.product[side][state.g][q][j], I.score_shift);
-        const int s = known ? (int)saturate<score_bits>(rounded) : 0;
-        buffer.score[side][state.g][q][j] = s;
-        if (j == 0 || s > state.best)
-            state.best = s;
+        // Of queries beyond the last, which the block may hold from before, nothing is kept or counted.
+        const bool known = at.group * C::group + q < at.job.queries;
+        for (unsigned l = 0; l < lanes; l++) {
+            #pragma HLS UNROLL
+            const unsigned j = e + l;
+            if (j >= at.keys)
+                continue;
+            const long long rounded = shift_round((long long)buffer.product[side][state.g][q][j], I.score_shift);
+            const int s = known ? (int)saturate<score_bits>(rounded) : 0;
+            buffer.score[side][state.g][q][j] = s;
+            if (j == 0 || s > state.best[p])
+                state.best[p] = s;
+        }
+        if (e + lanes >= at.keys)
+            buffer.best[side][state.g][q] = state.best[p];
     }
-    if (e + C::lanes >= at.keys)
-        buffer.best[side][state.g][q] = state.best;
 }
 
-// Stage 2: C::lanes weights of a query; and its sums from before, shifted if this block has a larger score.
+// Stage 2: of query q, the p-th of those that are worked on at once, weights; and its sums from before, shifted if this
+// block has a larger score.
 template <class C>
-void weigh(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer, const stage_group &at,
-           unsigned side) {
+void weigh_query(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer,
+                 const stage_group &at, unsigned side, unsigned q, unsigned p, unsigned turn, unsigned turns) {
     #pragma HLS INLINE
-    static const unsigned shifted_lanes = attention_sums<C>::lanes;
+    static const unsigned lanes = softmax_lanes<C>::scores, shifted_lanes = softmax_lanes<C>::sums;
     typedef typename attention_sums<C>::context context_t;
-    const unsigned turns = weigh_turns<C>(state.width, at.keys), q = state.i / turns, turn = state.i % turns;
-    const unsigned e = turn * C::lanes;
-    if (!at.valid || q >= C::group)
-        return;
-    const unsigned group = at.group, g = state.g;
+    const unsigned e = turn * lanes, group = at.group, g = state.g;
     const bool first = at.block == 0;
     const long long ceiling = ((long long)buffer.best[side][g][q] + (1 << score_frac) - 1) >> score_frac;
     const long long before = buffer.top[group][q];
     const bool higher = first || ceiling > before;
     const int rise = first || !higher ? 0 : ceiling - before > max_rise ? max_rise : (int)(ceiling - before);
     if (turn == 0) {
-        state.top = higher ? ceiling : before;
-        state.total = first ? context_t(0) : context_t(shift_round((long long)buffer.total[group][q], rise));
+        state.top[p] = higher ? ceiling : before;
+        state.total[p] = first ? context_t(0) : context_t(shift_round((long long)buffer.total[group][q], rise));
     }
     long long added = 0;
-    for (unsigned l = 0; l < C::lanes; l++) {
+    for (unsigned l = 0; l < lanes; l++) {
         #pragma HLS UNROLL
         const unsigned j = e + l;
         if (j < key_block) {
-            const long long below = state.top * (1 << score_frac) - buffer.score[side][g][q][j];
+            const long long below = state.top[p] * (1 << score_frac) - buffer.score[side][g][q][j];
             const int weight = j < at.keys ? exp2_neg(below, score_frac, prob_frac - I.weight_drop) : 0;
             buffer.weight[side][g][q][j] = weight;
             added += weight;
@@ -207,12 +209,27 @@ void weigh(attention_state<C> &state, const attention_fields &I, attention_buffe
             buffer.carried[side][g][q][c] =
                 first ? context_t(0) : context_t(shift_round((long long)buffer.context[group][q][c], rise));
     }
-    state.total += added * (1LL << I.weight_drop);
+    state.total[p] += added * (1LL << I.weight_drop);
     if (turn + 1 == turns) {
-        buffer.top[group][q] = state.top;
-        buffer.total[group][q] = state.total;
+        buffer.top[group][q] = state.top[p];
+        buffer.total[group][q] = state.total[p];
         if (at.block + 1 == state.blocks)
-            buffer.divisor[group][q] = state.total;
+            buffer.divisor[group][q] = state.total[p];
+    }
+}
+
+// Stage 2: C::lanes weights, of one query or several.
+template <class C>
+void weigh(attention_state<C> &state, const attention_fields &I, attention_buffers<C> &buffer, const stage_group &at,
+           unsigned side) {
+    #pragma HLS INLINE
+    static const unsigned queries = softmax_lanes<C>::queries;
+    const unsigned turns = weigh_turns<C>(state.width, at.keys);
+    for (unsigned p = 0; p < queries; p++) {
+        #pragma HLS UNROLL
+        const unsigned q = state.i / turns * queries + p;
+        if (at.valid && q < C::group)
+            weigh_query<C>(state, I, buffer, at, side, q, p, state.i % turns, turns);
     }
 }
 

@@ -18,8 +18,13 @@ static const unsigned settled = 16; // cycles from a word's loading to its use
 template <class C> struct attention_sums {
     typedef typename sums<C::product_bits>::type product;
     typedef typename sums<C::context_bits>::type context;
-    // Channels whose sums of before are shifted in a cycle: a head's are done when key_block scores are.
-    static const unsigned lanes = C::head < key_block ? C::lanes * C::head / key_block : C::lanes;
+};
+
+// What softmax works on in a cycle: queries, of more lanes than keys several; and of each of these scores, and channels
+// whose sums of before are shifted: a head's are done when key_block scores are.
+template <class C> struct softmax_lanes {
+    static const unsigned queries = C::lanes > key_block ? C::lanes / key_block : 1, scores = C::lanes / queries;
+    static const unsigned sums = C::head < key_block ? scores * C::head / key_block : scores;
 };
 
 template <class C> struct attention_sizes {
@@ -74,9 +79,9 @@ template <class C> struct attention_state {
     unsigned write_query, write_value;
     typename words<C>::narrow written;
     typename attention_sums<C>::product score_sum[C::tile_out];
-    typename attention_sums<C>::context value_sum[C::tile_out], total;
-    int best;
-    long long top;
+    typename attention_sums<C>::context value_sum[C::tile_out], total[softmax_lanes<C>::queries];
+    int best[softmax_lanes<C>::queries];
+    long long top[softmax_lanes<C>::queries];
 };
 
 // How many keys block b has.

@@ -42,9 +42,14 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     #pragma HLS ARRAY_PARTITION variable=buffer.q dim=4 cyclic factor=C::tile_in
     #pragma HLS ARRAY_PARTITION variable=buffer.product dim=3 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.product dim=4 complete
-    #pragma HLS ARRAY_PARTITION variable=buffer.score dim=4 cyclic factor=C::lanes
+    #pragma HLS ARRAY_PARTITION variable=buffer.score dim=3 cyclic factor=softmax_lanes<C>::queries
+    #pragma HLS ARRAY_PARTITION variable=buffer.score dim=4 cyclic factor=softmax_lanes<C>::scores
+    #pragma HLS ARRAY_PARTITION variable=buffer.best dim=3 cyclic factor=softmax_lanes<C>::queries
+    #pragma HLS ARRAY_PARTITION variable=buffer.top dim=2 cyclic factor=softmax_lanes<C>::queries
+    #pragma HLS ARRAY_PARTITION variable=buffer.total dim=2 cyclic factor=softmax_lanes<C>::queries
+    #pragma HLS ARRAY_PARTITION variable=buffer.divisor dim=2 cyclic factor=softmax_lanes<C>::queries
     #pragma HLS ARRAY_PARTITION variable=buffer.weight dim=3 complete
-    #pragma HLS ARRAY_PARTITION variable=buffer.weight dim=4 cyclic factor=C::lanes
+    #pragma HLS ARRAY_PARTITION variable=buffer.weight dim=4 cyclic factor=softmax_lanes<C>::scores
     #pragma HLS ARRAY_PARTITION variable=buffer.carried dim=3 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.carried dim=4 complete
     #pragma HLS ARRAY_PARTITION variable=buffer.context dim=2 complete
@@ -83,6 +88,9 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     #pragma HLS ARRAY_PARTITION variable=attention.written.lane complete
     #pragma HLS ARRAY_PARTITION variable=attention.score_sum complete
     #pragma HLS ARRAY_PARTITION variable=attention.value_sum complete
+    #pragma HLS ARRAY_PARTITION variable=attention.best complete
+    #pragma HLS ARRAY_PARTITION variable=attention.top complete
+    #pragma HLS ARRAY_PARTITION variable=attention.total complete
     if (attends)
         begin_attention<C>(attention, A, buffer);
     else
