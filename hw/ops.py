@@ -9,7 +9,9 @@ itself is `fetch` and FETCH_BYTES, also for one that is skipped.
 `queue` is the number of tokens of each expert that has any: what the router chose, which only EXPERTS depends on.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from m3vit.hw.hardware import BATCH, LEAST_TURN, PACKED_PROB_FRAC, STAGES, Hardware
@@ -286,11 +288,21 @@ def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> 
     for n_in, n_out, tokens, mode in maps:
         block = _times(tokens, _times(tokens, h.token_block))
         for base in range(0, tokens, block):
-            for row in range(0, n_out, size):
-                adds = mode in (Mode.RESIDUAL, Mode.QUEUE)
-                yield Tile(
-                    min(size, n_out - row), n_in, min(block, tokens - base), row == 0, adds, mode, isinstance(i, Gate)
-                )
+            first = Tile(
+                min(size, n_out),
+                n_in,
+                min(block, tokens - base),
+                True,
+                mode in (Mode.RESIDUAL, Mode.QUEUE),
+                mode,
+                isinstance(i, Gate),
+            )
+            yield first
+            more, rest = divmod(max(n_out - size, 0), size)
+            following = first._replace(fresh=False)
+            yield from [following] * more
+            if rest:
+                yield following._replace(outputs=rest)
 
 
 def _half(tile: Tile, h: Hardware) -> int:
@@ -327,24 +339,23 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     """linear: First loads a tile; of each tile Step, which multiplies, writes the token before, and loads the next."""
     bits = h.values(GATE_BITS if isinstance(i, Gate) else h.weight_word)
     narrow = h.values(h.act_word)
-    known: dict[Tile, tuple[int, int, int, int, int]] = {}
 
+    @cache
     def counted(tile: Tile) -> tuple[int, int, int, int, int]:
         """Return the steps that load a tile, those that work on it, and of these those after the last result; the bytes
         that loading and working move."""
-        if tile not in known:
-            params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
-            rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
-            span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
-            if tile.fresh:
-                ports = 1 if isinstance(i, Conv) else _input_ports(h)
-                span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
-            steps = (tile.tokens + 1 + ahead) * span
-            loads, rest = max(rows * (tile.n_in // bits), params), span - _results(tile, h)
-            loaded, moved = (sum(part.values()) for part in (_loaded(i, tile, h), _moved(i, tile, h)))
-            known[tile] = loads, steps, rest, loaded, moved
-        return known[tile]
+        params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
+        rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
+        span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
+        if tile.fresh:
+            ports = 1 if isinstance(i, Conv) else _input_ports(h)
+            span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
+        steps = (tile.tokens + 1 + ahead) * span
+        loads, rest = max(rows * (tile.n_in // bits), params), span - _results(tile, h)
+        loaded, moved = (sum(part.values()) for part in (_loaded(i, tile, h), _moved(i, tile, h)))
+        return loads, steps, rest, loaded, moved
 
+    @cache
     def worked(tile: Tile, following: Tile | None) -> int:
         """Return the cycles of a tile beside which the next one is loaded."""
         reads = tile.fresh or tile.adds or following is not None
@@ -393,7 +404,10 @@ def _moved(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes:
 def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Bytes:
     act = h.act_word // 8
     moved = dict.fromkeys(PORTS, 0)
-    for tile, times in ((tile, times) for group, times in _alike(i, h, queue) for tile in group):
+    counts = Counter[Tile]()  # most tiles are like others
+    for group, times in _alike(i, h, queue):
+        counts.update(group * times)
+    for tile, times in counts.items():
         for part in (_loaded(i, tile, h), _moved(i, tile, h)):
             for port, count in part.items():
                 moved[port] += times * count
