@@ -137,6 +137,15 @@ class Candidates:
                     found.append(Option(cycles, tuple(takes[kind] for kind in BUDGETS), sizes))
         return unbeaten(found)
 
+    def _all_options(self, tile_out: int) -> list[list[Option]]:
+        """Return the options of each engine beside an array; none of any if one of them has none."""
+        found = []
+        for part in PARTS:
+            found.append(self.options(part, tile_out))
+            if not found[-1]:
+                return [[]]
+        return found
+
     def _harmless(self, part: str, size: Hardware) -> dict[str, Any]:
         of_others: dict[str, Any] = {"weight_ports": 1, "results": 2 * size.values(32), "lanes": size.tile_in}
         of_others |= {"divided": 1, "finished_in_uram": False}
@@ -147,7 +156,7 @@ class Candidates:
         limits = [BUDGETS[kind] * getattr(self.board, kind) for kind in BUDGETS]
         start = [self.least.get(kind, 0) for kind in BUDGETS]
         for tile_out in self.choices["tile_out"]:
-            for chosen in product(*(self.options(part, tile_out) for part in PARTS)):
+            for chosen in product(*self._all_options(tile_out)):
                 takes = [sum(counts) for counts in zip(start, *(option.takes for option in chosen), strict=True)]
                 if all(math.ceil(count) <= limit for count, limit in zip(takes, limits, strict=True)):
                     sizes = {name: value for option in chosen for name, value in option.sizes.items()}
