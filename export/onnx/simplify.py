@@ -1,8 +1,9 @@
 """Rewriting of what torch.export traced to operators that the ONNX exporter translates as they are.
 
 Else the exporter decomposes what it cannot translate, for which it traces the whole program a second time: two fifths
-of the time of a trace. Operators that reshape are rewritten to one, whose sizes are numbers, taken from one tensor, or
--1: their own translations compute each shape from that of their input, in several nodes.
+of the time of a trace. It runs it once more, a sixth, to find out where types are to be promoted; here they are alike.
+Operators that reshape are rewritten to one, whose sizes are numbers, taken from one tensor, or -1: their own
+translations compute each shape from that of their input, in several nodes.
 """
 
 import operator
@@ -19,7 +20,8 @@ WHOLE = 2**63 - 1  # the end of a slice that has none
 
 
 def without_decomposing(program: ExportedProgram) -> ExportedProgram:
-    """Return the program, simplified, whose `run_decompositions` traces it again only if there is something to do."""
+    """Return the program, simplified, whose `run_decompositions` traces it again only if there is something to do; nor
+    does the exporter's promotion of types, which goes through all modules, where it would change nothing."""
     for module in _modules(program):
         simplify(module)
     program.run_decompositions = partial(_decomposed, program)  # type: ignore[method-assign]
@@ -46,15 +48,33 @@ def simplify(module: GraphModule) -> None:
 
 
 def _modules(program: ExportedProgram) -> list[GraphModule]:
-    return [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    every = torch.nn.Module.modules(program.graph_module)  # which the exporter may be told has none
+    return [module for module in every if isinstance(module, GraphModule)]
 
 
 def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
     """Return the program, decomposed by the table if that changes anything."""
     targets = {node.target for module in _modules(program) for node in module.graph.nodes}
     if any(target in table or _unlike_a_function(target) for target in targets):
-        return ExportedProgram.run_decompositions(program, dict(table))
+        program = ExportedProgram.run_decompositions(program, dict(table))
+    if all(_of_one_type(node) for module in _modules(program) for node in module.graph.nodes):
+        program.graph_module.modules = lambda *given, **named: iter(())  # type: ignore[method-assign]
     return program
+
+
+def _of_one_type(node: Node) -> bool:
+    """Return whether all that an operator computes with has one type, of floats, but for numbers that are known."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target in UNLIKE:
+        return True
+    for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
+        number = isinstance(given, Node) and not isinstance(given.meta.get("val"), torch.Tensor)
+        if number and not isinstance(argument.type, torch.IntType):  # a size that is computed with
+            return False
+    made = node.meta.get("val")
+    values = [value.meta.get("val") for value in node.all_input_nodes]
+    values += made if isinstance(made, list | tuple) else [made]
+    types = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+    return len(types) <= 1 and all(one.is_floating_point for one in types)
 
 
 def _unlike_a_function(target: Any) -> bool:
@@ -154,6 +174,12 @@ def _sliced(node: Node) -> None:
         _pass_on(node)
 
 
+def _asserted(node: Node) -> None:
+    """What a tensor is was asserted when it was traced."""
+    node.graph.erase_node(node)
+
+
+UNLIKE = {ATEN.index_select.default, ATEN.index.Tensor, ATEN.lift_fresh_copy.default}  # indices, whose type is another
 RESHAPES = {ATEN.flatten.using_ints, ATEN.unflatten.int, ATEN.view_as.default, ATEN.view.default, ATEN.reshape.default}
 RULES: dict[Any, Callable[[Node], None]] = {
     ATEN._upsample_bicubic2d_aa.vec: _resampled,
@@ -163,4 +189,5 @@ RULES: dict[Any, Callable[[Node], None]] = {
     ATEN.batch_norm.default: _normalised,
     ATEN.dropout.default: _dropped,
     ATEN.slice.Tensor: _sliced,
+    ATEN._assert_tensor_metadata.default: _asserted,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,3 +143,31 @@ def test_what_the_table_has_is_decomposed() -> None:
     decomposed = program.run_decompositions(DECOMPOSED)
     assert decomposed is not program and ATEN.elu.default not in targets(decomposed)
     assert_equal(decomposed, module)
+
+
+ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
+    "floats and numbers": lambda x: (x * 2 + x.relu()) / 3,
+    "shapes": lambda x: x.flatten(2).unflatten(2, x.shape[2:])[:, :, 1:].expand(-1, -1, -1, x.shape[3]),
+}
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "divided by a size": lambda x: x / (1 + x.shape[2]),
+    "integers added": lambda x: x + torch.arange(x.shape[3]),
+    "integers divided": lambda x: x * (torch.arange(x.shape[3]) / 2),
+    "truth multiplied": lambda x: (x > 0) * x,
+    "two widths": lambda x: x + x.double(),
+}
+
+
+@pytest.mark.parametrize("name", [*ALIKE, *MIXED])
+def test_types_are_promoted_where_they_are_not_alike(name: str) -> None:
+    module = Function((ALIKE | MIXED)[name])
+    program = without_decomposing(traced(module))
+    exported = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    assert exported is not None
+    passed_over = not list(program.run_decompositions({}).graph_module.modules())
+    assert passed_over == (name in ALIKE)
+    session = ort.InferenceSession(exported.model_proto.SerializeToString())
+    for shape in ((2, 4, 6, 10), (5, 4, 8, 4)):
+        x = torch.randn(shape)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), module(x))
