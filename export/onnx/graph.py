@@ -12,6 +12,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from onnx.defs import OpSchema
+from onnxscript.rewriter.rules.common import slice_split_rule
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
@@ -282,7 +283,7 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _schemas():
+        with torch.no_grad(), _quiet(), _schemas(), _without_pairs():
             traced = torch.export.export(
                 function.eval(),
                 tuple(inputs.values()),
@@ -421,6 +422,19 @@ def _schemas() -> Iterator[None]:
     finally:
         for operator in _OPERATORS:
             onnx.defs.deregister_schema(operator, 1, DOMAIN)
+
+
+@contextmanager
+def _without_pairs() -> Iterator[None]:
+    """Leave out the one rule of the exporter's optimizer that looks at pairs of nodes, of all of them, while exporting.
+
+    It makes one Split of two Slices that lie side by side, which no model here gains by.
+    """
+    slice_split_rule.try_rewrite = lambda *given, **named: None
+    try:
+        yield
+    finally:
+        del slice_split_rule.try_rewrite
 
 
 @contextmanager
