@@ -74,17 +74,24 @@ def _import_file(name: str, path: Path) -> None:
 
 def load_installed() -> None:
     """Import the plug-ins of installed packages, or raise InputError."""
-    from importlib.metadata import entry_points  # takes longer than all of this module
-
-    for entry in entry_points(group=GROUP):
+    installed = _installed()
+    for entry in installed[GROUP]:
         try:
             load(entry.module)
         except InputError as error:
             package = entry.dist.name if entry.dist else "a package"
             raise InputError(f"{error}; {package} brings it (entry point {entry.name} of {GROUP})") from error
     for group in THINGS:
-        for entry in entry_points(group=group):
+        for entry in installed[group]:
             _add_thing(group, entry)
+
+
+def _installed() -> dict[str, Any]:
+    """Return the entry points of installed packages by group; all packages' files are read for it."""
+    from importlib.metadata import entry_points  # takes longer than all of this module
+
+    every = entry_points()
+    return {group: every.select(group=group) for group in (GROUP, *THINGS)}
 
 
 def _add_thing(group: str, entry: Any) -> None:
@@ -135,13 +142,13 @@ def recall(recorded: Sequence[str], where: str) -> None:
     No other module is imported because a run names it. What is missing is no error: a run whose model needs nothing of
     it opens without. `where`: what to call the run, if `advice` is to speak of it.
     """
-    from importlib.metadata import entry_points
-
-    brought = {entry.module for entry in entry_points(group=GROUP)}
-    things = {f"{group}:{entry.name}": (group, entry) for group in THINGS for entry in entry_points(group=group)}
-    for given in recorded:
-        if _name(given) in _loaded:
-            continue
+    missing = [given for given in recorded if _name(given) not in _loaded]
+    if not missing:
+        return
+    installed = _installed()
+    brought = {entry.module for entry in installed[GROUP]}
+    things = {f"{group}:{entry.name}": (group, entry) for group in THINGS for entry in installed[group]}
+    for given in missing:
         if given in brought:
             load(given)
         elif given in things:
