@@ -13,6 +13,7 @@ All that is read back carries a digest (m3vit/digests.py), which is checked when
 
 import subprocess
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Run:
 SAFETENSORS_OWN = ".tmp" + 6 * "[0-9A-Za-z]"
 
 
+@cache  # of the code that this process runs, whatever is changed meanwhile
 def git_commit() -> str | None:
     """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout of it."""
 
