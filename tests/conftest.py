@@ -152,6 +152,30 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     graph._trace = real
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tried_once() -> Iterator[None]:
+    """Try each model's configuration out once in this process before it is trained: some 0.1 s each, most are alike."""
+    starting = sys.modules.get("m3vit.training.starting")
+    if starting is None:  # no test that was collected trains
+        yield
+        return
+    from m3vit.label_sets import LABEL_SETS
+    from m3vit.models.decoders import DECODERS
+
+    real, tried = starting.try_out, set()
+
+    def try_out(config: Any) -> None:
+        # What a plug-in adds under a name may differ from test to test.
+        key = repr((config, DECODERS.get(config.head), LABEL_SETS.get(config.label_set)))
+        if key not in tried:
+            real(config)
+            tried.add(key)
+
+    starting.try_out = try_out
+    yield
+    starting.try_out = real
+
+
 def write_scene(root: Path, name: str, rng: np.random.Generator, size: tuple[int, int]) -> None:
     """Write one sample in the NYUD_MT layout: a wall and a floor that meet at a random row."""
     height, width = size
