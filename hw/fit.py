@@ -63,6 +63,7 @@ def possible(h: Hardware, board: Board) -> bool:
         h.tile_out % narrow == 0  # a tile's results are whole words
         and h.lanes % h.tile_in == 0  # weights of a step of values are made together
         and h.divided <= narrow
+        and h.softmax_queries <= h.group
         and 2 * wide <= h.results <= narrow
         and h.weight_ports < board.ports
         and (h.weight_ports == 1 or h.tile_out >= 2 * narrow)  # each port has rows of its own

@@ -138,7 +138,7 @@ def attention_memories(h: Hardware) -> list[OnChip]:
     rounds, sums, queries = 2 * BATCH, h.context_bits, h.softmax_queries
     keys, channels = h.group * KEY_BLOCK, h.group * h.head
     some, outputs = min(KEY_BLOCK, h.tile_out), min(h.head, h.tile_out)  # keys and channels on the array at once
-    values, weight_bits = h.value_queries * h.tile_in, (PACKED_PROB_FRAC if h.packed else PROB_FRAC) + 1
+    weights, weight_bits = max(h.value_queries * h.tile_in, h.lanes), (PACKED_PROB_FRAC if h.packed else PROB_FRAC) + 1
     return [
         OnChip("keys", 1, some * h.tile_in * h.act_word, RING * KEY_BLOCK * h.head // some // h.tile_in, "lut"),
         OnChip("values", 1, h.tile_in * outputs * h.act_word, RING * KEY_BLOCK * h.head // outputs // h.tile_in, "lut"),
@@ -147,7 +147,7 @@ def attention_memories(h: Hardware) -> list[OnChip]:
         ),
         OnChip("products", 1, min(keys, h.tile_out) * h.product_bits, rounds * _times(keys, h.tile_out), "lut"),
         OnChip("scores", 1, h.lanes * SCORE_BITS, rounds * _times(keys, h.lanes), "lut"),
-        OnChip("weights", 1, values * weight_bits, rounds * _times(keys, values), "lut"),
+        OnChip("weights", 1, weights * weight_bits, rounds * _times(keys, weights), "lut"),
         OnChip("sums of before", 1, min(channels, h.tile_out) * sums, rounds * _times(channels, h.tile_out), "lut"),
         OnChip("context", 1, min(channels, h.tile_out) * sums, h.groups * _times(channels, h.tile_out)),
         OnChip(

@@ -142,13 +142,14 @@ def recall(recorded: Sequence[str], where: str) -> None:
     No other module is imported because a run names it. What is missing is no error: a run whose model needs nothing of
     it opens without. `where`: what to call the run, if `advice` is to speak of it.
     """
-    missing = [given for given in recorded if _name(given) not in _loaded]
-    if not missing:
+    if all(_name(given) in _loaded for given in recorded):
         return
     installed = _installed()
     brought = {entry.module for entry in installed[GROUP]}
     things = {f"{group}:{entry.name}": (group, entry) for group in THINGS for entry in installed[group]}
-    for given in missing:
+    for given in recorded:
+        if _name(given) in _loaded:
+            continue
         if given in brought:
             load(given)
         elif given in things:

@@ -48,16 +48,19 @@ class Run:
 SAFETENSORS_OWN = ".tmp" + 6 * "[0-9A-Za-z]"
 
 
-@cache  # of the code that this process runs, whatever is changed meanwhile
 def git_commit() -> str | None:
     """Return the commit of the checkout this code runs from, "-dirty" if changed, or None outside a checkout of it."""
+    try:
+        return _commit()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
+
+@cache  # of the code that this process runs, whatever is changed meanwhile
+def _commit() -> str | None:
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent), *words]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         return result.stdout.strip() if result.returncode == 0 else None
 
     # Installed into an environment inside somebody's own repository, this file is not tracked there.

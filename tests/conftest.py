@@ -161,15 +161,17 @@ def tried_once() -> Iterator[None]:
         return
     from m3vit.label_sets import LABEL_SETS
     from m3vit.models.decoders import DECODERS
+    from m3vit.tasks import TASKS
 
-    real, tried = starting.try_out, set()
+    real, tried = starting.try_out, list[Any]()
 
     def try_out(config: Any) -> None:
         # What a plug-in adds under a name may differ from test to test.
-        key = repr((config, DECODERS.get(config.head), LABEL_SETS.get(config.label_set)))
+        labels, tasks = LABEL_SETS.get(config.label_set), [TASKS.get(task) for task in config.tasks]
+        key = (repr(config), DECODERS.get(config.head), labels, tasks)
         if key not in tried:
             real(config)
-            tried.add(key)
+            tried.append(key)
 
     starting.try_out = try_out
     yield

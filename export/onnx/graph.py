@@ -434,7 +434,7 @@ def _without_pairs() -> Iterator[None]:
     try:
         yield
     finally:
-        del slice_split_rule.try_rewrite
+        vars(slice_split_rule).pop("try_rewrite", None)
 
 
 @contextmanager

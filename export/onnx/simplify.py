@@ -1,7 +1,7 @@
 """Rewriting of what torch.export traced to operators that the ONNX exporter translates as they are.
 
 Else the exporter decomposes what it cannot translate, for which it traces the whole program a second time: two fifths
-of the time of a trace. It runs it once more, a sixth, to find out where types are to be promoted; here they are alike.
+of the time of a trace. It runs it once more, a tenth, to find out where types are to be promoted; here they are alike.
 Operators that reshape are rewritten to one, whose sizes are numbers, taken from one tensor, or -1: their own
 translations compute each shape from that of their input, in several nodes.
 """
@@ -57,15 +57,18 @@ def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]
     targets = {node.target for module in _modules(program) for node in module.graph.nodes}
     if any(target in table or _unlike_a_function(target) for target in targets):
         program = ExportedProgram.run_decompositions(program, dict(table))
+    # Its removal of assertions goes through all modules too: one that is left is not of one type (_of_one_type).
     if all(_of_one_type(node) for module in _modules(program) for node in module.graph.nodes):
         program.graph_module.modules = lambda *given, **named: iter(())  # type: ignore[method-assign]
     return program
 
 
 def _of_one_type(node: Node) -> bool:
-    """Return whether all that an operator computes with has one type, of floats, but for numbers that are known."""
+    """Return whether all that an operator computes with is float32, but for numbers that are known; no assertion is."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or node.target in UNLIKE:
         return True
+    if not node.target._schema.returns:  # it asserts something
+        return False
     for argument, given in zip(node.target._schema.arguments, node.args, strict=False):
         number = isinstance(given, Node) and not isinstance(given.meta.get("val"), torch.Tensor)
         if number and not isinstance(argument.type, torch.IntType):  # a size that is computed with
@@ -74,7 +77,7 @@ def _of_one_type(node: Node) -> bool:
     values = [value.meta.get("val") for value in node.all_input_nodes]
     values += made if isinstance(made, list | tuple) else [made]
     types = {value.dtype for value in values if isinstance(value, torch.Tensor)}
-    return len(types) <= 1 and all(one.is_floating_point for one in types)
+    return types <= {torch.float32}
 
 
 def _unlike_a_function(target: Any) -> bool:
@@ -175,7 +178,7 @@ def _sliced(node: Node) -> None:
 
 
 def _asserted(node: Node) -> None:
-    """What a tensor is was asserted when it was traced."""
+    """What a tensor is was asserted when it was traced; the exporter would remove it."""
     node.graph.erase_node(node)
 
 

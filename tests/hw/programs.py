@@ -45,11 +45,11 @@ REST = {
     "w8a8": {"pixels": 4, "divided": 16, "results": 16, "lanes": 64},
     "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4, "lanes": 128},
 }
-# Ports of 256 bits, as HBM has, and everything twice as wide; a group has five queries.
+# Ports of 256 bits, as HBM has, and heads as wide as a block of keys; a group has three queries.
 WIDE = replace(
     HARDWARE,
-    **{"weight_bits": 8, "act_bits": 8, "tile_out": 160, "tile_in": 32, "port_bits": 256, "weight_ports": 2},
-    **{"max_in": 288, "lanes": 128, "results": 32, "divided": 32, "pixels": 4, "norm_words": 2},
+    **{"weight_bits": 8, "act_bits": 8, "tile_out": 192, "tile_in": 32, "port_bits": 256, "weight_ports": 2},
+    **{"max_in": 288, "max_head": 64, "lanes": 128, "results": 32, "divided": 16, "pixels": 4},
 )
 
 

@@ -18,13 +18,12 @@
 //   widths     act_bits; packed: two products share a multiplier (both have 8 bits)
 //   memory     port_bits: the width of a port; a word is what it moves in a cycle; weight_ports: 1, or 2 that weights are
 //              read through; pixels: values of the image that are read at once
-//   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; results: narrow ones of linear
-//              maps in a cycle; token_block tokens whose inputs
-//              are kept on chip
+//   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; results: narrow ones of
+//              linear maps in a cycle; token_block tokens whose inputs are kept on chip
 //   attention  head: the most channels of a head, filled up to a power of two; span: outputs that share their inputs;
-//              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are rounded
-//              and weighed in a cycle, of one query or several; divided: values that are divided at once; product_bits,
-//              context_bits: of the sums of a score, and of weighted values
+//              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are
+//              rounded and weighed in a cycle, of one query or several; divided: values that are divided at once;
+//              product_bits, context_bits: of the sums of a score, and of weighted values
 //   LayerNorm  norm_words: 1 or 2 words of a row a step
 //   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
