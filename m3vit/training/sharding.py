@@ -21,6 +21,8 @@ from m3vit.collectives import rank, total
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 
+BUCKET_BYTES = 2**26  # of sharded tensors that are put together at a time
+
 
 def shard(model: MultiTaskModel, mesh: DeviceMesh) -> MultiTaskModel:
     """Replace the model's parameters by this process's shares of them; the processes hold the same weights."""
@@ -75,17 +77,76 @@ def share_buffers(model: nn.Module) -> None:
 def gathered(value: Any) -> Any:
     """Return a state (dicts, lists, tensors) with sharded tensors whole, in the first process's CPU memory.
 
-    Every process must call this, on the same state; the others get None for each sharded tensor. One at a time is whole
-    on the devices.
+    Every process must call this, on the same state; the others get None for each sharded tensor. BUCKET_BYTES of them,
+    or one that is larger, are whole on the devices at a time.
     """
-    if isinstance(value, dict):
-        return {key: gathered(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(gathered(item) for item in value)
-    if isinstance(value, DTensor):
-        whole = value.full_tensor()
-        return None if rank() else whole.cpu()
-    return value
+    whole: dict[int, Tensor | None] = {}
+    for bucket in _buckets(list(_sharded_in(value))):
+        whole |= zip(map(id, bucket), _put_together(bucket), strict=True)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(replaced(item) for item in value)
+        return whole[id(value)] if isinstance(value, DTensor) else value
+
+    return replaced(value)
+
+
+def _sharded_in(value: Any) -> Iterator[DTensor]:
+    """Yield the sharded tensors of a state."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _sharded_in(item)
+    elif isinstance(value, DTensor):
+        yield value
+
+
+def _buckets(tensors: Sequence[DTensor]) -> Iterator[list[DTensor]]:
+    """Yield tensors of one type and mesh together, up to BUCKET_BYTES: a collective for each would be all wait."""
+    alike: dict[Any, list[DTensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device_mesh), []).append(tensor)
+    for group in alike.values():
+        bucket, size = list[DTensor](), 0
+        for tensor in group:
+            if bucket and size + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket
+
+
+def _put_together(bucket: Sequence[DTensor]) -> list[Tensor | None]:
+    """Return tensors whole, in the first process; in one collective, to which each gives its share of all, one by one.
+
+    A process's share of a dimension is as torch.chunk cuts it: the last ones may be smaller, or empty.
+    """
+    mesh = bucket[0].device_mesh
+    shares = [tensor.to_local() for tensor in bucket]
+    places = [placement.dim for tensor in bucket for placement in tensor.placements]  # type: ignore[attr-defined]
+    lengths = [-(-tensor.shape[dim] // mesh.size()) for tensor, dim in zip(bucket, places, strict=True)]
+    rows = [tensor.numel() // max(tensor.shape[dim], 1) for tensor, dim in zip(bucket, places, strict=True)]
+    sizes = [length * row for length, row in zip(lengths, rows, strict=True)]
+    own = shares[0].new_zeros(sum(sizes))
+    for part, share in zip(own.split(sizes), shares, strict=True):
+        part[: share.numel()] = share.reshape(-1)
+    every = own.new_empty(mesh.size() * len(own))
+    dist.all_gather_into_tensor(every, own, group=mesh.get_group())
+    if rank():
+        return [None] * len(bucket)
+    found: list[Tensor | None] = []
+    by_process = [part.split(sizes) for part in every.cpu().split(len(own))]
+    for number, (tensor, dim, length, row) in enumerate(zip(bucket, places, lengths, rows, strict=True)):
+        parts = []
+        for place, process in enumerate(by_process):
+            held = min(max(tensor.shape[dim] - place * length, 0), length)
+            shape = (*tensor.shape[:dim], held, *tensor.shape[dim + 1 :])
+            parts.append(process[number][: held * row].view(shape))
+        found.append(torch.cat(parts, dim))
+    return found
 
 
 def shared_out(whole: Tensor, like: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.training import sharding
 from m3vit.training.config import Config, read_config
 from m3vit.training.sharding import gathered, load_weights, shard, unsharded
 from tests.conftest import TASKEXPERT, TINY
@@ -115,7 +116,8 @@ def check_shares(run_folder: Path, variables: dict[str, str]) -> None:
     plain, model = MultiTaskModel(config.model), MultiTaskModel(config.model)
     weights = load_file(run_folder / "model.safetensors")
     plain.load_state_dict(weights)
-    shard(model, init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel")))
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    shard(model, mesh)
     load_weights(model, weights)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     mine: Any = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
@@ -134,9 +136,19 @@ def check_shares(run_folder: Path, variables: dict[str, str]) -> None:
         torch.testing.assert_close(found[task], logits, rtol=0, atol=0)
     kept = sum(parameter.to_local().numel() for parameter in model.parameters())  # type: ignore[attr-defined]
     assert kept == mine, "the other half was dropped"
-    back = gathered(model.state_dict())
-    for name, value in weights.items():
-        assert back[name] is None if dist.get_rank() else torch.equal(back[name], value)
+    state = {"weights": model.state_dict(), "numbers": [1, model.state_dict()]}
+    for bucket in (sharding.BUCKET_BYTES, 10_000, 1):  # all at once, some, one by one
+        sharding.BUCKET_BYTES = bucket
+        back = gathered(state)
+        assert back["numbers"][0] == 1
+        for name, value in weights.items():
+            for one in (back["weights"][name], back["numbers"][1][name]):
+                assert one is None if dist.get_rank() else torch.equal(one, value)
+    for shape, dim in (((5, 3, 2), 0), ((2, 7, 3), 1), ((1, 4), 0)):  # uneven shares, and an empty one
+        whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        tensor = distribute_tensor(whole, mesh["data_parallel"], [Shard(dim)], src_data_rank=None)
+        (found,) = gathered([tensor])
+        assert found is None if dist.get_rank() else torch.equal(found, whole)
     dist.destroy_process_group()
 
 
