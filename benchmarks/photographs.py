@@ -34,7 +34,7 @@ ROWS: dict[str, list[str]] = {
 BLOCKS = "blocks: [3, 5, 7, 9, 11]"  # as the recipe's
 TASKEXPERT = ["--model.head=taskexpert", f"--model.head_args={{{BLOCKS}, experts: 5, width: 64, head_width: 64}}"]
 DECODERS: dict[str, list[str]] = {
-    "linear, dense": [*DENSE, "--model.head=linear", f"--model.head_args={{{BLOCKS}}}"],
+    "linear, dense": [*DENSE, "--model.head=linear", "--model.head_args={}"],  # of the last block
     "dense multi-task": DENSE,
     "multiscale, dense": [
         *DENSE,
