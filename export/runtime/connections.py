@@ -162,8 +162,12 @@ class _Lingering:
             self._transport.close()
         elif not self._connection.discarding:
             self._connection.discarding = True
-            self._transport.write_eof()
-            self._transport.resume_reading()
+            try:
+                self._transport.write_eof()
+            except OSError:  # the client has gone
+                self._transport.abort()
+            else:
+                self._transport.resume_reading()
 
 
 class CloseUnfinished:

@@ -6,6 +6,7 @@ import json
 import select
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,6 +220,29 @@ def test_many_may_wait_to_be_accepted() -> None:
         clients = [connect(listening.getsockname()[1]) for _ in range(min(most, 2 * connections.MAX_CONNECTIONS))]
         for client in clients:
             client.close()
+
+
+def test_a_client_that_has_gone_before_its_answer() -> None:
+    """Its reset is there, and the event loop has not looked yet: closing the connection finds it closed."""
+    closed = []
+    with listen("127.0.0.1", 0) as listening:
+        client = connect(listening.getsockname()[1])
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        class Connection(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                client.close()
+                state: Any = SimpleNamespace(unfinished=True, discarding=False, crowd=SimpleNamespace(stopping=False))
+                connections._Lingering(transport, state).close()  # type: ignore[arg-type]
+                closed.append(transport.is_closing())
+
+        async def run() -> None:
+            async with await asyncio.get_running_loop().create_server(Connection, sock=listening):
+                while not closed:
+                    await asyncio.sleep(0.01)
+
+        asyncio.run(asyncio.wait_for(run(), 10))
+    assert closed == [True]
 
 
 @contextmanager
