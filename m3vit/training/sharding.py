@@ -74,6 +74,7 @@ def share_buffers(model: nn.Module) -> None:
                 dist.broadcast(buffer, 0)
 
 
+@torch.no_grad()
 def gathered(value: Any) -> Any:
     """Return a state (dicts, lists, tensors) with sharded tensors whole, in the first process's CPU memory.
 
