@@ -48,8 +48,18 @@ REST = {
 # Ports of 256 bits, as HBM has, and heads as wide as a block of keys; a group has three queries.
 WIDE = replace(
     HARDWARE,
-    **{"weight_bits": 8, "act_bits": 8, "tile_out": 192, "tile_in": 32, "port_bits": 256, "weight_ports": 2},
-    **{"max_in": 288, "max_head": 64, "lanes": 128, "results": 32, "divided": 16, "pixels": 4},
+    weight_bits=8,
+    act_bits=8,
+    tile_out=192,
+    tile_in=32,
+    port_bits=256,
+    weight_ports=2,
+    max_in=288,
+    max_head=64,
+    lanes=128,
+    results=32,
+    divided=16,
+    pixels=4,
 )
 
 
