@@ -5,6 +5,7 @@ step that does not depend on the matching. H, W rows and columns; P predicted pi
 vertex of the K graphs is numbered map * (P or T) + pixel.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,16 @@ class _Neighbours:
         """Return all neighbours of some rows: positions in `rows` and targets, both [edges]."""
         first, degree = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
         source = np.repeat(np.arange(len(rows)), degree)
-        rank = np.arange(len(source)) - np.repeat(degree.cumsum() - degree, degree)
-        return source, self.targets[first[source] + rank]
+        edge = np.arange(len(source)) + np.repeat(first - (degree.cumsum() - degree), degree)
+        return source, self.targets[edge]
+
+    def expand_maps(self, vertices: Ints, num_rows: int) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
+        """Yield, for parts of the vertices of the K graphs: their maps, themselves, and `expand` of their rows."""
+        map_of = vertices // num_rows
+        rows = vertices - map_of * num_rows
+        edges = int((self.starts[rows + 1] - self.starts[rows]).sum())
+        for part in np.array_split(np.arange(len(vertices)), 1 + edges // _MAX_EDGES):
+            yield map_of[part], vertices[part], *self.expand(rows[part])
 
 
 def matching_sizes(words: Words, truth: NDArray[np.bool_], max_distance_px: float, num_maps: int) -> Ints:
@@ -123,66 +132,94 @@ def _complete(mate_P: Ints, mate_T: Ints, pairs: Pairs) -> None:
     from_truth = cost_T < cost_P
     from_predicted = ~from_truth & (cost_P > 0)
     from_truth &= cost_T > 0
+    if from_predicted.any() or from_truth.any():
+        of_P, of_T = _Neighbours.of(pairs, mate_P.shape[1]), _Neighbours.of(swapped, mate_T.shape[1])
     if from_predicted.any():
-        _augment(mate_P, mate_T, _Neighbours.of(pairs, mate_P.shape[1]), from_predicted)
+        _augment(mate_P, mate_T, of_P, of_T, from_predicted)
     if from_truth.any():
-        _augment(mate_T, mate_P, _Neighbours.of(swapped, mate_T.shape[1]), from_truth)
+        _augment(mate_T, mate_P, of_T, of_P, from_truth)
 
 
-def _augment(mate_A: Ints, mate_B: Ints, neighbours: _Neighbours, maps: NDArray[np.bool_]) -> None:
+def _augment(mate_A: Ints, mate_B: Ints, of_A: _Neighbours, of_B: _Neighbours, maps: NDArray[np.bool_]) -> None:
     """Augment the matchings of some maps [K] from their free A pixels until no augmenting path is left.
 
-    Breadth-first search from all free pixels of all maps together (MS-BFS: Azad, Buluc, Pothen, TPDS 2017). Trees
-    share no pixel, so each may be augmented once a phase; a pixel is visited once a phase, hence a phase costs at
+    Breadth-first search from all free pixels of all maps together (MS-BFS-Graft: Azad, Buluc, Pothen, TPDS 2017).
+    Trees share no pixel, so each may be augmented once a phase; a pixel is visited once a phase, hence a phase costs at
     most the edges of the graphs, and there are at most as many phases as free pixels: 10 to 20 on
-    edge maps, over 100 between two maps of dense noise.
+    edge maps, over 100 between two maps of dense noise. A tree that found no free pixel stays, and takes over what
+    others have left: most free pixels stay free, and their trees are the largest.
     """
     num_A, num_B = mate_A.shape[1], mate_B.shape[1]
     flat_A, flat_B = mate_A.reshape(-1), mate_B.reshape(-1)  # views
     parent_B = np.full(flat_B.shape, -1, np.int32)  # the A vertex from which B was reached
-    root_A = np.full(flat_A.shape, -1, np.int32)
+    root_A = np.full(flat_A.shape, -1, np.int32)  # -1: in no tree
     end_of = np.full(flat_A.shape, -1, np.int32)  # per root: the free B vertex its tree has found
-    degree = np.diff(neighbours.starts)
+    degree_A, degree_B = np.diff(of_A.starts), np.diff(of_B.starts)
 
-    roots = np.flatnonzero((mate_A == FREE) & (degree > 0) & maps[:, None])
-    while len(roots):
-        visited: list[Ints] = []
-        root_A[roots] = roots
-        frontier = roots
+    def attach(b: Ints, a: Ints) -> Ints:
+        """Let b be reached from a; return the A vertices that follow."""
+        parent_B[b] = a
+        last = parent_B[b] == a  # of several A vertices reaching the same B, the last one written
+        b, a = b[last], a[last]
+        reached.append(b)
+        mate = flat_B[b]
+        found = mate == FREE
+        end_of[root_A[a[found]]] = b[found]
+        b, a, mate = b[~found], a[~found], mate[~found]
+        following = b // num_B * num_A + mate
+        root_A[following] = root_A[a]
+        return following
+
+    def expand(frontier: Ints) -> Iterator[Ints]:
+        """Reach the new neighbours of A vertices."""
+        for k, part, source, target in of_A.expand_maps(frontier, num_A):
+            b = k[source] * num_B + target
+            new = np.flatnonzero((parent_B[b] < 0) & (flat_B[b] != ABSENT))
+            yield attach(b[new], part[source[new]])
+
+    def graft(left: Ints) -> Iterator[Ints]:
+        """Reach B vertices from trees that stayed."""
+        for k, part, source, target in of_B.expand_maps(left, num_B):
+            a = k[source] * num_A + target
+            growing = np.flatnonzero(root_A[a] >= 0)
+            yield attach(part[source[growing]], a[growing])
+
+    free = np.flatnonzero((mate_A == FREE) & (degree_A > 0) & maps[:, None])
+    reached: list[Ints] = []  # B vertices in trees
+    root_A[free] = free
+    frontier = free
+    while True:
         while len(frontier):
-            reached = []
-            for part in np.array_split(frontier, 1 + int(degree[frontier % num_A].sum()) // _MAX_EDGES):
-                k = part // num_A
-                source, target = neighbours.expand(part - k * num_A)
-                target = k[source] * num_B + target
-                new = np.flatnonzero((parent_B[target] < 0) & (flat_B[target] != ABSENT))
-                target, a = target[new], part[source[new]]
-                parent_B[target] = a
-                last = parent_B[target] == a  # of several A vertices reaching the same B, the last one written
-                target, a = target[last], a[last]
-                visited.append(target)
-                mate = flat_B[target]
-                found = mate == FREE
-                end_of[root_A[a[found]]] = target[found]
-                target, a, mate = target[~found], a[~found], mate[~found]
-                following = target // num_B * num_A + mate
-                root_A[following] = root_A[a]
-                reached.append(following)
-            frontier = np.concatenate(reached)
             frontier = frontier[end_of[root_A[frontier]] < 0]
-
-        successful = roots[end_of[roots] >= 0]
+            frontier = np.concatenate([frontier[:0], *expand(frontier)])
+        successful = free[end_of[free] >= 0]
+        if not len(successful):
+            return
         b: Ints = end_of[successful]
-        end_of[successful] = -1
         while len(b):  # flip all paths, one pair of each at a time
             parent, k = parent_B[b], b // num_B
             before = flat_A[parent]
             flat_A[parent] = b - k * num_B
             flat_B[b] = parent - k * num_A
             b = (k * num_B + before)[before >= 0]
-        for b in visited:
-            parent_B[b] = -1
-        # A phase without any success in a map has searched all there is from its roots.
-        improved = np.zeros(len(maps), bool)
-        improved[successful // num_A] = True
-        roots = roots[(flat_A[roots] == FREE) & improved[roots // num_A]]
+        in_trees = np.concatenate(reached)
+        done = end_of[root_A[parent_B[in_trees]]] >= 0
+        left, stay = in_trees[done], in_trees[~done]
+        free = free[end_of[free] < 0]
+        end_of[successful] = -1
+        grown = flat_B[stay]
+        to_grow = degree_A[free % num_A].sum() + degree_A[grown[grown >= 0]].sum()
+        if degree_B[left % num_B].sum() > to_grow:  # growing them once more takes fewer edges
+            improved = np.zeros(len(maps), bool)
+            improved[successful // num_A] = True
+            free = free[improved[free // num_A]]  # a phase without any success in a map has searched it all
+            left, stay = in_trees, in_trees[:0]
+        parent_B[left] = -1
+        mate = flat_B[left]
+        root_A[(left // num_B * num_A + mate)[mate >= 0]] = -1
+        reached = [stay]
+        if len(stay):
+            frontier = np.concatenate([left[:0], *graft(left)])
+        else:
+            root_A[free] = free
+            frontier = free
