@@ -20,6 +20,8 @@ def command(words: list[str], output: Path, variables: dict[str, str]) -> None:
     from m3vit.cli import main
 
     os.environ.update(variables)
+    # As in a process that a user starts: else each of its processes that load data would wait for a server of its own.
+    multiprocessing.set_start_method(None, force=True)
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
