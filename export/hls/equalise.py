@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from m3vit.export.hls import leaf
-from m3vit.export.hls.calibration import batches
+from m3vit.export.hls.calibration import EachTask, traced
 from m3vit.export.hls.schedules import Progress, silent
 from m3vit.hw.sim.csim import tokenise
 
 MIGRATION = 0.7  # of a channel's reach that goes to the weights; best of 0.5, 0.7 and 0.9 on a ViT-S/14
 FACTORS = (2.0**-6, 2.0**6)  # least and most
 SMALL = 1e-6
+IMAGES = 16  # evenly among those given: what channels reach of thousands of tokens each
 
 Range = tuple[Tensor, Tensor]  # least and largest value of each channel
 Change = dict[str, Tensor]  # what one block, or the rest of the model, is changed by: see `_apply_block`
@@ -34,7 +35,7 @@ Change = dict[str, Tensor]  # what one block, or the rest of the model, is chang
 
 @torch.no_grad()
 def equalise(models: Sequence[leaf.LoweredModel], images: np.ndarray, progress: Progress = silent) -> None:
-    """Change models in place by what the first of them reaches on images uint8 [m, H, W, 3].
+    """Change models in place by what the first of them reaches on some of the images uint8 [m, H, W, 3].
 
     The others are parts of the first, of some budgets: all are changed alike, as they share weights.
     """
@@ -125,8 +126,8 @@ def _ranges(model: leaf.LoweredModel, images: np.ndarray, progress: Progress) ->
         elif isinstance(module, leaf.VitTaskHead):
             hooks.append(module.register_forward_pre_hook(lambda head, inputs: noted("head", head.normed(inputs[0]))))
     try:
-        for batch, task in batches(model, tokenise(images, model.patch), progress):
-            model(batch, task)
+        some = images[:: -(-len(images) // IMAGES)]
+        EachTask(traced(model)).run_images(len(model.tasks), tokenise(some, model.patch), progress)
     finally:
         for hook in hooks:
             hook.remove()

@@ -44,10 +44,10 @@ class Leaf(HLS4MLModule):
 
     observed: Magnitudes | None = None
 
-    def observe(self, name: str, value: Tensor) -> Tensor:
-        """Return `value`, after noting its magnitudes if calibration is on."""
+    def observe(self, name: str, value: Tensor, wide: bool = False) -> Tensor:
+        """Return `value`, after noting its magnitudes if calibration is on; wide: as `Magnitudes.note` has it."""
         if self.observed is not None and value.numel():
-            self.observed.note(name, value)
+            self.observed.note(name, value, wide)
         return value
 
 
@@ -135,7 +135,7 @@ class VitMoE(Leaf):
         return max(self.top_ks)
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        logits = self.observe("logit", self._logits(x, task))
+        logits = self.observe("logit", self._logits(x, task), wide=True)
         counts = {self.top_ks[row] for row in task[:, 0].long().tolist()} if len(set(self.top_ks)) > 1 else {self.top_k}
         (top_k,) = counts  # images that are run together have one
         routing = route(logits * math.log(2), top_k)
@@ -144,7 +144,7 @@ class VitMoE(Leaf):
         for expert, rows in groups.slices():
             y, hidden = mlp_rows(OneExpert(groups, expert, rows), x_ND, self.w1, self.b1, self.w2)
             self.observe("active", F.gelu(self.observe("hidden", hidden)))
-            self.observe("expert", y + self.b2[expert])
+            self.observe("expert", y + self.b2[expert], wide=True)
             outputs.append(y)
         return groups.combine(torch.cat(outputs), routing.weights_RNK.flatten(0, 1), self.b2).view_as(x)
 

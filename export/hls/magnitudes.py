@@ -12,19 +12,23 @@ def largest(value: Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def octave_sums(value: Tensor) -> Tensor:
+def octave_sums(value: Tensor, reached: float) -> Tensor:
     """Return how many magnitudes |v| a tensor has in each octave, 2^(k-1) <= |v| < 2^k, and the sums of |v| and v^2:
     float64 [3, OCTAVES], k = place - OCTAVES / 2.
 
-    Those below half of the largest, which no sensible fraction clips, count to the first octave and are not summed.
+    `reached`: the largest magnitude of this and of like tensors before it. Those below half of it, which no sensible
+    fraction clips, count to the first octave and are not summed.
     """
+    found = torch.zeros(3, OCTAVES, dtype=torch.float64)
+    found[0, 0] = value.numel()
+    if largest(value) < reached / 2 or not reached:
+        return found
     magnitude = value.detach().abs().flatten()
-    large = magnitude[(magnitude >= magnitude.max() / 2) & (magnitude > 0)]
-    octave = torch.frexp(large).exponent.long().add_(OCTAVES // 2).clamp_(1, OCTAVES - 1)
-    exact = large.double()
-    sums = [torch.bincount(octave, weights, OCTAVES) for weights in (torch.ones_like(exact), exact, exact * exact)]
-    found = torch.stack(sums)
-    found[0, 0] = len(magnitude) - len(large)
+    exact = magnitude[magnitude >= reached / 2].double()
+    octave = torch.frexp(exact).exponent.long().add_(OCTAVES // 2).clamp_(1, OCTAVES - 1)
+    for row, weights in enumerate((torch.ones_like(exact), exact, exact * exact)):
+        found[row] += torch.bincount(octave, weights, OCTAVES)
+    found[0, 0] -= len(exact)
     return found
 
 
@@ -36,9 +40,10 @@ class Magnitudes(dict[str, float]):
         self.with_octaves = with_octaves
         self.octaves: dict[str, Tensor] = {}
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Take the values of a tensor that is not empty in."""
-        self._take(name, largest(value), octave_sums(value) if self.with_octaves else None)
+    def note(self, name: str, value: Tensor, wide: bool = False) -> None:
+        """Take the values of a tensor that is not empty in; wide: it has bits to spare, and needs no octaves."""
+        reached = max(largest(value), self.get(name, 0.0))
+        self._take(name, reached, octave_sums(value, reached) if self.with_octaves and not wide else None)
 
     def take(self, other: "Magnitudes") -> None:
         """Take what another one has noted in."""

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hls4ml.utils.torch import CustomFXTracer
 from torch import Tensor, fx
 
 from m3vit.digests import UncheckedWarning, read_sealed_json
@@ -19,6 +18,7 @@ from m3vit.errors import InputError
 from m3vit.evaluation.protocols import network_image
 from m3vit.export.hls import leaf
 from m3vit.export.hls.budgets import budget_of
+from m3vit.export.hls.calibration import traced
 from m3vit.export.hls.contents import naming, open_project
 from m3vit.export.hls.edits import said_changes
 from m3vit.export.hls.schedules import Progress, schedule_of, silent
@@ -64,7 +64,7 @@ class _Inner:
     def __init__(self, name: str, values: dict[Place, Tensor]) -> None:
         self.name, self.values = name, values
 
-    def __call__(self, name: str, value: Tensor) -> Tensor:
+    def __call__(self, name: str, value: Tensor, wide: bool = False) -> Tensor:
         self.values[self.name, name] = value
         return value
 
@@ -89,7 +89,7 @@ class Reference:
 
     def __init__(self, run: Run, manifest: dict[str, Any], budget: int = 0) -> None:
         self.model = leaf.lower(run.model, budget_of(run.model, manifest, budget))
-        self.graph = fx.GraphModule(self.model, CustomFXTracer().trace(self.model))
+        self.graph = traced(self.model)
 
     def after(self, name: str) -> str:
         """Return the node that takes what a node gives."""

@@ -73,7 +73,7 @@ def test_mixed_precision(uneven_data: Path, tmp_path: Path, head: list[str]) -> 
 
 def test_killed_and_resumed_to_the_same_bits(uneven_data: Path, tmp_path: Path) -> None:
     words = recipe(uneven_data, SHARDED, *TASKEXPERT, "--train.checkpoint_steps=1", "--train.ema=0.9")
-    words += ["--train.eval_epochs=1"]
+    words += ["--train.eval_epochs=2"]
     run([*words, "--out", tmp_path / "unbroken"], tmp_path, 2)
     out = tmp_path / "broken"
     for wanted in (3, 8):

@@ -1,5 +1,6 @@
 """Models whose channels were given like reach: what they compute stays, what 8 bits lose of it does not."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def test_channels_reach_alike_and_keys_are_centred() -> None:
 def test_squared_errors_are_those_of_rounding_and_clipping(bits: int) -> None:
     values = torch.from_numpy(np.random.default_rng(0).standard_t(3, 20_000)).float()
     # In two parts, as calibration sees them: what is large in one is not in the other.
-    octaves, largest = octave_sums(values[:100]) + octave_sums(values[100:]), largest_of(values)
+    parts, largest = (values[:100], values[100:]), largest_of(values)
+    octaves = sum(octave_sums(part, max(map(largest_of, parts[: place + 1]))) for place, part in enumerate(parts))
     holds = narrow_frac(largest, bits)
     errors = {}
     for frac in (holds, holds + 1):
@@ -109,16 +111,18 @@ def test_squared_errors_are_those_of_rounding_and_clipping(bits: int) -> None:
     assert chosen == min(errors, key=lambda frac: errors[frac])
     assert bits > 8 or chosen == holds + 1  # few values are that large
     uniform = torch.linspace(-largest, largest, 1000)
-    assert narrow_frac(largest, bits, octave_sums(uniform)) == holds
+    assert narrow_frac(largest, bits, octave_sums(uniform, largest)) == holds
 
 
 def test_octave_sums() -> None:
-    sums = octave_sums(torch.tensor([[0.75, -0.5], [0.25, 0.0], [-1.0, 0.5]]))
+    sums = octave_sums(torch.tensor([[0.75, -0.5], [0.25, 0.0], [-1.0, 0.5]]), 1.0)
     half = OCTAVES // 2  # 2^-1 <= |v| < 1
     assert sums[:, 0].tolist() == [2, 0, 0]
     assert sums[:, half].tolist() == [3, 1.75, 1.0625] and sums[:, half + 1].tolist() == [1, 1, 1]
     assert sums[0].sum() == 6 and sums[1].sum() == 2.75
-    assert octave_sums(torch.zeros(5))[0].tolist() == [5] + [0] * (OCTAVES - 1)
+    for reached in (0.0, 3.0):  # of zeros; of values below half of what came before
+        found = octave_sums(torch.full((5,), reached / 4), reached)
+        assert found[0].tolist() == [5] + [0] * (OCTAVES - 1) and not found[1:].any()
 
 
 def test_magnitudes_noted_apart_are_those_noted_together() -> None:
@@ -130,8 +134,10 @@ def test_magnitudes_noted_apart_are_those_noted_together() -> None:
     second.note("y", parts[0])
     first.take(second)
     assert first == {"x": together["x"], "y": largest_of(parts[0])} and first.keys() == first.octaves.keys()
-    assert torch.equal(first.octaves["x"], together.octaves["x"])
-    assert torch.equal(first.octaves["y"], octave_sums(parts[0]))
+    top = OCTAVES // 2 + math.frexp(first["x"])[1]  # what is clipped lies in the octave of the largest
+    assert torch.equal(first.octaves["x"][:, top], together.octaves["x"][:, top])
+    assert first.octaves["x"][0].sum() == together.octaves["x"][0].sum() == 120
+    assert torch.equal(first.octaves["y"], octave_sums(parts[0], largest_of(parts[0])))
 
 
 def test_eight_bits_lose_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
