@@ -3,22 +3,24 @@
 import logging
 
 import torch
-
-try:
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-except ModuleNotFoundError:  # the whole of Lightning has it too
-    from lightning.fabric import Fabric  # type: ignore
-    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment  # type: ignore
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy  # type: ignore
 from torch import nn
 
 from m3vit.collectives import unreachable
 from m3vit.errors import InputError
+from m3vit.hidden import hidden
 from m3vit.launched import join
 from m3vit.training.config import TrainConfig
 from m3vit.training.sharding import shard
+
+with hidden("torchmetrics"):  # there with loggers: importing it takes a quarter of the time of all that trains
+    try:
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+        from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+    except ModuleNotFoundError:  # the whole of Lightning has it too
+        from lightning.fabric import Fabric  # type: ignore
+        from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment  # type: ignore
+        from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy  # type: ignore
 
 
 def launch(train: TrainConfig) -> Fabric:
