@@ -20,12 +20,14 @@ from m3vit.data.sample import Split
 from m3vit.errors import InputError
 from m3vit.evaluation.evaluate import normalised
 from m3vit.evaluation.protocols import network_image
+from m3vit.heap import trim
 from m3vit.kinds.kind import IGNORE, Kind
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.tasks import TASKS, kind_of
 
+TRIM_EVERY = 16  # batches: labels of megabytes come and go between sums that stay
 PROTOCOL = "A"  # how images enter the network: resized, so that every patch shows a part of the image
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -216,6 +218,8 @@ def gather(
             for task, sums in labels.items():
                 _add_labels(sums, one, bins[task], before and before[1][task])
             before = one, bins
+        if start // batch % TRIM_EVERY == 0:
+            trim()
         if progress:
             progress(len(ids), len(order))
     shared, jaccard, same_first = (np.stack([pair[place] for pair in pairs]) for place in range(3))
