@@ -37,6 +37,7 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "norm_in_lut": (False, True),
     "results": RESULTS,
     "divided": DIVIDED,
+    "folded": (False, True),
     "finished_in_uram": (True, False),
 }
 OPTIONS = {"array": "tile_out", "ports": "weight_ports"}  # of the command line, and the sizes that they fix

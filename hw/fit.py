@@ -50,7 +50,7 @@ def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: i
 
 # Of each engine that has sizes of its own those of SIZES, beside tile_out, that its cycles and its resources depend on.
 PARTS = {
-    "linear": ("token_block", "weight_ports", "results", "tiles_in_lut", "gates_in_lut"),
+    "linear": ("token_block", "weight_ports", "results", "tiles_in_lut", "gates_in_lut", "folded"),
     "attention": ("lanes", "groups", "divided", "finished_in_uram"),
     "norm": ("norm_words", "norm_in_lut"),
 }
@@ -63,6 +63,7 @@ def possible(h: Hardware, board: Board) -> bool:
         h.tile_out % narrow == 0  # a tile's results are whole words
         and h.lanes % h.tile_in == 0  # weights of a step of values are made together
         and h.divided <= narrow
+        and (h.fold > 0 or not h.folded)
         and h.softmax_queries <= h.group
         and 2 * wide <= h.results <= narrow
         and h.weight_ports < board.ports
@@ -73,7 +74,7 @@ def possible(h: Hardware, board: Board) -> bool:
 
 # And those that its cycles depend on.
 TIMED = {
-    "linear": ("tile_out", "token_block", "weight_ports", "results"),
+    "linear": ("tile_out", "token_block", "weight_ports", "results", "folded"),
     "attention": ("tile_out", "lanes", "groups", "divided"),
     "norm": ("norm_words",),
 }
@@ -149,7 +150,7 @@ class Candidates:
 
     def _harmless(self, part: str, size: Hardware) -> dict[str, Any]:
         of_others: dict[str, Any] = {"weight_ports": 1, "results": 2 * size.values(32), "lanes": size.tile_in}
-        of_others |= {"divided": 1, "finished_in_uram": False}
+        of_others |= {"divided": 1, "finished_in_uram": False, "folded": False}
         return {name: value for name, value in of_others.items() if name not in PARTS[part]}
 
     def __iter__(self) -> Iterator[Candidate]:

@@ -54,8 +54,17 @@ class Hardware:
     norm_in_lut: bool = False  # its products with the number of channels are made in LUTs
     results: int = 8  # narrow ones of linear maps in a cycle
     divided: int = 8  # values of attention that are divided in a cycle
+    folded: bool = False  # two rows of the array make an output of tiles that leave rows over
     finished_in_uram: bool = False  # what attention divides lies in URAM
     pixels: int = 1  # values of the image that are read at once
+
+    @property
+    def fold(self) -> int:
+        """Rows of the array from an output of a folded tile to its other one: a quarter of them; 0 if spans of outputs
+        that share inputs, and the halves of two ports, are not such quarters."""
+        quarter = self.tile_out // 4
+        fits = self.tile_out % (2 * self.values(self.act_word)) == 0 and self.tile_out % 4 == 0
+        return quarter if fits and quarter % self.span == 0 else 0
 
     @property
     def packed(self) -> bool:

@@ -270,8 +270,10 @@ def linear_memories(h: Hardware) -> list[OnChip]:
     weights, gates = h.values(h.weight_word), h.values(GATE_BITS)
     banks, gate_banks = h.tile_in // weights, h.tile_in // gates
     words, gate_words = 2 * h.max_in // weights // banks, 2 * h.max_in // gates // gate_banks
+    at_once = 2 if h.folded else 1  # steps
+    inputs = tokens * _times(h.max_in // h.tile_in, at_once)
     return [
-        OnChip("inputs of a block of tokens", ports * joined, h.port_bits, tokens * h.max_in // h.tile_in, kind),
+        OnChip("inputs of a block of tokens", ports * joined * at_once, h.port_bits, inputs, kind),
         OnChip("weights of two tiles", banks * h.tile_out, h.port_bits, words, tiles_in),
         OnChip("gates of two tiles", gate_banks * h.gate_out, h.port_bits, gate_words, gates_in),
         OnChip("table of GELU", h.results, GELU_BITS, GELU_ENTRIES),
@@ -312,6 +314,12 @@ def _half(tile: Tile, h: Hardware) -> int:
     return tile.outputs if tile.gate else min(tile.outputs, _times(_times(tile.outputs, unit), 2) * unit)
 
 
+def _folded(tile: Tile, h: Hardware) -> bool:
+    """Return whether two rows of the array make each output of a tile."""
+    few = not tile.fresh and not tile.gate and _half(tile, h) <= h.fold
+    return h.folded and few and tile.n_in // h.tile_in % 2 == 0
+
+
 def _results(tile: Tile, h: Hardware) -> int:
     """Return the steps in which a token's results are written: a wide word of both halves at once, `results` narrow
     values, or a word of the output."""
@@ -346,7 +354,7 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
         that loading and working move."""
         params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
         rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
-        span, ahead = max(tile.n_in // h.tile_in, _results(tile, h)), 0
+        span, ahead = max(tile.n_in // h.tile_in // (2 if _folded(tile, h) else 1), _results(tile, h)), 0
         if tile.fresh:
             ports = 1 if isinstance(i, Conv) else _input_ports(h)
             span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
@@ -442,6 +450,13 @@ def _shifted_in_attention(h: Hardware) -> int:
     return h.lanes * (h.product_bits + PROB_FRAC + 6) + h.softmax_queries * h.softmax_sums * h.context_bits
 
 
+def _folding(h: Hardware) -> int:
+    """Return the LUTs of folded tiles: each result adds the sum of another row, one of those of a quarter of the array,
+    and inputs of half the spans are one of two."""
+    chosen = _times(h.fold, h.results)
+    return h.results * ACCUMULATOR_BITS * (1 + _times(chosen, 4)) + h.tile_out // h.span // 2 * h.tile_in * h.act_word
+
+
 # DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times
 # the factor 2, times the scale 1. Linear maps, routers and attention have one array.
 LUT_PER_NORM = 420  # n x, if it is made of LUTs
@@ -451,7 +466,8 @@ ENGINES = {
         lambda h: h.multipliers,
         lambda h: h.results + 2 * 2 * h.values(WIDE_BITS),
         lambda h: h.results,  # of narrow tokens, which wide ones share
-        lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word),  # operands are one of up to four
+        # Operands are one of up to four.
+        lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word) + _folding(h) * h.folded,
     ),
     # Shifted in each lane: a score, a weight (few bits both), a sum of before; and what is divided.
     "attention": Engine(

@@ -108,6 +108,11 @@ def table_text() -> str:
 
 def write_sources(folder: Path, hardware: Hardware) -> list[str]:
     """Write the engine's sources, its parameters those of a configuration, and its table; return the sources' names."""
+    if hardware.folded:
+        raise InputError(
+            "folded tiles: the RTL has none; give engines without (hw explore --out FILE, in it folded false, and export "
+            "hls --config FILE)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TABLE).write_text(table_text())
     names = []

@@ -50,7 +50,8 @@ WIDE = replace(
     HARDWARE,
     weight_bits=8,
     act_bits=8,
-    tile_out=192,
+    tile_out=256,
+    folded=True,
     tile_in=32,
     port_bits=256,
     weight_ports=2,
@@ -68,6 +69,9 @@ def hardware_of(name: str) -> Hardware:
     weight_bits, act_bits = FORMATS[name]
     sizes = {"tile_out": ARRAYS[name], "weight_ports": 2 if name == "w8a8" else 1}
     return replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits, **sizes, **REST[name])
+
+
+FOLDED = replace(hardware_of("w8a8"), tile_out=128, folded=True)
 
 
 @dataclass

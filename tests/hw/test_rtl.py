@@ -168,6 +168,8 @@ def test_what_is_not_there_or_not_taken(
         rtl.run(engines["w8a8"][0], high, Timed(300, FREE))
     with pytest.raises(InputError, match="token_block 48: the RTL takes powers of two"):
         rtl.build(tmp_path, replace(CONFIGURATIONS["w8a8"], token_block=48))
+    with pytest.raises(InputError, match="folded tiles: the RTL has none; give engines without"):
+        rtl.build(tmp_path, replace(CONFIGURATIONS["w8a8"], tile_out=64, folded=True))
     for tool, variable in rtl.TOOLS.items():
         monkeypatch.setenv(variable, "no-such-tool")
         with pytest.raises(

@@ -15,7 +15,7 @@ from m3vit.hw.isa import Experts, Gate, Instruction, Linear
 from m3vit.hw.ops import LOOPS, cycles
 from m3vit.hw.program import Image
 from m3vit.hw.timed import Timed, Trace, assumed_of, assumptions_said, evaluate, frame_report
-from tests.hw.programs import HARDWARE, INCLUDE, Builds, Shape, Simulator, frames_of, hardware_of, random_vit
+from tests.hw.programs import FOLDED, HARDWARE, INCLUDE, Builds, Shape, Simulator, frames_of, hardware_of, random_vit
 from tests.hw.test_cost import ZCU104
 
 PASS = re.compile(
@@ -46,11 +46,14 @@ def test_no_engine_reaches_memory_past_a_port() -> None:
         assert not re.search(r"typename words<C>::\w+ \*|uint8_t \*|int32_t \*\w+[,)]", header.read_text()), header.name
 
 
-@pytest.fixture(scope="module", params=["w16a16", "w8a8"])
+TIMED = {"w16a16": hardware_of("w16a16"), "w8a8": FOLDED}
+
+
+@pytest.fixture(scope="module", params=TIMED)
 def timed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Simulator]:
     """The simulator of a format with -DM3VIT_TIMED."""
     folder = tmp_path_factory.mktemp("timed") / "build"
-    return request.param, Simulator.build(folder, hardware_of(request.param), ["-O2", "-DM3VIT_TIMED"])
+    return request.param, Simulator.build(folder, TIMED[request.param], ["-O2", "-DM3VIT_TIMED"])
 
 
 def run(
@@ -69,12 +72,19 @@ def run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [Shape(grid=(9, 13), tasks=2), Shape(depth=4, upscale=2, experts=8, hidden=100)])
+# Of the first, tiles of 16 outputs are left over, of an even number of steps, in a layer and in its experts.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(grid=(9, 13), tasks=2, dim=144, heads=9, mlp=60, hidden=60),
+        Shape(depth=4, upscale=2, experts=8, hidden=100),
+    ],
+)
 def test_loops_are_the_closed_forms_and_frames_within_five_percent(
     timed: tuple[str, Simulator], builds: Builds, tmp_path: Path, shape: Shape
 ) -> None:
     name, simulator = timed
-    hardware = hardware_of(name)
+    hardware = TIMED[name]
     shape.weight_bits, shape.act_bits = hardware.weight_bits, hardware.act_bits
     image, trace, outputs, queues = run(simulator, tmp_path, shape, 1)
     plain, _, _ = builds[name][0].run(tmp_path / "plain", image, frames_of(shape, 1), [1])

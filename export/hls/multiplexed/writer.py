@@ -68,7 +68,7 @@ def parameters_text(hardware: Hardware) -> str:
     """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
     constants = {name: value for name, value in asdict(hardware).items() if name not in HEAD}
     constants |= {name: getattr(hardware, name) for name in DERIVED}
-    lines = [f"    static const unsigned {name} = {value};" for name, value in constants.items()]
+    lines = [f"    static const unsigned {name} = {int(value)};" for name, value in constants.items()]
     return "\n".join(
         [
             NOTICE,

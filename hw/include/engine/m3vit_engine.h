@@ -19,7 +19,8 @@
 //   memory     port_bits: the width of a port; a word is what it moves in a cycle; weight_ports: 1, or 2 that weights are
 //              read through; pixels: values of the image that are read at once
 //   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; results: narrow ones of
-//              linear maps in a cycle; token_block tokens whose inputs are kept on chip
+//              linear maps in a cycle; token_block tokens whose inputs are kept on chip; folded: in tiles of few outputs
+//              two rows of the array make one
 //   attention  head: the most channels of a head, filled up to a power of two; span: outputs that share their inputs;
 //              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are
 //              rounded and weighed in a cycle, of one query or several; divided: values that are divided at once;

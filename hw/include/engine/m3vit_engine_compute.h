@@ -32,7 +32,8 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     #pragma HLS ARRAY_PARTITION variable=tile.shift complete dim=0
     // Each port writes tokens of its own in the same step: even or odd ones, which lie apart.
     #pragma HLS ARRAY_PARTITION variable=cache.x dim=1 cyclic factor=input_ports<C>::most
-    #pragma HLS ARRAY_PARTITION variable=cache.x dim=2 cyclic factor=linear_state<C>::joined
+    // Of a folded tile an even and an odd step are read at once.
+    #pragma HLS ARRAY_PARTITION variable=cache.x dim=2 cyclic factor=linear_state<C>::banks
     // Keys: as many as there are outputs, tile_in channels; values: tile_in keys, as many channels as there are outputs.
     #pragma HLS ARRAY_PARTITION variable=buffer.k dim=2 cyclic factor=attention_sizes<C>::keys
     #pragma HLS ARRAY_PARTITION variable=buffer.k dim=3 cyclic factor=C::tile_in

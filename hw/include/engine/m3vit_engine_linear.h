@@ -13,9 +13,11 @@
 // for the others; so inputs pass once, and weights once for each block (for most experts there is one). Where a step
 // takes more than a word they come through two ports, each of which reads its half of the block's tokens, and tokens
 // are taken from both halves in turn: so each port reads whole rows, one after the other.
+// A tile of at most half the outputs, whose inputs are on chip, is folded: the rows of the array that are left over
+// multiply every second step of the inputs, so that it takes half the steps.
 // Cycles of a tile: (tokens + 1, and two for each port of inputs more if they are read) times the longest of multiplying
-// (n_in / tile_in), reading (words of n_in / ports) and writing (words of tile_out), or the words of the next tile if those
-// are more.
+// (n_in / tile_in, half of it if it is folded), reading (words of n_in / ports) and writing (words of tile_out), or the
+// words of the next tile if those are more.
 #ifndef M3VIT_ENGINE_LINEAR_H_
 #define M3VIT_ENGINE_LINEAR_H_
 
@@ -105,6 +107,7 @@ typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const 
 // The tile that is worked on, and the one that is loaded meanwhile.
 template <class C> struct linear_state {
     static const unsigned lanes = words<C>::narrow_lanes, joined = C::tile_in / lanes; // words of a step
+    static const unsigned banks = (C::folded ? 2 : 1) * joined; // of the inputs on chip
     static const unsigned lead = 2;       // turns of the ports by which reading is ahead
     static const unsigned least_span = 8; // of a pass that reads: a word is there 16 steps before it is used
     tile_place place;
@@ -151,7 +154,7 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.next = next_tile<C>(state.place, I, queue);
     state.loading = first_word<C>(state.next);
     state.loads = words_left(state.loading);
-    state.steps = now.n_in / C::tile_in;
+    state.steps = now.n_in / C::tile_in / (now.folded ? 2 : 1);
     state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
     state.results = now.mode == to_narrow
@@ -194,7 +197,9 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
     #pragma HLS INLINE
     const bool side = state.side;
     const long long bias = tile.bias[side][o] * (1LL << tile.bias_shift[side][o]);
-    return shift_round((long long)state.done[o] + bias, tile.shift[side][o]);
+    const unsigned other = o + weight_tiles<C>::fold < C::tile_out ? o + weight_tiles<C>::fold : o;
+    const long long folded = C::folded && state.now.folded ? (long long)state.done[other] : 0;
+    return shift_round((long long)state.done[o] + folded + bias, tile.shift[side][o]);
 }
 
 // Write step `w` of a token's results: C::results narrow values, after their activation, and each word that is whole; a wide
@@ -323,20 +328,23 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
     if (n < state.ahead || n >= now.count + state.ahead || i >= state.steps)
         return;
     step.used = true;
-    typename words<C>::narrow x[joined];
+    typedef weight_tiles<C> T;
+    typename words<C>::narrow x[joined], other[joined]; // those of the other rows of a folded tile: the odd steps
     #pragma HLS ARRAY_PARTITION variable=x complete
+    #pragma HLS ARRAY_PARTITION variable=other complete
     for (unsigned j = 0; j < joined; j++) {
         #pragma HLS UNROLL
-        x[j] = cache.x[n - state.ahead][i * joined + j];
+        x[j] = cache.x[n - state.ahead][(C::folded && now.folded ? 2 * i : i) * joined + j];
+        other[j] = C::folded && now.folded ? cache.x[n - state.ahead][(2 * i + 1) * joined + j] : x[j];
     }
     for (unsigned j = 0; j < C::tile_in; j++) {
         #pragma HLS UNROLL
         for (unsigned s = 0; s < operands<C>::spans; s++) {
             #pragma HLS UNROLL
-            step.x[s][j] = x[j / lanes].lane[j % lanes];
+            const bool odd = C::folded && now.folded && s * C::span % T::second >= T::fold;
+            step.x[s][j] = odd ? other[j / lanes].lane[j % lanes] : x[j / lanes].lane[j % lanes];
         }
     }
-    typedef weight_tiles<C> T;
     step.small = sizeof(typename C::wt_t) == 1 && (C::packed || !now.gate);
     for (unsigned o = 0; o < C::tile_out; o++) {
         #pragma HLS UNROLL

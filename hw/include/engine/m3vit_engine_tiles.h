@@ -21,6 +21,7 @@ struct tile_job {
     bool gate, gather, conv;
     unsigned weights, params, n_in, outputs;
     unsigned half; // outputs of the first half, those whose weights and wide results pass through the first port
+    bool folded; // each output is made by two rows of the array, one of the even steps of its inputs and one of the odd
     unsigned base, first, count;
     unsigned ports; // through which inputs are read
     unsigned src, src_pitch, dst, dst_pitch;
@@ -45,6 +46,8 @@ template <class C> struct weight_tiles {
     static const unsigned joined = C::tile_in / lanes, gate_joined = C::tile_in / gate_lanes; // words of a step
     static const unsigned unit = words<C>::narrow_lanes;                                      // results of a word
     static const unsigned second = (C::tile_out / unit + 1) / 2 * unit;
+    static const unsigned fold = second / 2; // from an output's row to its other one
+    static_assert(!C::folded || (C::tile_out == 4 * fold && fold % C::span == 0), "a span of outputs has the same inputs");
     typename words<C>::weights weight[2][C::max_in / lanes][C::tile_out];
     typename words<C>::gates gate[2][C::max_in / gate_lanes][C::gate_out];
     int bias[2][C::tile_out], bias_shift[2][C::tile_out], shift[2][C::tile_out];
@@ -85,6 +88,8 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     const unsigned blocks = (tokens + C::token_block - 1) / C::token_block, block = (tokens + blocks - 1) / blocks;
     job.count = tokens - place.base < block ? tokens - place.base : block;
     job.fresh = place.row == 0;
+    // Inputs that are read come a word a port: there it would gain nothing.
+    job.folded = C::folded && !job.fresh && !job.gate && job.half <= weight_tiles<C>::fold && job.n_in / C::tile_in % 2 == 0;
     job.ports = job.conv ? 1 : input_ports<C>::most;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
@@ -146,13 +151,15 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
     typedef weight_tiles<C> T;
     static const unsigned lanes = words<C>::wide_lanes, rows = lanes / row_words;
     if (place.row < place.rows) {
-        const unsigned at = place.row * place.words + place.w;
+        const unsigned at = place.row * place.words + place.w, step = place.w / T::joined;
+        const unsigned word = job.folded ? step / 2 * T::joined + place.w % T::joined : place.w;
+        const unsigned other = job.folded && step % 2 ? T::fold : 0;
         if (job.gate)
             tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / T::gate_lanes + at];
         else
-            tile.weight[side][place.w][T::row_of(job, place.row)] = weights[job.weights / T::lanes + at];
+            tile.weight[side][word][T::row_of(job, place.row) + other] = weights[job.weights / T::lanes + at];
         if (C::weight_ports == 2 && job.half + place.row < job.outputs)
-            tile.weight[side][place.w][T::second + place.row] =
+            tile.weight[side][word][T::second + place.row + other] =
                 more_weights[job.weights / T::lanes + job.half * place.words + at];
         if (++place.w == place.words) {
             place.w = 0;
