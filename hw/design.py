@@ -19,6 +19,7 @@ from m3vit.hw.hardware import (
     TILES_OUT,
     TOKEN_BLOCKS,
     WEIGHT_PORTS,
+    WIDE_BITS,
 )
 
 CLOCKS = range(50, 601)  # MHz
@@ -39,8 +40,13 @@ SIZES: dict[str, tuple[Any, ...]] = {
     "divided": DIVIDED,
     "folded": (False, True),
     "finished_in_uram": (True, False),
+    "wide_bits": WIDE_BITS,
 }
-OPTIONS = {"array": "tile_out", "ports": "weight_ports"}  # of the command line, and the sizes that they fix
+OPTIONS = {
+    "array": "tile_out",
+    "ports": "weight_ports",
+    "residual_bits": "wide_bits",
+}  # of the command line, and the sizes that they fix
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def design_of(
     array: int | None = None,
     port_bits: int | None = None,
     ports: int | None = None,
+    residual_bits: int | None = None,
     default: str = "zcu104",
 ) -> Design:
     """Return the design of a command's options; a part alone chooses the board that has its device.
@@ -97,9 +104,9 @@ def design_of(
     widths = [width for width in PORT_WIDTHS if width <= chosen.port_bits]
     if port_bits is not None and port_bits not in widths:
         raise InputError(f"--port-bits {port_bits}: {chosen.name} has {', '.join(map(str, widths))}")
-    given = {"array": array, "ports": ports}
+    given = {"array": array, "ports": ports, "residual_bits": residual_bits}
     sizes = {OPTIONS[name]: value for name, value in given.items() if value is not None}
-    check_sizes(sizes, {size: f"--{name}" for name, size in OPTIONS.items()})
+    check_sizes(sizes, {size: f"--{name.replace('_', '-')}" for name, size in OPTIONS.items()})
     return Design(chosen.name, part, clock, port_bits, sizes)
 
 

@@ -34,7 +34,7 @@ def points(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) 
         for width in widths:
             board = Design(design.board, design.part, design.clock, width).target
             program = programs(weight_bits, act_bits, width)
-            hardware = least_hardware(program, weight_bits, act_bits, board)
+            hardware = least_hardware(program, weight_bits, act_bits, board, design.sizes.get("wide_bits", 32))
             check_tokens(hardware.max_rows)
             candidates = Candidates(program, hardware, board, design.sizes)
             for found in candidates:

@@ -36,13 +36,15 @@ PLACES = {
 }
 
 
-def least_hardware(program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board) -> Hardware:
+def least_hardware(
+    program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board, wide_bits: int = 32
+) -> Hardware:
     """Return the smallest engines that hold a program, with the board's ports."""
     limits: dict[str, Any] = needs(program)
     least = Hardware(weight_bits, act_bits, TILES_OUT[-1], 1, 1, 1, 1, 1, 1)
     unit = row_unit(least.weight_word, least.act_word, board.port_bits)
     limits["max_in"] = round_up(limits["max_in"], unit)
-    least = replace(least, port_bits=board.port_bits)
+    least = replace(least, port_bits=board.port_bits, wide_bits=wide_bits)
     # They divide a line of a patch and a narrow word.
     pixels = math.gcd(least.values(least.act_word), *(3 * i.patch for i in program if isinstance(i, Patches)))
     return replace(least, tile_in=unit, lanes=unit, groups=GROUPS[-1], pixels=pixels, **limits)
@@ -58,7 +60,7 @@ PARTS = {
 
 def possible(h: Hardware, board: Board) -> bool:
     """Return whether sizes go together, on this board."""
-    narrow, wide = h.values(h.act_word), h.values(32)
+    narrow, wide = h.values(h.act_word), h.values(h.wide_bits)
     return (
         h.tile_out % narrow == 0  # a tile's results are whole words
         and h.lanes % h.tile_in == 0  # weights of a step of values are made together
@@ -66,6 +68,7 @@ def possible(h: Hardware, board: Board) -> bool:
         and (h.fold > 0 or not h.folded)
         and h.softmax_queries <= h.group
         and 2 * wide <= h.results <= narrow
+        and h.norm_words * wide <= narrow
         and h.weight_ports < board.ports
         and (h.weight_ports == 1 or h.tile_out >= 2 * narrow)  # each port has rows of its own
         and (board.uram > 0 or not h.finished_in_uram)
@@ -149,7 +152,11 @@ class Candidates:
         return found
 
     def _harmless(self, part: str, size: Hardware) -> dict[str, Any]:
-        of_others: dict[str, Any] = {"weight_ports": 1, "results": 2 * size.values(32), "lanes": size.tile_in}
+        of_others: dict[str, Any] = {
+            "weight_ports": 1,
+            "results": 2 * size.values(size.wide_bits),
+            "lanes": size.tile_in,
+        }
         of_others |= {"divided": 1, "finished_in_uram": False, "folded": False}
         return {name: value for name, value in of_others.items() if name not in PARTS[part]}
 
@@ -247,7 +254,8 @@ def fit(
     fixed: sizes that are not to be chosen. others: instructions of other programs, which they must hold. Raises
     InputError, with what is over and what would fit, if none does, or if there are too many tokens.
     """
-    hardware = least_hardware([*program, *others], weight_bits, act_bits, board)
+    wide_bits = fixed.get("wide_bits", 32)
+    hardware = least_hardware([*program, *others], weight_bits, act_bits, board, wide_bits)
     check_tokens(hardware.max_rows)
     candidates = Candidates(program, hardware, board, fixed)
     best = min(candidates, key=lambda found: found.cycles, default=None)
@@ -260,7 +268,7 @@ def require_fit(
     program: Sequence[Instruction], weight_bits: int, act_bits: int, board: Board, fixed: Sizes = MappingProxyType({})
 ) -> None:
     """Raise InputError as `fit` does if no engines for a program fit, without looking for the best."""
-    hardware = least_hardware(program, weight_bits, act_bits, board)
+    hardware = least_hardware(program, weight_bits, act_bits, board, fixed.get("wide_bits", 32))
     check_tokens(hardware.max_rows)
     if not _fits_any(program, hardware, board, fixed):
         raise _nothing_fits(program, hardware, board, fixed)
@@ -295,7 +303,7 @@ def _nothing_fits(program: Sequence[Instruction], hardware: Hardware, board: Boa
     options = [
         f"--board {other.name}"
         for other in BOARDS.values()
-        if _fits_any(program, least_hardware(program, *bits, other), other, {})
+        if _fits_any(program, least_hardware(program, *bits, other, hardware.wide_bits), other, {})
     ]
     if bits[0] > 8 and _fits_any(program, replace(hardware, weight_bits=8), board, {}):
         options.append("--weight-bits 8")

@@ -14,6 +14,7 @@ LEAST_TURN = 4  # cycles of a group
 PACKED_PROB_FRAC = 8  # fractional bits of softmax weights where two products share a multiplier
 SPLIT_INPUTS = 512  # a linear map to wide tokens with more inputs is several, each adding to the one before
 PORT_BITS = 128  # of most boards
+WIDE_BITS = (32, 16)  # of the residual stream
 PORT_WIDTHS = (64, 128, 256)  # 24 words of an instruction are whole words of these
 TOKEN_BLOCKS = (1024, 512, 256, 128, 64, 32)  # largest first, as all of these
 TILES_OUT = (512, 448, 384, 320, 288, *range(256, 144, -16), *range(144, 8, -8))
@@ -49,6 +50,7 @@ class Hardware:
     groups: int = 64  # of queries, that are kept on chip
     lanes: int = LANES  # scores that are rounded, and weighed, in a cycle
     port_bits: int = PORT_BITS
+    wide_bits: int = 32  # of the residual stream and of logits
     weight_ports: int = 1
     norm_words: int = 1  # that LayerNorm takes a step
     norm_in_lut: bool = False  # its products with the number of channels are made in LUTs

@@ -40,7 +40,7 @@ from m3vit.hw.opspec import LOOPS, Bytes, Engine, OnChip, OpSpec, Queue, Timing
 from m3vit.hw.tables import PROB_FRAC, TABLES
 
 PORTS = ("image", "weights", "gates", "params", "narrow_read", "narrow_write", "wide_read", "wide_write", "output")
-WIDE_BITS = 32
+PARAM_BITS = 32  # and of outputs
 RING = 4  # blocks of keys and values on chip
 NORM_PAIRS = 4  # places for pairs of rows that LayerNorm reads, sums and centres
 NORM_SPAN = 16  # steps that LayerNorm gives a row at least
@@ -87,26 +87,26 @@ def image_traffic(i: Patches, h: Hardware, queue: Queue = ()) -> Bytes:
 
 
 def position_cycles(i: Position, h: Hardware, queue: Queue, t: Timing) -> int:
-    """position: one word an iteration."""
-    return t.loop(i.rows * _words(h, i.n_out, WIDE_BITS), reads=True, writes=True)
+    """position: one word of the table an iteration."""
+    return t.loop(i.rows * _words(h, i.n_out, PARAM_BITS), reads=True, writes=True)
 
 
 def position_traffic(i: Position, h: Hardware, queue: Queue = ()) -> Bytes:
-    row = _bytes(h, _words(h, i.n_out, WIDE_BITS))
-    return {"params": i.rows * row, "wide_read": (i.rows - i.prefix) * row, "wide_write": i.rows * row}
+    row, table = (_bytes(h, _words(h, i.n_out, bits)) for bits in (h.wide_bits, PARAM_BITS))
+    return {"params": i.rows * table, "wide_read": (i.rows - i.prefix) * row, "wide_write": i.rows * row}
 
 
 # --- LayerNorm: m3vit_engine_norm.h ---------------------------------------------------------------------------------
 
 
 def norm_memories(h: Hardware) -> list[OnChip]:
-    lanes, words = h.norm_words * h.values(WIDE_BITS), _words(h, h.max_dim, WIDE_BITS)
+    lanes, words = h.norm_words * h.values(h.wide_bits), _words(h, h.max_dim, h.wide_bits)
     longest = _times(words, h.norm_words)
     return [
         OnChip("rows that were read", 2 * h.norm_words, h.port_bits, NORM_PAIRS * longest),
         OnChip("differences from the mean", 1, 44 * lanes, 4 * words),
         OnChip("the same, shifted", 1, 26 * lanes, 4 * words),
-        OnChip("scales, biases", 2 * h.norm_words, h.port_bits, words),
+        OnChip("scales, biases", 2 * h.norm_words, PARAM_BITS * h.values(h.wide_bits), words),
         _tables(2),  # both of 1/sqrt
     ]
 
@@ -114,16 +114,17 @@ def norm_memories(h: Hardware) -> list[OnChip]:
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
     """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least;
     more rows than there are, by one for each port that reads ahead and three to drain its stages."""
-    words, ports = _words(h, i.n_in, WIDE_BITS), h.norm_words if i.mode == Mode.NARROW else 1
+    words, ports = _words(h, i.n_in, h.wide_bits), h.norm_words if i.mode == Mode.NARROW else 1
     rows = i.rows + ports + 3
-    return t.loop(2 * words, reads=True) + t.loop(rows * max(_times(words, ports), NORM_SPAN), reads=True, writes=True)
+    loads = 2 * _words(h, i.n_in, PARAM_BITS)
+    return t.loop(loads, reads=True) + t.loop(rows * max(_times(words, ports), NORM_SPAN), reads=True, writes=True)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
-    row = _bytes(h, _words(h, i.n_in, WIDE_BITS))
+    row, params = (_bytes(h, _words(h, i.n_in, bits)) for bits in (h.wide_bits, PARAM_BITS))
     to_narrow = {"narrow_write": i.rows * _bytes(h, _words(h, i.n_in, h.act_word))}
     written = to_narrow if i.mode == Mode.NARROW else {"wide_write": i.rows * row}
-    return {"params": 2 * row, "wide_read": i.rows * row, **written}
+    return {"params": 2 * params, "wide_read": i.rows * row, **written}
 
 
 def norm_needs(i: Norm) -> dict[str, int]:
@@ -219,7 +220,7 @@ def attention_needs(i: Attention) -> dict[str, int]:
 
 def route_memories(h: Hardware) -> list[OnChip]:
     return [
-        OnChip("logits", 4, h.port_bits, _words(h, h.max_experts, WIDE_BITS)),
+        OnChip("logits", 4, h.port_bits, _words(h, h.max_experts, h.wide_bits)),
         OnChip("choices, queues", 2, 16 + PROB_FRAC + 1, h.max_rows * h.max_top),
         OnChip("counts, starts, active experts", 3, 16, h.max_experts),
         _tables(3),  # 2^-x of what is summed, and of what is chosen; 1/x
@@ -234,7 +235,7 @@ def route_cycles(i: Route, h: Hardware, queue: Queue, t: Timing) -> int:
 
 
 def route_traffic(i: Route, h: Hardware, queue: Queue = ()) -> Bytes:
-    return {"wide_read": i.rows * _bytes(h, _words(h, i.n_in, WIDE_BITS))}
+    return {"wide_read": i.rows * _bytes(h, _words(h, i.n_in, h.wide_bits))}
 
 
 def route_needs(i: Route) -> dict[str, int]:
@@ -325,12 +326,13 @@ def _results(tile: Tile, h: Hardware) -> int:
     values, or a word of the output."""
     if tile.mode == Mode.NARROW:
         return _times(tile.outputs, h.results)
-    return _words(h, tile.outputs if tile.mode == Mode.OUTPUT else _half(tile, h), WIDE_BITS)
+    return _words(h, tile.outputs, PARAM_BITS) if tile.mode == Mode.OUTPUT else _words(h, _half(tile, h), h.wide_bits)
 
 
 def _result_words(tile: Tile, h: Hardware) -> int:
     """Return the words of a token's results."""
-    return _words(h, tile.outputs, h.act_word if tile.mode == Mode.NARROW else WIDE_BITS)
+    bits = {Mode.NARROW: h.act_word, Mode.OUTPUT: PARAM_BITS}
+    return _words(h, tile.outputs, bits.get(tile.mode, h.wide_bits))
 
 
 def _alike(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue) -> Iterator[tuple[list[Tile], int]]:
@@ -352,7 +354,7 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
     def counted(tile: Tile) -> tuple[int, int, int, int, int]:
         """Return the steps that load a tile, those that work on it, and of these those after the last result; the bytes
         that loading and working move."""
-        params = _words(h, ROW_WORDS * tile.outputs, WIDE_BITS)
+        params = _words(h, ROW_WORDS * tile.outputs, PARAM_BITS)
         rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
         span, ahead = max(tile.n_in // h.tile_in // (2 if _folded(tile, h) else 1), _results(tile, h)), 0
         if tile.fresh:
@@ -393,7 +395,7 @@ def inside(i: Conv) -> int:
 def _loaded(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes:
     """Return the bytes that a tile itself is: its weights and parameters."""
     weights, bits = ("gates", GATE_BITS) if isinstance(i, Gate) else ("weights", h.weight_word)
-    params = _bytes(h, _words(h, ROW_WORDS * tile.outputs, WIDE_BITS))
+    params = _bytes(h, _words(h, ROW_WORDS * tile.outputs, PARAM_BITS))
     return {weights: tile.outputs * tile.n_in * bits // 8, "params": params}
 
 
@@ -442,7 +444,7 @@ def conv_needs(i: Conv) -> dict[str, int]:
 
 def _normed(h: Hardware) -> int:
     """Return how many values LayerNorm takes in a cycle."""
-    return h.norm_words * h.values(WIDE_BITS)
+    return h.norm_words * h.values(h.wide_bits)
 
 
 def _shifted_in_attention(h: Hardware) -> int:
@@ -464,7 +466,7 @@ ENGINES = {
     "linear": Engine(
         linear_memories,
         lambda h: h.multipliers,
-        lambda h: h.results + 2 * 2 * h.values(WIDE_BITS),
+        lambda h: h.results + 2 * 2 * h.values(h.wide_bits),
         lambda h: h.results,  # of narrow tokens, which wide ones share
         # Operands are one of up to four.
         lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word) + _folding(h) * h.folded,
@@ -516,7 +518,7 @@ def memories(hardware: Hardware) -> list[OnChip]:
 
 def fetch(hardware: Hardware, timing: Timing = LOOPS) -> int:
     """Return the cycles of fetching an instruction: read_instruction."""
-    return timing.loop(_words(hardware, WORDS, WIDE_BITS), reads=True)
+    return timing.loop(_words(hardware, WORDS, PARAM_BITS), reads=True)
 
 
 def cycles(

@@ -48,6 +48,7 @@ class Image:
     act_bits: int  # of a narrow value; it is stored in 8 bits or in 16
     starts: tuple[int, ...] = (0,)
     starts_at: int = 0  # in params, of several programs
+    wide_bits: int = 32  # of a wide value
 
     @property
     def program(self) -> list[Instruction]:
@@ -69,7 +70,8 @@ class Image:
         bits = [self.weights.itemsize * 8, self.act_bits]
         several = len(self.starts) if len(self.starts) > 1 else 0
         instructions = self.starts[-1] + len(self.program_of(len(self.starts) - 1))
-        header = Header._make([MAGIC, *places, *bits, *self.memory, instructions, several, self.starts_at])
+        wide = self.wide_bits % 32
+        header = Header._make([MAGIC, *places, *bits, *self.memory, instructions, several, self.starts_at, wide])
         with open(path, "wb") as file:
             file.write(header.words().tobytes())
             for section, start in zip(sections, places[::2], strict=True):
@@ -95,14 +97,15 @@ class Image:
         starts = params[header.programs_at : header.programs_at + header.programs] if header.programs else np.zeros(1)
         if not starts.size or starts.min() < 0 or int(starts.max() + 1) * WORDS > params.size:
             raise InputError(f"{path} is damaged (its programs): export the project again")
-        return cls(params, weights, gates, memory, header.act_bits, tuple(map(int, starts)), header.programs_at)
+        own = (header.act_bits, tuple(map(int, starts)), header.programs_at, header.wide_bits or 32)
+        return cls(params, weights, gates, memory, *own)
 
 
 class Builder:
     """Collects the sections of an Image. Offsets in params are those without the program, which `build` puts first."""
 
-    def __init__(self, weight_bits: int, act_bits: int) -> None:
-        self.act_bits = act_bits
+    def __init__(self, weight_bits: int, act_bits: int, wide_bits: int = 32) -> None:
+        self.act_bits, self.wide_bits = act_bits, wide_bits
         kind = np.int8 if weight_bits <= 8 else np.int16
         self.kinds: dict[str, type] = {"params": np.int32, "weights": kind, "gates": np.int16}
         self.sections: dict[str, list[np.ndarray]] = {name: [np.zeros(0, kind)] for name, kind in self.kinds.items()}
@@ -132,7 +135,8 @@ class Builder:
         params, weights, gates = (np.concatenate(self.sections[name]) for name in self.kinds)
         head = np.pad(words.ravel(), (0, room - words.size))
         together_params = np.concatenate([head, params])
-        return Image(together_params, weights, gates, memory, self.act_bits, tuple(map(int, starts)), table)
+        own = (self.act_bits, tuple(map(int, starts)), table, self.wide_bits)
+        return Image(together_params, weights, gates, memory, *own)
 
 
 def program_words(instructions: int) -> int:

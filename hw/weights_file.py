@@ -20,7 +20,8 @@ class Header(NamedTuple):
     For each section its place in bytes and its elements; bits of a stored weight and of a narrow value; what the host
     has to allocate: elements of the narrow, wide and output memories, bytes of an image; tasks; instructions of all
     programs, the ends between them too. Of several programs their number, and where in params (words) it is written
-    with which instruction each begins; 0 where there is one, and in older files.
+    with which instruction each begins; 0 where there is one, and in older files. Bits of a wide value: 0 for 32, as in
+    older files.
     """
 
     magic: int
@@ -40,6 +41,7 @@ class Header(NamedTuple):
     instructions: int
     programs: int = 0
     programs_at: int = 0
+    wide_bits: int = 0
 
     @classmethod
     def read(cls, path: str | Path) -> "Header | None":
@@ -48,7 +50,7 @@ class Header(NamedTuple):
         if len(words) < HEADER_WORDS or words[0] not in KNOWN:
             return None
         header = cls(*words[: len(cls._fields)])
-        return header if header.weight_bits in (8, 16) and min(header) >= 0 else None
+        return header if header.weight_bits in (8, 16) and header.wide_bits in (0, 16) and min(header) >= 0 else None
 
     def words(self) -> np.ndarray:
         """Return int64 [HEADER_WORDS]."""

@@ -12,7 +12,15 @@ def _schedules() -> list[str]:
     return list(SCHEDULES)
 
 
-ENGINES = ("part", "clock", "array", "port_bits", "ports", "config")  # of the multiplexed schedule alone
+ENGINES = (
+    "part",
+    "clock",
+    "array",
+    "port_bits",
+    "ports",
+    "residual_bits",
+    "config",
+)  # of the multiplexed schedule alone
 Bits = Annotated[int, Value(positive, "BITS")]
 
 
@@ -32,6 +40,7 @@ class Request:
         array: outputs of the array of multipliers (default: what is fastest, modelled, of what fits)
         port_bits: width of a memory port (default: the board's)
         ports: 1 or 2 memory ports for weights (default: as the array)
+        residual_bits: width of the residual stream, 32, or 16 with 8-bit feature maps (default: 32)
         config: file of m3vit hw explore, in place of the board, the bits and all of these (default: none)
         weight_bits: width of weights: spatial 6 to 24, multiplexed 8, 12 or 16 (default: 16)
         act_bits: width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)
@@ -46,6 +55,7 @@ class Request:
     array: Annotated[int, Value(positive, "OUTPUTS")] | None = None
     port_bits: Bits | None = None
     ports: Positive | None = None
+    residual_bits: Bits | None = None
     config: File | None = None
     weight_bits: Bits | None = None
     act_bits: Bits | None = None

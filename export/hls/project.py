@@ -60,6 +60,7 @@ def export_project(
     array: int | None = None,
     port_bits: int | None = None,
     ports: int | None = None,
+    residual_bits: int | None = None,
     config: Path | None = None,
     budget: Budget = FULL,
     budgets: Mapping[str, Budget] = MappingProxyType({}),
@@ -75,7 +76,8 @@ def export_project(
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     chosen = find_schedule(schedule)
-    fixed = {"part": part, "clock": clock, "array": array, "port_bits": port_bits, "ports": ports, "config": config}
+    fixed = {"part": part, "clock": clock, "array": array, "port_bits": port_bits, "ports": ports}
+    fixed |= {"residual_bits": residual_bits, "config": config}
     options = choose_options(schedule, weight_bits, act_bits, board, fixed)
     options = replace(options, budgets=dict(budgets) or {"": budget}, progress=progress)
     if len(options.budgets) > 1 and not getattr(chosen, "SEVERAL_BUDGETS", False):

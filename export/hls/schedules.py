@@ -143,8 +143,8 @@ def choose_options(
 ) -> Options:
     """Return the options of a schedule, its defaults filled in. Raises InputError for what it does not have.
 
-    engines: part, clock, array, port_bits, ports (m3vit.hw.design), or config, the file that has all of these, the
-    board and the bits. What is None is not given.
+    engines: part, clock, array, port_bits, ports, residual_bits (m3vit.hw.design), or config, the file that has all of
+    these, the board and the bits. What is None is not given.
     """
     schedule = find_schedule(name)
     fixed = {option: value for option, value in engines.items() if value is not None}
@@ -176,4 +176,9 @@ def choose_options(
         if (value := getattr(options, what)) not in allowed:
             shown = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
             raise InputError(f"{what} is {value}: the {name} schedule has {shown}")
+    if design and design.sizes.get("wide_bits") == 16 and options.act_bits > 8:
+        raise InputError(
+            f"--residual-bits 16 with --act-bits {options.act_bits}: a residual stream of 16 bits goes with 8-bit "
+            "activations: give --weight-bits 8 --act-bits 8 too, or leave it out"
+        )
     return options

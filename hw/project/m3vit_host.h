@@ -27,7 +27,8 @@ inline bool read_file(const char *path, std::vector<char> &data) {
 // DDR as the accelerator sees it.
 struct device_memory {
     nnet::vit::file_header head;
-    std::vector<vit_words::wide> params, wide, output;
+    std::vector<vit_words::params> params, output;
+    std::vector<vit_words::wide> wide;
     std::vector<vit_words::weights> weights;
     std::vector<vit_words::gates> gates;
     std::vector<vit_words::narrow> narrow;
@@ -37,17 +38,19 @@ struct device_memory {
         if (!read_file(path, data) || data.size() < sizeof head)
             return false;
         memcpy(&head, data.data(), sizeof head);
-        if (head.weight_bits != (int64_t)(8 * sizeof(vit_cfg::wt_t)) || head.act_bits != vit_cfg::act_bits) {
-            fprintf(stderr, "m3vit: %s is for %d-bit words and %d-bit activations, not this accelerator's\n", path,
-                    (int)head.weight_bits, (int)head.act_bits);
+        const int wide_bits = head.wide_bits ? (int)head.wide_bits : 32; // 0 in older files
+        if (head.weight_bits != (int64_t)(8 * sizeof(vit_cfg::wt_t)) || head.act_bits != vit_cfg::act_bits ||
+            wide_bits != vit_cfg::wide_bits) {
+            fprintf(stderr, "m3vit: %s is for %d-bit words and %d-bit activations, and a residual stream of %d bits, not this "
+                    "accelerator's\n", path, (int)head.weight_bits, (int)head.act_bits, wide_bits);
             return false;
         }
         section(data, head.params_at, head.params_words * (int64_t)sizeof(int32_t), params);
         section(data, head.weights_at, head.weights_words * (int64_t)sizeof(vit_cfg::wt_t), weights);
         section(data, head.gates_at, head.gates_words * (int64_t)sizeof(int16_t), gates);
         narrow.resize(whole<vit_words::narrow>(head.narrow * (int64_t)sizeof(vit_cfg::act_t)));
-        wide.resize(whole<vit_words::wide>(head.wide * (int64_t)sizeof(int32_t)));
-        output.resize(whole<vit_words::wide>(head.output * (int64_t)sizeof(int32_t)));
+        wide.resize(whole<vit_words::wide>(head.wide * (int64_t)sizeof(vit_cfg::wide_t)));
+        output.resize(whole<vit_words::params>(head.output * (int64_t)sizeof(int32_t)));
         return true;
     }
 
@@ -64,7 +67,7 @@ struct device_memory {
 
     // Run one frame.
     void run(const uint8_t *image, unsigned task, unsigned budget = 0) {
-        memset((void *)output.data(), 0, output.size() * sizeof(vit_words::wide));
+        memset((void *)output.data(), 0, output.size() * sizeof(vit_words::params));
         m3vit((const vit_words::image *)image, task, (unsigned)head.tasks, entry(budget), weights.data(), weights.data(),
               gates.data(), params.data(), narrow.data(), narrow.data(), narrow.data(), wide.data(), wide.data(),
               wide.data(), wide.data(), output.data());

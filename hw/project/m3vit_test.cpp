@@ -33,7 +33,7 @@ int main(int argc, char **argv) {
     if (check && !read_file("tb_data/expected_outputs.bin", expected))
         return 2;
     const size_t narrow_bytes = (size_t)memory.head.narrow * sizeof(vit_cfg::act_t);
-    const size_t wide_bytes = (size_t)memory.head.wide * sizeof(int32_t);
+    const size_t wide_bytes = (size_t)memory.head.wide * sizeof(vit_cfg::wide_t);
     if (argc > 8 && (!read_file(argv[8], start) || start.size() != narrow_bytes + wide_bytes)) {
         fprintf(stderr, "csim: %s is not %zu bytes of memories\n", argv[8], narrow_bytes + wide_bytes);
         return 2;

@@ -97,7 +97,8 @@ class Emulator:
     """
 
     def __init__(self, image: Image, budget: int = 0) -> None:
-        self.image, self.program, self.bits = image, image.program_of(budget), image.act_bits
+        self.image, self.program = image, image.program_of(budget)
+        self.bits, self.wide_bits = image.act_bits, image.wide_bits
         self.prepared: dict[int, Any] = {pc: self._prepare(i) for pc, i in enumerate(self.program)}
         self.first_task_step = next((pc for pc, i in enumerate(self.program) if i.task >= 0), len(self.program))
 
@@ -210,13 +211,13 @@ class Emulator:
                 self._store(state, pc, i, y)
             case isa.Gate():
                 y = self._multiply(_rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in), self.prepared[pc])
-                _rows(state.wide, i.dst, i.dst_pitch, *y.shape).copy_(self._hold(state, pc, y, 32))
+                _rows(state.wide, i.dst, i.dst_pitch, *y.shape).copy_(self._hold(state, pc, y, self.wide_bits))
             case isa.Conv():
                 self._conv(state, pc, i)
             case isa.Position():
                 rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_out)
                 rows[: i.prefix] = 0
-                rows.copy_(self._hold(state, pc, rows + self.prepared[pc], 32))
+                rows.copy_(self._hold(state, pc, rows + self.prepared[pc], self.wide_bits))
             case isa.Norm():
                 self._norm(state, pc, i)
             case isa.Attention():
@@ -260,9 +261,9 @@ class Emulator:
             y = self._narrow(state, pc, y, i.gelu_in, i.gelu_out)
             _rows(state.narrow, i.dst, i.dst_pitch, *y.shape).copy_(y)
             return
-        memory = state.output if i.mode == Mode.OUTPUT else state.wide
+        memory, bits = (state.output, 32) if i.mode == Mode.OUTPUT else (state.wide, self.wide_bits)
         rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
-        rows.copy_(self._hold(state, pc, y.add_(rows) if i.mode == Mode.RESIDUAL else y, 32))
+        rows.copy_(self._hold(state, pc, y.add_(rows) if i.mode == Mode.RESIDUAL else y, bits))
 
     def _conv(self, state: _State, pc: int, i: isa.Conv) -> None:
         s, columns, tokens = i.upscale, i.columns, i.rows // i.upscale**2
@@ -291,7 +292,7 @@ class Emulator:
         y = _round(y, torch.from_numpy(np.ldexp(1.0, NORM_FRAC - 20 - shift))[:, None])
         z = _round(y.mul_(scale).add_(bias), 2.0**-i.shift)
         narrow = i.mode == Mode.NARROW
-        z = self._hold(state, pc, z, self.bits if narrow else 32)
+        z = self._hold(state, pc, z, self.bits if narrow else self.wide_bits)
         _rows(state.narrow if narrow else state.wide, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(z)
 
     def _attention(self, state: _State, pc: int, i: isa.Attention) -> None:
@@ -366,4 +367,4 @@ class Emulator:
             y = self._hold(state, pc, self._multiply(hidden, second), 32)
             scores = torch.from_numpy(state.scores[token, slot].astype(np.float64))[:, None]
             added = _round(y.mul_(scores), 2.0**-PROB_FRAC).add_(rows[places])
-            rows[places] = self._hold(state, pc, added, 32)
+            rows[places] = self._hold(state, pc, added, self.wide_bits)

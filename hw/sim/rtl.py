@@ -110,8 +110,12 @@ def write_sources(folder: Path, hardware: Hardware) -> list[str]:
     """Write the engine's sources, its parameters those of a configuration, and its table; return the sources' names."""
     if hardware.folded:
         raise InputError(
-            "folded tiles: the RTL has none; give engines without (hw explore --out FILE, in it folded false, and export "
-            "hls --config FILE)"
+            "folded tiles: the RTL has none; give engines without (hw explore --out FILE, in it folded false, and "
+            "export hls --config FILE)"
+        )
+    if hardware.wide_bits != 32:
+        raise InputError(
+            f"a residual stream of {hardware.wide_bits} bits: the RTL has 32 (export hls --residual-bits 32)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TABLE).write_text(table_text())

@@ -43,6 +43,7 @@ def step_frame(
     The test bench was built before. Raises InputError if it fails, or does not write memories.
     """
     memory, kind = image.memory, np.dtype("int8" if image.act_bits <= 8 else "int16")
+    of_wide = np.dtype(f"int{image.wide_bits}")
     program = image.program_of(budget)
     with tempfile.TemporaryDirectory(prefix="m3vit-trace-") as name:
         folder = Path(name)
@@ -52,7 +53,7 @@ def step_frame(
         assert header is not None
         pixels.tofile(folder / NAMES[1])
         np.array([task], np.uint8).tofile(folder / NAMES[2])
-        state = np.zeros(memory.narrow * kind.itemsize + memory.wide * 4, np.uint8)
+        state = np.zeros(memory.narrow * kind.itemsize + memory.wide * of_wide.itemsize, np.uint8)
         route: Instruction | None = None
         for pc, instruction in enumerate(program):
             if instruction.task not in (-1, task):
@@ -63,7 +64,7 @@ def step_frame(
             state.tofile(folder / "start.bin")
             command = [str(project.resolve() / TESTBENCH), *NAMES, "start.bin"]
             run_program(command, folder, "the test bench")
-            found = _read(folder, memory.narrow, memory.wide, kind, len(own) - 1)
+            found = _read(folder, (memory.narrow, kind), (memory.wide, of_wide), len(own) - 1)
             if isinstance(instruction, Route):
                 route = instruction
                 choice = np.fromfile(folder / NAMES[5], np.uint16).astype(np.int64)
@@ -80,22 +81,22 @@ def _put_program(weights: Path, params_at: int, program: Sequence[Instruction]) 
             file.write(instruction.encode().tobytes())
 
 
-def _read(folder: Path, narrow: int, wide: int, kind: np.dtype, place: int) -> Memories:
-    """Read what one run left; `place`: of the instruction in its program."""
+def _read(folder: Path, narrow: tuple[int, np.dtype], wide: tuple[int, np.dtype], place: int) -> Memories:
+    """Read what one run left: memories of so many values of a type; `place`: of the instruction in its program."""
     try:
         with open(folder / NAMES[6], "rb") as file:
             found = Memories(
-                np.fromfile(file, kind, narrow),
-                np.fromfile(file, np.int32, wide),
+                np.fromfile(file, narrow[1], narrow[0]),
+                np.fromfile(file, wide[1], wide[0]),
                 np.fromfile(folder / NAMES[3], np.int32),
                 next(line["saturated"] for line in read_counters(folder / NAMES[4]) if line["pc"] == place),
                 None,
             )
     except (OSError, ValueError, StopIteration) as error:
         raise InputError(f"the test bench wrote memories that cannot be read ({error})") from None
-    if (found.narrow.size, found.wide.size) != (narrow, wide):
+    if (found.narrow.size, found.wide.size) != (narrow[0], wide[0]):
         raise InputError(
-            f"the test bench wrote {found.narrow.size} and {found.wide.size} words of memories instead of {narrow} and "
-            f"{wide}: a project by an older version, or its test bench was changed: export it again"
+            f"the test bench wrote {found.narrow.size} and {found.wide.size} words of memories instead of {narrow[0]} "
+            f"and {wide[0]}: a project by an older version, or its test bench was changed: export it again"
         )
     return found

@@ -138,6 +138,9 @@ def add_cost_options(parser: Any, exploring: bool = False) -> None:
     parser.add_argument("--array", type=int, default=None, metavar="OUTPUTS", help="default: what is fastest")
     parser.add_argument("--port-bits", type=int, default=None, metavar="BITS", help="of a memory port")
     parser.add_argument("--ports", type=int, default=None, metavar="N", help="1 or 2, of weights")
+    parser.add_argument(
+        "--residual-bits", type=int, default=None, metavar="BITS", help="32, or 16 with 8-bit activations"
+    )
     if exploring:
         parser.add_argument(
             "--out", type=str, default=None, metavar="FILE", help="write the fastest engines, as --config"

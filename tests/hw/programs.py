@@ -45,7 +45,7 @@ REST = {
     "w8a8": {"pixels": 4, "divided": 16, "results": 16, "lanes": 64},
     "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4, "lanes": 128},
 }
-# Ports of 256 bits, as HBM has, and heads as wide as a block of keys; a group has three queries.
+# Ports of 256 bits, as HBM has, wide values of 16, and heads as wide as a block of keys; a group has three queries.
 WIDE = replace(
     HARDWARE,
     weight_bits=8,
@@ -54,6 +54,7 @@ WIDE = replace(
     folded=True,
     tile_in=32,
     port_bits=256,
+    wide_bits=16,
     weight_ports=2,
     max_in=288,
     max_head=64,
@@ -71,7 +72,7 @@ def hardware_of(name: str) -> Hardware:
     return replace(HARDWARE, weight_bits=weight_bits, act_bits=act_bits, **sizes, **REST[name])
 
 
-FOLDED = replace(hardware_of("w8a8"), tile_out=128, folded=True)
+FOLDED = replace(hardware_of("w8a8"), tile_out=128, folded=True, wide_bits=16)
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Shape:
     weight_bits: int = 16
     finer: int = 0  # narrow fractions this much finer than fits: values saturate
     wide_frac: int = 16
+    wide_bits: int = 32
     upscale: int = 0  # pixels of a token and side for heads with a convolution; 0: linear heads
 
 
@@ -104,7 +106,7 @@ def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple
         return rng.normal(0, std or size[-1] ** -0.5, size)
 
     s, dim = shape, shape.dim
-    scheduler = Scheduler(s.tasks, s.weight_bits, s.act_bits, s.wide_frac, port_bits)
+    scheduler = Scheduler(s.tasks, s.weight_bits, s.act_bits, s.wide_frac, port_bits, s.wide_bits)
     frac = s.act_bits - 5 + s.finer
     x = scheduler.image(s.grid, s.patch)
     x = scheduler.embed("embed", x, draw(dim, x.columns, std=2 * x.columns**-0.5), draw(dim, std=0.2), s.prefix)

@@ -117,7 +117,8 @@ class _Planner:
         weight_bits, act_bits = self.formats["weight_bits"], self.formats["act_bits"]
         self.design = Design(**settings["design"])
         self.board = self.design.target
-        self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, self.formats["wide"], self.board.port_bits)
+        wide, wide_bits = self.formats["wide"], self.formats["wide_bits"]
+        self.scheduler = Scheduler(self.tasks, weight_bits, act_bits, wide, self.board.port_bits, wide_bits)
         self.output_fracs: list[int] = []
         self.programs: list[dict[str, dict[int, Any]]] = settings["programs"]
         self.program = self.programs[0]

@@ -134,8 +134,8 @@ def of_project(project: Path, board: str | None, task: str | None, budget: str |
             f"{hardware.port_bits}: export it with --board {board}"
         )
     if chosen.name != manifest["board"]:
-        others = [one for program in programs[1:] for one in program]
-        hardware = fit(programs[0], hardware.weight_bits, hardware.act_bits, chosen, others=others)
+        others, own = [one for program in programs[1:] for one in program], {"wide_bits": hardware.wide_bits}
+        hardware = fit(programs[0], hardware.weight_bits, hardware.act_bits, chosen, own, others)
     names, tasks = budget_names(manifest), [entry["name"] for entry in manifest["tasks"]]
     found = [cost(program, hardware, chosen, _task(task, tasks)) for program in programs]
     lines = {name: _line(one, programs[place]) for place, (name, one) in enumerate(zip(names, found, strict=True))}

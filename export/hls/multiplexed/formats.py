@@ -3,7 +3,7 @@
 Narrow tensors are act_bits wide, each with a fraction of its own that leaves HEADROOM_BITS above the largest value
 seen. Below HEADROOM_FROM bits a bit is dear: the fraction is the one that just holds that value, or the next finer one,
 which clips it, whichever has the smaller squared error. Values may saturate there, and simulation counts them. The
-residual stream has one fraction throughout, so that layers add to it in place; it is 32 bits wide.
+residual stream has one fraction throughout, so that layers add to it in place; it is 32 bits wide, or 16.
 """
 
 import math
@@ -20,14 +20,14 @@ from m3vit.export.hls.multiplexed.words import integer_bits
 
 HEADROOM_BITS = 1
 HEADROOM_FROM = 12
-WIDE_HEADROOM_BITS = 3
+WIDE_HEADROOM_BITS = {32: 3, 16: 1}
 WIDE_FRAC_LIMIT = 20  # finer than any product; and LayerNorm's eps then fits 60 bits
 LOGIT_FRAC_LIMIT = 24
 LIMITS: Mapping[str, Sequence[int]] = {"weight_bits": (8, 12, 16), "act_bits": (8, 10, 12, 14, 16)}
 
 
 class Formats(NamedTuple):
-    """Fractional bits: `wide` of the residual stream; `layers` {hls4ml layer: {kind: fraction}}.
+    """Fractional bits: `wide` of the residual stream, which has wide_bits; `layers` {hls4ml layer: {kind: fraction}}.
 
     Kinds: result (of narrow outputs); query, key, value (attention's input); input (before GELU); logit, hidden, active
     (MoE: router, before and after GELU); normed (head), output0, output1, ... (each task's outputs; of a head with a
@@ -38,6 +38,7 @@ class Formats(NamedTuple):
     act_bits: int
     wide: int
     layers: dict[str, dict[str, int]]
+    wide_bits: int = 32
 
 
 def few(bits: int) -> bool:
@@ -62,14 +63,14 @@ def squared_error(octaves: Tensor, frac: int, bits: int) -> float:
     return float(octaves[0, :above].sum()) * 4.0**-frac / 12 + squares - 2 * most * total + most**2 * count
 
 
-def wide_frac(largest: float, limit: int) -> int:
-    """Return the fraction of a 32-bit tensor that reaches `largest`."""
+def wide_frac(largest: float, limit: int, bits: int = 32) -> int:
+    """Return the fraction of a wide tensor that reaches `largest`."""
     if not math.isfinite(largest):
         raise InputError("cannot export to HLS: the model has weights or outputs that are not finite; train it again")
-    return min(limit, 31 - WIDE_HEADROOM_BITS - integer_bits(max(largest, 2.0**-12)))
+    return min(limit, bits - 1 - WIDE_HEADROOM_BITS[bits] - integer_bits(max(largest, 2.0**-12)))
 
 
-def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats:
+def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits: int = 32) -> Formats:
     """Return the formats of a calibrated model."""
     layers: dict[str, dict[str, int]] = {}
     reached = calibration.outputs
@@ -93,7 +94,7 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats
         elif isinstance(module, leaf.VitGelu):
             kinds["input"] = narrow(node.args[0].name)
         elif isinstance(module, leaf.VitMoE):
-            kinds["logit"] = wide_frac(inner["logit"], LOGIT_FRAC_LIMIT)
+            kinds["logit"] = wide_frac(inner["logit"], LOGIT_FRAC_LIMIT, wide_bits)
             kinds |= {name: narrow(node.name, name) for name in ("hidden", "active")}
         elif isinstance(module, leaf.VitTaskHead):
             kinds["normed"] = narrow(node.name, "normed")
@@ -109,4 +110,4 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int) -> Formats
         elif isinstance(module, leaf.VitPosition) or node.name == "norm_pre":
             stream = max(stream, reached[node.name])
         layers[node.name] = kinds
-    return Formats(weight_bits, act_bits, wide_frac(stream, WIDE_FRAC_LIMIT), layers)
+    return Formats(weight_bits, act_bits, wide_frac(stream, WIDE_FRAC_LIMIT, wide_bits), layers, wide_bits)

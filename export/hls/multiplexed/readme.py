@@ -79,7 +79,8 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 - `weights`, `gates`, `params`: the three sections of `firmware/weights/weights.bin`; `weights_map.json` says where each
   tensor lies, lists the program, and the elements of the memories below.
 - `keys`, `narrow_in`, `narrow_out`: one memory of int{8 if hardware["act_bits"] <= 8 else 16};
-  `wide_in`, `wide`, `more_wide_in`, `more_wide`: one of int32. Scratch: nothing in them outlasts a frame.
+  `wide_in`, `wide`, `more_wide_in`, `more_wide`: one of int{hardware["wide_bits"]}. Scratch: nothing in them outlasts
+  a frame.
 - `output`: int32 [{manifest["tokens"]} ({rows} x {columns} patches), {layout.token_pitch}], raw words with the
   fractional bits below. A token has {layout.pixels} row(s), each at a whole word of the port; how many outputs a row
   begins with, and how far rows are apart, is below. What is between is no output, which `host/m3vit_output_memory.py`
@@ -91,7 +92,8 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 |---|---|---|---|---|---|---|
 {tasks}
 
-Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream 32
+Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream
+{hardware["wide_bits"]}
 ({manifest["precision"]["wide_frac"]} fractional); the largest sum needs {manifest["precision"]["largest_sum_bits"]}.
 
 {EDITING.format(formats="model.h")}"""

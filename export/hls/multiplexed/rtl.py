@@ -36,9 +36,10 @@ def layers_of(emulator: Emulator, pixels: np.ndarray, task: int) -> Iterator[tup
     emulator."""
     image = emulator.image
     kind = np.int8 if image.act_bits <= 8 else np.int16
-    narrow, wide = np.zeros(0, kind), np.zeros(0, np.int32)
+    of_wide = np.int16 if image.wide_bits == 16 else np.int32
+    narrow, wide = np.zeros(0, kind), np.zeros(0, of_wide)
     for pc, state in emulator.steps(pixels, task):
-        instruction, after = image.program[pc], state.wide.numpy().astype(np.int32)
+        instruction, after = image.program[pc], state.wide.numpy().astype(of_wide)
         if isinstance(instruction, Experts):
             yield pc, rtl.Layer(image, instruction, narrow, wide, state.experts, state.scores), after
         narrow, wide = state.narrow.numpy().astype(kind), after

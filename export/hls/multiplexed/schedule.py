@@ -92,7 +92,7 @@ def require_engines(model: leaf.LoweredModel, options: Options) -> None:
 def _precisions(formats: Formats, config: dict[str, Any]) -> None:
     """State the result type of every layer in an hls4ml configuration."""
     narrow_layers = {name for name, kinds in formats.layers.items() if "result" in kinds}
-    wide = f"ap_fixed<32,{32 - formats.wide},AP_RND,AP_SAT>"
+    wide = f"ap_fixed<{formats.wide_bits},{formats.wide_bits - formats.wide},AP_RND,AP_SAT>"
     for name, layer in config["LayerName"].items():
         layer["Precision"] = {"result": wide}
         if name in narrow_layers:
@@ -121,7 +121,8 @@ def write_project(
     if few(options.act_bits):
         equalise(models, calibration, options.progress)
     seen = calibrate_all(models, calibration, options.progress, octaves=few(options.act_bits))
-    formats = choose(seen, options.weight_bits, options.act_bits)
+    wide_bits = options.design.sizes.get("wide_bits", 32) if options.design else 32
+    formats = choose(seen, options.weight_bits, options.act_bits, wide_bits)
     options.progress(0, 1, "hls4ml's conversion, quantisation and the program")
     graph = convert(
         model,
@@ -143,6 +144,7 @@ def write_project(
             "weight_bits": formats.weight_bits,
             "act_bits": formats.act_bits,
             "wide_frac": formats.wide,
+            "wide_bits": formats.wide_bits,
             "layers": kinds,
             "largest_sum_bits": schedule.sum_bits,
         },

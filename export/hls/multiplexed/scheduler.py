@@ -26,7 +26,7 @@ from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 from m3vit.hw.weights_file import ALIGNMENT
 
 PIXEL_FRAC = 8
-WIDE_BITS = 32
+PARAM_BITS = 32
 Fracs = NDArray[np.int64] | int
 Maps = list[tuple[Floats, Floats]]  # the weight [C, D] and bias [C] of each task
 
@@ -119,21 +119,30 @@ class Units(NamedTuple):
 
 
 class Scheduler:
-    """Collects the programs of one model. `wide_frac`: of every wide tensor but logits and outputs.
+    """Collects the programs of one model. `wide_frac`: of every wide tensor but logits and outputs; wide_bits: of all
+    but outputs.
 
     port_bits: of the ports that will read it: rows begin at their words, inputs of products fill steps of the array.
     """
 
-    def __init__(self, tasks: int, weight_bits: int, act_bits: int, wide_frac: int, port_bits: int = PORT_BITS) -> None:
+    def __init__(
+        self,
+        tasks: int,
+        weight_bits: int,
+        act_bits: int,
+        wide_frac: int,
+        port_bits: int = PORT_BITS,
+        wide_bits: int = 32,
+    ) -> None:
         act_word = stored_bits(act_bits)
         self.unit, self.lanes = row_unit(stored_bits(weight_bits), act_word, port_bits), port_bits // act_word
-        self.wide_lanes = port_bits // WIDE_BITS
+        self.output_lanes = port_bits // PARAM_BITS
         self.tasks, self.weight_bits, self.act_bits, self.wide_frac = tasks, weight_bits, act_bits, wide_frac
         self.steps: list[_Step] = []
         self.buffers: list[Buffer] = []
         self.ended: list[tuple[list[_Step], list[Buffer]]] = []  # programs before
         self.stored: dict[str, dict[str, Any]] = {}  # fields of what is in the image, by name
-        self.builder = Builder(weight_bits, act_bits)
+        self.builder = Builder(weight_bits, act_bits, wide_bits)
         self.tensors: list[dict[str, Any]] = []  # of the weight file, for weights_map.json
         self.output_size = self.image_size = 0
         self.output_layout = OutputLayout(0, 1, [], [])
@@ -226,7 +235,7 @@ class Scheduler:
 
     def position(self, name: str, x: Tensor, table: Floats, prefix: int) -> Tensor:
         """Prefix tokens and position embedding, in place: table [N, D]."""
-        words = rounded(table, self.wide_frac, WIDE_BITS)
+        words = rounded(table, self.wide_frac, PARAM_BITS)
         words = np.pad(words, ((0, 0), (0, round_up(x.columns, PARAMS_UNIT) - x.columns)))
         params = self._table(f"{name}.table", words, frac=self.wide_frac)
         self._add(isa.Position(rows=x.rows, n_out=words.shape[1], params=params, prefix=prefix), None, x)
@@ -432,7 +441,7 @@ class Scheduler:
 
     def _lay_out(self, tokens: int, counts: list[int], pixels: int = 1) -> OutputLayout:
         """Lay out the output memory: of each task `counts` outputs for each of a token's pixels."""
-        pitches = [round_up(count, self.wide_lanes) for count in counts]
+        pitches = [round_up(count, self.output_lanes) for count in counts]
         self.output_layout = OutputLayout(pixels * max(pitches), pixels, counts, pitches)
         self.output_size = tokens * self.output_layout.token_pitch
         return self.output_layout

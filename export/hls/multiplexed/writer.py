@@ -28,6 +28,7 @@ HEADERS = ("m3vit_tables.h", "m3vit_integer.h")  # of hw/include; and all of hw/
 HEAD = (
     "weight_bits",
     "act_bits",
+    "wide_bits",
     "max_head",
     "uram",
     "tiles_in_lut",
@@ -39,13 +40,14 @@ HEAD = (
 DRIVER_PARTS = (("m3vit.kinds", "decoding"), ("m3vit.hw", "output_memory"), ("m3vit.hw", "weights_file"))
 BLOCK_DESIGN, SYSTEM = "vivado_design.tcl", "zynq_ultrascale"  # what it can build around the accelerator
 TYPES = {8: "int8_t", 16: "int16_t"}
+WIDE_TYPES = {16: "int16_t", 32: "int32_t"}
 NOTICE = "// Written by m3vit; depends on the model."
 
 TOP_ARGUMENTS = """const vit_words::image *image, unsigned task, unsigned num_tasks, unsigned entry,
            const vit_words::weights *weights, const vit_words::weights *more_weights, const vit_words::gates *gates,
-           const vit_words::wide *params, const vit_words::narrow *keys, const vit_words::narrow *narrow_in,
+           const vit_words::params *params, const vit_words::narrow *keys, const vit_words::narrow *narrow_in,
            vit_words::narrow *narrow_out, const vit_words::wide *wide_in, vit_words::wide *wide,
-           const vit_words::wide *more_wide_in, vit_words::wide *more_wide, vit_words::wide *output"""
+           const vit_words::wide *more_wide_in, vit_words::wide *more_wide, vit_words::params *output"""
 # Bundles: what works at the same time (the processes of a dataflow region) has ports of its own.
 PORTS = {
     "image": "io",
@@ -90,7 +92,8 @@ def parameters_text(hardware: Hardware) -> str:
             "struct M3VIT_LOCAL vit_cfg {",
             f"    typedef {TYPES[hardware.weight_word]} wt_t; // weights have {hardware.weight_bits} bits",
             f"    typedef {TYPES[hardware.act_word]} act_t;",
-            f"    static const int act_bits = {hardware.act_bits};",
+            f"    typedef {WIDE_TYPES[hardware.wide_bits]} wide_t;",
+            f"    static const int act_bits = {hardware.act_bits}, wide_bits = {hardware.wide_bits};",
             f"    static const bool packed = {str(hardware.packed).lower()};",
             *lines,
             "};",
@@ -184,7 +187,7 @@ def depths_of(image: Image, hardware: Hardware) -> dict[str, int]:
     memory = image.memory
     lanes = {"weights": hardware.weight_word, "gates": GATE_BITS, "params": 32}
     narrow = dict.fromkeys(("keys", "narrow_in", "narrow_out"), -(-memory.narrow // hardware.values(hardware.act_word)))
-    wide = -(-memory.wide // hardware.values(32))
+    wide = -(-memory.wide // hardware.values(hardware.wide_bits))
     sections = {name: max(1, -(-getattr(image, name).size // hardware.values(bits))) for name, bits in lanes.items()}
     sections["more_weights"] = sections["weights"]
     return {

@@ -6,16 +6,16 @@
 // engines (without the depth of pipelines and the latency of memory) and their bytes are in m3vit/hw/ops.py.
 //
 // Number formats. Narrow tensors (inputs of products) are C::act_bits wide, weights C::wt_t, both with a fraction
-// chosen by calibration; wide tensors (the residual stream, router logits, outputs) are 32 bits; accumulators are
-// exact. All rounding is half up, and everything saturates; C-simulation counts how often.
+// chosen by calibration; wide tensors (the residual stream, router logits) are C::wide_bits wide, 32 or 16, outputs 32;
+// accumulators are exact. All rounding is half up, and everything saturates; C-simulation counts how often.
 //
 // Memory is read and written in whole words: a port's type is a word of several values, and a loop moves one an
 // iteration. So rows begin at words, inputs of products fill whole steps of tile_in (the exporter pads both, with weights
 // of 0), tile_out is a multiple of the values in a word, and what a row's last word holds beyond the row is written as 0.
 //
 // C, the configuration of the hardware (firmware/parameters.h of a project), has
-//   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t)
-//   widths     act_bits; packed: two products share a multiplier (both have 8 bits)
+//   types      wt_t (int8_t or int16_t), act_t (int8_t or int16_t), wide_t (int32_t or int16_t)
+//   widths     act_bits, wide_bits; packed: two products share a multiplier (both have 8 bits)
 //   memory     port_bits: the width of a port; a word is what it moves in a cycle; weight_ports: 1, or 2 that weights are
 //              read through; pixels: values of the image that are read at once
 //   array      tile_in x tile_out products a cycle, gate_out outputs a tile of the router's; results: narrow ones of
@@ -78,8 +78,9 @@ template <class C> struct words {
     typedef word<typename C::wt_t, C::port_bits> weights;
     typedef word<int16_t, C::port_bits> gates;
     typedef word<typename C::act_t, C::port_bits> narrow;
-    typedef word<int32_t, C::port_bits> wide; // and params
-    static const unsigned narrow_lanes = narrow::lanes, wide_lanes = wide::lanes;
+    typedef word<typename C::wide_t, C::port_bits> wide;
+    typedef word<int32_t, C::port_bits> params; // and outputs
+    static const unsigned narrow_lanes = narrow::lanes, wide_lanes = wide::lanes, param_lanes = params::lanes;
 };
 
 // What the engines reach memory by: pointers, or, in timed C-simulation, objects.
@@ -88,7 +89,7 @@ template <class C> struct ports {
     typedef typename port<const typename words<C>::weights, port_weights>::type weights;
     typedef typename port<const typename words<C>::weights, port_more_weights>::type more_weights;
     typedef typename port<const typename words<C>::gates, port_gates>::type gates;
-    typedef typename port<const typename words<C>::wide, port_params>::type params;
+    typedef typename port<const typename words<C>::params, port_params>::type params;
     typedef typename port<const typename words<C>::narrow, port_keys>::type keys;
     typedef typename port<const typename words<C>::narrow, port_narrow_in>::type narrow_in;
     typedef typename port<typename words<C>::narrow, port_narrow_out>::type narrow_out;
@@ -96,7 +97,7 @@ template <class C> struct ports {
     typedef typename port<typename words<C>::wide, port_wide>::type wide;
     typedef typename port<const typename words<C>::wide, port_more_wide_in>::type more_wide_in;
     typedef typename port<typename words<C>::wide, port_more_wide>::type more_wide;
-    typedef typename port<typename words<C>::wide, port_output>::type output;
+    typedef typename port<typename words<C>::params, port_output>::type output;
 };
 
 // How many words `count` values take.
@@ -108,13 +109,13 @@ template <unsigned LANES> inline unsigned words_of(unsigned count) {
 // Read the words of instruction `pc`; m3vit_isa.h takes the fields out of them.
 template <class C>
 void read_instruction(typename ports<C>::params params, unsigned pc, int32_t w[instruction_words]) {
-    static const unsigned lanes = words<C>::wide_lanes;
+    static const unsigned lanes = words<C>::param_lanes;
     pipelined<loop_engine_fetch, 1> fetch_loop;
 Fetch:
     for (unsigned i = 0; i < instruction_words / lanes; i++) {
         #pragma HLS PIPELINE II=1
         fetch_loop.tick();
-        const typename words<C>::wide values = params[pc * (instruction_words / lanes) + i];
+        const typename words<C>::params values = params[pc * (instruction_words / lanes) + i];
         for (unsigned j = 0; j < lanes; j++) {
             #pragma HLS UNROLL
             w[i * lanes + j] = values.lane[j];

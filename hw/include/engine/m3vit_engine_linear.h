@@ -157,9 +157,9 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.steps = now.n_in / C::tile_in / (now.folded ? 2 : 1);
     state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
-    state.results = now.mode == to_narrow
-                        ? words_of<C::results>(now.outputs)
-                        : words_of<words<C>::wide_lanes>(now.mode == to_output ? now.outputs : first_half(now));
+    state.results = now.mode == to_narrow   ? words_of<C::results>(now.outputs)
+                    : now.mode == to_output ? words_of<words<C>::param_lanes>(now.outputs)
+                                            : words_of<words<C>::wide_lanes>(first_half(now));
     state.span = state.steps > state.results ? state.steps : state.results;
     const unsigned reading = state.reads > linear_state<C>::least_span ? state.reads : linear_state<C>::least_span;
     state.span = now.fresh && reading > state.span ? reading : state.span;
@@ -178,12 +178,12 @@ template <class C> void end_tile(linear_state<C> &state) {
         M3VIT_COUNT(narrow_write,
                     now.count * words_of<words<C>::narrow_lanes>(now.outputs) * sizeof(typename words<C>::narrow));
     else if (now.mode == to_output)
-        M3VIT_COUNT(output, now.count * state.results * sizeof(typename words<C>::wide));
+        M3VIT_COUNT(output, now.count * state.results * sizeof(typename words<C>::params));
     else
         M3VIT_COUNT(wide_write, now.count * words_of<words<C>::wide_lanes>(now.outputs) * sizeof(typename words<C>::wide));
     if (now.mode == to_residual || now.mode == to_queue)
         M3VIT_COUNT(wide_read, now.count * words_of<words<C>::wide_lanes>(now.outputs) * sizeof(typename words<C>::wide));
-    M3VIT_COUNT(params, words_of<words<C>::wide_lanes>(row_words * now.outputs) * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(params, words_of<words<C>::param_lanes>(row_words * now.outputs) * sizeof(typename words<C>::params));
     if (now.gate)
         M3VIT_COUNT(gates, now.outputs * now.n_in * sizeof(int16_t));
     else
@@ -211,6 +211,7 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
                 typename ports<C>::output output) {
     #pragma HLS INLINE
     static const unsigned narrow_lanes = words<C>::narrow_lanes, wide_lanes = words<C>::wide_lanes;
+    static const unsigned out_lanes = words<C>::param_lanes;
     static const unsigned joined = narrow_lanes / C::results; // steps of a narrow word
     static_assert(C::results >= 2 * wide_lanes && joined > 0, "a step's results are two wide words, or of one narrow word");
     const tile_job &job = state.now;
@@ -225,8 +226,9 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
         #pragma HLS UNROLL
         const unsigned part = l / wide_lanes, of_word = w * wide_lanes + l % wide_lanes;
         outputs[l] = job.mode == to_narrow ? w * C::results + l
-                     : part == 0           ? (of_word < job.half || whole ? of_word : job.outputs)
-                     : part == 1 && !whole ? job.half + of_word
+                     : whole               ? (l < out_lanes ? w * out_lanes + l : job.outputs)
+                     : part == 0           ? (of_word < job.half ? of_word : job.outputs)
+                     : part == 1           ? job.half + of_word
                                            : job.outputs;
         results[l] = outputs[l] < job.outputs ? result_of<C>(state, tile, weight_tiles<C>::row_of(job, outputs[l])) : 0;
     }
@@ -248,6 +250,13 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
         }
         if (w % joined == joined - 1 || w + 1 == state.results)
             narrow[token.at / narrow_lanes + w / joined] = state.gathered;
+    } else if (whole) {
+        typename words<C>::params values;
+        for (unsigned l = 0; l < out_lanes; l++) {
+            #pragma HLS UNROLL
+            values.lane[l] = outputs[l] < job.outputs ? (int32_t)saturate<32>(results[l]) : 0;
+        }
+        output[token.at / out_lanes + w] = values;
     } else {
         // No two tokens of a tile have the same row, so it may be read before the one before is written.
         const unsigned at = token.at / wide_lanes + w, more_at = at + job.half / wide_lanes;
@@ -260,19 +269,16 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
             values[1] = more_wide_in[more_at];
         for (unsigned l = 0; l < 2 * wide_lanes; l++) {
             #pragma HLS UNROLL
-            int32_t &value = values[l / wide_lanes].lane[l % wide_lanes];
+            typename C::wide_t &value = values[l / wide_lanes].lane[l % wide_lanes];
             const long long before = adds && outputs[l] < job.outputs ? value : 0;
             value = 0;
             if (outputs[l] < job.outputs) {
                 const long long y = results[l];
                 const long long added = job.mode == to_queue ? shift_round(saturate<32>(y) * token.score, prob_frac) : y;
-                value = (int32_t)saturate<32>(before + added);
+                value = (typename C::wide_t)saturate<C::wide_bits>(before + added);
             }
         }
-        if (whole)
-            output[at] = values[0];
-        else
-            wide[at] = values[0];
+        wide[at] = values[0];
         if (more)
             more_wide[more_at] = values[1];
     }

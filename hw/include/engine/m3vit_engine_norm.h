@@ -49,38 +49,44 @@ Pixel:
 }
 
 // The first `prefix` tokens become those of the table, the others get it added.
-// Cycles: rows * n_out / values in a word.
+// Cycles: rows * n_out / values in a word of params, of which a word of tokens holds as many or twice as many.
 template <class C>
 void position(const position_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
               typename ports<C>::wide wide) {
     #pragma HLS INLINE off
-    static const unsigned lanes = words<C>::wide_lanes;
-    const unsigned count = words_of<lanes>(I.n_out);
+    static const unsigned lanes = words<C>::wide_lanes, some = words<C>::param_lanes, joined = lanes / some;
+    const unsigned count = words_of<some>(I.n_out);
     unsigned t = 0, w = 0;
+    typename words<C>::wide values;
+    #pragma HLS ARRAY_PARTITION variable=values.lane complete
     pipelined<loop_norm_token, 1> token_loop;
 Token:
     for (unsigned n = 0; n < I.rows * count; n++) {
         #pragma HLS PIPELINE II=1
         token_loop.tick();
-        const unsigned place = (I.dst + t * I.dst_pitch) / lanes + w;
-        const typename words<C>::wide added = params[I.params / lanes + n];
-        typename words<C>::wide values;
-        if (t >= I.prefix)
+        const unsigned place = (I.dst + t * I.dst_pitch) / lanes + w / joined, part = w % joined;
+        const typename words<C>::params added = params[I.params / some + n];
+        if (t >= I.prefix && part == 0)
             values = wide_in[place];
         for (unsigned l = 0; l < lanes; l++) {
             #pragma HLS UNROLL
-            const long long before = t < I.prefix ? 0 : values.lane[l];
-            values.lane[l] = w * lanes + l < I.n_out ? (int32_t)saturate<32>(before + added.lane[l]) : 0;
+            if (l / some == part) {
+                const long long before = t < I.prefix ? 0 : values.lane[l], sum = before + added.lane[l % some];
+                values.lane[l] = w * some + l % some < I.n_out ? (typename C::wide_t)saturate<C::wide_bits>(sum) : 0;
+            } else if (l / some > part && w + 1 == count) {
+                values.lane[l] = 0;
+            }
         }
-        wide[place] = values;
+        if (part + 1 == joined || w + 1 == count)
+            wide[place] = values;
         if (++w == count) {
             w = 0;
             t++;
         }
     }
-    M3VIT_COUNT(params, I.rows * count * sizeof(typename words<C>::wide));
-    M3VIT_COUNT(wide_read, (I.rows - I.prefix) * count * sizeof(typename words<C>::wide));
-    M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(params, I.rows * count * sizeof(typename words<C>::params));
+    M3VIT_COUNT(wide_read, (I.rows - I.prefix) * words_of<lanes>(I.n_out) * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(wide_write, I.rows * words_of<lanes>(I.n_out) * sizeof(typename words<C>::wide));
 }
 
 // LayerNorm's values in the width that they need, which decides how many DSPs a product takes: channels fewer than
@@ -135,6 +141,8 @@ void layernorm(const norm_fields &I, typename ports<C>::params params, typename 
     static const unsigned side = C::norm_words * lanes;           // values of a step
     static const unsigned longest = (most + C::norm_words - 1) / C::norm_words;
     static const unsigned joined = words<C>::narrow_lanes / side; // steps whose values a narrow word holds
+    static const unsigned some = words<C>::param_lanes, loads = lanes / some; // words of params for a wide one
+    static_assert(joined > 0, "a step's values are of one narrow word");
     // Rows that were read: odd or even, by word of a step. Each is written by one port and read by one stage.
     static typename words<C>::wide x[2][C::norm_words][norm_pairs * longest];
     static int scale[C::norm_words][most][lanes], bias[C::norm_words][most][lanes];
@@ -153,23 +161,33 @@ void layernorm(const norm_fields &I, typename ports<C>::params params, typename 
     const unsigned n = I.n_in, count = words_of<lanes>(n), together = I.mode == to_narrow ? C::norm_words : 1;
     const unsigned steps = (count + together - 1) / together, span = steps > norm_span ? steps : norm_span;
     const unsigned half = (I.rows + together - 1) / together; // rows of the first port
+    const unsigned param_count = words_of<some>(n);
+    int loaded[lanes];
+    #pragma HLS ARRAY_PARTITION variable=loaded complete
     pipelined<loop_norm_load, 1> load_loop;
 Load:
-    for (unsigned w = 0; w < 2 * count; w++) {
+    for (unsigned w = 0; w < 2 * param_count; w++) {
         #pragma HLS PIPELINE II=1
         load_loop.tick();
-        const bool second = w >= count;
-        const unsigned place = second ? w - count : w;
-        const typename words<C>::wide values = params[(I.params + (second ? I.biases : 0)) / lanes + place];
+        const bool second = w >= param_count;
+        const unsigned place = second ? w - param_count : w, at = place / loads;
+        const typename words<C>::params values = params[(I.params + (second ? I.biases : 0)) / some + place];
         for (unsigned l = 0; l < lanes; l++) {
             #pragma HLS UNROLL
-            if (second)
-                bias[place % together][place / together][l] = values.lane[l];
-            else
-                scale[place % together][place / together][l] = values.lane[l];
+            if (l / some >= place % loads)
+                loaded[l] = l / some == place % loads ? values.lane[l % some] : 0;
+        }
+        if (place % loads + 1 == loads || place + 1 == param_count) {
+            for (unsigned l = 0; l < lanes; l++) {
+                #pragma HLS UNROLL
+                if (second)
+                    bias[at % together][at / together][l] = loaded[l];
+                else
+                    scale[at % together][at / together][l] = loaded[l];
+            }
         }
     }
-    M3VIT_COUNT(params, 2 * count * sizeof(typename words<C>::wide));
+    M3VIT_COUNT(params, 2 * param_count * sizeof(typename words<C>::params));
     norm_row summed, centring, squared, scaling; // of the rows t, t - 1, t - 2, t - 3: t is `together` after what is read
     summed.sum = centring.any = squared.squares = 0;
     scaling.factor = scaling.shift = squared.drop = 0;
@@ -246,7 +264,7 @@ Row:
                 if (I.mode == to_narrow)
                     gathered.lane[w % joined * side + l] = l < inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
                 else if (l < lanes)
-                    values.lane[l] = l < inside ? (int32_t)saturate<32>(z) : 0;
+                    values.lane[l] = l < inside ? (typename C::wide_t)saturate<C::wide_bits>(z) : 0;
             }
             const unsigned row = (t - 3) / together + (t - 3) % together * half;
             const unsigned place = I.dst + row * I.dst_pitch + word * lanes;

@@ -131,7 +131,7 @@ template <class C> tile_progress first_word(const tile_job &job) {
     tile_progress place;
     place.rows = !job.valid ? 0 : C::weight_ports == 2 && job.half < job.outputs ? job.half : job.outputs;
     place.words = !job.valid ? 0 : job.gate ? job.n_in / weight_tiles<C>::gate_lanes : job.n_in / weight_tiles<C>::lanes;
-    place.params = job.valid ? words_of<words<C>::wide_lanes>(row_words * job.outputs) : 0;
+    place.params = job.valid ? words_of<words<C>::param_lanes>(row_words * job.outputs) : 0;
     place.row = place.w = place.param = 0;
     return place;
 }
@@ -149,7 +149,7 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
                typename ports<C>::gates gates, typename ports<C>::params params) {
     #pragma HLS INLINE
     typedef weight_tiles<C> T;
-    static const unsigned lanes = words<C>::wide_lanes, rows = lanes / row_words;
+    static const unsigned lanes = words<C>::param_lanes, rows = lanes / row_words;
     if (place.row < place.rows) {
         const unsigned at = place.row * place.words + place.w, step = place.w / T::joined;
         const unsigned word = job.folded ? step / 2 * T::joined + place.w % T::joined : place.w;
@@ -167,7 +167,7 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
         }
     }
     if (place.param < place.params) {
-        const typename words<C>::wide values = params[job.params / lanes + place.param];
+        const typename words<C>::params values = params[job.params / lanes + place.param];
         for (unsigned r = 0; r < rows; r++) {
             #pragma HLS UNROLL
             const unsigned o = place.param * rows + r;

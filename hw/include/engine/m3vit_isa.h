@@ -61,7 +61,8 @@ struct file_header {
     int64_t instructions;
     int64_t programs;
     int64_t programs_at;
-    int64_t unused[3];
+    int64_t wide_bits;
+    int64_t unused[2];
 };
 
 // image: Patches of the image, pixel - 128, to narrow: rows of n_in = 3 patch^2 values, `columns` of them side by side.

@@ -95,6 +95,12 @@ class Accelerator:
                 f"{path} is for {header.weight_bits}-bit words and {header.act_bits}-bit activations, the accelerator "
                 f"for {stored} and {hardware['act_bits']}: export with the same --weight-bits and --act-bits"
             )
+        wide_bits = hardware.get("wide_bits", 32)
+        if (header.wide_bits or 32) != wide_bits:
+            raise ValueError(
+                f"{path} is for a residual stream of {header.wide_bits or 32} bits, the accelerator for {wide_bits}: "
+                "export with the same --residual-bits"
+            )
         outputs = self.manifest["tokens"] * self.layout.token_pitch
         if header.output != outputs:
             raise ValueError(
@@ -108,7 +114,7 @@ class Accelerator:
         act = np.int8 if header.act_bits <= 8 else np.int16
         for name, size, element in (
             ("narrow", header.narrow, act),
-            ("wide", header.wide, np.int32),
+            ("wide", header.wide, np.int16 if header.wide_bits else np.int32),
             ("output", header.output, np.int32),
             ("image", header.image, np.uint8),
         ):
