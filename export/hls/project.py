@@ -76,8 +76,15 @@ def export_project(
     cannot be exported, bad arguments and an `out` that holds anything else.
     """
     chosen = find_schedule(schedule)
-    fixed = {"part": part, "clock": clock, "array": array, "port_bits": port_bits, "ports": ports}
-    fixed |= {"residual_bits": residual_bits, "config": config}
+    fixed: dict[str, Any] = {
+        "part": part,
+        "clock": clock,
+        "array": array,
+        "port_bits": port_bits,
+        "ports": ports,
+        "config": config,
+    }
+    fixed |= {"residual_bits": residual_bits}
     options = choose_options(schedule, weight_bits, act_bits, board, fixed)
     options = replace(options, budgets=dict(budgets) or {"": budget}, progress=progress)
     if len(options.budgets) > 1 and not getattr(chosen, "SEVERAL_BUDGETS", False):
