@@ -106,4 +106,5 @@ def _line(point: Mapping[str, Any]) -> str:
     chosen = f"W{c['weight_bits']}A{c['act_bits']}, array {sizes['tile_out']}, lanes {sizes['lanes']}"
     buffers = f"{sizes['groups']} groups, blocks of {sizes['token_block']}"
     ports = f"ports of {c['port_bits']} bits, weights through {sizes['weight_ports']}"
-    return f"{point['ms']:8.2f} ms  {chosen}, {buffers}, {ports}; {_takes(point['takes'])}"
+    stream = f", residual stream of {sizes['wide_bits']} bits" if sizes["wide_bits"] != 32 else ""
+    return f"{point['ms']:8.2f} ms  {chosen}{stream}, {buffers}, {ports}; {_takes(point['takes'])}"
