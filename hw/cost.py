@@ -234,8 +234,8 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Modelled, task {report['task']}{of_budget}: {report['board']} at {report['clock_mhz']} MHz, "
-            f"{h['weight_bits']}-bit weights, {h['act_bits']}-bit activations, {stream}array {h['tile_in']} x {h['tile_out']}, "
-            f"blocks of {h['token_block']} tokens",
+            f"{h['weight_bits']}-bit weights, {h['act_bits']}-bit activations, {stream}"
+            f"array {h['tile_in']} x {h['tile_out']}, blocks of {h['token_block']} tokens",
             *table,
             *others,
             f"floor, ms: {floors}; the frame is {report['ratio']:.1f} times its {name}",
