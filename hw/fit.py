@@ -33,6 +33,7 @@ PLACES = {
     ),
     *("gelu_in", "gelu_out", "score_shift", "value_shift", "logit_frac", "shift", "bias_shift", "biases", "eps"),
     "pixel_pitch",
+    "rescale",
 }
 
 

@@ -63,7 +63,7 @@ OPCODE = 0
 # Words of the fields that several opcodes have. The others of an opcode are its own: from OWN on, in its class's order.
 SHARED = {
     **{"task": 1, "rows": 2, "n_in": 3, "n_out": 4, "src": 5, "src_pitch": 6, "dst": 7, "dst_pitch": 8},
-    **{"weights": 9, "params": 10, "mode": 11, "gelu_in": 12, "gelu_out": 13, "eps": 19},
+    **{"weights": 9, "params": 10, "mode": 11, "gelu_in": 12, "gelu_out": 13, "eps": 19, "rescale": 21},
 }
 OWN = 14
 BLANK = {"task": -1, "gelu_in": -1}  # of an opcode without the field; other words are 0
@@ -147,7 +147,8 @@ class Patches(Instruction):
 class Linear(Instruction):
     """Narrow x weights to narrow (with GELU unless gelu_in < 0), wide, added to wide, or to the output.
 
-    gelu_in, gelu_out: fractional bits before and after GELU.
+    gelu_in, gelu_out: fractional bits before and after GELU. rescale: fractional bits that wide values lose before they
+    are added to; engines of a 32-bit stream have none.
     """
 
     op = Op.LINEAR
@@ -163,6 +164,7 @@ class Linear(Instruction):
     mode: Target
     gelu_in: Signed = -1
     gelu_out: Signed = 0
+    rescale: Unsigned = 0
 
 
 @dataclass(kw_only=True)

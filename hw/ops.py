@@ -467,7 +467,8 @@ ENGINES = {
         linear_memories,
         lambda h: h.multipliers,
         lambda h: h.results + 2 * 2 * h.values(h.wide_bits),
-        lambda h: h.results,  # of narrow tokens, which wide ones share
+        # Of narrow tokens, which wide ones share; a stream of 16 bits is shifted itself.
+        lambda h: h.results + (2 * h.port_bits // ACCUMULATOR_BITS if h.wide_bits < PARAM_BITS else 0),
         # Operands are one of up to four.
         lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word) + _folding(h) * h.folded,
     ),

@@ -263,7 +263,9 @@ class Emulator:
             return
         memory, bits = (state.output, 32) if i.mode == Mode.OUTPUT else (state.wide, self.wide_bits)
         rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
-        rows.copy_(self._hold(state, pc, y.add_(rows) if i.mode == Mode.RESIDUAL else y, bits))
+        if i.mode == Mode.RESIDUAL:
+            y.add_(_round(rows.clone(), 2.0**-i.rescale) if i.rescale else rows)
+        rows.copy_(self._hold(state, pc, y, bits))
 
     def _conv(self, state: _State, pc: int, i: isa.Conv) -> None:
         s, columns, tokens = i.upscale, i.columns, i.rows // i.upscale**2

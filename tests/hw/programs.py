@@ -116,7 +116,8 @@ def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple
         fracs = np.array([frac, frac - 1, frac])
         y = scheduler.qkv(f"qkv_{block}", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs, s.heads)
         y = scheduler.attention(f"attention_{block}", y, s.heads, frac + 1)
-        x = scheduler.linear_added(f"proj_{block}", y, draw(dim, dim), draw(dim, std=0.1), x)
+        stream = s.wide_frac - (block + 1) * (s.wide_bits == 16)  # such a stream loses a bit at each attention
+        x = scheduler.linear_added(f"proj_{block}", y, draw(dim, dim), draw(dim, std=0.1), x, frac=stream)
         y = scheduler.norm(f"norm2_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
         if block % 2:
             weights = {
@@ -127,7 +128,9 @@ def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple
                 "w2": draw(s.experts, dim, s.hidden),
                 "b2": draw(s.experts, dim, std=0.1),
             }
-            x = scheduler.moe_added(f"moe_{block}", y, weights, s.top_k, 20, (frac, frac), x)
+            x = scheduler.moe_added(
+                f"moe_{block}", y, weights, s.top_k, 20 if s.wide_bits == 32 else 10, (frac, frac), x
+            )
         else:
             y = scheduler.linear(f"fc1_{block}", y, draw(s.mlp, dim), draw(s.mlp, std=0.1), 0, (frac, frac))
             x = scheduler.linear_added(f"fc2_{block}", y, draw(dim, s.mlp), draw(dim, std=0.1), x)

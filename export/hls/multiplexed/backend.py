@@ -265,7 +265,8 @@ class _Planner:
             arguments = (branch.name, x, *_linear(branch), residual)
             # The second map of an MLP: its inputs are the hidden units.
             units = self.units(self.block(branch)) if branch.inputs[0] in self.activated else None
-            self.tensors[node.outputs[0]] = self.scheduler.linear_added(*arguments, units)
+            frac = self.formats["layers"].get(branch.name, {}).get("stream")
+            self.tensors[node.outputs[0]] = self.scheduler.linear_added(*arguments, units, frac)
 
     def experts(self, node: Any, x: Tensor, residual: Tensor) -> Tensor:
         sizes = {name: node.get_attr(name) for name in ("n_task", "n_exp", "n_hid", "n_dim")}

@@ -3,14 +3,16 @@
 Narrow tensors are act_bits wide, each with a fraction of its own that leaves HEADROOM_BITS above the largest value
 seen. Below HEADROOM_FROM bits a bit is dear: the fraction is the one that just holds that value, or the next finer one,
 which clips it, whichever has the smaller squared error. Values may saturate there, and simulation counts them. The
-residual stream has one fraction throughout, so that layers add to it in place; it is 32 bits wide, or 16.
+residual stream, which layers add to in place, is 32 bits wide, with one fraction throughout, or 16: then it has as
+many fractional bits as hold what it reaches up to the next attention, and where that adds to it loses some.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, fx
 
 from m3vit.errors import InputError
 from m3vit.export.hls import leaf
@@ -27,11 +29,12 @@ LIMITS: Mapping[str, Sequence[int]] = {"weight_bits": (8, 12, 16), "act_bits": (
 
 
 class Formats(NamedTuple):
-    """Fractional bits: `wide` of the residual stream, which has wide_bits; `layers` {hls4ml layer: {kind: fraction}}.
+    """Fractional bits: `wide` of the residual stream at first, which has wide_bits; `layers` {hls4ml layer: {kind:
+    fraction}}.
 
     Kinds: result (of narrow outputs); query, key, value (attention's input); input (before GELU); logit, hidden, active
     (MoE: router, before and after GELU); normed (head), output0, output1, ... (each task's outputs; of a head with a
-    convolution, its features).
+    convolution, its features); stream (of a residual stream of 16 bits: of an attention's projection, and of sums).
     """
 
     weight_bits: int
@@ -110,4 +113,35 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits:
         elif isinstance(module, leaf.VitPosition) or node.name == "norm_pre":
             stream = max(stream, reached[node.name])
         layers[node.name] = kinds
-    return Formats(weight_bits, act_bits, wide_frac(stream, WIDE_FRAC_LIMIT, wide_bits), layers, wide_bits)
+    wide = wide_frac(stream, WIDE_FRAC_LIMIT, wide_bits)
+    if wide_bits == 16:
+        wide = _stream_fracs(calibration, layers)
+    return Formats(weight_bits, act_bits, wide, layers, wide_bits)
+
+
+def _stream_fracs(calibration: Calibration, layers: dict[str, dict[str, int]]) -> int:
+    """Note the fractions of a residual stream of 16 bits in `layers`; return that of the first."""
+    graph, parts = calibration.graph, [(0.0, [""])]  # what it reaches from one attention on, and the layers there
+    for node in graph.graph.nodes:
+        module = graph.get_submodule(node.target) if node.op == "call_module" else None
+        if node.op != "call_function" and not isinstance(module, leaf.VitPosition) and node.name != "norm_pre":
+            continue
+        if projection := _attention_added(graph, node):
+            parts.append((0.0, [projection]))
+        reached, names = parts[-1]
+        parts[-1] = (max(reached, calibration.outputs[node.name]), [*names, node.name])
+    fracs = np.minimum.accumulate([wide_frac(reached, WIDE_FRAC_LIMIT, 16) for reached, _ in parts]).tolist()
+    for frac, (_, names) in list(zip(fracs, parts, strict=True))[1:]:
+        for name in names:
+            layers.setdefault(name, {})["stream"] = frac
+    return int(fracs[0])
+
+
+def _attention_added(graph: fx.GraphModule, node: fx.Node) -> str:
+    """Return the name of the Linear after an attention that a sum adds, or an empty text."""
+    if node.op != "call_function":
+        return ""
+    branch = node.all_input_nodes[-1]
+    before = branch.all_input_nodes[0]
+    attends = before.op == "call_module" and isinstance(graph.get_submodule(str(before.target)), leaf.VitAttention)
+    return branch.name if attends else ""

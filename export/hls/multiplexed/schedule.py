@@ -92,9 +92,9 @@ def require_engines(model: leaf.LoweredModel, options: Options) -> None:
 def _precisions(formats: Formats, config: dict[str, Any]) -> None:
     """State the result type of every layer in an hls4ml configuration."""
     narrow_layers = {name for name, kinds in formats.layers.items() if "result" in kinds}
-    wide = f"ap_fixed<{formats.wide_bits},{formats.wide_bits - formats.wide},AP_RND,AP_SAT>"
     for name, layer in config["LayerName"].items():
-        layer["Precision"] = {"result": wide}
+        wide = formats.layers.get(name, {}).get("stream", formats.wide)
+        layer["Precision"] = {"result": f"ap_fixed<{formats.wide_bits},{formats.wide_bits - wide},AP_RND,AP_SAT>"}
         if name in narrow_layers:
             bits, frac = formats.act_bits, formats.layers[name]["result"]
             layer["Precision"] = {"result": f"ap_fixed<{bits},{bits - frac},AP_RND,AP_SAT>"}

@@ -305,10 +305,14 @@ class Scheduler:
         bias: Floats,
         residual: Tensor,
         units: tuple[Units, int] | None = None,
+        frac: int | None = None,
     ) -> Tensor:
-        """Linear, added to the residual stream in place; units: as of `linear`, of its inputs."""
-        self._wide(name, x, weight, bias, residual, Mode.RESIDUAL, units)
-        return residual
+        """Linear, added to the residual stream in place; units: as of `linear`, of its inputs. frac: of the stream from
+        here on (default: as before)."""
+        assert isinstance(residual.frac, int)
+        added = replace(residual, frac=residual.frac if frac is None else frac)
+        self._wide(name, x, weight, bias, added, Mode.RESIDUAL, units, rescale=residual.frac - added.frac)
+        return added
 
     def _wide(
         self,
@@ -319,9 +323,11 @@ class Scheduler:
         dst: Tensor,
         mode: Mode,
         units: tuple[Units, int] | None = None,
+        rescale: int = 0,
         **options: Any,
     ) -> None:
-        """Linear to wide tokens; one of many inputs in parts, each added to those before, so that tiles stay small."""
+        """Linear to wide tokens; one of many inputs in parts, each added to those before, so that tiles stay small.
+        rescale: fractional bits that what is there loses."""
         if x.groups:
             weight, x = spread(weight, x.columns // x.groups, x.group, 1), replace(x, groups=0, columns=x.places)
         parts, several = split_inputs(round_up(x.columns, self.unit), self.unit), False
@@ -334,8 +340,9 @@ class Scheduler:
         for place, size in enumerate(parts):
             part = weight[:, start : start + size]
             suffix = f".part{place}" if several or len(parts) > 1 else ""
-            fields = self._store(name + suffix, part, bias * (place == 0), x, self.wide_frac, **options)
+            fields = self._store(name + suffix, part, bias * (place == 0), x, dst.frac, **options)
             shape: dict[str, Any] = {"mode": Mode.RESIDUAL if place else mode, "rows": x.rows, "n_out": len(weight)}
+            shape["rescale"] = rescale * (place == 0)
             self._add(isa.Linear(**shape, **fields), replace(x, offset=start), dst)
             start += size
 
@@ -406,20 +413,21 @@ class Scheduler:
         w2, b2 = (np.pad(values, [(0, 0), (0, inputs - dim), (0, 0)][: values.ndim]) for values in (w2, b2))
         w2 = np.pad(w2, ((0, 0), (0, 0), (0, filled - width)))
         inner = self._tensor(False, x.rows, filled, hidden[1])
-        fields = dict(self.stored.get(name) or self._store_experts(name, x, inner, (w1, b1, w2, b2), hidden[0]))
+        stored = self.stored.get(name)
+        fields = dict(stored or self._store_experts(name, x, inner, (w1, b1, w2, b2), (hidden[0], residual.frac)))
         fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": inner.pitch}
         shape: dict[str, Any] = {"rows": x.rows, "n_in": inputs, "n_out": filled}
         self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
 
     def _store_experts(
-        self, name: str, x: Tensor, inner: Tensor, weights: Sequence[Floats], hidden_frac: int
+        self, name: str, x: Tensor, inner: Tensor, weights: Sequence[Floats], fracs: tuple[int, Fracs]
     ) -> dict[str, Any]:
-        """Put experts into the image; return the instruction's fields."""
+        """Put experts into the image; return the instruction's fields. fracs: of both maps' results."""
         w1, b1, w2, b2 = weights
         packed: dict[str, list[np.ndarray]] = {"weights": [], "params": []}
         for e in range(len(w1)):
-            first = self._words(f"{name}.expert{e}.w1", w1[e], b1[e], x, hidden_frac)
-            second = self._words(f"{name}.expert{e}.w2", w2[e], b2[e], inner, self.wide_frac)
+            first = self._words(f"{name}.expert{e}.w1", w1[e], b1[e], x, fracs[0])
+            second = self._words(f"{name}.expert{e}.w2", w2[e], b2[e], inner, fracs[1])
             packed["weights"].append(np.concatenate([first.weights.ravel(), second.weights.ravel()]))
             packed["params"].append(np.concatenate([first.params, second.params]))
         fields = self.stored.setdefault(name, {})

@@ -104,6 +104,7 @@ def describe(
         full = names[key].rpartition(".")[0] if key else ""  # without ".weight", ".table", ".scale_bias"
         base = names[key].partition(".")[0] if key else layer
         following = program[pc + 1] if pc + 1 < len(program) else None
+        wide = int(formats.get(base, {}).get("stream", wide))
         match i:
             case isa.Patches():
                 found.append(Described("image", None, 8))

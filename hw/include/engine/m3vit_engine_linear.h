@@ -270,7 +270,8 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
         for (unsigned l = 0; l < 2 * wide_lanes; l++) {
             #pragma HLS UNROLL
             typename C::wide_t &value = values[l / wide_lanes].lane[l % wide_lanes];
-            const long long before = adds && outputs[l] < job.outputs ? value : 0;
+            const long long held = C::wide_bits < 32 ? shift_round(value, job.rescale) : value;
+            const long long before = adds && outputs[l] < job.outputs ? held : 0;
             value = 0;
             if (outputs[l] < job.outputs) {
                 const long long y = results[l];

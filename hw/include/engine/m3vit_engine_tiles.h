@@ -25,7 +25,7 @@ struct tile_job {
     unsigned base, first, count;
     unsigned ports; // through which inputs are read
     unsigned src, src_pitch, dst, dst_pitch;
-    int mode, gelu_in, gelu_out;
+    int mode, gelu_in, gelu_out, rescale;
 };
 
 inline unsigned first_half(const tile_job &job) {
@@ -98,6 +98,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     job.mode = I.mode;
     job.gelu_in = second ? -1 : I.gelu_in;
     job.gelu_out = I.gelu_out;
+    job.rescale = (int)I.rescale;
     if (experts) {
         job.weights += e * I.weights_step + (second ? I.n_in * I.n_out : 0);
         job.params += e * I.params_step + (second ? row_words * I.n_out : 0);

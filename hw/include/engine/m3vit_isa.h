@@ -113,6 +113,7 @@ struct linear_fields {
     unsigned params_step;
     unsigned hidden;
     unsigned hidden_pitch;
+    unsigned rescale;
 };
 inline linear_fields linear_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -136,6 +137,7 @@ inline linear_fields linear_of(const int32_t w[instruction_words]) {
     f.params_step = w[16];
     f.hidden = w[17];
     f.hidden_pitch = w[18];
+    f.rescale = w[21];
     return f;
 }
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from m3vit.errors import InputError
 from m3vit.export.hls.multiplexed import schedule
 from m3vit.export.hls.verify import verify_project
 from m3vit.hw.hardware import Hardware
+from m3vit.hw.isa import Linear
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim, rtl
 from m3vit.hw.weights_file import Header
-from m3vit.models.multitask import MultiTaskModel
-from tests.export.models import make_images
+from tests.export.models import make_images, make_model
 from tests.export.multiplexed.exporting import export
 from tests.test_cli import refused
 
@@ -25,14 +26,20 @@ WEIGHTS = Path("firmware/weights/weights.bin")
 EIGHT = {"weight_bits": 8, "act_bits": 8}
 
 
-def test_sixteen_bits_hold_what_thirty_two_do(model: MultiTaskModel, tmp_path: Path) -> None:
-    images, outputs = make_images(3, seed=7), {}
+def test_sixteen_bits_hold_what_thirty_two_do(tmp_path: Path) -> None:
+    model, images, outputs = make_model(), make_images(3, seed=7), {}
+    with torch.no_grad():  # the stream grows, as pretrained ones do
+        model.backbone.trunk.blocks[1].attn.proj.weight.mul_(64)  # type: ignore[union-attr, operator]
     for bits in (32, 16):
         project = tmp_path / str(bits)
         manifest = export(model, project, residual_bits=bits, **EIGHT)
         assert manifest["hardware"]["wide_bits"] == manifest["precision"]["wide_bits"] == bits
         outputs[bits] = schedule.runner(project, manifest).run(images)
     verify_project(tmp_path / "16")  # raises where words differ
+    streams = [kinds["stream"] for kinds in manifest["precision"]["layers"].values() if "stream" in kinds]
+    assert streams == sorted(streams, reverse=True) and streams[-1] < streams[0] <= manifest["precision"]["wide_frac"]
+    lost = [i.rescale for i in Image.read(tmp_path / "16" / WEIGHTS).program if isinstance(i, Linear)]
+    assert sum(lost) == manifest["precision"]["wide_frac"] - streams[-1]
     assert Image.read(tmp_path / "16" / WEIGHTS).wide_bits == 16
     found = Header.read(tmp_path / "32" / WEIGHTS)
     assert found and found.wide_bits == 0, "the file is what it was"
