@@ -310,8 +310,9 @@ class Scheduler:
         """Linear, added to the residual stream in place; units: as of `linear`, of its inputs. frac: of the stream from
         here on (default: as before)."""
         assert isinstance(residual.frac, int)
-        added = replace(residual, frac=residual.frac if frac is None else frac)
-        self._wide(name, x, weight, bias, added, Mode.RESIDUAL, units, rescale=residual.frac - added.frac)
+        now = residual.frac if frac is None else frac
+        added = replace(residual, frac=now)
+        self._wide(name, x, weight, bias, added, Mode.RESIDUAL, units, rescale=residual.frac - now)
         return added
 
     def _wide(
