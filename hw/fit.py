@@ -163,16 +163,31 @@ class Candidates:
 
     def __iter__(self) -> Iterator[Candidate]:
         """Yield the engines that fit."""
-        limits = [BUDGETS[kind] * getattr(self.board, kind) for kind in BUDGETS]
-        start = [self.least.get(kind, 0) for kind in BUDGETS]
         for tile_out in self.choices["tile_out"]:
             for chosen in product(*self._all_options(tile_out)):
-                takes = [sum(counts) for counts in zip(start, *(option.takes for option in chosen), strict=True)]
-                if all(math.ceil(count) <= limit for count, limit in zip(takes, limits, strict=True)):
+                takes = self._together(chosen)
+                if self._within(takes):
                     sizes = {name: value for option in chosen for name, value in option.sizes.items()}
                     cycles = self.times.rest_of(self.base) + sum(option.cycles for option in chosen)
                     whole = dict(zip(BUDGETS, map(math.ceil, takes), strict=True))
                     yield Candidate(cycles, whole, {"tile_out": tile_out, **sizes})
+
+    def _together(self, chosen: Iterable[Option]) -> list[float]:
+        """Return what engines take of each of BUDGETS, what has no sizes to choose included."""
+        start = [self.least.get(kind, 0) for kind in BUDGETS]
+        return [sum(counts) for counts in zip(start, *(option.takes for option in chosen), strict=True)]
+
+    def _within(self, takes: Iterable[float]) -> bool:
+        limits = (share * getattr(self.board, kind) for kind, share in BUDGETS.items())
+        return all(math.ceil(count) <= limit for count, limit in zip(takes, limits, strict=True))
+
+    def some_fit(self) -> bool:
+        """Return whether any engines fit: from the smallest arrays on, none of them timed."""
+        for tile_out in reversed(self.choices["tile_out"]):
+            parts = [self.options(part, tile_out, timed=False) for part in PARTS]
+            if any(self._within(self._together(chosen)) for chosen in product(*parts)):
+                return True
+        return False
 
     def smallest(self) -> Hardware | None:
         """Return the engines of the smallest sizes, whether they fit or not; None: none go together."""
@@ -277,7 +292,7 @@ def require_fit(
 
 def _fits_any(program: Sequence[Instruction], hardware: Hardware, board: Board, fixed: Sizes) -> bool:
     """Return whether any engines fit."""
-    return next(iter(Candidates(program, hardware, board, fixed)), None) is not None
+    return Candidates(program, hardware, board, fixed).some_fit()
 
 
 def _over(h: Hardware, board: Board) -> str:
