@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from _bench import arguments, child, save
 
-from m3vit.export.runtime.package import Package, give_memory_back
+from m3vit.export.runtime.package import Package
+from m3vit.heap import give_memory_back
 
 WAYS = ("as it is", "give_memory_back")
 

@@ -3,7 +3,6 @@
 Shapes: B images, C channels, H x W pixels.
 """
 
-import ctypes
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from m3vit.export.runtime.opened import PackageChanged as PackageChanged
 from m3vit.export.runtime.ort import onnxruntime
 from m3vit.export.runtime.processor import integers_saturate, machine
 from m3vit.export.runtime.sessions import Cache, Outputs, Sessions
+from m3vit.heap import give_memory_back as give_memory_back
 from m3vit.kinds import KINDS
 from m3vit.pointers import check_no_link
 from m3vit.pool import usable_cores
@@ -458,21 +458,6 @@ def _finite(logits: NDArray[np.float32], task: str) -> NDArray[np.float32]:
         damaged = [place for place, one in enumerate(logits) if not np.isfinite(one).all()]
         raise NotFinite(task, damaged, len(logits))
     return logits
-
-
-def give_memory_back() -> None:
-    """Have glibc map every block of 1 MiB or more by itself, so that freeing it returns it to the system.
-
-    By default that threshold grows to 32 MiB with what is freed, and the heaps of the threads keep what lies below it:
-    with images of many sizes the resident memory of a service wandered between 190 and 310 MiB, and now stays at 127.
-    It holds for the whole process, so `Package` leaves it to its user; call it before loading. Elsewhere than on glibc
-    it does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library
-        return
-    mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def default_threads(manifest: dict[str, Any]) -> int:

@@ -42,8 +42,9 @@ from m3vit.export.runtime.drawing import colourise, overlay
 from m3vit.export.runtime.hosts import ANY, Hosts, HostsOnly
 from m3vit.export.runtime.metrics import Metrics
 from m3vit.export.runtime.options import Address, Limits, Loading
-from m3vit.export.runtime.package import ALL, MAX_PATCHES, NotFinite, Package, PackageChanged, give_memory_back
+from m3vit.export.runtime.package import ALL, MAX_PATCHES, NotFinite, Package, PackageChanged
 from m3vit.export.runtime.summary import summarise
+from m3vit.heap import give_memory_back
 from m3vit.images import WEB_FORMATS, TooManyPixels, decode_image
 from m3vit.kinds import KINDS
 from m3vit.kinds.classes import class_names

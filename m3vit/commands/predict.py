@@ -54,7 +54,7 @@ def run_predict(args: argparse.Namespace) -> int:
     leave_sizes_to_us()
     wanted, loading = options(Predict, args), options(Loading, args)
     if loading.low_memory:
-        from m3vit.export.runtime.package import give_memory_back
+        from m3vit.heap import give_memory_back
 
         give_memory_back()
     # Not while the paths go into a pipe: the bar would take them along to the terminal.
