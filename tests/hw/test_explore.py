@@ -64,8 +64,13 @@ def test_fronts_hold_what_nothing_beats() -> None:
 def test_the_fastest_is_the_fastest_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against all engines of a few sizes, each counted as a whole."""
     few = {
-        **{"tile_out": (144, 128, 64, 16), "lanes": (32, 16), "groups": (64, 32), "token_block": (256, 32)},
-        **{"tiles_in_lut": (False, True), "gates_in_lut": (True,), "folded": (False, True), "weight_ports": (2, 1)},
+        **{"tile_out": (144, 128, 96, 64, 16), "lanes": (32, 16), "groups": (64, 32), "token_block": (256, 32)},
+        **{
+            "tiles_in_lut": (False, True),
+            "gates_in_lut": (True, False),
+            "folded": (False, True),
+            "weight_ports": (2, 1),
+        },
         **{"norm_words": (2, 1), "wide_bits": (32,)},
         **{"norm_in_lut": (False, True), "results": (16, 8), "divided": (16, 4), "finished_in_uram": (True, False)},
     }

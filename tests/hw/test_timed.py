@@ -77,7 +77,7 @@ def run(
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(grid=(9, 13), tasks=2, dim=144, heads=9, mlp=60, hidden=60),
+        Shape(grid=(9, 13), tasks=2, dim=144, heads=9, mlp=124, hidden=124),
         Shape(depth=4, upscale=2, experts=8, hidden=100),
     ],
 )
@@ -97,8 +97,7 @@ def test_loops_are_the_closed_forms_and_frames_within_five_percent(
     lines = lines_of(image.program, hardware, ZCU104, 1, queues=queues)
     for line, entry in zip(lines, report["instructions"], strict=True):
         assert entry["loops_cycles"] == line.loops, image.program[line.pc]
-        # Of rows of two words at half the steps, ports are less free than the memory's bandwidth alone would have it.
-        assert entry["cycles"] == pytest.approx(line.cycles, rel=0.06), image.program[line.pc]
+        assert entry["cycles"] == pytest.approx(line.cycles, rel=0.05), image.program[line.pc]
     assert report["cycles"] == pytest.approx(sum(line.cycles for line in lines), rel=0.05)
     moved = {port: entry["bytes"] for port, entry in report["ports"].items()}
     counted = {port: sum(line.bytes[port] for line in lines) for port in lines[0].bytes}

@@ -83,10 +83,7 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits:
         of, name = (calibration.inner[node], kind) if kind else (reached, node)
         return narrow_frac(of[name], act_bits, of.octaves.get(name))
 
-    stream = 0.0  # the largest value of the residual stream
     for node in calibration.graph.graph.nodes:
-        if node.op == "call_function":
-            stream = max(stream, reached[node.name])
         if node.op != "call_module":
             continue
         module: Any = calibration.graph.get_submodule(node.target)
@@ -110,31 +107,29 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits:
         elif isinstance(module, leaf.VitPixelHead):
             for task in range(len(module.widths)):
                 kinds[f"output{task}"] = wide_frac(inner[f"output{task}"], WIDE_FRAC_LIMIT)
-        elif isinstance(module, leaf.VitPosition) or node.name == "norm_pre":
-            stream = max(stream, reached[node.name])
         layers[node.name] = kinds
-    wide = wide_frac(stream, WIDE_FRAC_LIMIT, wide_bits)
-    if wide_bits == 16:
-        wide = _stream_fracs(calibration, layers)
-    return Formats(weight_bits, act_bits, wide, layers, wide_bits)
+    parts = _stream(calibration)
+    if wide_bits == 32:  # which are enough for one fraction
+        parts = [(max(largest for largest, _ in parts), [])]
+    fracs = np.minimum.accumulate([wide_frac(largest, WIDE_FRAC_LIMIT, wide_bits) for largest, _ in parts]).tolist()
+    for frac, (_, names) in zip(fracs, parts, strict=True):
+        for name in names:
+            layers.setdefault(name, {})["stream"] = frac
+    return Formats(weight_bits, act_bits, int(fracs[0]), layers, wide_bits)
 
 
-def _stream_fracs(calibration: Calibration, layers: dict[str, dict[str, int]]) -> int:
-    """Note the fractions of a residual stream of 16 bits in `layers`; return that of the first."""
-    graph, parts = calibration.graph, [(0.0, [""])]  # what it reaches from one attention on, and the layers there
+def _stream(calibration: Calibration) -> list[tuple[float, list[str]]]:
+    """Return what the residual stream reaches up to each attention and after the last, and the layers that write it."""
+    graph, parts = calibration.graph, [(0.0, list[str]())]
     for node in graph.graph.nodes:
         module = graph.get_submodule(node.target) if node.op == "call_module" else None
         if node.op != "call_function" and not isinstance(module, leaf.VitPosition) and node.name != "norm_pre":
             continue
         if projection := _attention_added(graph, node):
             parts.append((0.0, [projection]))
-        reached, names = parts[-1]
-        parts[-1] = (max(reached, calibration.outputs[node.name]), [*names, node.name])
-    fracs = np.minimum.accumulate([wide_frac(reached, WIDE_FRAC_LIMIT, 16) for reached, _ in parts]).tolist()
-    for frac, (_, names) in list(zip(fracs, parts, strict=True))[1:]:
-        for name in names:
-            layers.setdefault(name, {})["stream"] = frac
-    return int(fracs[0])
+        largest, names = parts[-1]
+        parts[-1] = (max(largest, calibration.outputs[node.name]), [*names, node.name])
+    return parts
 
 
 def _attention_added(graph: fx.GraphModule, node: fx.Node) -> str:
