@@ -1,10 +1,16 @@
 """Which of several processes this is: from torchrun's variables, from srun's, or refused with the variable's name."""
 
+import importlib.util
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
 import pytest
 
 from m3vit.errors import InputError
 from m3vit.evaluation.artefacts import choose_device
 from m3vit.launched import ALONE, Place, join, place
+from m3vit.training import launch
 
 SRUN = {
     "SLURM_JOB_ID": "1234",
@@ -117,3 +123,27 @@ def test_steps_that_cannot_train_together_are_refused(changes: dict[str, str], w
 def test_a_task_without_its_step_is_refused() -> None:
     with pytest.raises(InputError, match="SLURM_PROCID is 1, but"):
         place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"})
+
+
+def test_the_whole_of_lightning_does_for_fabric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lightning_fabric is not there, Lightning has it, and imports torchmetrics."""
+    own = {
+        "torchmetrics/__init__.py": "",
+        "lightning/__init__.py": "import torchmetrics",
+        "lightning/fabric/__init__.py": "class Fabric: ...",
+        "lightning/fabric/plugins/__init__.py": "",
+        "lightning/fabric/plugins/environments.py": "LightningEnvironment = TorchElasticEnvironment = None",
+        "lightning/fabric/strategies.py": "DDPStrategy = ModelParallelStrategy = None",
+    }
+    for name, text in own.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = importlib.util.spec_from_file_location("launch_again", launch.__file__)
+    assert spec and spec.loader
+    again = importlib.util.module_from_spec(spec)
+    with patch.dict(sys.modules, {"lightning_fabric": None}):  # what is imported in it is forgotten after it
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("torchmetrics", "lightning")]:
+            del sys.modules[name]
+        spec.loader.exec_module(again)
+    assert again.Fabric.__module__ == "lightning.fabric"

@@ -12,15 +12,15 @@ from m3vit.launched import join
 from m3vit.training.config import TrainConfig
 from m3vit.training.sharding import shard
 
-with hidden("torchmetrics"):  # there with loggers: importing it takes a quarter of the time of all that trains
-    try:
+try:
+    with hidden("torchmetrics"):  # there with loggers: importing it takes a quarter of the time of all that trains
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-    except ModuleNotFoundError:  # the whole of Lightning has it too
-        from lightning.fabric import Fabric  # type: ignore
-        from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment  # type: ignore
-        from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy  # type: ignore
+except ModuleNotFoundError:  # the whole of Lightning has it too, and needs torchmetrics
+    from lightning.fabric import Fabric  # type: ignore
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment  # type: ignore
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy  # type: ignore
 
 
 def launch(train: TrainConfig) -> Fabric:
