@@ -54,14 +54,15 @@ class Decoded(NamedTuple):
 class TokenHead(NamedTuple):
     """A head as the accelerator has it: LayerNorm -> Linear(D, C * upscale^2) for each token, then a pixel shuffle.
 
-    With `conv`, the Linear gives upscale^2 pixels of M features, [upscale, upscale, M], and ReLU and a 3x3 convolution
-    M -> C with zeros outside make the outputs.
+    With `conv`, the Linear gives upscale^2 pixels of M features, [upscale, upscale, M], and ReLU (but for the first
+    `unrectified` features of each pixel) and a 3x3 convolution M -> C with zeros outside make the outputs.
     """
 
     norm: nn.LayerNorm
     linear: nn.Linear
     upscale: int
     conv: nn.Conv2d | None = None
+    unrectified: int = 0
 
 
 class Fusion(nn.Module):

@@ -8,6 +8,7 @@ Shapes: as in base.py; s outputs a token and side, M features of a pixel.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
@@ -38,33 +39,43 @@ class ConvHead(nn.Module):
 
     The outputs of the Linear are ordered [s, s, M]: a pixel's features lie side by side, on an accelerator's memory as
     in torch's, whose convolution then reads them in the layout "channels last" without a copy.
+
+    unrectified: how many features, the first ones, pass by the ReLU (`rectify`): what a class is seen by in the tokens
+    reaches it undiminished from the first step on. Weights of such a head begin at 1/sqrt(D), so that features are of
+    about the tokens' size; of others at the trunk's 0.02.
     """
 
-    def __init__(self, dim: int, channels: int, patch_size: int, stride: int, width: int, bias: float) -> None:
+    def __init__(
+        self, dim: int, channels: int, patch_size: int, stride: int, width: int, unrectified: int, bias: float
+    ) -> None:
         super().__init__()
         if patch_size % stride:
             raise InputError(f"model.head_stride is {stride}: give a divisor of the trunk's patch size {patch_size}")
-        self.upscale = patch_size // stride
+        self.upscale, self.unrectified = patch_size // stride, unrectified
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.linear = nn.Linear(dim, self.upscale**2 * width)
         self.output = nn.Conv2d(width, channels, 3, padding=1)
         for layer in (self.linear, self.output):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=dim**-0.5 if unrectified else 0.02)
             nn.init.constant_(layer.bias, bias if layer is self.output else 0.0)  # type: ignore[arg-type]
 
     def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: Size) -> Tensor:
         """Return logits [B, C, *size], or at the head's own resolution [B, C, h * s, w * s] if `size` is None."""
         features = assemble_pixels(self.linear(self.norm(tokens_BTD)), grid, self.upscale)
-        return resize(self.output(features.relu()), size)
+        return resize(self.output(rectify(features, self.unrectified)), size)
 
 
-def conv(config: ModelConfig, backbone: Any, *, width: int = 32, blocks: int | list[int] = 1) -> Decoder:
+def conv(
+    config: ModelConfig, backbone: Any, *, width: int = 32, unrectified: int = 0, blocks: int | list[int] = 1
+) -> Decoder:
     """Build the decoder.
 
-    width: features of a pixel (M), out of which the convolution makes the channels of a task. blocks: whose tokens are
-    read, as of `tapped_blocks`; with more than one, those before the last are added to the last one's by a `Fusion`.
+    width: features of a pixel (M), out of which the convolution makes the channels of a task. unrectified: how many of
+    these no ReLU cuts off. blocks: whose tokens are read, as of `tapped_blocks`; with more than one, those before the
+    last are added to the last one's by a `Fusion`.
     """
     whole_number("width", width, WIDTHS)
+    whole_number("unrectified", unrectified, (0, width))
     heads = {
         task.name: ConvHead(
             backbone.dim,
@@ -72,6 +83,7 @@ def conv(config: ModelConfig, backbone: Any, *, width: int = 32, blocks: int | l
             backbone.patch_size,
             config.head_stride,
             width,
+            unrectified,
             task.output_bias,
         )
         for task in resolve(config.tasks, config.label_set)
@@ -96,7 +108,10 @@ class Conv(PerTask):
     def token_heads(self) -> dict[str, TokenHead]:
         """Return the norm, the Linear and the convolution of each task."""
         heads = {task: self[task] for task in self.tasks}
-        return {task: TokenHead(head.norm, head.linear, head.upscale, head.output) for task, head in heads.items()}
+        return {
+            task: TokenHead(head.norm, head.linear, head.upscale, head.output, head.unrectified)
+            for task, head in heads.items()
+        }
 
     def used_by(self, task: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of the task's head and of the fusion."""
@@ -110,6 +125,15 @@ def assemble_pixels(outputs_BTC: Tensor, grid: tuple[int, int], upscale: int) ->
     features = outputs_BTC.shape[-1] // upscale**2
     pixels = outputs_BTC.unflatten(2, (upscale, upscale, features)).unflatten(1, grid)  # [B, h, w, s, s, M]
     return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def rectify(pixels_BMHW: Tensor, unrectified: int) -> Tensor:
+    """Return max(0, x) of pixels [B, M, H, W], but for the first `unrectified` features, which stay what they are."""
+    if not unrectified:
+        return pixels_BMHW.relu()
+    if unrectified == pixels_BMHW.shape[1]:
+        return pixels_BMHW
+    return torch.cat([pixels_BMHW[:, :unrectified], pixels_BMHW[:, unrectified:].relu()], dim=1)
 
 
 def divide_pixels(pixels_BMHW: Tensor, upscale: int) -> Tensor:
