@@ -288,6 +288,8 @@ class Experts(Instruction):
 class Conv(Instruction):
     """3x3 convolution of a head's pixels, after ReLU and with zeros outside, narrow to the output.
 
+    unrectified: the first features of a pixel, which no ReLU cuts off (0 in older programs).
+
     A token holds upscale^2 pixels, line by line, of n_in / 9 features each, and `columns` tokens are side by side. The
     rows are the pixels, token after token; n_in is what one reads: the features of its neighbours, line by line. Pixel
     p of token t is written to dst + t dst_pitch + p pixel_pitch (0 in older programs, where it is n_out).
@@ -307,6 +309,7 @@ class Conv(Instruction):
     columns: Unsigned
     upscale: Unsigned
     pixel_pitch: Unsigned = 0
+    unrectified: Unsigned = 0
 
 
 INSTRUCTIONS: dict[Op, type[Instruction]] = {

@@ -86,6 +86,7 @@ def _pixel_head(module: leaf.VitPixelHead, shape: Shape) -> tuple[Description, S
         "n_row": module.grid[0],
         "n_column": module.grid[1],
         "n_scale": module.upscale,
+        "n_unrectified": module.unrectified,
         "n_out": max(module.widths),
         "n_task": len(module.widths),
         "channels": list(module.channels),

@@ -101,12 +101,12 @@ class VitTaskHead(VitLayer):
 class VitPixelHead(VitLayer):
     """[N, n_dim] and the task id -> [N, n_out]: ReLU and the 3x3 convolution of that task, padded with zeros.
 
-    N = n_row * n_column tokens, each of n_scale^2 pixels.
+    N = n_row * n_column tokens, each of n_scale^2 pixels, whose first n_unrectified features pass by the ReLU.
     """
 
     WEIGHTS: ClassVar[dict[str, str]] = {"weight": "w", "bias": "b"}
     _expected_attributes: ClassVar[list[Attribute]] = _attributes(
-        WEIGHTS, (), "n_tok", "n_dim", "n_row", "n_column", "n_scale", "n_out", "n_task"
+        WEIGHTS, (), "n_tok", "n_dim", "n_row", "n_column", "n_scale", "n_unrectified", "n_out", "n_task"
     )
 
     def output_shape(self) -> list[int]:

@@ -27,7 +27,7 @@ from m3vit.export.hls.magnitudes import Magnitudes
 from m3vit.hw.sim.csim import PIXEL_SCALE, tokenise
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.decoders.base import TokenHead
-from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
+from m3vit.models.decoders.conv import assemble_pixels, divide_pixels, rectify
 from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
@@ -184,19 +184,25 @@ class VitPixelHead(Leaf):
     """ReLU and the 3x3 convolution of the task on the pixels of all tokens: weight [sum C_r, 3, 3, M], bias [sum C_r].
 
     In and out, a token holds upscale^2 pixels, [upscale, upscale, M] and [upscale, upscale, C_r]; outputs are padded
-    with zeros to those of the widest task. widths: C_r * upscale^2.
+    with zeros to those of the widest task. widths: C_r * upscale^2. unrectified: features that pass by the ReLU.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, channels: Sequence[int], grid: tuple[int, int], upscale: int
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        channels: Sequence[int],
+        grid: tuple[int, int],
+        upscale: int,
+        unrectified: int,
     ) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-        self.channels, self.grid, self.upscale = tuple(channels), grid, upscale
+        self.channels, self.grid, self.upscale, self.unrectified = tuple(channels), grid, upscale, unrectified
         self.widths = tuple(count * upscale**2 for count in channels)
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        pixels = assemble_pixels(x, self.grid, self.upscale).relu()
+        pixels = rectify(assemble_pixels(x, self.grid, self.upscale), self.unrectified)
         out = x.new_zeros(*x.shape[:2], max(self.widths))
         for image, row in enumerate(task[:, 0].long().tolist()):
             rows = slice(sum(self.channels[:row]), sum(self.channels[: row + 1]))
@@ -397,7 +403,8 @@ def _pixel_head(model: MultiTaskModel, grid: tuple[int, int]) -> VitPixelHead | 
         return None
     weights = torch.cat([conv.weight.permute(0, 2, 3, 1) for conv in convs])
     biases = torch.cat([conv.bias for conv in convs if conv.bias is not None])
-    return VitPixelHead(weights, biases, [conv.out_channels for conv in convs], grid, heads[0].upscale)
+    channels = [conv.out_channels for conv in convs]
+    return VitPixelHead(weights, biases, channels, grid, heads[0].upscale, heads[0].unrectified)
 
 
 def top_ks_of(model: MultiTaskModel, budget: Budget) -> dict[int, tuple[int, ...]]:
@@ -465,7 +472,7 @@ def reference_outputs(
     head = token_heads(model)[task]
     outputs = head.linear(head.norm(model.heads.fused(features).last[0]))
     if head.conv is not None:
-        pixels = assemble_pixels(outputs, features.grid, head.upscale).relu()
+        pixels = rectify(assemble_pixels(outputs, features.grid, head.upscale), head.unrectified)
         outputs = divide_pixels(head.conv(pixels), head.upscale)
     return outputs, routings
 

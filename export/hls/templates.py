@@ -85,7 +85,7 @@ def _rows_by_task(widths: list[int]) -> list[str]:
     ]
 
 
-PIXEL_HEAD_SIZES = ("n_tok", "n_dim", "n_row", "n_column", "n_scale", "n_out", "n_task")
+PIXEL_HEAD_SIZES = ("n_tok", "n_dim", "n_row", "n_column", "n_scale", "n_unrectified", "n_out", "n_task")
 MOE_SIZES = ("n_tok", "n_dim", "n_hid", "n_exp", "n_top", "n_task")
 KERNELS = (
     Kernel(ir.VitGelu, "gelu", "gelu", ("n_tok", "n_dim")),

@@ -1,5 +1,5 @@
-// Task heads with a convolution: ReLU, then the 3x3 convolution of the task, selected at run time, on the pixels of all
-// tokens; zeros outside the image. Narrower tasks are padded with zeros.
+// Task heads with a convolution: ReLU (but for the first features of a pixel), then the 3x3 convolution of the task,
+// selected at run time, on the pixels of all tokens; zeros outside the image. Narrower tasks are padded with zeros.
 //
 // A token holds n_scale^2 pixels, line by line, and comes and goes as one stream word. A row of tokens is computed when
 // the next has been read: three rows are kept.
@@ -13,7 +13,7 @@ namespace nnet {
 namespace vit {
 
 // CONFIG_T: n_tok = n_row * n_column tokens of n_dim numbers, n_scale^2 pixels each; n_out (widest task, all pixels of
-// a token), n_task, n_rows (sum of the tasks' channels), first_row(task) for task in [0, n_task]; weight_t, bias_t.
+// a token), n_task, n_unrectified (features of a pixel that no ReLU cuts off), n_rows (sum of the tasks' channels), first_row(task) for task in [0, n_task]; weight_t, bias_t.
 // Weights: weight [n_rows, 3, 3, M], M features of a pixel, bias [n_rows], task after task. An unknown task id is 0.
 template <class data_T, class task_T, class res_T, typename CONFIG_T>
 void pixel_head(hls::stream<data_T> &data, hls::stream<task_T> &task, hls::stream<res_T> &res,
@@ -52,7 +52,7 @@ Row:
             for (unsigned i = 0; i < S * S * M; i++) {
                 #pragma HLS UNROLL
                 const in_raw value = to_raw(x[i]);
-                kept[next % 3][column][i] = value > 0 ? value : in_raw(0);
+                kept[next % 3][column][i] = value > 0 || i % M < CONFIG_T::n_unrectified ? value : in_raw(0);
             }
         }
         if (next == 0)

@@ -270,7 +270,9 @@ class Emulator:
     def _conv(self, state: _State, pc: int, i: isa.Conv) -> None:
         s, columns, tokens = i.upscale, i.columns, i.rows // i.upscale**2
         features = i.n_in // isa.TAPS
-        x = _rows(state.narrow, i.src, i.src_pitch, tokens, s * s * features).clamp(min=0)
+        x = _rows(state.narrow, i.src, i.src_pitch, tokens, s * s * features)
+        x = x.reshape(tokens, s * s, features).clone()
+        x[..., i.unrectified :].clamp_(min=0)
         lines = x.reshape(-1, columns, s, s, features).transpose(1, 2).reshape(-1, columns * s, features)
         padded = F.pad(lines, (0, 0, 1, 1, 1, 1))
         around = padded.unfold(0, 3, 1).unfold(1, 3, 1).permute(0, 1, 3, 4, 2)  # [lines, columns, 3, 3, features]

@@ -232,7 +232,12 @@ def test_findings_of_a_comparison() -> None:
     [
         {"class_token": False, "num_experts": 1, "top_k": 1},
         {"router": "task_conditioned"},
-        {"moe_blocks": "none", "head": "conv", "head_stride": 2, "head_args": {"width": 6, "blocks": 2}},
+        {
+            "moe_blocks": "none",
+            "head": "conv",
+            "head_stride": 2,
+            "head_args": {"blocks": 2, "width": 6, "unrectified": 2},
+        },
         {"head": "taskexpert", "head_args": {"blocks": [1], "width": 6, "memory": False, "gates": "token"}},
     ],
     ids=str,

@@ -21,12 +21,12 @@ from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.kinds.decoding import assemble
-from m3vit.models.decoders.conv import assemble_pixels, divide_pixels
+from m3vit.models.decoders.conv import assemble_pixels, divide_pixels, rectify
 from tests.export.models import make_images, make_model, make_samples
 from tests.export.multiplexed.test_driver import ModelledDevice, emitted_driver, modelled_allocate
 
 HEAD = {"head": "conv", "head_args": {"width": 6}}
-FUSED = {"head": "conv", "head_args": {"width": 6, "blocks": 2}}
+FUSED = {"head": "conv", "head_args": {"width": 6, "unrectified": 2, "blocks": 2}}
 
 
 def test_pixels_by_hand() -> None:
@@ -35,6 +35,12 @@ def test_pixels_by_hand() -> None:
     pixels = assemble_pixels(tokens, (1, 2), 2)
     assert pixels.tolist() == [[[[0, 1, 4, 5], [2, 3, 6, 7]]]]
     torch.testing.assert_close(divide_pixels(pixels, 2), tokens)
+
+
+def test_first_features_pass_by_the_relu() -> None:
+    pixels = torch.tensor([-1.0, -2.0, 3.0, -4.0]).reshape(1, 4, 1, 1)
+    found = {count: rectify(pixels, count).flatten().tolist() for count in (0, 1, 2, 4)}
+    assert found == {0: [0, 0, 3, 0], 1: [-1, 0, 3, 0], 2: [-1, -2, 3, 0], 4: [-1, -2, 3, -4]}
 
 
 def test_pixels_there_and_back() -> None:

@@ -96,6 +96,7 @@ class Shape:
     wide_frac: int = 16
     wide_bits: int = 32
     upscale: int = 0  # pixels of a token and side for heads with a convolution; 0: linear heads
+    unrectified: int = 0  # features that pass by the ReLU of such heads, of 5
 
 
 def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple[Image, dict[str, int]]:
@@ -140,7 +141,7 @@ def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple
     if s.upscale:
         feature_maps = [(draw(s.upscale**2 * 5, dim), draw(s.upscale**2 * 5, std=0.1)) for _ in widths]
         kernels = [(draw(width, 9 * 5), draw(width, std=0.1)) for width in widths]
-        pixels = {"columns": s.grid[1], "upscale": s.upscale}
+        pixels = {"columns": s.grid[1], "upscale": s.upscale, "unrectified": s.unrectified}
         scheduler.pixel_head("head", y, (feature_maps, [frac] * s.tasks), (kernels, fracs), **pixels)
     else:
         maps = [(draw(width, dim), draw(width, std=0.1)) for width in widths]

@@ -205,6 +205,7 @@ def random_shape(seed: int) -> Shape:
         weight_bits=weight_bits,
         finer=int(rng.choice([0, 0, 2])),
         upscale=int(rng.choice([0, 1, 2])),
+        unrectified=seed % 6,
     )
 
 

@@ -25,12 +25,12 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("stride", [2, 4, 8])
-def test_head_equals_loops_over_pixels(stride: int) -> None:
+@pytest.mark.parametrize(("stride", "unrectified"), [(2, 0), (4, 0), (8, 0), (4, 2), (4, 5)])
+def test_head_equals_loops_over_pixels(stride: int, unrectified: int) -> None:
     torch.manual_seed(0)
     (rows, columns), dim, channels, width = (2, 3), 6, 3, 5
     s = 8 // stride
-    head = ConvHead(dim, channels, 8, stride, width, 0.5)
+    head = ConvHead(dim, channels, 8, stride, width, 0.5, unrectified)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.uniform_(-1, 1)
@@ -38,7 +38,8 @@ def test_head_equals_loops_over_pixels(stride: int) -> None:
     weight = head.output.weight.detach()
     found = head(tokens, (rows, columns), None)
     with torch.no_grad():
-        outputs = head.linear(head.norm(tokens)).relu().reshape(2, rows, columns, s, s, width)
+        outputs = head.linear(head.norm(tokens)).reshape(2, rows, columns, s, s, width)
+        outputs[..., unrectified:].relu_()
     for y in range(rows * s):
         for x in range(columns * s):
             expected = head.output.bias.detach().expand(2, -1).clone()
@@ -104,7 +105,8 @@ def test_a_new_head_predicts_its_bias() -> None:
         ({"head_stride": 3}, r"model\.head_stride is 3: give a divisor of the trunk's patch size 8"),
         ({"head_args": {"width": 0}}, r"model\.head_args\.width is 0: give a whole number of 1 to 1024"),
         ({"head_args": {"width": "wide"}}, r"width is 'wide': give a whole number"),
-        ({"head_args": {"depth": 2}}, "head conv takes width, blocks"),
+        ({"head_args": {"depth": 2}}, "head conv takes width, unrectified, blocks"),
+        ({"head_args": {"width": 6, "unrectified": 7}}, r"unrectified is 7: give a whole number of 0 to 6"),
         ({"head_args": {"blocks": 3}}, "blocks is 3: give how many of the trunk's 2 blocks"),
     ],
 )

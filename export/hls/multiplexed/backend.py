@@ -295,7 +295,8 @@ class _Planner:
         weight, bias = _values(node, "weight").reshape(sum(channels), -1), _values(node, "bias").ravel()
         self.output_fracs = self.output_fracs_of(node)
         convs = list(zip(split_rows(weight, channels), split_rows(bias, channels), strict=True))
-        pixels = {"columns": node.get_attr("n_column"), "upscale": node.get_attr("n_scale")}
+        names = {"columns": "n_column", "upscale": "n_scale", "unrectified": "n_unrectified"}
+        pixels = {name: node.get_attr(attribute) for name, attribute in names.items()}
         features = (maps, self.output_fracs_of(head))
         self.scheduler.pixel_head(node.name, normed, features, (convs, self.output_fracs), **pixels)
 

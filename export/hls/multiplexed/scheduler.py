@@ -463,11 +463,13 @@ class Scheduler:
         outputs: tuple[Maps, list[int]],
         columns: int,
         upscale: int,
+        unrectified: int = 0,
     ) -> None:
         """The Linear of each task, and the convolution of what it gives, to the output memory.
 
         features, outputs: maps and the fractions of what they give. A convolution's weights are [C, 9 M], in the order
-        [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side.
+        [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side; unrectified: a pixel's first
+        features, which pass by the ReLU.
         """
         (maps, fracs), (kernels, output_fracs) = features, outputs
         layout = self._lay_out(x.rows, [len(kernel) for kernel, _ in kernels], upscale**2)
@@ -484,8 +486,8 @@ class Scheduler:
             self._add(isa.Linear(task=only, **shape, **fields), x, pixels)
             fields = self._store(f"{name}.{task}", kernel, kernel_bias, pixels, output_fracs[task])
             shape = {"rows": x.rows * upscale**2, "n_out": len(kernel)}
-            shape |= {"columns": columns, "upscale": upscale, "dst_pitch": layout.token_pitch}
-            shape["pixel_pitch"] = layout.pixel_pitches[task]
+            shape |= {"columns": columns, "upscale": upscale, "unrectified": unrectified}
+            shape |= {"dst_pitch": layout.token_pitch, "pixel_pitch": layout.pixel_pitches[task]}
             self._add(isa.Conv(task=only, **shape, **fields), pixels, None)
 
     @property

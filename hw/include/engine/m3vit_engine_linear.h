@@ -76,8 +76,9 @@ template <class C> tap_place first_tap(const tile_job &job, const conv_fields &G
     return place;
 }
 
-// The next word of the features of the 3 x 3 pixels around one, line by line, after ReLU; zeros outside the image. A
-// token holds upscale^2 pixels, line by line, and tokens are G.columns side by side.
+// The next word of the features of the 3 x 3 pixels around one, line by line, after ReLU, but for the first
+// G.unrectified features of a pixel; zeros outside the image. A token holds upscale^2 pixels, line by line, and tokens
+// are G.columns side by side.
 template <class C>
 typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const conv_fields &G,
                                    typename ports<C>::narrow_in narrow) {
@@ -95,7 +96,8 @@ typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const 
     }
     for (unsigned l = 0; l < lanes; l++) {
         #pragma HLS UNROLL
-        values.lane[l] = inside && values.lane[l] > 0 ? values.lane[l] : 0;
+        const bool passes = values.lane[l] > 0 || place.w * lanes + l < G.unrectified;
+        values.lane[l] = inside && passes ? values.lane[l] : 0;
     }
     if (++place.w == place.words) {
         place.w = 0;

@@ -158,6 +158,7 @@ struct conv_fields {
     unsigned columns;
     unsigned upscale;
     unsigned pixel_pitch;
+    unsigned unrectified;
 };
 inline conv_fields conv_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -177,6 +178,7 @@ inline conv_fields conv_of(const int32_t w[instruction_words]) {
     f.columns = w[14];
     f.upscale = w[15];
     f.pixel_pitch = w[16];
+    f.unrectified = w[17];
     return f;
 }
 

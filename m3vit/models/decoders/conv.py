@@ -46,7 +46,7 @@ class ConvHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, channels: int, patch_size: int, stride: int, width: int, unrectified: int, bias: float
+        self, dim: int, channels: int, patch_size: int, stride: int, width: int, bias: float, unrectified: int = 0
     ) -> None:
         super().__init__()
         if patch_size % stride:
@@ -83,8 +83,8 @@ def conv(
             backbone.patch_size,
             config.head_stride,
             width,
-            unrectified,
             task.output_bias,
+            unrectified,
         )
         for task in resolve(config.tasks, config.label_set)
     }

@@ -198,6 +198,7 @@ void head() {
 
 struct pixel_head_config {
     static const unsigned n_tok = T, n_dim = D, n_row = 4, n_column = 6, n_scale = 2, n_out = 12, n_task = 3, n_rows = 6;
+    static const unsigned n_unrectified = 1;
     typedef ::weight_t weight_t;
     typedef ::bias_t bias_t;
     static unsigned first_row(unsigned task) {
