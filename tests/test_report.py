@@ -17,9 +17,10 @@ from m3vit.data.opening import open_split
 from m3vit.data.sample import Sample, no_label
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
-from m3vit.evaluation.evaluate import Predictor
+from m3vit.evaluation.evaluate import Predictor, torch_predictor
 from m3vit.report.hls import read_project
 from m3vit.report.page import example
+from m3vit.report.stored import Stored
 from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS as TABLE
 from tests.conftest import TINY
@@ -191,6 +192,41 @@ def test_an_evaluation_of_something_else_is_not_shown(
     scoring.write(copy, "A", result, replace(evaluation, fingerprints=others))
     words = ("report", tiny_run, "--onnx", tmp_path / "none", "--out", tmp_path / "page.html", "--hls", copy)
     refused(cli(*words), "was evaluated on other images than the val split")
+
+
+def test_what_was_evaluated_is_shown_as_it_is(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    """Of the same weights and images; of others it is measured anew."""
+    copy, page = tmp_path / "copy", tmp_path / "page.html"
+    shutil.copytree(tiny_run, copy)
+    _, result = scoring.read(copy, "A")
+    evaluation, truly = scoring.read_evaluation(copy, "A"), result["tasks"]["depth"]
+
+    def reported() -> dict[str, Any]:
+        made = cli("report", copy, "--onnx", tmp_path / "none", "--hls", tmp_path / "none", "--out", page)
+        assert made.returncode == 0, made.stderr
+        return json.loads(page.with_suffix(".json").read_text())
+
+    measured = reported()
+    assert measured["tasks"]["depth"]["torch"] == truly["torch"]["rmse"]
+    assert measured["tasks"]["depth"]["trivial"] == truly["trivial"]["rmse"]
+    assert measured["breakdown"] == json.loads((copy / "breakdown-A.json").read_text())["tasks"]
+    worse = evaluation.statistics["depth"].copy()
+    worse[:, 1] *= 4  # squared errors
+    written = replace(evaluation, statistics={**evaluation.statistics, "depth": worse}, told=measured["breakdown"])
+    scoring.write(copy, "A", result, written)
+    assert reported()["tasks"]["depth"]["torch"] == pytest.approx(2 * truly["torch"]["rmse"])
+    run = load_run(copy)
+    split, predictor = open_split("nyud", result["data"], "val", TASKS), torch_predictor(run.model)
+    kept = Stored(split, "A").evaluation(copy, predictor)
+    assert kept is not None and kept.ids == evaluation.ids and kept.explained() == measured["breakdown"]
+    assert Stored(split, "B").evaluation(copy, predictor) is None
+    assert Stored(split, "A").evaluation(copy, replace(predictor, name="onnx")) is None
+    for other in ({"fingerprints": [value + 1 for value in evaluation.fingerprints]}, {"ids": evaluation.ids[::-1]}):
+        scoring.write(copy, "A", result, replace(written, **other))
+        assert Stored(split, "A").evaluation(copy, predictor) is None
+    scoring.write(copy, "A", {**result, "weights_sha256": "0" * 64}, written)
+    assert Stored(split, "A").evaluation(copy, predictor) is None
+    assert reported() == measured, "measured anew"
 
 
 def test_several_runs_share_a_page(cli: Cli, tiny_data: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ class Evaluation:
 
     `fingerprints` [n] tell images apart: the CRC of an image's pixels. `errors` are messages of images left out,
     `unlabelled` by task those of missing labels, whose images' statistics are all zero. `breakdowns` are sums of
-    `Meter.breakdown` over the images, by task that has one; none if `quick`.
+    `Meter.breakdown` over the images, by task that has one; none if `quick`; of an evaluation that was read from files
+    `told` has what was made of them.
     """
 
     protocol: str
@@ -64,9 +65,12 @@ class Evaluation:
     fingerprints: list[int] = field(default_factory=list)
     unlabelled: dict[str, list[str]] = field(default_factory=dict)
     breakdowns: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] | None = None
 
     def explained(self) -> dict[str, dict[str, Any]]:
         """Return the breakdown of errors of each task that has one, as `Meter.explained` does."""
+        if self.told is not None:
+            return self.told
         meters = {task: make_meter(task, self.label_set, self.protocol) for task in self.breakdowns}
         return {task: meters[task].explained(total) for task, total in self.breakdowns.items()}
 
@@ -77,6 +81,11 @@ class Evaluation:
             meter = make_meter(task, self.label_set, self.protocol, self.quick)
             result[task] = {name: float(value) for name, value in meter.compute(rows.sum(axis=0)).items()}
         return result
+
+
+def fingerprint(image: NDArray[np.uint8]) -> int:
+    """Return what tells an image [H, W, 3] from others: the CRC of its pixels."""
+    return zlib.crc32(image.tobytes())
 
 
 def normalised(images: list[NetworkImage], normalisation: Normalisation) -> Tensor:
@@ -156,7 +165,7 @@ def evaluate(
             logits = predictor.run(images)
             for place, (image, (index, sample)) in enumerate(zip(images, samples, strict=True)):
                 result.ids.append(sample.id)
-                result.fingerprints.append(zlib.crc32(sample.image.tobytes()))
+                result.fingerprints.append(fingerprint(sample.image))
                 for task in tasks:
                     if not is_finite(logits[task][place]):
                         raise InputError(

@@ -1,7 +1,7 @@
 """`m3vit report`: one self-contained HTML page, and the same numbers as JSON beside it.
 
 Every column of the metric table is of the same images: the whole val split, or those the C-simulation ran on if the HLS
-project was not evaluated. All are scored here, but for the project's evaluation, whose statistics it keeps.
+project was not evaluated. What `m3vit eval` measured of the same model and images is kept; the others are scored here.
 """
 
 import base64
@@ -42,6 +42,7 @@ from m3vit.report.budgets import figures as budget_figures
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.report.mixtures import mixture_charts
 from m3vit.report.routing import page_charts, read_routing, sentence
+from m3vit.report.stored import Stored
 from m3vit.run_folder import Run
 from m3vit.tasks import IGNORE, TASKS, kind_of, palette
 from m3vit.training.checkpoint import read_metrics
@@ -97,13 +98,23 @@ def write_report(
 
     scores: dict[str, dict[str, dict[str, float]]] = {}
     evaluations: dict[str, Evaluation] = {}
+    if len(indices) == len(split):
+        stored = Stored(split, protocol)
+        for name, folder in (("torch", run.folder), ("onnx", onnx)):
+            if name in predictors and (kept := stored.evaluation(folder, predictors[name])):
+                evaluations[name], scores[name] = kept, kept.scores()
+        if "torch" in scores and (constant := stored.trivial(run.folder, tasks)):
+            scores["trivial"] = constant
     for name, predictor in predictors.items():
+        if name in scores:
+            continue
         step = (lambda done, total, name=name: progress(done, total, f"scoring {name}")) if progress else None
         found = evaluate(split, predictor, protocol, indices=indices, workers=scoring.default_workers(), progress=step)
-        if any(stored.fingerprints != found.fingerprints for stored in project.stored.values()):
-            raise other_images(hls, split)
         scores[name], evaluations[name] = found.scores(), found
-    scores |= {name: stored.scores() for name, stored in project.stored.items()}
+    if any(one.fingerprints != evaluations["torch"].fingerprints for one in project.stored.values()):
+        raise other_images(hls, split)
+    scores = {name: scores[name] for name in predictors}
+    scores |= {name: one.scores() for name, one in project.stored.items()}
     if bare := [task for task in tasks if task not in evaluated["tasks"]]:
         notes.append(f"No val image is labelled for {', '.join(bare)}: no figure of it.")
         scores = {name: {task: one[task] for task in one if task not in bare} for name, one in scores.items()}
