@@ -50,6 +50,7 @@ from m3vit.training.checkpoint import read_metrics
 Progress = Callable[[int, int, str], None]
 WIDEST_PX = 400  # of a picture of a prediction: twice what a column of the page is wide
 SMALL_PX = 220  # of one among the best and worst
+ROUTED = 64  # images, at most, whose tokens are counted by expert: m3vit routing counts the whole split's
 COLUMNS = ("trivial", "torch", "onnx", "csim", "emulator")
 
 
@@ -361,7 +362,8 @@ def render(
     examples: list[dict[str, Any]] = []
     seen: dict[str, set[int]] = {task: set() for task in LABEL_SETS[label_set].classes if task in tasks}
     total_load = None
-    for index in project.indices if layers else shown:
+    counted = sorted({*spread(project.indices, ROUTED), *shown})
+    for index in counted if layers else shown:
         sample = split.load(index)
         if layers:
             load, firsts = routing_of(run, sample)
@@ -418,6 +420,7 @@ def render(
         usage=charts.expert_usage(total_load.astype(float), layers, tasks) if total_load is not None else "",
         experts=[swatch(f"expert {e}", charts.expert_colour(e)) for e in range(run.config.model.num_experts)],
         top_k=run.config.model.top_k,
+        counted=len(counted),
         routed=routed,
         wrong=wrong,
         budgets=budgets,
