@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("CXX", str(ROOT / "tests" / "g++-O0.sh"))
+gc.disable()  # until all is imported: pytest_collection_finish
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,6 +54,12 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Nor need it look through all that is left when the process ends."""
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:
