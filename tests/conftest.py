@@ -24,7 +24,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("CXX", str(ROOT / "tests" / "g++-O0.sh"))
-gc.disable()  # until all is imported: pytest_collection_finish
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
         slow[item.path] += any(item.iter_markers("slow")) or any(item.iter_markers("process"))
     items.sort(key=lambda item: -slow[item.path])  # stable
+
+
+def pytest_collectstart() -> None:
+    gc.disable()  # until all is imported
 
 
 def pytest_collection_finish() -> None:
