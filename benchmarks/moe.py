@@ -39,13 +39,13 @@ from _bench import (  # says how OpenMP's threads wait: before torch is imported
 # isort: split
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from m3vit.models.experts import EXECUTIONS, ExpertBank
 from m3vit.models.initialise import new_model
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
+from m3vit.models.of_timm import Mlp
 from m3vit.models.router import Router
 from m3vit.training.config import Config, read_config, recipe_path
 from m3vit.training.launch import Fabric

@@ -113,6 +113,38 @@ class Candidate(NamedTuple):
     sizes: dict[str, Any]
 
 
+MOST_KNOWN = 1000
+_KNOWN: dict[tuple[Any, ...], list[tuple[dict[str, float], dict[str, Any]]]] = {}
+
+
+def _options(
+    part: str, base: Hardware, choices: tuple[tuple[Any, ...], ...], board: Board
+) -> list[tuple[dict[str, float], dict[str, Any]]]:
+    """Return what an engine takes in each of the sizes that go on this board, and those; `choices`: of its own sizes.
+
+    The same are asked for again and again: whether any fit, which are the smallest, what would fit instead.
+    """
+    key = (part, base, choices, board.ports, board.uram > 0)  # all that it depends on
+    if key not in _KNOWN:
+        of_others: dict[str, Any] = {
+            "weight_ports": 1,
+            "results": 2 * base.values(base.wide_bits),
+            "lanes": base.tile_in,
+        }
+        of_others |= {"divided": 1, "finished_in_uram": False, "folded": False}
+        # What other engines have must not forbid it: the least of these always goes.
+        harmless = replace(base, **{name: value for name, value in of_others.items() if name not in PARTS[part]})
+        found = []
+        for values in product(*choices):
+            sizes = dict(zip(PARTS[part], values, strict=True))
+            if possible(replace(harmless, **sizes), board):
+                found.append((engine_resources(ENGINES[part], replace(base, **sizes)), sizes))
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = found
+    return _KNOWN[key]
+
+
 class Candidates:
     """The engines for a program on a board that may be the best at anything: each engine has options of its own, of
     which those that others beat in everything are left out."""
@@ -131,16 +163,12 @@ class Candidates:
     def options(self, part: str, tile_out: int, timed: bool = True) -> list[Option]:
         """Return the options of one engine beside an array: those that fit by themselves, or untimed all."""
         found = []
-        for values in product(*(self.choices[name] for name in PARTS[part])):
-            sizes = dict(zip(PARTS[part], values, strict=True))
-            size = replace(self.base, tile_out=tile_out, **sizes)
-            # What other engines have must not forbid it: the least of these always goes.
-            if possible(replace(size, **self._harmless(part, size)), self.board):
-                takes = engine_resources(ENGINES[part], size)
-                fits_alone = all(count <= BUDGETS[kind] * getattr(self.board, kind) for kind, count in takes.items())
-                if not timed or fits_alone:
-                    cycles = self.times.part(part, size) if timed else 0
-                    found.append(Option(cycles, tuple(takes[kind] for kind in BUDGETS), sizes))
+        choices = tuple(self.choices[name] for name in PARTS[part])
+        for takes, sizes in _options(part, replace(self.base, tile_out=tile_out), choices, self.board):
+            fits_alone = all(count <= BUDGETS[kind] * getattr(self.board, kind) for kind, count in takes.items())
+            if not timed or fits_alone:
+                cycles = self.times.part(part, replace(self.base, tile_out=tile_out, **sizes)) if timed else 0
+                found.append(Option(cycles, tuple(takes[kind] for kind in BUDGETS), sizes))
         return unbeaten(found)
 
     def _all_options(self, tile_out: int) -> list[list[Option]]:
@@ -151,15 +179,6 @@ class Candidates:
             if not found[-1]:
                 return [[]]
         return found
-
-    def _harmless(self, part: str, size: Hardware) -> dict[str, Any]:
-        of_others: dict[str, Any] = {
-            "weight_ports": 1,
-            "results": 2 * size.values(size.wide_bits),
-            "lanes": size.tile_in,
-        }
-        of_others |= {"divided": 1, "finished_in_uram": False, "folded": False}
-        return {name: value for name, value in of_others.items() if name not in PARTS[part]}
 
     def __iter__(self) -> Iterator[Candidate]:
         """Yield the engines that fit."""

@@ -23,7 +23,6 @@ from functools import partial
 from io import StringIO
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -37,6 +36,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.of_timm import timm
 from m3vit.models.router import EMBEDDING, Router
 from m3vit.models.trial import meta_model, refusing
 

@@ -47,12 +47,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])  # stable
 
 
+def pytest_collectstart() -> None:
+    gc.disable()  # until all is imported
+
+
 def pytest_collection_finish() -> None:
     """What has been imported stays: the collector need not look through a million objects again and again, nor as often
     as it does by default through what a traced graph makes."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Nor need it look through all that is left when the process ends."""
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from hls4ml.utils.torch import HLS4MLModule
-from timm.layers import LayerScale, Mlp
-from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
@@ -32,6 +30,7 @@ from m3vit.models.experts import OneExpert, dispatch, mlp_rows
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.of_timm import Attention, Block, LayerScale, Mlp
 from m3vit.models.router import route
 from m3vit.normalisation import Normalisation
 

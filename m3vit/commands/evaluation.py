@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from m3vit.collector import resting
 from m3vit.commands.terminal import console, print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
 from m3vit.options import DataRoot, File, Folder, Positive, Value, add_options, options
@@ -79,11 +80,12 @@ def run_eval(args: argparse.Namespace) -> None:
     if len(wanted.folders) > 1 or wanted.baseline or wanted.out:
         raise InputError("give one folder to evaluate; --compare shows several that were evaluated, delta_m and --out")
     (folder,) = wanted.folders
-    from m3vit.api import evaluate
-    from m3vit.collectives import rank
-    from m3vit.evaluation.artefacts import is_export
-    from m3vit.evaluation.meters import TRAINED
-    from m3vit.evaluation.scoring import without_untrained
+    with resting():
+        from m3vit.api import evaluate
+        from m3vit.collectives import rank
+        from m3vit.evaluation.artefacts import is_export
+        from m3vit.evaluation.meters import TRAINED
+        from m3vit.evaluation.scoring import without_untrained
 
     if is_export(folder) and (wanted.device or wanted.batch):
         raise InputError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from m3vit.collector import resting
 from m3vit.commands.terminal import print_scores, progress_bar, say, say_changed
 from m3vit.errors import InputError
 from m3vit.options import File, Positive, RunFolder, Value, add_options, count, options, words
@@ -38,11 +39,12 @@ def add_export_hls(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export_hls(args: argparse.Namespace) -> None:
-    from m3vit.export.hls.from_run import export_run
-    from m3vit.export.hls.options import Request
-    from m3vit.models.budget import in_all_layers, read_top_k
-    from m3vit.models.budget_file import read_budgets
-    from m3vit.run_folder import load_run
+    with resting():
+        from m3vit.export.hls.from_run import export_run
+        from m3vit.export.hls.options import Request
+        from m3vit.models.budget import in_all_layers, read_top_k
+        from m3vit.models.budget_file import read_budgets
+        from m3vit.run_folder import load_run
 
     wanted = options(ExportHls, args)
     run = load_run(wanted.run)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from m3vit.collector import resting
 from m3vit.commands.terminal import console, progress_bar, say
 from m3vit.errors import InputError
 from m3vit.options import RunFolder, Value, add_options, options, words
@@ -42,11 +43,12 @@ def add_export_onnx(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export_onnx(args: argparse.Namespace) -> None:
-    from m3vit.export.onnx.from_run import export_run
-    from m3vit.export.onnx.options import Content, Request
-    from m3vit.export.onnx.pruning import read_coverage
-    from m3vit.models.budget import read_top_k
-    from m3vit.run_folder import load_run
+    with resting():
+        from m3vit.export.onnx.from_run import export_run
+        from m3vit.export.onnx.options import Content, Request
+        from m3vit.export.onnx.pruning import read_coverage
+        from m3vit.models.budget import read_top_k
+        from m3vit.run_folder import load_run
 
     wanted = options(ExportOnnx, args)
     run = load_run(wanted.run)

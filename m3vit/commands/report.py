@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from m3vit.collector import resting
 from m3vit.commands.terminal import print_scores, progress_bar, say
 from m3vit.errors import InputError
 from m3vit.options import DataRoot, File, Folder, Number, Positive, RunFolder, Value, words
@@ -38,8 +39,9 @@ class Report:
 
 
 def run_report(wanted: Report) -> None:
-    from m3vit.report.page import columns_of, write_report
-    from m3vit.run_folder import load_run
+    with resting():
+        from m3vit.report.page import columns_of, write_report
+        from m3vit.run_folder import load_run
 
     if len(wanted.runs) > 1:
         return compare_runs(wanted)

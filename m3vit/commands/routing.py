@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from m3vit.collector import resting
 from m3vit.commands.terminal import console, progress_bar, say
 from m3vit.errors import InputError
 from m3vit.options import DataRoot, File, Folder, Positive, RunFolder, Value, count
@@ -39,7 +40,8 @@ class Routing:
 
 
 def run_routing(wanted: Routing) -> None:
-    from m3vit.report.routed import measure
+    with resting():
+        from m3vit.report.routed import measure
 
     if wanted.overlay and not wanted.maps:
         raise InputError("--overlay is of maps, and --maps 0 draws none: leave one of them out")
@@ -104,7 +106,8 @@ class Panel:
 
 
 def run_panel(wanted: Panel) -> None:
-    from m3vit.report.panel import write_panel
+    with resting():
+        from m3vit.report.panel import write_panel
 
     height, width, size = write_panel(**vars(wanted))
     say(f"{wanted.out}: {height}x{width} pixels, {size / 1000:.0f} kB")

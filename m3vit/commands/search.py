@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from m3vit.collector import resting
 from m3vit.commands.terminal import console, progress_bar, say
 from m3vit.errors import InputError
 from m3vit.options import DataRoot, Positive, RunFolder, Value, share
@@ -40,14 +41,15 @@ class Search:
 
 
 def run_search(wanted: Search) -> None:
-    from m3vit.data.opening import open_split
-    from m3vit.evaluation.artefacts import choose_device
-    from m3vit.evaluation.costs import macs_of
-    from m3vit.evaluation.routing import spread
-    from m3vit.evaluation.search import read_preferences, said, search, searched
-    from m3vit.export.costs import find_costs
-    from m3vit.models.budget_file import write_budget
-    from m3vit.run_folder import load_run
+    with resting():
+        from m3vit.data.opening import open_split
+        from m3vit.evaluation.artefacts import choose_device
+        from m3vit.evaluation.costs import macs_of
+        from m3vit.evaluation.routing import spread
+        from m3vit.evaluation.search import read_preferences, said, search, searched
+        from m3vit.export.costs import find_costs
+        from m3vit.models.budget_file import write_budget
+        from m3vit.run_folder import load_run
 
     if wanted.out.exists():
         raise InputError(f"{wanted.out} is there already: give a new file")

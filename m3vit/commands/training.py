@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from m3vit.collector import resting
 from m3vit.commands.hls import add_cost_options
 from m3vit.commands.terminal import PLUGIN_HELP, progress_bar, say
 from m3vit.errors import InputError
@@ -174,9 +175,10 @@ def run_train(argv: Sequence[str]) -> int:
     except InputError as error:
         error.everywhere = True  # the processes of a torchrun read the same words
         raise
-    from m3vit.collectives import rank
-    from m3vit.training.loop import train
-    from m3vit.training.stopping import Stopped
+    with resting():
+        from m3vit.collectives import rank
+        from m3vit.training.loop import train
+        from m3vit.training.stopping import Stopped
 
     first = rank() == 0  # of several processes: the one that speaks
     try:
@@ -203,7 +205,8 @@ def run_init(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv)
-    from m3vit.training.starting import initialise
+    with resting():
+        from m3vit.training.starting import initialise
 
     initialise(config, args.out, say)
     say(f"untrained weights: {args.out}")
@@ -226,9 +229,10 @@ def run_profile(argv: Sequence[str]) -> None:
 
     config.check()
     check_given(config, argv, "train" if training else "profile")
-    from m3vit.models.budget import FULL
-    from m3vit.models.budget_file import read_budget
-    from m3vit.profiling import profile, render
+    with resting():
+        from m3vit.models.budget import FULL
+        from m3vit.models.budget_file import read_budget
+        from m3vit.profiling import profile, render
 
     if args.device and not training:
         raise InputError("--device is of a training: give --train too")

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.eva import EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +20,7 @@ from m3vit.models.decoders.base import Features
 from m3vit.models.experts import ExpertBank
 from m3vit.models.mlp import first_units_of, mlp_width
 from m3vit.models.moe import MoELayer, TaskIds
+from m3vit.models.of_timm import Block, EvaBlock, EvaBlockPostNorm, ResPostBlock
 from m3vit.models.router import Router, Routing
 from m3vit.models.trunk import make_trunk
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from m3vit.digests import read_sealed_json
@@ -32,6 +31,7 @@ from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import make_decoder
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.of_timm import resample_abs_pos_embed, resample_patch_embed
 from m3vit.models.router import Router
 from m3vit.models.saved import INFO, WEIGHTS, read_saved
 from m3vit.models.trunk import make_trunk

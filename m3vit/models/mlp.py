@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from m3vit.models.moe import MoELayer, first_units
+from m3vit.models.of_timm import Mlp
 from m3vit.models.slices import first
 
 

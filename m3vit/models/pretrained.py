@@ -12,17 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from safetensors import safe_open
-from timm.layers import resample_abs_pos_embed
-from timm.models import eva, load_state_dict, vision_transformer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from m3vit.errors import InputError, one_line
 from m3vit.models.config import ModelConfig
 from m3vit.models.finite import not_finite
+from m3vit.models.of_timm import eva, load_state_dict, resample_abs_pos_embed, timm, vision_transformer
 from m3vit.models.saved import INFO, WEIGHTS, read_info
 from m3vit.models.trunk import timm_arguments
 from m3vit.normalisation import recorded

@@ -7,14 +7,11 @@ DINOv3, RoPE-ViT, ...), with any patch size, prefix tokens and positions.
 import difflib
 from typing import Any
 
-import timm
-from timm.layers import PatchEmbed
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m3vit.errors import InputError, one_line
 from m3vit.models.config import ModelConfig
+from m3vit.models.of_timm import Eva, PatchEmbed, VisionTransformer, timm
 
 FAMILIES = ("vision_transformer", "deit", "eva")  # the modules of timm that build such trunks
 EXAMPLES = "vit_small_patch16_224, deit3_small_patch16_224, vit_small_patch14_reg4_dinov2 or vit_small_patch16_dinov3"

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import nn
 
 from m3vit.errors import InputError
 from m3vit.models.moe import MoELayer
+from m3vit.models.of_timm import Mlp
 
 
 @torch.no_grad()

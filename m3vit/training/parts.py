@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from timm.models import group_parameters
 from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.of_timm import group_parameters
 from m3vit.training.config import TrainConfig, block_range
 
 TRUNK = "backbone.trunk."

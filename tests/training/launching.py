@@ -12,7 +12,7 @@ from pathlib import Path
 
 # A server that has imported everything forks the processes. It runs nothing itself: OpenMP's threads do not survive.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["m3vit.cli", "m3vit.training.loop"])
+CONTEXT.set_forkserver_preload(["tests.training.preloaded", "m3vit.training.loop"])
 
 
 def command(words: list[str], output: Path, variables: dict[str, str]) -> None:
