@@ -186,7 +186,7 @@ def cost(
         "note": "modelled; nothing was synthesised",
         "board": board.name,
         "clock_mhz": board.clock_mhz,
-        "hardware": asdict(hardware),
+        "hardware": hardware.plain(),
         "assumed": asdict(assumed),
         "task": task,
         "ms": frame,

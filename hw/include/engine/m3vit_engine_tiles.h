@@ -19,6 +19,7 @@ template <class C> struct input_ports {
 struct tile_job {
     bool valid, fresh;
     bool gate, gather, conv;
+    bool two, writes_two; // the inputs have two bytes each; so have narrow results
     unsigned weights, params, n_in, outputs;
     unsigned half; // outputs of the first half, those whose weights and wide results pass through the first port
     bool folded; // each output is made by two rows of the array, one of the even steps of its inputs and one of the odd
@@ -88,12 +89,15 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     const unsigned blocks = (tokens + C::token_block - 1) / C::token_block, block = (tokens + blocks - 1) / blocks;
     job.count = tokens - place.base < block ? tokens - place.base : block;
     job.fresh = place.row == 0;
-    // Inputs that are read come a word a port: there it would gain nothing.
-    job.folded = C::folded && !job.fresh && !job.gate && job.half <= weight_tiles<C>::fold && job.n_in / C::tile_in % 2 == 0;
+    // Inputs that are read come a word a port: there it would gain nothing. Those of two bytes keep their order.
+    job.two = C::two_bytes && (second ? I.dst_low : I.src_low) > 0;
+    job.writes_two = C::two_bytes && I.dst_low > 0;
+    job.folded = C::folded && !job.two && !job.fresh && !job.gate && job.half <= weight_tiles<C>::fold && job.n_in / C::tile_in % 2 == 0;
     job.ports = job.conv ? 1 : input_ports<C>::most;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
-    job.dst = I.dst + place.row;
+    // Where a row's results begin: of two bytes each twice as far.
+    job.dst = I.dst + (job.writes_two && !experts ? 2 * place.row : place.row);
     job.dst_pitch = I.dst_pitch;
     job.mode = I.mode;
     job.gelu_in = second ? -1 : I.gelu_in;
@@ -106,7 +110,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
             job.src = I.hidden;
             job.src_pitch = I.hidden_pitch;
         } else {
-            job.dst = I.hidden + place.row;
+            job.dst = I.hidden + (job.writes_two ? 2 * place.row : place.row);
             job.dst_pitch = I.hidden_pitch;
             job.mode = to_narrow;
         }
