@@ -124,7 +124,7 @@ def check_sizes(sizes: Mapping[str, Any], names: Mapping[str, str]) -> None:
 def read_design(path: Path) -> tuple[Design, dict[str, Any]]:
     """Return the design of a configuration file (`m3vit hw explore`), and its weight_bits, act_bits and layer_bits.
 
-    layer_bits is None where the file has none.
+    layer_bits is not there where the file has none.
 
     Raises InputError for a file that is none, or that says what cannot be.
     """
@@ -144,4 +144,4 @@ def read_design(path: Path) -> tuple[Design, dict[str, Any]]:
         raise InputError(f"{path}: {wrong[0]} is {found[wrong[0]]!r}: give {'a whole number' if whole else 'a name'}")
     design = design_of(found["board"], found.get("part"), found.get("clock"), None, found.get("port_bits"))
     check_sizes(found["sizes"], {size: f"{path}: {size}" for size in SIZES})
-    return replace(design, sizes=found["sizes"]), {name: found.get(name) for name in (*BITS, LAYERS)}
+    return replace(design, sizes=found["sizes"]), {name: found[name] for name in (*BITS, LAYERS) if name in found}
