@@ -75,8 +75,8 @@ class Hardware:
 
     @property
     def max_cached(self) -> int:
-        """Places for a token's inputs on chip."""
-        return max(self.max_in, self.max_bytes)
+        """Places for a token's inputs on chip; where tiles are folded, a step more between bytes of both kinds."""
+        return max(self.max_in, self.max_bytes + self.tile_in * (self.folded and self.two_bytes))
 
     @property
     def fold(self) -> int:

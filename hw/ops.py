@@ -332,8 +332,8 @@ def _half(tile: Tile, h: Hardware) -> int:
 
 def _folded(tile: Tile, h: Hardware) -> bool:
     """Return whether two rows of the array make each output of a tile."""
-    few = not tile.fresh and not tile.gate and not tile.two and _half(tile, h) <= h.fold
-    return h.folded and few and tile.n_in // h.tile_in % 2 == 0
+    few = not tile.fresh and not tile.gate and _half(tile, h) <= h.fold
+    return h.folded and few and (tile.two or tile.n_in // h.tile_in % 2 == 0)
 
 
 def _results(tile: Tile, h: Hardware) -> int:
@@ -478,7 +478,8 @@ def _folding(h: Hardware) -> int:
     """Return the LUTs of folded tiles: each result adds the sum of another row, one of those of a quarter of the array,
     and inputs of half the spans are one of two."""
     chosen = _times(h.fold, h.results)
-    return h.results * ACCUMULATOR_BITS * (1 + _times(chosen, 4)) + h.tile_out // h.span // 2 * h.tile_in * h.act_word
+    whole = 1 + _times(chosen, 4) + h.two_bytes  # of high bytes it is 256 times its own
+    return h.results * ACCUMULATOR_BITS * whole + h.tile_out // h.span // 2 * h.tile_in * h.act_word
 
 
 def _chosen_bytes(h: Hardware, values: int) -> int:

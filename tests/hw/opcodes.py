@@ -222,7 +222,8 @@ def run_position(i: isa.Position, m: Machine, pixels: np.ndarray) -> None:
 
 
 def make_linear(b: Bench) -> Iterator[isa.Instruction]:
-    rows, n_in, n_out = b.between(1, 80), b.sized(b.h.max_in), b.between(1, 70)
+    # Where tiles are folded, those after the first.
+    rows, n_in, n_out = b.between(1, 80), b.sized(b.h.max_in), b.between(1, 70) + b.h.tile_out * b.h.folded
     for mode in (Mode.NARROW, Mode.WIDE, Mode.RESIDUAL, Mode.OUTPUT):
         memory = {Mode.NARROW: "narrow", Mode.OUTPUT: "output"}.get(mode, "wide")
         gelu = b.gelu() if mode == Mode.NARROW and b.rng.random() < 0.6 else {}

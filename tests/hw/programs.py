@@ -63,6 +63,7 @@ WIDE = replace(
     results=32,
     divided=16,
     pixels=4,
+    max_bytes=576,
 )
 
 

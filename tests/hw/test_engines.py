@@ -219,7 +219,10 @@ def test_wide_ports_word_for_word(tmp_path: Path) -> None:
     holds all values, or not."""
     simulator = Simulator.build(tmp_path / "build", WIDE, ["-O1"])
     wide = Shape(grid=(7, 11), dim=120, heads=3, mlp=96, weight_bits=8, act_bits=8)  # heads of 40 channels
-    for seed, shape in enumerate([random_shape(1), random_shape(10), wide]):
+    # Of qkv's three tiles the last is folded, for inputs of one byte and of two, of an even and an odd number of steps.
+    fine = replace(wide, fine=frozenset({"blocks.0.attn.qkv", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "heads.linear"}))
+    odd = replace(wide, dim=72, fine=frozenset(names_of_maps(range(2), conv=False)))
+    for seed, shape in enumerate([random_shape(1), random_shape(10), wide, fine, odd]):
         (folder := tmp_path / str(seed)).mkdir()
         shape.wide_bits, shape.wide_frac = 16, 12 if seed else 8
         check_words({"w8a8": [simulator]}, shape, folder, seed, WIDE.port_bits)

@@ -158,7 +158,7 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session", params=["w16a16", "w8a8"])
+@pytest.fixture(scope="session", params=["w16a16", "folded"])
 def trips(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Hardware, Simulator]:
     """Engines, and their simulator that counts, in place of expert_loads, the iterations of pipelined loops times their
     II, and in place of saturated values the entries of these loops."""
@@ -171,7 +171,8 @@ def trips(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         text = re.sub(r"(for \([^\n]*\n +#pragma HLS PIPELINE II)", r"M3VIT_COUNT(saturated, 1); \1", text)
         return re.sub(r"#pragma HLS PIPELINE II=(\d+)", r"M3VIT_COUNT(expert_loads, \1);", text)
 
-    hardware = HARDWARE if request.param == "w16a16" else hardware_of(request.param)
+    folded = replace(hardware_of("w8a8"), tile_out=128, folded=True)  # and with inputs of two bytes
+    hardware = HARDWARE if request.param == "w16a16" else folded
     return hardware, Simulator.build(tmp_path_factory.mktemp("trips") / "build", hardware, ["-O0"], edit)
 
 

@@ -27,7 +27,8 @@
 //              product_bits, context_bits: of the sums of a score, and of weighted values
 //   two bytes  two_bytes: instructions may read and write narrow values of two bytes each (below; of act_bits 8 alone)
 //   LayerNorm  norm_words: 1 or 2 words of a row a step
-//   buffers    max_in (inputs of a linear map), max_cached (places of these on chip, of two bytes two), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
+//   buffers    max_in (inputs of a linear map), max_cached (places of these on chip, of two bytes two), max_dim (channels of
+//              a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
 #define M3VIT_ENGINE_H_
 

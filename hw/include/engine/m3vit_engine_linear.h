@@ -14,12 +14,12 @@
 // takes more than a word they come through two ports, each of which reads its half of the block's tokens, and tokens
 // are taken from both halves in turn: so each port reads whole rows, one after the other.
 // A tile of at most half the outputs, whose inputs are on chip, is folded: the rows of the array that are left over
-// multiply every second step of the inputs, so that it takes half the steps.
+// multiply every second step of the inputs, or their low bytes, so that it takes half the steps.
 // Inputs may have two bytes each, 256 high + low. Their words are read in turn and kept apart; the array takes all of the
 // high bytes, then the low ones, with the same weights, and between both the sums are multiplied by 256.
 // Cycles of a tile: (tokens + 1, and two for each port of inputs more if they are read) times the longest of multiplying
-// (n_in / tile_in, half of it if it is folded, twice it for inputs of two bytes), reading (words of n_in / ports, so too) and writing (words of tile_out), or the
-// words of the next tile if those are more.
+// (n_in / tile_in, half of it if it is folded), reading (words of n_in / ports), both twice for inputs of two bytes, and
+// writing (words of tile_out), or the words of the next tile if those are more.
 #ifndef M3VIT_ENGINE_LINEAR_H_
 #define M3VIT_ENGINE_LINEAR_H_
 
@@ -132,7 +132,7 @@ template <class C> struct linear_state {
     bool side;
     tile_progress loading;
     unsigned loads, passes, steps, reads, results, span;
-    unsigned high; // steps of the high bytes, if inputs have two each
+    unsigned high, low_at; // of inputs of two bytes: steps of the high ones, and the word from which the low ones lie
     unsigned n, i;            // the pass, and where it stands
     unsigned ahead;           // how many passes reading is ahead of multiplying
     token_place found[1 + lead][2]; // of tokens that are read, one for each port, and of those before
@@ -173,7 +173,9 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.loading = first_word<C>(state.next);
     state.loads = words_left(state.loading);
     state.high = now.n_in / C::tile_in;
-    state.steps = now.two ? 2 * state.high : state.high / (now.folded ? 2 : 1);
+    // Of both an even step and an odd one, so that a folded tile reads them from memories apart.
+    state.low_at = (C::folded ? state.high | 1 : state.high) * linear_state<C>::joined;
+    state.steps = (now.two ? 2 : 1) * state.high / (now.folded ? 2 : 1);
     state.reads = now.fresh ? (now.two ? 2 : 1) * (now.n_in / lanes) / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
     state.results = now.mode == to_narrow   ? (now.writes_two ? 2 * lanes / C::results * words_of<lanes>(now.outputs)
@@ -219,7 +221,9 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
     const long long bias = tile.bias[side][o] * (1LL << tile.bias_shift[side][o]);
     const unsigned other = o + weight_tiles<C>::fold < C::tile_out ? o + weight_tiles<C>::fold : o;
     const long long folded = C::folded && state.now.folded ? (long long)state.done[other] : 0;
-    return shift_round((long long)state.done[o] + folded + bias, tile.shift[side][o]);
+    const bool high = C::folded && C::two_bytes && state.now.folded && state.now.two; // alone: the other row has the low
+    const long long own = (long long)state.done[o] * (high ? 256 : 1);
+    return shift_round(own + folded + bias, tile.shift[side][o]);
 }
 
 // Write step `w` of a token's results: C::results narrow values, after their activation, and each word that is whole; a wide
@@ -344,7 +348,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
     if (i < state.reads) { // of a token each port reads so many words in a pass
         const unsigned read = n % now.ports * state.reads + i, first = n - n % now.ports;
         // On chip words of high bytes lie before those of the low ones.
-        const unsigned word = now.two ? read / 2 + (read % 2 ? now.n_in / lanes : 0) : read;
+        const unsigned word = now.two ? read / 2 + (read % 2 ? state.low_at : 0) : read;
         if (now.conv) {
             if (n < now.count)
                 cache.x[n][word] = read_tap<C>(state.tap, now, G, narrow_in);
@@ -359,13 +363,19 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
         return;
     step.used = true;
     typedef weight_tiles<C> T;
-    typename words<C>::narrow x[joined], other[joined]; // those of the other rows of a folded tile: the odd steps
+    const bool low = now.two && i >= state.high; // bytes of a tile that is not folded
+    const unsigned weight = low ? i - state.high : i; // the step of the weights
+    const bool apart = C::folded && now.folded && !now.two;
+    const unsigned first_word_at = low ? state.low_at + weight * joined : (apart ? 2 * i : i) * joined;
+    const unsigned other_word_at = apart ? (2 * i + 1) * joined : state.low_at + i * joined;
+    // Those of the other rows of a folded tile: the odd steps, or low bytes.
+    typename words<C>::narrow x[joined], other[joined];
     #pragma HLS ARRAY_PARTITION variable=x complete
     #pragma HLS ARRAY_PARTITION variable=other complete
     for (unsigned j = 0; j < joined; j++) {
         #pragma HLS UNROLL
-        x[j] = cache.x[n - state.ahead][(C::folded && now.folded ? 2 * i : i) * joined + j];
-        other[j] = C::folded && now.folded ? cache.x[n - state.ahead][(2 * i + 1) * joined + j] : x[j];
+        x[j] = cache.x[n - state.ahead][first_word_at + j];
+        other[j] = C::folded && now.folded ? cache.x[n - state.ahead][other_word_at + j] : x[j];
     }
     for (unsigned j = 0; j < C::tile_in; j++) {
         #pragma HLS UNROLL
@@ -376,7 +386,6 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
         }
     }
     step.small = sizeof(typename C::wt_t) == 1 && (C::packed || !now.gate);
-    const unsigned weight = now.two && i >= state.high ? i - state.high : i; // the step of the weights
     for (unsigned o = 0; o < C::tile_out; o++) {
         #pragma HLS UNROLL
         for (unsigned j = 0; j < C::tile_in; j++) {
@@ -409,7 +418,8 @@ void linear_after(linear_state<C> &state, unsigned k, bool used, const long long
     if (k >= state.passes)
         return;
     const bool first = state.i == 0, last = state.i + 1 == state.span;
-    const bool low = C::two_bytes && state.now.two && state.i == state.high; // the first step of the low bytes
+    // The first step of the low bytes, which a folded tile adds in another row.
+    const bool low = C::two_bytes && state.now.two && !state.now.folded && state.i == state.high;
     for (unsigned o = 0; o < C::tile_out; o++) {
         #pragma HLS UNROLL
         const sum_t before = first ? sum_t(0) : low ? sum_t(state.sum[o] * 256) : state.sum[o];

@@ -298,7 +298,8 @@ Row:
     M3VIT_COUNT(wide_read, I.rows * count * sizeof(typename words<C>::wide));
 #ifndef __SYNTHESIS__
     if (I.mode == to_narrow)
-        M3VIT_COUNT(narrow_write, I.rows * words_of<words<C>::narrow_lanes>(n) * sizeof(typename words<C>::narrow) * (two ? 2 : 1));
+        M3VIT_COUNT(narrow_write, I.rows * words_of<words<C>::narrow_lanes>(n) * sizeof(typename words<C>::narrow) *
+                                      (two ? 2 : 1));
     else
         M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
 #endif
