@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from m3vit.hw.isa import TWO_BYTES_MOST
 from m3vit.hw.tables import TABLES
 
 Ints = NDArray[np.int64]
@@ -86,3 +87,8 @@ def gelu_raw(x: Ints, frac: int) -> Ints:
 def saturate(x: Ints, bits: int) -> Ints:
     """Return x held to a signed integer of `bits` bits."""
     return np.clip(x, -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def hold_two_bytes(x: Ints) -> Ints:
+    """Return x held to what 256 high + low may be, both from -128 to 127."""
+    return np.clip(x, -(1 << 15), TWO_BYTES_MOST)

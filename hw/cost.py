@@ -186,7 +186,7 @@ def cost(
         "note": "modelled; nothing was synthesised",
         "board": board.name,
         "clock_mhz": board.clock_mhz,
-        "hardware": asdict(hardware),
+        "hardware": hardware.plain(),
         "assumed": asdict(assumed),
         "task": task,
         "ms": frame,
@@ -206,6 +206,7 @@ def render(report: dict[str, Any]) -> str:
     """Return the table for people."""
     h, assumed = report["hardware"], report["assumed"]
     stream = f"{h['wide_bits']}-bit residual stream, " if h["wide_bits"] != 32 else ""
+    fine = " (some inputs 16)" if h.get("max_bytes") else ""
     rows = [("engine", "products/cycle", "GMAC", "MACs/cycle", "MB", "loops ms", "ms", "bound by")]
     for name, e in report["engines"].items():
         numbers = (f"{e['macs'] / 1e9:.2f}", f"{e['macs_a_cycle']:.0f}", f"{e['bytes'] / 1e6:.1f}")
@@ -234,7 +235,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Modelled, task {report['task']}{of_budget}: {report['board']} at {report['clock_mhz']} MHz, "
-            f"{h['weight_bits']}-bit weights, {h['act_bits']}-bit activations, {stream}"
+            f"{h['weight_bits']}-bit weights, {h['act_bits']}-bit activations{fine}, {stream}"
             f"array {h['tile_in']} x {h['tile_out']}, blocks of {h['token_block']} tokens",
             *table,
             *others,

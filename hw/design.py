@@ -25,6 +25,7 @@ from m3vit.hw.hardware import (
 CLOCKS = range(50, 601)  # MHz
 WRITTEN = "give a file that `m3vit hw explore --out` wrote"
 BITS = ("weight_bits", "act_bits")
+LAYERS = "layer_bits"  # a text: m3vit.hw.layer_bits
 # Fields of Hardware that may be fixed, and what each may be.
 SIZES: dict[str, tuple[Any, ...]] = {
     "tile_out": TILES_OUT,
@@ -120,13 +121,15 @@ def check_sizes(sizes: Mapping[str, Any], names: Mapping[str, str]) -> None:
             raise InputError(f"{names.get(size, size)} {json.dumps(value)}: choose from {allowed}")
 
 
-def read_design(path: Path) -> tuple[Design, dict[str, int]]:
-    """Return the design of a configuration file (`m3vit hw explore`) and its weight_bits and act_bits.
+def read_design(path: Path) -> tuple[Design, dict[str, Any]]:
+    """Return the design of a configuration file (`m3vit hw explore`), and its weight_bits, act_bits and layer_bits.
+
+    layer_bits is not there where the file has none.
 
     Raises InputError for a file that is none, or that says what cannot be.
     """
     found = read_json(path, WRITTEN)
-    keys = {"board", "part", "clock", "port_bits", "sizes", *BITS}
+    keys = {"board", "part", "clock", "port_bits", "sizes", LAYERS, *BITS}
     if (
         not isinstance(found, dict)
         or not {"board", "sizes", *BITS} <= set(found)
@@ -136,9 +139,9 @@ def read_design(path: Path) -> tuple[Design, dict[str, int]]:
     if unknown := set(found) - keys - {"note"}:
         raise InputError(f"{path} has {', '.join(sorted(unknown))}, which is no key of a configuration: leave it out")
     whole = [name for name in ("clock", "port_bits", *BITS) if type(found.get(name, 0)) not in (int, type(None))]
-    text = [name for name in ("board", "part") if not isinstance(found.get(name, ""), str | None)]
+    text = [name for name in ("board", "part", LAYERS) if not isinstance(found.get(name, ""), str | None)]
     if wrong := whole + text:
         raise InputError(f"{path}: {wrong[0]} is {found[wrong[0]]!r}: give {'a whole number' if whole else 'a name'}")
     design = design_of(found["board"], found.get("part"), found.get("clock"), None, found.get("port_bits"))
     check_sizes(found["sizes"], {size: f"{path}: {size}" for size in SIZES})
-    return replace(design, sizes=found["sizes"]), {name: found[name] for name in BITS}
+    return replace(design, sizes=found["sizes"]), {name: found[name] for name in (*BITS, LAYERS) if name in found}

@@ -50,10 +50,12 @@ def front(found: Sequence[Point], resource: str) -> list[Point]:
     return kept
 
 
-def explore(programs: Programs, bits: Sequence[tuple[int, int]], design: Design) -> dict[str, Any]:
+def explore(
+    programs: Programs, bits: Sequence[tuple[int, int]], design: Design, layer_bits: str | None = None
+) -> dict[str, Any]:
     """Return the fronts of time against each resource, and the fastest, as JSON values.
 
-    Raises InputError if nothing fits.
+    layer_bits: what the programs have of --layer-bits, which the configurations say. Raises InputError if nothing fits.
     """
     found = list(points(programs, bits, design))
     if not found:
@@ -67,19 +69,20 @@ def explore(programs: Programs, bits: Sequence[tuple[int, int]], design: Design)
         "board": design.board,
         "tried": len(found),
         "budget": {name: int(BUDGETS[name] * getattr(design.target, name)) for name in kinds},
-        "fronts": {kind: [_plain(p, design) for p in front_] for kind, front_ in fronts.items()},
-        "fastest": _plain(fastest, design),
+        "fronts": {kind: [_plain(p, design, layer_bits) for p in front_] for kind, front_ in fronts.items()},
+        "fastest": _plain(fastest, design, layer_bits),
     }
 
 
-def _plain(point: Point, design: Design) -> dict[str, Any]:
-    return {"ms": point.ms, "takes": point.takes, "configuration": configuration(point.hardware, design)}
+def _plain(point: Point, design: Design, layer_bits: str | None) -> dict[str, Any]:
+    return {"ms": point.ms, "takes": point.takes, "configuration": configuration(point.hardware, design, layer_bits)}
 
 
-def configuration(h: Hardware, design: Design) -> dict[str, Any]:
+def configuration(h: Hardware, design: Design, layer_bits: str | None = None) -> dict[str, Any]:
     """Return the configuration file of engines: what read_design reads."""
     chosen = Design(design.board, design.part, design.clock, h.port_bits, {name: getattr(h, name) for name in SIZES})
-    return {**chosen.plain(), "weight_bits": h.weight_bits, "act_bits": h.act_bits}
+    layers = {"layer_bits": layer_bits} if layer_bits else {}
+    return {**chosen.plain(), "weight_bits": h.weight_bits, "act_bits": h.act_bits, **layers}
 
 
 SHOWN = 12  # points of a front

@@ -1,6 +1,7 @@
 """The configuration of the accelerator's engines: C in hw/include/engine/m3vit_engine.h. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from m3vit.hw.isa import KEY_BLOCK
 from m3vit.hw.tables import PROB_FRAC
@@ -25,7 +26,8 @@ DIVIDED = (16, 8, 4)
 RESULTS = (32, 16, 8, 4)
 NORM_WORDS = (2, 1)
 # Properties of Hardware that firmware/parameters.h states too.
-DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits")
+DERIVED = ("gate_out", "head", "span", "group", "product_bits", "context_bits", "two_bytes", "max_cached")
+OPTIONAL = ("max_bytes",)  # fields that a manifest may lack
 LUT_RAM_DEPTH = 64  # words of a memory that goes into LUTs
 
 
@@ -59,6 +61,22 @@ class Hardware:
     folded: bool = False  # two rows of the array make an output of tiles that leave rows over
     finished_in_uram: bool = False  # what attention divides lies in URAM
     pixels: int = 1  # values of the image that are read at once
+    max_bytes: int = 0  # places of the inputs of a token that have two bytes each; 0: none have
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON values: the fields of projects before there were inputs of two bytes, and what is more."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if value or name not in OPTIONAL}
+
+    @property
+    def two_bytes(self) -> bool:
+        """Whether linear maps take inputs of two bytes too, and what writes these writes two."""
+        return self.max_bytes > 0
+
+    @property
+    def max_cached(self) -> int:
+        """Places for a token's inputs on chip; where tiles are folded, a step more between bytes of both kinds."""
+        return max(self.max_in, self.max_bytes + self.tile_in * (self.folded and self.two_bytes))
 
     @property
     def fold(self) -> int:

@@ -26,6 +26,7 @@ MAX_RISE = 60  # of the maximum of the scores from one block of keys to the next
 KEY_BLOCK = 64  # keys an attention step takes at once; decides how sums are rounded
 PIXEL_ZERO = 128  # subtracted from a pixel, so that it fits 8 signed bits
 TAPS = 9  # pixels that a convolution reads for one
+TWO_BYTES_MOST = 32639  # the largest value of two bytes: 256 high + low, each from -128 to 127
 
 
 class Op(IntEnum):
@@ -64,6 +65,7 @@ OPCODE = 0
 SHARED = {
     **{"task": 1, "rows": 2, "n_in": 3, "n_out": 4, "src": 5, "src_pitch": 6, "dst": 7, "dst_pitch": 8},
     **{"weights": 9, "params": 10, "mode": 11, "gelu_in": 12, "gelu_out": 13, "eps": 19, "rescale": 21},
+    **{"src_low": 22, "dst_low": 23},
 }
 OWN = 14
 BLANK = {"task": -1, "gelu_in": -1}  # of an opcode without the field; other words are 0
@@ -90,6 +92,10 @@ class Instruction:
 
     Offsets (src, dst, hidden; weights and params in their sections) and pitches, from one row to the next, count
     elements of the memory they are in.
+
+    src_low, dst_low: of narrow values that are read or written and have two bytes (256 high + low, both signed), how
+    many places after the high byte the low one lies, a word of a port: words of high and of low bytes take turns. 0:
+    values have one place.
     """
 
     op: ClassVar[Op]
@@ -165,6 +171,8 @@ class Linear(Instruction):
     gelu_in: Signed = -1
     gelu_out: Signed = 0
     rescale: Unsigned = 0
+    src_low: Unsigned = 0
+    dst_low: Unsigned = 0
 
 
 @dataclass(kw_only=True)
@@ -182,6 +190,7 @@ class Gate(Instruction):
     weights: Unsigned
     params: Unsigned
     mode: Target = Mode.WIDE
+    src_low: Unsigned = 0
 
 
 @dataclass(kw_only=True)
@@ -220,6 +229,7 @@ class Norm(Instruction):
     sqrt_dim: Signed
     biases: Unsigned = 0
     eps: Long
+    dst_low: Unsigned = 0
 
 
 @dataclass(kw_only=True)
@@ -242,6 +252,7 @@ class Attention(Instruction):
     score_shift: Signed
     value_shift: Signed
     weight_drop: Unsigned = 0
+    dst_low: Unsigned = 0
 
 
 @dataclass(kw_only=True)
@@ -261,7 +272,8 @@ class Route(Instruction):
 class Experts(Instruction):
     """Both maps of every expert with tokens, n_in -> n_out with GELU -> n_in, weighted and added to wide.
 
-    weights_step, params_step: from one expert to the next; hidden, hidden_pitch: where hidden channels lie in narrow.
+    weights_step, params_step: from one expert to the next; hidden, hidden_pitch: where hidden channels lie in narrow;
+    dst_low is of these.
     """
 
     op = Op.EXPERTS
@@ -282,6 +294,8 @@ class Experts(Instruction):
     params_step: Unsigned
     hidden: Unsigned = 0
     hidden_pitch: Unsigned
+    src_low: Unsigned = 0
+    dst_low: Unsigned = 0
 
 
 @dataclass(kw_only=True)
@@ -310,6 +324,7 @@ class Conv(Instruction):
     upscale: Unsigned
     pixel_pitch: Unsigned = 0
     unrectified: Unsigned = 0
+    src_low: Unsigned = 0
 
 
 INSTRUCTIONS: dict[Op, type[Instruction]] = {

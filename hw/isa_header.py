@@ -12,7 +12,7 @@ from m3vit.hw.weights_file import HEADER_WORDS, Header
 HEADER = "m3vit_isa.h"
 CONSTANTS = (
     *("ACCUMULATOR_BITS", "ROW_WORDS", "SHIFT_OFFSET", "BIAS_SHIFT_LIMIT", "SCORE_FRAC", "SCORE_BITS"),
-    *("CONTEXT_DROP", "MAX_RISE", "PIXEL_ZERO", "TAPS"),
+    *("CONTEXT_DROP", "MAX_RISE", "PIXEL_ZERO", "TAPS", "TWO_BYTES_MOST"),
 )
 # What each engine reads: the fields of its opcodes together.
 READERS: dict[str, tuple[isa.Op, ...]] = {

@@ -74,6 +74,11 @@ def _bytes(h: Hardware, words: int) -> int:
     return words * h.port_bits // 8
 
 
+def _bytes_of(low: int) -> int:
+    """Return how many places a narrow value has (src_low, dst_low of an instruction)."""
+    return 2 if low else 1
+
+
 # --- image and position: m3vit_engine_norm.h ------------------------------------------------------------------------
 
 
@@ -112,17 +117,20 @@ def norm_memories(h: Hardware) -> list[OnChip]:
 
 
 def norm_cycles(i: Norm, h: Hardware, queue: Queue, t: Timing) -> int:
-    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least;
-    more rows than there are, by one for each port that reads ahead and three to drain its stages."""
+    """layernorm: Load, then Row: norm_words an iteration (to wide tokens one), NORM_SPAN iterations a row at least, and
+    twice those of whole words of results of two bytes; more rows than there are, by one for each port that reads ahead
+    and three to drain its stages."""
     words, ports = _words(h, i.n_in, h.wide_bits), h.norm_words if i.mode == Mode.NARROW else 1
     rows = i.rows + ports + 3
     loads = 2 * _words(h, i.n_in, PARAM_BITS)
-    return t.loop(loads, reads=True) + t.loop(rows * max(_times(words, ports), NORM_SPAN), reads=True, writes=True)
+    twice = 2 * _words(h, i.n_in, h.act_word) * (h.values(h.act_word) // _normed(h)) if i.dst_low else 0
+    span = max(_times(words, ports), NORM_SPAN, twice)
+    return t.loop(loads, reads=True) + t.loop(rows * span, reads=True, writes=True)
 
 
 def norm_traffic(i: Norm, h: Hardware, queue: Queue = ()) -> Bytes:
     row, params = (_bytes(h, _words(h, i.n_in, bits)) for bits in (h.wide_bits, PARAM_BITS))
-    to_narrow = {"narrow_write": i.rows * _bytes(h, _words(h, i.n_in, h.act_word))}
+    to_narrow = {"narrow_write": _bytes_of(i.dst_low) * i.rows * _bytes(h, _words(h, i.n_in, h.act_word))}
     written = to_narrow if i.mode == Mode.NARROW else {"wide_write": i.rows * row}
     return {"params": 2 * params, "wide_read": i.rows * row, **written}
 
@@ -185,7 +193,7 @@ def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
     words, queries = width // h.values(h.act_word), query_blocks(i, h)
     loads, reads = 2 * min(i.rows, KEY_BLOCK) * words, queries[0] * words
     used = _times(_times(queries[0], h.group), BATCH)
-    writing = _times(queries[0] * (width // h.divided), length) + 2
+    writing = _times(queries[0] * _bytes_of(i.dst_low) * (width // h.divided), length) + 2
     rounds = max(
         used,
         STAGES - 1,
@@ -204,7 +212,8 @@ def attention_cycles(i: Attention, h: Hardware, queue: Queue, t: Timing) -> int:
 
 def attention_traffic(i: Attention, h: Hardware, queue: Queue = ()) -> Bytes:
     read = (2 * len(query_blocks(i, h)) + 1) * i.rows * i.n_out
-    return {"narrow_read": read * h.act_word // 8, "narrow_write": i.rows * i.n_out * h.act_word // 8}
+    written = i.rows * i.n_out * _bytes_of(i.dst_low)
+    return {"narrow_read": read * h.act_word // 8, "narrow_write": written * h.act_word // 8}
 
 
 def attention_macs(i: Attention, queue: Queue) -> int:
@@ -246,7 +255,8 @@ def route_needs(i: Route) -> dict[str, int]:
 
 
 class Tile(NamedTuple):
-    """One tile_job: `outputs` rows of n_in weights for `tokens`; fresh: their inputs are read; adds: to wide."""
+    """One tile_job: `outputs` rows of n_in weights for `tokens`; fresh: their inputs are read; adds: to wide; two: the
+    inputs have two bytes each; writes_two: so have narrow results."""
 
     outputs: int
     n_in: int
@@ -255,6 +265,8 @@ class Tile(NamedTuple):
     adds: bool
     mode: Mode
     gate: bool
+    two: bool = False
+    writes_two: bool = False
 
 
 def _input_ports(h: Hardware) -> int:
@@ -272,7 +284,7 @@ def linear_memories(h: Hardware) -> list[OnChip]:
     banks, gate_banks = h.tile_in // weights, h.tile_in // gates
     words, gate_words = 2 * h.max_in // weights // banks, 2 * h.max_in // gates // gate_banks
     at_once = 2 if h.folded else 1  # steps
-    inputs = tokens * _times(h.max_in // h.tile_in, at_once)
+    inputs = tokens * _times(h.max_cached // h.tile_in, at_once)
     return [
         OnChip("inputs of a block of tokens", ports * joined * at_once, h.port_bits, inputs, kind),
         OnChip("weights of two tiles", banks * h.tile_out, h.port_bits, words, tiles_in),
@@ -284,11 +296,12 @@ def linear_memories(h: Hardware) -> list[OnChip]:
 def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> Iterator[Tile]:
     """Yield the tiles of an instruction as next_tile does."""
     size = h.gate_out if isinstance(i, Gate) else h.tile_out
-    maps = [(i.n_in, i.n_out, i.rows, i.mode)]
+    writes_two = isinstance(i, Linear | Experts) and i.dst_low > 0
+    maps = [(i.n_in, i.n_out, i.rows, i.mode, i.src_low > 0)]
     if isinstance(i, Experts):
-        both = ((i.n_in, i.n_out, Mode.NARROW), (i.n_out, i.n_in, i.mode))
-        maps = [(n_in, n_out, tokens, mode) for tokens in queue for n_in, n_out, mode in both]
-    for n_in, n_out, tokens, mode in maps:
+        both = ((i.n_in, i.n_out, Mode.NARROW, i.src_low > 0), (i.n_out, i.n_in, i.mode, writes_two))
+        maps = [(n_in, n_out, tokens, mode, two) for tokens in queue for n_in, n_out, mode, two in both]
+    for n_in, n_out, tokens, mode, two in maps:
         block = _times(tokens, _times(tokens, h.token_block))
         for base in range(0, tokens, block):
             first = Tile(
@@ -299,6 +312,8 @@ def tiles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue = ()) -> 
                 mode in (Mode.RESIDUAL, Mode.QUEUE),
                 mode,
                 isinstance(i, Gate),
+                two,
+                writes_two and mode == Mode.NARROW,
             )
             yield first
             more, rest = divmod(max(n_out - size, 0), size)
@@ -318,21 +333,22 @@ def _half(tile: Tile, h: Hardware) -> int:
 def _folded(tile: Tile, h: Hardware) -> bool:
     """Return whether two rows of the array make each output of a tile."""
     few = not tile.fresh and not tile.gate and _half(tile, h) <= h.fold
-    return h.folded and few and tile.n_in // h.tile_in % 2 == 0
+    return h.folded and few and (tile.two or tile.n_in // h.tile_in % 2 == 0)
 
 
 def _results(tile: Tile, h: Hardware) -> int:
     """Return the steps in which a token's results are written: a wide word of both halves at once, `results` narrow
     values, or a word of the output."""
     if tile.mode == Mode.NARROW:
-        return _times(tile.outputs, h.results)
+        whole = 2 * _words(h, tile.outputs, h.act_word) * (h.values(h.act_word) // h.results)
+        return whole if tile.writes_two else _times(tile.outputs, h.results)
     return _words(h, tile.outputs, PARAM_BITS) if tile.mode == Mode.OUTPUT else _words(h, _half(tile, h), h.wide_bits)
 
 
 def _result_words(tile: Tile, h: Hardware) -> int:
     """Return the words of a token's results."""
     bits = {Mode.NARROW: h.act_word, Mode.OUTPUT: PARAM_BITS}
-    return _words(h, tile.outputs, bits.get(tile.mode, h.wide_bits))
+    return _words(h, tile.outputs, bits.get(tile.mode, h.wide_bits)) * (2 if tile.writes_two else 1)
 
 
 def _alike(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue) -> Iterator[tuple[list[Tile], int]]:
@@ -356,10 +372,11 @@ def linear_cycles(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue, 
         that loading and working move."""
         params = _words(h, ROW_WORDS * tile.outputs, PARAM_BITS)
         rows = _half(tile, h) if h.weight_ports == 2 else tile.outputs  # whose weights come through a port
-        span, ahead = max(tile.n_in // h.tile_in // (2 if _folded(tile, h) else 1), _results(tile, h)), 0
+        places = tile.n_in * (2 if tile.two else 1)
+        span, ahead = max(places // h.tile_in // (2 if _folded(tile, h) else 1), _results(tile, h)), 0
         if tile.fresh:
             ports = 1 if isinstance(i, Conv) else _input_ports(h)
-            span, ahead = max(span, tile.n_in // narrow // ports, LEAST_SPAN), LEAD * ports
+            span, ahead = max(span, places // narrow // ports, LEAST_SPAN), LEAD * ports
         steps = (tile.tokens + 1 + ahead) * span
         loads, rest = max(rows * (tile.n_in // bits), params), span - _results(tile, h)
         loaded, moved = (sum(part.values()) for part in (_loaded(i, tile, h), _moved(i, tile, h)))
@@ -402,7 +419,7 @@ def _loaded(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes
 def _moved(i: Linear | Gate | Experts | Conv, tile: Tile, h: Hardware) -> Bytes:
     """Return the bytes that a tile's pass reads and writes of tokens; of a 3x3 convolution's inputs about so many."""
     results = _bytes(h, tile.tokens * _result_words(tile, h))
-    inputs = tile.fresh * tile.tokens * tile.n_in * h.act_word // 8
+    inputs = tile.fresh * tile.tokens * tile.n_in * (2 if tile.two else 1) * h.act_word // 8
     ports = {Mode.OUTPUT: "output", Mode.NARROW: "narrow_write"}
     return {
         "narrow_read": inputs,
@@ -422,7 +439,7 @@ def linear_traffic(i: Linear | Gate | Experts | Conv, h: Hardware, queue: Queue 
             for port, count in part.items():
                 moved[port] += times * count
     if isinstance(i, Conv):
-        moved["narrow_read"] = inside(i) * i.n_in // TAPS * act
+        moved["narrow_read"] = inside(i) * i.n_in // TAPS * act * _bytes_of(i.src_low)
     return {port: count for port, count in moved.items() if count}
 
 
@@ -431,12 +448,17 @@ def linear_macs(i: Linear | Gate | Experts | Conv, queue: Queue) -> int:
 
 
 def linear_needs(i: Linear | Gate | Experts | Conv) -> dict[str, int]:
-    return {"max_in": max(i.n_in, i.n_out) if isinstance(i, Experts) else i.n_in}
+    if isinstance(i, Experts):
+        return {
+            "max_in": max(i.n_in, i.n_out),
+            "max_bytes": 2 * max(i.n_in * (i.src_low > 0), i.n_out * (i.dst_low > 0)),
+        }
+    return {"max_in": i.n_in, "max_bytes": 2 * i.n_in * (i.src_low > 0)}
 
 
 def conv_needs(i: Conv) -> dict[str, int]:
     """As of a linear map; its rows are pixels, which the queues of experts need no place for."""
-    return {"max_in": i.n_in, "max_rows": i.rows // i.upscale**2}
+    return linear_needs(i) | {"max_rows": i.rows // i.upscale**2}
 
 
 # --- the tables -----------------------------------------------------------------------------------------------------
@@ -456,7 +478,13 @@ def _folding(h: Hardware) -> int:
     """Return the LUTs of folded tiles: each result adds the sum of another row, one of those of a quarter of the array,
     and inputs of half the spans are one of two."""
     chosen = _times(h.fold, h.results)
-    return h.results * ACCUMULATOR_BITS * (1 + _times(chosen, 4)) + h.tile_out // h.span // 2 * h.tile_in * h.act_word
+    whole = 1 + _times(chosen, 4) + h.two_bytes  # of high bytes it is 256 times its own
+    return h.results * ACCUMULATOR_BITS * whole + h.tile_out // h.span // 2 * h.tile_in * h.act_word
+
+
+def _chosen_bytes(h: Hardware, values: int) -> int:
+    """Return the LUTs that choose which byte of so many results is written, if some have two."""
+    return values * h.act_word * h.two_bytes
 
 
 # DSPs of a lane: GELU 1, the router's weight 2; 2^-x 1, a division of 40 by 20 bits 4; LayerNorm n x 2, d^2 2, d times
@@ -470,19 +498,26 @@ ENGINES = {
         # Of narrow tokens, which wide ones share; a stream of 16 bits is shifted itself.
         lambda h: h.results + (2 * h.port_bits // ACCUMULATOR_BITS if h.wide_bits < PARAM_BITS else 0),
         # Operands are one of up to four.
-        lambda h: h.tile_out * h.tile_in * max(h.act_word, h.weight_word) + _folding(h) * h.folded,
+        lambda h: (
+            h.tile_out * h.tile_in * max(h.act_word, h.weight_word)
+            + _folding(h) * h.folded
+            # A sum is added to as it is or, between the bytes of its inputs, times 256.
+            + h.tile_out * ACCUMULATOR_BITS * h.two_bytes
+            + _chosen_bytes(h, h.results)
+        ),
     ),
     # Shifted in each lane: a score, a weight (few bits both), a sum of before; and what is divided.
     "attention": Engine(
         attention_memories,
         dsps=lambda h: h.lanes + 4 * h.divided,
         shifters=lambda h: h.divided + _shifted_in_attention(h) // ACCUMULATOR_BITS,
+        luts=lambda h: _chosen_bytes(h, h.divided),
     ),
     "norm": Engine(
         norm_memories,
         dsps=lambda h: (5 if h.norm_in_lut else 7) * _normed(h),
         shifters=lambda h: 3 * _normed(h),
-        luts=lambda h: LUT_PER_NORM * _normed(h) * h.norm_in_lut,
+        luts=lambda h: LUT_PER_NORM * _normed(h) * h.norm_in_lut + _chosen_bytes(h, _normed(h)),
     ),
     "router": Engine(route_memories),
     "stream": Engine(lambda h: []),  # passes over tokens: image, position
@@ -504,7 +539,7 @@ assert [OPS[op].instruction for op in OPS] == [INSTRUCTIONS[op] for op in Op if 
 
 def needs(program: Sequence[Instruction]) -> dict[str, int]:
     """Return the least buffers of Hardware that hold a program: its fields max_*."""
-    found = dict.fromkeys(("max_in", "max_dim", "max_rows", "max_experts", "max_top", "max_head"), 1)
+    found = dict.fromkeys(("max_in", "max_dim", "max_rows", "max_experts", "max_top", "max_head"), 1) | {"max_bytes": 0}
     for instruction in program:
         rows = getattr(instruction, "rows", 1)
         for name, value in {"max_rows": rows, **OPS[instruction.op].needs(instruction)}.items():

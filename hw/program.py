@@ -14,7 +14,7 @@ import numpy as np
 
 from m3vit.errors import InputError
 from m3vit.hw.isa import BIAS_SHIFT_LIMIT, OPCODE, SHARED, SHIFT_OFFSET, WORDS, End, Instruction, Op, decode_program
-from m3vit.hw.weights_file import ALIGNMENT, HEADER_WORDS, MAGIC, Header
+from m3vit.hw.weights_file import ALIGNMENT, HEADER_WORDS, MAGIC, MAGIC_TWO, Header
 
 MAX_TOKENS = 8192  # token ids are 16 bits, row offsets 32; above this, queues would not be small
 
@@ -59,6 +59,12 @@ class Image:
         """Return the instructions of a program, without the end."""
         return list(decode_program(self.params[self.starts[place] * WORDS :]))
 
+    @property
+    def two_bytes(self) -> bool:
+        """Whether some narrow values have two bytes each."""
+        every = [i for place in range(len(self.starts)) for i in self.program_of(place)]
+        return any(getattr(i, name, 0) for i in every for name in ("src_low", "dst_low"))
+
     def write(self, path: Path) -> None:
         """Write the file."""
         sections = [self.params.astype(np.int32), self.weights, self.gates.astype(np.int16)]
@@ -71,7 +77,9 @@ class Image:
         several = len(self.starts) if len(self.starts) > 1 else 0
         instructions = self.starts[-1] + len(self.program_of(len(self.starts) - 1))
         wide = self.wide_bits % 32
-        header = Header._make([MAGIC, *places, *bits, *self.memory, instructions, several, self.starts_at, wide])
+        two = self.two_bytes
+        facts = [*bits, *self.memory, instructions, several, self.starts_at, wide, int(two)]
+        header = Header._make([MAGIC_TWO if two else MAGIC, *places, *facts])
         with open(path, "wb") as file:
             file.write(header.words().tobytes())
             for section, start in zip(sections, places[::2], strict=True):

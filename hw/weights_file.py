@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 MAGIC = 0x3257544956334D  # "M3VITW2": rows are filled up to whole words
-KNOWN = (MAGIC, 0x3157544956334D)  # "M3VITW1": one value after the other
+MAGIC_TWO = 0x3357544956334D  # "M3VITW3": and some narrow values have two bytes each
+KNOWN = (MAGIC, MAGIC_TWO, 0x3157544956334D)  # "M3VITW1": one value after the other
 HEADER_WORDS = 20
 ALIGNMENT = 64  # bytes: one beat of the widest AXI port
 
@@ -21,7 +22,7 @@ class Header(NamedTuple):
     has to allocate: elements of the narrow, wide and output memories, bytes of an image; tasks; instructions of all
     programs, the ends between them too. Of several programs their number, and where in params (words) it is written
     with which instruction each begins; 0 where there is one, and in older files. Bits of a wide value: 0 for 32, as in
-    older files.
+    older files. two_bytes: 1 where instructions read or write narrow values of two bytes each, as MAGIC_TWO says.
     """
 
     magic: int
@@ -42,6 +43,7 @@ class Header(NamedTuple):
     programs: int = 0
     programs_at: int = 0
     wide_bits: int = 0
+    two_bytes: int = 0
 
     @classmethod
     def read(cls, path: str | Path) -> "Header | None":

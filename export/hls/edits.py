@@ -9,7 +9,7 @@ import yaml
 
 from m3vit.errors import InputError
 from m3vit.files import read_text
-from m3vit.hw.hardware import DERIVED, Hardware
+from m3vit.hw.hardware import DERIVED, OPTIONAL, Hardware
 from m3vit.hw.output_memory import MANIFEST_KEY
 
 PARAMETERS, TCL, CONFIG = "firmware/parameters.h", "project.tcl", "hls4ml_config.yml"
@@ -29,7 +29,8 @@ def constants(project: Path) -> dict[str, str]:
 def check_engines(project: Path, manifest: dict[str, Any]) -> None:
     """Raise InputError for a multiplexed project whose engines the closed form does not know: those of another version
     (which have other sizes, or wrote single values to the output)."""
-    if set(manifest["hardware"]) != {field.name for field in fields(Hardware)} or MANIFEST_KEY not in manifest:
+    needed = {field.name for field in fields(Hardware)} - set(OPTIONAL)
+    if set(manifest["hardware"]) - set(OPTIONAL) != needed or MANIFEST_KEY not in manifest:
         raise InputError(f"{project} has engines of another version, whose cost is not known here: export it again")
 
 
@@ -54,7 +55,7 @@ def apart(project: Path, hardware: Hardware) -> list[str]:
     """Return which constants of parameters.h that follow from others do not, "group 4, not 1" say: the closed form is
     of engines in which they do."""
     found = constants(project)
-    wanted = {name: str(getattr(hardware, name)) for name in DERIVED}
+    wanted = {name: str(int(getattr(hardware, name))) for name in DERIVED}
     return [f"{name} {value}, not {found[name]}" for name, value in wanted.items() if found.get(name, value) != value]
 
 

@@ -19,6 +19,7 @@ ENGINES = (
     "port_bits",
     "ports",
     "residual_bits",
+    "layer_bits",
     "config",
 )  # of the multiplexed schedule alone
 Bits = Annotated[int, Value(positive, "BITS")]
@@ -41,6 +42,9 @@ class Request:
         port_bits: width of a memory port (default: the board's)
         ports: 1 or 2 memory ports for weights (default: as the array)
         residual_bits: width of the residual stream, 32, or 16 with 8-bit feature maps (default: 32)
+        layer_bits: linear maps whose inputs have 16 bits beside 8-bit feature maps, as blocks.10.mlp=16,heads=16: a
+            block's attn.qkv, attn.proj, mlp.fc1 and mlp.fc2, heads.linear, heads.conv, or what such a name begins
+            with; blocks.* is all blocks (default: none)
         config: file of m3vit hw explore, in place of the board, the bits and all of these (default: none)
         weight_bits: width of weights: spatial 6 to 24, multiplexed 8, 12 or 16 (default: 16)
         act_bits: width of feature maps: spatial 8 to 24 (default: 20), multiplexed 8, 10, 12, 14 or 16 (default: 16)
@@ -56,6 +60,7 @@ class Request:
     port_bits: Bits | None = None
     ports: Positive | None = None
     residual_bits: Bits | None = None
+    layer_bits: Annotated[str, Value(metavar="NAME=BITS,...")] | None = None
     config: File | None = None
     weight_bits: Bits | None = None
     act_bits: Bits | None = None

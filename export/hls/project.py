@@ -61,6 +61,7 @@ def export_project(
     port_bits: int | None = None,
     ports: int | None = None,
     residual_bits: int | None = None,
+    layer_bits: str | None = None,
     config: Path | None = None,
     budget: Budget = FULL,
     budgets: Mapping[str, Budget] = MappingProxyType({}),
@@ -84,7 +85,7 @@ def export_project(
         "ports": ports,
         "config": config,
     }
-    fixed |= {"residual_bits": residual_bits}
+    fixed |= {"residual_bits": residual_bits, "layer_bits": layer_bits}
     options = choose_options(schedule, weight_bits, act_bits, board, fixed)
     options = replace(options, budgets=dict(budgets) or {"": budget}, progress=progress)
     if len(options.budgets) > 1 and not getattr(chosen, "SEVERAL_BUDGETS", False):

@@ -16,6 +16,7 @@ import numpy as np
 
 from m3vit.errors import InputError
 from m3vit.hw.design import Design, design_of, read_design
+from m3vit.hw.layer_bits import Entries, parse_layer_bits
 from m3vit.models.budget import FULL, Budget
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ def silent(done: int, total: int, what: str) -> None:
 class Options:
     """What a user chooses of a project.
 
-    board: a name, or None in a schedule that is for no board. design: what is fixed of its engines. budgets: what is
-    used of the model, by name, the first the project's own. progress: told of the long work.
+    board: a name, or None in a schedule that is for no board. design: what is fixed of its engines. layers: which maps
+    have inputs of other bits than act_bits (m3vit.hw.layer_bits). budgets: what is used of the model, by name, the
+    first the project's own. progress: told of the long work.
     """
 
     weight_bits: int
     act_bits: int
     board: str | None
     design: Design | None = None
+    layers: Entries = ()
     budgets: Mapping[str, Budget] = field(default_factory=lambda: {"": FULL})
     progress: Progress = silent
 
@@ -143,8 +146,8 @@ def choose_options(
 ) -> Options:
     """Return the options of a schedule, its defaults filled in. Raises InputError for what it does not have.
 
-    engines: part, clock, array, port_bits, ports, residual_bits (m3vit.hw.design), or config, the file that has all of
-    these, the board and the bits. What is None is not given.
+    engines: part, clock, array, port_bits, ports, residual_bits (m3vit.hw.design), layer_bits (m3vit.hw.layer_bits), or
+    config, the file that has all of these, the board and the bits. What is None is not given.
     """
     schedule = find_schedule(name)
     fixed = {option: value for option, value in engines.items() if value is not None}
@@ -159,19 +162,21 @@ def choose_options(
             f"--board {board}: the {name} schedule is for no board (its part is in project.tcl): leave it out or give "
             f"--schedule {' or '.join(others)}"
         )
-    design = None
+    design, layer_bits = None, None
     if schedule.BOARD is not None:
         if config := fixed.pop("config", None):
             rest = {"board": board, "weight_bits": weight_bits, "act_bits": act_bits, **fixed}
             if more := [f"--{option.replace('_', '-')}" for option, value in rest.items() if value is not None]:
                 raise InputError(f"--config {config} says all of the engines: leave out {', '.join(more)}")
             design, bits = read_design(Path(config))
-            weight_bits, act_bits = bits["weight_bits"], bits["act_bits"]
+            weight_bits, act_bits, layer_bits = bits["weight_bits"], bits["act_bits"], bits.get("layer_bits")
         else:
+            layer_bits = fixed.pop("layer_bits", None)
             design = design_of(board, **fixed, default=schedule.BOARD)
         board = design.board
     chosen = WEIGHT_BITS if weight_bits is None else weight_bits
-    options = Options(chosen, schedule.ACT_BITS if act_bits is None else act_bits, board, design)
+    layers = () if layer_bits is None else parse_layer_bits(layer_bits)
+    options = Options(chosen, schedule.ACT_BITS if act_bits is None else act_bits, board, design, layers)
     for what, allowed in schedule.LIMITS.items():
         if (value := getattr(options, what)) not in allowed:
             shown = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
@@ -180,5 +185,10 @@ def choose_options(
         raise InputError(
             f"--residual-bits 16 with --act-bits {options.act_bits}: a residual stream of 16 bits goes with 8-bit "
             "activations: give --weight-bits 8 --act-bits 8 too, or leave it out"
+        )
+    if layers and options.act_bits != 8:
+        raise InputError(
+            f"--layer-bits with --act-bits {options.act_bits}: layers have inputs of 16 bits beside 8-bit activations: "
+            "give --act-bits 8 too, or leave it out"
         )
     return options

@@ -45,6 +45,10 @@ struct device_memory {
                     "accelerator's\n", path, (int)head.weight_bits, (int)head.act_bits, wide_bits);
             return false;
         }
+        if (head.two_bytes && !vit_cfg::two_bytes) {
+            fprintf(stderr, "m3vit: %s has activations of two bytes, which this accelerator has not\n", path);
+            return false;
+        }
         section(data, head.params_at, head.params_words * (int64_t)sizeof(int32_t), params);
         section(data, head.weights_at, head.weights_words * (int64_t)sizeof(vit_cfg::wt_t), weights);
         section(data, head.gates_at, head.gates_words * (int64_t)sizeof(int16_t), gates);

@@ -68,6 +68,33 @@ def _rows(memory: Tensor, offset: int, pitch: int, rows: int, columns: int) -> T
     return memory.as_strided((rows, columns), (pitch, 1), offset)
 
 
+def _values(memory: Tensor, offset: int, pitch: int, rows: int, columns: int, low: int) -> Tensor:
+    """Return the narrow values [rows, columns] of a flat memory; low: src_low of what reads them, as their columns are
+    whole words then."""
+    if not low:
+        return _rows(memory, offset, pitch, rows, columns)
+    words = memory.as_strided((rows, columns // low, 2, low), (pitch, 2 * low, low, 1), offset)
+    return (words[:, :, 0] * 256 + words[:, :, 1]).reshape(rows, columns)
+
+
+def _put_values(memory: Tensor, offset: int, pitch: int, values: Tensor, low: int) -> None:
+    """Write narrow values [rows, columns] into a flat memory, as two bytes each if `low` (dst_low) is not 0; what they
+    leave of the last word of a row is then 0."""
+    rows, columns = values.shape
+    if not low:
+        _rows(memory, offset, pitch, rows, columns).copy_(values)
+        return
+    filled = F.pad(values, (0, -columns % low)).view(rows, -1, low)
+    words = memory.as_strided((*filled.shape[:2], 2, low), (pitch, 2 * low, low, 1), offset)
+    words[:, :, 0] = torch.floor((filled + 128) / 256)
+    words[:, :, 1] = filled - 256 * words[:, :, 0]
+
+
+def _inputs(state: _State, i: isa.Linear | isa.Gate | isa.Experts) -> Tensor:
+    """Return the inputs [rows, n_in] of a linear map."""
+    return _values(state.narrow, i.src, i.src_pitch, i.rows, i.n_in, i.src_low)
+
+
 def _round(x: Tensor, factor: Tensor | float) -> Tensor:
     """Return x * factor rounded half up, in place; factor is a power of two."""
     return x.mul_(factor).add_(0.5).floor_()
@@ -82,11 +109,11 @@ def _exp2_table(drop: int) -> Tensor:
 
 
 @cache
-def _gelu_table(bits: int, frac_in: int, frac_out: int) -> tuple[Tensor, Tensor]:
-    """GELU of every `bits`-bit value, from the lowest, saturated; and where it was beyond the format."""
+def _gelu_table(bits: int, frac_in: int, frac_out: int, two: bool) -> tuple[Tensor, Tensor]:
+    """GELU of every `bits`-bit value, from the lowest, saturated (two: to two bytes); and where it was beyond that."""
     x = np.arange(-(1 << (bits - 1)), 1 << (bits - 1), dtype=np.int64)
     raw = arithmetic.shift_round(arithmetic.gelu_raw(x, frac_in), arithmetic.gelu_frac(frac_in) - frac_out)
-    held = arithmetic.saturate(raw, bits)
+    held = arithmetic.hold_two_bytes(raw) if two else arithmetic.saturate(raw, bits)
     return torch.from_numpy(held.astype(np.float64)), torch.from_numpy(held != raw)
 
 
@@ -109,12 +136,12 @@ class Emulator:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    def _linear(self, weights: np.ndarray, at: int, params: int, n_in: int, n_out: int) -> _Linear:
+    def _linear(self, weights: np.ndarray, at: int, params: int, n_in: int, n_out: int, low: int) -> _Linear:
         matrix = weights[at : at + n_in * n_out].reshape(n_out, n_in).astype(np.int64)
         words = self.image.params[params : params + ROW_WORDS * n_out].reshape(n_out, ROW_WORDS).astype(np.int64)
         bias = words[:, 0] << (words[:, 1] >> 8 & BIAS_SHIFT_LIMIT - 1)
         shift = (words[:, 1] & 255) - isa.SHIFT_OFFSET
-        products = np.abs(matrix).sum(axis=1) << (self.bits - 1)
+        products = np.abs(matrix).sum(axis=1) << (15 if low else self.bits - 1)
         if int((products + np.abs(bias)).max(initial=0)) >= EXACT[torch.float64]:
             raise InputError("the weights file has sums over 53 bits, which no project of ours has: export it again")
         kind = next(kind for kind, limit in EXACT.items() if int(products.max(initial=0)) < limit)
@@ -126,7 +153,7 @@ class Emulator:
         match i:
             case isa.Linear() | isa.Gate() | isa.Conv():
                 weights = image.gates if isinstance(i, isa.Gate) else image.weights
-                return self._linear(weights, i.weights, i.params, i.n_in, i.n_out)
+                return self._linear(weights, i.weights, i.params, i.n_in, i.n_out, i.src_low)
             case isa.Experts():
                 return [self._expert(i, e) for e in range(i.experts)]
             case isa.Position():
@@ -141,9 +168,9 @@ class Emulator:
     def _expert(self, i: isa.Experts, e: int) -> tuple[_Linear, _Linear]:
         """Return both maps of an expert."""
         at, params = i.weights + e * i.weights_step, i.params + e * i.params_step
-        first = self._linear(self.image.weights, at, params, i.n_in, i.n_out)
+        first = self._linear(self.image.weights, at, params, i.n_in, i.n_out, i.src_low)
         at, params = at + i.n_in * i.n_out, params + ROW_WORDS * i.n_out
-        return first, self._linear(self.image.weights, at, params, i.n_out, i.n_in)
+        return first, self._linear(self.image.weights, at, params, i.n_out, i.n_in, i.dst_low)
 
     # --- frames -----------------------------------------------------------------------------------------------------
 
@@ -207,10 +234,9 @@ class Emulator:
                 patches = torch.from_numpy(np.ascontiguousarray(grid).reshape(i.rows, i.n_in))
                 _rows(state.narrow, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(patches).sub_(isa.PIXEL_ZERO)
             case isa.Linear():
-                y = self._multiply(_rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in), self.prepared[pc])
-                self._store(state, pc, i, y)
+                self._store(state, pc, i, self._multiply(_inputs(state, i), self.prepared[pc]))
             case isa.Gate():
-                y = self._multiply(_rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in), self.prepared[pc])
+                y = self._multiply(_inputs(state, i), self.prepared[pc])
                 _rows(state.wide, i.dst, i.dst_pitch, *y.shape).copy_(self._hold(state, pc, y, self.wide_bits))
             case isa.Conv():
                 self._conv(state, pc, i)
@@ -229,9 +255,11 @@ class Emulator:
             case _:
                 raise AssertionError(f"no emulation of {i}")
 
-    def _hold(self, state: _State, pc: int, x: Tensor, bits: int) -> Tensor:
-        """Return x held to `bits` signed bits, in place; count what was beyond."""
+    def _hold(self, state: _State, pc: int, x: Tensor, bits: int, two: bool = False) -> Tensor:
+        """Return x held to `bits` signed bits, or (two) to what two bytes hold, in place; count what was beyond."""
         low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+        if two:
+            low, high = -(2.0**15), float(isa.TWO_BYTES_MOST)
         if x.numel():
             least, most = x.aminmax()
             if least < low or most > high:
@@ -245,21 +273,21 @@ class Emulator:
         sums = (x.to(linear.weight.dtype) @ linear.weight).double()
         return _round(sums.add_(linear.bias), linear.factor)
 
-    def _narrow(self, state: _State, pc: int, x: Tensor, gelu_in: int, gelu_out: int) -> Tensor:
+    def _narrow(self, state: _State, pc: int, x: Tensor, i: isa.Linear | isa.Experts) -> Tensor:
         """Return x as narrow values, after GELU unless gelu_in < 0."""
-        x = self._hold(state, pc, x, self.bits)
-        if gelu_in < 0:
+        two, bits = i.dst_low > 0, 16 if i.dst_low else self.bits
+        x = self._hold(state, pc, x, self.bits, two)
+        if i.gelu_in < 0:
             return x
-        table, beyond = _gelu_table(self.bits, gelu_in, gelu_out)
-        places = x.add_(1 << (self.bits - 1)).to(torch.int32).view(-1)
+        table, beyond = _gelu_table(bits, i.gelu_in, i.gelu_out, two)
+        places = x.add_(1 << (bits - 1)).to(torch.int32).view(-1)
         if beyond.any() and (count := int(beyond[places].sum())):
             state.saturated[pc] = state.saturated.get(pc, 0) + count
         return table.index_select(0, places).view(x.shape)
 
     def _store(self, state: _State, pc: int, i: isa.Linear, y: Tensor) -> None:
         if i.mode == Mode.NARROW:
-            y = self._narrow(state, pc, y, i.gelu_in, i.gelu_out)
-            _rows(state.narrow, i.dst, i.dst_pitch, *y.shape).copy_(y)
+            _put_values(state.narrow, i.dst, i.dst_pitch, self._narrow(state, pc, y, i), i.dst_low)
             return
         memory, bits = (state.output, 32) if i.mode == Mode.OUTPUT else (state.wide, self.wide_bits)
         rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
@@ -270,7 +298,7 @@ class Emulator:
     def _conv(self, state: _State, pc: int, i: isa.Conv) -> None:
         s, columns, tokens = i.upscale, i.columns, i.rows // i.upscale**2
         features = i.n_in // isa.TAPS
-        x = _rows(state.narrow, i.src, i.src_pitch, tokens, s * s * features)
+        x = _values(state.narrow, i.src, i.src_pitch, tokens, s * s * features, i.src_low)
         x = x.reshape(tokens, s * s, features).clone()
         x[..., i.unrectified :].clamp_(min=0)
         lines = x.reshape(-1, columns, s, s, features).transpose(1, 2).reshape(-1, columns * s, features)
@@ -295,9 +323,12 @@ class Emulator:
         y = d.mul_(torch.from_numpy(factor)[:, None])
         y = _round(y, torch.from_numpy(np.ldexp(1.0, NORM_FRAC - 20 - shift))[:, None])
         z = _round(y.mul_(scale).add_(bias), 2.0**-i.shift)
-        narrow = i.mode == Mode.NARROW
-        z = self._hold(state, pc, z, self.bits if narrow else self.wide_bits)
-        _rows(state.narrow if narrow else state.wide, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(z)
+        if i.mode == Mode.NARROW:
+            z = self._hold(state, pc, z, self.bits, i.dst_low > 0)
+            _put_values(state.narrow, i.dst, i.dst_pitch, z, i.dst_low)
+        else:
+            z = self._hold(state, pc, z, self.wide_bits)
+            _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(z)
 
     def _attention(self, state: _State, pc: int, i: isa.Attention) -> None:
         rows, heads, dim = i.rows, i.heads, i.n_out
@@ -316,8 +347,8 @@ class Emulator:
         mantissa, shift = arithmetic.reciprocal(total.long().numpy())
         product = _round(context, 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
         y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.value_shift))
-        y = self._hold(state, pc, y.double(), self.bits)
-        _rows(state.narrow, i.dst, i.dst_pitch, rows, dim).copy_(y.permute(2, 0, 1).reshape(rows, dim))
+        y = self._hold(state, pc, y.double(), self.bits, i.dst_low > 0)
+        _put_values(state.narrow, i.dst, i.dst_pitch, y.permute(2, 0, 1).reshape(rows, dim), i.dst_low)
 
     def _attend(
         self, state: _State, pc: int, q: Tensor, k: Tensor, v: Tensor, checked: bool, table: Tensor
@@ -360,14 +391,14 @@ class Emulator:
         state.expert_ids.append(order)
 
     def _experts(self, state: _State, pc: int, i: isa.Experts) -> None:
-        x = _rows(state.narrow, i.src, i.src_pitch, i.rows, i.n_in)
+        x = _inputs(state, i)
         rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_in)
         for e, (first, second) in enumerate(self.prepared[pc]):
             token, slot = np.nonzero(state.experts == e)
             if not len(token):
                 continue
             places = torch.from_numpy(token)
-            hidden = self._narrow(state, pc, self._multiply(x[places], first), i.gelu_in, i.gelu_out)
+            hidden = self._narrow(state, pc, self._multiply(x[places], first), i)
             y = self._hold(state, pc, self._multiply(hidden, second), 32)
             scores = torch.from_numpy(state.scores[token, slot].astype(np.float64))[:, None]
             added = _round(y.mul_(scores), 2.0**-PROB_FRAC).add_(rows[places])

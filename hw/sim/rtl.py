@@ -113,6 +113,8 @@ def write_sources(folder: Path, hardware: Hardware) -> list[str]:
             "folded tiles: the RTL has none; give engines without (hw explore --out FILE, in it folded false, and "
             "export hls --config FILE)"
         )
+    if hardware.two_bytes:
+        raise InputError("inputs of two bytes: the RTL has those of one: export without --layer-bits")
     if hardware.wide_bits != 32:
         raise InputError(
             f"a residual stream of {hardware.wide_bits} bits: the RTL has 32 (export hls --residual-bits 32)"

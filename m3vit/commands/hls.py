@@ -143,6 +143,13 @@ def add_cost_options(parser: Any, exploring: bool = False) -> None:
     parser.add_argument(
         "--residual-bits", type=int, default=None, metavar="BITS", help="32, or 16 with 8-bit activations"
     )
+    parser.add_argument(
+        "--layer-bits",
+        type=str,
+        default=None,
+        metavar="NAME=BITS,...",
+        help="maps with 16-bit inputs beside --act-bits 8",
+    )
     if exploring:
         parser.add_argument(
             "--out", type=str, default=None, metavar="FILE", help="write the fastest engines, as --config"

@@ -42,12 +42,22 @@ class Bench:
         """Return a whole number of the array's steps, up to `most` values."""
         return self.h.tile_in * self.between(1, most // self.h.tile_in)
 
-    def region(self, memory: str, rows: int, columns: int, values: np.ndarray | None = None) -> dict[str, int]:
+    def low(self) -> int:
+        """Return src_low or dst_low of an instruction: values of one byte, or of two where there are such."""
+        return self.between(0, 1) * self.h.values(8) if self.h.two_bytes else 0
+
+    def region(
+        self, memory: str, rows: int, columns: int, values: np.ndarray | None = None, low: int = 0
+    ) -> dict[str, int]:
         """Return offset and pitch of rows in a memory, which hold `values` or anything (0 in a last word's rest)."""
         unit, stored = self.h.tile_in, self.h.act_word if memory == "narrow" else 32
-        pitch, gap = round_up(columns, unit) + unit * self.between(0, 1), unit * self.between(0, 2)
+        places = 2 * round_up(columns, low) if low else columns
+        pitch, gap = round_up(places, unit) + unit * self.between(0, 1), unit * self.between(0, 2)
         words = self.signed(self.h.act_bits if memory == "narrow" else 32, rows, pitch)
-        if values is None:
+        if low:
+            for column in range(columns, round_up(columns, low)):
+                words[:, byte_places(column, low)] = 0
+        elif values is None:
             words[:, columns : round_up(columns, self.h.values(stored))] = 0
         else:
             words[:, :columns] = values
@@ -56,17 +66,19 @@ class Bench:
         return {"at": offset, "pitch": pitch}
 
     def src(self, memory: str, rows: int, columns: int, values: np.ndarray | None = None) -> dict[str, int]:
-        place = self.region(memory, rows, columns, values)
-        return {"src": place["at"], "src_pitch": place["pitch"]}
+        """Return where an instruction reads; from narrow, also how many bytes its values have."""
+        low = self.low() if memory == "narrow" else 0
+        place = self.region(memory, rows, columns, values, low)
+        return {"src": place["at"], "src_pitch": place["pitch"], **({"src_low": low} if memory == "narrow" else {})}
 
-    def dst(self, memory: str, rows: int, columns: int) -> dict[str, int]:
+    def dst(self, memory: str, rows: int, columns: int, low: int = 0) -> dict[str, int]:
         if memory == "output":
             lanes = self.h.values(32)
             offset, pitch = (round_up(n, lanes) + lanes * self.between(0, 1) for n in (self.output_size, columns))
             self.output_size = offset + rows * pitch
             return {"dst": offset, "dst_pitch": pitch}
-        place = self.region(memory, rows, columns)
-        return {"dst": place["at"], "dst_pitch": place["pitch"]}
+        place = self.region(memory, rows, columns, low=low)
+        return {"dst": place["at"], "dst_pitch": place["pitch"], **({"dst_low": low} if low else {})}
 
     def linear_params(self, n_out: int) -> np.ndarray:
         """Return biases and shifts of n_out outputs: results from far beyond their format to nothing."""
@@ -118,14 +130,38 @@ class Machine:
         self.saturated += not low <= x <= high
         return min(max(x, low), high)
 
-    def narrowed(self, x: int, gelu_in: int, gelu_out: int) -> int:
+    def hold_narrow(self, x: int, low: int) -> int:
+        """Return x held to the bits of narrow values, or to two bytes, both from -128 to 127."""
+        if not low:
+            return self.hold(x, self.image.act_bits)
+        least, most = -128 * 256, 127 * 256 + 127
+        self.saturated += not least <= x <= most
+        return min(max(x, least), most)
+
+    def narrowed(self, x: int, gelu_in: int, gelu_out: int, low: int) -> int:
         """Return x as a narrow value, after GELU unless gelu_in < 0."""
-        bits = self.image.act_bits
-        x = self.hold(x, bits)
+        x = self.hold_narrow(x, low)
         if gelu_in < 0:
             return x
         raw = int(arithmetic.gelu_raw(np.array(x), gelu_in))
-        return self.hold(shifted(raw, arithmetic.gelu_frac(gelu_in) - gelu_out), bits)
+        return self.hold_narrow(shifted(raw, arithmetic.gelu_frac(gelu_in) - gelu_out), low)
+
+    def values(self, at: int, count: int, low: int) -> list[int]:
+        """Return narrow values from a place on."""
+        if not low:
+            return [int(value) for value in self.narrow[at : at + count]]
+        pairs = [self.narrow[[at + place for place in byte_places(n, low)]].tolist() for n in range(count)]
+        return [256 * high + rest for high, rest in pairs]
+
+    def put(self, at: int, values: list[int], low: int) -> None:
+        """Write narrow values from a place on."""
+        for n, value in enumerate(values):
+            if not low:
+                self.narrow[at + n] = value
+                continue
+            high = next(high for high in range(-128, 128) if -128 <= value - 256 * high <= 127)
+            for place, byte in zip(byte_places(n, low), (high, value - 256 * high), strict=True):
+                self.narrow[at + place] = byte
 
     def sums(self, section: str, weights: int, params: int, x: list[int], n_out: int) -> list[int]:
         """Return the rounded sums of a linear map for one token."""
@@ -136,6 +172,12 @@ class Machine:
             total = sum(a * b for a, b in zip(x, row, strict=True)) + (bias << (shifts >> 8))
             found.append(shifted(total, (shifts & 255) - 64))
         return found
+
+
+def byte_places(n: int, low: int) -> tuple[int, int]:
+    """Return where value n of a row has its high and its low byte: words of `low` places take turns."""
+    word, lane = divmod(n, low)
+    return 2 * word * low + lane, (2 * word + 1) * low + lane
 
 
 def shifted(x: int, shift: int) -> int:
@@ -180,24 +222,28 @@ def run_position(i: isa.Position, m: Machine, pixels: np.ndarray) -> None:
 
 
 def make_linear(b: Bench) -> Iterator[isa.Instruction]:
-    rows, n_in, n_out = b.between(1, 80), b.sized(b.h.max_in), b.between(1, 70)
+    # Where tiles are folded, those after the first.
+    rows, n_in, n_out = b.between(1, 80), b.sized(b.h.max_in), b.between(1, 70) + b.h.tile_out * b.h.folded
     for mode in (Mode.NARROW, Mode.WIDE, Mode.RESIDUAL, Mode.OUTPUT):
         memory = {Mode.NARROW: "narrow", Mode.OUTPUT: "output"}.get(mode, "wide")
         gelu = b.gelu() if mode == Mode.NARROW and b.rng.random() < 0.6 else {}
-        places = {**b.src("narrow", rows, n_in), **b.dst(memory, rows, n_out), **b.linear("weights", n_out, n_in)}
+        to = b.dst(memory, rows, n_out, b.low() if mode == Mode.NARROW else 0)
+        places = {**b.src("narrow", rows, n_in), **to, **b.linear("weights", n_out, n_in)}
         yield isa.Linear(task=b.task(), rows=rows, n_in=n_in, n_out=n_out, mode=mode, **places, **gelu)
 
 
 def run_linear(i: isa.Linear | isa.Gate, m: Machine, pixels: np.ndarray) -> None:
     section = "gates" if isinstance(i, isa.Gate) else "weights"
     for t in range(i.rows):
-        x = m.narrow[i.src + t * i.src_pitch :][: i.n_in].tolist()
+        x = m.values(i.src + t * i.src_pitch, i.n_in, i.src_low)
         place = i.dst + t * i.dst_pitch
-        for o, y in enumerate(m.sums(section, i.weights, i.params, x, i.n_out)):
-            if i.mode == Mode.NARROW:
-                assert isinstance(i, isa.Linear)
-                m.narrow[place + o] = m.narrowed(y, i.gelu_in, i.gelu_out)
-            elif i.mode == Mode.OUTPUT:
+        sums = m.sums(section, i.weights, i.params, x, i.n_out)
+        if i.mode == Mode.NARROW:
+            assert isinstance(i, isa.Linear)
+            m.put(place, [m.narrowed(y, i.gelu_in, i.gelu_out, i.dst_low) for y in sums], i.dst_low)
+            continue
+        for o, y in enumerate(sums):
+            if i.mode == Mode.OUTPUT:
                 m.output[place + o] = m.hold(y, 32)
             else:
                 m.wide[place + o] = m.hold(y + (int(m.wide[place + o]) if i.mode == Mode.RESIDUAL else 0), 32)
@@ -219,7 +265,8 @@ def make_norm(b: Bench) -> Iterator[isa.Instruction]:
         values[b.between(0, rows - 1)] = b.between(-5000, 5000)  # the variance is 0
         biases = round_up(n, b.h.tile_in)
         table = np.concatenate([np.pad(b.signed(18, n), (0, biases - n)), b.signed(31, n)])
-        places = {**b.src("wide", rows, n, values), **b.dst("narrow" if mode == Mode.NARROW else "wide", rows, n)}
+        to = b.dst("narrow", rows, n, b.low()) if mode == Mode.NARROW else b.dst("wide", rows, n)
+        places = {**b.src("wide", rows, n, values), **to}
         scaling = {"shift": b.between(2, 28), "bias_shift": b.between(0, 6), "sqrt_dim": round(n**0.5 * 2**16)}
         scaling["biases"] = biases
         sizes = {"rows": rows, "n_in": n, "n_out": n, "eps": max(1, int(2.0 ** b.rng.uniform(0, 60)))}
@@ -238,12 +285,15 @@ def run_norm(i: isa.Norm, m: Machine, pixels: np.ndarray) -> None:
         d = [shifted(value, drop) for value in d]
         squares = (i.eps >> 2 * drop if drop < 32 else 0) + sum(value * value for value in d)
         mantissa, exponent = (int(part[0]) for part in arithmetic.rsqrt(np.array([squares])))
-        factor = shifted(mantissa * i.sqrt_dim, 16)
+        factor, found = shifted(mantissa * i.sqrt_dim, 16), []
         for c, value in enumerate(d):
             y = shifted(value * factor, 20 + exponent - NORM_FRAC)
             z = shifted(y * scales[c] + (biases[c] << i.bias_shift), i.shift)
-            memory, width = (m.narrow, m.image.act_bits) if i.mode == Mode.NARROW else (m.wide, 32)
-            memory[i.dst + t * i.dst_pitch + c] = m.hold(z, width)
+            found.append(m.hold_narrow(z, i.dst_low) if i.mode == Mode.NARROW else m.hold(z, 32))
+        if i.mode == Mode.NARROW:
+            m.put(i.dst + t * i.dst_pitch, found, i.dst_low)
+        else:
+            m.wide[i.dst + t * i.dst_pitch :][: i.n_in] = found
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -255,7 +305,8 @@ def make_attention(b: Bench) -> Iterator[isa.Instruction]:
     for least, most in ((bits - 8, 2 * bits - 4), (2 * bits - 36, 2 * bits - 32)):
         heads, rows = b.between(1, 3), int(b.rng.choice([1, 20, 64, 65, 130]))
         n_out = heads * b.sized(b.h.max_head)
-        places = {**b.src("narrow", rows, 3 * n_out), **b.dst("narrow", rows, n_out)}
+        qkv = b.region("narrow", rows, 3 * n_out)  # of one byte each
+        places = {"src": qkv["at"], "src_pitch": qkv["pitch"], **b.dst("narrow", rows, n_out, b.low())}
         shifts = {"score_shift": b.between(least, most), "value_shift": b.between(-4, 6)}
         shifts["weight_drop"] = PROB_FRAC - 8 if b.h.packed else b.between(0, 1) * b.between(0, 9)
         yield isa.Attention(task=b.task(), rows=rows, n_in=3 * n_out, n_out=n_out, heads=heads, **places, **shifts)
@@ -271,9 +322,9 @@ def run_attention(i: isa.Attention, m: Machine, pixels: np.ndarray) -> None:
             scores = [shifted(int(product), i.score_shift) for product in k @ q[t]]
             total, sums = _context(m, scores, v, i.weight_drop)
             mantissa, shift = (int(part[0]) for part in arithmetic.reciprocal(np.array([total])))
-            for c, value in enumerate(sums):
-                y = shifted(shifted(value, 8) * mantissa, 20 + shift - 8 + i.value_shift)
-                m.narrow[i.dst + t * i.dst_pitch + head * width + c] = m.hold(y, m.image.act_bits)
+            found = [shifted(shifted(value, 8) * mantissa, 20 + shift - 8 + i.value_shift) for value in sums]
+            place = i.dst + t * i.dst_pitch + head * width * (2 if i.dst_low else 1)
+            m.put(place, [m.hold_narrow(y, i.dst_low) for y in found], i.dst_low)
 
 
 def _context(m: Machine, scores: list[int], v: np.ndarray, drop: int) -> tuple[int, list[int]]:
@@ -338,8 +389,9 @@ def make_experts(b: Bench) -> Iterator[isa.Instruction]:
         files[name] = b.builder.put(name, np.stack([np.pad(part, (0, gap)) for part in parts]))
         files[f"{name}_step"] = len(parts[0]) + gap
     places = {**b.src("narrow", rows, n_in), **b.dst("wide", rows, n_in)}
-    hidden = b.region("narrow", rows, n_out)
-    inner = {"experts": experts, "hidden": hidden["at"], "hidden_pitch": hidden["pitch"]}
+    low = b.low()
+    hidden = b.region("narrow", rows, n_out, low=low)
+    inner = {"experts": experts, "hidden": hidden["at"], "hidden_pitch": hidden["pitch"], "dst_low": low}
     yield isa.Experts(rows=rows, n_in=n_in, n_out=n_out, **files, **places, **inner, **b.gelu())
 
 
@@ -347,10 +399,10 @@ def run_experts(i: isa.Experts, m: Machine, pixels: np.ndarray) -> None:
     for e, tokens in enumerate(m.queue):
         weights, params = i.weights + e * i.weights_step, i.params + e * i.params_step
         for place, (t, score) in enumerate(tokens):
-            x = m.narrow[i.src + t * i.src_pitch :][: i.n_in].tolist()
+            x = m.values(i.src + t * i.src_pitch, i.n_in, i.src_low)
             first = m.sums("weights", weights, params, x, i.n_out)
-            hidden = [m.narrowed(y, i.gelu_in, i.gelu_out) for y in first]
-            m.narrow[i.hidden + place * i.hidden_pitch :][: i.n_out] = hidden
+            hidden = [m.narrowed(y, i.gelu_in, i.gelu_out, i.dst_low) for y in first]
+            m.put(i.hidden + place * i.hidden_pitch, hidden, i.dst_low)
             second = m.sums("weights", weights + i.n_in * i.n_out, params + 2 * i.n_out, hidden, i.n_in)
             for c, y in enumerate(second):
                 at = i.dst + t * i.dst_pitch + c
@@ -386,8 +438,8 @@ def run_conv(i: isa.Conv, m: Machine, pixels: np.ndarray) -> None:
                 for column in (x - 1, x, x + 1):
                     if 0 <= row < height and 0 <= column < width:
                         token, pixel = place(row, column)
-                        found = m.narrow[i.src + token * i.src_pitch + pixel * features :][:features]
-                        taps += [max(value, 0) for value in found.tolist()]
+                        at = i.src + token * i.src_pitch + pixel * features * (2 if i.src_low else 1)
+                        taps += [max(value, 0) for value in m.values(at, features, i.src_low)]
                     else:
                         taps += [0] * features
             token, pixel = place(y, x)

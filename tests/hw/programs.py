@@ -12,6 +12,7 @@ import numpy as np
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
 from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, PORTS, parameters_text, top_text
 from m3vit.hw.hardware import PORT_BITS, Hardware
+from m3vit.hw.layer_bits import OF_BLOCK
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
 
@@ -42,7 +43,7 @@ FORMATS = {"w16a16": (16, 16), "w8a8": (8, 8), "w12a14": (12, 14)}
 ARRAYS = {"w16a16": 16, "w8a8": 144, "w12a14": 96}
 REST = {
     "w16a16": {},
-    "w8a8": {"pixels": 4, "divided": 16, "results": 16, "lanes": 64},
+    "w8a8": {"pixels": 4, "divided": 16, "results": 16, "lanes": 64, "max_bytes": 288},
     "w12a14": {"pixels": 2, "norm_words": 1, "divided": 4, "lanes": 128},
 }
 # Ports of 256 bits, as HBM has, wide values of 16, and heads as wide as a block of keys; a group has three queries.
@@ -62,6 +63,7 @@ WIDE = replace(
     results=32,
     divided=16,
     pixels=4,
+    max_bytes=576,
 )
 
 
@@ -97,6 +99,7 @@ class Shape:
     wide_bits: int = 32
     upscale: int = 0  # pixels of a token and side for heads with a convolution; 0: linear heads
     unrectified: int = 0  # features that pass by the ReLU of such heads, of 5
+    fine: frozenset[str] = frozenset()  # maps whose inputs have two bytes: m3vit.hw.layer_bits
 
 
 def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple[Image, dict[str, int]]:
@@ -109,17 +112,25 @@ def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple
     s, dim = shape, shape.dim
     scheduler = Scheduler(s.tasks, s.weight_bits, s.act_bits, s.wide_frac, port_bits, s.wide_bits)
     frac = s.act_bits - 5 + s.finer
+
+    def reads(name: str) -> tuple[int, bool]:
+        """Return the fraction of a map's inputs, and whether they have two bytes."""
+        return (frac + 8, True) if name in s.fine else (frac, False)
+
     x = scheduler.image(s.grid, s.patch)
     x = scheduler.embed("embed", x, draw(dim, x.columns, std=2 * x.columns**-0.5), draw(dim, std=0.2), s.prefix)
     x = scheduler.position("position", x, draw(x.rows, dim, std=0.3), s.prefix)
     for block in range(s.depth):
-        y = scheduler.norm(f"norm1_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
+        (of_qkv, qkv), (of_proj, proj), (of_fc1, fc1), (of_fc2, fc2) = (
+            reads(f"blocks.{block}.{name}") for name in OF_BLOCK
+        )
+        y = scheduler.norm(f"norm1_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, of_qkv, fine=qkv)
         fracs = np.array([frac, frac - 1, frac])
         y = scheduler.qkv(f"qkv_{block}", y, draw(3 * dim, dim), draw(3 * dim, std=0.1), fracs, s.heads)
-        y = scheduler.attention(f"attention_{block}", y, s.heads, frac + 1)
+        y = scheduler.attention(f"attention_{block}", y, s.heads, of_proj + 1, proj)
         stream = s.wide_frac - (block + 1) * (s.wide_bits == 16)  # such a stream loses a bit at each attention
         x = scheduler.linear_added(f"proj_{block}", y, draw(dim, dim), draw(dim, std=0.1), x, frac=stream)
-        y = scheduler.norm(f"norm2_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, frac)
+        y = scheduler.norm(f"norm2_{block}", x, 1 + draw(dim, std=0.1), draw(dim, std=0.1), 1e-6, of_fc1, fine=fc1)
         if block % 2:
             weights = {
                 "router_w": draw(s.tasks, s.experts, dim, std=2 * dim**-0.5),
@@ -129,20 +140,22 @@ def random_vit(shape: Shape, seed: int = 0, port_bits: int = PORT_BITS) -> tuple
                 "w2": draw(s.experts, dim, s.hidden),
                 "b2": draw(s.experts, dim, std=0.1),
             }
-            x = scheduler.moe_added(
-                f"moe_{block}", y, weights, s.top_k, 20 if s.wide_bits == 32 else 10, (frac, frac), x
-            )
+            logits, hidden = 20 if s.wide_bits == 32 else 10, (of_fc2, of_fc2)
+            x = scheduler.moe_added(f"moe_{block}", y, weights, s.top_k, logits, hidden, x, fine=fc2)
         else:
-            y = scheduler.linear(f"fc1_{block}", y, draw(s.mlp, dim), draw(s.mlp, std=0.1), 0, (frac, frac))
+            hidden = (of_fc2, of_fc2)
+            y = scheduler.linear(f"fc1_{block}", y, draw(s.mlp, dim), draw(s.mlp, std=0.1), 0, hidden, fine=fc2)
             x = scheduler.linear_added(f"fc2_{block}", y, draw(dim, s.mlp), draw(dim, std=0.1), x)
-    y = scheduler.norm("head.norm", x, np.ones(dim), np.zeros(dim), 1e-6, frac, skip=s.prefix)
+    (of_head, head), (of_conv, conv) = reads("heads.linear"), reads("heads.conv")
+    y = scheduler.norm("head.norm", x, np.ones(dim), np.zeros(dim), 1e-6, of_head, skip=s.prefix, fine=head)
     widths = [3 + 4 * task for task in range(s.tasks)]
     fracs = [16] * s.tasks
     if s.upscale:
         feature_maps = [(draw(s.upscale**2 * 5, dim), draw(s.upscale**2 * 5, std=0.1)) for _ in widths]
         kernels = [(draw(width, 9 * 5), draw(width, std=0.1)) for width in widths]
         pixels = {"columns": s.grid[1], "upscale": s.upscale, "unrectified": s.unrectified}
-        scheduler.pixel_head("head", y, (feature_maps, [frac] * s.tasks), (kernels, fracs), **pixels)
+        features = (feature_maps, [of_conv] * s.tasks)
+        scheduler.pixel_head("head", y, features, (kernels, fracs), **pixels, fine=conv)
     else:
         maps = [(draw(width, dim), draw(width, std=0.1)) for width in widths]
         scheduler.head("head", y, maps, fracs)

@@ -10,9 +10,9 @@ import pytest
 from m3vit.hw.boards import BOARDS, find_board
 from m3vit.hw.cost import Assumptions, cost, lines_of, render, uniform_queues
 from m3vit.hw.isa import Gate, Instruction, Linear, Mode, Op, Position
-from m3vit.hw.network import Head, Network, program_of
-from m3vit.hw.ops import PORTS
-from tests.hw.programs import HARDWARE, Builds, Shape, frames_of, random_vit
+from m3vit.hw.network import Head, Network, maps_of, program_of
+from m3vit.hw.ops import PORTS, needs
+from tests.hw.programs import HARDWARE, Builds, Shape, frames_of, hardware_of, random_vit
 
 ZCU104 = find_board("zcu104")
 
@@ -42,6 +42,25 @@ def test_a_network_of_sizes_costs_what_its_program_does(upscale: int) -> None:
     program = program_of(network_of(shape), shape.weight_bits, shape.act_bits, HARDWARE.port_bits)
     for task in range(shape.tasks):
         assert lines_of(program, HARDWARE, ZCU104, task) == lines_of(image.program, HARDWARE, ZCU104, task)
+
+
+@pytest.mark.parametrize("upscale", [0, 2])
+def test_a_network_with_inputs_of_two_bytes_costs_what_its_program_does(upscale: int) -> None:
+    shape, hardware = Shape(depth=4, upscale=upscale, weight_bits=8, act_bits=8), hardware_of("w8a8")
+    network = network_of(shape)
+    names = maps_of(network)
+    plain = program_of(network, 8, 8, hardware.port_bits)
+    shape.fine = frozenset(names[upscale::3])
+    image, _ = random_vit(shape)
+    program = program_of(network, 8, 8, hardware.port_bits, shape.fine)
+    assert needs(program) == needs(image.program)
+    lines = [lines_of(one, hardware, ZCU104) for one in (program, image.program, plain)]
+    assert lines[0] == lines[1]
+    dearer = [line.op for line, before in zip(lines[0], lines[2], strict=True) if line != before]
+    assert {Op.LINEAR, Op.NORM} < set(dearer)
+    for line, before in zip(lines[0], lines[2], strict=True):
+        assert line.loops >= before.loops and line.bytes["weights"] == before.bytes["weights"]
+        assert all(line.bytes[port] >= before.bytes[port] for port in PORTS)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from m3vit.export.hls.multiplexed.writer import TOP_ARGUMENTS, top_text
 from m3vit.hw import arithmetic, isa_header
 from m3vit.hw.hardware import PORT_BITS, Hardware
 from m3vit.hw.isa import WORDS, End, Mode, Op, Route
+from m3vit.hw.layer_bits import names_of_maps
 from m3vit.hw.ops import PORTS, memories
 from m3vit.hw.program import Image
 from m3vit.hw.sim import csim
@@ -219,10 +220,26 @@ def test_wide_ports_word_for_word(tmp_path: Path) -> None:
     holds all values, or not."""
     simulator = Simulator.build(tmp_path / "build", WIDE, ["-O1"])
     wide = Shape(grid=(7, 11), dim=120, heads=3, mlp=96, weight_bits=8, act_bits=8)  # heads of 40 channels
-    for seed, shape in enumerate([random_shape(1), random_shape(10), wide]):
+    # Of qkv's three tiles the last is folded, for inputs of one byte and of two, of an even and an odd number of steps.
+    fine = replace(wide, fine=frozenset({"blocks.0.attn.qkv", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "heads.linear"}))
+    odd = replace(wide, dim=72, fine=frozenset(names_of_maps(range(2), conv=False)))
+    for seed, shape in enumerate([random_shape(1), random_shape(10), wide, fine, odd]):
         (folder := tmp_path / str(seed)).mkdir()
         shape.wide_bits, shape.wide_frac = 16, 12 if seed else 8
         check_words({"w8a8": [simulator]}, shape, folder, seed, WIDE.port_bits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inputs_of_two_bytes_word_for_word(builds: Builds, tmp_path: Path, seed: int) -> None:
+    """Random maps of random models, and (seed 0) all of one with convolutions."""
+    shape, rng = random_shape(1 + 3 * seed), np.random.default_rng(seed)  # those of 8 bits
+    if seed == 0:
+        shape.grid, shape.upscale = (5, 6), 2
+    names = names_of_maps(range(shape.depth), shape.upscale > 0)
+    shape.fine = frozenset(name for name in names if seed == 0 or rng.random() < 0.5)
+    image, limits = random_vit(shape, seed)
+    assert image.two_bytes and 0 < limits["max_bytes"] <= hardware_of("w8a8").max_bytes
+    check_words(builds, shape, tmp_path, seed)
 
 
 @pytest.mark.parametrize("name", FORMATS)

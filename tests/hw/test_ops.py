@@ -13,6 +13,7 @@ import pytest
 
 from m3vit.errors import InputError
 from m3vit.hw import isa, ops
+from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import WORDS, Instruction, Mode, Op, decode
 from m3vit.hw.ops import ENGINES, LOOPS, OPS, PORTS, Timing
 from m3vit.hw.sim.emulator import Emulator
@@ -157,10 +158,10 @@ CYCLES: dict[Op, tuple[Instruction, list[int], int]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def trips(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
-    """A simulator that counts, in place of expert_loads, the iterations of pipelined loops times their II, and in place
-    of saturated values the entries of these loops."""
+@pytest.fixture(scope="session", params=["w16a16", "folded"])
+def trips(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Hardware, Simulator]:
+    """Engines, and their simulator that counts, in place of expert_loads, the iterations of pipelined loops times their
+    II, and in place of saturated values the entries of these loops."""
 
     def edit(text: str) -> str:
         text = text.replace("M3VIT_COUNT(expert_loads, queue.num_active)", "M3VIT_COUNT(expert_loads, 0)")
@@ -170,17 +171,20 @@ def trips(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
         text = re.sub(r"(for \([^\n]*\n +#pragma HLS PIPELINE II)", r"M3VIT_COUNT(saturated, 1); \1", text)
         return re.sub(r"#pragma HLS PIPELINE II=(\d+)", r"M3VIT_COUNT(expert_loads, \1);", text)
 
-    return Simulator.build(tmp_path_factory.mktemp("trips") / "build", HARDWARE, ["-O2"], edit)
+    folded = replace(hardware_of("w8a8"), tile_out=128, folded=True)  # and with inputs of two bytes
+    hardware = HARDWARE if request.param == "w16a16" else folded
+    return hardware, Simulator.build(tmp_path_factory.mktemp("trips") / "build", hardware, ["-O0"], edit)
 
 
 @parametrise_ops
-def test_cycles_are_the_trips_of_the_loops(trips: Simulator, tmp_path: Path, op: Op) -> None:
+def test_cycles_are_the_trips_of_the_loops(trips: tuple[Hardware, Simulator], tmp_path: Path, op: Op) -> None:
     """The C++ counts iterations and entries."""
-    bench = Bench(HARDWARE, seed=100 + op)
+    hardware, simulator = trips
+    bench = Bench(hardware, seed=100 + op)
     program = [instruction for _ in range(INSTANCES) for instruction in OPCODES[op].make(bench)]
     image, start = bench.image(program), bench.start()
     pixels = np.zeros((*PIXELS, 3), np.uint8)
-    _, counters, _ = trips.run(tmp_path, image, pixels[None], [TASK], start)
+    _, counters, _ = simulator.run(tmp_path, image, pixels[None], [TASK], start)
     machine = Machine(image, *(words.astype(np.int64) for words in start), np.zeros(0, np.int64))
     for line, instruction in zip(counters, image.program, strict=False):
         if isinstance(instruction, isa.Route):
@@ -188,7 +192,7 @@ def test_cycles_are_the_trips_of_the_loops(trips: Simulator, tmp_path: Path, op:
         queue = [len(tokens) for tokens in machine.queue if tokens]
         skipped = instruction.task not in (-1, TASK)
         for timing, counted in ((LOOPS, 0), (Timing(depth=1), line["saturated"])):
-            cycles = ops.cycles(instruction, HARDWARE, queue, timing, skipped) - ops.fetch(HARDWARE, timing)
+            cycles = ops.cycles(instruction, hardware, queue, timing, skipped) - ops.fetch(hardware, timing)
             assert line["expert_loads"] + counted == cycles, instruction
 
 

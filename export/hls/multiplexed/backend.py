@@ -141,6 +141,10 @@ class _Planner:
         """Return the fraction chosen for a layer."""
         return int(self.formats["layers"][node.name][kind])
 
+    def fine(self, node: Any, kind: str = "result") -> bool:
+        """Return whether what a layer writes has 16 bits beside others of 8."""
+        return kind in self.formats["bits"].get(node.name, {})
+
     def consumers(self, node: Any) -> list[Any]:
         """Return the layers that read a layer's output."""
         return [other for other in self.nodes if node.outputs[0] in other.inputs]
@@ -224,7 +228,8 @@ class _Planner:
         scale, bias = _values(node, "scale").ravel(), _values(node, "bias").ravel()
         x = self.stream(node, node.inputs[0])
         arguments = (scale, bias, node.get_attr("eps"), self.frac(node))
-        self.tensors[node.outputs[0]] = self.scheduler.norm(node.name, x, *arguments, wide=wide)
+        fine = self.fine(node) and not wide
+        self.tensors[node.outputs[0]] = self.scheduler.norm(node.name, x, *arguments, wide=wide, fine=fine)
 
     def stream(self, node: Any, name: str) -> Tensor:
         if name not in self.tensors:
@@ -235,14 +240,15 @@ class _Planner:
         linear = self.take_linear(node, node.inputs[0])
         x, units = self.stream(linear, linear.inputs[0]), self.units(self.block(node))
         gelu = (self.frac(node, "input"), self.frac(node))
-        self.tensors[node.outputs[0]] = self.scheduler.linear(linear.name, x, *_linear(linear), 0, gelu, units)
+        arguments = (linear.name, x, *_linear(linear), 0, gelu, units, self.fine(node))
+        self.tensors[node.outputs[0]] = self.scheduler.linear(*arguments)
 
     def attention(self, node: Any, place: int) -> None:
         linear = self.take_linear(node, node.inputs[0])
         fracs = np.array([self.frac(node, kind) for kind in ("query", "key", "value")])
         heads, frac = node.get_attr("n_head"), self.frac(node)
         qkv = self.scheduler.qkv(linear.name, self.stream(linear, linear.inputs[0]), *_linear(linear), fracs, heads)
-        self.tensors[node.outputs[0]] = self.scheduler.attention(node.name, qkv, heads, frac)
+        self.tensors[node.outputs[0]] = self.scheduler.attention(node.name, qkv, heads, frac, self.fine(node))
 
     def moe(self, node: Any, place: int) -> None:
         self.pending[node.outputs[0]] = node
@@ -276,7 +282,7 @@ class _Planner:
         hidden = (self.frac(node, "hidden"), self.frac(node, "active"))
         block = self.block(node)
         arguments = (weights, self.program["top_k"][block], self.frac(node, "logit"), hidden, residual)
-        return self.scheduler.moe_added(node.name, x, *arguments, self.units(block))
+        return self.scheduler.moe_added(node.name, x, *arguments, self.units(block), self.fine(node, "active"))
 
     def head(self, node: Any, place: int) -> None:
         if any(other.class_name == "VitPixelHead" for other in self.consumers(node)):
@@ -298,7 +304,8 @@ class _Planner:
         names = {"columns": "n_column", "upscale": "n_scale", "unrectified": "n_unrectified"}
         pixels = {name: node.get_attr(attribute) for name, attribute in names.items()}
         features = (maps, self.output_fracs_of(head))
-        self.scheduler.pixel_head(node.name, normed, features, (convs, self.output_fracs), **pixels)
+        fine = self.fine(head, "output0")
+        self.scheduler.pixel_head(node.name, normed, features, (convs, self.output_fracs), **pixels, fine=fine)
 
     def output_fracs_of(self, node: Any) -> list[int]:
         return [self.frac(node, f"output{task}") for task in range(self.tasks)]
@@ -309,6 +316,7 @@ class _Planner:
         x = self.stream(node, node.inputs[0])
         affine = (np.array(node.get_attr("scale")), np.zeros(dim))
         form = (node.get_attr("eps"), self.frac(node, "normed"))
-        normed = self.scheduler.norm(f"{node.name}.norm", x, *affine, *form, skip=node.get_attr("n_prefix"))
+        options = {"skip": node.get_attr("n_prefix"), "fine": self.fine(node, "normed")}
+        normed = self.scheduler.norm(f"{node.name}.norm", x, *affine, *form, **options)
         weight, bias = _values(node, "weight").reshape(sum(widths), dim), _values(node, "bias").ravel()
         return normed, list(zip(split_rows(weight, widths), split_rows(bias, widths), strict=True))

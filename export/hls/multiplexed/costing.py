@@ -20,8 +20,9 @@ from m3vit.hw.explore import explore
 from m3vit.hw.fit import check_tokens, fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import Instruction
+from m3vit.hw.layer_bits import chosen_maps
 from m3vit.hw.manifest import WEIGHTS, budget_names, find_budget
-from m3vit.hw.network import Head, Network, program_of
+from m3vit.hw.network import Head, Network, maps_of, program_of
 from m3vit.hw.program import Image
 from m3vit.models.config import ModelConfig
 from m3vit.models.moe import MoELayer
@@ -89,7 +90,8 @@ def of_model(
     options = choose_options("multiplexed", weight_bits, act_bits, board, engines)
     assert options.design is not None
     chosen, bits = options.design.target, (options.weight_bits, options.act_bits)
-    program = program_of(sizes_of_model(config), *bits, chosen.port_bits)
+    network = sizes_of_model(config)
+    program = program_of(network, *bits, chosen.port_bits, chosen_maps(options.layers, maps_of(network)))
     hardware = fit(program, *bits, chosen, options.design.sizes)
     return cost(program, hardware, chosen, _task(task, config.tasks))
 
@@ -110,7 +112,8 @@ def explore_model(
     options = [choose_options("multiplexed", *bits, board, engines) for bits in tried]
     network, design = sizes_of_model(config), options[0].design
     assert design is not None
-    return explore(partial(program_of, network), tried, design)
+    fine = chosen_maps(options[0].layers, maps_of(network))
+    return explore(partial(program_of, network, fine=fine), tried, design, engines.get("layer_bits"))
 
 
 def of_project(project: Path, board: str | None, task: str | None, budget: str | None = None) -> dict[str, Any]:

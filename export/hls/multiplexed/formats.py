@@ -1,14 +1,17 @@
 """Fractions of every tensor, from what the float model's tensors reach on calibration images.
 
-Narrow tensors are act_bits wide, each with a fraction of its own that leaves HEADROOM_BITS above the largest value
-seen. Below HEADROOM_FROM bits a bit is dear: the fraction is the one that just holds that value, or the next finer one,
-which clips it, whichever has the smaller squared error. Values may saturate there, and simulation counts them. The
-residual stream, which layers add to in place, is 32 bits wide, with one fraction throughout, or 16: then it has as
-many fractional bits as hold what it reaches up to the next attention, and where that adds to it loses some.
+Narrow tensors are act_bits wide, or 16 where a map that reads them is chosen for it, each with a fraction of its own
+that leaves HEADROOM_BITS above the largest value seen. Below HEADROOM_FROM bits a bit is dear: the fraction is the one
+that just holds that value, or the next finer one, which clips it, whichever has the smaller squared error. Values may
+saturate there, and simulation counts them. The residual stream, which layers add to in place, is 32 bits wide, with
+one fraction throughout, or 16: then it has as many fractional bits as hold what it reaches up to the next attention,
+and where that adds to it loses some.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +28,23 @@ HEADROOM_FROM = 12
 WIDE_HEADROOM_BITS = {32: 3, 16: 1}
 WIDE_FRAC_LIMIT = 20  # finer than any product; and LayerNorm's eps then fits 60 bits
 LOGIT_FRAC_LIMIT = 24
+FINE_BITS = 16  # of the inputs of maps that are chosen for more than act_bits
+# Of the layers of a block what they write to narrow memory, and which map reads it.
+READERS = {
+    ("norm1", "result"): "attn.qkv",
+    ("attn", "result"): "attn.proj",
+    ("norm2", "result"): "mlp.fc1",
+    ("gelu", "input"): "mlp.fc2",
+    ("gelu", "result"): "mlp.fc2",
+    ("moe", "hidden"): "mlp.fc2",
+    ("moe", "active"): "mlp.fc2",
+}
 LIMITS: Mapping[str, Sequence[int]] = {"weight_bits": (8, 12, 16), "act_bits": (8, 10, 12, 14, 16)}
 
 
 class Formats(NamedTuple):
     """Fractional bits: `wide` of the residual stream at first, which has wide_bits; `layers` {hls4ml layer: {kind:
-    fraction}}.
+    fraction}}; `bits` likewise, of narrow tensors that do not have act_bits.
 
     Kinds: result (of narrow outputs); query, key, value (attention's input); input (before GELU); logit, hidden, active
     (MoE: router, before and after GELU); normed (head), output0, output1, ... (each task's outputs; of a head with a
@@ -42,6 +56,18 @@ class Formats(NamedTuple):
     wide: int
     layers: dict[str, dict[str, int]]
     wide_bits: int = 32
+    bits: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+
+
+def reader_of(layer: str, kind: str) -> str:
+    """Return the name of the map (m3vit.hw.layer_bits) that reads a narrow tensor, or an empty text for one that no map
+    reads, or one that has act_bits whatever is chosen."""
+    if found := re.fullmatch(r"blocks_(\d+)_(\w+)", layer):
+        inner = READERS.get((found[2], kind))
+        return f"blocks.{found[1]}.{inner}" if inner else ""
+    if layer == "head":
+        return "heads.linear" if kind == "normed" else "heads.conv"
+    return ""
 
 
 def few(bits: int) -> bool:
@@ -73,15 +99,25 @@ def wide_frac(largest: float, limit: int, bits: int = 32) -> int:
     return min(limit, bits - 1 - WIDE_HEADROOM_BITS[bits] - integer_bits(max(largest, 2.0**-12)))
 
 
-def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits: int = 32) -> Formats:
-    """Return the formats of a calibrated model."""
+def choose(
+    calibration: Calibration,
+    weight_bits: int,
+    act_bits: int,
+    wide_bits: int = 32,
+    fine: frozenset[str] = frozenset(),
+) -> Formats:
+    """Return the formats of a calibrated model; fine: maps (m3vit.hw.layer_bits) whose inputs have 16 bits."""
     layers: dict[str, dict[str, int]] = {}
+    bits: dict[str, dict[str, int]] = {}
     reached = calibration.outputs
 
-    def narrow(node: str, kind: str = "") -> int:
-        """Return the fraction of a node's output, or of an inner tensor of it."""
+    def narrow(node: str, kind: str = "", layer: str = "") -> int:
+        """Return the fraction of a node's output, or of an inner tensor of it; `layer`: what it is the input of."""
         of, name = (calibration.inner[node], kind) if kind else (reached, node)
-        return narrow_frac(of[name], act_bits, of.octaves.get(name))
+        if reader_of(layer or node, "input" if layer else kind or "result") not in fine:
+            return narrow_frac(of[name], act_bits, of.octaves.get(name))
+        bits.setdefault(layer or node, {})["input" if layer else kind or "result"] = FINE_BITS
+        return narrow_frac(of[name], FINE_BITS)
 
     for node in calibration.graph.graph.nodes:
         if node.op != "call_module":
@@ -92,7 +128,7 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits:
         if isinstance(module, leaf.VitAttention):
             kinds |= {name: narrow(node.name, name) for name in ("query", "key", "value")}
         elif isinstance(module, leaf.VitGelu):
-            kinds["input"] = narrow(node.args[0].name)
+            kinds["input"] = narrow(node.args[0].name, layer=node.name)
         elif isinstance(module, leaf.VitMoE):
             kinds["logit"] = wide_frac(inner["logit"], LOGIT_FRAC_LIMIT, wide_bits)
             kinds |= {name: narrow(node.name, name) for name in ("hidden", "active")}
@@ -115,7 +151,7 @@ def choose(calibration: Calibration, weight_bits: int, act_bits: int, wide_bits:
     for frac, (_, names) in zip(fracs, parts, strict=True):
         for name in names:
             layers.setdefault(name, {})["stream"] = frac
-    return Formats(weight_bits, act_bits, int(fracs[0]), layers, wide_bits)
+    return Formats(weight_bits, act_bits, int(fracs[0]), layers, wide_bits, bits)
 
 
 def _stream(calibration: Calibration) -> list[tuple[float, list[str]]]:

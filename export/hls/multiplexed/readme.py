@@ -30,6 +30,8 @@ def readme(manifest: dict[str, Any]) -> str:
         if len(names) > 1
         else ""
     )
+    maps = manifest["precision"].get("maps_of_16_bits", [])
+    fine = f" (16, in two bytes: the inputs of {', '.join(maps)})" if maps else ""
     entries = "; ".join(f"{name} {start}" for name, start in zip(names, manifest.get("entries", []), strict=False))
     return f"""# m3vit: a time-multiplexed accelerator
 
@@ -92,7 +94,7 @@ prediction = accelerator.predict(image)  # uint8 [{height}, {width}, 3]
 |---|---|---|---|---|---|---|
 {tasks}
 
-Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}, the residual stream
+Weights have {hardware["weight_bits"]} bits, narrow tensors {hardware["act_bits"]}{fine}, the residual stream
 {hardware["wide_bits"]}
 ({manifest["precision"]["wide_frac"]} fractional); the largest sum needs {manifest["precision"]["largest_sum_bits"]}.
 

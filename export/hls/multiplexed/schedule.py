@@ -4,7 +4,6 @@ Written by hls4ml backend VitisMoE; simulated by its test bench beside the emula
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
 from m3vit.export.hls.multiplexed.tracing import trace
 from m3vit.export.hls.schedules import Options, Runner
 from m3vit.hw.fit import check_tokens, require_fit
+from m3vit.hw.layer_bits import chosen_maps, names_of_maps
 from m3vit.hw.manifest import WEIGHTS, budget_names
-from m3vit.hw.network import Head, Network, program_of
+from m3vit.hw.network import Head, Network, maps_of, program_of
 from m3vit.hw.output_memory import MANIFEST_KEY
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.models.multitask import MultiTaskModel
@@ -81,11 +81,20 @@ def sizes_of(model: leaf.LoweredModel) -> Network:
     )
 
 
+def map_names(model: leaf.LoweredModel) -> list[str]:
+    """Return the names of the maps of a lowered model whose inputs may have 16 bits."""
+    return names_of_maps((name for name, _ in model.blocks.named_children()), hasattr(model, "pixel_head"))
+
+
 def require_engines(model: leaf.LoweredModel, options: Options) -> None:
     """Raise InputError, before the long work, if no engines for a model fit the board."""
     assert options.design is not None
     board, fixed = options.design.target, options.design.sizes
-    program = program_of(sizes_of(model), options.weight_bits, options.act_bits, board.port_bits)
+    network = sizes_of(model)
+    # The network's blocks are counted from 0 on, also where a budget leaves some out.
+    names = dict(zip(map_names(model), maps_of(network), strict=True))
+    fine = frozenset(names[name] for name in chosen_maps(options.layers, names))
+    program = program_of(network, options.weight_bits, options.act_bits, board.port_bits, fine)
     require_fit(program, options.weight_bits, options.act_bits, board, fixed)
 
 
@@ -96,7 +105,7 @@ def _precisions(formats: Formats, config: dict[str, Any]) -> None:
         wide = formats.layers.get(name, {}).get("stream", formats.wide)
         layer["Precision"] = {"result": f"ap_fixed<{formats.wide_bits},{formats.wide_bits - wide},AP_RND,AP_SAT>"}
         if name in narrow_layers:
-            bits, frac = formats.act_bits, formats.layers[name]["result"]
+            bits, frac = formats.bits.get(name, {}).get("result", formats.act_bits), formats.layers[name]["result"]
             layer["Precision"] = {"result": f"ap_fixed<{bits},{bits - frac},AP_RND,AP_SAT>"}
     config["LayerName"]["tokens"]["Precision"] = {"result": "ap_ufixed<8,0>"}
     config["LayerName"]["task"]["Precision"] = {"result": "ap_uint<8>"}
@@ -122,7 +131,8 @@ def write_project(
         equalise(models, calibration, options.progress)
     seen = calibrate_all(models, calibration, options.progress, octaves=few(options.act_bits))
     wide_bits = options.design.sizes.get("wide_bits", 32) if options.design else 32
-    formats = choose(seen, options.weight_bits, options.act_bits, wide_bits)
+    fine = chosen_maps(options.layers, map_names(model))
+    formats = choose(seen, options.weight_bits, options.act_bits, wide_bits, fine)
     options.progress(0, 1, "hls4ml's conversion, quantisation and the program")
     graph = convert(
         model,
@@ -146,11 +156,13 @@ def write_project(
             "wide_frac": formats.wide,
             "wide_bits": formats.wide_bits,
             "layers": kinds,
+            **({"layer_bits": {name: dict(layer) for name, layer in formats.bits.items()}} if formats.bits else {}),
+            **({"maps_of_16_bits": sorted(fine)} if fine else {}),
             "largest_sum_bits": schedule.sum_bits,
         },
         "board": options.board,
         **({"design": options.design.plain()} if options.design else {}),
-        "hardware": asdict(schedule.hardware),
+        "hardware": schedule.hardware.plain(),
         "output_fracs": schedule.output_fracs,
         MANIFEST_KEY: schedule.output_layout._asdict(),
         **({"entries": list(schedule.image.starts)} if len(programs) > 1 else {}),

@@ -46,7 +46,8 @@ class Tensor:
     """rows x columns in a buffer, from its row `start` on; `frac` of all columns, or (q, k, v) of attention's input.
 
     pitch: from one row to the next. groups: the columns lie in so many groups of `group` places, the first ones of each
-    filled (heads of attention begin at words of a port); 0: side by side. offset: of the columns in a row.
+    filled (heads of attention begin at words of a port); 0: side by side. offset: of the columns in a row. low: values
+    have 16 bits, as two bytes that lie so far apart (isa.Instruction), and take two places each; 0: one place.
     """
 
     buffer: Buffer
@@ -58,10 +59,11 @@ class Tensor:
     groups: int = 0
     group: int = 0
     offset: int = 0
+    low: int = 0
 
     @property
     def places(self) -> int:
-        """Places of a row that hold its columns, those between groups included."""
+        """Places of a row that hold its columns, those between groups included; of two bytes each counts once."""
         return self.groups * self.group or self.columns
 
 
@@ -156,13 +158,21 @@ class Scheduler:
         self.steps, self.buffers = [], []
 
     def _tensor(
-        self, wide: bool, rows: int, columns: int, frac: Fracs, start: int = 0, groups: int = 0, group: int = 0
+        self,
+        wide: bool,
+        rows: int,
+        columns: int,
+        frac: Fracs,
+        start: int = 0,
+        groups: int = 0,
+        group: int = 0,
+        fine: bool = False,
     ) -> Tensor:
-        """Return a new tensor that lies after `start` rows of its buffer."""
-        step, pitch = len(self.steps), round_up(groups * group or columns, self.unit)
+        """Return a new tensor that lies after `start` rows of its buffer; fine: its values have two bytes."""
+        step, pitch = len(self.steps), round_up(groups * group or columns, self.unit) * (2 if fine else 1)
         buffer = Buffer(wide, (start + rows) * pitch, step, step)
         self.buffers.append(buffer)
-        return Tensor(buffer, rows, columns, frac, pitch, start, groups, group)
+        return Tensor(buffer, rows, columns, frac, pitch, start, groups, group, low=self.lanes if fine else 0)
 
     def _add(self, instruction: Instruction, src: Tensor | None, dst: Tensor | None, **others: Buffer) -> None:
         """Append an instruction that reads src and writes dst."""
@@ -171,6 +181,8 @@ class Scheduler:
             if tensor is not None:
                 setattr(instruction, name, tensor.start * tensor.pitch + tensor.offset)
                 setattr(instruction, f"{name}_pitch", tensor.pitch)
+                if tensor.low:
+                    setattr(instruction, f"{name}_low", tensor.low)
                 places[name] = tensor.buffer
         for buffer in places.values():
             buffer.last = len(self.steps)
@@ -185,7 +197,7 @@ class Scheduler:
         if x.groups:
             weight = spread(weight, x.columns // x.groups, x.group, 1)
         weight = np.pad(weight, ((0, 0), (0, round_up(weight.shape[1], self.unit) - weight.shape[1])))
-        words = linear_words(weight, bias, bits, (self.act_bits, x.frac), y_frac, name, **options)
+        words = linear_words(weight, bias, bits, (16 if x.low else self.act_bits, x.frac), y_frac, name, **options)
         self.largest_sum_bits = max(self.largest_sum_bits, words.sum_bits)
         return words
 
@@ -251,8 +263,10 @@ class Scheduler:
         frac: int,
         wide: bool = False,
         skip: int = 0,
+        fine: bool = False,
     ) -> Tensor:
-        """LayerNorm of the tokens after the first `skip`, to narrow tokens of `frac`, or to wide ones."""
+        """LayerNorm of the tokens after the first `skip`, to narrow tokens of `frac` (fine: and 16 bits), or to wide
+        ones."""
         assert isinstance(x.frac, int)
         rows, n = x.rows - skip, x.columns
         out_frac = self.wide_frac if wide else frac
@@ -260,7 +274,7 @@ class Scheduler:
         biases = round_up(n, PARAMS_UNIT)
         params = self._table(f"{name}.scale_bias", np.pad(words.params.reshape(2, n), ((0, 0), (0, biases - n))))
         source = Tensor(x.buffer, rows, n, x.frac, x.pitch, x.start + skip)
-        dst = self._tensor(wide, rows, n, out_frac)
+        dst = self._tensor(wide, rows, n, out_frac, fine=fine)
         names = ("shift", "bias_shift", "sqrt_dim", "eps")
         fields = {name: getattr(words, name) for name in names}
         mode = Mode.WIDE if wide else Mode.NARROW
@@ -276,8 +290,9 @@ class Scheduler:
         frac: Fracs,
         gelu: tuple[int, int] | None = None,
         units: tuple[Units, int] | None = None,
+        fine: bool = False,
     ) -> Tensor:
-        """Linear to narrow tokens of `frac`; with `gelu` = (fraction before, after), followed by GELU.
+        """Linear to narrow tokens of `frac` (fine: and 16 bits); `gelu` = (fraction before, after): followed by GELU.
 
         units: how the outputs lie, and how many of them this program has (default: all).
         """
@@ -287,7 +302,7 @@ class Scheduler:
             part = units[0].parts(units[1])
             count = units[0].places[part - 1] + units[1] - units[0].spans[part - 1][0]
         fields = self._store(name, weight, bias, x, gelu[0] if gelu else self._per_row(frac, len(weight)))
-        dst = self._tensor(False, x.rows, count, gelu[1] if gelu else frac)
+        dst = self._tensor(False, x.rows, count, gelu[1] if gelu else frac, fine=fine)
         fields = fields | ({"gelu_in": gelu[0], "gelu_out": gelu[1]} if gelu else {})
         self._add(isa.Linear(mode=Mode.NARROW, rows=x.rows, n_out=count, **fields), x, dst)
         return dst
@@ -344,7 +359,7 @@ class Scheduler:
             fields = self._store(name + suffix, part, bias * (place == 0), x, dst.frac, **options)
             shape: dict[str, Any] = {"mode": Mode.RESIDUAL if place else mode, "rows": x.rows, "n_out": len(weight)}
             shape["rescale"] = rescale * (place == 0)
-            self._add(isa.Linear(**shape, **fields), replace(x, offset=start), dst)
+            self._add(isa.Linear(**shape, **fields), replace(x, offset=start * (2 if x.low else 1)), dst)
             start += size
 
     def qkv(self, name: str, x: Tensor, weight: Floats, bias: Floats, fracs: Fracs, heads: int) -> Tensor:
@@ -355,12 +370,12 @@ class Scheduler:
         y = self.linear(name, x, weight, bias, fracs)
         return replace(y, columns=3 * heads * width, groups=3 * heads, group=group)
 
-    def attention(self, name: str, qkv: Tensor, heads: int, frac: int) -> Tensor:
-        """Self-attention of (q | k | v) tokens to narrow tokens of `frac`."""
+    def attention(self, name: str, qkv: Tensor, heads: int, frac: int, fine: bool = False) -> Tensor:
+        """Self-attention of (q | k | v) tokens to narrow tokens of `frac`; fine: of 16 bits."""
         assert not isinstance(qkv.frac, int)
         q_frac, k_frac, v_frac = (int(value) for value in qkv.frac)
         dim = qkv.places // 3
-        dst = self._tensor(False, qkv.rows, qkv.columns // 3, frac, groups=heads, group=dim // heads)
+        dst = self._tensor(False, qkv.rows, qkv.columns // 3, frac, groups=heads, group=dim // heads, fine=fine)
         fields = {"heads": heads, "score_shift": q_frac + k_frac - SCORE_FRAC, "value_shift": v_frac - frac}
         # Softmax weights of 9 bits, where two products of 8-bit values are to share a multiplier.
         fields["weight_drop"] = PROB_FRAC - PACKED_PROB_FRAC if max(self.weight_bits, self.act_bits) <= 8 else 0
@@ -377,11 +392,13 @@ class Scheduler:
         hidden: tuple[int, int],
         residual: Tensor,
         units: tuple[Units, int] | None = None,
+        fine: bool = False,
     ) -> Tensor:
         """Router and experts, added to the residual stream in place.
 
         weights: router_w [R, E, D] and router_b [R, E] (logits in base 2), w1 [E, H, D], b1, w2 [E, D, H], b2;
-        `hidden`: fractions of the hidden channels before and after GELU. top_k: of each task. units: as of `linear`.
+        `hidden`: fractions of the hidden channels before and after GELU; fine: these have 16 bits. top_k: of each task.
+        units: as of `linear`.
         """
         gates, biases = weights["router_w"], weights["router_b"]
         tasks, experts, _ = gates.shape
@@ -400,11 +417,11 @@ class Scheduler:
         how, count = units or (Units((w1.shape[1],), self.unit), w1.shape[1])
         for part, (start, end) in enumerate(how.spans[: how.parts(count)]):
             own = (w1[:, start:end], b1[:, start:end], w2[:, :, start:end], b2 * (part == 0))
-            self._experts(f"{name}.part{part}" if len(how.ends) > 1 else name, x, own, hidden, residual)
+            self._experts(f"{name}.part{part}" if len(how.ends) > 1 else name, x, own, hidden, residual, fine)
         return residual
 
     def _experts(
-        self, name: str, x: Tensor, weights: Sequence[Floats], hidden: tuple[int, int], residual: Tensor
+        self, name: str, x: Tensor, weights: Sequence[Floats], hidden: tuple[int, int], residual: Tensor, fine: bool
     ) -> None:
         """Some hidden units of all experts: w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]."""
         w1, b1, w2, b2 = weights
@@ -413,10 +430,11 @@ class Scheduler:
         w1, b1 = (np.pad(values, [(0, 0), (0, filled - width), (0, 0)][: values.ndim]) for values in (w1, b1))
         w2, b2 = (np.pad(values, [(0, 0), (0, inputs - dim), (0, 0)][: values.ndim]) for values in (w2, b2))
         w2 = np.pad(w2, ((0, 0), (0, 0), (0, filled - width)))
-        inner = self._tensor(False, x.rows, filled, hidden[1])
+        inner = self._tensor(False, x.rows, filled, hidden[1], fine=fine)
         stored = self.stored.get(name)
         fields = dict(stored or self._store_experts(name, x, inner, (w1, b1, w2, b2), (hidden[0], residual.frac)))
         fields |= {"gelu_in": hidden[0], "gelu_out": hidden[1], "experts": experts, "hidden_pitch": inner.pitch}
+        fields["dst_low"] = inner.low
         shape: dict[str, Any] = {"rows": x.rows, "n_in": inputs, "n_out": filled}
         self._add(isa.Experts(**shape, **fields), x, residual, hidden=inner.buffer)
 
@@ -464,12 +482,13 @@ class Scheduler:
         columns: int,
         upscale: int,
         unrectified: int = 0,
+        fine: bool = False,
     ) -> None:
         """The Linear of each task, and the convolution of what it gives, to the output memory.
 
-        features, outputs: maps and the fractions of what they give. A convolution's weights are [C, 9 M], in the order
-        [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side; unrectified: a pixel's first
-        features, which pass by the ReLU.
+        features, outputs: maps and the fractions of what they give; fine: features have 16 bits. A convolution's
+        weights are [C, 9 M], in the order [3, 3, M]. columns: tokens side by side; upscale: pixels of a token and side;
+        unrectified: a pixel's first features, which pass by the ReLU.
         """
         (maps, fracs), (kernels, output_fracs) = features, outputs
         layout = self._lay_out(x.rows, [len(kernel) for kernel, _ in kernels], upscale**2)
@@ -480,7 +499,7 @@ class Scheduler:
             filled = round_up(count, self.unit)
             weight, bias = (spread(values, count, filled, 0) for values in (weight, bias))
             kernel = spread(kernel, count, filled, 1)
-            pixels = self._tensor(False, x.rows, len(weight), fracs[task])
+            pixels = self._tensor(False, x.rows, len(weight), fracs[task], fine=fine)
             fields = self._store(f"{name}.features{task}", weight, bias, x, fracs[task])
             shape: dict[str, Any] = {"rows": x.rows, "n_out": len(weight), "mode": Mode.NARROW}
             self._add(isa.Linear(task=only, **shape, **fields), x, pixels)

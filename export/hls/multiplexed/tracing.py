@@ -33,12 +33,15 @@ class Region(NamedTuple):
     pitch: int
     groups: int = 1
     group_pitch: int = 0
+    low: int = 0  # of values of two bytes: dst_low
 
     def of(self, words: np.ndarray) -> np.ndarray:
         """Return them [rows, columns] from a flat memory."""
         group, places = np.divmod(np.arange(self.columns), self.columns // self.groups)
+        if self.low:
+            places = 2 * places - places % self.low
         index = self.offset + self.pitch * np.arange(self.rows)[:, None] + group * self.group_pitch + places
-        return words[index]
+        return words[index].astype(np.int32) * 256 + words[index + self.low] if self.low else words[index]
 
 
 def region_of(i: Instruction) -> Region | None:
@@ -57,7 +60,8 @@ def region_of(i: Instruction) -> Region | None:
     if isinstance(i, isa.Conv):  # a row is a pixel
         pixels = i.upscale**2
         return Region(memory, rows // pixels, columns * pixels, i.dst, i.dst_pitch, pixels, i.pixel_pitch or columns)
-    return Region(memory, rows, columns, i.dst, i.dst_pitch)  # type: ignore[attr-defined]
+    low = getattr(i, "dst_low", 0) if memory == "narrow" else 0
+    return Region(memory, rows, columns, i.dst, i.dst_pitch, low=low)  # type: ignore[attr-defined]
 
 
 class Described(NamedTuple):

@@ -68,7 +68,7 @@ PORTS = {
 
 def parameters_text(hardware: Hardware) -> str:
     """Return firmware/parameters.h: the configuration of the engines (m3vit_engine.h says what each is)."""
-    constants = {name: value for name, value in asdict(hardware).items() if name not in HEAD}
+    constants = {name: value for name, value in hardware.plain().items() if name not in HEAD}
     constants |= {name: getattr(hardware, name) for name in DERIVED}
     lines = [f"    static const unsigned {name} = {int(value)};" for name, value in constants.items()]
     return "\n".join(
@@ -273,7 +273,7 @@ def resources(hardware: Hardware, board: Board) -> dict[str, Any]:
         "board": board.name,
         "part": board.part,
         "clock_mhz": board.clock_mhz,
-        "hardware": asdict(hardware),
+        "hardware": hardware.plain(),
         "modelled": boards.resources(hardware),
         "budget": {name: int(share * getattr(board, name)) for name, share in BUDGETS.items()},
     }

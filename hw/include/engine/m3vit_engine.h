@@ -25,8 +25,10 @@
 //              group: queries worked on at once, groups: so many of these are kept on chip; lanes: scores that are
 //              rounded and weighed in a cycle, of one query or several; divided: values that are divided at once;
 //              product_bits, context_bits: of the sums of a score, and of weighted values
+//   two bytes  two_bytes: instructions may read and write narrow values of two bytes each (below; of act_bits 8 alone)
 //   LayerNorm  norm_words: 1 or 2 words of a row a step
-//   buffers    max_in (inputs of a linear map), max_dim (channels of a LayerNorm), max_rows (tokens), max_experts, max_top
+//   buffers    max_in (inputs of a linear map), max_cached (places of these on chip, of two bytes two), max_dim (channels of
+//              a LayerNorm), max_rows (tokens), max_experts, max_top
 #ifndef M3VIT_ENGINE_H_
 #define M3VIT_ENGINE_H_
 
@@ -141,21 +143,63 @@ inline counters *&current_counters() {
 #define M3VIT_COUNT(field, amount) ((void)0)
 #endif
 
-// x as a signed integer of BITS bits: beyond its range, the nearest end of it.
-template <int BITS> inline long long saturate(long long x) {
+// x held from low to high; counted: where it is beyond, that is counted.
+inline long long held(long long x, long long low, long long high, bool counted) {
     #pragma HLS INLINE
-    const long long high = (1LL << (BITS - 1)) - 1;
-    if (x > high || x < -high - 1) {
-        M3VIT_COUNT(saturated, 1);
-        return x > high ? high : -high - 1;
+    if (x > high || x < low) {
+        if (counted)
+            M3VIT_COUNT(saturated, 1);
+        return x > high ? high : low;
     }
     return x;
 }
 
-// GELU of a narrow x with `in` fractional bits, as a narrow value with `out` of them.
-template <class C> inline long long gelu(long long x, int in, int out) {
+// x as a signed integer of BITS bits: beyond its range, the nearest end of it.
+template <int BITS> inline long long saturate(long long x) {
     #pragma HLS INLINE
-    return saturate<C::act_bits>(shift_round(gelu_raw(x, in), gelu_frac(in) - out));
+    return held(x, -(1LL << (BITS - 1)), (1LL << (BITS - 1)) - 1, true);
+}
+
+// How a narrow result is written: as one value, or (two) as 256 high + low, first a word of high bytes, then one of the
+// low ones, for which results are made again. Both bytes are signed.
+struct narrow_form {
+    bool two, low;
+};
+
+// x as a narrow value. What is beyond is counted once.
+template <class C> inline long long hold_narrow(long long x, const narrow_form &form) {
+    #pragma HLS INLINE
+    return C::two_bytes && form.two ? held(x, -(1LL << 15), two_bytes_most, !form.low) : saturate<C::act_bits>(x);
+}
+
+// GELU of a narrow x with `in` fractional bits, as a narrow value with `out` of them.
+template <class C> inline long long gelu(long long x, int in, int out, const narrow_form &form) {
+    #pragma HLS INLINE
+    return hold_narrow<C>(shift_round(gelu_raw(x, in), gelu_frac(in) - out), form);
+}
+
+// What memory gets of a narrow value: itself, or one of its bytes.
+template <class C> inline typename C::act_t stored(long long x, const narrow_form &form) {
+    #pragma HLS INLINE
+    const long long high = (x + 128) >> 8;
+    return (typename C::act_t)(C::two_bytes && form.two ? (form.low ? x - high * 256 : high) : x);
+}
+
+// Step `w` of writing a row of narrow values, of which a word takes `joined` steps: the values are those of step `values`,
+// in part `part` of word `word`. Of values of two bytes the steps of a word follow twice.
+struct narrow_step {
+    narrow_form form;
+    unsigned values, part, word;
+};
+template <class C> inline narrow_step step_of(unsigned w, unsigned joined, bool two) {
+    #pragma HLS INLINE
+    narrow_step step;
+    step.form.two = C::two_bytes && two;
+    step.part = w % joined;
+    step.word = w / joined;
+    step.form.low = step.form.two && step.word % 2 == 1;
+    step.values = step.form.two ? step.word / 2 * joined + step.part : w;
+    return step;
 }
 
 // The tokens of each expert, expert after expert: on chip. They take max_rows * max_top entries however many experts

@@ -86,7 +86,8 @@ First:
     // A round for each batch of groups, and enough for what goes on meanwhile: loading the next block of keys, reading the
     // next job, and writing the one before while there are rounds that do not finish its places.
     const unsigned used = times(times(state.query_size, C::group), batch);
-    const unsigned writing = times(state.query_size * (state.width / C::divided), state.length) + 2;
+    const unsigned divisions = (C::two_bytes && I.dst_low > 0 ? 2 : 1) * (state.width / C::divided); // of a query
+    const unsigned writing = times(state.query_size * divisions, state.length) + 2;
     const unsigned each[] = {used, stages - 1, times(loads + settled, state.length),
                              times(times(reads + settled, state.length), state.blocks), times(used + writing, state.blocks)};
     state.rounds = 0;

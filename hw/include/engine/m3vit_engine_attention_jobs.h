@@ -171,7 +171,8 @@ void load_query(attention_state<C> &state, const attention_fields &I, typename p
     }
 }
 
-// Divide C::divided values of a finished job, and write each word that is whole.
+// Divide C::divided values of a finished job, and write each word that is whole; of values of two bytes twice, once for
+// each byte.
 template <class C>
 void write_context(attention_state<C> &state, const attention_fields &I, const attention_buffers<C> &buffer,
                    typename ports<C>::narrow_out narrow) {
@@ -179,21 +180,25 @@ void write_context(attention_state<C> &state, const attention_fields &I, const a
     static const unsigned lanes = words<C>::narrow_lanes;
     if (state.write.number >= state.finished)
         return;
-    const unsigned i = state.write_query, g = i / C::group, q = i % C::group, first = state.write_value;
+    const unsigned i = state.write_query, g = i / C::group, q = i % C::group;
+    const bool two = C::two_bytes && I.dst_low > 0;
+    const narrow_step at_step = step_of<C>(state.write_value / C::divided, lanes / C::divided, two);
+    const unsigned first = at_step.values * C::divided;
     const scaled inverse = reciprocal((unsigned long long)buffer.divisor[g][q]); // not 0: the last maximum weighs 1/2 or more
     for (unsigned l = 0; l < C::divided; l++) {
         #pragma HLS UNROLL
         const long long sum = shift_round((long long)buffer.finished[g][q][first + l], context_drop);
         const long long y = shift_round(sum * inverse.mantissa, 20 + inverse.shift - context_drop + I.value_shift);
-        state.written.lane[first % lanes + l] = (typename C::act_t)saturate<C::act_bits>(y);
+        state.written.lane[first % lanes + l] = stored<C>(hold_narrow<C>(y, at_step.form), at_step.form);
     }
     state.write_value += C::divided;
+    const unsigned places = two ? 2 * state.width : state.width; // of a head
     if (state.write_value % lanes == 0) {
-        const unsigned row = I.dst + (state.write.query + i) * I.dst_pitch + state.write.head * state.width;
-        narrow[(row + state.write_value) / lanes - 1] = state.written;
+        const unsigned row = I.dst + (state.write.query + i) * I.dst_pitch + state.write.head * places;
+        narrow[row / lanes + at_step.word] = state.written;
         M3VIT_COUNT(narrow_write, sizeof(state.written));
     }
-    if (state.write_value == state.width) {
+    if (state.write_value == places) {
         state.write_value = 0;
         if (++state.write_query == state.write.queries) {
             state.write_query = 0;

@@ -83,6 +83,8 @@ void compute(bool attends, const linear_fields &I, const conv_fields &G, const a
     attention_state<C> attention;
     #pragma HLS ARRAY_PARTITION variable=linear.found complete dim=0
     #pragma HLS ARRAY_PARTITION variable=linear.gathered.lane complete
+    #pragma HLS ARRAY_PARTITION variable=linear.tap.above complete
+    #pragma HLS ARRAY_PARTITION variable=linear.tap.zero complete
     #pragma HLS ARRAY_PARTITION variable=linear.sum complete
     #pragma HLS ARRAY_PARTITION variable=linear.done complete
     #pragma HLS ARRAY_PARTITION variable=attention.stage complete

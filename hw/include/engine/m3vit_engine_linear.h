@@ -14,10 +14,12 @@
 // takes more than a word they come through two ports, each of which reads its half of the block's tokens, and tokens
 // are taken from both halves in turn: so each port reads whole rows, one after the other.
 // A tile of at most half the outputs, whose inputs are on chip, is folded: the rows of the array that are left over
-// multiply every second step of the inputs, so that it takes half the steps.
+// multiply every second step of the inputs, or their low bytes, so that it takes half the steps.
+// Inputs may have two bytes each, 256 high + low. Their words are read in turn and kept apart; the array takes all of the
+// high bytes, then the low ones, with the same weights, and between both the sums are multiplied by 256.
 // Cycles of a tile: (tokens + 1, and two for each port of inputs more if they are read) times the longest of multiplying
-// (n_in / tile_in, half of it if it is folded), reading (words of n_in / ports) and writing (words of tile_out), or the
-// words of the next tile if those are more.
+// (n_in / tile_in, half of it if it is folded), reading (words of n_in / ports), both twice for inputs of two bytes, and
+// writing (words of tile_out), or the words of the next tile if those are more.
 #ifndef M3VIT_ENGINE_LINEAR_H_
 #define M3VIT_ENGINE_LINEAR_H_
 
@@ -28,7 +30,7 @@ namespace vit {
 
 // The inputs of a block of tokens, in words.
 template <class C> struct token_cache {
-    typename words<C>::narrow x[C::token_block][C::max_in / words<C>::narrow_lanes];
+    typename words<C>::narrow x[C::token_block][C::max_cached / words<C>::narrow_lanes];
 };
 
 // Where a token's inputs begin in src, and its results in dst; the router's weight (mode to_queue).
@@ -58,21 +60,24 @@ token_place place_of(const tile_job &job, const conv_fields &G, unsigned n, cons
     return place;
 }
 
-// Where the reading of one pixel's neighbours stands: word `w` of tap `tap`, of the pixel at (row, column).
-struct tap_place {
-    unsigned words, width, height, row, column, tap, w;
+// Where the reading of one pixel's neighbours stands: word `w` of tap `tap`, of the pixel at (row, column); of two bytes,
+// whether the low ones follow, and which of their values are above 0 (or may be, as a low byte says) by the high ones.
+template <class C> struct tap_place {
+    unsigned count, width, height, row, column, tap, w; // count: words of a tap
+    bool low, above[words<C>::narrow_lanes], zero[words<C>::narrow_lanes];
 };
 
-template <class C> tap_place first_tap(const tile_job &job, const conv_fields &G, unsigned n) {
+template <class C> tap_place<C> first_tap(const tile_job &job, const conv_fields &G, unsigned n) {
     #pragma HLS INLINE
     const unsigned s = G.upscale, token = n / (s * s), pixel = n % (s * s);
-    tap_place place;
-    place.words = job.n_in / taps / words<C>::narrow_lanes;
+    tap_place<C> place;
+    place.count = job.n_in / taps / words<C>::narrow_lanes;
     place.width = G.columns * s;
     place.height = G.rows / place.width;
     place.row = token / G.columns * s + pixel / s;
     place.column = token % G.columns * s + pixel % s;
     place.tap = place.w = 0;
+    place.low = false;
     return place;
 }
 
@@ -80,7 +85,7 @@ template <class C> tap_place first_tap(const tile_job &job, const conv_fields &G
 // G.unrectified features of a pixel; zeros outside the image. A token holds upscale^2 pixels, line by line, and tokens
 // are G.columns side by side.
 template <class C>
-typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const conv_fields &G,
+typename words<C>::narrow read_tap(tap_place<C> &place, const tile_job &job, const conv_fields &G,
                                    typename ports<C>::narrow_in narrow) {
     #pragma HLS INLINE
     static const unsigned lanes = words<C>::narrow_lanes;
@@ -91,15 +96,27 @@ typename words<C>::narrow read_tap(tap_place &place, const tile_job &job, const 
     typename words<C>::narrow values;
     if (inside) {
         const unsigned pixel = y % s * s + x % s;
-        values = narrow[(job.src + (y / s * G.columns + x / s) * job.src_pitch) / lanes + pixel * place.words + place.w];
+        const unsigned word = pixel * place.count + place.w, of_two = 2 * word + place.low;
+        values = narrow[(job.src + (y / s * G.columns + x / s) * job.src_pitch) / lanes + (job.two ? of_two : word)];
         M3VIT_COUNT(narrow_read, sizeof(values));
     }
     for (unsigned l = 0; l < lanes; l++) {
         #pragma HLS UNROLL
-        const bool passes = values.lane[l] > 0 || place.w * lanes + l < G.unrectified;
-        values.lane[l] = inside && passes ? values.lane[l] : 0;
+        const typename C::act_t value = inside ? values.lane[l] : (typename C::act_t)0;
+        const bool rest = place.low ? place.above[l] || (place.zero[l] && value > 0) : value > 0;
+        const bool kept = rest || place.w * lanes + l < G.unrectified;
+        if (C::two_bytes && !place.low) {
+            place.above[l] = value > 0;
+            place.zero[l] = value == 0;
+        }
+        values.lane[l] = kept ? value : (typename C::act_t)0;
     }
-    if (++place.w == place.words) {
+    if (job.two) {
+        place.low = !place.low;
+        if (place.low)
+            return values;
+    }
+    if (++place.w == place.count) {
         place.w = 0;
         place.tap++;
     }
@@ -117,11 +134,12 @@ template <class C> struct linear_state {
     bool side;
     tile_progress loading;
     unsigned loads, passes, steps, reads, results, span;
+    unsigned high, low_at; // of inputs of two bytes: steps of the high ones, and the word from which the low ones lie
     unsigned n, i;            // the pass, and where it stands
     unsigned ahead;           // how many passes reading is ahead of multiplying
     token_place found[1 + lead][2]; // of tokens that are read, one for each port, and of those before
     token_place token, written;
-    tap_place tap;
+    tap_place<C> tap;
     typename words<C>::narrow gathered; // results of the word that is not whole yet
     sum_t sum[C::tile_out], done[C::tile_out]; // of the token that is multiplied, and of the one before, which is written
 };
@@ -156,10 +174,14 @@ template <class C> unsigned next_linear(linear_state<C> &state, const linear_fie
     state.next = next_tile<C>(state.place, I, queue);
     state.loading = first_word<C>(state.next);
     state.loads = words_left(state.loading);
-    state.steps = now.n_in / C::tile_in / (now.folded ? 2 : 1);
-    state.reads = now.fresh ? now.n_in / lanes / now.ports : 0;
+    state.high = now.n_in / C::tile_in;
+    // Of both an even step and an odd one, so that a folded tile reads them from memories apart.
+    state.low_at = (C::folded ? state.high | 1 : state.high) * linear_state<C>::joined;
+    state.steps = (now.two ? 2 : 1) * state.high / (now.folded ? 2 : 1);
+    state.reads = now.fresh ? (now.two ? 2 : 1) * (now.n_in / lanes) / now.ports : 0;
     state.ahead = now.fresh ? linear_state<C>::lead * now.ports : 0;
-    state.results = now.mode == to_narrow   ? words_of<C::results>(now.outputs)
+    state.results = now.mode == to_narrow   ? (now.writes_two ? 2 * lanes / C::results * words_of<lanes>(now.outputs)
+                                                              : words_of<C::results>(now.outputs))
                     : now.mode == to_output ? words_of<words<C>::param_lanes>(now.outputs)
                                             : words_of<words<C>::wide_lanes>(first_half(now));
     state.span = state.steps > state.results ? state.steps : state.results;
@@ -175,10 +197,10 @@ template <class C> void end_tile(linear_state<C> &state) {
 #ifndef __SYNTHESIS__
     const tile_job &now = state.now;
     if (now.fresh && !now.conv)
-        M3VIT_COUNT(narrow_read, now.count * now.n_in * sizeof(typename C::act_t));
+        M3VIT_COUNT(narrow_read, now.count * now.n_in * sizeof(typename C::act_t) * (now.two ? 2 : 1));
     if (now.mode == to_narrow)
-        M3VIT_COUNT(narrow_write,
-                    now.count * words_of<words<C>::narrow_lanes>(now.outputs) * sizeof(typename words<C>::narrow));
+        M3VIT_COUNT(narrow_write, now.count * words_of<words<C>::narrow_lanes>(now.outputs) *
+                                      sizeof(typename words<C>::narrow) * (now.writes_two ? 2 : 1));
     else if (now.mode == to_output)
         M3VIT_COUNT(output, now.count * state.results * sizeof(typename words<C>::params));
     else
@@ -201,7 +223,9 @@ template <class C> long long result_of(const linear_state<C> &state, const weigh
     const long long bias = tile.bias[side][o] * (1LL << tile.bias_shift[side][o]);
     const unsigned other = o + weight_tiles<C>::fold < C::tile_out ? o + weight_tiles<C>::fold : o;
     const long long folded = C::folded && state.now.folded ? (long long)state.done[other] : 0;
-    return shift_round((long long)state.done[o] + folded + bias, tile.shift[side][o]);
+    const bool high = C::folded && C::two_bytes && state.now.folded && state.now.two; // alone: the other row has the low
+    const long long own = (long long)state.done[o] * (high ? 256 : 1);
+    return shift_round(own + folded + bias, tile.shift[side][o]);
 }
 
 // Write step `w` of a token's results: C::results narrow values, after their activation, and each word that is whole; a wide
@@ -219,6 +243,7 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
     const tile_job &job = state.now;
     const token_place &token = state.written;
     const bool adds = job.mode == to_residual || job.mode == to_queue, whole = job.mode == to_output;
+    const narrow_step at_step = step_of<C>(w, joined, job.writes_two); // of narrow results
     // The results of a step, and which outputs they are.
     long long results[C::results];
     unsigned outputs[C::results];
@@ -227,7 +252,7 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
     for (unsigned l = 0; l < C::results; l++) {
         #pragma HLS UNROLL
         const unsigned part = l / wide_lanes, of_word = w * wide_lanes + l % wide_lanes;
-        outputs[l] = job.mode == to_narrow ? w * C::results + l
+        outputs[l] = job.mode == to_narrow ? at_step.values * C::results + l
                      : whole               ? (l < out_lanes ? w * out_lanes + l : job.outputs)
                      : part == 0           ? (of_word < job.half ? of_word : job.outputs)
                      : part == 1           ? job.half + of_word
@@ -241,17 +266,17 @@ void write_word(linear_state<C> &state, const weight_tiles<C> &tile, unsigned w,
             #pragma HLS UNROLL
             values[l] = 0;
             if (outputs[l] < job.outputs) {
-                const long long n = saturate<C::act_bits>(results[l]);
-                values[l] = (typename C::act_t)(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out));
+                const long long n = hold_narrow<C>(results[l], at_step.form);
+                values[l] = stored<C>(job.gelu_in < 0 ? n : gelu<C>(n, job.gelu_in, job.gelu_out, at_step.form), at_step.form);
             }
         }
         for (unsigned l = 0; l < narrow_lanes; l++) {
             #pragma HLS UNROLL
-            if (l / C::results >= w % joined)
-                state.gathered.lane[l] = l / C::results == w % joined ? values[l % C::results] : 0;
+            if (l / C::results >= at_step.part)
+                state.gathered.lane[l] = l / C::results == at_step.part ? values[l % C::results] : 0;
         }
-        if (w % joined == joined - 1 || w + 1 == state.results)
-            narrow[token.at / narrow_lanes + w / joined] = state.gathered;
+        if (at_step.part == joined - 1 || w + 1 == state.results)
+            narrow[token.at / narrow_lanes + at_step.word] = state.gathered;
     } else if (whole) {
         typename words<C>::params values;
         for (unsigned l = 0; l < out_lanes; l++) {
@@ -323,28 +348,36 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
     if (n > state.ahead && i < state.results)
         write_word<C>(state, tile, i, narrow_out, wide_in, wide, more_wide_in, more_wide, output);
     if (i < state.reads) { // of a token each port reads so many words in a pass
-        const unsigned word = n % now.ports * state.reads + i, first = n - n % now.ports;
+        const unsigned read = n % now.ports * state.reads + i, first = n - n % now.ports;
+        // On chip words of high bytes lie before those of the low ones.
+        const unsigned word = now.two ? read / 2 + (read % 2 ? state.low_at : 0) : read;
         if (now.conv) {
             if (n < now.count)
                 cache.x[n][word] = read_tap<C>(state.tap, now, G, narrow_in);
         } else {
             if (first < now.count)
-                cache.x[first][word] = narrow_in[state.found[0][0].from / lanes + word];
+                cache.x[first][word] = narrow_in[state.found[0][0].from / lanes + read];
             if (joined > 1 && first + 1 < now.count)
-                cache.x[first + 1][word] = keys[state.found[0][1].from / lanes + word];
+                cache.x[first + 1][word] = keys[state.found[0][1].from / lanes + read];
         }
     }
     if (n < state.ahead || n >= now.count + state.ahead || i >= state.steps)
         return;
     step.used = true;
     typedef weight_tiles<C> T;
-    typename words<C>::narrow x[joined], other[joined]; // those of the other rows of a folded tile: the odd steps
+    const bool low = now.two && i >= state.high; // bytes of a tile that is not folded
+    const unsigned weight = low ? i - state.high : i; // the step of the weights
+    const bool apart = C::folded && now.folded && !now.two;
+    const unsigned first_word_at = low ? state.low_at + weight * joined : (apart ? 2 * i : i) * joined;
+    const unsigned other_word_at = apart ? (2 * i + 1) * joined : state.low_at + i * joined;
+    // Those of the other rows of a folded tile: the odd steps, or low bytes.
+    typename words<C>::narrow x[joined], other[joined];
     #pragma HLS ARRAY_PARTITION variable=x complete
     #pragma HLS ARRAY_PARTITION variable=other complete
     for (unsigned j = 0; j < joined; j++) {
         #pragma HLS UNROLL
-        x[j] = cache.x[n - state.ahead][(C::folded && now.folded ? 2 * i : i) * joined + j];
-        other[j] = C::folded && now.folded ? cache.x[n - state.ahead][(2 * i + 1) * joined + j] : x[j];
+        x[j] = cache.x[n - state.ahead][first_word_at + j];
+        other[j] = C::folded && now.folded ? cache.x[n - state.ahead][other_word_at + j] : x[j];
     }
     for (unsigned j = 0; j < C::tile_in; j++) {
         #pragma HLS UNROLL
@@ -359,7 +392,7 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
         #pragma HLS UNROLL
         for (unsigned j = 0; j < C::tile_in; j++) {
             #pragma HLS UNROLL
-            step.y[o][j] = tile.weight[state.side][i * T::joined + j / T::lanes][o].lane[j % T::lanes];
+            step.y[o][j] = tile.weight[state.side][weight * T::joined + j / T::lanes][o].lane[j % T::lanes];
         }
     }
     if (now.gate) {
@@ -367,7 +400,8 @@ void linear_before(linear_state<C> &state, unsigned k, const conv_fields &G, con
             #pragma HLS UNROLL
             for (unsigned j = 0; j < C::tile_in; j++) {
                 #pragma HLS UNROLL
-                const int16_t w = tile.gate[state.side][i * T::gate_joined + j / T::gate_lanes][o].lane[j % T::gate_lanes];
+                const unsigned word = weight * T::gate_joined + j / T::gate_lanes;
+                const int16_t w = tile.gate[state.side][word][o].lane[j % T::gate_lanes];
                 if (C::packed) { // the low byte, from 0 on, and the high one share a multiplier
                     step.y[2 * o][j] = w & 255;
                     step.y[2 * o + 1][j] = w >> 8;
@@ -386,9 +420,11 @@ void linear_after(linear_state<C> &state, unsigned k, bool used, const long long
     if (k >= state.passes)
         return;
     const bool first = state.i == 0, last = state.i + 1 == state.span;
+    // The first step of the low bytes, which a folded tile adds in another row.
+    const bool low = C::two_bytes && state.now.two && !state.now.folded && state.i == state.high;
     for (unsigned o = 0; o < C::tile_out; o++) {
         #pragma HLS UNROLL
-        const sum_t before = first ? sum_t(0) : state.sum[o];
+        const sum_t before = first ? sum_t(0) : low ? sum_t(state.sum[o] * 256) : state.sum[o];
         long long added = sum[o];
         if (C::packed && state.now.gate && o < C::gate_out)
             added = sum[2 * o] + sum[2 * o + 1] * 256;

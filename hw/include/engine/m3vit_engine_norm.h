@@ -131,6 +131,7 @@ template <class C, class ROWS> int value_of(const ROWS &x, unsigned t, unsigned 
 // out through one). Each port reads its part of the rows, whole rows one after the other, and rows are taken from all
 // parts in turn once they were read: while the loop sums a row it centres the one before, squares the one before that
 // and scales and writes a fourth. A stage's result for a row is used from the next row on.
+// Results of two bytes each are written twice, a word of high bytes and one of low ones, so their rows take twice the steps.
 // Cycles: (rows + ports + 3) * n_in / values of a step, or norm_span a row if there are fewer.
 template <class C>
 void layernorm(const norm_fields &I, typename ports<C>::params params, typename ports<C>::wide_in wide_in,
@@ -159,7 +160,10 @@ void layernorm(const norm_fields &I, typename ports<C>::params params, typename 
     #pragma HLS ARRAY_RESHAPE variable=shifted dim=3 complete
     // together: words of a step, and ports; row 2 p is the p-th one of the first port's, row 2 p + 1 of the second's.
     const unsigned n = I.n_in, count = words_of<lanes>(n), together = I.mode == to_narrow ? C::norm_words : 1;
-    const unsigned steps = (count + together - 1) / together, span = steps > norm_span ? steps : norm_span;
+    const bool two = C::two_bytes && I.mode == to_narrow && I.dst_low > 0;
+    const unsigned steps = (count + together - 1) / together, least = steps > norm_span ? steps : norm_span;
+    const unsigned writes = two ? 2 * joined * words_of<words<C>::narrow_lanes>(n) : steps;
+    const unsigned span = writes > least ? writes : least;
     const unsigned half = (I.rows + together - 1) / together; // rows of the first port
     const unsigned param_count = words_of<some>(n);
     int loaded[lanes];
@@ -253,30 +257,37 @@ Row:
                 squared.squares += (unsigned long long)(d * d);
             }
         }
-        if (within && t - 3 < I.rows) {
+        if (w < writes && t - 3 < I.rows) {
             typename words<C>::wide values;
+            const narrow_step at_step = step_of<C>(w, joined, two);
+            const bool whole = at_step.part == joined - 1 || w == writes - 1;
+            // Of two bytes the last word's steps may be more than there are values for.
+            const unsigned u = at_step.values < steps ? at_step.values : 0, word_of_step = u * together;
+            const unsigned rest = at_step.values < steps ? n - word_of_step * lanes : 0;
+            const unsigned some_inside = rest < together * lanes ? rest : together * lanes;
             for (unsigned l = 0; l < side; l++) {
                 #pragma HLS UNROLL
-                const long long scaled_up = (long long)(shifted[(t - 3) & 3][w][l] * scaling.factor);
+                const long long scaled_up = (long long)(shifted[(t - 3) & 3][u][l] * scaling.factor);
                 const norm_types::normal y(shift_round(scaled_up, 20 + scaling.shift - norm_frac));
-                const long long of_bias = bias[l / lanes][w][l % lanes] * (1LL << I.bias_shift);
-                const long long z = shift_round((long long)(y * scale[l / lanes][w][l % lanes]) + of_bias, I.shift);
+                const long long of_bias = bias[l / lanes][u][l % lanes] * (1LL << I.bias_shift);
+                const long long z = shift_round((long long)(y * scale[l / lanes][u][l % lanes]) + of_bias, I.shift);
                 if (I.mode == to_narrow)
-                    gathered.lane[w % joined * side + l] = l < inside ? (typename C::act_t)saturate<C::act_bits>(z) : 0;
+                    gathered.lane[at_step.part * side + l] =
+                        l < some_inside ? stored<C>(hold_narrow<C>(z, at_step.form), at_step.form) : (typename C::act_t)0;
                 else if (l < lanes)
-                    values.lane[l] = l < inside ? (typename C::wide_t)saturate<C::wide_bits>(z) : 0;
+                    values.lane[l] = l < some_inside ? (typename C::wide_t)saturate<C::wide_bits>(z) : 0;
             }
             const unsigned row = (t - 3) / together + (t - 3) % together * half;
-            const unsigned place = I.dst + row * I.dst_pitch + word * lanes;
+            const unsigned place = I.dst + row * I.dst_pitch;
             if (I.mode != to_narrow) {
-                wide_out[place / lanes] = values;
-            } else if (w % joined == joined - 1 || w == steps - 1) {
+                wide_out[place / lanes + word] = values;
+            } else if (whole) {
                 for (unsigned l = 0; l < joined * side; l++) {
                     #pragma HLS UNROLL
-                    if (l >= (w % joined + 1) * side)
+                    if (l >= (at_step.part + 1) * side)
                         gathered.lane[l] = 0;
                 }
-                narrow[place / (joined * side)] = gathered;
+                narrow[place / (joined * side) + at_step.word] = gathered;
             }
         }
         if (++w == span) {
@@ -287,7 +298,8 @@ Row:
     M3VIT_COUNT(wide_read, I.rows * count * sizeof(typename words<C>::wide));
 #ifndef __SYNTHESIS__
     if (I.mode == to_narrow)
-        M3VIT_COUNT(narrow_write, I.rows * words_of<words<C>::narrow_lanes>(n) * sizeof(typename words<C>::narrow));
+        M3VIT_COUNT(narrow_write, I.rows * words_of<words<C>::narrow_lanes>(n) * sizeof(typename words<C>::narrow) *
+                                      (two ? 2 : 1));
     else
         M3VIT_COUNT(wide_write, I.rows * count * sizeof(typename words<C>::wide));
 #endif

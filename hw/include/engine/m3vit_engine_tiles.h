@@ -19,9 +19,11 @@ template <class C> struct input_ports {
 struct tile_job {
     bool valid, fresh;
     bool gate, gather, conv;
+    bool two, writes_two; // the inputs have two bytes each; so have narrow results
     unsigned weights, params, n_in, outputs;
     unsigned half; // outputs of the first half, those whose weights and wide results pass through the first port
-    bool folded; // each output is made by two rows of the array, one of the even steps of its inputs and one of the odd
+    bool folded; // each output is made by two rows of the array, one of the even steps of its inputs and one of the odd;
+                 // or (two) one of the high bytes and one of the low ones
     unsigned base, first, count;
     unsigned ports; // through which inputs are read
     unsigned src, src_pitch, dst, dst_pitch;
@@ -89,11 +91,15 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
     job.count = tokens - place.base < block ? tokens - place.base : block;
     job.fresh = place.row == 0;
     // Inputs that are read come a word a port: there it would gain nothing.
-    job.folded = C::folded && !job.fresh && !job.gate && job.half <= weight_tiles<C>::fold && job.n_in / C::tile_in % 2 == 0;
+    job.two = C::two_bytes && (second ? I.dst_low : I.src_low) > 0;
+    job.writes_two = C::two_bytes && I.dst_low > 0;
+    job.folded = C::folded && !job.fresh && !job.gate && job.half <= weight_tiles<C>::fold &&
+                 (job.two || job.n_in / C::tile_in % 2 == 0);
     job.ports = job.conv ? 1 : input_ports<C>::most;
     job.src = I.src;
     job.src_pitch = I.src_pitch;
-    job.dst = I.dst + place.row;
+    // Where a row's results begin: of two bytes each twice as far.
+    job.dst = I.dst + (job.writes_two && !experts ? 2 * place.row : place.row);
     job.dst_pitch = I.dst_pitch;
     job.mode = I.mode;
     job.gelu_in = second ? -1 : I.gelu_in;
@@ -106,7 +112,7 @@ template <class C> tile_job next_tile(tile_place &place, const linear_fields &I,
             job.src = I.hidden;
             job.src_pitch = I.hidden_pitch;
         } else {
-            job.dst = I.hidden + place.row;
+            job.dst = I.hidden + (job.writes_two ? 2 * place.row : place.row);
             job.dst_pitch = I.hidden_pitch;
             job.mode = to_narrow;
         }
@@ -143,6 +149,16 @@ inline unsigned words_left(const tile_progress &place) {
     return weights > place.params ? weights : place.params;
 }
 
+// Put a word of weights into a row of a tile; both: and into the row that makes the same output.
+template <class C>
+void put_weights(weight_tiles<C> &tile, bool side, unsigned word, unsigned row, bool both,
+                 const typename words<C>::weights &values) {
+    #pragma HLS INLINE
+    tile.weight[side][word][row] = values;
+    if (C::folded && C::two_bytes && both)
+        tile.weight[side][word][row + weight_tiles<C>::fold] = values;
+}
+
 // Load one word of weights through each port and one of parameters, if there are more.
 template <class C>
 void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile, bool side,
@@ -153,15 +169,16 @@ void load_word(tile_progress &place, const tile_job &job, weight_tiles<C> &tile,
     static const unsigned lanes = words<C>::param_lanes, rows = lanes / row_words;
     if (place.row < place.rows) {
         const unsigned at = place.row * place.words + place.w, step = place.w / T::joined;
-        const unsigned word = job.folded ? step / 2 * T::joined + place.w % T::joined : place.w;
-        const unsigned other = job.folded && step % 2 ? T::fold : 0;
+        const bool apart = job.folded && !job.two, both = job.folded && job.two; // steps of weights, for their row
+        const unsigned word = apart ? step / 2 * T::joined + place.w % T::joined : place.w;
+        const unsigned other = apart && step % 2 ? T::fold : 0;
         if (job.gate)
             tile.gate[side][place.w][place.row % C::gate_out] = gates[job.weights / T::gate_lanes + at];
         else
-            tile.weight[side][word][T::row_of(job, place.row) + other] = weights[job.weights / T::lanes + at];
+            put_weights<C>(tile, side, word, T::row_of(job, place.row) + other, both, weights[job.weights / T::lanes + at]);
         if (C::weight_ports == 2 && job.half + place.row < job.outputs)
-            tile.weight[side][word][T::second + place.row + other] =
-                more_weights[job.weights / T::lanes + job.half * place.words + at];
+            put_weights<C>(tile, side, word, T::second + place.row + other, both,
+                           more_weights[job.weights / T::lanes + job.half * place.words + at]);
         if (++place.w == place.words) {
             place.w = 0;
             place.row++;

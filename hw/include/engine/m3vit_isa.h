@@ -20,6 +20,7 @@ static const int context_drop = 8;
 static const int max_rise = 60;
 static const int pixel_zero = 128;
 static const int taps = 9;
+static const int two_bytes_most = 32639;
 static const unsigned key_block = 64;
 
 enum opcode {
@@ -62,7 +63,8 @@ struct file_header {
     int64_t programs;
     int64_t programs_at;
     int64_t wide_bits;
-    int64_t unused[2];
+    int64_t two_bytes;
+    int64_t unused[1];
 };
 
 // image: Patches of the image, pixel - 128, to narrow: rows of n_in = 3 patch^2 values, `columns` of them side by side.
@@ -114,6 +116,8 @@ struct linear_fields {
     unsigned hidden;
     unsigned hidden_pitch;
     unsigned rescale;
+    unsigned src_low;
+    unsigned dst_low;
 };
 inline linear_fields linear_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -138,6 +142,8 @@ inline linear_fields linear_of(const int32_t w[instruction_words]) {
     f.hidden = w[17];
     f.hidden_pitch = w[18];
     f.rescale = w[21];
+    f.src_low = w[22];
+    f.dst_low = w[23];
     return f;
 }
 
@@ -159,6 +165,7 @@ struct conv_fields {
     unsigned upscale;
     unsigned pixel_pitch;
     unsigned unrectified;
+    unsigned src_low;
 };
 inline conv_fields conv_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -179,6 +186,7 @@ inline conv_fields conv_of(const int32_t w[instruction_words]) {
     f.upscale = w[15];
     f.pixel_pitch = w[16];
     f.unrectified = w[17];
+    f.src_low = w[22];
     return f;
 }
 
@@ -225,6 +233,7 @@ struct norm_fields {
     int sqrt_dim;
     unsigned biases;
     long long eps;
+    unsigned dst_low;
 };
 inline norm_fields norm_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -245,6 +254,7 @@ inline norm_fields norm_of(const int32_t w[instruction_words]) {
     f.sqrt_dim = w[16];
     f.biases = w[17];
     f.eps = (long long)(uint32_t)w[19] | ((long long)w[20] << 32);
+    f.dst_low = w[23];
     return f;
 }
 
@@ -263,6 +273,7 @@ struct attention_fields {
     int score_shift;
     int value_shift;
     unsigned weight_drop;
+    unsigned dst_low;
 };
 inline attention_fields attention_of(const int32_t w[instruction_words]) {
     #pragma HLS INLINE
@@ -280,6 +291,7 @@ inline attention_fields attention_of(const int32_t w[instruction_words]) {
     f.score_shift = w[15];
     f.value_shift = w[16];
     f.weight_drop = w[17];
+    f.dst_low = w[23];
     return f;
 }
 

@@ -101,6 +101,10 @@ class Accelerator:
                 f"{path} is for a residual stream of {header.wide_bits or 32} bits, the accelerator for {wide_bits}: "
                 "export with the same --residual-bits"
             )
+        if header.two_bytes and not hardware.get("max_bytes"):
+            raise ValueError(
+                f"{path} has layers with inputs of 16 bits, the accelerator 8 alone: export with the same --layer-bits"
+            )
         outputs = self.manifest["tokens"] * self.layout.token_pitch
         if header.output != outputs:
             raise ValueError(
