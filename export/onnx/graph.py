@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -283,7 +284,7 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _schemas(), _without_pairs():
+        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once():
             traced = torch.export.export(
                 function.eval(),
                 tuple(inputs.values()),
@@ -435,6 +436,37 @@ def _without_pairs() -> Iterator[None]:
         yield
     finally:
         vars(slice_split_rule).pop("try_rewrite", None)
+
+
+_LISTED: dict[tuple[int, ...], Any] = {}  # by opset, the exporter's table of what translates which operator
+
+
+@contextmanager
+def _listed_once() -> Iterator[None]:
+    """Have the exporter list the functions that translate operators once a process, not anew for each graph, while
+    exporting: it parses the sources of 500 of them, a fifth of the time of a small model's graph."""
+    try:
+        from torch.onnx._internal.exporter import _registration
+
+        table: Any = _registration.ONNXRegistry
+        own = vars(table)["from_torchlib"]
+    except (ImportError, AttributeError, KeyError):  # another version of torch: it lists them as often as it does
+        yield
+        return
+
+    def from_torchlib(cls: Any, **opset: int) -> Any:
+        key = tuple(opset.values())
+        if key not in _LISTED:
+            _LISTED[key] = own.__get__(None, cls)(**opset)
+        registry = copy(_LISTED[key])  # to which the translations of one export are added
+        registry.functions = {operator: list(known) for operator, known in registry.functions.items()}
+        return registry
+
+    table.from_torchlib = classmethod(from_torchlib)
+    try:
+        yield
+    finally:
+        table.from_torchlib = own
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from m3vit.export.onnx.graph import _listed_once
 from m3vit.export.onnx.simplify import ATEN, RESHAPES, without_decomposing
 
 DECOMPOSED = {ATEN.elu.default: lambda x, *rest: torch.where(x > 0, x, torch.expm1(x))}
@@ -171,3 +173,19 @@ def test_types_are_promoted_where_they_are_not_alike(name: str) -> None:
         x = torch.randn(shape)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), module(x))
+
+
+def test_the_exporters_table_is_listed_once_and_what_one_export_adds_is_not_the_nexts() -> None:
+    own = vars(ONNXRegistry)["from_torchlib"]
+    for _ in range(2):  # the second time it is listed already
+        with _listed_once():
+            first = ONNXRegistry.from_torchlib(opset_version=20)
+            relu, moe = torch.ops.aten.relu.default, torch.ops.m3vit.moe.default
+            first.register_op(moe, lambda x: x)
+            second = ONNXRegistry.from_torchlib(opset_version=20)
+            assert first.is_registered(moe) and not second.is_registered(moe)
+            assert first.get_decomps(relu) == second.get_decomps(relu) != []
+            assert second.opset_version == 20 and ONNXRegistry.from_torchlib(opset_version=18).opset_version == 18
+        assert vars(ONNXRegistry)["from_torchlib"] is own
+    anew = ONNXRegistry.from_torchlib(opset_version=20)
+    assert anew.functions.keys() == second.functions.keys()
