@@ -4,7 +4,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -284,7 +284,7 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once():
+        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache():
             traced = torch.export.export(
                 function.eval(),
                 tuple(inputs.values()),
@@ -467,6 +467,18 @@ def _listed_once() -> Iterator[None]:
         yield
     finally:
         table.from_torchlib = own
+
+
+def _without_cache() -> AbstractContextManager[Any]:
+    """Do without torch's cache of what operators make of which shapes, while exporting.
+
+    With sizes that are not known, next to nothing is found in it, and all is put into it: a tenth to a fifth of the
+    time of a trace.
+    """
+    from torch._dynamo import config
+
+    known = hasattr(config, "fake_tensor_cache_enabled")
+    return config.patch(fake_tensor_cache_enabled=False) if known else nullcontext()
 
 
 @contextmanager
