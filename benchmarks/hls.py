@@ -1,11 +1,15 @@
 """The time-multiplexed accelerator: seconds a frame of C-simulation and emulator, and bytes between chip and DDR.
 
     python benchmarks/hls.py [--sizes tiny edge-moe vit-s] [--repeats 3] [--json FILE]
+    python benchmarks/hls.py --export [--sizes vit-s] [--json FILE]
 
 Models have random weights (vit-s: experts up-cycled from the MLPs) and are exported as by `m3vit export hls --schedule
 multiplexed`. Each is simulated for one task, with the flags of the project's Makefile (-O3) and with -march=native
 added; the emulator runs on one thread and on all. All in one run, so that ratios hold whatever else the machine does;
 ratios are of processor seconds. Words are compared. Nothing is synthesised: bytes are counted by the C++.
+
+With --export what exporting takes instead, by all cores: four tasks, as many images of calibration and samples as
+`m3vit export hls` takes by default, W8A16 and W8A8, seconds, and megabytes of the test bench.
 """
 
 import resource
@@ -22,6 +26,7 @@ from _bench import arguments, machine, save  # says how OpenMP's threads wait: b
 import numpy as np
 import torch
 
+from m3vit.export.hls.from_run import default_images
 from m3vit.export.hls.multiplexed.simulation import traffic
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.hw.manifest import WEIGHTS
@@ -139,6 +144,38 @@ def measure(name: str, repeats: int, folder: Path) -> dict[str, Any]:
     return result
 
 
+BITS = {"W8A16": (8, 16), "W8A8": (8, 8)}
+
+
+def exports(name: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Export a model of one size with four tasks in each format, and return seconds and megabytes; print them."""
+    torch.manual_seed(0)
+    model = new_model(ModelConfig(**COMMON | {"tasks": ["semseg", "depth", "normals", "edge"]}, **SIZES[name])).eval()
+    few, stored = default_images(model)
+    images = images_of(model.config.image_size, few + stored)
+    height, width = model.config.image_size
+    labels = {
+        **{"semseg": np.zeros((height, width), np.uint8), "depth": np.ones((height, width), np.float32)},
+        **{"normals": np.ones((height, width, 3), np.float32), "edge": np.zeros((height, width), bool)},
+    }
+    found = {}
+    for bits, (weight_bits, act_bits) in BITS.items():
+        samples = Samples([str(place) for place in range(stored)], images[few:], [labels] * stored)
+        data = {"calibration": images[:few], "samples": samples}
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        project = folder / bits
+        export_project(model, project, schedule="multiplexed", weight_bits=weight_bits, act_bits=act_bits, **data)
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        bench = sum(path.stat().st_size for path in (project / "tb_data").rglob("*") if path.is_file()) / 1e6
+        found[bits] = {"seconds": wall, "processor_seconds": processor, "test_bench_mb": bench}
+        print(
+            f"{name}, {bits}, {few} images and {stored} samples: export {wall:.1f} s ({processor:.1f} s of processor), "
+            f"test bench {bench:.1f} MB"
+        )
+    return found
+
+
 def show(name: str, found: dict[str, Any]) -> None:
     print(f"{name}: {found['parameters'] / 1e6:.2f} M parameters, weights.bin {found['weights_bytes'] / 1e6:.1f} MB")
     print(f"  export {found['export_seconds']:.1f} s; {found['saturated']} values saturated; words equal")
@@ -162,11 +199,15 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--export", action="store_true", help="time exports alone")
     args = parser.parse_args()
     compiler = subprocess.run([csim.find_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
     results: dict[str, Any] = {"machine": machine(), "compiler": compiler[0]}
     print(compiler[0])
-    for name in args.sizes:
+    for name in args.sizes if args.export else ():
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = exports(name, Path(folder))
+    for name in () if args.export else args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(name, args.repeats, Path(folder) / "project")
         show(name, results[name])

@@ -16,6 +16,7 @@ from m3vit.export.hls.options import Request
 from m3vit.export.hls.project import Samples, export_project
 from m3vit.export.hls.schedules import Progress, silent
 from m3vit.models.budget import FULL, Budget
+from m3vit.models.multitask import MultiTaskModel
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
 from m3vit.training.budgets import require_trained_run
@@ -26,6 +27,15 @@ SAMPLES_WORK = 10**12  # tokens x weights x tasks of all of them: about a minute
 CALIBRATION_IMAGES = 32  # of the training split; they choose the fixed-point types
 CALIBRATION_TOKENS = 8192  # of all of them together, beyond CALIBRATION_MIN images: a large image says more
 CALIBRATION_MIN = 4
+
+
+def default_images(model: MultiTaskModel) -> tuple[int, int]:
+    """Return how many training images calibrate a model of its size, and how many validation images are stored."""
+    height, width = model.config.image_size
+    tokens = height * width // model.backbone.patch_size**2
+    work = tokens * len(model.config.tasks) * sum(weight.numel() for weight in model.backbone.parameters())
+    calibration = min(CALIBRATION_IMAGES, max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
+    return calibration, max(SAMPLES_MIN, min(SAMPLES, SAMPLES_WORK // work))
 
 
 def export_run(
@@ -50,14 +60,11 @@ def export_run(
         open_split(run.config.data.layout, root, split, tasks, label_set=labels) for split in ("train", "val")
     )
     size = (run.config.model.image_size[0], run.config.model.image_size[1])
-    tokens = size[0] * size[1] // run.model.backbone.patch_size**2
-    work = tokens * len(tasks) * sum(weight.numel() for weight in run.model.backbone.parameters())
-    few = max(SAMPLES_MIN, min(SAMPLES, SAMPLES_WORK // work))
+    images, few = default_images(run.model)
     samples = min(few, len(val)) if request.samples is None else request.samples
     if samples > len(val):
         raise InputError(f"--samples {samples}: the val split of {root} has {len(val)} images")
-    images = min(CALIBRATION_IMAGES, len(train), max(CALIBRATION_MIN, CALIBRATION_TOKENS // tokens))
-    calibration = np.stack([pixels(train.load(index), size) for index in range(images)])
+    calibration = np.stack([pixels(train.load(index), size) for index in range(min(images, len(train)))])
     # First those with all labels, where some images lack one.
     order = sorted(range(len(val)), key=lambda index: sum(not val.has(index, task) for task in tasks))[:samples]
     chosen = [val.load(index) for index in order]
