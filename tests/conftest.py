@@ -1,7 +1,5 @@
 """Refuse to test code that is not this checkout's; fixtures shared by all folders."""
 
-import copy
-import functools
 import gc
 import hashlib
 import os
@@ -123,17 +121,7 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         return
     import onnx
-    from torch.onnx._internal.exporter import _registration
 
-    # What torch collects at each export, each time the same: a second. It adds our operators, so to a copy.
-    collect = functools.cache(_registration.ONNXRegistry.from_torchlib)
-
-    def from_torchlib(**opset_version: int) -> Any:
-        registry = copy.copy(collect(**opset_version))
-        registry.functions = {target: list(found) for target, found in registry.functions.items()}
-        return registry
-
-    _registration.ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[assignment]
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
     folder.mkdir(exist_ok=True)
