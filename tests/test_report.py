@@ -221,9 +221,20 @@ def test_what_was_evaluated_is_shown_as_it_is(cli: Cli, tiny_run: Path, tmp_path
     assert kept is not None and kept.ids == evaluation.ids and kept.explained() == measured["breakdown"]
     assert Stored(split, "B").evaluation(copy, predictor) is None
     assert Stored(split, "A").evaluation(copy, replace(predictor, name="onnx")) is None
-    for other in ({"fingerprints": [value + 1 for value in evaluation.fingerprints]}, {"ids": evaluation.ids[::-1]}):
+    assert Stored(split, "A").evaluation(copy, predictor, "int8") is None, "another precision of a package"
+    others: list[dict[str, Any]] = [
+        {"fingerprints": [value + 1 for value in evaluation.fingerprints]},
+        {"label_prints": [value + 1 for value in evaluation.label_prints]},  # the same images, corrected labels
+        {"label_prints": []},  # of a version that did not note them
+        {"ids": evaluation.ids[::-1]},
+    ]
+    for other in others:
         scoring.write(copy, "A", result, replace(written, **other))
         assert Stored(split, "A").evaluation(copy, predictor) is None
+    scoring.write(copy, "A", result, written)
+    (copy / "breakdown-A.json").write_text("{}")
+    with pytest.raises(InputError, match=r"breakdown-A.json is not as it was .*: evaluate again with m3vit"):
+        Stored(split, "A").evaluation(copy, predictor)
     scoring.write(copy, "A", {**result, "weights_sha256": "0" * 64}, written)
     assert Stored(split, "A").evaluation(copy, predictor) is None
     assert reported() == measured, "measured anew"

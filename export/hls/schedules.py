@@ -162,7 +162,7 @@ def choose_options(
             f"--board {board}: the {name} schedule is for no board (its part is in project.tcl): leave it out or give "
             f"--schedule {' or '.join(others)}"
         )
-    design, layer_bits = None, None
+    design, layer_bits, told = None, None, ""
     if schedule.BOARD is not None:
         if config := fixed.pop("config", None):
             rest = {"board": board, "weight_bits": weight_bits, "act_bits": act_bits, **fixed}
@@ -170,6 +170,7 @@ def choose_options(
                 raise InputError(f"--config {config} says all of the engines: leave out {', '.join(more)}")
             design, bits = read_design(Path(config))
             weight_bits, act_bits, layer_bits = bits["weight_bits"], bits["act_bits"], bits.get("layer_bits")
+            told = f"--config {config}: "
         else:
             layer_bits = fixed.pop("layer_bits", None)
             design = design_of(board, **fixed, default=schedule.BOARD)
@@ -188,7 +189,7 @@ def choose_options(
         )
     if layers and options.act_bits != 8:
         raise InputError(
-            f"--layer-bits with --act-bits {options.act_bits}: layers have inputs of 16 bits beside 8-bit activations: "
-            "give --act-bits 8 too, or leave it out"
+            f"{told}--layer-bits with --act-bits {options.act_bits}: layers have inputs of 16 bits beside 8-bit "
+            f"activations: {'write a file with other bits' if told else 'give --act-bits 8 too, or leave it out'}"
         )
     return options

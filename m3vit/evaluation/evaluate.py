@@ -50,7 +50,8 @@ class Predictor:
 class Evaluation:
     """Per-image statistics of each task [n, K], in the order of `ids`, and how they were made.
 
-    `fingerprints` [n] tell images apart: the CRC of an image's pixels. `errors` are messages of images left out,
+    `fingerprints` [n] tell images apart: the CRC of an image's pixels; `label_prints` [n] those of its labels (none of
+    an evaluation from before they were noted). `errors` are messages of images left out,
     `unlabelled` by task those of missing labels, whose images' statistics are all zero. `breakdowns` are sums of
     `Meter.breakdown` over the images, by task that has one; none if `quick`; of an evaluation that was read from files
     `told` has what was made of them.
@@ -63,6 +64,7 @@ class Evaluation:
     quick: bool = False
     errors: list[str] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
+    label_prints: list[int] = field(default_factory=list)
     unlabelled: dict[str, list[str]] = field(default_factory=dict)
     breakdowns: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     told: dict[str, dict[str, Any]] | None = None
@@ -86,6 +88,15 @@ class Evaluation:
 def fingerprint(image: NDArray[np.uint8]) -> int:
     """Return what tells an image [H, W, 3] from others: the CRC of its pixels."""
     return zlib.crc32(image.tobytes())
+
+
+def label_print(sample: Sample, tasks: Sequence[str]) -> int:
+    """Return what tells the labels of an image, of some tasks, from others: the CRC of their values, in order."""
+    found = 0
+    for task in sorted(tasks):
+        there = b"-" if task in sample.unlabelled else np.ascontiguousarray(sample.labels[task]).tobytes()
+        found = zlib.crc32(there, zlib.crc32(task.encode(), found))
+    return found
 
 
 def normalised(images: list[NetworkImage], normalisation: Normalisation) -> Tensor:
@@ -166,6 +177,7 @@ def evaluate(
             for place, (image, (index, sample)) in enumerate(zip(images, samples, strict=True)):
                 result.ids.append(sample.id)
                 result.fingerprints.append(fingerprint(sample.image))
+                result.label_prints.append(label_print(sample, tasks))
                 for task in tasks:
                     if not is_finite(logits[task][place]):
                         raise InputError(

@@ -181,7 +181,8 @@ def share(
     options: dict[str, Any] = {"quick": quick, "skip_unreadable": skip_unreadable, "progress": progress, "keep": keep}
     workers = workers or default_workers()
     found = agree(lambda: evaluate(split, predictor, protocol, indices=mine, workers=workers, **options))
-    parts = gather((found.ids, found.statistics, found.errors, found.fingerprints, found.unlabelled, found.breakdowns))
+    prints_of = (found.fingerprints, found.label_prints)
+    parts = gather((found.ids, found.statistics, found.errors, prints_of, found.unlabelled, found.breakdowns))
     ids = [name for names, *_ in parts for name in names]
     place = {name: index for index, name in enumerate(split.ids)}
     order = np.argsort([place[name] for name in ids], kind="stable")
@@ -189,11 +190,13 @@ def share(
         task: np.concatenate([statistics[task] for _, statistics, *_ in parts])[order] for task in found.statistics
     }
     errors = [error for part in parts for error in part[2]]
-    prints = [value for part in parts for value in part[3]]
-    names, prints = ([values[index] for index in order] for values in (ids, prints))
+    of_images, of_labels = ([value for part in parts for value in part[3][kind]] for kind in (0, 1))
+    names, prints, labels = ([values[index] for index in order] for values in (ids, of_images, of_labels))
     unlabelled = {task: [text for part in parts for text in part[4][task]] for task in found.unlabelled}
     breakdowns = {task: sum(part[5][task] for part in parts if task in part[5]) for task in found.breakdowns}
-    return Evaluation(protocol, split.label_set, names, statistics, quick, errors, prints, unlabelled, breakdowns)
+    return Evaluation(
+        protocol, split.label_set, names, statistics, quick, errors, prints, labels, unlabelled, breakdowns
+    )
 
 
 def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evaluation) -> None:
@@ -202,12 +205,15 @@ def write(folder: Path, protocol: str, result: dict[str, Any], evaluation: Evalu
     with atomic_path(folder / f"eval-{protocol}.npz") as path:
         with open(path, "wb") as file:
             known = {"ids": np.array(evaluation.ids), "fingerprints": np.array(evaluation.fingerprints, np.int64)}
+            known["label_prints"] = np.array(evaluation.label_prints, np.int64)
             np.savez_compressed(file, **known, **evaluation.statistics)  # type: ignore[arg-type]
         seal(path)
         result = {**result, "statistics_sha256": sha256_file(path)}
         if results.pop(protocol, None):
             write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": results})
-    write_json(folder / f"breakdown-{protocol}.json", {"images": len(evaluation.ids), "tasks": evaluation.explained()})
+    told = folder / f"breakdown-{protocol}.json"
+    write_json(told, {"images": len(evaluation.ids), "tasks": evaluation.explained()})
+    result["breakdown_sha256"] = sha256_file(told)
     # The newest last: it is what `m3vit report` shows.
     write_sealed_json(folder / "eval.json", {"format": FORMAT, "protocols": {**results, protocol: result}})
 
@@ -273,6 +279,7 @@ def read_evaluation(folder: Path, protocol: str) -> Evaluation:
         with np.load(path, allow_pickle=False) as arrays:
             ids = [str(name) for name in arrays["ids"]]
             prints = arrays["fingerprints"].tolist()
+            labels = arrays["label_prints"].tolist() if "label_prints" in arrays else []
             statistics = {task: arrays[task] for task in result["tasks"]}
     except Exception as error:  # zip, zlib and numpy raise many kinds for damaged files
         raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {advice}") from None
@@ -285,4 +292,4 @@ def read_evaluation(folder: Path, protocol: str) -> Evaluation:
             raise InputError(
                 f"{path} has other statistics of {task} than its label set {result['label_set']}: {advice}"
             )
-    return Evaluation(protocol, result["label_set"], ids, statistics, fingerprints=prints)
+    return Evaluation(protocol, result["label_set"], ids, statistics, fingerprints=prints, label_prints=labels)

@@ -101,8 +101,9 @@ def write_report(
     evaluations: dict[str, Evaluation] = {}
     if len(indices) == len(split):
         stored = Stored(split, protocol)
+        precisions = {"onnx": package.precision} if "onnx" in predictors else {}
         for name, folder in (("torch", run.folder), ("onnx", onnx)):
-            if name in predictors and (kept := stored.evaluation(folder, predictors[name])):
+            if name in predictors and (kept := stored.evaluation(folder, predictors[name], precisions.get(name))):
                 evaluations[name], scores[name] = kept, kept.scores()
         if "torch" in scores and (constant := stored.trivial(run.folder, tasks)):
             scores["trivial"] = constant
