@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,11 @@ def exports(name: str, folder: Path) -> dict[str, dict[str, float]]:
     found = {}
     for bits, (weight_bits, act_bits) in BITS.items():
         samples = Samples([str(place) for place in range(stored)], images[few:], [labels] * stored)
-        data = {"calibration": images[:few], "samples": samples}
-        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        options: dict[str, Any] = {"schedule": "multiplexed", "weight_bits": weight_bits, "act_bits": act_bits}
+        options |= {"calibration": images[:few], "samples": samples}
         project = folder / bits
-        export_project(model, project, schedule="multiplexed", weight_bits=weight_bits, act_bits=act_bits, **data)
-        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
-        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        export = partial(export_project, model, project, **options)
+        _, wall, processor = timed(export, resource.RUSAGE_SELF, repeats=1)
         bench = sum(path.stat().st_size for path in (project / "tb_data").rglob("*") if path.is_file()) / 1e6
         found[bits] = {"seconds": wall, "processor_seconds": processor, "test_bench_mb": bench}
         print(

@@ -444,7 +444,7 @@ _LISTED: dict[tuple[int, ...], Any] = {}  # by opset, the exporter's table of wh
 @contextmanager
 def _listed_once() -> Iterator[None]:
     """Have the exporter list the functions that translate operators once a process, not anew for each graph, while
-    exporting: it parses the sources of 500 of them, a fifth of the time of a small model's graph."""
+    exporting: it parses the sources of 500 of them, a sixth of the time of a small model's graph."""
     try:
         from torch.onnx._internal.exporter import _registration
 

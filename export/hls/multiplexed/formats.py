@@ -114,9 +114,10 @@ def choose(
     def narrow(node: str, kind: str = "", layer: str = "") -> int:
         """Return the fraction of a node's output, or of an inner tensor of it; `layer`: what it is the input of."""
         of, name = (calibration.inner[node], kind) if kind else (reached, node)
-        if reader_of(layer or node, "input" if layer else kind or "result") not in fine:
+        owner, what = (layer, "input") if layer else (node, kind or "result")
+        if reader_of(owner, what) not in fine:
             return narrow_frac(of[name], act_bits, of.octaves.get(name))
-        bits.setdefault(layer or node, {})["input" if layer else kind or "result"] = FINE_BITS
+        bits.setdefault(owner, {})[what] = FINE_BITS
         return narrow_frac(of[name], FINE_BITS)
 
     for node in calibration.graph.graph.nodes:
