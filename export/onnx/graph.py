@@ -438,7 +438,7 @@ def _without_pairs() -> Iterator[None]:
         vars(slice_split_rule).pop("try_rewrite", None)
 
 
-_LISTED: dict[tuple[int, ...], Any] = {}  # by opset, the exporter's table of what translates which operator
+_LISTED: dict[Any, Any] = {}  # by opset and what operators torch knows, the table of what translates which
 
 
 @contextmanager
@@ -450,12 +450,13 @@ def _listed_once() -> Iterator[None]:
 
         table: Any = _registration.ONNXRegistry
         own = vars(table)["from_torchlib"]
+        operators: Any = torch._C._dispatch_get_all_op_names
     except (ImportError, AttributeError, KeyError):  # another version of torch: it lists them as often as it does
         yield
         return
 
     def from_torchlib(cls: Any, **opset: int) -> Any:
-        key = tuple(opset.values())
+        key = tuple(opset.values()), frozenset(operators())  # libraries add operators: torch's own for quantising do
         if key not in _LISTED:
             _LISTED[key] = own.__get__(None, cls)(**opset)
         registry = copy(_LISTED[key])  # to which the translations of one export are added

@@ -1,6 +1,7 @@
 """Traced programs, simplified, against the functions that they were traced from."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import onnxruntime as ort
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from m3vit.export.onnx.graph import _listed_once
@@ -189,3 +191,18 @@ def test_the_exporters_table_is_listed_once_and_what_one_export_adds_is_not_the_
         assert vars(ONNXRegistry)["from_torchlib"] is own
     anew = ONNXRegistry.from_torchlib(opset_version=20)
     assert anew.functions.keys() == second.functions.keys()
+
+
+def test_an_operator_that_is_known_since_the_exporters_table_was_listed_is_in_the_next() -> None:
+    """As torch's own for quantising, which it defines when their module is first imported."""
+    of_late = SimpleNamespace(qualified_name="m3vit_listed::of_late", function=lambda x: x, is_complex=False)
+    listed = [*_registration.onnxscript_apis.get_torchlib_ops(), of_late]
+    apis = SimpleNamespace(get_torchlib_ops=lambda: listed)
+    with pytest.MonkeyPatch.context() as patch, _listed_once():
+        patch.setattr(_registration, "onnxscript_apis", apis)
+        before = ONNXRegistry.from_torchlib(opset_version=20)
+        with torch.library._scoped_library("m3vit_listed", "DEF") as library:
+            library.define("of_late(Tensor x) -> Tensor")
+            operator = torch.ops.m3vit_listed.of_late.default
+            assert not before.is_registered(operator)
+            assert ONNXRegistry.from_torchlib(opset_version=20).is_registered(operator)
