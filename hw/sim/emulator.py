@@ -1,7 +1,7 @@
 """The accelerator in torch: runs the program of a weights file with the same integers, word for word, as the C++.
 
-Integers are held in float64, whose matrix products are exact here: every sum is below 2^ACCUMULATOR_BITS,
-checked when a file is opened. Products that stay below 2^24 use float32.
+Integers are held in float64, in which every sum is exact: below 2^ACCUMULATOR_BITS, checked when a file is opened. What
+multiplies may use narrower types, as far as its sums are exact in these (m3vit.hw.sim.linear).
 
 Shapes: N tokens, D channels, E experts, K experts a token.
 """
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.hw import arithmetic, isa
-from m3vit.hw.isa import BIAS_SHIFT_LIMIT, CONTEXT_DROP, KEY_BLOCK, MAX_RISE, ROW_WORDS, SCORE_BITS, SCORE_FRAC, Mode
+from m3vit.hw.isa import BIAS_SHIFT_LIMIT, CONTEXT_DROP, ROW_WORDS, SCORE_BITS, Mode
 from m3vit.hw.program import Image
+from m3vit.hw.sim.attention import attend
+from m3vit.hw.sim.linear import Linear, rounded
 from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
-
-EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}  # integers below are exact, and so are their sums
-_WHOLE_STEPS = (PROB_FRAC + 2) << SCORE_FRAC  # beyond, 2^-x rounds to 0
 
 
 class FrameResult(NamedTuple):
@@ -34,15 +33,6 @@ class FrameResult(NamedTuple):
     outputs: np.ndarray
     expert_ids: list[np.ndarray]
     saturated: dict[int, int]
-
-
-@dataclass
-class _Linear:
-    """A linear map ready to multiply: weight [n_in, n_out] (float32 or float64), bias [n_out] and factor 2^-shift."""
-
-    weight: Tensor
-    bias: Tensor
-    factor: Tensor
 
 
 @dataclass
@@ -95,19 +85,6 @@ def _inputs(state: _State, i: isa.Linear | isa.Gate | isa.Experts) -> Tensor:
     return _values(state.narrow, i.src, i.src_pitch, i.rows, i.n_in, i.src_low)
 
 
-def _round(x: Tensor, factor: Tensor | float) -> Tensor:
-    """Return x * factor rounded half up, in place; factor is a power of two."""
-    return x.mul_(factor).add_(0.5).floor_()
-
-
-@cache
-def _exp2_table(drop: int) -> Tensor:
-    """2^-(x * 2^-SCORE_FRAC) with PROB_FRAC fractional bits, at place _WHOLE_STEPS - x, down to where it is 0; the
-    last `drop` bits are 0."""
-    values = arithmetic.exp2_neg(np.arange(_WHOLE_STEPS, -1, -1), SCORE_FRAC, PROB_FRAC - drop) << drop
-    return torch.from_numpy(values.astype(np.float64))
-
-
 @cache
 def _gelu_table(bits: int, frac_in: int, frac_out: int, two: bool) -> tuple[Tensor, Tensor]:
     """GELU of every `bits`-bit value, from the lowest, saturated (two: to two bytes); and where it was beyond that."""
@@ -136,17 +113,12 @@ class Emulator:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
-    def _linear(self, weights: np.ndarray, at: int, params: int, n_in: int, n_out: int, low: int) -> _Linear:
-        matrix = weights[at : at + n_in * n_out].reshape(n_out, n_in).astype(np.int64)
+    def _linear(self, weights: np.ndarray, at: int, params: int, n_in: int, n_out: int, low: int) -> Linear:
+        matrix = weights[at : at + n_in * n_out].reshape(n_out, n_in)
         words = self.image.params[params : params + ROW_WORDS * n_out].reshape(n_out, ROW_WORDS).astype(np.int64)
         bias = words[:, 0] << (words[:, 1] >> 8 & BIAS_SHIFT_LIMIT - 1)
         shift = (words[:, 1] & 255) - isa.SHIFT_OFFSET
-        products = np.abs(matrix).sum(axis=1) << (15 if low else self.bits - 1)
-        if int((products + np.abs(bias)).max(initial=0)) >= EXACT[torch.float64]:
-            raise InputError("the weights file has sums over 53 bits, which no project of ours has: export it again")
-        kind = next(kind for kind, limit in EXACT.items() if int(products.max(initial=0)) < limit)
-        factor = torch.from_numpy(np.ldexp(1.0, -shift))
-        return _Linear(torch.from_numpy(matrix).to(kind).T, torch.from_numpy(bias).double(), factor)
+        return Linear(matrix, bias, shift, 16 if low else self.bits)
 
     def _prepare(self, i: isa.Instruction) -> Any:
         image = self.image
@@ -165,7 +137,7 @@ class Emulator:
                 return scale, bias * 2.0**i.bias_shift
         return None
 
-    def _expert(self, i: isa.Experts, e: int) -> tuple[_Linear, _Linear]:
+    def _expert(self, i: isa.Experts, e: int) -> tuple[Linear, Linear]:
         """Return both maps of an expert."""
         at, params = i.weights + e * i.weights_step, i.params + e * i.params_step
         first = self._linear(self.image.weights, at, params, i.n_in, i.n_out, i.src_low)
@@ -234,9 +206,9 @@ class Emulator:
                 patches = torch.from_numpy(np.ascontiguousarray(grid).reshape(i.rows, i.n_in))
                 _rows(state.narrow, i.dst, i.dst_pitch, i.rows, i.n_in).copy_(patches).sub_(isa.PIXEL_ZERO)
             case isa.Linear():
-                self._store(state, pc, i, self._multiply(_inputs(state, i), self.prepared[pc]))
+                self._store(state, pc, i, self.prepared[pc](_inputs(state, i)))
             case isa.Gate():
-                y = self._multiply(_inputs(state, i), self.prepared[pc])
+                y = self.prepared[pc](_inputs(state, i))
                 _rows(state.wide, i.dst, i.dst_pitch, *y.shape).copy_(self._hold(state, pc, y, self.wide_bits))
             case isa.Conv():
                 self._conv(state, pc, i)
@@ -267,12 +239,6 @@ class Emulator:
                 x.clamp_(low, high)
         return x
 
-    @staticmethod
-    def _multiply(x: Tensor, linear: _Linear) -> Tensor:
-        """Return the rounded sums [n, n_out] of inputs [n, n_in]."""
-        sums = (x.to(linear.weight.dtype) @ linear.weight).double()
-        return _round(sums.add_(linear.bias), linear.factor)
-
     def _narrow(self, state: _State, pc: int, x: Tensor, i: isa.Linear | isa.Experts) -> Tensor:
         """Return x as narrow values, after GELU unless gelu_in < 0."""
         two, bits = i.dst_low > 0, 16 if i.dst_low else self.bits
@@ -292,7 +258,7 @@ class Emulator:
         memory, bits = (state.output, 32) if i.mode == Mode.OUTPUT else (state.wide, self.wide_bits)
         rows = _rows(memory, i.dst, i.dst_pitch, *y.shape)
         if i.mode == Mode.RESIDUAL:
-            y.add_(_round(rows.clone(), 2.0**-i.rescale) if i.rescale else rows)
+            y.add_(rounded(rows.clone(), 2.0**-i.rescale) if i.rescale else rows)
         rows.copy_(self._hold(state, pc, y, bits))
 
     def _conv(self, state: _State, pc: int, i: isa.Conv) -> None:
@@ -304,7 +270,7 @@ class Emulator:
         lines = x.reshape(-1, columns, s, s, features).transpose(1, 2).reshape(-1, columns * s, features)
         padded = F.pad(lines, (0, 0, 1, 1, 1, 1))
         around = padded.unfold(0, 3, 1).unfold(1, 3, 1).permute(0, 1, 3, 4, 2)  # [lines, columns, 3, 3, features]
-        y = self._hold(state, pc, self._multiply(around.reshape(-1, i.n_in), self.prepared[pc]), 32)
+        y = self._hold(state, pc, self.prepared[pc](around.reshape(-1, i.n_in)), 32)
         by_token = y.reshape(-1, s, columns, s, i.n_out).transpose(1, 2).reshape(tokens, s * s, i.n_out)
         pitches = (i.dst_pitch, i.pixel_pitch or i.n_out, 1)
         state.output.as_strided(by_token.shape, pitches, i.dst).copy_(by_token)
@@ -315,14 +281,14 @@ class Emulator:
         d = x * i.n_in - x.sum(dim=1, keepdim=True)
         largest = d.abs().amax(dim=1).clamp_(min=1).long().numpy()
         drop = np.maximum(arithmetic.exponent_of(largest) - 23, 0)
-        d = _round(d, torch.from_numpy(np.ldexp(1.0, -drop))[:, None])
+        d = rounded(d, torch.from_numpy(np.ldexp(1.0, -drop))[:, None])
         eps = np.where(drop < 32, np.right_shift(np.int64(i.eps), np.minimum(2 * drop, 63)), 0)
         whole = d.long()
         mantissa, shift = arithmetic.rsqrt((whole * whole).sum(dim=1).numpy() + eps)
         factor = arithmetic.shift_round(mantissa * i.sqrt_dim, 16).astype(np.float64)
         y = d.mul_(torch.from_numpy(factor)[:, None])
-        y = _round(y, torch.from_numpy(np.ldexp(1.0, NORM_FRAC - 20 - shift))[:, None])
-        z = _round(y.mul_(scale).add_(bias), 2.0**-i.shift)
+        y = rounded(y, torch.from_numpy(np.ldexp(1.0, NORM_FRAC - 20 - shift))[:, None])
+        z = rounded(y.mul_(scale).add_(bias), 2.0**-i.shift)
         if i.mode == Mode.NARROW:
             z = self._hold(state, pc, z, self.bits, i.dst_low > 0)
             _put_values(state.narrow, i.dst, i.dst_pitch, z, i.dst_low)
@@ -334,49 +300,16 @@ class Emulator:
         rows, heads, dim = i.rows, i.heads, i.n_out
         qkv = _rows(state.narrow, i.src, i.src_pitch, rows, 3 * dim).reshape(rows, 3, heads, dim // heads)
         q, k, v = qkv.permute(1, 2, 3, 0)  # [heads, width, rows]
-        q = (q * 2.0**-i.score_shift).contiguous()
-        k = k.transpose(1, 2).contiguous()
-        # Beyond this bound no score can be, so none need be looked at.
-        bound = float(q.abs().amax() * k.abs().amax()) * (dim // heads)
-        checked = bound >= 2.0 ** (SCORE_BITS - 1) - 1
-        table = _exp2_table(i.weight_drop)
-        sums = [self._attend(state, pc, q[h], k[h], v[h].contiguous(), checked, table) for h in range(heads)]
-        total, context = (
-            torch.stack(parts) for parts in zip(*sums, strict=True)
-        )  # [heads, 1, rows], [heads, width, rows]
-        mantissa, shift = arithmetic.reciprocal(total.long().numpy())
-        product = _round(context, 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
+
+        def hold(scores: Tensor) -> Tensor:
+            return self._hold(state, pc, scores, SCORE_BITS)
+
+        sums = attend(q, k, v, i.score_shift, i.weight_drop, self.bits, hold)
+        mantissa, shift = arithmetic.reciprocal(sums[:, -1:].long().numpy())
+        product = rounded(sums[:, :-1], 2.0**-CONTEXT_DROP).long().numpy() * mantissa  # may be over 53 bits
         y = torch.from_numpy(arithmetic.shift_round(product, 20 + shift - CONTEXT_DROP + i.value_shift))
         y = self._hold(state, pc, y.double(), self.bits, i.dst_low > 0)
         _put_values(state.narrow, i.dst, i.dst_pitch, y.permute(2, 0, 1).reshape(rows, dim), i.dst_low)
-
-    def _attend(
-        self, state: _State, pc: int, q: Tensor, k: Tensor, v: Tensor, checked: bool, table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sums of weights [1, N] and of weighted values [W, N] of one head: q and v [W, N], k [N, W].
-
-        q is scaled so that scores, a row for each key, are in units of 2^-SCORE_FRAC; table: the weights of scores.
-        """
-        scores = k @ q
-        if checked:
-            scores = self._hold(state, pc, scores.add_(0.5).floor_(), SCORE_BITS)
-        blocks, unit = scores.split(KEY_BLOCK), float(1 << SCORE_FRAC)
-        # The largest rounded score is the largest score, rounded.
-        highest = torch.stack([block.amax(dim=0) for block in blocks]).add_(0.5).floor_()
-        tops = highest.div_(unit).ceil_().cummax(dim=0).values
-        for block, top in zip(blocks, tops, strict=True):
-            block.sub_(top * unit - (_WHOLE_STEPS + 0.5))
-        # Truncation of a positive number rounds down: so this rounds the scores half up.
-        places = scores.clamp_(min=0).to(torch.int32)
-        weights = table.index_select(0, places.view(-1)).view(places.shape)
-        falls = torch.exp2((tops[:-1] - tops[1:]).clamp_(min=-MAX_RISE))
-        total = context = q.new_zeros(())
-        for place, (block, values) in enumerate(zip(weights.split(KEY_BLOCK), v.split(KEY_BLOCK, dim=1), strict=True)):
-            if place:  # rounding leaves whole numbers alone where the maximum did not rise
-                total, context = _round(total, falls[place - 1]), _round(context, falls[place - 1])
-            total = block.sum(dim=0, keepdim=True).add_(total)
-            context = (values @ block).add_(context)
-        return total, context
 
     @staticmethod
     def _route(state: _State, i: isa.Route) -> None:
@@ -398,8 +331,8 @@ class Emulator:
             if not len(token):
                 continue
             places = torch.from_numpy(token)
-            hidden = self._narrow(state, pc, self._multiply(x[places], first), i)
-            y = self._hold(state, pc, self._multiply(hidden, second), 32)
+            hidden = self._narrow(state, pc, first(x[places]), i)
+            y = self._hold(state, pc, second(hidden), 32)
             scores = torch.from_numpy(state.scores[token, slot].astype(np.float64))[:, None]
-            added = _round(y.mul_(scores), 2.0**-PROB_FRAC).add_(rows[places])
+            added = rounded(y.mul_(scores), 2.0**-PROB_FRAC).add_(rows[places])
             rows[places] = self._hold(state, pc, added, self.wide_bits)
