@@ -1,6 +1,6 @@
 """The time-multiplexed accelerator: seconds a frame of C-simulation and emulator, and bytes between chip and DDR.
 
-    python benchmarks/hls.py [--sizes tiny edge-moe vit-s] [--repeats 3] [--json FILE]
+    python benchmarks/hls.py [--sizes tiny edge-moe vit-s] [--bits W16A16 W8A16 W8A8] [--repeats 3] [--json FILE]
     python benchmarks/hls.py --export [--sizes vit-s] [--json FILE]
 
 Models have random weights (vit-s: experts up-cycled from the MLPs) and are exported as by `m3vit export hls --schedule
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ def images_of(size: tuple[int, int], count: int) -> np.ndarray:
     return (coarse + rng.integers(0, 56, coarse.shape)).astype(np.uint8)
 
 
+BITS = {"W16A16": (16, 16), "W8A16": (8, 16), "W8A8": (8, 8)}
+EXPORTED = {name: BITS[name] for name in ("W8A16", "W8A8")}  # what --export times
+
+
 def timed(function: Callable[[], Any], who: int, repeats: int) -> tuple[Any, float, float]:
     """Return the result, and the least wall-clock and processor seconds of a call (`who`: this process or children)."""
     walls, processor = [], []
@@ -106,15 +111,17 @@ def simulate(project: Path, images: np.ndarray, flags: tuple[str, ...], repeats:
     return {"result": result, "seconds": wall, "processor_seconds": processor}
 
 
-def measure(name: str, repeats: int, folder: Path) -> dict[str, Any]:
-    """Export a model of one size and return its figures."""
+def measure(name: str, bits: str, repeats: int, folder: Path) -> dict[str, Any]:
+    """Export a model of one size and format, and return its figures."""
     torch.manual_seed(0)
     config = ModelConfig(**COMMON, **SIZES[name])
     model = new_model(config).eval()
     images = images_of(config.image_size, 1)
     labels = {"depth": np.ones(config.image_size, np.float32), "semseg": np.zeros(config.image_size, np.uint8)}
     start = time.perf_counter()
-    export_project(model, folder, calibration=images, samples=Samples(["0"], images, [labels]), schedule="multiplexed")
+    weight_bits, act_bits = BITS[bits]
+    options: dict[str, Any] = {"schedule": "multiplexed", "weight_bits": weight_bits, "act_bits": act_bits}
+    export_project(model, folder, calibration=images, samples=Samples(["0"], images, [labels]), **options)
     export_seconds = time.perf_counter() - start
     ways = {"makefile": MAKEFILE_FLAGS, "native": (*MAKEFILE_FLAGS, "-march=native")}
     simulations = {way: simulate(folder, images, flags, repeats) for way, flags in ways.items()}
@@ -145,9 +152,6 @@ def measure(name: str, repeats: int, folder: Path) -> dict[str, Any]:
     return result
 
 
-BITS = {"W8A16": (8, 16), "W8A8": (8, 8)}
-
-
 def exports(name: str, folder: Path) -> dict[str, dict[str, float]]:
     """Export a model of one size with four tasks in each format, and return seconds and megabytes; print them."""
     torch.manual_seed(0)
@@ -160,7 +164,7 @@ def exports(name: str, folder: Path) -> dict[str, dict[str, float]]:
         **{"normals": np.ones((height, width, 3), np.float32), "edge": np.zeros((height, width), bool)},
     }
     found = {}
-    for bits, (weight_bits, act_bits) in BITS.items():
+    for bits, (weight_bits, act_bits) in EXPORTED.items():
         samples = Samples([str(place) for place in range(stored)], images[few:], [labels] * stored)
         options: dict[str, Any] = {"schedule": "multiplexed", "weight_bits": weight_bits, "act_bits": act_bits}
         options |= {"calibration": images[:few], "samples": samples}
@@ -198,19 +202,23 @@ def show(name: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--bits", nargs="+", choices=list(BITS), help="formats that are simulated (default: W16A16)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--export", action="store_true", help="time exports alone")
     args = parser.parse_args()
+    if args.export and args.bits:
+        parser.error("--bits: --export times W8A16 and W8A8; leave one of the two options out")
     compiler = subprocess.run([csim.find_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()
     results: dict[str, Any] = {"machine": machine(), "compiler": compiler[0]}
     print(compiler[0])
     for name in args.sizes if args.export else ():
         with tempfile.TemporaryDirectory() as folder:
             results[name] = exports(name, Path(folder))
-    for name in () if args.export else args.sizes:
+    for name, bits in () if args.export else product(args.sizes, args.bits or ["W16A16"]):
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(name, args.repeats, Path(folder) / "project")
-        show(name, results[name])
+            found = measure(name, bits, args.repeats, Path(folder) / "project")
+        results.setdefault(name, {})[bits] = found
+        show(f"{name}, {bits}", found)
     save(args.json, results)
 
 
