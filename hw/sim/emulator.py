@@ -118,7 +118,7 @@ class Emulator:
         words = self.image.params[params : params + ROW_WORDS * n_out].reshape(n_out, ROW_WORDS).astype(np.int64)
         bias = words[:, 0] << (words[:, 1] >> 8 & BIAS_SHIFT_LIMIT - 1)
         shift = (words[:, 1] & 255) - isa.SHIFT_OFFSET
-        return Linear(matrix, bias, shift, 16 if low else self.bits)
+        return Linear(matrix, bias, shift, self.bits, two=low > 0)
 
     def _prepare(self, i: isa.Instruction) -> Any:
         image = self.image

@@ -38,18 +38,19 @@ class Linear:
     """A linear map with its bias and shift, ready to multiply.
 
     matrix: int [n_out, n_in]; bias: int64 [n_out]; shift: bits of a sum that its output leaves out, int64 [n_out];
-    bits: of an input. Raises InputError where sums may be over 53 bits.
+    bits: of an input; two: inputs are two bytes, both from -128 to 127. Raises InputError where sums may be over 53
+    bits.
     """
 
-    def __init__(self, matrix: np.ndarray, bias: np.ndarray, shift: np.ndarray, bits: int) -> None:
+    def __init__(self, matrix: np.ndarray, bias: np.ndarray, shift: np.ndarray, bits: int, two: bool = False) -> None:
         matrix = matrix.astype(np.int64)
-        products = np.abs(matrix).sum(axis=1) << (bits - 1)
+        products = np.abs(matrix).sum(axis=1) << (16 if two else bits - 1)  # -128 * 256 - 128 has 17 bits
         if int((products + np.abs(bias)).max(initial=0)) >= EXACT[torch.float64]:
             raise InputError("the weights file has sums over 53 bits, which no project of ours has: export it again")
         self.factor = torch.from_numpy(np.ldexp(1.0, -shift))
         self.bytes = None
         if multiplies_bytes() and matrix.shape[1] < 1 << 16:  # or sums of bytes may be over 31 bits
-            self.bytes = _ByBytes(matrix, bits)
+            self.bytes = _ByBytes(matrix, bits, two)
             bias = bias + self.bytes.offset
         else:
             kind = next(kind for kind, limit in EXACT.items() if int(products.max(initial=0)) < limit)
@@ -66,8 +67,9 @@ class _ByBytes:
     """Sums of products by their bytes. Of two bytes the lower one is less 128: what that leaves out of the sums is 128
     times a sum of the weights' bytes, which is `offset` and for the bias, and 128 times a sum of the inputs."""
 
-    def __init__(self, matrix: np.ndarray, bits: int) -> None:
-        self.inputs = 1 if bits <= 8 else 2
+    def __init__(self, matrix: np.ndarray, bits: int, two: bool) -> None:
+        self.inputs = 1 if bits <= 8 and not two else 2
+        self.added = 128 if two else 0  # so that what _bytes leaves out of inputs is what was added
         self.weights = 1 if matrix.min(initial=0) >= -128 and matrix.max(initial=0) <= 127 else 2
         parts = _bytes(torch.from_numpy(matrix.astype(np.int16)).T, self.weights)
         # For each power of 256, highest first: the bytes of inputs that it takes; below one another, their weights; and
@@ -81,10 +83,10 @@ class _ByBytes:
             kind = torch.int32 if int(bound.max()) < 1 << 31 else torch.float64
             self.powers.append((places, weights, kind))
         left_out = 128 if self.weights == 2 else 0
-        self.offset = (matrix - left_out).sum(axis=1) * (128 if self.inputs == 2 else 0)
+        self.offset = (matrix - left_out).sum(axis=1) * (128 if self.inputs == 2 and not two else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = _bytes(x.to(torch.int16), self.inputs)
+        parts = _bytes((x + self.added if self.added else x).to(torch.int16), self.inputs)
         total: Tensor | None = None
         for places, weights, kind in self.powers:
             taken = parts[places[0]] if len(places) == 1 else torch.cat([parts[place] for place in places], dim=1)

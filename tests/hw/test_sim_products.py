@@ -24,8 +24,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
+TWO_BYTES = 17  # in the place of bits: values of two bytes, both from -128 to 127
+
+
 def of_bits(bits: int, shape: tuple[int, ...], rng: np.random.Generator, extreme: bool) -> np.ndarray:
-    low, high = -(1 << bits - 1), (1 << bits - 1) - 1
+    low, high = (-128 * 257, 127 * 257) if bits == TWO_BYTES else (-(1 << bits - 1), (1 << bits - 1) - 1)
     return rng.choice([low, high, 0], shape) if extreme else rng.integers(low, high + 1, shape)
 
 
@@ -35,7 +38,7 @@ def shifted(value: int, shift: int) -> int:
 
 
 @pytest.mark.parametrize("extreme", [False, True])
-@pytest.mark.parametrize("bits", [8, 10, 16])
+@pytest.mark.parametrize("bits", [8, 10, 16, TWO_BYTES])
 @pytest.mark.parametrize("weight_bits", [8, 12, 16])
 @pytest.mark.parametrize(("n", "n_in", "n_out"), [(1, 1, 1), (7, 33, 5), (40, 384, 24)])
 def test_a_linear_map_is_exact(
@@ -46,7 +49,8 @@ def test_a_linear_map_is_exact(
     bias, shift = rng.integers(-(1 << 40), 1 << 40, n_out), rng.integers(-3, 20, n_out)
     sums = x.astype(object) @ matrix.T.astype(object) + bias
     expected = [[shifted(value, s) for value, s in zip(row, shift.tolist(), strict=True)] for row in sums]
-    found = Linear(matrix, bias, shift, bits)(torch.from_numpy(x).double())
+    two = bits == TWO_BYTES
+    found = Linear(matrix, bias, shift, 8 if two else bits, two)(torch.from_numpy(x).double())
     assert found.dtype == torch.float64 and found.tolist() == expected
 
 
