@@ -25,7 +25,7 @@ from m3vit.hw.hardware import Hardware
 from m3vit.hw.isa import Instruction
 from m3vit.hw.ops import ENGINES, OPS
 
-# Ports by the AXI bus that they share (PORTS of m3vit.export.hls.multiplexed.writer), and those that write.
+# Ports by the AXI bus that they share (PORTS of m3vit.export.hls.multiplexed.sources), and those that write.
 BUSES = {"image": "io", "output": "io", "gates": "tables", "params": "tables"}
 WRITING = ("narrow_out", "wide", "more_wide", "output")  # a bus reads and writes at the same time
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
-from m3vit.export.hls.multiplexed.writer import HEADER_TEXT, PORTS, parameters_text, top_text
+from m3vit.export.hls.multiplexed.sources import HEADER_TEXT, PORTS, parameters_text, top_text
 from m3vit.hw.hardware import PORT_BITS, Hardware
 from m3vit.hw.layer_bits import OF_BLOCK
 from m3vit.hw.program import Image

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from m3vit.export.hls.multiplexed.scheduler import Scheduler
-from m3vit.export.hls.multiplexed.writer import PORTS as PORT_BUNDLES
-from m3vit.export.hls.multiplexed.writer import TOP_ARGUMENTS, top_text
+from m3vit.export.hls.multiplexed.sources import PORTS as PORT_BUNDLES
+from m3vit.export.hls.multiplexed.sources import TOP_ARGUMENTS, top_text
 from m3vit.hw import arithmetic, isa_header
 from m3vit.hw.hardware import PORT_BITS, Hardware
 from m3vit.hw.isa import WORDS, End, Mode, Op, Route

@@ -5,7 +5,6 @@ the ModelGraph into a program, buffers and one weight image instead of a kernel 
 by every `import hls4ml` (it is a plugin), so it imports neither torch nor the rest of the exporter.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,14 @@ from hls4ml.model.flow import register_flow
 from hls4ml.model.optimizer import model_optimizer
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.scheduler import Maps, Scheduler, Tensor, Units
+from m3vit.export.hls.multiplexed.plugin import NAME
+from m3vit.export.hls.multiplexed.scheduler import BLOCK, Maps, Scheduler, Tensor, Units
 from m3vit.hw.design import Design
 from m3vit.hw.fit import fit
 from m3vit.hw.hardware import Hardware
 from m3vit.hw.output_memory import OutputLayout
 from m3vit.hw.program import Image
 
-NAME = "VitisMoE"
 LINEAR = ("Dense", "Conv1D", "PointwiseConv1D")
 MOE_WEIGHTS = ("router_w", "router_b", "w1", "b1", "w2", "b2")
 
@@ -91,9 +90,6 @@ def _linear(node: Any) -> tuple[np.ndarray, np.ndarray]:
 def split_rows(values: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     """Return the first `counts[0]` rows, the next `counts[1]`, ..."""
     return np.split(values, np.cumsum(counts)[:-1])
-
-
-BLOCK = re.compile(r"blocks_(\d+)_")  # begins the names of a block's layers
 
 
 class _Planner:

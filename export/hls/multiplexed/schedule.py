@@ -15,8 +15,8 @@ from m3vit.export.hls.budgets import calibrate_all, lowered_of, programs_of
 from m3vit.export.hls.conversion import convert
 from m3vit.export.hls.equalise import equalise
 from m3vit.export.hls.multiplexed import plugin
-from m3vit.export.hls.multiplexed.backend import NAME
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose, few
+from m3vit.export.hls.multiplexed.plugin import NAME
 from m3vit.export.hls.multiplexed.readme import readme
 from m3vit.export.hls.multiplexed.simulation import real_outputs, simulate
 from m3vit.export.hls.multiplexed.tracing import trace

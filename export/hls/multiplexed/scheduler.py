@@ -6,6 +6,7 @@ wide (the residual stream, logits); a tensor's buffer is taken from its first us
 place.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -27,6 +28,7 @@ from m3vit.hw.weights_file import ALIGNMENT
 
 PIXEL_FRAC = 8
 PARAM_BITS = 32
+BLOCK = re.compile(r"blocks_(\d+)_")  # begins the names of a block's layers
 Fracs = NDArray[np.int64] | int
 Maps = list[tuple[Floats, Floats]]  # the weight [C, D] and bias [C] of each task
 

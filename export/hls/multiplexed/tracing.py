@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3vit.errors import InputError
-from m3vit.export.hls.multiplexed.backend import BLOCK
-from m3vit.export.hls.multiplexed.scheduler import Units
+from m3vit.export.hls.multiplexed.scheduler import BLOCK, Units
 from m3vit.export.hls.schedules import Progress
 from m3vit.export.hls.tracing import Found, Layer, Place, Reference
 from m3vit.hw import isa

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3vit.export.hls.multiplexed.writer import PORTS
+from m3vit.export.hls.multiplexed.sources import PORTS
 from m3vit.hw import weights_file
 from m3vit.hw.manifest import WEIGHTS
 from m3vit.hw.sim import csim

@@ -1,6 +1,7 @@
 """The multiplexed schedule end to end: export, hls4ml's backend, C-simulation, emulator, the commands."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
 from tests.export.models import SAMPLES, TASKS, make_images, make_model, make_samples
 from tests.export.multiplexed.exporting import export
-from tests.hw.programs import STRICT
+from tests.hw.programs import ROOT, STRICT
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,14 @@ def test_hls4ml_finds_the_backend_by_its_entry_point() -> None:
 def test_importing_hls4ml_does_not_import_torch_through_the_plugin() -> None:
     script = "import sys, m3vit.export.hls.multiplexed.backend; sys.exit('m3vit.export.hls.leaf' in sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+def test_only_the_plugin_imports_what_makes_hls4ml_import_it() -> None:
+    """Else the first `import hls4ml` would meet modules that are half imported, warn, and go on without the backend."""
+    imports = re.compile(r"^\s*(?:from|import) m3vit\.export\.hls\.multiplexed\.(?:backend|writer)\b", re.MULTILINE)
+    for folder in ("export", "hw", "m3vit", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not imports.search(path.read_text()) or path.name == "plugin.py", path
 
 
 def test_simulation_agrees_with_torch_and_the_emulator(report: dict[str, Any]) -> None:
