@@ -13,6 +13,7 @@ The engines run the same instructions either way.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,40 +28,65 @@ from m3vit.hw.sim.csim import tokenise
 MIGRATION = 0.7  # of a channel's reach that goes to the weights; best of 0.5, 0.7 and 0.9 on a ViT-S/14
 FACTORS = (2.0**-6, 2.0**6)  # least and most
 SMALL = 1e-6
+KINDS = ("norm1", "norm2", "query", "value", "key_middle")  # of changes to a block
 IMAGES = 16  # evenly among those given: what channels reach of thousands of tokens each
 
+EQUALISED = "equalised.npz"  # of a project: what its model was changed by
+BLOCKS, FUSION, HEAD = "blocks", "fusion", "head"  # keys: blocks.NUMBER.KIND, fusion.BLOCK, head
+
 Range = tuple[Tensor, Tensor]  # least and largest value of each channel
-Change = dict[str, Tensor]  # what one block, or the rest of the model, is changed by: see `_apply_block`
+Changes = dict[str, Tensor]  # float32 [channels] each: factors, or of keys their middle
 
 
 @torch.no_grad()
-def equalise(models: Sequence[leaf.LoweredModel], images: np.ndarray, progress: Progress = silent) -> None:
+def equalise(models: Sequence[leaf.LoweredModel], images: np.ndarray, progress: Progress = silent) -> Changes:
     """Change models in place by what the first of them reaches on some of the images uint8 [m, H, W, 3].
 
-    The others are parts of the first, of some budgets: all are changed alike, as they share weights.
+    The others are parts of the first, of some budgets: all are changed alike, as they share weights. Return by what;
+    `apply` does the same to a further one.
     """
     first: Any = models[0]
     reached = _ranges(first, images, progress)
-    blocks: dict[str, Change] = {}
+    changes: Changes = {}
     for name, block in first.blocks.named_children():
-        blocks[name] = _block_change(block, *(reached[f"blocks.{name}.{layer}"] for layer in ("norm1", "norm2", "qkv")))
-    fusion = {
-        name: _factors(_magnitude(reached[f"fusion_norms.{name}"]), linear.weight)
-        for name, linear in first.fusion_linears.items()
-    }
-    head = _factors(_magnitude(reached["head"]), first.head.weight)
-    model: Any
+        found = _block_change(block, *(reached[f"blocks.{name}.{layer}"] for layer in ("norm1", "norm2", "qkv")))
+        changes |= {f"{BLOCKS}.{name}.{kind}": values for kind, values in found.items()}
+    for name, linear in first.fusion_linears.items():
+        changes[f"{FUSION}.{name}"] = _factors(_magnitude(reached[f"fusion_norms.{name}"]), linear.weight)
+    changes[HEAD] = _factors(_magnitude(reached["head"]), first.head.weight)
     for model in models:
-        for name, block in model.blocks.named_children():
-            _apply_block(block, blocks[name])
-        for name, factors in fusion.items():
-            _divide(model.fusion_norms[name], factors)
-            model.fusion_linears[name].weight.mul_(factors)
-        model.head.scale.div_(head)
-        model.head.weight.mul_(head)
+        apply(model, changes)
+    return changes
 
 
-def _block_change(block: Any, norm1: Range, norm2: Range, qkv: Range) -> Change:
+@torch.no_grad()
+def apply(model: leaf.LoweredModel, changes: Changes) -> None:
+    """Change a model in place by what `equalise` returned for it, or for the model that it is a part of."""
+    lowered: Any = model
+    for name, block in lowered.blocks.named_children():
+        _apply_block(block, {kind: changes[f"{BLOCKS}.{name}.{kind}"] for kind in KINDS})
+    for name, linear in lowered.fusion_linears.items():
+        _divide(lowered.fusion_norms[name], changes[f"{FUSION}.{name}"])
+        linear.weight.mul_(changes[f"{FUSION}.{name}"])
+    lowered.head.scale.div_(changes[HEAD])
+    lowered.head.weight.mul_(changes[HEAD])
+
+
+def write_changes(project: Path, changes: Changes) -> None:
+    """Write down in a project by what its model was changed."""
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in changes.items()}
+    np.savez_compressed(project / EQUALISED, **arrays)
+
+
+def read_changes(project: Path) -> Changes | None:
+    """Return by what a project's model was changed, or None if it was not."""
+    if not (project / EQUALISED).is_file():
+        return None
+    with np.load(project / EQUALISED) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def _block_change(block: Any, norm1: Range, norm2: Range, qkv: Range) -> Changes:
     """Return the factors of a block's LayerNorms, queries and values, and the middle of its keys."""
     low, high = (values.chunk(3) for values in qkv)
     query, value = (torch.maximum(-low[part], high[part]) for part in (0, 2))
@@ -74,7 +100,7 @@ def _block_change(block: Any, norm1: Range, norm2: Range, qkv: Range) -> Change:
     }
 
 
-def _apply_block(block: Any, change: Change) -> None:
+def _apply_block(block: Any, change: Changes) -> None:
     _divide(block.norm1, change["norm1"])
     _divide(block.norm2, change["norm2"])
     block.qkv.weight.mul_(change["norm1"])

@@ -21,6 +21,7 @@ from m3vit.export.hls.budgets import budget_of
 from m3vit.export.hls.calibration import traced
 from m3vit.export.hls.contents import naming, open_project
 from m3vit.export.hls.edits import said_changes
+from m3vit.export.hls.equalise import apply, read_changes
 from m3vit.export.hls.schedules import Progress, schedule_of, silent
 from m3vit.hw.manifest import SAMPLES, find_budget
 from m3vit.hw.sim.csim import find_compiler, tokenise
@@ -87,8 +88,10 @@ class _Interpreter(fx.Interpreter):
 class Reference:
     """The model of a run as the project has it, in float: the values of every layer."""
 
-    def __init__(self, run: Run, manifest: dict[str, Any], budget: int = 0) -> None:
+    def __init__(self, run: Run, project: Path, manifest: dict[str, Any], budget: int = 0) -> None:
         self.model = leaf.lower(run.model, budget_of(run.model, manifest, budget))
+        if changes := read_changes(project):
+            apply(self.model, changes)
         self.graph = traced(self.model)
 
     def after(self, name: str) -> str:
@@ -172,7 +175,7 @@ def trace(
     place = names.index(task) if task else 0
     source, said = find_run(project, manifest, run)
     number = find_budget(manifest, budget)
-    reference = Reference(source, manifest, number) if source else None
+    reference = Reference(source, project, manifest, number) if source else None
     used = {"budget": number} if number else {}
     pixels = pixels_of(project, manifest, image)
     with naming(changed):

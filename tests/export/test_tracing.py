@@ -13,6 +13,7 @@ from m3vit.digests import write_sealed_json
 from m3vit.errors import InputError
 from m3vit.export.hls import tracing
 from m3vit.export.hls.edits import clock_mhz, hardware_of, said_changes
+from m3vit.export.hls.equalise import EQUALISED
 from m3vit.export.hls.project import export_project
 from m3vit.export.hls.tracing import Layer, compare, first_of, trace
 from m3vit.hw.manifest import read_manifest
@@ -127,6 +128,10 @@ def test_heads_with_convolutions(bits: tuple[int, int], tmp_path: Path, monkeypa
     found = trace(project, None, TASK)
     assert [layer["op"] for layer in found["layers"][-2:]] == ["linear", "conv"]
     assert found["first"]["different"] is None and found["layers"][-1]["own"] < (0.1 if bits == (8, 8) else 1e-3)
+    # At 8 bits with channels of like reach: torch's model is changed by the same factors.
+    assert (project / EQUALISED).is_file() == (bits == (8, 8))
+    owns = {layer["name"]: layer["own"] for layer in found["layers"] if "own" in layer}
+    assert max(owns.values()) < (0.05 if bits == (8, 8) else 5e-4), owns
 
 
 def test_hls4mls_trace_of_an_edited_spatial_project(

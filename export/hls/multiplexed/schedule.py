@@ -13,7 +13,7 @@ import numpy as np
 from m3vit.export.hls import leaf
 from m3vit.export.hls.budgets import calibrate_all, lowered_of, programs_of
 from m3vit.export.hls.conversion import convert
-from m3vit.export.hls.equalise import equalise
+from m3vit.export.hls.equalise import equalise, write_changes
 from m3vit.export.hls.multiplexed import plugin
 from m3vit.export.hls.multiplexed.formats import LIMITS, Formats, choose, few
 from m3vit.export.hls.multiplexed.plugin import NAME
@@ -127,8 +127,7 @@ def write_project(
         plugin.register(
             register_backend=hls4ml.backends.register_backend, register_writer=hls4ml.writer.register_writer
         )
-    if few(options.act_bits):
-        equalise(models, calibration, options.progress)
+    changes = equalise(models, calibration, options.progress) if few(options.act_bits) else None
     seen = calibrate_all(models, calibration, options.progress, octaves=few(options.act_bits))
     wide_bits = options.design.sizes.get("wide_bits", 32) if options.design else 32
     fine = chosen_maps(options.layers, map_names(model))
@@ -147,6 +146,8 @@ def write_project(
         patch=model.patch,
         programs=list(programs),
     )
+    if changes:
+        write_changes(out, changes)
     schedule = graph.schedule
     kinds = {name: dict(layer) for name, layer in formats.layers.items()}
     return {

@@ -189,7 +189,7 @@ def test_trace_of_a_budget(several: Path, judged: dict[str, Any], other: MultiTa
     """Layer by layer against torch under that budget: hidden units lie apart, sums come in parts, a block is out."""
     manifest, (pixels,) = read_manifest(several), make_images(1, seed=6)
     run: Any = SimpleNamespace(model=other)
-    torch_of = Reference(run, manifest, 2)
+    torch_of = Reference(run, several, manifest, 2)
     found = tracing.trace(several, manifest, pixels, 1, torch_of, silent, budget=2)
     layers = compare(found.layers, torch_of, pixels, 1)
     assert found.facts["whole_frame_different"] == 0
