@@ -14,14 +14,17 @@ OF_BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 Entries = Sequence[tuple[str, int]]  # names and bits, in the order given
 
 
-def parse_layer_bits(text: str) -> Entries:
-    """Return the entries of "blocks.10.mlp=16,heads=16". Raises InputError for another form or other bits."""
+def parse_layer_bits(text: str, said: str = "--layer-bits") -> Entries:
+    """Return the entries of "blocks.10.mlp=16,heads=16"; `said`: what the text is called.
+
+    Raises InputError for another form or other bits.
+    """
     entries = []
     for part in text.split(","):
         name, equals, bits = (piece.strip() for piece in part.partition("="))
         if not name or not equals or bits not in map(str, BITS):
             raise InputError(
-                f"--layer-bits {text}: {part.strip()!r} is not NAME=BITS with {' or '.join(map(str, BITS))} bits: give "
+                f"{said} {text!r}: {part.strip()!r} is not NAME=BITS with {' or '.join(map(str, BITS))} bits: give "
                 "such as blocks.10.mlp=16,heads=16"
             )
         entries.append((name, int(bits)))
@@ -70,4 +73,12 @@ def chosen_maps(entries: Entries, names: Collection[str]) -> frozenset[str]:
         bits |= dict.fromkeys(taken, count)
     if entries and BITS[1] not in bits.values():
         raise InputError("--layer-bits: no layer is left with 16 bits: leave it out, or give one 16")
+    for place, (wanted, count) in enumerate(entries):
+        left: dict[str, int] = dict.fromkeys(names, BITS[0])
+        for other, of_other in [*entries[:place], *entries[place + 1 :]]:
+            left |= {name: of_other for name in names if _takes(other, name)}
+        if left == bits:
+            raise InputError(
+                f"--layer-bits {wanted}={count}: what comes after it decides for all of {wanted}: leave it out"
+            )
     return frozenset(name for name, count in bits.items() if count == BITS[1])

@@ -31,6 +31,7 @@ Progress = Callable[[int, int, str], None]  # done, of how many, what is being d
 
 
 WEIGHT_BITS = 16  # unless told otherwise
+OTHER_BITS = "write a file with other bits"  # of a configuration of the engines
 
 
 def silent(done: int, total: int, what: str) -> None:
@@ -167,29 +168,31 @@ def choose_options(
         if config := fixed.pop("config", None):
             rest = {"board": board, "weight_bits": weight_bits, "act_bits": act_bits, **fixed}
             if more := [f"--{option.replace('_', '-')}" for option, value in rest.items() if value is not None]:
-                raise InputError(f"--config {config} says all of the engines: leave out {', '.join(more)}")
+                raise InputError(f"{config} says all of the engines: leave out {', '.join(more)}")
             design, bits = read_design(Path(config))
             weight_bits, act_bits, layer_bits = bits["weight_bits"], bits["act_bits"], bits.get("layer_bits")
-            told = f"--config {config}: "
+            told = f"{config}: "
         else:
             layer_bits = fixed.pop("layer_bits", None)
             design = design_of(board, **fixed, default=schedule.BOARD)
         board = design.board
     chosen = WEIGHT_BITS if weight_bits is None else weight_bits
-    layers = () if layer_bits is None else parse_layer_bits(layer_bits)
+    said = f"{told}layer_bits" if told else "--layer-bits"
+    layers = () if layer_bits is None else parse_layer_bits(layer_bits, said)
     options = Options(chosen, schedule.ACT_BITS if act_bits is None else act_bits, board, design, layers)
     for what, allowed in schedule.LIMITS.items():
         if (value := getattr(options, what)) not in allowed:
             shown = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
             raise InputError(f"{what} is {value}: the {name} schedule has {shown}")
     if design and design.sizes.get("wide_bits") == 16 and options.act_bits > 8:
+        given = f"{told}wide_bits 16 with act_bits" if told else "--residual-bits 16 with --act-bits"
         raise InputError(
-            f"--residual-bits 16 with --act-bits {options.act_bits}: a residual stream of 16 bits goes with 8-bit "
-            "activations: give --weight-bits 8 --act-bits 8 too, or leave it out"
+            f"{given} {options.act_bits}: a residual stream of 16 bits goes with 8-bit activations: "
+            + (OTHER_BITS if told else "give --weight-bits 8 --act-bits 8 too, or leave it out")
         )
     if layers and options.act_bits != 8:
         raise InputError(
-            f"{told}--layer-bits with --act-bits {options.act_bits}: layers have inputs of 16 bits beside 8-bit "
-            f"activations: {'write a file with other bits' if told else 'give --act-bits 8 too, or leave it out'}"
+            f"{said} with {'act_bits' if told else '--act-bits'} {options.act_bits}: layers have inputs of 16 bits "
+            f"beside 8-bit activations: {OTHER_BITS if told else 'give --act-bits 8 too, or leave it out'}"
         )
     return options

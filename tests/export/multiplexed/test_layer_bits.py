@@ -63,6 +63,10 @@ def test_names_take_what_begins_with_them(text: str, chosen: list[str]) -> None:
         ("heads=8", "the inputs of heads have 8 bits without it"),
         ("heads=16,heads.conv=16", "the inputs of heads.conv have 16 bits without it"),
         ("heads=16,heads=8", "no layer is left with 16 bits"),
+        ("blocks.0=16,blocks=8,heads=16", "blocks.0=16: what comes after it decides for all of blocks.0: leave it out"),
+        ("heads.conv=16,heads=8,blocks=16", "heads.conv=16: what comes after it decides"),
+        ("blocks.0.mlp=16,blocks=16", "blocks.0.mlp=16: what comes after it decides"),
+        ("", "--layer-bits '': '' is not NAME=BITS"),
     ],
 )
 def test_what_names_nothing_or_changes_nothing(text: str, message: str) -> None:
@@ -152,6 +156,9 @@ def test_explored_costed_and_built_alike(tmp_path: Path, capsys: pytest.CaptureF
         run_cost([*RECIPE[:2], "--engines", str(file), *given])
     file.write_text(json.dumps({**configuration, "layer_bits": 16}))
     with pytest.raises(InputError, match="layer_bits is 16: give a name"):
+        run_cost([*RECIPE[:2], "--engines", str(file)])
+    file.write_text(json.dumps({**configuration, "layer_bits": ""}))
+    with pytest.raises(InputError, match=r"^/.*engines.json: layer_bits '': '' is not NAME=BITS"):
         run_cost([*RECIPE[:2], "--engines", str(file)])
 
 
