@@ -106,8 +106,8 @@ def fits(hardware: Hardware, board: Board) -> bool:
     return all(value <= BUDGETS[name] * getattr(board, name) for name, value in resources(hardware).items())
 
 
-def find_board(name: str) -> Board:
-    """Return a board by name, or raise InputError."""
+def find_board(name: str, called: str = "--board") -> Board:
+    """Return a board by name, or raise InputError; called: what its message calls it."""
     if name not in BOARDS:
-        raise InputError(f"--board {name}: choose from {', '.join(BOARDS)}")
+        raise InputError(f"{called} {name}: choose from {', '.join(BOARDS)}")
     return BOARDS[name]

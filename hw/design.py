@@ -1,7 +1,7 @@
 """What a user fixes of the accelerator before the engines are fitted: board, part, clock, ports, sizes. No torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def device_of(part: str) -> str:
     return part.lower().split("-")[0]
 
 
+def as_option(name: str) -> str:
+    """Return a value's option."""
+    return f"--{name.replace('_', '-')}"
+
+
 def design_of(
     board: str | None,
     part: str | None = None,
@@ -86,28 +91,31 @@ def design_of(
     ports: int | None = None,
     residual_bits: int | None = None,
     default: str = "zcu104",
+    called: Callable[[str], str] = as_option,
 ) -> Design:
     """Return the design of a command's options; a part alone chooses the board that has its device.
 
-    Raises InputError for what no engine or board can do.
+    called: what messages call each. Raises InputError for what no engine or board can do.
     """
     if part is not None:
         having = [one.name for one in BOARDS.values() if device_of(one.part) == device_of(part)]
         if not having:
             known = ", ".join(sorted({device_of(one.part) for one in BOARDS.values()}))
-            raise InputError(f"--part {part}: what its device holds is not known here: choose a part of {known}")
-        if board is not None and find_board(board).name not in having:
-            raise InputError(f"--part {part}: {board} has a {find_board(board).part}: give --board {having[0]}")
+            raise InputError(
+                f"{called('part')} {part}: what its device holds is not known here: choose a part of {known}"
+            )
+        if board is not None and (other := find_board(board, called("board"))).name not in having:
+            raise InputError(f"{called('part')} {part}: {board} has a {other.part}: give {called('board')} {having[0]}")
         board = board or having[0]
-    chosen = find_board(board or default)
+    chosen = find_board(board or default, called("board"))
     if clock is not None and clock not in CLOCKS:
-        raise InputError(f"--clock {clock}: give {CLOCKS[0]} to {CLOCKS[-1]} MHz")
+        raise InputError(f"{called('clock')} {clock}: give {CLOCKS[0]} to {CLOCKS[-1]} MHz")
     widths = [width for width in PORT_WIDTHS if width <= chosen.port_bits]
     if port_bits is not None and port_bits not in widths:
-        raise InputError(f"--port-bits {port_bits}: {chosen.name} has {', '.join(map(str, widths))}")
+        raise InputError(f"{called('port_bits')} {port_bits}: {chosen.name} has {', '.join(map(str, widths))}")
     given = {"array": array, "ports": ports, "residual_bits": residual_bits}
     sizes = {OPTIONS[name]: value for name, value in given.items() if value is not None}
-    check_sizes(sizes, {size: f"--{name.replace('_', '-')}" for name, size in OPTIONS.items()})
+    check_sizes(sizes, {size: called(name) for name, size in OPTIONS.items()})
     return Design(chosen.name, part, clock, port_bits, sizes)
 
 
@@ -142,6 +150,7 @@ def read_design(path: Path) -> tuple[Design, dict[str, Any]]:
     text = [name for name in ("board", "part", LAYERS) if not isinstance(found.get(name, ""), str | None)]
     if wrong := whole + text:
         raise InputError(f"{path}: {wrong[0]} is {found[wrong[0]]!r}: give {'a whole number' if whole else 'a name'}")
-    design = design_of(found["board"], found.get("part"), found.get("clock"), None, found.get("port_bits"))
+    given = {name: found.get(name) for name in ("board", "part", "clock", "port_bits")}
+    design = design_of(**given, called=lambda name: f"{path}: {name}")
     check_sizes(found["sizes"], {size: f"{path}: {size}" for size in SIZES})
     return replace(design, sizes=found["sizes"]), {name: found[name] for name in (*BITS, LAYERS) if name in found}

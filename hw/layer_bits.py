@@ -5,16 +5,27 @@ and with fc1 the router, which reads the same), heads.linear, heads.conv. A name
 begins with it; the number of a block may be *.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from m3vit.errors import InputError
 
 BITS = (8, 16)  # of a map's inputs
 OF_BLOCK = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-Entries = Sequence[tuple[str, int]]  # names and bits, in the order given
 
 
-def parse_layer_bits(text: str, said: str = "--layer-bits") -> Entries:
+@dataclass(frozen=True)
+class LayerBits:
+    """What is asked for: names and bits, in the order given; and what messages call it."""
+
+    entries: tuple[tuple[str, int], ...] = ()
+    said: str = "--layer-bits"
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+
+def parse_layer_bits(text: str, said: str = "--layer-bits") -> LayerBits:
     """Return the entries of "blocks.10.mlp=16,heads=16"; `said`: what the text is called.
 
     Raises InputError for another form or other bits.
@@ -28,7 +39,7 @@ def parse_layer_bits(text: str, said: str = "--layer-bits") -> Entries:
                 "such as blocks.10.mlp=16,heads=16"
             )
         entries.append((name, int(bits)))
-    return entries
+    return LayerBits(tuple(entries), said)
 
 
 def names_of_maps(blocks: Iterable[int | str], conv: bool) -> list[str]:
@@ -50,11 +61,12 @@ def _takes(wanted: str, name: str) -> bool:
     )
 
 
-def chosen_maps(entries: Entries, names: Collection[str]) -> frozenset[str]:
+def chosen_maps(layers: LayerBits, names: Collection[str]) -> frozenset[str]:
     """Return the maps whose inputs have 16 bits: of several entries that take a map the last one counts.
 
     Raises InputError for an entry that takes none, or changes nothing.
     """
+    entries, said = layers.entries, layers.said
     bits = dict.fromkeys(names, BITS[0])
     for wanted, count in entries:
         taken = [name for name in names if _takes(wanted, name)]
@@ -63,22 +75,20 @@ def chosen_maps(entries: Entries, names: Collection[str]) -> frozenset[str]:
             heads = [name for name in names if name.startswith("heads")]
             known = [f"blocks.N.{name}" for name in OF_BLOCK]
             raise InputError(
-                f"--layer-bits {wanted}={count}: this model has no {wanted}: give {', '.join([*known, *heads])}, or "
+                f"{said} {wanted}={count}: this model has no {wanted}: give {', '.join([*known, *heads])}, or "
                 f"what such a name begins with; N is {', '.join(blocks)} or *"
             )
         if all(bits[name] == count for name in taken):
             raise InputError(
-                f"--layer-bits {wanted}={count}: the inputs of {wanted} have {count} bits without it: leave it out"
+                f"{said} {wanted}={count}: the inputs of {wanted} have {count} bits without it: leave it out"
             )
         bits |= dict.fromkeys(taken, count)
     if entries and BITS[1] not in bits.values():
-        raise InputError("--layer-bits: no layer is left with 16 bits: leave it out, or give one 16")
+        raise InputError(f"{said}: no layer is left with 16 bits: leave it out, or give one 16")
     for place, (wanted, count) in enumerate(entries):
-        left: dict[str, int] = dict.fromkeys(names, BITS[0])
+        without: dict[str, int] = dict.fromkeys(names, BITS[0])
         for other, of_other in [*entries[:place], *entries[place + 1 :]]:
-            left |= {name: of_other for name in names if _takes(other, name)}
-        if left == bits:
-            raise InputError(
-                f"--layer-bits {wanted}={count}: what comes after it decides for all of {wanted}: leave it out"
-            )
+            without |= {name: of_other for name in names if _takes(other, name)}
+        if without == bits:
+            raise InputError(f"{said} {wanted}={count}: the others choose the same maps without it: leave it out")
     return frozenset(name for name, count in bits.items() if count == BITS[1])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from m3vit.export.hls import leaf
 from m3vit.export.hls.calibration import EachTask, traced
+from m3vit.export.hls.multiplexed.formats import few
 from m3vit.export.hls.schedules import Progress, silent
 from m3vit.hw.sim.csim import tokenise
 
@@ -84,6 +85,12 @@ def read_changes(project: Path) -> Changes | None:
         return None
     with np.load(project / EQUALISED) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def changes_unknown(project: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether a project's model may have been changed by what was not written down yet."""
+    precision = manifest["precision"]
+    return "wide_frac" in precision and few(int(precision["act_bits"])) and not (project / EQUALISED).is_file()
 
 
 def _block_change(block: Any, norm1: Range, norm2: Range, qkv: Range) -> Changes:

@@ -16,7 +16,7 @@ import numpy as np
 
 from m3vit.errors import InputError
 from m3vit.hw.design import Design, design_of, read_design
-from m3vit.hw.layer_bits import Entries, parse_layer_bits
+from m3vit.hw.layer_bits import LayerBits, parse_layer_bits
 from m3vit.models.budget import FULL, Budget
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Options:
     act_bits: int
     board: str | None
     design: Design | None = None
-    layers: Entries = ()
+    layers: LayerBits = field(default_factory=LayerBits)
     budgets: Mapping[str, Budget] = field(default_factory=lambda: {"": FULL})
     progress: Progress = silent
 
@@ -178,12 +178,12 @@ def choose_options(
         board = design.board
     chosen = WEIGHT_BITS if weight_bits is None else weight_bits
     said = f"{told}layer_bits" if told else "--layer-bits"
-    layers = () if layer_bits is None else parse_layer_bits(layer_bits, said)
+    layers = LayerBits() if layer_bits is None else parse_layer_bits(layer_bits, said)
     options = Options(chosen, schedule.ACT_BITS if act_bits is None else act_bits, board, design, layers)
     for what, allowed in schedule.LIMITS.items():
         if (value := getattr(options, what)) not in allowed:
             shown = f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(map(str, allowed))
-            raise InputError(f"{what} is {value}: the {name} schedule has {shown}")
+            raise InputError(f"{told}{what} is {value}: the {name} schedule has {shown}")
     if design and design.sizes.get("wide_bits") == 16 and options.act_bits > 8:
         given = f"{told}wide_bits 16 with act_bits" if told else "--residual-bits 16 with --act-bits"
         raise InputError(

@@ -21,7 +21,7 @@ from m3vit.export.hls.budgets import budget_of
 from m3vit.export.hls.calibration import traced
 from m3vit.export.hls.contents import naming, open_project
 from m3vit.export.hls.edits import said_changes
-from m3vit.export.hls.equalise import apply, read_changes
+from m3vit.export.hls.equalise import apply, changes_unknown, read_changes
 from m3vit.export.hls.schedules import Progress, schedule_of, silent
 from m3vit.hw.manifest import SAMPLES, find_budget
 from m3vit.hw.sim.csim import find_compiler, tokenise
@@ -175,6 +175,11 @@ def trace(
     place = names.index(task) if task else 0
     source, said = find_run(project, manifest, run)
     number = find_budget(manifest, budget)
+    if source and changes_unknown(project, manifest):
+        source, said = (
+            None,
+            "torch: this project does not say by what its model was changed: export it again for errors",
+        )
     reference = Reference(source, project, manifest, number) if source else None
     used = {"budget": number} if number else {}
     pixels = pixels_of(project, manifest, image)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3vit.hw import arithmetic
 from m3vit.hw.isa import KEY_BLOCK, MAX_RISE, SCORE_BITS, SCORE_FRAC
-from m3vit.hw.sim.linear import EXACT, multiplies_bytes, rounded
+from m3vit.hw.sim.linear import EXACT, multiplies_bytes, rounded, to_bytes
 from m3vit.hw.tables import PROB_FRAC
 
 _UNIT = float(1 << SCORE_FRAC)
@@ -55,7 +55,7 @@ class _Scores:
         self.by_bytes = multiplies_bytes() and bits <= 8 and shift >= 0 and self.hold is None
         if self.by_bytes:
             self.half = 0.0
-            self.queries, self.keys = q.to(torch.int8), k.to(torch.int8)
+            self.queries, self.keys = to_bytes(q), to_bytes(k)
             return
         # All that is computed of scores are multiples of `step`.
         step = min(2.0**-shift, 0.5)

@@ -22,16 +22,28 @@ def rounded(x: Tensor, factor: Tensor | float) -> Tensor:
 
 @cache
 def multiplies_bytes() -> bool:
-    """Whether int8 products have exact int32 sums here, fast: without VNNI, oneDNN's pairs of products may saturate."""
+    """Whether int8 products have exact int32 sums here, fast.
+
+    Without VNNI oneDNN's pairs of products may saturate, and it may be told to do without (ONEDNN_MAX_CPU_ISA).
+    """
     known = getattr(torch.cpu, "_is_vnni_supported", None)
-    return hasattr(torch, "_int_mm") and known is not None and bool(known())
+    if not hasattr(torch, "_int_mm") or known is None or not known():
+        return False
+    n = 64
+    least, most = torch.full((n, n), -128, dtype=torch.int8), torch.full((n, n), 127, dtype=torch.int8)
+    return all(bool((torch._int_mm(x, least) == -128 * n * int(x[0, 0])).all()) for x in (least, most))
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Return x as int8, row after row: of a single row with other strides torch._int_mm reads what it is not."""
+    return torch.empty(x.shape, dtype=torch.int8).copy_(x)
 
 
 def _bytes(x: Tensor, count: int) -> list[Tensor]:
     """Return int16 values as `count` int8 tensors: themselves, or 2 with x = 256 * second + first + 128."""
     if count == 1:
-        return [x.to(torch.int8)]
-    return [(x & 255).sub_(128).to(torch.int8), (x >> 8).to(torch.int8)]
+        return [to_bytes(x)]
+    return [to_bytes((x & 255).sub_(128)), to_bytes(x >> 8)]
 
 
 class Linear:
@@ -49,7 +61,7 @@ class Linear:
             raise InputError("the weights file has sums over 53 bits, which no project of ours has: export it again")
         self.factor = torch.from_numpy(np.ldexp(1.0, -shift))
         self.bytes = None
-        if multiplies_bytes() and matrix.shape[1] < 1 << 16:  # or sums of bytes may be over 31 bits
+        if multiplies_bytes() and matrix.size and matrix.shape[1] < 1 << 16:  # or sums of bytes may be over 31 bits
             self.bytes = _ByBytes(matrix, bits, two)
             bias = bias + self.bytes.offset
         else:

@@ -77,6 +77,49 @@ def weighted(q: np.ndarray, k: np.ndarray, v: np.ndarray, shift: int, drop: int)
     return list(sums)
 
 
+def test_a_row_of_strides_of_one_is_what_it_is(way: str) -> None:
+    """As a column taken for a row, which torch's products of bytes do not see."""
+    matrix, x = np.arange(-64, 64).reshape(2, 64), torch.arange(-32.0, 32.0, dtype=torch.float64)
+    found = Linear(matrix, np.zeros(2, int), np.zeros(2, int), 8)(x.as_strided((1, 64), (1, 1)))
+    assert found.tolist() == [(matrix @ np.arange(-32, 32)).tolist()]
+    for shape in ((1, 4, 1), (1, 1, 5), (2, 3, 1), (2, 1, 90)):  # of one token, and of one channel a head
+        q = torch.randint(-128, 128, shape[::-1]).double().permute(2, 1, 0)
+        sums = attend(q, q, q, 2, 9, 8, lambda scores: scores)
+        for head in range(shape[0]):
+            one = q[head].T.numpy().astype(int)
+            assert sums[head, :, 0].tolist() == weighted(one[0], one, one, 2, 9)
+
+
+def test_a_map_without_outputs(way: str) -> None:
+    none = np.zeros(0, int)
+    assert Linear(np.zeros((0, 4), int), none, none, 8)(torch.ones(3, 4, dtype=torch.float64)).shape == (3, 0)
+
+
+def test_the_largest_sums_of_two_bytes_and_of_weighted_values(way: str) -> None:
+    """Just over what float32 holds: were they taken for less, the last bits would be lost."""
+    weights, x = np.array([[127, 127, 127, 127, 3]]), torch.tensor([[-32896.0] * 4 + [-32895.0]], dtype=torch.float64)
+    found = Linear(weights, np.array([0]), np.array([0]), 8, two=True)(x)
+    assert found.tolist() == [[-(508 * 32896 + 3 * 32895)]] and abs(found.item()) > 1 << 24
+    rows = 801
+    q, k, v = (torch.zeros(1, 8, rows).double() for _ in range(3))
+    q[:, 0], k[:, 0], v[:] = 1, -48, -127  # all scores just below a unit, all weights 255 of 2^9
+    sums = attend(q, k, v, 2, 9, 8, lambda scores: scores)
+    assert (sums[0, 0] == -127 * 255 * rows * 512).all() and 127 * 255 * rows > 1 << 24
+
+
+@pytest.mark.parametrize(("shift", "width"), [(0, 64), (1, 64), (0, 8)])
+def test_bytes_of_wide_heads_reach_high_tops(way: str, shift: int, width: int) -> None:
+    """Largest scores of many units of the weights' exponent, rounded already: no half may be added again."""
+    rng, rows = np.random.default_rng(shift), 200
+    q, k, v = (of_bits(8, (1, rows, width), rng, extreme=False) for _ in range(3))
+    k[0, 70:] = np.sort(k[0, 70:], axis=0)
+    q[0, :5], k[0, 100:105] = 127, 127  # scores that are whole units of it where `width` and `shift` make them so
+    k[0, 105:110] = 127 - np.eye(width, dtype=int)[:5]
+    found = attend(*(torch.from_numpy(x).double().transpose(1, 2) for x in (q, k, v)), shift, 9, 8, lambda x: x)
+    for row in range(0, rows, 3):
+        assert found[0, :, row].tolist() == weighted(q[0, row], k[0], v[0], shift, 9)
+
+
 @pytest.mark.parametrize(("bits", "drop"), [(8, 9), (8, 0), (16, 0), (16, 3)])
 @pytest.mark.parametrize("rises", ["few", "many", "saturated"])
 def test_attention_sums_as_one_query_after_the_other(way: str, bits: int, drop: int, rises: str) -> None:

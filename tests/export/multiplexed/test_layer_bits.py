@@ -1,11 +1,13 @@
 """Inputs of 16 bits for some linear maps beside 8-bit activations: what they gain, and where they cannot be."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,9 +65,10 @@ def test_names_take_what_begins_with_them(text: str, chosen: list[str]) -> None:
         ("heads=8", "the inputs of heads have 8 bits without it"),
         ("heads=16,heads.conv=16", "the inputs of heads.conv have 16 bits without it"),
         ("heads=16,heads=8", "no layer is left with 16 bits"),
-        ("blocks.0=16,blocks=8,heads=16", "blocks.0=16: what comes after it decides for all of blocks.0: leave it out"),
-        ("heads.conv=16,heads=8,blocks=16", "heads.conv=16: what comes after it decides"),
-        ("blocks.0.mlp=16,blocks=16", "blocks.0.mlp=16: what comes after it decides"),
+        ("blocks.0=16,blocks=8,heads=16", "blocks.0=16: the others choose the same maps without it: leave it out"),
+        ("heads.conv=16,heads=8,blocks=16", "heads.conv=16: the others choose the same"),
+        ("blocks.0.mlp=16,blocks=16", "blocks.0.mlp=16: the others choose the same"),
+        ("blocks.*.mlp=16,blocks.0=16,blocks.0.attn=8", "blocks.0=16: the others choose the same"),
         ("", "--layer-bits '': '' is not NAME=BITS"),
     ],
 )
@@ -158,8 +161,20 @@ def test_explored_costed_and_built_alike(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(InputError, match="layer_bits is 16: give a name"):
         run_cost([*RECIPE[:2], "--engines", str(file)])
     file.write_text(json.dumps({**configuration, "layer_bits": ""}))
-    with pytest.raises(InputError, match=r"^/.*engines.json: layer_bits '': '' is not NAME=BITS"):
-        run_cost([*RECIPE[:2], "--engines", str(file)])
+    wrong: dict[str, Any]
+    for wrong, message in (
+        ({"layer_bits": ""}, "layer_bits '': '' is not NAME=BITS"),
+        ({"layer_bits": "blocks.99=16"}, "layer_bits blocks.99=16: this model has no blocks.99"),
+        ({"layer_bits": "heads=8"}, "layer_bits heads=8: the inputs of heads have 8 bits without it"),
+        ({"clock": 5}, "clock 5: give 50 to 600 MHz"),
+        ({"part": "xc1"}, "part xc1: what its device holds is not known here"),
+        ({"port_bits": 7}, "port_bits 7: kv260 has 64, 128"),
+        ({"board": "nope"}, "board nope: choose from"),
+        ({"weight_bits": 3}, "weight_bits is 3: the multiplexed schedule has"),
+    ):
+        file.write_text(json.dumps({**configuration, **wrong}))
+        with pytest.raises(InputError, match=f"^{re.escape(str(file))}: {message}"):
+            run_cost([*RECIPE[:2], "--engines", str(file)])
 
 
 def test_where_it_cannot_be(cli: Callable[..., subprocess.CompletedProcess], tiny_run: Path, tmp_path: Path) -> None:
