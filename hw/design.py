@@ -150,7 +150,7 @@ def read_design(path: Path) -> tuple[Design, dict[str, Any]]:
     text = [name for name in ("board", "part", LAYERS) if not isinstance(found.get(name, ""), str | None)]
     if wrong := whole + text:
         raise InputError(f"{path}: {wrong[0]} is {found[wrong[0]]!r}: give {'a whole number' if whole else 'a name'}")
-    given = {name: found.get(name) for name in ("board", "part", "clock", "port_bits")}
+    given: dict[str, Any] = {name: found.get(name) for name in ("board", "part", "clock", "port_bits")}
     design = design_of(**given, called=lambda name: f"{path}: {name}")
     check_sizes(found["sizes"], {size: f"{path}: {size}" for size in SIZES})
     return replace(design, sizes=found["sizes"]), {name: found[name] for name in (*BITS, LAYERS) if name in found}
