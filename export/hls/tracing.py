@@ -176,9 +176,9 @@ def trace(
     source, said = find_run(project, manifest, run)
     number = find_budget(manifest, budget)
     if source and changes_unknown(project, manifest):
-        source, said = (
-            None,
-            "torch: this project does not say by what its model was changed: export it again for errors",
+        source = None
+        said = (
+            "torch: this project does not say by what its model was changed: export it again for errors against torch"
         )
     reference = Reference(source, project, manifest, number) if source else None
     used = {"budget": number} if number else {}

@@ -22,12 +22,11 @@ _QUERIES = 320  # at most, whose scores are taken at once, so that they stay in 
 
 
 class _Weights(NamedTuple):
-    """What values are weighted by."""
+    """What values are weighted by: at place _WHOLE_STEPS - x of the table, 2^-(x * 2^-SCORE_FRAC) with PROB_FRAC
+    fractional bits, down to where it is 0. blocks: so many of keys have weighted sums that are exact in its type."""
 
-    table: (
-        Tensor  # 2^-(x * 2^-SCORE_FRAC) with PROB_FRAC fractional bits at place _WHOLE_STEPS - x, down to where it is 0
-    )
-    blocks: int  # blocks of keys whose weighted sums are exact in the table's type
+    table: Tensor
+    blocks: int
 
     @classmethod
     @cache
@@ -52,7 +51,7 @@ class _Scores:
         self.hold = hold if highest >= 2.0 ** (SCORE_BITS - 1) - 1 else None
         self.shift, self.half = shift, 0.5  # to be added to a score before it is rounded down
         # Products of 16 bits would be of four pairs of bytes, which gains nothing with so few channels.
-        self.by_bytes = multiplies_bytes() and bits <= 8 and shift >= 0 and self.hold is None
+        self.by_bytes = multiplies_bytes() and bits <= 8 and 0 <= shift < 31 and self.hold is None
         if self.by_bytes:
             self.half = 0.0
             self.queries, self.keys = to_bytes(q), to_bytes(k)

@@ -107,7 +107,7 @@ def test_the_largest_sums_of_two_bytes_and_of_weighted_values(way: str) -> None:
     assert (sums[0, 0] == -127 * 255 * rows * 512).all() and 127 * 255 * rows > 1 << 24
 
 
-@pytest.mark.parametrize(("shift", "width"), [(0, 64), (1, 64), (0, 8)])
+@pytest.mark.parametrize(("shift", "width"), [(0, 64), (1, 64), (0, 8), (30, 8), (40, 8)])
 def test_bytes_of_wide_heads_reach_high_tops(way: str, shift: int, width: int) -> None:
     """Largest scores of many units of the weights' exponent, rounded already: no half may be added again."""
     rng, rows = np.random.default_rng(shift), 200
