@@ -29,7 +29,6 @@ from m3vit.hw.sim.csim import tokenise
 MIGRATION = 0.7  # of a channel's reach that goes to the weights; best of 0.5, 0.7 and 0.9 on a ViT-S/14
 FACTORS = (2.0**-6, 2.0**6)  # least and most
 SMALL = 1e-6
-KINDS = ("norm1", "norm2", "query", "value", "key_middle")  # of changes to a block
 IMAGES = 16  # evenly among those given: what channels reach of thousands of tokens each
 
 EQUALISED = "equalised.npz"  # of a project: what its model was changed by
@@ -65,7 +64,9 @@ def apply(model: leaf.LoweredModel, changes: Changes) -> None:
     """Change a model in place by what `equalise` returned for it, or for the model that it is a part of."""
     lowered: Any = model
     for name, block in lowered.blocks.named_children():
-        _apply_block(block, {kind: changes[f"{BLOCKS}.{name}.{kind}"] for kind in KINDS})
+        prefix = f"{BLOCKS}.{name}."
+        of_block = {key.removeprefix(prefix): values for key, values in changes.items() if key.startswith(prefix)}
+        _apply_block(block, of_block)
     for name, linear in lowered.fusion_linears.items():
         _divide(lowered.fusion_norms[name], changes[f"{FUSION}.{name}"])
         linear.weight.mul_(changes[f"{FUSION}.{name}"])

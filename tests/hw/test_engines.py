@@ -41,6 +41,7 @@ from tests.hw.programs import (
     random_vit,
 )
 from tests.hw.test_kernels import AP_TYPES
+from tests.test_imports import WITH_TORCH
 
 pytestmark = pytest.mark.slow
 
@@ -81,8 +82,8 @@ def test_hardware_stands_below_the_exporter_and_torch_is_the_emulators() -> None
     for path in (ROOT / "hw").rglob("*.py"):
         imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
         assert not any(name.startswith("m3vit.export") for name in imported), path.name
-        of_emulator = path.parent.name == "sim" and path.name in ("emulator.py", "linear.py", "attention.py")
-        assert ("torch" in imported) == of_emulator, path.name
+        module = ".".join(("m3vit", *path.relative_to(ROOT).with_suffix("").parts))
+        assert ("torch" in imported) == (module in WITH_TORCH), path.name
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (INCLUDE / "engine").glob("*.h")))
