@@ -284,7 +284,7 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache():
+        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache(), _shapes_alone():
             traced = torch.export.export(
                 function.eval(),
                 tuple(inputs.values()),
@@ -480,6 +480,47 @@ def _without_cache() -> AbstractContextManager[Any]:
 
     known = hasattr(config, "fake_tensor_cache_enabled")
     return config.patch(fake_tensor_cache_enabled=False) if known else nullcontext()
+
+
+@contextmanager
+def _shapes_alone() -> Iterator[None]:
+    """Say what shapes bilinear resizing and LayerNorm give, while exporting.
+
+    Torch finds them by taking both apart into dozens of operators of sizes that are not known: a quarter of a trace.
+    """
+    resize, norm = torch.ops.aten.upsample_bilinear2d.vec, torch.ops.aten.native_layer_norm.default
+    try:
+        from torch._prims_common import suggest_memory_format
+        from torch._subclasses.fake_impls import get_fast_op_impls
+
+        kernels, found = resize.py_kernels, resize._dispatch_cache
+        known: dict[Any, Any] = get_fast_op_impls()
+        whole = next(iter(kernels.values()))
+    except (ImportError, AttributeError, StopIteration):  # another version of torch: it takes them apart
+        yield
+        return
+
+    def resized(x: Tensor, size: Sequence[int] | None, *more: Any) -> Any:
+        if size is None:  # factors are given
+            return whole(x, size, *more)
+        return x.new_empty((*x.shape[:2], *size)).to(memory_format=suggest_memory_format(x))
+
+    def normalised(mode: Any, x: Tensor, over: Sequence[int], *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        each = (*x.shape[: -len(over)], *(1 for _ in over))
+        with mode:
+            return x.new_empty(x.shape), x.new_empty(each), x.new_empty(each)
+
+    was = dict(kernels), dict(known)
+    try:
+        kernels.update(dict.fromkeys(kernels, resized))
+        known[norm] = normalised
+        found.clear()
+        yield
+    finally:
+        kernels.update(was[0])
+        known.clear()
+        known.update(was[1])
+        found.clear()
 
 
 @contextmanager
