@@ -16,6 +16,8 @@ from onnx.defs import OpSchema
 from onnxscript.rewriter.rules.common import slice_split_rule
 from onnxscript.values import Opset
 from torch import Tensor, nn
+from torch._decomp.decompositions import upsample_compute_output_size
+from torch._prims_common import suggest_memory_format
 
 from m3vit.errors import InputError
 from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
@@ -284,13 +286,14 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache(), _shapes_alone():
-            traced = torch.export.export(
-                function.eval(),
-                tuple(inputs.values()),
-                dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
-                strict=False,
-            )
+        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache():
+            with _shapes_alone():
+                traced = torch.export.export(
+                    function.eval(),
+                    tuple(inputs.values()),
+                    dynamic_shapes=tuple(dynamic if value.ndim == 4 else None for value in inputs.values()),
+                    strict=False,
+                )
             program = torch.onnx.export(
                 without_decomposing(traced),
                 (),
@@ -482,45 +485,47 @@ def _without_cache() -> AbstractContextManager[Any]:
     return config.patch(fake_tensor_cache_enabled=False) if known else nullcontext()
 
 
+def _resized(x: Tensor, size: Sequence[int] | None, corners: bool, factors: Sequence[float] | None = None) -> Tensor:
+    sides = upsample_compute_output_size(x.shape, size, factors)
+    return x.new_empty((*x.shape[:2], *sides)).to(memory_format=suggest_memory_format(x))
+
+
+def _normalised(x: Tensor, *more: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_SHAPES: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.upsample_bilinear2d.vec: _resized,
+    torch.ops.aten.layer_norm.default: _normalised,
+    torch.ops.aten.linear.default: _linear,
+}
+
+
 @contextmanager
 def _shapes_alone() -> Iterator[None]:
-    """Say what shapes bilinear resizing and LayerNorm give, while exporting.
+    """Say what shapes bilinear resizing, LayerNorm and linear maps give, while tracing.
 
-    Torch finds them by taking both apart into dozens of operators of sizes that are not known: a quarter of a trace.
+    Torch finds them by taking each apart into others of sizes that are not known: a third of the time of a trace.
     """
-    resize, norm = torch.ops.aten.upsample_bilinear2d.vec, torch.ops.aten.native_layer_norm.default
-    try:
-        from torch._prims_common import suggest_memory_format
-        from torch._subclasses.fake_impls import get_fast_op_impls
-
-        kernels, found = resize.py_kernels, resize._dispatch_cache
-        known: dict[Any, Any] = get_fast_op_impls()
-        whole = next(iter(kernels.values()))
-    except (ImportError, AttributeError, StopIteration):  # another version of torch: it takes them apart
-        yield
+    if not all(hasattr(operator, "py_kernels") and hasattr(operator, "_dispatch_cache") for operator in _SHAPES):
+        yield  # another version of torch
         return
-
-    def resized(x: Tensor, size: Sequence[int] | None, *more: Any) -> Any:
-        if size is None:  # factors are given
-            return whole(x, size, *more)
-        return x.new_empty((*x.shape[:2], *size)).to(memory_format=suggest_memory_format(x))
-
-    def normalised(mode: Any, x: Tensor, over: Sequence[int], *more: Any) -> tuple[Tensor, Tensor, Tensor]:
-        each = (*x.shape[: -len(over)], *(1 for _ in over))
-        with mode:
-            return x.new_empty(x.shape), x.new_empty(each), x.new_empty(each)
-
-    was = dict(kernels), dict(known)
+    key = torch._C.DispatchKey
+    own = {operator: dict(operator.py_kernels) for operator in _SHAPES}
     try:
-        kernels.update(dict.fromkeys(kernels, resized))
-        known[norm] = normalised
-        found.clear()
+        for operator, shape in _SHAPES.items():
+            operator.py_kernels.update(dict.fromkeys((key.Autograd, key.CompositeImplicitAutograd), shape))
+            operator._dispatch_cache.clear()
         yield
     finally:
-        kernels.update(was[0])
-        known.clear()
-        known.update(was[1])
-        found.clear()
+        for operator, kernels in own.items():
+            operator.py_kernels.clear()
+            operator.py_kernels.update(kernels)
+            operator._dispatch_cache.clear()
 
 
 @contextmanager
