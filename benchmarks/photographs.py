@@ -80,15 +80,21 @@ def headings() -> list[str]:
 
 
 def train_and_score(row: str, args: Any) -> None:
-    """Train the model of a row, evaluate and profile it, unless that is done."""
+    """Train the model of a row and evaluate it, unless that is done."""
     folder = folder_of(args.out, row)
     if not (folder / "eval.json").exists():
         keys = [*(ROWS | DECODERS)[row], f"--data.root={args.data}", f"--model.weights={args.weights}"]
         keys += [f"--train.epochs={args.epochs}"] if args.epochs else []
         run("train", "nyud-vits14", *keys, "--out", folder, "--resume")
         run("eval", folder)
-    if not (folder / "profile.json").exists():
-        run("profile", folder, "--json", folder / "profile.json")
+
+
+def gmac_of(folder: Path) -> float:
+    """Return what all tasks of a model take in one pass, in GMAC."""
+    file = folder / "profile.json"
+    if not file.exists():
+        run("profile", folder, "--json", file)
+    return float(json.loads(file.read_text())["all_tasks_in_one_pass"]["macs"]["total"]) / 1e9
 
 
 def rows(args: Any) -> dict[str, Any]:
@@ -108,8 +114,7 @@ def rows(args: Any) -> dict[str, Any]:
     print("|---|" + "---:|" * (len(headings()) + 2))
     table: dict[str, Any] = {}
     for row, scores in done.items():
-        profile = json.loads((folder_of(args.out, row) / "profile.json").read_text())
-        gmac = profile["all_tasks_in_one_pass"]["macs"]["total"] / 1e9
+        gmac = gmac_of(folder_of(args.out, row))
         gain = None if "single" in row or not base else delta_m({task: scores[task] for task in base}, baseline)
         table[row] = {"metrics": scores, "delta_m": gain, "gmac": gmac}
         print(
