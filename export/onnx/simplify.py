@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 ATEN = torch.ops.aten
 WHOLE = 2**63 - 1  # the end of a slice that has none
@@ -41,6 +42,8 @@ def simplify(module: GraphModule) -> None:
                 sizes.setdefault(str(node.meta["val"]), node)
         elif node.op == "call_function" and node.target in RESHAPES:
             _reshaped(node, sizes)
+        elif node.op == "call_function" and node.target is ATEN.meshgrid.indexing:
+            _gridded(node, sizes)
         elif node.op == "call_function" and node.target in RULES:
             RULES[node.target](node)
     module.graph.eliminate_dead_code()
@@ -55,7 +58,7 @@ def _modules(program: ExportedProgram) -> list[GraphModule]:
 def _decomposed(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> ExportedProgram:
     """Return the program, decomposed by the table if that changes anything."""
     targets = {node.target for module in _modules(program) for node in module.graph.nodes}
-    if any(target in table or _unlike_a_function(target) for target in targets):
+    if any(target in table or _unlike_a_function(target) for target in targets) or _untranslated(targets):
         program = ExportedProgram.run_decompositions(program, dict(table))
     # Its removal of assertions goes through all modules too: one that is left is not of one type (_of_one_type).
     if all(_of_one_type(node) for module in _modules(program) for node in module.graph.nodes):
@@ -78,6 +81,14 @@ def _of_one_type(node: Node) -> bool:
     values += made if isinstance(made, list | tuple) else [made]
     types = {value.dtype for value in values if isinstance(value, torch.Tensor)}
     return types <= {torch.float32}
+
+
+def _untranslated(targets: set[Any]) -> bool:
+    """Return whether the exporter has no translation of some operator that torch defines by others, which is in no
+    table: decomposing takes it apart all the same."""
+    composite = [one for one in targets if isinstance(one, torch._ops.OpOverload) and one._can_decompose()]
+    known = ONNXRegistry.from_torchlib()
+    return not all(known.is_registered(target) for target in composite)
 
 
 def _unlike_a_function(target: Any) -> bool:
@@ -111,6 +122,35 @@ def _reshaped(node: Node, sizes: dict[str, Node]) -> None:
     _become(node, ATEN.reshape.default, source, shape)
 
 
+def _gridded(node: Node, sizes: dict[str, Node]) -> None:
+    """Each coordinate of a grid is one of the vectors, repeated along the others. (Rotary positions are of a grid.)"""
+    vectors: Any = node.args[0]
+    values = [vector.meta["val"] for vector in vectors]
+    if any(value.ndim != 1 for value in values):
+        return
+    order = list(range(len(vectors)))  # of the vectors along the axes
+    if node.kwargs["indexing"] == "xy":
+        order[:2] = order[1::-1]
+    shape: list[Any] = []
+    for place in order:
+        size: Any = values[place].shape[0]
+        if not isinstance(size, int):
+            made = sizes.get(str(size))
+            if made is None:
+                with node.graph.inserting_before(node):
+                    made = node.graph.call_function(ATEN.sym_size.int, (vectors[place], 0))
+                made.meta["val"] = size
+            size = made
+        shape.append(size)
+    for coordinate in list(node.users):
+        which: Any = coordinate.args[1]
+        along = [-1 if place == which else 1 for place in order]
+        with node.graph.inserting_before(coordinate):
+            row = node.graph.call_function(ATEN.reshape.default, (vectors[which], along))
+        row.meta["val"] = values[which].reshape(along)
+        _become(coordinate, ATEN.expand.default, row, shape)
+
+
 def _become(node: Node, target: Any, *args: Any, **kwargs: Any) -> None:
     node.target, node.args, node.kwargs = target, args, kwargs
 
@@ -136,6 +176,16 @@ def _cast(node: Node) -> None:
         _pass_on(node)
     else:
         _become(node, ATEN._to_copy.default, source, dtype=node.args[1])
+
+
+def _moved(node: Node) -> None:
+    """A cast, where the tensor is on that device already."""
+    source: Any = node.args[0]
+    given: Any = (*node.args[1:5], *(None, None, False, False)[len(node.args) - 1 :])
+    device, kind, _, copies = given
+    if torch.device(device) == source.meta["val"].device and not copies and not node.kwargs:
+        node.args = (source, kind)
+        _cast(node)
 
 
 def _transposed(node: Node) -> None:
@@ -187,6 +237,7 @@ RESHAPES = {ATEN.flatten.using_ints, ATEN.unflatten.int, ATEN.view_as.default, A
 RULES: dict[Any, Callable[[Node], None]] = {
     ATEN._upsample_bicubic2d_aa.vec: _resampled,
     ATEN.to.dtype: _cast,
+    ATEN.to.device: _moved,
     ATEN.mT.default: _transposed,
     ATEN.relu_.default: _rectified,
     ATEN.batch_norm.default: _normalised,

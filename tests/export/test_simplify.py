@@ -48,6 +48,10 @@ def assert_equal(program: ExportedProgram, module: nn.Module) -> None:
         assert torch.equal(program.module()(x.clone()), module(x.clone()))
 
 
+def grid(*vectors: Tensor, indexing: str = "ij") -> Tensor:
+    return torch.stack(torch.meshgrid(*vectors, indexing=indexing))
+
+
 SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
     "flatten two of three sizes": lambda x: x.flatten(2),
     "flatten the first": lambda x: x.flatten(0, 1).unsqueeze(0),
@@ -62,9 +66,15 @@ SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "a cast": lambda x: x.to(torch.float64).to(torch.float32),
     "a cast that is none": lambda x: x.to(torch.float32) + x.to(torch.float32),
+    "a cast, and where to": lambda x: x.to("cpu", torch.float64).to("cpu", torch.float32) + x.to("cpu", torch.float32),
     "in place, of something new": lambda x: (x + 1).relu_() * 2,
     "slices of all": lambda x: x[:, :, None, :] + x[:, 0:, None],
     "slices of a part": lambda x: x[:, 1:, None, ::2],
+    "a grid of three": lambda x: grid(x[0, 0, 0], torch.arange(3.0), x[0, 1, :, 0]) * 2,
+    "columns before rows": lambda x: grid(x[0, 0, 0], x[0, 1, :, 0], torch.arange(3.0), indexing="xy") * 2,
+    "a grid of one": lambda x: grid(x[0, 0, 0], indexing="xy") + grid(x[0, 1, 0]),
+    "a grid of sizes known nowhere else": lambda x: grid(x[0, 0, 0, ::2], x[0, 0, 1:, 0]).flatten(1),
+    "one coordinate of a grid": lambda x: torch.meshgrid(x[0, 0, 0], x[0, 0, :, 0], indexing="ij")[1] + x[1, 1].mT,
 }
 
 
@@ -74,6 +84,7 @@ def test_nothing_is_left_to_decompose(name: str) -> None:
     program = without_decomposing(traced(module))
     assert not targets(program) & (RESHAPES - {ATEN.reshape.default})
     table = dict.fromkeys([ATEN.to.dtype, ATEN._upsample_bicubic2d_aa.vec, ATEN.mT.default, ATEN.flatten.using_ints])
+    table[ATEN.meshgrid.indexing] = None
     assert program.run_decompositions(table) is program  # type: ignore[arg-type]
     assert_equal(program, module)
 
@@ -153,6 +164,8 @@ def test_what_the_table_has_is_decomposed() -> None:
 
 ALIKE: dict[str, Callable[[Tensor], Tensor]] = {
     "floats and numbers": lambda x: (x * 2 + x.relu()) / 3,
+    "dimensions moved": lambda x: torch.movedim(x, 1, 2) * 2,  # has no translation of its own
+    "a copy, and where to": lambda x: x.to("cpu", torch.float32, copy=True) + 1,
     "shapes": lambda x: x.flatten(2).unflatten(2, x.shape[2:])[:, :, 1:].expand(-1, -1, -1, x.shape[3]),
 }
 MIXED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -161,6 +174,7 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "integers divided": lambda x: x * (torch.arange(x.shape[3]) / 2),
     "truth multiplied": lambda x: (x > 0) * x,
     "two widths": lambda x: x + x.double(),
+    "two widths, and where to": lambda x: x + x.to("cpu", torch.float64),
 }
 
 
