@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 from torch._decomp.decompositions import upsample_compute_output_size
 from torch._prims_common import suggest_memory_format
+from torch.onnx.errors import OnnxExporterError
 
 from m3vit.errors import InputError
 from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
@@ -286,7 +288,7 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache():
+        with torch.no_grad(), _told(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache():
             with _shapes_alone():
                 traced = torch.export.export(
                     function.eval(),
@@ -526,6 +528,34 @@ def _shapes_alone() -> Iterator[None]:
             operator.py_kernels.clear()
             operator.py_kernels.update(kernels)
             operator._dispatch_cache.clear()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say in a line what of a model no graph can have: decoders of others may hold anything."""
+    from torch._dynamo.exc import UserError
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        yield
+    except GuardOnDataDependentSymNode as error:
+        raise InputError(
+            "cannot export to ONNX: what the model does depends on a tensor's values (if, int() or float() of a "
+            "tensor): use operators on tensors, such as torch.where"
+        ) from error
+    except UserError as error:
+        said = " ".join(str(error).split())
+        if "specialized it to be a constant" in said:
+            said = "the model is written for one size of images: take sizes from x.shape, or give --size HEIGHTxWIDTH"
+        raise InputError(f"cannot export to ONNX: {said}") from error
+    except OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = " ".join(str(cause).split())
+        if found := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", said):
+            said = f"torch's exporter has no translation of {found[1]}, which the model uses: use other operators"
+        raise InputError(f"cannot export to ONNX: {said}") from error
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_leaves
 
-from m3vit.export.onnx.graph import _SHAPES, _listed_once, _shapes_alone
+from m3vit.errors import InputError
+from m3vit.export.onnx.graph import _SHAPES, _listed_once, _shapes_alone, _trace
 from m3vit.export.onnx.simplify import ATEN, RESHAPES, without_decomposing
 
 DECOMPOSED = {ATEN.elu.default: lambda x, *rest: torch.where(x > 0, x, torch.expm1(x))}
@@ -255,3 +256,21 @@ def test_shapes_that_are_said_are_those_torch_finds(name: str) -> None:
         said = values()
     assert [operator.py_kernels for operator in _SHAPES] == own
     assert said == values()
+
+
+NO_GRAPH: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "values": (lambda x: x * float(x.max()), "depends on a tensor's values"),
+    "one size": (
+        lambda x: x + torch.zeros(6, 1),
+        "written for one size of images: take sizes from x.shape, or give --size",
+    ),
+    "no translation": (lambda x: torch.cdist(x, x), "has no translation of aten._cdist_forward"),
+}
+
+
+@pytest.mark.parametrize("name", NO_GRAPH)
+def test_what_no_graph_can_have_is_said_in_a_line(name: str) -> None:
+    function, said = NO_GRAPH[name]
+    module: Any = Function(function)
+    with pytest.raises(InputError, match=f"cannot export to ONNX: .*{said}"):
+        _trace(module, module, {"x": torch.randn(2, 4, 6, 10)}, [(0, "batch"), (2, "height"), (3, "width")], ["y"], 18)
