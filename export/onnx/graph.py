@@ -1,30 +1,18 @@
 """Tracing of the tasks of a model, or of its parts, to ONNX graphs."""
 
 import hashlib
-import logging
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from onnx.defs import OpSchema
-from onnxscript.rewriter.rules.common import slice_split_rule
-from onnxscript.values import Opset
 from torch import Tensor, nn
-from torch._decomp.decompositions import upsample_compute_output_size
-from torch._prims_common import suggest_memory_format
-from torch.onnx.errors import OnnxExporterError
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.attention import INPUTS as ATTENTION_INPUTS
-from m3vit.export.onnx.attention import OPERATOR as ATTENTION
-from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR, copied, fold_convolutions, lower_moe, reachable
+from m3vit.export.onnx.exporter import TRANSLATIONS, exporter, shapes_alone
+from m3vit.export.onnx.lower import copied, fold_convolutions, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.export.onnx.simplify import without_decomposing
 from m3vit.export.onnx.widths import narrow_mlps
@@ -288,8 +276,8 @@ def _trace(
     dynamic = {axis: torch.export.Dim.DYNAMIC for axis, _ in axes}
     was_training = model.training
     try:
-        with torch.no_grad(), _told(), _quiet(), _schemas(), _without_pairs(), _listed_once(), _without_cache():
-            with _shapes_alone():
+        with torch.no_grad(), exporter():
+            with shapes_alone():
                 traced = torch.export.export(
                     function.eval(),
                     tuple(inputs.values()),
@@ -304,10 +292,7 @@ def _trace(
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=list(outputs),
-                custom_translation_table={
-                    torch.ops.m3vit.moe.default: _moe_node,
-                    torch.ops.aten.scaled_dot_product_attention.default: _attention_node,
-                },
+                custom_translation_table=TRANSLATIONS,
             )
     finally:
         model.train(was_training)
@@ -375,200 +360,3 @@ def _example_size(model: MultiTaskModel) -> tuple[int, int]:
     trained = [side // model.backbone.patch_size for side in model.config.image_size]
     rows, columns = [side for side in (5, 7, 9, 11) if side not in trained][:2]
     return rows * model.backbone.patch_size, columns * model.backbone.patch_size
-
-
-_MOE = Opset(DOMAIN, 1)
-
-
-def _moe_node(x: Any, gate: Any, gate_bias: Any, w1: Any, b1: Any, w2: Any, b2: Any, top_k: int) -> Any:
-    """Translate m3vit::moe to one node of the same inputs; `lower_moe` does the rest."""
-    return _MOE.MoE(x, gate, gate_bias, w1, b1, w2, b2, top_k=top_k)
-
-
-def _attention_node(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Translate attention to one node m3vit::Attention, of which `lower_moe` makes what is asked for."""
-    heads, dim = query.shape[1], query.shape[3]
-    if attn_mask is not None or is_causal or enable_gqa or not isinstance(heads, int) or not isinstance(dim, int):
-        raise InputError("cannot export to ONNX: the trunk's attention has a mask, or heads of an unknown number")
-    return _MOE.Attention(query, key, value, heads=heads, scale=float(scale or dim**-0.5))
-
-
-_FLOAT, _INT = OpSchema.AttrType.FLOAT, OpSchema.AttrType.INT
-_OPERATORS = {
-    OPERATOR: (INPUTS, {"top_k": _INT}),
-    ATTENTION: (ATTENTION_INPUTS, {"heads": _INT, "scale": _FLOAT}),
-}
-
-
-@contextmanager
-def _schemas() -> Iterator[None]:
-    """Make m3vit's operators known while exporting: the exporter builds no node of an operator without a schema."""
-    for operator, (inputs, attributes) in _OPERATORS.items():
-        schema = OpSchema(
-            operator,
-            DOMAIN,
-            1,
-            inputs=[OpSchema.FormalParameter(name, "T") for name in inputs],
-            outputs=[OpSchema.FormalParameter("y", "T")],
-            type_constraints=[("T", ["tensor(float)"], "")],
-            attributes=[OpSchema.Attribute(name, kind, "", required=True) for name, kind in attributes.items()],
-        )
-        onnx.defs.register_schema(schema)
-    try:
-        yield
-    finally:
-        for operator in _OPERATORS:
-            onnx.defs.deregister_schema(operator, 1, DOMAIN)
-
-
-@contextmanager
-def _without_pairs() -> Iterator[None]:
-    """Leave out the one rule of the exporter's optimizer that looks at pairs of nodes, of all of them, while exporting.
-
-    It makes one Split of two Slices that lie side by side, which no model here gains by.
-    """
-    slice_split_rule.try_rewrite = lambda *given, **named: None
-    try:
-        yield
-    finally:
-        vars(slice_split_rule).pop("try_rewrite", None)
-
-
-_LISTED: dict[Any, Any] = {}  # by opset and what operators torch knows, the table of what translates which
-
-
-@contextmanager
-def _listed_once() -> Iterator[None]:
-    """Have the exporter list the functions that translate operators once a process, not anew for each graph, while
-    exporting: it parses the sources of 500 of them, a sixth of the time of a small model's graph."""
-    try:
-        from torch.onnx._internal.exporter import _registration
-
-        table: Any = _registration.ONNXRegistry
-        own = vars(table)["from_torchlib"]
-        operators: Any = torch._C._dispatch_get_all_op_names
-    except (ImportError, AttributeError, KeyError):  # another version of torch: it lists them as often as it does
-        yield
-        return
-
-    def from_torchlib(cls: Any, **opset: int) -> Any:
-        key = tuple(opset.values()), frozenset(operators())  # libraries add operators: torch's own for quantising do
-        if key not in _LISTED:
-            _LISTED[key] = own.__get__(None, cls)(**opset)
-        registry = copy(_LISTED[key])  # to which the translations of one export are added
-        registry.functions = {operator: list(known) for operator, known in registry.functions.items()}
-        return registry
-
-    table.from_torchlib = classmethod(from_torchlib)
-    try:
-        yield
-    finally:
-        table.from_torchlib = own
-
-
-def _without_cache() -> AbstractContextManager[Any]:
-    """Do without torch's cache of what operators make of which shapes, while exporting.
-
-    With sizes that are not known, next to nothing is found in it, and all is put into it: a tenth to a fifth of the
-    time of a trace.
-    """
-    from torch._dynamo import config
-
-    known = hasattr(config, "fake_tensor_cache_enabled")
-    return config.patch(fake_tensor_cache_enabled=False) if known else nullcontext()
-
-
-def _resized(x: Tensor, size: Sequence[int] | None, corners: bool, factors: Sequence[float] | None = None) -> Tensor:
-    sides = upsample_compute_output_size(x.shape, size, factors)
-    return x.new_empty((*x.shape[:2], *sides)).to(memory_format=suggest_memory_format(x))
-
-
-def _normalised(x: Tensor, *more: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-_SHAPES: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.aten.upsample_bilinear2d.vec: _resized,
-    torch.ops.aten.layer_norm.default: _normalised,
-    torch.ops.aten.linear.default: _linear,
-}
-
-
-@contextmanager
-def _shapes_alone() -> Iterator[None]:
-    """Say what shapes bilinear resizing, LayerNorm and linear maps give, while tracing.
-
-    Torch finds them by taking each apart into others of sizes that are not known: a third of the time of a trace.
-    """
-    if not all(hasattr(operator, "py_kernels") and hasattr(operator, "_dispatch_cache") for operator in _SHAPES):
-        yield  # another version of torch
-        return
-    key = torch._C.DispatchKey
-    own = {operator: dict(operator.py_kernels) for operator in _SHAPES}
-    try:
-        for operator, shape in _SHAPES.items():
-            operator.py_kernels.update(dict.fromkeys((key.Autograd, key.CompositeImplicitAutograd), shape))
-            operator._dispatch_cache.clear()
-        yield
-    finally:
-        for operator, kernels in own.items():
-            operator.py_kernels.clear()
-            operator.py_kernels.update(kernels)
-            operator._dispatch_cache.clear()
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Say in a line what of a model no graph can have: decoders of others may hold anything."""
-    from torch._dynamo.exc import UserError
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    try:
-        yield
-    except GuardOnDataDependentSymNode as error:
-        raise InputError(
-            "cannot export to ONNX: what the model does depends on a tensor's values (if, int() or float() of a "
-            "tensor): use operators on tensors, such as torch.where"
-        ) from error
-    except UserError as error:
-        said = " ".join(str(error).split())
-        if "specialized it to be a constant" in said:
-            said = "the model is written for one size of images: take sizes from x.shape, or give --size HEIGHTxWIDTH"
-        raise InputError(f"cannot export to ONNX: {said}") from error
-    except OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        said = " ".join(str(cause).split())
-        if found := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", said):
-            said = f"torch's exporter has no translation of {found[1]}, which the model uses: use other operators"
-        raise InputError(f"cannot export to ONNX: {said}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's warnings and progress, which are about its own workings, while exporting."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -15,7 +15,8 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_leaves
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.graph import _SHAPES, _listed_once, _shapes_alone, _trace
+from m3vit.export.onnx.exporter import SHAPES, listed_once, shapes_alone
+from m3vit.export.onnx.graph import _trace
 from m3vit.export.onnx.simplify import ATEN, RESHAPES, without_decomposing
 
 DECOMPOSED = {ATEN.elu.default: lambda x, *rest: torch.where(x > 0, x, torch.expm1(x))}
@@ -194,10 +195,10 @@ def test_types_are_promoted_where_they_are_not_alike(name: str) -> None:
         torch.testing.assert_close(torch.from_numpy(found), module(x))
 
 
-def test_the_exporters_table_is_listed_once_and_what_one_export_adds_is_not_the_nexts() -> None:
+def test_the_exporters_table_islisted_once_and_what_one_export_adds_is_not_the_nexts() -> None:
     own = vars(ONNXRegistry)["from_torchlib"]
     for _ in range(2):  # the second time it is listed already
-        with _listed_once():
+        with listed_once():
             first = ONNXRegistry.from_torchlib(opset_version=20)
             relu, moe = torch.ops.aten.relu.default, torch.ops.m3vit.moe.default
             first.register_op(moe, lambda x: x)
@@ -215,7 +216,7 @@ def test_an_operator_that_is_known_since_the_exporters_table_was_listed_is_in_th
     of_late = SimpleNamespace(qualified_name="m3vit_listed::of_late", function=lambda x: x, is_complex=False)
     listed = [*_registration.onnxscript_apis.get_torchlib_ops(), of_late]
     apis = SimpleNamespace(get_torchlib_ops=lambda: listed)
-    with pytest.MonkeyPatch.context() as patch, _listed_once():
+    with pytest.MonkeyPatch.context() as patch, listed_once():
         patch.setattr(_registration, "onnxscript_apis", apis)
         before = ONNXRegistry.from_torchlib(opset_version=20)
         with torch.library._scoped_library("m3vit_listed", "DEF") as library:
@@ -250,11 +251,11 @@ def test_shapes_that_are_said_are_those_torch_finds(name: str) -> None:
         found = [value for node in nodes for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
         return [(str(v.shape), v.dtype, str(v.stride())) for v in found]
 
-    own = [dict(operator.py_kernels) for operator in _SHAPES]
-    with _shapes_alone():
-        assert all(operator.py_kernels != before for operator, before in zip(_SHAPES, own, strict=True))
+    own = [dict(operator.py_kernels) for operator in SHAPES]
+    with shapes_alone():
+        assert all(operator.py_kernels != before for operator, before in zip(SHAPES, own, strict=True))
         said = values()
-    assert [operator.py_kernels for operator in _SHAPES] == own
+    assert [operator.py_kernels for operator in SHAPES] == own
     assert said == values()
 
 
