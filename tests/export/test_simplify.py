@@ -195,7 +195,7 @@ def test_types_are_promoted_where_they_are_not_alike(name: str) -> None:
         torch.testing.assert_close(torch.from_numpy(found), module(x))
 
 
-def test_the_exporters_table_islisted_once_and_what_one_export_adds_is_not_the_nexts() -> None:
+def test_the_exporters_table_is_listed_once_and_what_one_export_adds_is_not_the_nexts() -> None:
     own = vars(ONNXRegistry)["from_torchlib"]
     for _ in range(2):  # the second time it is listed already
         with listed_once():
