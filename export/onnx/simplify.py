@@ -111,9 +111,7 @@ def _reshaped(node: Node, sizes: dict[str, Node]) -> None:
     unknown = [place for place in symbolic if not isinstance(shape[place], Node)]
     for place in list(unknown):
         if len(unknown) > 1 and str(shape[place]) in of_source:
-            with node.graph.inserting_before(node):
-                made = node.graph.call_function(ATEN.sym_size.int, (source, of_source.index(str(shape[place]))))
-            made.meta["val"], shape[place] = shape[place], made
+            shape[place] = _size_before(node, source, of_source.index(str(shape[place])))
             unknown.remove(place)
     if len(unknown) > 1:
         return
@@ -133,15 +131,8 @@ def _gridded(node: Node, sizes: dict[str, Node]) -> None:
         order[:2] = order[1::-1]
     shape: list[Any] = []
     for place in order:
-        size: Any = values[place].shape[0]
-        if not isinstance(size, int):
-            made = sizes.get(str(size))
-            if made is None:
-                with node.graph.inserting_before(node):
-                    made = node.graph.call_function(ATEN.sym_size.int, (vectors[place], 0))
-                made.meta["val"] = size
-            size = made
-        shape.append(size)
+        size = values[place].shape[0]
+        shape.append(size if isinstance(size, int) else sizes.get(str(size)) or _size_before(node, vectors[place], 0))
     for coordinate in list(node.users):
         which: Any = coordinate.args[1]
         along = [-1 if place == which else 1 for place in order]
@@ -149,6 +140,14 @@ def _gridded(node: Node, sizes: dict[str, Node]) -> None:
             row = node.graph.call_function(ATEN.reshape.default, (vectors[which], along))
         row.meta["val"] = values[which].reshape(along)
         _become(coordinate, ATEN.expand.default, row, shape)
+
+
+def _size_before(node: Node, source: Node, axis: int) -> Node:
+    """Put before a node one that says a size of a tensor."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(ATEN.sym_size.int, (source, axis))
+    made.meta["val"] = source.meta["val"].shape[axis]
+    return made
 
 
 def _become(node: Node, target: Any, *args: Any, **kwargs: Any) -> None:
@@ -181,10 +180,11 @@ def _cast(node: Node) -> None:
 def _moved(node: Node) -> None:
     """A cast, where the tensor is on that device already."""
     source: Any = node.args[0]
-    given: Any = (*node.args[1:5], *(None, None, False, False)[len(node.args) - 1 :])
-    device, kind, _, copies = given
-    if torch.device(device) == source.meta["val"].device and not copies and not node.kwargs:
-        node.args = (source, kind)
+    device: Any = node.args[1]
+    if (
+        len(node.args) == 3 and not node.kwargs and torch.device(device) == source.meta["val"].device
+    ):  # no copy is asked for
+        node.args = (source, node.args[2])
         _cast(node)
 
 
