@@ -21,11 +21,12 @@ and the models small: the tables say nothing about photographs.
 
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import reduce
 from itertools import product
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _bench import arguments, machine, save
 from quality import run  # beside this file
@@ -41,11 +42,27 @@ from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS
 
 NAMES = LABEL_SETS["nyud"].tasks
-SHARES = {"whole": 1.0, "large": 0.75, "middle": 0.5, "small": 0.25}  # of the hidden units
-TOP_K = {"whole": 2, "large": 2, "middle": 1, "small": 1}
+
+
+class Shape(NamedTuple):
+    """How small a separate model is: the share of the hidden units, experts per token, and which blocks it lacks."""
+
+    width: float
+    top_k: int
+    without: tuple[int, ...] = ()
+
+
+DEPTH, WITH_EXPERTS = 6, (2, 5)
+SKIP = (0, 1, 3, 4)  # what the smallest budget leaves out: all dense blocks
+SHAPES = {
+    "whole": Shape(1.0, 2),
+    "large": Shape(0.75, 2),
+    "middle": Shape(0.5, 1, (1, 4)),
+    "small": Shape(0.25, 1, SKIP),
+}
 WAYS = ("separate", "same", "searched")
 PREFERENCES = (0.0, 0.5, 2.0, 8.0)
-TRUNK = "{{patch_size: 8, embed_dim: 64, depth: 4, num_heads: 4, mlp_ratio: {}, class_token: false, global_pool: ''}}"
+TRUNK = "{{patch_size: 8, embed_dim: 64, depth: {}, num_heads: 4, mlp_ratio: {}, class_token: false, global_pool: ''}}"
 
 
 def hypervolume(points: list[list[float]]) -> float:
@@ -94,17 +111,20 @@ class Seed:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def train(self, name: str) -> None:
-        """Train and score a model: "one", for budgets, or one of SHARES."""
+        """Train and score a model: "one", for budgets, or one of SHAPES."""
         folder = self.folder / name
         if (folder / "eval.json").exists():
             return
         keys = [f"--train.epochs={self.args.epochs}", f"--train.seed={self.seed}", "--train.threads=1"]
         keys += ["--model.head=linear", "--train.eval_epochs=0", f"--data.root={self.args.out / 'data'}"]
+        shape = SHAPES["whole" if name == "one" else name]
+        blocks = [block for block in range(DEPTH) if block not in shape.without]
+        keys += [f"--model.trunk_args={TRUNK.format(len(blocks), 4 * shape.width)}", f"--model.top_k={shape.top_k}"]
+        keys += [f"--model.moe_blocks={[blocks.index(block) for block in WITH_EXPERTS]}"]
+        keys += [f"--model.expert_ratio={2 * shape.width}"]
         if name == "one":
-            keys += ["--train.budgets=2", "--train.budget_width=0.25"]
-        else:
-            keys += [f"--model.trunk_args={TRUNK.format(2 * SHARES[name])}", f"--model.expert_ratio={SHARES[name]}"]
-            keys += [f"--model.top_k={TOP_K[name]}"]
+            keys += [f"--train.budgets={self.args.budgets}", "--train.budget_width=0.25"]
+            keys += [f"--train.budget_skip={list(SKIP)}"]
         run("train", "synthetic-tiny", *keys, "--out", folder, "--resume")
         run("eval", folder, "--workers", 1)
 
@@ -122,7 +142,10 @@ class Seed:
             found = load_run(self.one)
             model, train = found.model, found.config.train
             space = space_of(NAMES, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
-            write_budget(file, space.budget(TOP_K[name], list(SHARES)[::-1].index(name)), {})
+            shape = SHAPES[name]
+            widths = {block: round(shape.width * units) for block, units in model.hidden_widths().items()}
+            found = space.budget(shape.top_k, 0)
+            write_budget(file, replace(found, width=widths | dict.fromkeys(shape.without, 0)), {})
         return file
 
     def macs(self, name: str) -> int:
@@ -144,7 +167,7 @@ class Seed:
         whole = self.macs("one")
         rows, reached, separate = {}, [], []
         reference = scores(self.folder / "whole")
-        for name in SHARES:
+        for name in SHAPES:
             share = self.macs(name) / whole
             own = scores(self.folder / name)
             same = self.under(self.same(name))
@@ -178,6 +201,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=int, default=1, help="smaller passes of a step (train.budgets)")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at a time, on one thread each")
     parser.add_argument("--train", type=int, default=400, help="scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes")
@@ -187,7 +211,7 @@ def main() -> None:
     run("data", "synth", "--out", args.out / "data", "--train", args.train, "--val", args.val)
     seeds = [Seed(args, seed) for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: job[0].train(job[1]), product(seeds, ("one", *SHARES))))
+        list(pool.map(lambda job: job[0].train(job[1]), product(seeds, ("one", *SHAPES))))
     tables = [seed.figures() for seed in seeds]
 
     def mean(*keys: str) -> float:
@@ -197,7 +221,7 @@ def main() -> None:
     print(f"{args.epochs} epochs, {args.train} scenes, {args.seeds} seeds, protocol A; means over seeds")
     heads = " | ".join(f"{task} {TASKS[task].metric}: {', '.join(WAYS)}" for task in NAMES)
     print(f"| MACs | {heads} | loss %, same | searched |\n|---|" + "---:|" * (len(NAMES) + 2))
-    for name in SHARES:
+    for name in SHAPES:
         row = ("rows", name)
         cells = [", ".join(f"{mean(*row, way, task):.3f}" for way in WAYS) for task in NAMES]
         cells += [f"{mean(*row, f'loss_{way}_percent'):+.2f}" for way in WAYS[1:]]

@@ -11,6 +11,8 @@ from typing import Any
 import onnx
 import torch
 from onnx.defs import OpSchema
+from onnxscript import rewriter
+from onnxscript.rewriter import RewriteRule
 from onnxscript.rewriter.rules.common import slice_split_rule
 from onnxscript.values import Opset
 from torch import Tensor
@@ -29,7 +31,9 @@ from m3vit.export.onnx.lower import DOMAIN, INPUTS, OPERATOR
 def exporter() -> Iterator[None]:
     """Adapt the exporter to our models: what the functions below say of it holds inside."""
     with ExitStack() as stack:
-        for adapted in (_told, _quiet, _schemas, _without_pairs, listed_once, _without_cache):
+        for adapted in (
+            _told, _quiet, _schemas, _of_their_operator, listed_once, composites_once, _without_cache, _without_places
+        ):  # fmt: skip
             stack.enter_context(adapted())
         yield
 
@@ -92,16 +96,49 @@ def _schemas() -> Iterator[None]:
 
 
 @contextmanager
-def _without_pairs() -> Iterator[None]:
-    """Leave out the one rule of the exporter's optimizer that looks at pairs of nodes, of all of them, while exporting.
+def _of_their_operator() -> Iterator[None]:
+    """Try each rule of the exporter's optimizer on nodes of the operator that it is for, not on every node, and the one
+    that looks at pairs of nodes, of all of them, on none, while exporting.
 
-    It makes one Split of two Slices that lie side by side, which no model here gains by.
+    That one makes one Split of two Slices that lie side by side, which no model here gains by. Of the others, of which
+    there are 40, some twelfth of the time of a trace went into finding that a node is of another operator.
     """
+
+    def only(rule: RewriteRule, operator: Any) -> Callable[..., Any]:
+        def try_rewrite(model: Any, graph: Any, node: Any, **named: Any) -> Any:
+            return own(rule, model, graph, node, **named) if operator.matches(node.op_type) else None
+
+        own = type(rule).try_rewrite
+        return try_rewrite
+
+    changed: list[Any] = [slice_split_rule]
     slice_split_rule.try_rewrite = lambda *given, **named: None
+    for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()):  # of another version of onnxscript: on every node
+        pattern = getattr(rule, "_target_pattern", None)
+        if rule is not slice_split_rule and getattr(pattern, "has_single_output_node", False):
+            rule.try_rewrite = only(rule, pattern.output_node.op)
+            changed.append(rule)
     try:
         yield
     finally:
-        vars(slice_split_rule).pop("try_rewrite", None)
+        for rule in changed:
+            vars(rule).pop("try_rewrite", None)
+
+
+@contextmanager
+def _without_places() -> Iterator[None]:
+    """Do without the place in the source that torch notes of each node, while exporting: one in fifteen seconds of a
+    trace, for graphs that do not hold it."""
+    from torch.fx import config
+
+    own = getattr(config, "do_not_emit_stack_traces", None)  # None: another version of torch
+    if own is not None:
+        config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        if own is not None:
+            config.do_not_emit_stack_traces = own
 
 
 _LISTED: dict[Any, Any] = {}  # by opset and what operators torch knows, the table of what translates which
@@ -134,6 +171,35 @@ def listed_once() -> Iterator[None]:
         yield
     finally:
         table.from_torchlib = own
+
+
+@contextmanager
+def composites_once() -> Iterator[None]:
+    """Have torch look up its operators that are made of others once, not for each of thirty libraries, while exporting.
+
+    Again if there are others: what is imported meanwhile may define some.
+    """
+    try:
+        from torch._export import utils
+
+        module: Any = utils
+        own, registered = module._materialize_cpp_cia_ops, torch._C._dispatch_get_registrations_for_dispatch_key
+    except (ImportError, AttributeError):  # another version of torch
+        yield
+        return
+    known: set[int] = set()
+
+    def once() -> None:
+        count = len(registered("CompositeImplicitAutograd"))
+        if count not in known:
+            own()
+            known.add(count)
+
+    module._materialize_cpp_cia_ops = once
+    try:
+        yield
+    finally:
+        module._materialize_cpp_cia_ops = own
 
 
 def _without_cache() -> AbstractContextManager[Any]:

@@ -4,18 +4,23 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from onnxscript import rewriter
+from onnxscript.optimizer import optimize
 from torch import Tensor, nn
+from torch._export import utils as export_utils
 from torch.export import Dim, ExportedProgram
+from torch.fx import config as fx_config
 from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_leaves
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.exporter import SHAPES, listed_once, shapes_alone
+from m3vit.export.onnx.exporter import SHAPES, composites_once, exporter, listed_once, shapes_alone
 from m3vit.export.onnx.graph import _trace
 from m3vit.export.onnx.simplify import ATEN, RESHAPES, without_decomposing
 
@@ -184,7 +189,8 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_types_are_promoted_where_they_are_not_alike(name: str) -> None:
     module = Function((ALIKE | MIXED)[name])
     program = without_decomposing(traced(module))
-    exported = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    with exporter():
+        exported = torch.onnx.export(program, (), dynamo=True, verbose=False)
     assert exported is not None
     passed_over = not list(program.run_decompositions({}).graph_module.modules())
     assert passed_over == (name in ALIKE)
@@ -224,6 +230,59 @@ def test_an_operator_that_is_known_since_the_exporters_table_was_listed_is_in_th
             operator = torch.ops.m3vit_listed.of_late.default
             assert not before.is_registered(operator)
             assert ONNXRegistry.from_torchlib(opset_version=20).is_registered(operator)
+
+
+def by_the_optimizers_rules(x: Tensor) -> Tensor:
+    x = x.transpose(1, 2).transpose(2, 1).relu().relu().clamp(min=0.5).clamp(max=4) * 1 + 0
+    x = F.batch_norm(F.conv2d(F.pad(x, (1, 1, 1, 1)), torch.ones(4, 4, 1, 1)), torch.ones(4), torch.ones(4))
+    return x.reshape(-1, 4).reshape(4, -1).unsqueeze(0).squeeze(0).unsqueeze(0)
+
+
+def test_rules_of_the_exporters_optimizer_do_the_same_when_tried_on_nodes_of_their_operator_alone() -> None:
+    """And each is tried as it was on all nodes again, and torch notes where nodes come from, afterwards."""
+    patched = set()
+
+    def optimized() -> ir.Model:
+        axes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+        x = (torch.randn(2, 4, 6, 10),)
+        program = torch.onnx.export(
+            Function(by_the_optimizers_rules).eval(), x, dynamic_shapes=axes, dynamo=True, verbose=False, optimize=False
+        )
+        assert program is not None
+        before = len(program.model.graph)
+        patched.update(rule for rule in rewriter._DEFAULT_REWRITE_RULES if "try_rewrite" in vars(rule))
+        optimize(program.model)
+        assert len(program.model.graph) < before - 6
+        return program.model
+
+    def nodes(model: ir.Model) -> list[tuple[Any, ...]]:
+        return [(n.op_type, n.name, [v and v.name for v in n.inputs], str(n.attributes)) for n in model.graph]
+
+    plain = nodes(optimized())
+    assert not patched and not fx_config.do_not_emit_stack_traces
+    with exporter():
+        assert fx_config.do_not_emit_stack_traces
+        assert nodes(optimized()) == plain
+    assert len(patched) > 20
+    assert not any("try_rewrite" in vars(rule) for rule in rewriter._DEFAULT_REWRITE_RULES)
+    assert not fx_config.do_not_emit_stack_traces
+
+
+def test_operators_made_of_others_are_looked_up_once_and_again_when_there_are_more() -> None:
+    own, collect = export_utils._materialize_cpp_cia_ops, export_utils._collect_all_valid_cia_ops
+    with pytest.MonkeyPatch.context() as patch:
+        times: list[None] = []
+        patch.setattr(export_utils, "_materialize_cpp_cia_ops", lambda: (times.append(None), own())[1])
+        expected = collect()
+        assert len(times) > 10
+        times.clear()
+        with composites_once():
+            assert collect() == expected and collect() == expected and len(times) == 1
+            with torch.library._scoped_library("m3vit_listed", "FRAGMENT") as library:
+                library.define("of_others(Tensor x) -> Tensor")
+                library.impl("of_others", torch.relu, "CompositeImplicitAutograd")
+                assert torch.ops.m3vit_listed.of_others.default in collect() and len(times) == 2
+    assert export_utils._materialize_cpp_cia_ops is own
 
 
 SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
