@@ -148,6 +148,27 @@ def test_every_kind_is_complete_and_every_task_can_be_scored() -> None:
         check_scored(labels.tasks, name)
 
 
+CHANNELS = {"argmax": 5, "unit_vector": 3}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_how_far_logits_are_apart_is_0_and_flat_where_they_agree(name: str) -> None:
+    """And more, the further they are apart: an absolute difference would pull as hard at the smallest one."""
+    torch.manual_seed(0)
+    kind, target = KINDS[name], torch.randn(2, CHANNELS.get(name, 1), 4, 6) + 3
+    away = torch.randn_like(target)
+    found, slopes = [], []
+    for step in (0.0, 1e-2, 1e-1, 0.5):
+        logits = (target + step * away).requires_grad_()
+        distance = kind.distance(logits, target)
+        assert distance.shape == (2, 4, 6)
+        (slope,) = torch.autograd.grad(distance.sum(), logits)
+        found.append(float(distance.detach().mean()))
+        slopes.append(float(slope.abs().max()))
+    assert found[0] == pytest.approx(0, abs=1e-6) and found == sorted(found) and found[3] > 0
+    assert slopes[0] < 1e-5 and 5 * slopes[1] < slopes[2] < slopes[3]
+
+
 def test_neither_tasks_nor_meters_import_torch() -> None:
     code = (
         "import sys, m3vit.label_sets, m3vit.evaluation.meters, m3vit.export.runtime.drawing, m3vit.data.tools.check; "

@@ -60,10 +60,10 @@ class Directions(Kind):
         return error.sum() / (3 * counts[0]).clamp(min=1)
 
     def distance(self, logits: "Tensor", target: "Tensor") -> "Tensor":
-        """Return the mean absolute difference of the unit vectors' components."""
+        """Return half the mean squared difference of the unit vectors' components."""
         from torch.nn import functional as F
 
-        return (F.normalize(logits, dim=1) - F.normalize(target, dim=1)).abs().mean(dim=1)
+        return (F.normalize(logits, dim=1) - F.normalize(target, dim=1)).square().mean(dim=1) / 2
 
     def decode(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         return decoding.unit_vector(logits)

@@ -121,10 +121,13 @@ class Kind:
     def distance(self, logits: "Tensor", target: "Tensor") -> "Tensor":
         """Return how far each pixel's logits [B, C, H, W] are from others' of the task [B, H, W]; 0 where they agree.
 
-        What a smaller budget's outputs learn by (m3vit.training.budgets), so in the unit of `loss`. Here the mean
-        absolute difference of the channels.
+        What a smaller budget's outputs learn by (m3vit.training.budgets), so in the unit of `loss`, and flat at 0: an
+        absolute difference pulls as hard at the smallest one, and what both compute alike, next to nothing at first,
+        is then where they stay. Here the channels' mean squared difference, over twice the size (root mean square) of
+        the image's target.
         """
-        return (logits - target).abs().mean(dim=1)
+        size = target.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)
+        return ((logits - target).square() / (2 * size)).mean(dim=1)
 
     # --- predictions ---
 

@@ -53,6 +53,12 @@ def of_step(train: TrainConfig, found: Space | None, step: int) -> list[Budget]:
     return [FULL, found.smallest, *(found.random(rng) for _ in range(train.budgets - 1))]
 
 
+def distances_count(train: TrainConfig, step: int, steps: int) -> float:
+    """Return how much of their weights the distances have at step number `step` of `steps`: it rises from 0 to 1."""
+    rising = train.budget_warmup * steps
+    return min(1.0, step / rising) if rising else 1.0
+
+
 def require_trained_run(run: "Run", budget: Budget) -> None:
     """Raise InputError for a budget that a run cannot keep to, or that is below the smallest it was trained for."""
     model, train = run.model, run.config.train

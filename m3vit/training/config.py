@@ -104,6 +104,8 @@ class TrainConfig:
         budget_skip: dense blocks that the smallest budget leaves out, attention and all, and others may: [2, 4].
         budget_tokens: weight of how far the tokens that a smaller budget gives the heads are from the whole model's.
         budget_outputs: the same of its predictions, besides the tasks' weights.
+        budget_warmup: share of the training over which both weights rise from 0: what the whole model makes of images
+            before it has learned anything is nothing to learn from.
         weighting: how the tasks' losses are weighed. fixed: by task_weights. uncertainty: by learned log-variances that
             start at the fixed weights (Kendall 2018). dwa: fixed weights times dynamic weight averages, temperature 2
             (Liu 2019). pcgrad (Yu 2020), mgda (Sener 2018), aligned_mtl (Senushkin 2023): fixed weights, then the
@@ -159,6 +161,7 @@ class TrainConfig:
     budget_skip: list[int] = field(default_factory=list)
     budget_tokens: float = 1.0
     budget_outputs: float = 1.0
+    budget_warmup: float = 0.5
     weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0
     task_weights: dict[str, float] = field(default_factory=dict)
@@ -289,6 +292,8 @@ class Config:
             raise InputError(f"train.budgets is {train.budgets}: give at most {MOST_BUDGETS} passes a step, or 0")
         if not 0 < train.budget_width <= 1:
             raise InputError(f"train.budget_width is {train.budget_width}: give a share above 0, up to 1 (all units)")
+        if not 0 <= train.budget_warmup <= 1:
+            raise InputError(f"train.budget_warmup is {train.budget_warmup}: give a share of the training, 0 to 1")
         if train.budget_top_k < 1 or (train.budgets and train.budget_top_k > self.model.top_k):
             raise InputError(
                 f"train.budget_top_k is {train.budget_top_k}: give 1 to model.top_k ({self.model.top_k}), the experts "

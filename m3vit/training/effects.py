@@ -27,7 +27,7 @@ OF_EXPERTS = (
     "train.specialise_weight",
     "train.budget_top_k",
 )
-OF_BUDGETS = ("budget_top_k", "budget_width", "budget_skip", "budget_tokens", "budget_outputs")
+OF_BUDGETS = ("budget_top_k", "budget_width", "budget_skip", "budget_tokens", "budget_outputs", "budget_warmup")
 COUNTED = ("model.", "data.layout", "train.budget")  # what `m3vit profile` looks at
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
@@ -59,6 +59,8 @@ def without_effect(config: Config) -> dict[str, str]:
             found |= {f"train.{key}.{part}": reason for part in getattr(train, key) if part in ("experts", "routers")}
     if not train.budgets:
         found |= {f"train.{key}": "train.budgets is 0, the whole model alone is trained" for key in OF_BUDGETS}
+    elif not train.budget_tokens and not train.budget_outputs:
+        found["train.budget_warmup"] = "train.budget_tokens and train.budget_outputs are 0, nothing has to rise"
     if train.optimizer != "sgd":
         found["train.momentum"] = f"train.optimizer is {train.optimizer}, not sgd"
     for task in TASKS.values():

@@ -180,7 +180,9 @@ class Training:
                 shard(self.trained, mesh)
         optimizer = make_optimizer(settings, self.model, self.weighting.parameters())
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.stepper = Stepper(fabric, config, self.wrapped, self.optimizer, self.weighting)
+        self.steps_per_epoch = len(self.batches)
+        self.steps = settings.epochs * self.steps_per_epoch
+        self.stepper = Stepper(fabric, config, self.wrapped, self.optimizer, self.weighting, self.steps)
 
         size = (config.model.image_size[0], config.model.image_size[1])
         dataset = TrainingSet(
@@ -194,8 +196,6 @@ class Training:
             options.cache,
         )
         self.loader = make_loader(dataset, self.batches, options.workers, pin_memory=fabric.device.type == "cuda")
-        self.steps_per_epoch = len(self.batches)
-        self.steps = settings.epochs * self.steps_per_epoch
         self.step = 0
         self.clock = (time.perf_counter(), 0)  # when the speed was last drawn, and at which step
         self.left_out = LeftOut()

@@ -23,7 +23,7 @@ from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing
 from m3vit.models.slices import gradients_in_place
-from m3vit.training.budgets import Whole, left_out, of_step, output_distance, space, token_distance
+from m3vit.training.budgets import Whole, distances_count, left_out, of_step, output_distance, space, token_distance
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, loss_options, task_loss
@@ -100,11 +100,13 @@ def smaller_losses(
     counts: BatchCounts,
     images: int,
     tokens_count: bool = True,
+    distances: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a smaller budget's pass, and its parts: the tasks' losses, and the distances to the whole.
 
     Distances are means over the `images` of the batch, of which these may be a part; without `tokens_count` none of
     them. Of fewer tasks than the model has, tokens weigh as much less. Routers are balanced by the whole model's pass.
+    `distances`: how much of their weights the distances have (`distances_count`).
     """
     train = config.train
     loss, _ = task_losses(config, output, labels, weights, counts)
@@ -112,7 +114,7 @@ def smaller_losses(
     tokens = token_distance(output, whole).sum() * share * len(output.logits) / len(config.model.tasks)
     outputs = output_distance(output, whole, weights).sum() * share
     parts = {"budget/loss": loss, "budget/tokens": tokens, "budget/outputs": outputs}
-    return loss + train.budget_tokens * tokens + train.budget_outputs * outputs, parts
+    return loss + distances * (train.budget_tokens * tokens + train.budget_outputs * outputs), parts
 
 
 def task_weights(config: Config) -> dict[str, float]:
@@ -189,13 +191,17 @@ def choose_tasks(train: TrainConfig, tasks: list[str], step: int) -> list[str]:
 class Stepper:
     """Turns batches into gradients and steps of the optimiser."""
 
-    def __init__(self, fabric: Fabric, config: Config, model: Any, optimizer: Any, weighting: Fixed) -> None:
+    def __init__(
+        self, fabric: Fabric, config: Config, model: Any, optimizer: Any, weighting: Fixed, steps: int = 0
+    ) -> None:
+        """`steps`: of the whole training; 0: not known, and what depends on them is as at its end."""
         self.fabric, self.config, self.optimizer, self.weighting = fabric, config, optimizer, weighting
         self.wrapped = model
         self.model: MultiTaskModel = model.module
         self.stand_in = stand_in(config, fabric.device)
         self.space = space(self.model, config.train) if config.train.budgets else None
         self.images = 0  # of the batch, of all processes
+        self.steps, self.distances = steps, 1.0
 
     def gradients(self, step: int, images: Tensor | None, labels: Labels) -> dict[str, float]:
         """Compute the gradient of step number `step` from this process's share of its batch (None: no image).
@@ -208,6 +214,7 @@ class Stepper:
         counts = BatchCounts(labels if images is not None else self.stand_in.labels)
         labelled = counts.labelled()
         budgets = of_step(train, self.space, step)
+        self.distances = distances_count(train, step, self.steps)
         if self.space is not None:
             self.images = int(total(torch.tensor([0 if images is None else len(images)])))
         tasks = choose_tasks(train, self.config.model.tasks, step)
@@ -314,7 +321,7 @@ class Stepper:
             found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes, budgets)
         else:
             loss, losses = smaller_losses(
-                self.config, output, whole, part.labels, weights, counts, self.images, part.counts
+                self.config, output, whole, part.labels, weights, counts, self.images, part.counts, self.distances
             )
             if world_size() > 1 and not is_sharded(self.model) and (none := left_out(self.model, budget)) is not None:
                 loss = loss + none

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget
-from m3vit.training.budgets import of_step, space
+from m3vit.training.budgets import distances_count, of_step, space
 from m3vit.training.config import TrainConfig, read_run_config
 from m3vit.training.loop import train
 from m3vit.training.starting import build
@@ -70,8 +70,10 @@ def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: 
             "semseg": F.kl_div(
                 logits["semseg"].log_softmax(1), target["semseg"].log_softmax(1), log_target=True, reduction="none"
             ).sum(1),
-            "depth": (logits["depth"] - target["depth"]).abs()[:, 0],
-            "normals": (F.normalize(logits["normals"], dim=1) - F.normalize(target["normals"], dim=1)).abs().mean(1),
+            "depth": ((logits["depth"] - target["depth"]) ** 2)[:, 0]
+            / (2 * (target["depth"] ** 2).mean((1, 2, 3)).sqrt())[:, None, None],
+            "normals": ((F.normalize(logits["normals"], dim=1) - F.normalize(target["normals"], dim=1)) ** 2).mean(1)
+            / 2,
             "edge": binary_divergence(logits["edge"][:, 0], target["edge"][:, 0]),
         }
         outputs = torch.stack([weights[task] * apart[task].mean() for task in TASKS]).sum()
@@ -123,6 +125,27 @@ def test_weightings_and_drawn_tasks(batch: tuple[Tensor, Labels], options: dict[
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 
+def test_distances_count_more_and_more(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
+    """Half of the training by default, and then whole: a step without them is one of their weights 0."""
+    train = TrainConfig(**BUDGETS)
+    assert [distances_count(train, step, 8) for step in range(8)] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert distances_count(TrainConfig(budget_warmup=0.0), 0, 8) == distances_count(train, 5, 0) == 1
+
+    def step(number: int, steps: int, **given: float) -> dict[str, Tensor]:
+        found = stepper(configured(**given))
+        found.steps = steps
+        found.gradients(number, *batch)
+        return {name: p.grad for name, p in found.model.named_parameters() if p.grad is not None}
+
+    none = step(0, 0, budget_tokens=0.0, budget_outputs=0.0)
+    assert_same(none, step(0, 8), rtol=0, atol=0)
+    whole, half = step(2, 0), step(2, 8)
+    without = step(2, 0, budget_tokens=0.0, budget_outputs=0.0)
+    expected = {name: (without[name] + value) / 2 for name, value in whole.items()}
+    assert_same(expected, half, rtol=1e-3, atol=1e-5)
+    assert any(not torch.allclose(half[name], value, rtol=1e-2) for name, value in whole.items())
+
+
 def test_half_precision_is_near(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
     values, _ = gradients(configured(), batch)
     half, _ = gradients(configured(precision="bf16-mixed"), batch)
@@ -154,6 +177,11 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
         ("--train.budgets=-1", "zero or a positive number"),
         ("--train.budgets=1 --train.budget_skip=[1]", "budget_skip names 1: the blocks that can be left out are"),
         ("--train.budgets=1 --train.budget_width=0", "a share above 0, up to 1"),
+        ("--train.budgets=1 --train.budget_warmup=2", "give a share of the training, 0 to 1"),
+        (
+            "--train.budgets=1 --train.budget_tokens=0 --train.budget_outputs=0 --train.budget_warmup=0.1",
+            "nothing has to rise",
+        ),
         ("--train.budgets=1 --train.budget_top_k=3", "give 1 to model.top_k"),
         ("--train.budgets=1 --train.budget_top_k=2 --train.budget_width=1.0", "the smallest budget is the whole"),
     ):
