@@ -1,10 +1,11 @@
 """One checkpoint for any budget beside models trained for one each, on rendered scenes, at a small scale.
 
-    python benchmarks/budgets.py --out runs/budgets [--epochs 40] [--seeds 3] [--jobs 1] [--json FILE]
+    python benchmarks/budgets.py --out runs/budgets [--epochs 40] [--seeds 3] [--jobs 1] [--json FILE] [--plot FILE]
 
-Nothing but public commands, recipe synthetic-tiny with linear heads. By seed, one model is trained for budgets
-(train.budgets), and one plainly for each of four budgets, made as small as the budget makes the other: hidden units of
-experts and MLPs from all to a quarter, and one expert per token in the two smaller ones. Three tables:
+Nothing but public commands, recipe synthetic-tiny with linear heads and six blocks, two of them with experts. By seed,
+one model is trained for budgets (train.budgets), and one plainly for each of four budgets, made as small as the budget
+makes the other: hidden units of experts and MLPs from all to a quarter, one expert per token in the two smaller ones,
+of which the larger lacks two dense blocks and the smallest all four. Three tables, and a picture of the first:
 
 - metric against MACs: the separate models, the one checkpoint under the very same budgets, and under those that
   `m3vit search` finds for as many MACs. "loss" is the mean over tasks of what the headline metric loses on the separate
@@ -196,6 +197,32 @@ class Seed:
         return {"rows": rows, "hypervolume": volumes, "control": control}
 
 
+def draw(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> None:
+    """Draw each task's metric against the share of the MACs: `rows` are means over seeds, by SHAPES."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    styles = {"separate": "s", "same": "o--", "searched": "^-"}
+    labels = (
+        "trained for this budget alone",
+        "one checkpoint, the same budgets",
+        "one checkpoint, budgets searched for",
+    )
+    for axis, name in zip(figure.subplots(1, len(NAMES)), NAMES, strict=True):
+        task = TASKS[name]
+        for (way, style), label in zip(styles.items(), labels, strict=True):
+            shares = [row["share_of_macs"] for row in rows.values()]
+            axis.plot(shares, [row[way][name] for row in rows.values()], style, label=label, markersize=5)
+        axis.set_title(f"{name}: {task.metric} ({task.unit}) {'↑' if task.higher_is_better else '↓'}", fontsize=9)
+        axis.set_xlabel("share of the MACs", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.suptitle(f"Rendered scenes, mean of {seeds} seed{'s' * (seeds > 1)}", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -205,6 +232,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="models trained at a time, on one thread each")
     parser.add_argument("--train", type=int, default=400, help="scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes")
+    parser.add_argument("--plot", type=Path, help="PNG")
     parser.add_argument("--images", type=int, default=32, help="val scenes that a search measures on")
     args = parser.parse_args()
     found = machine()
@@ -230,6 +258,13 @@ def main() -> None:
         print(f"hypervolume, {name}: {mean('hypervolume', name):.4f}")
     words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in NAMES)
     print(f"control (rank correlation of preference and metric): {words}")
+    if args.plot:
+        rows = {
+            name: {"share_of_macs": mean("rows", name, "share_of_macs")}
+            | {way: {task: mean("rows", name, way, task) for task in NAMES} for way in WAYS}
+            for name in SHAPES
+        }
+        draw(rows, args.seeds, args.plot)
     save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
 
 
