@@ -33,12 +33,14 @@ from torch.overrides import TorchFunctionMode
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
+from m3vit.models.decoders import DECODERS
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.of_timm import timm
 from m3vit.models.router import EMBEDDING, Router
 from m3vit.models.trial import meta_model, refusing
+from m3vit.tasks import TASKS
 
 FORMAT, FORMAT_VERSION = "m3vit profile", 1
 MIB_FP16 = 2 / 2**20  # MiB a parameter in half precision
@@ -222,9 +224,21 @@ def graph_macs(
 
     `count_macs` says how.
     """
-    model = meta_model(replace(config, image_size=size))
+    model = _last_model(replace(config, image_size=size))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
+
+
+_LAST: list[tuple[tuple[Any, ...], MultiTaskModel]] = []
+
+
+def _last_model(config: ModelConfig) -> MultiTaskModel:
+    """Return `meta_model(config)`, or the last one if it was of the same: each graph of a package asks for its MACs."""
+    registered = config.labels, DECODERS.get(config.head), [TASKS.get(task) for task in config.tasks]
+    key = repr(config), *registered  # what names stand for may change
+    if not _LAST or _LAST[0][0] != key:
+        _LAST[:] = [(key, meta_model(config))]
+    return _LAST[0][1]
 
 
 def macs_share(config: ModelConfig, budget: Budget) -> float:
