@@ -8,9 +8,9 @@ A task's graph has its own routing, so tasks do not meddle with each other: one 
 choice of every task. First each block alone gets fewer experts, its smallest width, or is left out, which predicts, by
 adding up, what any combination loses. Costs add up exactly, so the combinations that no other one beats (in cost and
 predicted loss) are found block by block, all of them looked at: first of widths, of which a few are taken, from all to
-the smallest; then, for each of these, of each task's experts. Some of these, spread over the range of costs, are
-measured. Last, a point of each task is taken, of one choice of widths, so that together they keep within the compute
-and lose least, each task weighed by its preference.
+the smallest and next to the compute asked for; then, for each of these, of each task's experts. Some of these, spread
+over the range of costs, are measured. Last, a point of each task is taken, of one choice of widths, so that together
+they keep within the compute and lose least, each task weighed by its preference.
 
 Losses are relative to the full model, in percent of the headline metric, negative where a smaller one is better.
 L blocks with experts.
@@ -35,7 +35,7 @@ from m3vit.tasks import TASKS
 
 PROTOCOL = "A"
 POINTS = 6  # of a task's front that are measured, beside all experts
-LEVELS = 4  # of the widths' front that are measured, and of each task's front at each of them
+LEVELS = 4  # of the widths' front that are measured, besides those next to what is asked, and of each task's at each
 
 T = TypeVar("T")
 Counts = tuple[int, ...]  # experts per token of the L blocks; or hidden units of those that have a choice
@@ -244,7 +244,7 @@ def search(
 
     alone_of = [(place, count) for place in range(len(blocks)) for count in range(found.fewest, found.top_k)]
     narrow = [block for block, widths in found.widths.items() if len(widths) > 1]
-    levels, points = (LEVELS, LEVELS) if narrow else (1, POINTS)
+    levels, points = (LEVELS + 2, LEVELS) if narrow else (1, POINTS)
     measuring = _Measuring(model, split, indices, progress)
     widths_alone = sum(len(alone_in(found.widths[block])) for block in narrow)
     measuring.total = 1 + len(alone_of) + widths_alone + levels * points
@@ -260,7 +260,7 @@ def search(
         lost = measuring.losses(budget_of(dict.fromkeys(tasks, counts), blocks), "each block alone")
         for task in tasks:
             alone[task][place][count] = lost[task]
-    widths = _levels(found, narrow, costs, preferences, measuring) if narrow else [{}]
+    widths = _levels(found, narrow, costs, preferences, measuring, share * whole) if narrow else [{}]
     measuring.total -= (levels - len(widths)) * points
 
     ways: list[Together] = []
@@ -287,11 +287,18 @@ def _cost(costs: Costs, task: str, blocks: Sequence[int], widths: Mapping[int, i
 
 
 def _levels(
-    found: Space, narrow: Sequence[int], costs: Costs, preferences: Mapping[str, float], measuring: _Measuring
+    found: Space,
+    narrow: Sequence[int],
+    costs: Costs,
+    preferences: Mapping[str, float],
+    measuring: _Measuring,
+    limit: float,
 ) -> list[dict[int, int]]:
-    """Return a few choices of the width of every block, {} (all units) first, the smallest last.
+    """Return a few choices of the width of every block, {} (all units) first, the smallest last, by falling cost.
 
-    They are unbeaten in the cost of all tasks and in the loss that is predicted, weighed by the preferences.
+    They are unbeaten in the cost of all tasks and in the loss that is predicted, weighed by the preferences: some
+    spread over the range, the largest that keeps within `limit` with all experts, and the next one above it, which may
+    with fewer.
     """
     tasks, total = found.tasks, sum(preferences[task] for task in found.tasks)
     alone = []
@@ -308,8 +315,10 @@ def _levels(
 
     every = tuple(found.widths[block][-1] for block in narrow)
     least = tuple(found.widths[block][0] for block in narrow)
-    front = [point.counts for point in sample_front(predicted_front(alone, cost, every), LEVELS)]
-    between_them = [counts for counts in front if counts not in (every, least)][: LEVELS - 2]
+    front = predicted_front(alone, cost, every)  # by ascending cost
+    within = sum(point.cost <= limit * (1 + 1e-9) for point in front)
+    taken = {point.counts for point in (*sample_front(front, LEVELS), *front[max(0, within - 1) : within + 1])}
+    between_them = [point.counts for point in front if point.counts in taken and point.counts not in (every, least)]
     return [{}, *(dict(zip(narrow, counts, strict=True)) for counts in (*between_them[::-1], least))]
 
 

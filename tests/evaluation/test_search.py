@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from m3vit.errors import InputError
 from m3vit.evaluation.costs import macs_of
 from m3vit.evaluation.search import (
     Point,
+    _levels,
+    alone_in,
     best_together,
+    between,
     predicted_front,
     read_preferences,
     relative_loss,
@@ -34,6 +38,7 @@ from m3vit.models.budget import Budget
 from m3vit.models.budget_file import read_budget, write_budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.space import Space
 from m3vit.models.trial import meta_model
 from m3vit.profiling import graph_macs
 from m3vit.run_folder import load_run
@@ -129,6 +134,42 @@ def test_the_front_of_a_task_is_that_of_all_combinations(seed: int) -> None:
     for point in found:
         assert point in everything
     assert sample_front(found, 2)[0] == found[0] and sample_front(found, 2)[-1] == found[-1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_widths_next_to_what_is_asked_are_among_those_measured(seed: int) -> None:
+    """Of all combinations of widths, the unbeaten one that fills the compute asked for, and the next above it."""
+    rng = np.random.default_rng(seed)
+    found = Space(
+        ("depth", "edge"), (1,), 1, 2, {block: ((0,) if block % 2 == 0 else ()) + (4, 8, 16) for block in range(4)}
+    )
+    lost = {(block, width): float(rng.integers(1, 30)) for block in range(4) for width in (0, 4)}
+    units = rng.integers(1, 9, 4)
+
+    class Measured:
+        def losses(self, budget: Budget, words: str) -> dict[str, float]:
+            ((block, width),) = budget.width.items()
+            return {"depth": lost[block, width], "edge": lost[block, width]}
+
+    def of(task: str, counts: dict[int, int], widths: dict[int, int]) -> float:
+        return 50 + sum(float(units[block]) * width for block, width in widths.items())
+
+    costs, both = SimpleNamespace(of=of), {"depth": 1.0, "edge": 3.0}
+    losses = [
+        between(found.widths[block], {w: lost[block, w] for w in alone_in(found.widths[block])}) for block in range(4)
+    ]
+    every = [
+        (2 * of("", {}, dict(enumerate(widths))), sum(one[w] for one, w in zip(losses, widths, strict=True)), widths)
+        for widths in itertools.product(*found.widths.values())
+    ]
+    front = [one for one in every if not any(o[0] <= one[0] and o[1] <= one[1] and o[:2] != one[:2] for o in every)]
+    for limit in np.linspace(min(front)[0], max(front)[0], 7):
+        levels = _levels(found, list(range(4)), costs, both, Measured(), limit)  # type: ignore[arg-type]
+        assert levels[0] == {} and tuple(levels[-1].values()) == (0, 4, 0, 4) and len(levels) <= 6
+        taken = {2 * of("", {}, level or dict.fromkeys(range(4), 16)) for level in levels}
+        assert max(one[0] for one in front if one[0] <= limit) in taken
+        assert min((one[0] for one in front if one[0] > limit), default=max(taken)) in taken
+        assert [2 * of("", {}, level) for level in levels[1:]] == sorted(taken, reverse=True)[1:]
 
 
 @pytest.mark.parametrize("seed", range(20))
