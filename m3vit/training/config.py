@@ -160,7 +160,7 @@ class TrainConfig:
     budget_width: float = 0.25
     budget_skip: list[int] = field(default_factory=list)
     budget_tokens: float = 1.0
-    budget_outputs: float = 1.0
+    budget_outputs: float = 0.1
     budget_warmup: float = 0.5
     weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0
