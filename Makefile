@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # On two cores: tests wait for processes, servers and compilers.
-WORKERS ?= 5
+WORKERS ?= 4
 BIN := $(VENV)/bin
 # The tests start a hundred processes: each would compile every module again.
 export PYTHONDONTWRITEBYTECODE :=

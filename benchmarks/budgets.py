@@ -125,7 +125,7 @@ class Seed:
         keys += [f"--model.expert_ratio={2 * shape.width}"]
         if name == "one":
             keys += [f"--train.budgets={self.args.budgets}", "--train.budget_width=0.25"]
-            keys += [f"--train.budget_skip={list(SKIP)}"]
+            keys += [f"--train.budget_skip={list(SKIP)}", *(f"--{key}" for key in self.args.one)]
         run("train", "synthetic-tiny", *keys, "--out", folder, "--resume")
         run("eval", folder, "--workers", 1)
 
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, default=1, help="smaller passes of a step (train.budgets)")
+    parser.add_argument("--one", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the one checkpoint")
     parser.add_argument("--jobs", type=int, default=1, help="models trained at a time, on one thread each")
     parser.add_argument("--train", type=int, default=400, help="scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes")
