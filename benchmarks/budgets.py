@@ -220,6 +220,7 @@ def draw(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> None:
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(f"Rendered scenes, mean of {seeds} seed{'s' * (seeds > 1)}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
@@ -259,6 +260,7 @@ def main() -> None:
         print(f"hypervolume, {name}: {mean('hypervolume', name):.4f}")
     words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in NAMES)
     print(f"control (rank correlation of preference and metric): {words}")
+    save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
     if args.plot:
         rows = {
             name: {"share_of_macs": mean("rows", name, "share_of_macs")}
@@ -266,7 +268,6 @@ def main() -> None:
             for name in SHAPES
         }
         draw(rows, args.seeds, args.plot)
-    save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from io import StringIO
+from threading import Lock
 from typing import Any
 
 import torch
@@ -224,18 +225,22 @@ def graph_macs(
 
     `count_macs` says how.
     """
-    model = _last_model(replace(config, image_size=size))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
+    with _COUNTING:
+        model = _last_model(replace(config, image_size=size))
+        return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
 
 
 _LAST: list[tuple[tuple[Any, ...], MultiTaskModel]] = []
+_COUNTING = Lock()  # counting hangs on the model's modules
 
 
 def _last_model(config: ModelConfig) -> MultiTaskModel:
     """Return `meta_model(config)`, or the last one if it was of the same: each graph of a package asks for its MACs."""
-    registered = config.labels, DECODERS.get(config.head), [TASKS.get(task) for task in config.tasks]
-    key = repr(config), *registered  # what names stand for may change
+    # What names stand for may change.
+    channels = [config.labels.channels(task) for task in config.tasks]
+    trunk = timm.models.model_entrypoint(config.trunk) if timm.is_model(config.trunk) else None
+    key = repr(config), channels, trunk, DECODERS.get(config.head), [TASKS.get(task) for task in config.tasks]
     if not _LAST or _LAST[0][0] != key:
         _LAST[:] = [(key, meta_model(config))]
     return _LAST[0][1]

@@ -167,6 +167,11 @@ def test_how_far_logits_are_apart_is_0_and_flat_where_they_agree(name: str) -> N
         slopes.append(float(slope.abs().max()))
     assert found[0] == pytest.approx(0, abs=1e-6) and found == sorted(found) and found[3] > 0
     assert slopes[0] < 1e-5 and 5 * slopes[1] < slopes[2] < slopes[3]
+    nothing, far = torch.zeros_like(target), (100 * away).requires_grad_()
+    for target in (nothing, 1e-9 * away):  # no larger a slope than an absolute difference has, whatever the target
+        distance = kind.distance(far, target)
+        (slope,) = torch.autograd.grad(distance.sum(), far)
+        assert distance.isfinite().all() and slope.isfinite().all() and slope.abs().mean() <= 1
 
 
 def test_neither_tasks_nor_meters_import_torch() -> None:

@@ -112,13 +112,13 @@ def _of_their_operator() -> Iterator[None]:
         return try_rewrite
 
     changed: list[Any] = [slice_split_rule]
-    slice_split_rule.try_rewrite = lambda *given, **named: None
-    for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()):  # of another version of onnxscript: on every node
-        pattern: Any = getattr(rule, "_target_pattern", None)
-        if rule is not slice_split_rule and getattr(pattern, "has_single_output_node", False):
-            rule.try_rewrite = only(rule, pattern.output_node.op)
-            changed.append(rule)
     try:
+        slice_split_rule.try_rewrite = lambda *given, **named: None
+        for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()):  # of another version of onnxscript: on every node
+            pattern: Any = getattr(rule, "_target_pattern", None)
+            if rule is not slice_split_rule and getattr(pattern, "has_single_output_node", False):
+                changed.append(rule)
+                rule.try_rewrite = only(rule, pattern.output_node.op)
         yield
     finally:
         for rule in changed:

@@ -309,15 +309,20 @@ def _levels(
             measured[width] = sum(preferences[task] * lost[task] for task in tasks) / total
         alone.append(between(found.widths[block], measured))
 
-    def cost(widths: Counts) -> float:
+    def cost(widths: Counts, experts: Mapping[int, int] | None = None) -> float:
         given = dict(zip(narrow, widths, strict=True))
-        return sum(costs.of(task, {}, given) for task in tasks)
+        return sum(costs.of(task, experts or {}, given) for task in tasks)
 
     every = tuple(found.widths[block][-1] for block in narrow)
     least = tuple(found.widths[block][0] for block in narrow)
     front = predicted_front(alone, cost, every)  # by ascending cost
-    within = sum(point.cost <= limit * (1 + 1e-9) for point in front)
-    taken = {point.counts for point in (*sample_front(front, LEVELS), *front[max(0, within - 1) : within + 1])}
+    within, fewest = sum(point.cost <= limit * (1 + 1e-9) for point in front), dict.fromkeys(found.blocks, found.fewest)
+    next_to_it = front[max(0, within - 1) : within + 1]
+    if within < len(front) and cost(front[within].counts, fewest) > limit * (1 + 1e-9):
+        next_to_it.pop()  # not with the fewest experts either
+    # All units are among those returned, on the front or not.
+    spread = sample_front(front, LEVELS if front[-1].counts == every else LEVELS - 1)
+    taken = {point.counts for point in (*spread, *next_to_it)}
     between_them = [point.counts for point in front if point.counts in taken and point.counts not in (every, least)]
     return [{}, *(dict(zip(narrow, counts, strict=True)) for counts in (*between_them[::-1], least))]
 

@@ -124,10 +124,12 @@ class Kind:
         What a smaller budget's outputs learn by (m3vit.training.budgets), so in the unit of `loss`, and flat at 0: an
         absolute difference pulls as hard at the smallest one, and what both compute alike, next to nothing at first,
         is then where they stay. Here the channels' mean squared difference, over twice the size (root mean square) of
-        the image's target.
+        the image's target, or of the differences if they are larger.
         """
-        size = target.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-6)
-        return ((logits - target).square() / (2 * size)).mean(dim=1)
+        squares = (logits - target).square()
+        sizes = (one.detach().mean(dim=(1, 2, 3), keepdim=True).sqrt() for one in (squares, target.square()))
+        size = next(sizes).maximum(next(sizes)).clamp(min=1e-6)  # 0 where both are
+        return (squares / (2 * size)).mean(dim=1)
 
     # --- predictions ---
 

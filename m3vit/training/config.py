@@ -447,6 +447,11 @@ def read_config(path: Path) -> Config:
             raise TypeError(f"it is empty or lacks one of the mappings {', '.join(SECTIONS)}")
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
+        if "budget_warmup" not in values["train"]:
+            if values["train"].get("budgets"):
+                values["train"]["budget_warmup"] = 0.0
+            else:
+                values["train"].pop("budget_outputs", None)  # without effect, and by default another number then
         sections = ModelConfig(**values["model"]), DataConfig(**values["data"]), TrainConfig(**values["train"])
         config = Config(*sections, values.get("plugins", []))
         if not fits(config.plugins, list[str]):

@@ -28,7 +28,9 @@ OF_EXPERTS = (
     "train.budget_top_k",
 )
 OF_BUDGETS = ("budget_top_k", "budget_width", "budget_skip", "budget_tokens", "budget_outputs", "budget_warmup")
-COUNTED = ("model.", "data.layout", "train.budget")  # what `m3vit profile` looks at
+COUNTED = (  # what `m3vit profile` looks at
+    "model.", "data.layout", "train.budgets", "train.budget_top_k", "train.budget_width", "train.budget_skip",
+)  # fmt: skip
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 
 

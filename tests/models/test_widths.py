@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from m3vit.errors import InputError
+from m3vit.label_sets import LABEL_SETS
 from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -207,3 +209,19 @@ def test_the_smallest_budget_is_printed(cli: Callable[..., subprocess.CompletedP
     said = float(re.search(r"the smallest budget trained for takes (0\.\d+) of the MACs", result.stdout)[1])  # type: ignore[index]
     assert 0.5 < said < 0.95
     assert "smallest" not in cli(*words).stdout
+
+
+def test_macs_are_of_what_names_stand_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that was counted last is counted again, but not under other classes or another trunk of its name."""
+    config = make(tasks=["semseg"]).config
+    before = graph_macs(config, "semseg", (32, 48))
+    assert graph_macs(config, "semseg", (32, 48)) == before
+    with monkeypatch.context() as patch:
+        patch.setitem(LABEL_SETS["nyud"].classes, "semseg", ("a", "b", "c"))  # type: ignore[arg-type]
+        assert graph_macs(config, "semseg", (32, 48)) < before
+    entry_points, name = timm.models._registry._model_entrypoints, config.trunk
+    with monkeypatch.context() as patch:
+        own = entry_points[name]
+        patch.setitem(entry_points, name, lambda **given: own(**given | {"mlp_ratio": 4}))
+        assert graph_macs(config, "semseg", (32, 48)) > before
+    assert graph_macs(config, "semseg", (32, 48)) == before

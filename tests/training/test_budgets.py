@@ -15,7 +15,8 @@ from torch import Tensor
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget
 from m3vit.training.budgets import distances_count, of_step, space
-from m3vit.training.config import TrainConfig, read_run_config
+from m3vit.training.config import TrainConfig, read_config, read_run_config
+from m3vit.training.extending import words
 from m3vit.training.loop import train
 from m3vit.training.starting import build
 from m3vit.training.step import Labels, step_losses, task_weights
@@ -71,7 +72,7 @@ def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: 
                 logits["semseg"].log_softmax(1), target["semseg"].log_softmax(1), log_target=True, reduction="none"
             ).sum(1),
             "depth": ((logits["depth"] - target["depth"]) ** 2)[:, 0]
-            / (2 * (target["depth"] ** 2).mean((1, 2, 3)).sqrt())[:, None, None],
+            / (2 * torch.maximum(size(target["depth"]), size((logits["depth"] - target["depth"]).detach()))),
             "normals": ((F.normalize(logits["normals"], dim=1) - F.normalize(target["normals"], dim=1)) ** 2).mean(1)
             / 2,
             "edge": binary_divergence(logits["edge"][:, 0], target["edge"][:, 0]),
@@ -79,6 +80,10 @@ def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: 
         outputs = torch.stack([weights[task] * apart[task].mean() for task in TASKS]).sum()
         total = total + learned + 0.5 * tokens + 2.0 * outputs
     return total / len(budgets), float(np.mean(distances))
+
+
+def size(x: Tensor) -> Tensor:
+    return (x**2).mean((1, 2, 3)).sqrt()[:, None, None]
 
 
 def binary_divergence(x: Tensor, y: Tensor) -> Tensor:
@@ -186,6 +191,26 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
         ("--train.budgets=1 --train.budget_top_k=2 --train.budget_width=1.0", "the smallest budget is the whole"),
     ):
         refused(cli(*words, *given.split()), message)
+
+
+def test_runs_from_before_the_warmup_go_on_as_they_began(budget_run: Path, tmp_path: Path) -> None:
+    """Those trained for budgets without one; of others nothing differs from what the same command says today."""
+    text = (budget_run / "config.yaml").read_text()
+    before = "\n".join(line for line in text.splitlines() if not line.startswith(("  budget_warmup", "# m3vit sha256")))
+    for budgets, outputs in ((2, 1.0), (0, 1.0)):
+        old = before.replace("  budgets: 2", f"  budgets: {budgets}")
+        (tmp_path / "config.yaml").write_text(old.replace("  budget_outputs: 0.1", f"  budget_outputs: {outputs}"))
+        train = read_config(tmp_path / "config.yaml").train
+        expected = (0.0, 1.0) if budgets else (TrainConfig().budget_warmup, TrainConfig().budget_outputs)
+        assert (train.budget_warmup, train.budget_outputs) == expected
+
+
+def test_more_epochs_say_that_distances_rise_again(budget_run: Path) -> None:
+    config = read_run_config(budget_run)
+    config.train.epochs = 8
+    assert "budgets' distances count 0.50 of their weights" in words(config, 2, 5)
+    config.train.epochs = 4
+    assert "distances" not in words(config, 2, 5)
 
 
 class Enough(Exception):  # noqa: N818 (a signal)
