@@ -145,8 +145,8 @@ class Seed:
             space = space_of(NAMES, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
             shape = SHAPES[name]
             widths = {block: round(shape.width * units) for block, units in model.hidden_widths().items()}
-            found = space.budget(shape.top_k, 0)
-            write_budget(file, replace(found, width=widths | dict.fromkeys(shape.without, 0)), {})
+            budget = replace(space.budget(shape.top_k, 0), width=widths | dict.fromkeys(shape.without, 0))
+            write_budget(file, budget, {})
         return file
 
     def macs(self, name: str) -> int:
@@ -251,22 +251,21 @@ def main() -> None:
     print(f"{args.epochs} epochs, {args.train} scenes, {args.seeds} seeds, protocol A; means over seeds")
     heads = " | ".join(f"{task} {TASKS[task].metric}: {', '.join(WAYS)}" for task in NAMES)
     print(f"| MACs | {heads} | loss %, same | searched |\n|---|" + "---:|" * (len(NAMES) + 2))
-    for name in SHAPES:
-        row = ("rows", name)
-        cells = [", ".join(f"{mean(*row, way, task):.3f}" for way in WAYS) for task in NAMES]
-        cells += [f"{mean(*row, f'loss_{way}_percent'):+.2f}" for way in WAYS[1:]]
-        print(f"| {mean(*row, 'share_of_macs'):.3f} | " + " | ".join(cells) + " |")
+    rows: dict[str, dict[str, Any]] = {
+        name: {"share_of_macs": mean("rows", name, "share_of_macs")}
+        | {way: {task: mean("rows", name, way, task) for task in NAMES} for way in WAYS}
+        for name in SHAPES
+    }
+    for name, row in rows.items():
+        cells = [", ".join(f"{row[way][task]:.3f}" for way in WAYS) for task in NAMES]
+        cells += [f"{mean('rows', name, f'loss_{way}_percent'):+.2f}" for way in WAYS[1:]]
+        print(f"| {row['share_of_macs']:.3f} | " + " | ".join(cells) + " |")
     for name in ("one checkpoint", "separate models"):
         print(f"hypervolume, {name}: {mean('hypervolume', name):.4f}")
     words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in NAMES)
     print(f"control (rank correlation of preference and metric): {words}")
     save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
     if args.plot:
-        rows = {
-            name: {"share_of_macs": mean("rows", name, "share_of_macs")}
-            | {way: {task: mean("rows", name, way, task) for task in NAMES} for way in WAYS}
-            for name in SHAPES
-        }
         draw(rows, args.seeds, args.plot)
 
 

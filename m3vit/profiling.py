@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from io import StringIO
-from threading import Lock
 from typing import Any
 
 import torch
@@ -34,14 +33,12 @@ from torch.overrides import TorchFunctionMode
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
-from m3vit.models.decoders import DECODERS
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.of_timm import timm
 from m3vit.models.router import EMBEDDING, Router
 from m3vit.models.trial import meta_model, refusing
-from m3vit.tasks import TASKS
 
 FORMAT, FORMAT_VERSION = "m3vit profile", 1
 MIB_FP16 = 2 / 2**20  # MiB a parameter in half precision
@@ -226,32 +223,20 @@ def graph_macs(
     `count_macs` says how.
     """
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    with _COUNTING:
-        model = _last_model(replace(config, image_size=size))
-        return _total(count_macs(model, names, budget=budget, every_expert=every_expert))
+    return total_macs(meta_model(replace(config, image_size=size)), names, budget, every_expert=every_expert)
 
 
-_LAST: list[tuple[tuple[Any, ...], MultiTaskModel]] = []
-_COUNTING = Lock()  # counting hangs on the model's modules
-
-
-def _last_model(config: ModelConfig) -> MultiTaskModel:
-    """Return `meta_model(config)`, or the last one if it was of the same: each graph of a package asks for its MACs."""
-    # What names stand for may change.
-    channels = [config.labels.channels(task) for task in config.tasks]
-    trunk = timm.models.model_entrypoint(config.trunk) if timm.is_model(config.trunk) else None
-    key = repr(config), channels, trunk, DECODERS.get(config.head), [TASKS.get(task) for task in config.tasks]
-    if not _LAST or _LAST[0][0] != key:
-        _LAST[:] = [(key, meta_model(config))]
-    return _LAST[0][1]
+def total_macs(
+    model: MultiTaskModel, tasks: Sequence[str], budget: Budget = FULL, *, every_expert: bool = False
+) -> int:
+    """Return what `graph_macs` does, of a model of shapes (`meta_model`) at the size of its configuration."""
+    return _total(count_macs(model, list(tasks), budget=budget, every_expert=every_expert))
 
 
 def macs_share(config: ModelConfig, budget: Budget) -> float:
     """Return the share of the MACs of all tasks' graphs, of the size trained at, that a budget takes."""
     model = meta_model(config)
-    used, whole = (
-        sum(_total(count_macs(model, [task], budget=one)) for task in config.tasks) for one in (budget, FULL)
-    )
+    used, whole = (sum(total_macs(model, [task], one) for task in config.tasks) for one in (budget, FULL))
     return used / whole
 
 

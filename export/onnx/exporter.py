@@ -126,19 +126,23 @@ def _of_their_operator() -> Iterator[None]:
 
 
 @contextmanager
-def _without_places() -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a class or a module another attribute of this name."""
+    own = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
+
+
+def _without_places() -> AbstractContextManager[None]:
     """Do without the place in the source that torch notes of each node, while exporting: one in fifteen seconds of a
     trace, for graphs that do not hold it."""
     from torch.fx import config
 
-    own = getattr(config, "do_not_emit_stack_traces", None)  # None: another version of torch
-    if own is not None:
-        config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        if own is not None:
-            config.do_not_emit_stack_traces = own
+    name = "do_not_emit_stack_traces"
+    return _replaced(config, name, True) if hasattr(config, name) else nullcontext()  # another version of torch
 
 
 _LISTED: dict[Any, Any] = {}  # by opset and what operators torch knows, the table of what translates which
@@ -166,11 +170,8 @@ def listed_once() -> Iterator[None]:
         registry.functions = {operator: list(known) for operator, known in registry.functions.items()}
         return registry
 
-    table.from_torchlib = classmethod(from_torchlib)
-    try:
+    with _replaced(table, "from_torchlib", classmethod(from_torchlib)):
         yield
-    finally:
-        table.from_torchlib = own
 
 
 @contextmanager
@@ -195,11 +196,8 @@ def composites_once() -> Iterator[None]:
             own()
             known.add(count)
 
-    module._materialize_cpp_cia_ops = once
-    try:
+    with _replaced(module, "_materialize_cpp_cia_ops", once):
         yield
-    finally:
-        module._materialize_cpp_cia_ops = own
 
 
 def _without_cache() -> AbstractContextManager[Any]:

@@ -31,7 +31,8 @@ from m3vit.files import atomic_folder, read_json, require_replaceable, sha256_fi
 from m3vit.label_sets import describe, resolve
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.profiling import graph_macs
+from m3vit.models.trial import meta_model
+from m3vit.profiling import total_macs
 from m3vit.tasks import Task, kind_of
 
 WEIGHTS = "weights.bin"
@@ -119,6 +120,8 @@ def _write_graphs(
     with open(folder / WEIGHTS, "w+b") as file:
         weights = _WeightsFile(file)
         traced = tracer(model, names, opset=content.opset, size=content.size, batch=content.batch)
+        # MACs of a graph of any size are those at the size trained at.
+        shapes = meta_model(replace(model.config, image_size=content.size or model.config.image_size))
         if content.nested:  # the widest first, which the others are beginnings of
             whole = replace(content, budget=_widest(model, names, content))
             widest = _Writer(folder, weights, whole, "", True)
@@ -134,7 +137,7 @@ def _write_graphs(
                 say(f"exporting {task.name}{of} ({number} of {len(names)})")
                 graphs = writer.task(model, of_task(traced(one.budget), model, task.name), task.name)
                 tasks[task.name] = {"graphs": graphs, **_task_entry(model, task, one)}
-                tasks[task.name]["macs"] = _macs(model, [task.name], one)
+                tasks[task.name]["macs"] = total_macs(shapes, [task.name], one.budget, every_expert=one.static)
             parts: dict[str, Any] = {"backbone": None, "all_tasks": None}
             if content.one_backbone:
                 say("exporting the backbone of all tasks, and the heads")
@@ -142,7 +145,8 @@ def _write_graphs(
             if content.all_tasks:
                 say(f"exporting all tasks at once{of}")
                 graphs = writer.all_tasks(model, copied(traced(one.budget, at_once=True)), names)
-                parts["all_tasks"] = {"tasks": names, "graphs": graphs, "macs": _macs(model, names, one)}
+                macs = total_macs(shapes, names, one.budget, every_expert=one.static)
+                parts["all_tasks"] = {"tasks": names, "graphs": graphs, "macs": macs}
             found[budget] = tasks, parts
         _flush(file)
     first, *others = found
@@ -301,15 +305,6 @@ def budget_of(manifest: Mapping[str, Any]) -> Budget:
     except (KeyError, TypeError, AttributeError):
         raise InputError("the manifest does not say which experts the graphs use: export the package again") from None
     return Budget.from_json({"top_k": top_k, "kept": kept, "width": width, "decoder": decoder})
-
-
-def _macs(model: MultiTaskModel, tasks: Sequence[str], content: Content) -> int:
-    """Return the multiply-accumulates of one image in the graph of these tasks: with the experts it uses, at its size.
-
-    Of a graph of any size: at the size trained at.
-    """
-    height, width = content.size or model.config.image_size
-    return graph_macs(model.config, tasks, (height, width), content.budget, every_expert=content.static)
 
 
 class _WeightsFile:

@@ -11,7 +11,7 @@ from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.space import Space
 from m3vit.models.trial import meta_model
-from m3vit.profiling import count_macs
+from m3vit.profiling import total_macs
 
 Measure = Callable[[str, Budget], float]  # of a task's graph under a budget
 
@@ -89,6 +89,6 @@ def macs_of(config: ModelConfig, found: Space, hidden: Mapping[int, int]) -> Cos
     model = meta_model(config)
 
     def measure(task: str, budget: Budget) -> float:
-        return sum(count_macs(model, [task], budget=budget).values())
+        return total_macs(model, [task], budget)
 
     return costs_of("macs", "MACs", measure, found, hidden)

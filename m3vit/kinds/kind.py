@@ -126,10 +126,10 @@ class Kind:
         is then where they stay. Here the channels' mean squared difference, over twice the size (root mean square) of
         the image's target, or of the differences if they are larger.
         """
-        squares = (logits - target).square()
-        sizes = (one.detach().mean(dim=(1, 2, 3), keepdim=True).sqrt() for one in (squares, target.square()))
-        size = next(sizes).maximum(next(sizes)).clamp(min=1e-6)  # 0 where both are
-        return (squares / (2 * size)).mean(dim=1)
+        apart = logits - target
+        ours, theirs = (one.detach().square().mean(dim=(1, 2, 3), keepdim=True) for one in (apart, target))
+        size = ours.maximum(theirs).sqrt().clamp(min=1e-6)  # 0 where both are
+        return (apart.square() / (2 * size)).mean(dim=1)
 
     # --- predictions ---
 

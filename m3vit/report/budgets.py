@@ -14,7 +14,8 @@ from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.search import relative_loss
 from m3vit.models.budget import Budget
 from m3vit.models.budget_file import WHOLE, read_budgets, read_searches
-from m3vit.profiling import graph_macs
+from m3vit.models.trial import meta_model
+from m3vit.profiling import total_macs
 from m3vit.report import charts
 from m3vit.run_folder import Run
 from m3vit.tasks import TASKS
@@ -38,12 +39,10 @@ def open_budgets(run: Run, given: Sequence[str]) -> Budgets:
     """Read the budgets of a report, before its work. Raises InputError for what is none, or is another model's."""
     found = read_budgets([WHOLE, *(one for one in given if one != WHOLE)])
     config = run.config.model
-    size = (config.image_size[0], config.image_size[1])
     for budget in found.values():
         require_trained_run(run, budget)
-    macs = {
-        name: sum(graph_macs(config, task, size, budget) for task in config.tasks) for name, budget in found.items()
-    }
+    shapes = meta_model(config)
+    macs = {name: sum(total_macs(shapes, [task], budget) for task in config.tasks) for name, budget in found.items()}
     names = sorted(found, key=lambda name: -macs[name])
     shares = {name: macs[name] / macs[WHOLE] for name in names}
     searches = read_searches([Path(one) for one in given if one != WHOLE])

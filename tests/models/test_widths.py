@@ -212,7 +212,7 @@ def test_the_smallest_budget_is_printed(cli: Callable[..., subprocess.CompletedP
 
 
 def test_macs_are_of_what_names_stand_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model that was counted last is counted again, but not under other classes or another trunk of its name."""
+    """Under other classes or another trunk of its name, a configuration is another model."""
     config = make(tasks=["semseg"]).config
     before = graph_macs(config, "semseg", (32, 48))
     assert graph_macs(config, "semseg", (32, 48)) == before
