@@ -142,7 +142,7 @@ class Seed:
         if not file.exists():
             found = load_run(self.one)
             model, train = found.model, found.config.train
-            space = space_of(NAMES, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
+            space = space_of(model, train)
             shape = SHAPES[name]
             widths = {block: round(shape.width * units) for block, units in model.hidden_widths().items()}
             budget = replace(space.budget(shape.top_k, 0), width=widths | dict.fromkeys(shape.without, 0))

@@ -157,7 +157,7 @@ def activated_parameters(model: MultiTaskModel, task: str, budget: Budget = FULL
     """Return the parameters that a token of this task meets, by part."""
     counts = count_parameters(cut(model, {block: width for block, width in budget.width.items() if width}))
     counts["distillation"] = 0
-    counts["heads"] = sum(parameter.numel() for parameter in model.heads.used_by(task))
+    counts["heads"] = model.heads.used_count(task, budget.heads.get(task))
     for block in model.backbone.moe_indices:
         layer: Any = model.backbone.trunk.blocks[block].mlp
         router, use = layer.router, layer.use(budget.layer(task, block))

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.export.onnx.exporter import TRANSLATIONS, exporter, shapes_alone
-from m3vit.export.onnx.lower import copied, fold_convolutions, lower_moe, reachable
+from m3vit.export.onnx.lower import copied, lower_moe, reachable
 from m3vit.export.onnx.options import MAX_OPSET, MIN_OPSET
 from m3vit.export.onnx.simplify import without_decomposing
 from m3vit.export.onnx.widths import narrow_mlps
 from m3vit.models.budget import FULL, Budget, Uses
 from m3vit.models.decoders.base import Features
-from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.multitask import MultiTaskModel, of_decoder
 
 NUMBER = "task.number"  # no name of a task
 
@@ -26,17 +26,22 @@ NUMBER = "task.number"  # no name of a task
 class _Tasks(nn.Module):
     """The model as a function of the image and the number of a task: what each head makes of that task's tokens.
 
-    `budget`: what it says of blocks that are left out and of a decoder's own experts; lowering does the rest.
+    `budget`: what it says of blocks that are left out and of the decoder; lowering does the rest.
     """
 
     def __init__(self, model: MultiTaskModel, tasks: Sequence[str], budget: Budget) -> None:
         super().__init__()
-        self.model, self.tasks, self.skip, self.kept = model, tasks, budget.left_out, _kept(budget)
+        self.model, self.tasks, self.skip, self.used = (
+            model,
+            tasks,
+            budget.left_out,
+            of_decoder(model.uses(budget, tasks)),
+        )
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:
         features, _ = self.model.backbone(image, task, self.model.heads.blocks, _without(self.skip))
         size = (image.shape[-2], image.shape[-1])
-        return tuple(self.model.heads(features, {name: size}, **self.kept).logits[name] for name in self.tasks)
+        return tuple(self.model.heads(features, {name: size}, **self.used).logits[name] for name in self.tasks)
 
 
 def _without(skip: Sequence[int]) -> Uses | None:
@@ -44,14 +49,9 @@ def _without(skip: Sequence[int]) -> Uses | None:
     return Uses([], dict.fromkeys(skip, 0)) if skip else None
 
 
-def _kept(budget: Budget) -> dict[str, Any]:
-    """Return what heads are told of their own experts: nothing where all are used, which every decoder takes."""
-    return {"kept": budget.decoder} if budget.decoder else {}
-
-
-def traced_of(budget: Budget) -> str:
+def traced_of(model: MultiTaskModel, budget: Budget) -> str:
     """Return what of a budget tells traced graphs of a model apart."""
-    return repr((budget.left_out, budget.to_json().get("decoder", {})))
+    return repr((budget.left_out, of_decoder(model.uses(budget, model.config.tasks))))
 
 
 class _AllTasks(nn.Module):
@@ -59,13 +59,18 @@ class _AllTasks(nn.Module):
 
     def __init__(self, model: MultiTaskModel, tasks: Sequence[str], budget: Budget) -> None:
         super().__init__()
-        self.model, self.tasks, self.skip, self.kept = model, tasks, budget.left_out, _kept(budget)
+        self.model, self.tasks, self.skip, self.used = (
+            model,
+            tasks,
+            budget.left_out,
+            of_decoder(model.uses(budget, tasks)),
+        )
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         ids = tuple(self.model.task_id(task) for task in self.tasks)
         features, _ = self.model.backbone(image, ids, self.model.heads.blocks, _without(self.skip))
         size = (image.shape[-2], image.shape[-1])
-        logits = self.model.heads(features, dict.fromkeys(self.tasks, size), **self.kept).logits
+        logits = self.model.heads(features, dict.fromkeys(self.tasks, size), **self.used).logits
         return tuple(logits[name] for name in self.tasks)
 
 
@@ -122,11 +127,11 @@ def trace_tasks(
 
     What differs between tasks are their gates, picked by the task's number as in `trace_backbone`, and their heads.
     Inputs `image` and NUMBER (int64 [1]); an output for each task, of its name. Of the `budget`, tracing needs the
-    blocks that are left out, and what tasks use of a decoder's own experts. The rest as in `trace_task`.
+    blocks that are left out, and what tasks use of the decoder. The rest as in `trace_task`.
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
     inputs = {"image": image, NUMBER: _zeros(model, 1).long()}
-    return _trace(model, _Tasks(model, tasks, budget), inputs, axes, tasks, opset, traced_of(budget))
+    return _trace(model, _Tasks(model, tasks, budget), inputs, axes, tasks, opset, traced_of(model, budget))
 
 
 def trace_all_tasks(
@@ -144,7 +149,9 @@ def trace_all_tasks(
     each expert gets its own at a time, as in training. `budget` as in `trace_tasks`, the rest as in `trace_task`.
     """
     image, axes = _image_of(model, tasks, opset, size, batch)
-    return _trace(model, _AllTasks(model, tasks, budget), {"image": image}, axes, tasks, opset, traced_of(budget))
+    return _trace(
+        model, _AllTasks(model, tasks, budget), {"image": image}, axes, tasks, opset, traced_of(model, budget)
+    )
 
 
 def tracer(model: MultiTaskModel, tasks: Sequence[str], **shape: Any) -> Callable[..., onnx.ModelProto]:
@@ -155,7 +162,7 @@ def tracer(model: MultiTaskModel, tasks: Sequence[str], **shape: Any) -> Callabl
     found: dict[tuple[str, bool], onnx.ModelProto] = {}
 
     def traced(budget: Budget = FULL, at_once: bool = False) -> onnx.ModelProto:
-        key = traced_of(budget), at_once
+        key = traced_of(model, budget), at_once
         if key not in found:
             found[key] = (trace_all_tasks if at_once else trace_tasks)(model, tasks, budget=budget, **shape)
         return found[key]
@@ -307,7 +314,6 @@ def _trace(
                 {"height": "rows", "width": "columns"}.get(name, name) if (value.name == "features") else name
             )
     name_folded(graph, model)
-    fold_convolutions(graph)
     return graph
 
 

@@ -45,8 +45,8 @@ def lower_moe(
 
     `attention`: the form of m3vit::Attention nodes (attention.py).
 
-    `nested`: in the sparse form, experts have their first weight as [H, D], so that the weights of another width are a
-    beginning of the same bytes.
+    `nested`: weights are such that those of another width are a beginning of the same bytes. In the sparse form experts
+    have their first as [H, D]; convolutions with some of their channels have all columns, and the graph takes some.
 
     `budgets`: what the graph holds and uses of its MoE layers, in their order; none: all, as trained. Of a layer of
     several tasks (a gate [R, E, D], tokens [R * N, D]), one for each task.
@@ -66,6 +66,7 @@ def lower_moe(
     opset = next((entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < MIN_OPSET:
         raise InputError(f"opset {opset}: give {MIN_OPSET} or later, the first with Gelu")
+    _fold_convolutions(graph, nested)
     values = _Values(graph)
     nodes: list[NodeProto] = []
     layer = 0
@@ -95,17 +96,57 @@ def lower_moe(
     return graph
 
 
-def fold_convolutions(graph: ModelProto) -> None:
+def _fold_convolutions(graph: ModelProto, nested: bool) -> None:
     """Make tensors of the weights of convolutions that are computed from tensors alone, in place.
 
-    A decoder's experts are one convolution, of which a task takes those that it keeps: the graph has no others then.
+    A decoder's experts are one convolution, of which a task takes those that it keeps; a head with some of its channels
+    has the first rows and columns of its weights, and BatchNorm after it: the graph has nothing else of them then.
+    nested: but for the choice of columns, made when the graph is loaded: the rows are a beginning of all.
     """
     values = _Values(graph)
+    norms = {node.input[0]: node for node in graph.graph.node if node.op_type == "BatchNormalization"}
+
+    def computed(name: str) -> bool:
+        return name not in values.initializers and values.is_constant(name)
+
     for node in graph.graph.node:
-        for place, name in enumerate(node.input):
-            if node.op_type == "Conv" and place and name not in values.initializers and values.is_constant(name):
+        if node.op_type != "Conv":
+            continue
+        for place, name in enumerate(node.input[2:], start=2):
+            if computed(name):
                 node.input[place] = values.add(f"{name}.folded", values.read(name))
+        if not computed(name := node.input[1]):
+            continue
+        columns = values.producers[name]
+        within = nested and columns.op_type == "Slice" and values.read(columns.input[3]).tolist() == [1]
+        rows = columns.input[0] if within else name
+        weight, norm = values.read(rows), norms.get(node.output[0])
+        if norm is not None and all(map(values.is_constant, norm.input[1:])):
+            weight = _fold_norm(node, norm, weight, values)
+        folded = values.add(f"{name}.folded.weight", weight)
+        if within:
+            columns.input[0] = folded
+        else:
+            node.input[1] = folded
     graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in values.added.items())
+
+
+def _fold_norm(convolution: NodeProto, norm: NodeProto, weight: NDArray[Any], values: "_Values") -> NDArray[Any]:
+    """Make a BatchNormalization part of the convolution before it, and return its weights.
+
+    By the formula, and in the order, in which onnxscript does (rewriter/rules/common/_fuse_batchnorm.py) where they are
+    tensors from the start: the same weights are then the same bits in graphs of other budgets.
+    """
+    gamma, beta, mean, var = (np.asarray(values.read(name), np.float32) for name in norm.input[1:])
+    epsilon = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
+    scale = gamma / np.sqrt(var + epsilon)
+    bias: NDArray[Any] = values.given(convolution.input[2]) if len(convolution.input) > 2 else np.zeros_like(mean)
+    folded = values.add(f"{norm.output[0]}.bias", (bias - mean) * scale + beta)
+    del convolution.input[2:]
+    convolution.input.append(folded)
+    convolution.output[0] = norm.output[0]
+    norm.input[0] = norm.output[0] = f"{norm.output[0]}.dropped"  # leads nowhere
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def copied(graph: ModelProto) -> ModelProto:
@@ -198,6 +239,10 @@ class _Values:
         evaluator = ReferenceEvaluator(helper.make_model(part, opset_imports=self.opsets))
         results: Any = evaluator.run(None, {})  # a list of arrays; annotated as more than that
         return np.asarray(results[0])
+
+    def given(self, name: str) -> NDArray[np.generic]:
+        """Return the value of a tensor that has been added, or else what `read` does."""
+        return self.added[name] if name in self.added else self.read(name)
 
     def is_constant(self, name: str) -> bool:
         """Return whether a tensor is an initializer or computed from initializers alone."""

@@ -76,7 +76,8 @@ class Content:
     @property
     def nested(self) -> bool:
         """Whether weights are stored so that those of a smaller width are a beginning of those of a larger."""
-        return len({tuple(sorted(budget.width.items())) for budget in self.budgets.values()}) > 1
+        used = {(*sorted(budget.width.items()), *sorted(budget.heads.items())) for budget in self.budgets.values()}
+        return len(used) > 1
 
     def check(self) -> None:
         """Raise InputError for what cannot be exported."""

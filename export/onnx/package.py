@@ -156,7 +156,7 @@ def _write_graphs(
 
 def _differing(tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tasks' entries have of their own under another budget."""
-    keys = ("graphs", "experts", "decoder_experts", "macs")
+    keys = ("graphs", "experts", "decoder_experts", "head_channels", "macs")
     return {task: {key: entry[key] for key in keys if key in entry} for task, entry in tasks.items()}
 
 
@@ -172,7 +172,9 @@ def _widest(model: MultiTaskModel, names: Sequence[str], content: Content) -> Bu
         }
         for task in names
     }
-    return Budget({task: dict.fromkeys(blocks, 1) for task in names}, kept, width)
+    whole = model.heads.channels
+    heads = {task: max(budget.heads.get(task, whole[task]) for budget in budgets) for task in names if task in whole}
+    return Budget({task: dict.fromkeys(blocks, 1) for task in names}, kept, width, heads=heads)
 
 
 class _Writer:
@@ -266,6 +268,8 @@ def _task_entry(model: MultiTaskModel, task: Task, content: Content) -> dict[str
             "coverage": {str(block): share for block, share in zip(blocks, shares, strict=True)} if shares else None,
         },
     }
+    if (whole := model.heads.channels.get(task.name)) is not None:
+        entry["head_channels"] = content.budget.heads.get(task.name, whole)
     if own := model.heads.experts:
         held = content.decoder_coverage.get(task.name)
         entry["decoder_experts"] = {
@@ -294,6 +298,7 @@ def budget_of(manifest: Mapping[str, Any]) -> Budget:
     """Return the budget of a package's graphs, by its manifest; raise InputError if that does not say."""
     top_k, kept, width = {}, {}, {}
     decoder: dict[str, Any] = {}
+    heads: dict[str, Any] = {}
     try:
         for task, entry in manifest["tasks"].items():
             experts, count = entry["experts"], entry["experts"]["top_k"]
@@ -302,9 +307,10 @@ def budget_of(manifest: Mapping[str, Any]) -> Budget:
             width = experts.get("width", {})  # of all tasks
             own = entry.get("decoder_experts", {}).get("kept", "all")
             decoder |= {} if own == "all" else {task: own}
+            heads |= {task: entry["head_channels"]} if "head_channels" in entry else {}
     except (KeyError, TypeError, AttributeError):
         raise InputError("the manifest does not say which experts the graphs use: export the package again") from None
-    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width, "decoder": decoder})
+    return Budget.from_json({"top_k": top_k, "kept": kept, "width": width, "decoder": decoder, "heads": heads})
 
 
 class _WeightsFile:

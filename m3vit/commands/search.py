@@ -85,7 +85,8 @@ def print_found(found: "Found", images: int, unit: str, space: "Space", trained:
     tasks = list(found.points)
     narrow = [block for block, widths in space.widths.items() if len(widths) > 1]
     columns = (unit, "loss (%)", *(["hidden units"] if narrow else []), *tasks)
-    front = Table(*columns, title="what no other choice beats; experts per token by block")
+    own = "experts per token by block" + (", channels of the head" if space.narrow_heads else "")
+    front = Table(*columns, title=f"what no other choice beats; {own}")
     for part, one in found.front:
         cells = (" ".join(map(str, one.points[task].counts)) + f"  ({one.points[task].loss:+.2f})" for task in tasks)
         units = [" ".join(str(one.widths.get(block, space.widths[block][-1])) for block in narrow)] if narrow else []

@@ -5,7 +5,7 @@ its blocks, in the graph of the first task.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig
@@ -20,6 +20,8 @@ Measure = Callable[[str, Budget], float]  # of a task's graph under a budget
 class Costs:
     """`whole` of each task's graph; `saved` by block, {(experts per token, hidden units): what they leave of it}.
 
+    `heads` by task, {channels: what they leave of it}; nothing where heads have no choice.
+
     name: as --cost takes it. unit: of the numbers. Of dense blocks the experts per token are 0. measure: what a graph
     costs by itself, where blocks need not add up to it.
     """
@@ -28,6 +30,7 @@ class Costs:
     unit: str
     whole: Mapping[str, float]
     saved: Mapping[int, Mapping[tuple[int, int], float]]
+    heads: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     measure: Measure | None = None
 
     def share(self, budget: Budget) -> float | None:
@@ -36,9 +39,12 @@ class Costs:
             return None
         return sum(self.measure(task, budget) for task in self.whole) / sum(self.whole.values())
 
-    def of(self, task: str, counts: Mapping[int, int], widths: Mapping[int, int]) -> float:
-        """Return the cost of a task with so many experts per token, and hidden units, by block; the rest whole."""
-        saved: float = 0
+    def of(self, task: str, counts: Mapping[int, int], widths: Mapping[int, int], channels: int | None = None) -> float:
+        """Return the cost of a task with so many experts per token, and hidden units, by block; the rest whole.
+
+        channels: of its head; None: all.
+        """
+        saved: float = 0 if channels is None else self.heads[task][channels]
         for block, table in self.saved.items():
             most = max(table)
             saved += table[counts.get(block, most[0]), widths.get(block, most[1])]
@@ -59,7 +65,7 @@ def costs_of(
         kinds.setdefault((block in found.blocks, found.widths.get(block, (units,))), block)
     first, tables, done = found.tasks[0], {}, 0
     choices = {kind: [(count, width) for count in _counts(found, kind[0]) for width in kind[1]] for kind in kinds}
-    total = len(found.tasks) + sum(len(some) - 1 for some in choices.values())
+    total = len(found.tasks) + sum(len(some) - 1 for some in (*choices.values(), *found.narrow_heads.values()))
 
     def measured(task: str, budget: Budget) -> float:
         nonlocal done
@@ -77,7 +83,12 @@ def costs_of(
             table[count, width] = 0 if (count, width) == most else whole[first] - measured(first, budget)
         tables[kind] = table
     saved = {block: tables[block in found.blocks, found.widths.get(block, (units,))] for block, units in hidden.items()}
-    return Costs(name, unit, whole, saved)
+    heads = {
+        task: {count: whole[task] - measured(task, Budget(heads={task: count})) for count in counts[:-1]}
+        | {counts[-1]: 0.0}
+        for task, counts in found.narrow_heads.items()
+    }
+    return Costs(name, unit, whole, saved, heads)
 
 
 def _counts(found: Space, experts: bool) -> list[int]:

@@ -1,8 +1,8 @@
 """`m3vit search`: what to use of a model for a share of its compute, so that its tasks lose least.
 
-Each task chooses how many experts its tokens go to in each block; where the run was trained for budgets, the hidden
-width of each block is chosen too, for all tasks. Of other runs experts alone are left out: nothing was trained for
-fewer, so what a budget loses is measured and told.
+Each task chooses how many experts its tokens go to in each block, and how many channels its head has if the run was
+trained for that; where the run was trained for budgets, the hidden width of each block is chosen too, for all tasks. Of
+other runs experts alone are left out: nothing was trained for fewer, so what a budget loses is measured and told.
 
 A task's graph has its own routing, so tasks do not meddle with each other: one pass over the images measures one
 choice of every task. First each block alone gets fewer experts, its smallest width, or is left out, which predicts, by
@@ -38,14 +38,16 @@ POINTS = 6  # of a task's front that are measured, beside all experts
 LEVELS = 4  # of the widths' front that are measured, besides those next to what is asked, and of each task's at each
 
 T = TypeVar("T")
-Counts = tuple[int, ...]  # experts per token of the L blocks; or hidden units of those that have a choice
+# Experts per token of the L blocks, then the channels of the head if it has a choice; or hidden units of those blocks
+# that have one.
+Counts = tuple[int, ...]
 Cost = Callable[[Counts], float]
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A way of running a task: experts per token of each block, its cost, relative loss in percent."""
+    """A way of running a task: its experts per token and channels, its cost, relative loss in percent."""
 
     counts: Counts
     cost: float
@@ -87,17 +89,18 @@ class Found:
 
 
 def budget_of(choice: Mapping[str, Counts], blocks: Sequence[int], widths: Mapping[int, int] | None = None) -> Budget:
-    """Return the budget of each task's experts per token in the blocks with experts, and of hidden units by block."""
-    counts = {task: dict(zip(blocks, counts, strict=True)) for task, counts in choice.items()}
-    return Budget(counts, width=widths or {})
+    """Return the budget of each task's experts per token in the blocks with experts, and channels of its head, if they
+    come after these; and of hidden units by block."""
+    counts = {task: dict(zip(blocks, counts, strict=False)) for task, counts in choice.items()}
+    heads = {task: counts[-1] for task, counts in choice.items() if len(counts) > len(blocks)}
+    return Budget(counts, width=widths or {}, heads=heads)
 
 
 def searched(model: MultiTaskModel, train: Asked) -> Space:
     """Return what a search chooses from: what the run was trained for, else fewer experts alone."""
-    config, blocks = model.config, model.backbone.moe_indices
     if not train.budgets:
-        return Space(tuple(config.tasks), tuple(blocks), 1, config.top_k, {})
-    return space_of(config.tasks, config.top_k, model.hidden_widths(), blocks, train)
+        return Space(tuple(model.config.tasks), tuple(model.backbone.moe_indices), 1, model.config.top_k, {})
+    return space_of(model, train)
 
 
 def unbeaten(ways: Sequence[T], worth: Callable[[T], tuple[float, float]]) -> list[T]:
@@ -236,40 +239,52 @@ def search(
             "budgets (train.budgets)"
         )
     costs = costs or macs_of(config, found, model.hidden_widths())
-    tasks, every, least = config.tasks, (found.top_k,) * len(blocks), (found.fewest,) * len(blocks)
+    tasks, heads = config.tasks, found.narrow_heads
+    every, least = (
+        {task: (count,) * len(blocks) + tuple(heads[task][end] for _ in range(task in heads)) for task in tasks}
+        for count, end in ((found.top_k, -1), (found.fewest, 0))
+    )
     whole = sum(costs.whole[task] for task in tasks)
     smallest = {block: widths[0] for block, widths in found.widths.items()}
-    lowest = sum(costs.of(task, dict(zip(blocks, least, strict=True)), smallest) for task in tasks) / whole
+    lowest = sum(_cost(costs, task, blocks, smallest, least[task]) for task in tasks) / whole
     check_share(share, lowest, costs.unit, found, bool(train.budgets))
 
     alone_of = [(place, count) for place in range(len(blocks)) for count in range(found.fewest, found.top_k)]
+    alone_of += [(len(blocks), 0)] if heads else []  # the smallest heads
     narrow = [block for block, widths in found.widths.items() if len(widths) > 1]
     levels, points = (LEVELS + 2, LEVELS) if narrow else (1, POINTS)
     measuring = _Measuring(model, split, indices, progress)
     widths_alone = sum(len(alone_in(found.widths[block])) for block in narrow)
     measuring.total = 1 + len(alone_of) + widths_alone + levels * points
-    measuring.full = measuring.values(budget_of(dict.fromkeys(tasks, every), blocks), "all of it")
+    measuring.full = measuring.values(budget_of(every, blocks), "all of it")
     if bare := [task for task, value in measuring.full.items() if not math.isfinite(value) or value == 0]:
         raise InputError(
             f"on {len(indices)} val images {', '.join(bare)} has no figure, or one of 0, to lose from: give more "
             "--images, or train longer"
         )
-    alone: dict[str, list[dict[int, float]]] = {task: [{found.top_k: 0.0} for _ in blocks] for task in tasks}
+    alone: dict[str, list[dict[int, float]]] = {task: [{count: 0.0} for count in every[task]] for task in tasks}
     for place, count in alone_of:
-        counts = (*every[:place], count, *every[place + 1 :])
-        lost = measuring.losses(budget_of(dict.fromkeys(tasks, counts), blocks), "each block alone")
-        for task in tasks:
-            alone[task][place][count] = lost[task]
+        fewer = {
+            task: (*counts[:place], count or least[task][place], *counts[place + 1 :])
+            for task, counts in every.items()
+            if place < len(counts)
+        }
+        lost = measuring.losses(budget_of({**every, **fewer}, blocks), "each block alone" if count else "heads alone")
+        for task, counts in fewer.items():
+            measured = {counts[place]: lost[task]}
+            alone[task][place] |= measured if count else between(heads[task], measured)
     widths = _levels(found, narrow, costs, preferences, measuring, share * whole) if narrow else [{}]
     measuring.total -= (levels - len(widths)) * points
 
     ways: list[Together] = []
     for level in widths:
         cost = {task: partial(_cost, costs, task, blocks, level) for task in tasks}
-        to_measure = {task: sample_front(predicted_front(alone[task], cost[task], every), points) for task in tasks}
+        to_measure = {
+            task: sample_front(predicted_front(alone[task], cost[task], every[task]), points) for task in tasks
+        }
         rounds = max(map(len, to_measure.values()))
         measuring.total -= points - rounds  # fronts of few points
-        fronts = {task: [] if level else [Point(every, cost[task](every), 0.0)] for task in tasks}
+        fronts = {task: [] if level else [Point(every[task], cost[task](every[task]), 0.0)] for task in tasks}
         for place in range(rounds):
             choice = {task: some[min(place, len(some) - 1)].counts for task, some in to_measure.items()}
             lost = measuring.losses(budget_of(choice, blocks, level), "combinations")
@@ -283,7 +298,8 @@ def search(
 
 
 def _cost(costs: Costs, task: str, blocks: Sequence[int], widths: Mapping[int, int], counts: Counts) -> float:
-    return costs.of(task, dict(zip(blocks, counts, strict=True)), widths)
+    channels = counts[-1] if len(counts) > len(blocks) else None
+    return costs.of(task, dict(zip(blocks, counts, strict=False)), widths, channels)
 
 
 def _levels(
@@ -366,7 +382,8 @@ def said(found: Found, share: float, blocks: Sequence[int], costs: Costs, macs: 
         "width": {str(block): width for block, width in chosen.widths.items()},
         "tasks": {
             task: {
-                "top_k": list(point.counts),
+                "top_k": list(point.counts[: len(blocks)]),
+                **({"channels": point.counts[-1]} if len(point.counts) > len(blocks) else {}),
                 "macs": _cost(macs, task, blocks, chosen.widths, point.counts),
                 "loss_percent": point.loss,
             }

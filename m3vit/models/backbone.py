@@ -164,7 +164,7 @@ class Backbone(nn.Module):
         stacked, unless all share one router: then everything runs once. M3ViT's code re-runs the whole backbone for
         each task.
         """
-        layers, widths, _ = uses or Uses([], {})
+        layers, widths, *_ = uses or Uses([], {})
         alike = all(use == layer[0] for layer in layers for use in layer)
         routed = task_ids[:1] if self.one_for_all and alike else task_ids
         given = dict(zip(self.moe_indices, layers, strict=True)) if layers else {}

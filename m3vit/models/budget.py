@@ -2,7 +2,7 @@
 
 How many experts a token goes to, by task; and how many hidden units the experts and the dense MLPs have, for all tasks:
 the first so many, so that a smaller budget uses a part of what a larger one does. A dense block may be left out whole.
-Layers are named by their block, as in `model.moe_blocks`.
+And how many channels the head of each task has. Layers are named by their block, as in `model.moe_blocks`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from m3vit.errors import InputError, short
 
-KEYS = ("top_k", "kept", "width", "decoder")
+KEYS = ("top_k", "kept", "width", "decoder", "heads")
 Kept = Mapping[str, Mapping[int, tuple[int, ...]]]  # experts, ascending, by task and block
 ALL_KEPT: Kept = MappingProxyType({})
+ALL_CHANNELS: Mapping[str, int] = MappingProxyType({})
 
 
 class Use(NamedTuple):
@@ -29,14 +30,16 @@ class Use(NamedTuple):
 
 
 class Uses(NamedTuple):
-    """A budget as the backbone takes it: what each task uses of each MoE layer, and units of dense MLPs, by block.
+    """A budget as the model takes it: what each task uses of each MoE layer, and units of dense MLPs, by block.
 
-    0 units leave out the block, its attention too.
+    0 units leave out the block, its attention too. `decoder`: experts that a decoder of such assembles from, `heads`:
+    channels of the tasks' heads, where they are not all.
     """
 
     layers: list[list[Use]]
     widths: dict[int, int]
     decoder: Kept = ALL_KEPT
+    heads: Mapping[str, int] = ALL_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -98,29 +101,38 @@ class Budget:
 
     `decoder` {task: {block: experts to assemble from, ascending}}: of a decoder with experts after these blocks. Its
     weights are the softmax over all, and those of the others are left out of the sum.
+
+    `heads` {task: channels of its head, the first so many}: of decoders that can do with a part (`Decoder.channels`).
     """
 
     top_k: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     width: Mapping[int, int] = field(default_factory=dict)
     decoder: Kept = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Copies, and without tasks of which nothing is said: equal budgets compare equal.
         for key in ("top_k", "kept", "decoder"):
             object.__setattr__(self, key, {task: dict(of) for task, of in getattr(self, key).items() if of})
-        object.__setattr__(self, "width", dict(self.width))
+        for key in ("width", "heads"):
+            object.__setattr__(self, key, dict(getattr(self, key)))
         for task in self.tasks or [""]:
             for block in self.blocks:
                 self.layer(task, block)
         for task, of in self.decoder.items():
             for block, kept in of.items():
                 LayerBudget(kept=kept, where=f"the decoder, {task}, block {block}")
+        for task, channels in self.heads.items():
+            if not _whole(channels, 1):
+                raise InputError(
+                    f"budget of the head of {task}: channels are {short(channels)}, give a whole number above 0"
+                )
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that something is said of."""
-        return list({**self.top_k, **self.kept, **self.decoder})
+        return list({**self.top_k, **self.kept, **self.decoder, **self.heads})
 
     @property
     def blocks(self) -> list[int]:
@@ -176,6 +188,7 @@ class Budget:
             "kept": _texts(self.kept),
             "width": {str(block): width for block, width in self.width.items()},
             **({"decoder": _texts(self.decoder)} if self.decoder else {}),
+            **({"heads": dict(self.heads)} if self.heads else {}),
         }
 
     @classmethod
@@ -194,7 +207,7 @@ class Budget:
             }
             for found in lists
         )
-        return cls(top_k, kept, _by_block(_object(value, "width"), "width"), decoder)
+        return cls(top_k, kept, _by_block(_object(value, "width"), "width"), decoder, _object(value, "heads"))
 
 
 FULL = Budget()

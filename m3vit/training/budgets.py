@@ -8,7 +8,8 @@ for all tasks, and a task's own share is how many experts its tokens go to. The 
 Shapes: R tasks, B images, T tokens, D embedding dimension, E experts, H hidden units, C channels of h x w outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 def space(model: MultiTaskModel, asked: Asked) -> Space:
     """Return the budgets that a model is trained for, by `train`'s keys, or raise InputError if they are one."""
-    config = model.config
-    found = space_of(config.tasks, config.top_k, model.hidden_widths(), model.backbone.moe_indices, asked)
+    found = space_of(model, asked)
     if found.single:
         raise InputError(
             f"train.budgets is {asked.budgets}, but the smallest budget is the whole model: give a train.budget_width "
-            "below 1, a train.budget_top_k below model.top_k, or a train.budget_skip"
+            "below 1, a train.budget_top_k below model.top_k, a train.budget_skip, or with pup heads a "
+            "train.budget_heads below 1"
         )
     return found
 
@@ -63,7 +64,7 @@ def require_trained_run(run: "Run", budget: Budget) -> None:
     """Raise InputError for a budget that a run cannot keep to, or that is below the smallest it was trained for."""
     model, train = run.model, run.config.train
     model.uses(budget, model.config.tasks)
-    found = space_of(model.config.tasks, model.config.top_k, model.hidden_widths(), model.backbone.moe_indices, train)
+    found = space_of(model, train)
     require_trained(found, budget, bool(train.budgets))
 
 
@@ -104,14 +105,19 @@ def output_distance(output: Output, whole: Whole, weights: Mapping[str, float]) 
     return torch.stack(distances).sum(dim=0)
 
 
-def left_out(model: MultiTaskModel, budget: Budget) -> Tensor | None:
-    """Return 0, made of the parameters of the blocks that a budget leaves out; None if it leaves out none.
+@contextmanager
+def as_used(decoder: nn.Module) -> Iterator[None]:
+    """Have a decoder do in here what it does when it predicts, which is what smaller passes train it for.
 
-    Processes that share out gradients wait for each parameter's.
+    Its BatchNorms have one set of running statistics, for all budgets: the whole model's, which smaller passes neither
+    change nor replace by their own. And outputs that only train are the whole model's affair.
     """
-    blocks = [model.backbone.trunk.blocks[block] for block, width in budget.width.items() if width == 0]
-    found = [parameter.sum() for block in blocks for parameter in block.parameters() if parameter.requires_grad]
-    return 0 * torch.stack(found).sum() if found else None
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        yield
+    finally:
+        decoder.train(was_training)
 
 
 @torch.no_grad()
@@ -188,7 +194,8 @@ def order_units(model: MultiTaskModel, found: Mapping[int, Tensor]) -> None:
                 mlp.fc1.bias.copy_(mlp.fc1.bias[order])
 
 
-def is_ordered(config: ModelConfig) -> bool:
-    """Return whether a model starts from a run that was trained for budgets, whose order of units is to stay."""
+def trained_before(config: ModelConfig) -> TrainConfig | None:
+    """Return how the run was trained that a model starts from, if it was for budgets: its order of units is to stay."""
     kind, given = init_sources(config.init)
-    return kind == "run" and bool(read_run_config(Path(given[0])).train.budgets)
+    train = read_run_config(Path(given[0])).train if kind == "run" else None
+    return train if train and train.budgets else None

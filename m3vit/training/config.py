@@ -102,6 +102,8 @@ class TrainConfig:
             budgets have four evenly spaced widths, the first units of a whole one's, which are put in the order of
             their importance before training.
         budget_skip: dense blocks that the smallest budget leaves out, attention and all, and others may: [2, 4].
+        budget_heads: share of the channels of each task's head that the smallest budget has; by task, budgets have four
+            evenly spaced numbers, the first channels of all. Of pup heads, which take most of a model's compute.
         budget_tokens: weight of how far the tokens that a smaller budget gives the heads are from the whole model's.
         budget_outputs: the same of its predictions, besides the tasks' weights.
         budget_warmup: share of the training over which both weights rise from 0: what the whole model makes of images
@@ -159,6 +161,7 @@ class TrainConfig:
     budget_top_k: int = 1
     budget_width: float = 0.25
     budget_skip: list[int] = field(default_factory=list)
+    budget_heads: float = 1.0
     budget_tokens: float = 1.0
     budget_outputs: float = 0.1
     budget_warmup: float = 0.5
@@ -292,6 +295,10 @@ class Config:
             raise InputError(f"train.budgets is {train.budgets}: give at most {MOST_BUDGETS} passes a step, or 0")
         if not 0 < train.budget_width <= 1:
             raise InputError(f"train.budget_width is {train.budget_width}: give a share above 0, up to 1 (all units)")
+        if not 0 < train.budget_heads <= 1:
+            raise InputError(
+                f"train.budget_heads is {train.budget_heads}: give a share above 0, up to 1 (all channels)"
+            )
         if not 0 <= train.budget_warmup <= 1:
             raise InputError(f"train.budget_warmup is {train.budget_warmup}: give a share of the training, 0 to 1")
         if train.budget_top_k < 1 or (train.budgets and train.budget_top_k > self.model.top_k):

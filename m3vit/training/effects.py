@@ -27,9 +27,12 @@ OF_EXPERTS = (
     "train.specialise_weight",
     "train.budget_top_k",
 )
-OF_BUDGETS = ("budget_top_k", "budget_width", "budget_skip", "budget_tokens", "budget_outputs", "budget_warmup")
+OF_BUDGETS = (
+    "budget_top_k", "budget_width", "budget_skip", "budget_heads", "budget_tokens", "budget_outputs", "budget_warmup",
+)  # fmt: skip
 COUNTED = (  # what `m3vit profile` looks at
     "model.", "data.layout", "train.budgets", "train.budget_top_k", "train.budget_width", "train.budget_skip",
+    "train.budget_heads",
 )  # fmt: skip
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 

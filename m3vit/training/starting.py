@@ -17,7 +17,7 @@ from m3vit.models.initialise import new_model, not_taken
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
-from m3vit.training.budgets import importance, is_ordered, order_units, space
+from m3vit.training.budgets import importance, order_units, space, trained_before
 from m3vit.training.checkpoint import GO_ON, prepare_folder
 from m3vit.training.config import Config
 from m3vit.training.parts import frozen_epochs
@@ -57,9 +57,15 @@ def initialise(config: Config, out: Path, say: Callable[[str], None] | None = No
 def order(config: Config, model: MultiTaskModel, split: Split, device: torch.device | str) -> None:
     """Put a new model's hidden units in order, for train.budgets, by what they do on training images; in all processes.
 
-    The first process looks at the images, so that the order is the same. That of a run trained for budgets stays.
+    The first process looks at the images, so that the order is the same. Channels of heads are ordered by the weights
+    alone. The order of a run trained for budgets stays.
     """
-    if not config.train.budgets or is_ordered(config.model):
+    if not config.train.budgets:
+        return
+    before = trained_before(config.model)
+    if config.train.budget_heads < 1 and not (before and before.budget_heads < 1):
+        model.heads.order_channels()
+    if before:
         return
     size = (config.model.image_size[0], config.model.image_size[1])
     skip = config.data.on_error == "skip"

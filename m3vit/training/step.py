@@ -23,7 +23,15 @@ from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.router import Routing
 from m3vit.models.slices import gradients_in_place
-from m3vit.training.budgets import Whole, distances_count, left_out, of_step, output_distance, space, token_distance
+from m3vit.training.budgets import (
+    Whole,
+    as_used,
+    distances_count,
+    of_step,
+    output_distance,
+    space,
+    token_distance,
+)
 from m3vit.training.config import Config, TrainConfig
 from m3vit.training.launch import Fabric
 from m3vit.training.losses import BatchCounts, loss_options, task_loss
@@ -316,16 +324,17 @@ class Stepper:
         """Return the losses of one pass: of the whole model, or, after it, of a smaller budget."""
         # Fabric looks through what a model is given for tensors, and stops at a Budget.
         options = {} if self.space is None else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
-        output = self.wrapped(part.images, tasks=tasks, native=self.config.train.native_losses, **options)
+        if whole is not None and world_size() > 1 and not is_sharded(self.model):
+            options["keep_unused"] = True
+        with nullcontext() if whole is None else as_used(self.model.heads):
+            output = self.wrapped(part.images, tasks=tasks, native=self.config.train.native_losses, **options)
         if whole is None:
             found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes, budgets)
         else:
             loss, losses = smaller_losses(
                 self.config, output, whole, part.labels, weights, counts, self.images, part.counts, self.distances
             )
-            if world_size() > 1 and not is_sharded(self.model) and (none := left_out(self.model, budget)) is not None:
-                loss = loss + none
-            found = loss, losses
+            found = loss if output.unused is None else loss + output.unused, losses
         return *found, output
 
     def combined(

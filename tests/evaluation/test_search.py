@@ -68,6 +68,19 @@ def test_costs_are_those_of_the_profile() -> None:
         assert costs.of(task, budget.top_k[task], budget.width) == graph_macs(config, task, (32, 48), budget)
 
 
+def test_channels_of_heads_cost_what_the_graphs_count() -> None:
+    config = ModelConfig("vit_tiny_patch16_224", TRUNK, image_size=(32, 48), num_experts=4, top_k=2, head="pup")
+    model = MultiTaskModel(config)
+    space = searched(model, TrainConfig(budgets=1, budget_heads=0.25))
+    costs, rng = macs_of(config, space, model.hidden_widths()), np.random.default_rng(0)
+    for task in config.tasks:
+        budget = space.random(rng)
+        used = costs.of(task, budget.top_k[task], budget.width, budget.heads[task])
+        assert used == graph_macs(config, task, (32, 48), budget)
+    with pytest.raises(InputError, match="pup heads"):
+        find_costs("cycles:zcu104", model, space)
+
+
 def test_cycles_are_those_of_the_programs() -> None:
     """Of the whole, of the smallest and of random budgets: blocks are looked at one by one, and add up."""
     config = ModelConfig(
@@ -272,6 +285,29 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
     refused(cli("eval", run, "--budget", tmp_path / "narrow.json"), "this run was not trained for fewer than all")
     write_budget(tmp_path / "other.json", Budget({"depth": {7: 1}}), {})
     refused(cli("eval", run, "--budget", tmp_path / "other.json"), "budget names block 7")
+
+
+@pytest.mark.slow
+def test_tasks_have_the_channels_that_their_preferences_leave_them(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "some.json"
+    words = [f"--data.root={tiny_data}", "--train.epochs=1", "--train.budgets=1", "--train.budget_heads=0.25"]
+    result = cli("train", "synthetic-tiny", *TINY, *words, "--model.head=pup", "--out", run)
+    assert result.returncode == 0, result.stderr
+    result = cli("search", run, "--budget", 0.3, "--prefer", "depth=1,semseg=0", "--images", 2, "--out", file)
+    assert result.returncode == 0, result.stderr
+    assert "channels of the head" in result.stdout
+    told, budget, model = json.loads(file.read_text())["search"], read_budget(file), load_run(run).model
+    assert told["share_of_macs"] <= 0.3, "most of what the model costs is its heads"
+    size = tuple(model.config.image_size)
+    for task, entry in told["tasks"].items():
+        assert entry["channels"] == budget.heads[task] and entry["channels"] in (64, 128, 192, 256)
+        assert entry["macs"] == graph_macs(model.config, task, size, budget)
+    assert budget.heads["semseg"] == 64, "whose loss counts nothing"
+    refused(cli("search", run, "--budget", 0.01, "--out", tmp_path / "none.json"), "takes 0.", "give 0.")
+    result = cli("eval", run, "--budget", file)
+    assert result.returncode == 0, result.stderr
+    write_budget(tmp_path / "narrow.json", Budget(heads={"depth": 32}), {})
+    refused(cli("eval", run, "--budget", tmp_path / "narrow.json"), "the smallest that this run was trained for has 64")
 
 
 @pytest.mark.slow

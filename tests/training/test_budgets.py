@@ -151,6 +151,25 @@ def test_distances_count_more_and_more(batch: tuple[Tensor, Labels]) -> None:  #
     assert any(not torch.allclose(half[name], value, rtol=1e-2) for name, value in whole.items())
 
 
+def test_heads_of_smaller_passes_do_what_they_do_when_they_predict(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
+    """BatchNorm has the whole model's statistics, and what only trains is the whole model's affair."""
+    plain = configuration()
+    plain.model.head, plain.model.distillation = "pup", [0]
+    small = configured(budgets=3, budget_heads=0.25)
+    small.model = plain.model
+    steppers = [stepper(plain), stepper(small)]
+    passes: list[bool] = []
+    for found in steppers:
+        for level in found.model.heads.training_only.values():
+            level.register_forward_hook(lambda *_: passes.append(True))
+    values = [found.gradients(0, *batch) for found in steppers]
+    assert len(passes) == 2, "once in a step of one pass, once in a step of four"
+    assert {name: values[1][name] for name in values[0]} == pytest.approx(values[0])
+    one, other = (dict(found.model.heads.named_buffers()) for found in steppers)
+    assert all(torch.equal(buffer, other[name]) for name, buffer in one.items())
+    assert all(found.model.heads.training for found in steppers)
+
+
 def test_half_precision_is_near(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
     values, _ = gradients(configured(), batch)
     half, _ = gradients(configured(precision="bf16-mixed"), batch)
@@ -244,11 +263,24 @@ def test_units_keep_their_order_where_the_run_before_was_trained_for_budgets(bud
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(make_data: Callable[..., Path], tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "budgets"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+def test_two_processes_train_what_one_does(
+    make_data: Callable[..., Path], tmp_path: Path, strategy: str, budgets: int
+) -> None:
+    """With one smaller pass a step, the last pass of every other leaves out a block."""
     data = make_data(tmp_path / "data", train=7, val=3)  # of the last batch one process has two images, one has one
     words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={data}", "--train.optimizer=sgd", "--train.lr=0.01"]
     words += ["--train.epochs=2", "--train.accumulate=2", "--train.balance_weight=0", "--train.budget_skip=[0]"]
+    words += [f"--train.budgets={budgets}"]
     run([*words, "--out", tmp_path / "one"], tmp_path)
     run([*words, f"--train.strategy={strategy}", "--out", tmp_path / "two"], tmp_path, processes=2)
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
+
+
+@pytest.mark.process
+def test_two_processes_train_heads_of_fewer_channels(tiny_data: Path, tmp_path: Path) -> None:
+    """What only trains has no part in the last pass. Not what one process does: each has its own BatchNorm on CPUs."""
+    words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={tiny_data}", "--model.head=pup", "--train.epochs=1"]
+    words += ["--model.distillation=[0]", "--train.budget_heads=0.5", "--train.budgets=1"]
+    run([*words, "--out", tmp_path / "run"], tmp_path, processes=2)
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if line["kind"] == "train")

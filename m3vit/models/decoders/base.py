@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3vit.errors import InputError, short
-from m3vit.models.budget import Kept
+from m3vit.models.budget import ALL_CHANNELS, Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders import builder
 
@@ -95,10 +95,13 @@ class Decoder(nn.Module):
     submodules of `training_only`. `no_onnx` and `no_hls` say why it cannot be exported; a decoder has either
     `token_heads`, from which the accelerator is made, or `no_hls`. experts: how many experts of its own it has after
     each block, none if it has none; its `forward` then takes `kept` too, those that a task uses (`Budget.decoder`).
+    channels: how many the head of each task has, if it can do with the first of them; its `forward` then takes
+    `channels` too, where they are not all (`Budget.heads`).
     """
 
     blocks: tuple[int, ...] = ()
     experts: Mapping[int, int] = {}
+    channels: Mapping[str, int] = ALL_CHANNELS
     training_only: nn.ModuleDict
     no_onnx = ""
     no_hls = ""
@@ -129,6 +132,17 @@ class Decoder(nn.Module):
                     has = f"its experts are 0 to {count - 1}" if count else "it has no experts there"
                     raise InputError(f"budget of the decoder, {task}, block {block}: kept are {list(ids)}, but {has}")
 
+    def check_channels(self, wanted: Mapping[str, int]) -> None:
+        """Raise InputError for channels that the heads do not have."""
+        for task, count in wanted.items():
+            if (whole := self.channels.get(task)) is None:
+                raise InputError(f"budget of the head of {task}: its channels cannot be left out, as those of pup can")
+            if count > whole:
+                raise InputError(f"budget of the head of {task}: channels are {count}, of {whole}: give 1 to that")
+
+    def order_channels(self) -> None:
+        """Put the channels of the heads in an order in which the first are of most use; it computes what it did."""
+
     def part_of(self, name: str) -> str:
         """Return which part of the decoder a module of it belongs to, by its dotted name: what `m3vit profile` says."""
         return "heads"
@@ -142,6 +156,10 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("training_only."):
                 yield parameter
+
+    def used_count(self, task: str, channels: int | None = None) -> int:
+        """Return how many parameters a prediction of this task needs, with so many `channels` of its head."""
+        return sum(parameter.numel() for parameter in self.used_by(task))
 
 
 class PerTask(Decoder):

@@ -4,7 +4,7 @@ Shapes: as in base.py; S stages of a head.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.label_sets import resolve
+from m3vit.models.budget import ALL_CHANNELS
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Decoded, Decoder, Features, PerTask, Size, resize
+from m3vit.models.slices import first
 
 WIDTH = 256  # channels of a head and of distillation, whatever the trunk's width
 
@@ -28,6 +30,9 @@ class PupHead(nn.Module):
     published. A patch size that is no power of two ends in a smaller factor (14: strides 14, 7, 3.5, 1.75).
 
     The published heads have SyncBatchNorm; training on several processes has to convert to it.
+
+    Of the 256 channels the first so many can be used alone, in all stages: 3x3 convolutions then cost the square of
+    that share. BatchNorm has the running statistics of all channels' passes, then and in training too.
     """
 
     def __init__(self, dim: int, channels: int, patch_size: int, bias: float) -> None:
@@ -43,14 +48,14 @@ class PupHead(nn.Module):
         self.output = nn.Conv2d(WIDTH, channels, 1)
         nn.init.constant_(self.output.bias, bias)  # type: ignore[arg-type]
 
-    def features(self, tokens_BTD: Tensor, grid: tuple[int, int]) -> list[Tensor]:
-        """Return what each stage gives: [B, 256, h * 2^i, w * 2^i] for i = 0 ... S - 1."""
+    def features(self, tokens_BTD: Tensor, grid: tuple[int, int], channels: int = WIDTH) -> list[Tensor]:
+        """Return what each stage gives: [B, `channels`, h * 2^i, w * 2^i] for i = 0 ... S - 1."""
         x = self.norm(tokens_BTD).transpose(1, 2).unflatten(2, grid)
         found: list[Tensor] = []
         for stage in self.stages:
             if found:
                 x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            x = stage(x)
+            x = stage(x) if channels == WIDTH else _first_channels(stage, x, channels)
             found.append(x)
         return found
 
@@ -58,11 +63,42 @@ class PupHead(nn.Module):
         """Return logits [B, C, *size] from the last stage's feature, or at its own resolution if `size` is None."""
         if size is None:
             check_native(self.patch_size)
-        return resize(self.output(feature), size)
+        channels = feature.shape[1]
+        if channels == WIDTH:
+            return resize(self.output(feature), size)
+        return resize(F.conv2d(feature, first(self.output.weight, 1, channels), self.output.bias), size)
 
-    def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: Size) -> Tensor:
+    def forward(self, tokens_BTD: Tensor, grid: tuple[int, int], size: Size, channels: int = WIDTH) -> Tensor:
         """Return logits [B, C, *size], or before the last resize (at stride 2 for powers of two) if `size` is None."""
-        return self.predict(self.features(tokens_BTD, grid)[-1], size)
+        return self.predict(self.features(tokens_BTD, grid, channels)[-1], size)
+
+    @torch.no_grad()
+    def order_channels(self, beside: Collection[int] = ()) -> None:
+        """Put the channels of each stage, but for those `beside`, in order of what they add to the next: most first.
+
+        It is taken for BatchNorm's scale, which they have, times the length of the next convolution's weights for them.
+        """
+        stages: list[Any] = list(self.stages)
+        for place, (stage, following) in enumerate(zip(stages, [*stages[1:], [self.output]], strict=True)):
+            if place in beside:
+                continue
+            (conv, norm, _), next_conv = stage, following[0]
+            lengths = next_conv.weight.transpose(0, 1).flatten(1).norm(dim=1)
+            order = (norm.weight.abs() * lengths).argsort(descending=True, stable=True)
+            for values in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                values.copy_(values[order])
+            next_conv.weight.copy_(next_conv.weight[:, order])
+
+
+def _first_channels(stage: Any, x: Tensor, channels: int) -> Tensor:
+    """Return the first output channels of a stage of a PupHead, of as many input channels as x has."""
+    conv, norm, _ = stage
+    weight = first(first(conv.weight, 0, channels), 1, x.shape[1])
+    x = F.conv2d(x, weight, first(conv.bias, 0, channels), padding=conv.padding)
+    mean, var = norm.running_mean[:channels], norm.running_var[:channels]
+    return F.batch_norm(
+        x, mean, var, first(norm.weight, 0, channels), first(norm.bias, 0, channels), eps=norm.eps
+    ).relu_()
 
 
 class Distillation(nn.Module):
@@ -116,6 +152,33 @@ class Pup(PerTask):
 
     no_hls = "the FPGA flow has linear and conv ones"
 
+    def __init__(self, heads: Mapping[str, PupHead]) -> None:
+        super().__init__(heads)
+        self.channels = dict.fromkeys(heads, WIDTH)
+
+    def forward(
+        self, features: Features, sizes: Mapping[str, Size], channels: Mapping[str, int] = ALL_CHANNELS
+    ) -> Decoded:
+        """Return each task's logits, of the first `channels` of its own head."""
+        tokens = zip(sizes.items(), features.last.unbind(), strict=True)
+        return Decoded(
+            {task: self[task](own, features.grid, size, channels.get(task, WIDTH)) for (task, size), own in tokens}, {}
+        )
+
+    def used_count(self, task: str, channels: int | None = None) -> int:
+        """Return how many parameters the task's head has in its first channels."""
+        head, count = self[task], channels or WIDTH
+        convolutions = [stage[0] for stage in head.stages]
+        inputs = [convolutions[0].in_channels, *[count] * (len(convolutions) - 1)]
+        stages = sum(count * (9 * given + 3) for given in inputs)  # weights; biases, and BatchNorm's two
+        norm = sum(parameter.numel() for parameter in head.norm.parameters())
+        return norm + stages + (count + 1) * int(head.output.out_channels)
+
+    def order_channels(self) -> None:
+        """Put the channels of each head in the order of their use."""
+        for task in self.tasks:
+            self[task].order_channels()
+
 
 class Distilled(Pup):
     """The same, and in training the distilled outputs of each level of `model.distillation`, by `distilled{level}`.
@@ -127,10 +190,12 @@ class Distilled(Pup):
         super().__init__(heads)
         self.training_only = nn.ModuleDict({str(level): module for level, module in levels.items()})
 
-    def forward(self, features: Features, sizes: Mapping[str, Size]) -> Decoded:
-        """Return the logits of the heads, and the distilled ones of each level."""
-        if not self.training or set(sizes) != set(self.tasks):
-            return super().forward(features, sizes)
+    def forward(
+        self, features: Features, sizes: Mapping[str, Size], channels: Mapping[str, int] = ALL_CHANNELS
+    ) -> Decoded:
+        """Return the logits of the heads, and with all channels the distilled ones of each level."""
+        if not self.training or set(sizes) != set(self.tasks) or channels:
+            return super().forward(features, sizes, channels)
         tokens = dict(zip(sizes, features.last.unbind(), strict=True))
         stages = {task: self[task].features(tokens[task], features.grid) for task in self.tasks}
         logits = {task: self[task].predict(stages[task][-1], size) for task, size in sizes.items()}
@@ -139,6 +204,11 @@ class Distilled(Pup):
             outputs = zip(self.tasks, module([found[int(level) + 1] for found in stages.values()]), strict=True)
             auxiliary[f"distilled{level}"] = {task: resize(output, sizes[task]) for task, output in outputs}
         return Decoded(logits, auxiliary)
+
+    def order_channels(self) -> None:
+        """Do so but for stages that are distilled: what is made of these has one order for all tasks."""
+        for task in self.tasks:
+            self[task].order_channels([int(level) + 1 for level in self.training_only])
 
 
 def pup(config: ModelConfig, backbone: Any) -> Decoder:
