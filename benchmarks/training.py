@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "budgets 1": {"budgets": 1},
     "budgets 1, blocks left out": {"budgets": 1, "budget_skip": [2, 4, 6, 8, 10]},
+    "budgets 1, fewer channels": {"budgets": 1, "budget_heads": 0.25},  # of pup heads
     "budgets 2": {"budgets": 2},
     "pcgrad": {"weighting": "pcgrad"},
     "pcgrad, checkpoint_activations": {"weighting": "pcgrad", "checkpoint_activations": True},

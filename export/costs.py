@@ -39,7 +39,7 @@ def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], pro
     from m3vit.export.onnx.graph import of_task, require_onnx, tracer
     from m3vit.export.onnx.lower import lower_moe
     from m3vit.export.onnx.widths import narrow_mlps
-    from m3vit.export.runtime.ort import onnxruntime
+    from m3vit.export.runtime.ort import onnxruntime, session_options
     from m3vit.export.runtime.package import default_threads
     from m3vit.profiling import graph_macs
 
@@ -49,9 +49,7 @@ def _latency(model: MultiTaskModel, found: Space, hidden: Mapping[int, int], pro
     size = (config.image_size[0], config.image_size[1])
     traced = tracer(model, found.tasks, size=size)
     image = np.random.default_rng(0).standard_normal((1, 3, *size)).astype(np.float32)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = default_threads({"macs": graph_macs(config, found.tasks[0], size)})
-    options.log_severity_level = 3
+    options = session_options(default_threads({"macs": graph_macs(config, found.tasks[0], size)}))
 
     def measure(task: str, budget: Budget) -> float:
         graph = of_task(traced(budget), model, task)

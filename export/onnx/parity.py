@@ -31,7 +31,7 @@ from m3vit.export.onnx.package import budget_of
 from m3vit.export.onnx.parity_record import LIMIT, Record
 from m3vit.export.onnx.quantize import FLOAT
 from m3vit.export.runtime.manifest import MANIFEST, package_digests
-from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.ort import onnxruntime, session_options
 from m3vit.export.runtime.package import ALL, NotFinite, Package
 from m3vit.models.budget import Budget
 from m3vit.models.multitask import MultiTaskModel, Output
@@ -376,8 +376,7 @@ class _ForcedSession:
         initializers = onnx.load(graph, load_external_data=False).graph.initializer
         biases = [tensor for tensor in initializers if tensor.name.endswith(".router.bias")]
         assert len(biases) == len(forces), f"{len(biases)} router biases in {graph.name}, {len(forces)} MoE layers"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options = session_options(threads)
         # Kept alive: onnxruntime reads them where they are.
         self.values = [
             onnxruntime.OrtValue.ortvalue_from_numpy(numpy_helper.to_array(tensor, str(graph.parent)) + force)

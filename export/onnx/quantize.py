@@ -16,8 +16,8 @@ fp16 quantises nothing: weights are stored in half the bytes, and made float32 w
 The experts of a layer have their rows quantised together, before the first linear map and, their hidden units joined
 for one GELU, before the second: a small product each that also finds a range of its own costs more on several threads.
 
-On x86 processors without VNNI instructions onnxruntime adds pairs of products of 8 bits in 16, which can saturate:
-there, `m3vit.export.runtime.package` warns.
+On x86 processors without VNNI instructions onnxruntime adds pairs of products of 8 bits in 16, which can saturate,
+unless a session is told otherwise: `m3vit.export.runtime.ort.session_options` does.
 """
 
 import re

@@ -31,7 +31,7 @@ from m3vit.export.onnx.graph import of_task, tracer
 from m3vit.export.onnx.lower import lower_moe
 from m3vit.export.onnx.pruning import decoder_mass, gate_mass, pruned, pruned_decoder
 from m3vit.export.onnx.quantize import FLOAT, quantize
-from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.ort import onnxruntime, session_options
 from m3vit.files import atomic_path, write_json
 from m3vit.models.budget import Budget, in_all_layers
 from m3vit.run_folder import Run
@@ -156,10 +156,9 @@ def _session(graph: onnx.ModelProto) -> onnxruntime.InferenceSession:
         raise InputError(
             "the graph is above 2 GiB, which a sweep cannot hold in memory: export packages and score them"
         )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        graph.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
 
 
 def _predictor(session: onnxruntime.InferenceSession, task: str, run: Run, shape: tuple[int, int]) -> Predictor:

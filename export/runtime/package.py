@@ -4,7 +4,6 @@ Shapes: B images, C channels, H x W pixels.
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,9 +17,10 @@ from m3vit.export.runtime.arrays import refusal, require_array
 from m3vit.export.runtime.drawing import colourise as colourise
 from m3vit.export.runtime.drawing import paint as paint
 from m3vit.export.runtime.manifest import ALL as ALL
+from m3vit.export.runtime.manifest import FORMAT as FORMAT
+from m3vit.export.runtime.manifest import FORMAT_VERSION as FORMAT_VERSION
+from m3vit.export.runtime.manifest import MANIFEST as MANIFEST
 from m3vit.export.runtime.manifest import (
-    FLOAT,
-    HALF,
     PRECISIONS,
     budgets_of,
     check_passed,
@@ -28,14 +28,11 @@ from m3vit.export.runtime.manifest import (
     read_manifest,
     with_budget,
 )
-from m3vit.export.runtime.manifest import FORMAT as FORMAT
-from m3vit.export.runtime.manifest import FORMAT_VERSION as FORMAT_VERSION
-from m3vit.export.runtime.manifest import MANIFEST as MANIFEST
 from m3vit.export.runtime.manifest import file_entries as file_entries
 from m3vit.export.runtime.opened import OpenedFiles
 from m3vit.export.runtime.opened import PackageChanged as PackageChanged
 from m3vit.export.runtime.ort import onnxruntime
-from m3vit.export.runtime.processor import integers_saturate, machine
+from m3vit.export.runtime.processor import machine
 from m3vit.export.runtime.sessions import Cache, Outputs, Sessions
 from m3vit.heap import give_memory_back as give_memory_back
 from m3vit.kinds import KINDS
@@ -44,10 +41,6 @@ from m3vit.pool import usable_cores
 
 MAX_PATCHES = 8192  # of one image; memory grows with their square (a score matrix of 256 MiB for each head)
 SMALL_MACS = 10**9  # multiply-accumulates of an image; below, there is little work to share between threads
-SATURATES = (
-    "this processor has no VNNI instructions: 8-bit products may saturate, and predictions of an int8 package lose "
-    "accuracy; score it here (m3vit eval), or use fp32 (--precision fp32, of an export that holds it)"
-)
 
 
 class NotFinite(InputError):  # noqa: N818 (what it says, not that it is an error)
@@ -138,8 +131,6 @@ class Package:
                 files.check(name)
         else:
             files.trust()
-        if precision not in (FLOAT, HALF) and integers_saturate():
-            warnings.warn(SATURATES, stacklevel=2)
         threads = default_threads(manifest) if threads is None else threads or usable_cores()
         kept = None if cache is None else Cache(Path(cache), machine(), verify)
         sessions = Sessions(files, manifest["weights"]["file"], threads, low_memory, kept)

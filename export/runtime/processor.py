@@ -1,4 +1,4 @@
-"""What this machine's processor can do: whom a cache of laid out weights is for, and whether 8-bit products hold."""
+"""What this machine's processor can do: whom a cache of laid out weights is for."""
 
 import platform
 from pathlib import Path
@@ -10,12 +10,6 @@ def machine() -> str:
     """Return what a cache is made for: the processor, its instructions, and onnxruntime's version."""
     features = sorted(cpu_flags())
     return f"{platform.system()} {platform.machine()} onnxruntime {onnxruntime.__version__} {' '.join(features)}"
-
-
-def integers_saturate() -> bool:
-    """Return whether 8-bit products may saturate here: x86 processors without VNNI add pairs of them in 16 bits."""
-    flags = cpu_flags()
-    return "avx2" in flags and not any("vnni" in flag or flag == "amx_int8" for flag in flags)
 
 
 def cpu_flags() -> set[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from m3vit.errors import InputError, WriteError, first_line
 from m3vit.export.runtime.manifest import MANIFEST
 from m3vit.export.runtime.opened import OpenedFiles
-from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.ort import onnxruntime, session_options
 from m3vit.files import atomic_folder, read_json, sha256_file, write_json
 from m3vit.staging import locked
 
@@ -87,14 +87,11 @@ class Sessions:
         return session
 
     def _options(self) -> onnxruntime.SessionOptions:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
+        options = session_options(self.threads)
         options.enable_mem_pattern = False  # it keeps a plan for every size it met
         # Threads of a session that is not running would go on waiting at full speed, and take the cores from the next
         # task's (on two cores, a switch took nearly as long again as the run).
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3  # errors; what it warns about is its own memory planning
         if self.low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             # Each session would keep the memory of its largest run for itself.

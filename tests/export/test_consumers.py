@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
@@ -15,6 +14,7 @@ from m3vit.export.onnx.graph import of_task, trace_task, trace_tasks
 from m3vit.export.onnx.lower import lower_moe
 from m3vit.export.onnx.parity import LIMIT
 from m3vit.export.onnx.quantize import quantize
+from m3vit.export.runtime.ort import onnxruntime, session_options
 from m3vit.export.runtime.package import Package
 from m3vit.models.budget import LayerBudget
 from m3vit.run_folder import load_run
@@ -59,7 +59,7 @@ def run_openvino(graph: Path, inputs: dict[str, Any], threads: int = 1) -> Array
 
 
 def run_onnxruntime(graph: Path, inputs: dict[str, Any]) -> Array:
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, session_options(0), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, inputs)[0])
 
 

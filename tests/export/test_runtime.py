@@ -5,7 +5,6 @@ import json
 import platform
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -167,23 +166,6 @@ def test_graphs_for_one_image_take_batches(tmp_path: Path) -> None:
     package = Package.load(make_package(tmp_path / "static", (8, 12), batch=1))
     images = np.random.default_rng(1).integers(0, 256, (3, 8, 12, 3), dtype=np.uint8)
     np.testing.assert_allclose(package.predict_batch(images, "depth"), images[..., 0] / 255, rtol=1e-6)
-
-
-def test_processors_without_vnni_are_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = make_package(tmp_path / "package")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["precisions"] = ["int8"]
-    for entry in manifest["tasks"].values():
-        entry["graphs"] = {"int8": entry["graphs"]["fp32"]}
-    write_sealed_json(folder / "manifest.json", manifest)
-    monkeypatch.setattr("m3vit.export.runtime.processor.cpu_flags", lambda: {"avx2", "fma"})
-    with pytest.warns(UserWarning, match="no VNNI instructions"):
-        Package.load(folder)
-    for flags in ({"avx2", "avx_vnni"}, {"avx2", "avx512_vnni"}, {"asimd"}):
-        monkeypatch.setattr("m3vit.export.runtime.processor.cpu_flags", lambda flags=flags: flags)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            Package.load(folder)
 
 
 def test_what_a_package_does_not_hold_is_refused(folder: Path, tmp_path: Path) -> None:
