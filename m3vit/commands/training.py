@@ -245,9 +245,11 @@ def run_profile(argv: Sequence[str]) -> None:
     if config.train.budgets:
         from m3vit.models.trial import meta_model
         from m3vit.profiling import macs_share
-        from m3vit.training.budgets import space
+        from m3vit.training.budgets import space, step_macs
 
-        report["smallest_budget"] = macs_share(config.model, space(meta_model(config.model), config.train).smallest)
+        shapes = meta_model(config.model)
+        report["smallest_budget"] = macs_share(config.model, space(shapes, config.train).smallest)
+        report["step_macs"] = step_macs(shapes, config.train)
     if training:
         from m3vit.training.memory import predict, said
 
@@ -259,5 +261,6 @@ def run_profile(argv: Sequence[str]) -> None:
     say(render(report))
     if config.train.budgets:
         say(f"the smallest budget trained for takes {report['smallest_budget']:.3f} of the MACs of all tasks' graphs")
+        say(f"a step of training takes {report['step_macs']:.2f} times the MACs of one for the whole model alone")
     if training:
         say(said(report["training"]))

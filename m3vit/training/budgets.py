@@ -25,6 +25,7 @@ from m3vit.models.config import ModelConfig, init_sources
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel, Output
 from m3vit.models.space import Asked, Space, require_trained, space_of
+from m3vit.profiling import count_macs, total_macs
 from m3vit.tasks import kind_of
 from m3vit.training.config import TrainConfig, read_run_config
 
@@ -52,6 +53,17 @@ def of_step(train: TrainConfig, found: Space | None, step: int) -> list[Budget]:
     if train.budgets == 1:
         return [FULL, found.random(rng) if step % 2 else found.smallest]
     return [FULL, found.smallest, *(found.random(rng) for _ in range(train.budgets - 1))]
+
+
+def step_macs(model: MultiTaskModel, train: TrainConfig, steps: int = 8) -> float:
+    """Return how many times the MACs of a plain step, what only trains included, a step for budgets takes.
+
+    model: of shapes (`meta_model`). The mean over the budgets of the first `steps`, of forward passes.
+    """
+    tasks, found = model.config.tasks, space(model, train)
+    plain = sum(count_macs(model, tasks, training=True).values())
+    smaller = [budget for step in range(steps) for budget in of_step(train, found, step)[1:]]
+    return 1 + sum(total_macs(model, tasks, budget) for budget in smaller) / steps / plain
 
 
 def distances_count(train: TrainConfig, step: int, steps: int) -> float:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from m3vit.errors import InputError
 from m3vit.label_sets import LABEL_SETS
-from m3vit.models.budget import Budget
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.space import Space, width_choices
 from m3vit.profiling import graph_macs, profile, render
-from m3vit.training.budgets import importance, order_units, space
+from m3vit.training.budgets import importance, of_step, order_units, space, step_macs
 from m3vit.training.config import TrainConfig
 from tests.conftest import TINY
 
@@ -209,6 +209,18 @@ def test_the_smallest_budget_is_printed(cli: Callable[..., subprocess.CompletedP
     said = float(re.search(r"the smallest budget trained for takes (0\.\d+) of the MACs", result.stdout)[1])  # type: ignore[index]
     assert 0.5 < said < 0.95
     assert "smallest" not in cli(*words).stdout
+    assert 1.5 < float(re.search(r"a step of training takes (1\.\d+) times the MACs", result.stdout)[1]) < 2  # type: ignore[index]
+
+
+def test_macs_of_a_step_are_those_of_its_passes() -> None:
+    """Also of what only trains, which smaller passes go without."""
+    model = make(head="pup", distillation=[0]).to("meta").eval()
+    train = TrainConfig(budgets=2, budget_heads=0.5, seed=3)
+    whole, smallest = (graph_macs(model.config, TASKS, (32, 48), one) for one in (FULL, space(model, train).smallest))
+    distilled = profile(model.config)["distillation"]["macs"]
+    drawn = [of_step(train, space(model, train), step)[2] for step in range(2)]
+    random = sum(graph_macs(model.config, TASKS, (32, 48), budget) for budget in drawn) / 2
+    assert step_macs(model, train, 2) == pytest.approx(1 + (smallest + random) / (whole + distilled))
 
 
 def test_macs_are_of_what_names_stand_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
