@@ -24,7 +24,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from m3vit.export.onnx.lower import copied, lower_moe
 from m3vit.export.onnx.quantize import quantize
-from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.ort import onnxruntime, session_options
 
 D, E, K, BLOCK = 384, 16, 4, 128
 CONTRIB = "com.microsoft"
@@ -80,9 +80,9 @@ def variants() -> dict[str, ModelProto]:
 
 
 def session(graph: ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        graph.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
 
 
 def cpu_ms(each: Any, x: NDArray[np.float32], rounds: int) -> float:

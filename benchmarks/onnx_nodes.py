@@ -21,7 +21,7 @@ import numpy as np
 from _bench import machine
 from _onnx_packages import PRECISIONS, TASK, export
 
-from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.ort import onnxruntime, session_options
 from m3vit.export.runtime.package import Package
 
 LEAST = 0.01  # of a graph's time
@@ -31,8 +31,7 @@ END = "_kernel_time"
 def node_times(graph: Path, image: Any, threads: int, runs: int) -> dict[str, tuple[str, float]]:
     """Return {node: (operator, ms of its fastest run)}."""
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options = session_options(threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "nodes")
         session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
