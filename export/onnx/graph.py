@@ -31,12 +31,8 @@ class _Tasks(nn.Module):
 
     def __init__(self, model: MultiTaskModel, tasks: Sequence[str], budget: Budget) -> None:
         super().__init__()
-        self.model, self.tasks, self.skip, self.used = (
-            model,
-            tasks,
-            budget.left_out,
-            of_decoder(model.uses(budget, tasks)),
-        )
+        self.model, self.tasks, self.skip = model, tasks, budget.left_out
+        self.used = of_decoder(model.uses(budget, tasks))
 
     def forward(self, image: Tensor, task: Tensor) -> tuple[Tensor, ...]:
         features, _ = self.model.backbone(image, task, self.model.heads.blocks, _without(self.skip))
@@ -59,12 +55,8 @@ class _AllTasks(nn.Module):
 
     def __init__(self, model: MultiTaskModel, tasks: Sequence[str], budget: Budget) -> None:
         super().__init__()
-        self.model, self.tasks, self.skip, self.used = (
-            model,
-            tasks,
-            budget.left_out,
-            of_decoder(model.uses(budget, tasks)),
-        )
+        self.model, self.tasks, self.skip = model, tasks, budget.left_out
+        self.used = of_decoder(model.uses(budget, tasks))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         ids = tuple(self.model.task_id(task) for task in self.tasks)

@@ -241,7 +241,7 @@ def search(
     costs = costs or macs_of(config, found, model.hidden_widths())
     tasks, heads = config.tasks, found.narrow_heads
     every, least = (
-        {task: (count,) * len(blocks) + tuple(heads[task][end] for _ in range(task in heads)) for task in tasks}
+        {task: (*[count] * len(blocks), *([heads[task][end]] if task in heads else [])) for task in tasks}
         for count, end in ((found.top_k, -1), (found.fewest, 0))
     )
     whole = sum(costs.whole[task] for task in tasks)
