@@ -124,7 +124,9 @@ def budgeted(run: Run, content: Content, request: Request, say: Callable[[str], 
             raise InputError("a budget says which experts are used: leave out --prune, --keep and --top-k, or --budget")
         for one in content.by_budget.values():
             require_trained_run(run, one.budget)
-        return content
+        sizes = run.model.hidden_widths(), run.model.heads.channels
+        budgets = {name: one.shortened(*sizes) for name, one in content.budgets.items()}
+        return replace(content, budget=content.budget.shortened(*sizes), budgets=budgets)
     if not prunes:
         return replace(content, budget=budget)
     check_rule(request.coverage, request.keep, config.num_experts)

@@ -106,8 +106,8 @@ class Content:
                 )
         if self.nested and (whole := [name for name in self.precisions if name not in (FLOAT, HALF)]):
             raise InputError(
-                f"budgets of several widths have their weights in common in {FLOAT} and {HALF} alone, not in "
-                f"{', '.join(whole)}, whose scales are of all units: leave that out, or give one budget a package"
+                f"budgets of several widths or channels have their weights in common in {FLOAT} and {HALF} alone, not "
+                f"in {', '.join(whole)}, whose scales are of all units: leave that out, or give one budget a package"
             )
         if self.nested and self.static:
             raise InputError(

@@ -13,6 +13,9 @@ import onnxruntime as onnxruntime  # noqa: TID251
 onnxruntime.disable_telemetry_events()
 
 
+EXACT = ("session.x64quantprecision", "1")  # part of the keys of caches
+
+
 def session_options(threads: int) -> onnxruntime.SessionOptions:
     """Return what every session has: threads, no warnings (of its own memory planning), exact products of 8 bits.
 
@@ -23,5 +26,5 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(*EXACT)
     return options

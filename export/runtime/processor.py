@@ -3,13 +3,14 @@
 import platform
 from pathlib import Path
 
-from m3vit.export.runtime.ort import onnxruntime
+from m3vit.export.runtime.ort import EXACT, onnxruntime
 
 
 def machine() -> str:
-    """Return what a cache is made for: the processor, its instructions, and onnxruntime's version."""
+    """Return what a cache is made for: the processor, its instructions, onnxruntime's version and what it is told."""
     features = sorted(cpu_flags())
-    return f"{platform.system()} {platform.machine()} onnxruntime {onnxruntime.__version__} {' '.join(features)}"
+    said = "=".join(EXACT)
+    return f"{platform.system()} {platform.machine()} onnxruntime {onnxruntime.__version__} {said} {' '.join(features)}"
 
 
 def cpu_flags() -> set[str]:

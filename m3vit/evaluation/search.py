@@ -181,11 +181,17 @@ def check_share(share: float, lowest: float, name: str, found: Space, trained: b
     """Raise InputError for a share of the cost that no budget of the space has."""
     if share >= lowest:
         return
+    if lowest > 1:
+        raise InputError(
+            f"--budget is {share:g}: as measured just now the smallest budget takes {lowest:.3f} of the whole model's "
+            f"{name}, so other programs are in the way: search again when they are done, or by --cost macs"
+        )
     advice = f"give {math.ceil(1000 * lowest) / 1000:g} to 1"
     if trained:
+        keys = "train.budget_top_k, budget_width, budget_skip" + (", budget_heads" if found.heads else "")
         raise InputError(
             f"--budget is {share:g}: the smallest budget that this model was trained for takes {lowest:.3f} of its "
-            f"{name} (train.budget_top_k {found.fewest}, train.budget_width): {advice}"
+            f"{name} ({keys}): {advice}"
         )
     raise InputError(
         f"--budget is {share:g}: with one expert per token in every block this model still takes {lowest:.3f} of its "
@@ -252,7 +258,7 @@ def search(
     alone_of = [(place, count) for place in range(len(blocks)) for count in range(found.fewest, found.top_k)]
     alone_of += [(len(blocks), 0)] if heads else []  # the smallest heads
     narrow = [block for block, widths in found.widths.items() if len(widths) > 1]
-    levels, points = (LEVELS + 2, LEVELS) if narrow else (1, POINTS)
+    levels, points = (LEVELS + 2 + bool(heads), LEVELS) if narrow else (1, POINTS)
     measuring = _Measuring(model, split, indices, progress)
     widths_alone = sum(len(alone_in(found.widths[block])) for block in narrow)
     measuring.total = 1 + len(alone_of) + widths_alone + levels * points
@@ -313,8 +319,8 @@ def _levels(
     """Return a few choices of the width of every block, {} (all units) first, the smallest last, by falling cost.
 
     They are unbeaten in the cost of all tasks and in the loss that is predicted, weighed by the preferences: some
-    spread over the range, the largest that keeps within `limit` with all experts, and the next one above it, which may
-    with fewer.
+    spread over the range, the largest that keeps within `limit` with all experts and channels, and the next one above
+    it, if it may with fewer; where heads have a choice of channels, also the largest that may at all.
     """
     tasks, total = found.tasks, sum(preferences[task] for task in found.tasks)
     alone = []
@@ -325,17 +331,22 @@ def _levels(
             measured[width] = sum(preferences[task] * lost[task] for task in tasks) / total
         alone.append(between(found.widths[block], measured))
 
-    def cost(widths: Counts, experts: Mapping[int, int] | None = None) -> float:
+    def cost(widths: Counts) -> float:
         given = dict(zip(narrow, widths, strict=True))
-        return sum(costs.of(task, experts or {}, given) for task in tasks)
+        return sum(costs.of(task, {}, given) for task in tasks)
+
+    def least_cost(widths: Counts) -> float:
+        given, fewest = dict(zip(narrow, widths, strict=True)), dict.fromkeys(found.blocks, found.fewest)
+        fewer = {task: counts[0] for task, counts in found.narrow_heads.items()}
+        return sum(costs.of(task, fewest, given, *([fewer[task]] if task in fewer else [])) for task in tasks)
 
     every = tuple(found.widths[block][-1] for block in narrow)
     least = tuple(found.widths[block][0] for block in narrow)
     front = predicted_front(alone, cost, every)  # by ascending cost
-    within, fewest = sum(point.cost <= limit * (1 + 1e-9) for point in front), dict.fromkeys(found.blocks, found.fewest)
-    next_to_it = front[max(0, within - 1) : within + 1]
-    if within < len(front) and cost(front[within].counts, fewest) > limit * (1 + 1e-9):
-        next_to_it.pop()  # not with the fewest experts either
+    within = sum(point.cost <= limit * (1 + 1e-9) for point in front)
+    may = [point for point in front if least_cost(point.counts) <= limit * (1 + 1e-9)]
+    next_to_it = front[max(0, within - 1) : within] + [point for point in front[within : within + 1] if point in may]
+    next_to_it += may[-1:] if found.narrow_heads else []
     # All units are among those returned, on the front or not.
     spread = sample_front(front, LEVELS if front[-1].counts == every else LEVELS - 1)
     taken = {point.counts for point in (*spread, *next_to_it)}

@@ -6,7 +6,7 @@ And how many channels the head of each task has. Layers are named by their block
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -149,6 +149,12 @@ class Budget:
     def full(self) -> bool:
         """Whether everything is used as trained, by what is said."""
         return self == FULL
+
+    def shortened(self, hidden: Mapping[int, int], channels: Mapping[str, int]) -> "Budget":
+        """Return the budget without widths and channels that are all of a model's: the same by what it does."""
+        width = {block: units for block, units in self.width.items() if units != hidden.get(block)}
+        heads = {task: count for task, count in self.heads.items() if count != channels.get(task)}
+        return replace(self, width=width, heads=heads)
 
     def layer(self, task: str, block: int) -> LayerBudget:
         """Return the budget of a task in a block."""

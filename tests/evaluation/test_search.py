@@ -21,6 +21,7 @@ from m3vit.evaluation.search import (
     alone_in,
     best_together,
     between,
+    check_share,
     predicted_front,
     read_preferences,
     relative_loss,
@@ -193,6 +194,38 @@ def test_widths_next_to_what_is_asked_are_among_those_measured(seed: int) -> Non
         assert above in taken or above - 2 * 9 > limit  # one expert less of each task does not make up for it
         costs_of = [2 * of("", {}, level) for level in levels[1:]]
         assert costs_of == sorted({*costs_of}, reverse=True)
+
+
+@pytest.mark.parametrize("share", [0.26, 0.3, 0.5, 0.7])
+def test_widths_leave_room_for_heads_of_fewer_channels(share: float) -> None:
+    """Heads of all channels alone take more than the half: the widest that may with the fewest are measured too."""
+    widths, heads = {block: (4, 8, 12, 16) for block in range(3)}, {"depth": (64, 256), "edge": (64, 256)}
+    found = Space(("depth", "edge"), (), 1, 1, widths, heads)
+
+    class Measured:
+        def losses(self, budget: Budget, words: str) -> dict[str, float]:
+            ((block, _),) = budget.width.items()
+            return {"depth": 3.0 + block, "edge": 1.0}
+
+    def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int = 256) -> float:
+        return channels / 2 + sum(widths.values())
+
+    whole = 2 * of("", {}, dict.fromkeys(widths, 16))
+    limit, costs = share * whole, SimpleNamespace(of=of)
+    levels = _levels(found, list(widths), costs, dict.fromkeys(heads, 1.0), Measured(), limit)  # type: ignore[arg-type]
+    assert len(levels) <= 7
+    least = [2 * of("", {}, level or dict.fromkeys(widths, 16), 64) for level in levels]
+    sums = {2 * of("", {}, dict(enumerate(choice)), 64) for choice in itertools.product(*widths.values())}
+    possible = max(one for one in sums if one <= limit)
+    assert max(one for one in least if one <= limit) == pytest.approx(possible, abs=8)
+
+
+def test_a_cost_that_other_programs_spoil_is_no_advice() -> None:
+    space = Space(("depth",), (1,), 1, 2, {})
+    with pytest.raises(InputError, match=r"takes 3.000 of the whole model's ms, so other programs are in the way"):
+        check_share(0.5, 3.0, "ms", space, trained=True)
+    with pytest.raises(InputError, match=r"takes 0.700 of its ms \(train.budget_top_k.*\): give 0.7 to 1"):
+        check_share(0.5, 0.7, "ms", space, trained=True)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -194,6 +194,16 @@ def test_budgets_that_no_package_has(content: Content, message: str) -> None:
         content.check()
 
 
+def test_widths_and_channels_that_are_all_make_no_other_budget(model: MultiTaskModel) -> None:
+    """A search writes every one: budgets that differ in experts alone go with integers all the same."""
+    said = Budget({"depth": {1: 1}}, width={0: 64, 1: 32, 2: 8}, heads={"depth": 256, "normals": 64})
+    short = said.shortened(model.hidden_widths(), {"depth": 256, "normals": 256})
+    assert short == Budget({"depth": {1: 1}}, width={2: 8}, heads={"normals": 64})
+    spelled = Budget({"depth": {1: 1}}, width=model.hidden_widths())
+    for budget, nested in ((spelled, True), (spelled.shortened(model.hidden_widths(), {}), False)):
+        assert Content(budgets={"full": FULL, "few": budget}).nested == nested
+
+
 def test_a_budget_of_another_model_writes_nothing(model: MultiTaskModel, tmp_path: Path) -> None:
     for budget, message in ((Budget({"edge": {1: 1}}), "names task edge"), (Budget({"depth": {2: 1}}), "block 2")):
         with pytest.raises(InputError, match=message):

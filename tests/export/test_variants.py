@@ -126,6 +126,9 @@ def test_a_cache_is_made_once_for_a_machine(full: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("m3vit.export.runtime.processor.cpu_flags", lambda: {"another", "processor", "vnni"})
     Package.load(full, threads=1, cache=tmp_path / "cache").predict(image(), "depth")
     assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr("m3vit.export.runtime.processor.EXACT", ("another", "option"))  # of what made the graph
+    Package.load(full, threads=1, cache=tmp_path / "cache").predict(image(), "depth")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 def test_integers_do_not_saturate_however_a_package_is_loaded(full: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class PupHead(nn.Module):
     The published heads have SyncBatchNorm; training on several processes has to convert to it.
 
     Of the 256 channels the first so many can be used alone, in all stages: 3x3 convolutions then cost the square of
-    that share. BatchNorm has the running statistics of all channels' passes, then and in training too.
+    that share. BatchNorm then has its running statistics, in training too, and leaves them as they are.
     """
 
     def __init__(self, dim: int, channels: int, patch_size: int, bias: float) -> None:
