@@ -103,6 +103,15 @@ def searched(model: MultiTaskModel, train: Asked) -> Space:
     return space_of(model, train)
 
 
+def most_and_least(found: Space) -> tuple[dict[str, Counts], dict[str, Counts]]:
+    """Return what each task may choose for itself: the most of it, and the least."""
+    heads, ends = found.narrow_heads, []
+    for count, end in ((found.top_k, -1), (found.fewest, 0)):
+        experts = (count,) * len(found.blocks)
+        ends.append({task: (*experts, heads[task][end]) if task in heads else experts for task in found.tasks})
+    return ends[0], ends[1]
+
+
 def unbeaten(ways: Sequence[T], worth: Callable[[T], tuple[float, float]]) -> list[T]:
     """Return those that no other one beats in `worth` (cost, loss), by ascending cost, one of equals."""
     kept: list[T] = []
@@ -246,10 +255,7 @@ def search(
         )
     costs = costs or macs_of(config, found, model.hidden_widths())
     tasks, heads = config.tasks, found.narrow_heads
-    every, least = (
-        {task: (*[count] * len(blocks), *([heads[task][end]] if task in heads else [])) for task in tasks}
-        for count, end in ((found.top_k, -1), (found.fewest, 0))
-    )
+    every, least = most_and_least(found)
     whole = sum(costs.whole[task] for task in tasks)
     smallest = {block: widths[0] for block, widths in found.widths.items()}
     lowest = sum(_cost(costs, task, blocks, smallest, least[task]) for task in tasks) / whole
@@ -336,9 +342,8 @@ def _levels(
         return sum(costs.of(task, {}, given) for task in tasks)
 
     def least_cost(widths: Counts) -> float:
-        given, fewest = dict(zip(narrow, widths, strict=True)), dict.fromkeys(found.blocks, found.fewest)
-        fewer = {task: counts[0] for task, counts in found.narrow_heads.items()}
-        return sum(costs.of(task, fewest, given, *([fewer[task]] if task in fewer else [])) for task in tasks)
+        given, (_, fewest) = dict(zip(narrow, widths, strict=True)), most_and_least(found)
+        return sum(_cost(costs, task, found.blocks, given, fewest[task]) for task in tasks)
 
     every = tuple(found.widths[block][-1] for block in narrow)
     least = tuple(found.widths[block][0] for block in narrow)

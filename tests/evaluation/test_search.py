@@ -173,7 +173,7 @@ def test_widths_next_to_what_is_asked_are_among_those_measured(seed: int) -> Non
             ((block, width),) = budget.width.items()
             return {"depth": lost[block, width], "edge": lost[block, width]}
 
-    def of(task: str, counts: dict[int, int], widths: dict[int, int]) -> float:
+    def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int | None = None) -> float:
         return 50 + 9 * counts.get(1, 2) + sum(float(units[block]) * width for block, width in widths.items())
 
     costs, both = SimpleNamespace(of=of), {"depth": 1.0, "edge": 3.0}
@@ -207,8 +207,8 @@ def test_widths_leave_room_for_heads_of_fewer_channels(share: float) -> None:
             ((block, _),) = budget.width.items()
             return {"depth": 3.0 + block, "edge": 1.0}
 
-    def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int = 256) -> float:
-        return channels / 2 + sum(widths.values())
+    def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int | None = None) -> float:
+        return (channels or 256) / 2 + sum(widths.values())
 
     whole = 2 * of("", {}, dict.fromkeys(widths, 16))
     limit, costs = share * whole, SimpleNamespace(of=of)
