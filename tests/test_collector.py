@@ -38,4 +38,4 @@ def test_a_process_that_has_torch_keeps_its_collector() -> None:
     frozen = gc.get_freeze_count()
     with resting():
         assert gc.isenabled() and torch
-    assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() <= frozen  # nothing more; what was may be freed meanwhile
