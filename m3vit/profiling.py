@@ -233,10 +233,12 @@ def total_macs(
     return _total(count_macs(model, list(tasks), budget=budget, every_expert=every_expert))
 
 
-def macs_share(config: ModelConfig, budget: Budget) -> float:
-    """Return the share of the MACs of all tasks' graphs, of the size trained at, that a budget takes."""
-    model = meta_model(config)
-    used, whole = (sum(total_macs(model, [task], one) for task in config.tasks) for one in (budget, FULL))
+def macs_share(model: MultiTaskModel, budget: Budget) -> float:
+    """Return the share of the MACs of all tasks' graphs, of the size trained at, that a budget takes.
+
+    model: of shapes (`meta_model`).
+    """
+    used, whole = (sum(total_macs(model, [task], one) for task in model.config.tasks) for one in (budget, FULL))
     return used / whole
 
 

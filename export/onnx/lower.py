@@ -140,7 +140,7 @@ def _fold_norm(convolution: NodeProto, norm: NodeProto, weight: NDArray[Any], va
     gamma, beta, mean, var = (np.asarray(values.read(name), np.float32) for name in norm.input[1:])
     epsilon = next((attribute.f for attribute in norm.attribute if attribute.name == "epsilon"), 1e-5)
     scale = gamma / np.sqrt(var + epsilon)
-    bias: NDArray[Any] = values.given(convolution.input[2]) if len(convolution.input) > 2 else np.zeros_like(mean)
+    bias: NDArray[Any] = values.read(convolution.input[2]) if len(convolution.input) > 2 else np.zeros_like(mean)
     folded = values.add(f"{norm.output[0]}.bias", (bias - mean) * scale + beta)
     del convolution.input[2:]
     convolution.input.append(folded)
@@ -207,13 +207,15 @@ class _Values:
         self.added: dict[str, NDArray[np.generic]] = {}
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """Return the value of an initializer, or of a tensor computed from initializers alone.
+        """Return the value of an initializer or an added tensor, or of a tensor computed from initializers alone.
 
         The gate of a task_conditioned router is computed: a slice of the shared gate, and a bias made of the task
         embedding. Evaluated here, the graph holds what its task needs and nothing of the others.
         """
         if name in self.initializers:
             return numpy_helper.to_array(self.initializers[name])
+        if name in self.added:
+            return self.added[name]
         nodes: list[NodeProto] = []
         constants: dict[str, TensorProto] = {}
         seen: set[str] = set()
@@ -239,10 +241,6 @@ class _Values:
         evaluator = ReferenceEvaluator(helper.make_model(part, opset_imports=self.opsets))
         results: Any = evaluator.run(None, {})  # a list of arrays; annotated as more than that
         return np.asarray(results[0])
-
-    def given(self, name: str) -> NDArray[np.generic]:
-        """Return the value of a tensor that has been added, or else what `read` does."""
-        return self.added[name] if name in self.added else self.read(name)
 
     def is_constant(self, name: str) -> bool:
         """Return whether a tensor is an initializer or computed from initializers alone."""

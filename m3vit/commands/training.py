@@ -248,7 +248,7 @@ def run_profile(argv: Sequence[str]) -> None:
         from m3vit.training.budgets import space, step_macs
 
         shapes = meta_model(config.model)
-        report["smallest_budget"] = macs_share(config.model, space(shapes, config.train).smallest)
+        report["smallest_budget"] = macs_share(shapes, space(shapes, config.train).smallest)
         report["step_macs"] = step_macs(shapes, config.train)
     if training:
         from m3vit.training.memory import predict, said
