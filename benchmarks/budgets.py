@@ -1,11 +1,18 @@
-"""One checkpoint for any budget beside models trained for one each, on rendered scenes, at a small scale.
+"""One checkpoint for any budget beside models trained for one each: on rendered scenes, or on photographs, small.
 
     python benchmarks/budgets.py --out runs/budgets [--epochs 40] [--seeds 3] [--jobs 1] [--json FILE] [--plot FILE]
+    python benchmarks/budgets.py --out runs/nyud --data ROOT --weights FILE --epochs 6 --seeds 1 [--jobs 1] ...
 
-Nothing but public commands, recipe synthetic-tiny with linear heads and six blocks, two of them with experts. By seed,
+Nothing but public commands; recipe synthetic-tiny with linear heads and six blocks, two of them with experts. By seed,
 one model is trained for budgets (train.budgets), and one plainly for each of four budgets, made as small as the budget
 makes the other: hidden units of experts and MLPs from all to a quarter, one expert per token in the two smaller ones,
-of which the larger lacks two dense blocks and the smallest all four. Three tables, and a picture of the first:
+of which the larger lacks two dense blocks and the smallest all four.
+
+With --data (NYUD-v2 in NYUD_MT's layout) and --weights (of timm's vit_small_patch14_dinov2) it is recipe nyud-vits14 at
+112x154 without its edges, five of ten dense blocks left out by the smallest. A separate model starts from as much of
+the weights as it has: the hidden units that matter most on 8 training images, as train.budgets orders them.
+
+Three tables, and a picture of the first:
 
 - metric against MACs: the separate models, the one checkpoint under the very same budgets, and under those that
   `m3vit search` finds for as many MACs. "loss" is the mean over tasks of what the headline metric loses on the separate
@@ -16,10 +23,11 @@ of which the larger lacks two dense blocks and the smallest all four. Three tabl
 - control: for each task, the rank correlation (Spearman) of its preference, from 0 to 8 with the others at 1, and its
   metric (turned so that better is more), at one share of the MACs.
 
-What is there is not done again, so an interrupted run goes on. MACs are of all tasks' graphs. The scenes are rendered
-and the models small: the tables say nothing about photographs.
+What is there is not done again, so an interrupted run goes on. MACs are of all tasks' graphs. Rendered scenes say
+nothing about photographs.
 """
 
+import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,20 +37,26 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from _bench import arguments, machine, save
 from quality import run  # beside this file
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
+from m3vit.commands.training import config_from
+from m3vit.data.loading import unlabelled
+from m3vit.data.opening import open_split
 from m3vit.evaluation.scoring import read
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.budget import FULL
 from m3vit.models.budget_file import BUDGETS, write_budget
+from m3vit.models.initialise import new_model
 from m3vit.models.space import space_of
 from m3vit.profiling import graph_macs
 from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS
-
-NAMES = LABEL_SETS["nyud"].tasks
+from m3vit.training.budgets import importance
+from m3vit.training.starting import ORDER_IMAGES
 
 
 class Shape(NamedTuple):
@@ -53,17 +67,69 @@ class Shape(NamedTuple):
     without: tuple[int, ...] = ()
 
 
-DEPTH, WITH_EXPERTS = 6, (2, 5)
-SKIP = (0, 1, 3, 4)  # what the smallest budget leaves out: all dense blocks
-SHAPES = {
-    "whole": Shape(1.0, 2),
-    "large": Shape(0.75, 2),
-    "middle": Shape(0.5, 1, (1, 4)),
-    "small": Shape(0.25, 1, SKIP),
-}
+class Setting(NamedTuple):
+    """What is trained: a recipe, keys of it, and its trunk; ratios are of hidden units to channels."""
+
+    recipe: str
+    tasks: list[str]
+    keys: list[str]
+    depth: int
+    with_experts: tuple[int, ...]
+    trunk: dict[str, Any]
+    mlp_ratio: float
+    expert_ratio: float
+    shapes: dict[str, Shape]
+    taps: tuple[int, ...] = ()  # blocks that heads read
+
+    def of(self, shape: Shape) -> list[str]:
+        """Return the keys of a model of this shape: its blocks are numbered anew."""
+        blocks = [block for block in range(self.depth) if block not in shape.without]
+        trunk = self.trunk | {"depth": len(blocks), "mlp_ratio": self.mlp_ratio * shape.width}
+        keys = [f"--model.trunk_args={json.dumps(trunk)}", f"--model.top_k={shape.top_k}"]
+        keys += [f"--model.moe_blocks={[blocks.index(block) for block in self.with_experts]}"]
+        keys += [f"--model.expert_ratio={self.expert_ratio * shape.width}"]
+        return keys + [f"--model.head_args.blocks={[blocks.index(tap) for tap in self.taps]}"] * bool(self.taps)
+
+
+SCENES = Setting(
+    "synthetic-tiny",
+    LABEL_SETS["nyud"].tasks,
+    ["--model.head=linear", "--train.eval_epochs=0"],
+    depth=6,
+    with_experts=(2, 5),
+    trunk={"patch_size": 8, "embed_dim": 64, "num_heads": 4, "class_token": False, "global_pool": ""},
+    mlp_ratio=4.0,
+    expert_ratio=2.0,
+    shapes={
+        "whole": Shape(1.0, 2),
+        "large": Shape(0.75, 2),
+        "middle": Shape(0.5, 1, (1, 4)),
+        "small": Shape(0.25, 1, (0, 1, 3, 4)),  # all dense blocks
+    },
+)
+PHOTOGRAPHS = Setting(
+    "nyud-vits14",
+    ["semseg", "depth", "normals"],
+    [
+        *("--model.image_size=[112, 154]", "--model.tasks=[semseg, depth, normals]", "--train.native_losses=[]"),
+        *("--model.head_stride=2", "--train.freeze=[]", "--train.freeze_epochs.trunk=1", "--train.eval_epochs=0"),
+        *("--model.num_experts=8", "--train.precision=32-true"),
+    ],
+    depth=12,
+    with_experts=(10, 11),
+    trunk={},
+    mlp_ratio=4.0,
+    expert_ratio=4.0,  # of parts of an MLP, as the recipe's, a token needs all
+    shapes={
+        "whole": Shape(1.0, 2),
+        "large": Shape(0.75, 2),
+        "middle": Shape(0.5, 1, (2, 6)),
+        "small": Shape(0.25, 1, (0, 2, 4, 6, 8)),
+    },
+    taps=(3, 5, 7, 9, 11),
+)
 WAYS = ("separate", "same", "searched")
 PREFERENCES = (0.0, 0.5, 2.0, 8.0)
-TRUNK = "{{patch_size: 8, embed_dim: 64, depth: {}, num_heads: 4, mlp_ratio: {}, class_token: false, global_pool: ''}}"
 
 
 def hypervolume(points: list[list[float]]) -> float:
@@ -84,22 +150,22 @@ def hypervolume(points: list[list[float]]) -> float:
 def scores(folder: Path) -> dict[str, float]:
     """Return the headline metric of each task."""
     _, result = read(folder, "A")
-    return {task: result["tasks"][task]["torch"][TASKS[task].metric] for task in NAMES}
+    return {task: values["torch"][TASKS[task].metric] for task, values in result["tasks"].items()}
 
 
 def relative(values: dict[str, float], reference: dict[str, float]) -> list[float]:
     """Return each task's metric relative to a reference, larger being better: 1 is as good."""
     return [
         values[task] / reference[task] if TASKS[task].higher_is_better else reference[task] / values[task]
-        for task in NAMES
+        for task in reference
     ]
 
 
 def loss(values: dict[str, float], reference: dict[str, float]) -> float:
     """Return the mean over tasks of what is lost on a reference, in percent."""
-    changes = [(values[task] - reference[task]) / abs(reference[task]) for task in NAMES]
+    changes = [(values[task] - reference[task]) / abs(reference[task]) for task in reference]
     return 100 * statistics.mean(
-        -change if TASKS[task].higher_is_better else change for task, change in zip(NAMES, changes, strict=True)
+        -change if TASKS[task].higher_is_better else change for task, change in zip(reference, changes, strict=True)
     )
 
 
@@ -108,26 +174,57 @@ class Seed:
 
     def __init__(self, args: Any, seed: int) -> None:
         self.args, self.seed, self.folder = args, seed, args.out / f"seed-{seed}"
-        self.one = self.folder / "one"
+        self.setting, self.one = PHOTOGRAPHS if args.data else SCENES, self.folder / "one"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def train(self, name: str) -> None:
-        """Train and score a model: "one", for budgets, or one of SHAPES."""
+        """Train and score a model: "one", for budgets, or a separate one of that shape."""
         folder = self.folder / name
         if (folder / "eval.json").exists():
             return
-        keys = [f"--train.epochs={self.args.epochs}", f"--train.seed={self.seed}", "--train.threads=1"]
-        keys += ["--model.head=linear", "--train.eval_epochs=0", f"--data.root={self.args.out / 'data'}"]
-        shape = SHAPES["whole" if name == "one" else name]
-        blocks = [block for block in range(DEPTH) if block not in shape.without]
-        keys += [f"--model.trunk_args={TRUNK.format(len(blocks), 4 * shape.width)}", f"--model.top_k={shape.top_k}"]
-        keys += [f"--model.moe_blocks={[blocks.index(block) for block in WITH_EXPERTS]}"]
-        keys += [f"--model.expert_ratio={2 * shape.width}"]
+        setting, shape = self.setting, self.setting.shapes["whole" if name == "one" else name]
+        keys = [*setting.keys, f"--train.epochs={self.args.epochs}", f"--train.seed={self.seed}", "--train.threads=1"]
+        keys += [f"--data.root={self.args.data or self.args.out / 'data'}", *setting.of(shape)]
+        if self.args.weights:
+            keys += [f"--model.weights={self.weights(shape)}"]
         if name == "one":
             keys += [f"--train.budgets={self.args.budgets}", "--train.budget_width=0.25"]
-            keys += [f"--train.budget_skip={list(SKIP)}", *(f"--{key}" for key in self.args.one)]
-        run("train", "synthetic-tiny", *keys, "--out", folder, "--resume")
+            keys += [f"--train.budget_skip={list(setting.shapes['small'].without)}"]
+            keys += [f"--{key}" for key in self.args.one]
+        run("train", setting.recipe, *keys, "--out", folder, "--resume")
         run("eval", folder, "--workers", 1)
+
+    def weights(self, shape: Shape) -> Path:
+        """Return the weights that a model of this shape starts from: of its blocks, the first units in order."""
+        if shape.width == 1 and not shape.without:
+            return self.args.weights
+        file = self.folder / f"weights-{shape.width:g}.safetensors"
+        if file.exists():
+            return file
+        setting, given = self.setting, load_file(self.args.weights)
+        keys = [*setting.keys, f"--data.root={self.args.data}", f"--model.weights={self.args.weights}"]
+        keys += ["--model.moe_blocks=none", "--out", str(file)]
+        config, _ = config_from("train", [setting.recipe, *keys])
+        torch.manual_seed(self.seed)
+        model, size = new_model(config.model), (config.model.image_size[0], config.model.image_size[1])
+        split = open_split(config.data.layout, config.data.root, "train", setting.tasks)
+        matters = importance(model, next(unlabelled(split, size, model.normalisation, ORDER_IMAGES, self.seed)))
+        found = {name: tensor for name, tensor in given.items() if not name.startswith("blocks.")}
+        for place, block in enumerate(block for block in range(setting.depth) if block not in shape.without):
+            order = matters[block].argsort(descending=True)[: round(shape.width * len(matters[block]))]
+            of_block = {
+                name.removeprefix(f"blocks.{block}."): given[name]
+                for name in given
+                if name.startswith(f"blocks.{block}.")
+            }
+            for name, tensor in of_block.items():
+                if name.startswith("mlp.fc1."):
+                    tensor = tensor[order]
+                elif name == "mlp.fc2.weight":
+                    tensor = tensor[:, order]
+                found[f"blocks.{place}.{name}"] = tensor.contiguous()
+        save_file(found, file)
+        return file
 
     def under(self, file: Path) -> dict[str, float]:
         """Return what the one checkpoint scores under a budget."""
@@ -143,7 +240,7 @@ class Seed:
             found = load_run(self.one)
             model, train = found.model, found.config.train
             space = space_of(model, train)
-            shape = SHAPES[name]
+            shape = self.setting.shapes[name]
             widths = {block: round(shape.width * units) for block, units in model.hidden_widths().items()}
             budget = replace(space.budget(shape.top_k, 0), width=widths | dict.fromkeys(shape.without, 0))
             write_budget(file, budget, {})
@@ -153,7 +250,7 @@ class Seed:
         """Return the MACs of a model of all tasks' graphs."""
         config = load_run(self.folder / name).config.model
         size = (config.image_size[0], config.image_size[1])
-        return sum(graph_macs(config, task, size, FULL) for task in NAMES)
+        return sum(graph_macs(config, task, size, FULL) for task in self.setting.tasks)
 
     def searched(self, name: str, share: float, prefer: str = "") -> Path:
         """Return the budget that a search finds."""
@@ -168,7 +265,7 @@ class Seed:
         whole = self.macs("one")
         rows, reached, separate = {}, [], []
         reference = scores(self.folder / "whole")
-        for name in SHAPES:
+        for name in self.setting.shapes:
             share = self.macs(name) / whole
             own = scores(self.folder / name)
             same = self.under(self.same(name))
@@ -184,7 +281,7 @@ class Seed:
             reached += [relative(same, reference), relative(found, reference)]
             separate.append(relative(own, reference))
         share, control = rows["middle"]["share_of_macs"], {}
-        for task in NAMES:
+        for task in self.setting.tasks:
             values = []
             for weight in PREFERENCES:
                 file = self.searched(f"prefer-{task}-{weight:g}", share * (1 + 1e-6), f"{task}={weight:g}")
@@ -197,8 +294,8 @@ class Seed:
         return {"rows": rows, "hypervolume": volumes, "control": control}
 
 
-def draw(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> None:
-    """Draw each task's metric against the share of the MACs: `rows` are means over seeds, by SHAPES."""
+def draw(rows: dict[str, dict[str, Any]], tasks: list[str], title: str, path: Path) -> None:
+    """Draw each task's metric against the share of the MACs: `rows` are means over seeds, by shape."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.8), layout="constrained")
@@ -208,7 +305,7 @@ def draw(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> None:
         "one checkpoint, the same budgets",
         "one checkpoint, budgets searched for",
     )
-    for axis, name in zip(figure.subplots(1, len(NAMES)), NAMES, strict=True):
+    for axis, name in zip(figure.subplots(1, len(tasks)), tasks, strict=True):
         task = TASKS[name]
         for (way, style), label in zip(styles.items(), labels, strict=True):
             shares = [row["share_of_macs"] for row in rows.values()]
@@ -219,7 +316,7 @@ def draw(rows: dict[str, dict[str, Any]], seeds: int, path: Path) -> None:
         axis.grid(alpha=0.3)
     handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"Rendered scenes, mean of {seeds} seed{'s' * (seeds > 1)}", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -236,37 +333,47 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=100, help="scenes")
     parser.add_argument("--plot", type=Path, help="PNG")
     parser.add_argument("--images", type=int, default=32, help="val scenes that a search measures on")
+    parser.add_argument("--data", type=Path, help="photographs: NYUD-v2 in NYUD_MT's layout")
+    parser.add_argument("--weights", type=Path, help="with --data: of vit_small_patch14_dinov2, in timm's names")
     args = parser.parse_args()
+    if bool(args.data) != bool(args.weights):
+        parser.error("give --data and --weights together")
     found = machine()
-    run("data", "synth", "--out", args.out / "data", "--train", args.train, "--val", args.val)
+    if not args.data:
+        run("data", "synth", "--out", args.out / "data", "--train", args.train, "--val", args.val)
+    setting = PHOTOGRAPHS if args.data else SCENES
+    names, images = setting.tasks, "photographs" if args.data else f"{args.train} scenes"
     seeds = [Seed(args, seed) for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: job[0].train(job[1]), product(seeds, ("one", *SHAPES))))
+        list(pool.map(lambda job: job[0].train(job[1]), product(seeds, ("one", *setting.shapes))))
     tables = [seed.figures() for seed in seeds]
 
     def mean(*keys: str) -> float:
         """Return the mean over the seeds of what stands under these keys."""
         return statistics.mean(reduce(getitem, keys, table) for table in tables)
 
-    print(f"{args.epochs} epochs, {args.train} scenes, {args.seeds} seeds, protocol A; means over seeds")
-    heads = " | ".join(f"{task} {TASKS[task].metric}: {', '.join(WAYS)}" for task in NAMES)
-    print(f"| MACs | {heads} | loss %, same | searched |\n|---|" + "---:|" * (len(NAMES) + 2))
+    print(f"{args.epochs} epochs, {images}, {args.seeds} seeds, protocol A; means over seeds")
+    heads = " | ".join(f"{task} {TASKS[task].metric}: {', '.join(WAYS)}" for task in names)
+    print(f"| MACs | {heads} | loss %, same | searched |\n|---|" + "---:|" * (len(names) + 2))
     rows: dict[str, dict[str, Any]] = {
         name: {"share_of_macs": mean("rows", name, "share_of_macs")}
-        | {way: {task: mean("rows", name, way, task) for task in NAMES} for way in WAYS}
-        for name in SHAPES
+        | {way: {task: mean("rows", name, way, task) for task in names} for way in WAYS}
+        for name in setting.shapes
     }
     for name, row in rows.items():
-        cells = [", ".join(f"{row[way][task]:.3f}" for way in WAYS) for task in NAMES]
+        cells = [", ".join(f"{row[way][task]:.3f}" for way in WAYS) for task in names]
         cells += [f"{mean('rows', name, f'loss_{way}_percent'):+.2f}" for way in WAYS[1:]]
         print(f"| {row['share_of_macs']:.3f} | " + " | ".join(cells) + " |")
     for name in ("one checkpoint", "separate models"):
         print(f"hypervolume, {name}: {mean('hypervolume', name):.4f}")
-    words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in NAMES)
+    words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in names)
     print(f"control (rank correlation of preference and metric): {words}")
     save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
     if args.plot:
-        draw(rows, args.seeds, args.plot)
+        title = (
+            f"{'Photographs' if args.data else 'Rendered scenes'}, mean of {args.seeds} seed{'s' * (args.seeds > 1)}"
+        )
+        draw(rows, names, title, args.plot)
 
 
 if __name__ == "__main__":
