@@ -55,8 +55,7 @@ from m3vit.models.space import space_of
 from m3vit.profiling import graph_macs
 from m3vit.run_folder import load_run
 from m3vit.tasks import TASKS
-from m3vit.training.budgets import importance
-from m3vit.training.starting import ORDER_IMAGES
+from m3vit.training.ordering import ORDER_IMAGES, importance
 
 
 class Shape(NamedTuple):

@@ -18,9 +18,10 @@ from m3vit.data.opening import open_split
 from m3vit.models.budget import Budget
 from m3vit.models.initialise import new_model
 from m3vit.models.multitask import MultiTaskModel
-from m3vit.training.budgets import Whole, importance, order_units, token_distance
+from m3vit.models.order import carry_out
+from m3vit.training.budgets import Whole, token_distance
 from m3vit.training.config import read_config, recipe_path
-from m3vit.training.starting import ORDER_IMAGES
+from m3vit.training.ordering import ORDER_IMAGES, importance, unit_moves
 
 SHARES = (0.9, 0.75, 0.5, 0.25)
 
@@ -59,7 +60,7 @@ def main() -> None:
     seen = next(unlabelled(train, size, model.normalisation, ORDER_IMAGES, 0))
     others = next(unlabelled(val, size, model.normalisation, args.images, 0))
     ordered = copy.deepcopy(model)
-    order_units(ordered, importance(ordered, seen))
+    carry_out(unit_moves(ordered, importance(ordered, seen)))
     ways = {"as they are": distances(model, others), "in order": distances(ordered, others)}
     print("| units | " + " | ".join(f"{100 * share:g} %" for share in SHARES) + " |\n|---|" + "---:|" * len(SHARES))
     for way, values in ways.items():

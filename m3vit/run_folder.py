@@ -69,8 +69,17 @@ def _commit() -> str | None:
     return git("describe", "--always", "--dirty", "--abbrev=40")
 
 
-def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[str, Tensor] | None = None) -> None:
-    """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together."""
+def save_model(
+    folder: Path,
+    model: MultiTaskModel,
+    epoch: int,
+    weights: dict[str, Tensor] | None = None,
+    budgets_begun: bool = True,
+) -> None:
+    """Write model.safetensors and model.json, each atomically; `weights` are those of a sharded model, put together.
+
+    `budgets_begun`: False of a training for budgets that has had no step for smaller ones yet.
+    """
     state, tasks = model.state_dict() if weights is None else weights, model.config.tasks
     for leftover in folder.glob(SAFETENSORS_OWN):
         leftover.unlink(missing_ok=True)
@@ -90,6 +99,7 @@ def save_model(folder: Path, model: MultiTaskModel, epoch: int, weights: dict[st
             "normalisation": model.normalisation.plain(),
             "initialised": model.origins,
             "epochs_trained": epoch,
+            **({} if budgets_begun else {"budgets_begun": False}),
             "m3vit": __version__,
             "commit": git_commit(),
             "weights_sha256": digest,

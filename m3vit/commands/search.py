@@ -50,12 +50,14 @@ def run_search(wanted: Search) -> None:
         from m3vit.export.costs import find_costs
         from m3vit.models.budget_file import write_budget
         from m3vit.run_folder import load_run
+        from m3vit.training.budgets import require_begun
 
     if wanted.out.exists():
         raise InputError(f"{wanted.out} is there already: give a new file")
     if not wanted.out.parent.is_dir():
         raise InputError(f"{wanted.out.parent} is no folder: make it first, or give another --out")
     run = load_run(wanted.run)
+    require_begun(run)
     config = run.config.model
     preferences = read_preferences(wanted.prefer, config.tasks)
     root = wanted.data_root or run.config.data.root

@@ -245,11 +245,12 @@ def run_profile(argv: Sequence[str]) -> None:
     if config.train.budgets:
         from m3vit.models.trial import meta_model
         from m3vit.profiling import macs_share
-        from m3vit.training.budgets import space, step_macs
+        from m3vit.training.budgets import space, step_macs, training_macs
 
         shapes = meta_model(config.model)
         report["smallest_budget"] = macs_share(shapes, space(shapes, config.train).smallest)
         report["step_macs"] = step_macs(shapes, config.train)
+        report["training_macs"] = training_macs(shapes, config.train)
     if training:
         from m3vit.training.memory import predict, said
 
@@ -261,6 +262,9 @@ def run_profile(argv: Sequence[str]) -> None:
     say(render(report))
     if config.train.budgets:
         say(f"the smallest budget trained for takes {report['smallest_budget']:.3f} of the MACs of all tasks' graphs")
-        say(f"a step of training takes {report['step_macs']:.2f} times the MACs of one for the whole model alone")
+        start = config.train.budget_start
+        since = f"from {100 * start:g} % of the training on, {report['training_macs']:.2f} all in all" if start else ""
+        times = f"{report['step_macs']:.2f} times the MACs of one for the whole model alone"
+        say(f"a step of training takes {times}" + (f" {since}" if since else ""))
     if training:
         say(said(report["training"]))

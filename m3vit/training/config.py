@@ -100,13 +100,14 @@ class TrainConfig:
         budget_top_k: experts per token of the smallest budget; by task and block, budgets have this to model.top_k.
         budget_width: share of the hidden units of experts and dense MLPs that the smallest budget has; by block,
             budgets have four evenly spaced widths, the first units of a whole one's, which are put in the order of
-            their importance before training.
+            their importance when passes of less begin.
         budget_skip: dense blocks that the smallest budget leaves out, attention and all, and others may: [2, 4].
         budget_heads: share of the channels of each task's head that the smallest budget has; by task, budgets have four
             evenly spaced numbers, the first channels of all. Of pup heads, which take most of a model's compute.
         budget_tokens: weight of how far the tokens that a smaller budget gives the heads are from the whole model's.
         budget_outputs: the same of its predictions, besides the tasks' weights.
-        budget_warmup: share of the training over which both weights rise from 0: what the whole model makes of images
+        budget_start: share of the training that trains the whole model alone, before any pass takes less.
+        budget_warmup: share of what follows over which both weights rise from 0: what the whole model makes of images
             before it has learned anything is nothing to learn from.
         weighting: how the tasks' losses are weighed. fixed: by task_weights. uncertainty: by learned log-variances that
             start at the fixed weights (Kendall 2018). dwa: fixed weights times dynamic weight averages, temperature 2
@@ -164,6 +165,7 @@ class TrainConfig:
     budget_heads: float = 1.0
     budget_tokens: float = 1.0
     budget_outputs: float = 0.1
+    budget_start: float = 0.5
     budget_warmup: float = 0.5
     weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0
@@ -299,6 +301,8 @@ class Config:
             raise InputError(
                 f"train.budget_heads is {train.budget_heads}: give a share above 0, up to 1 (all channels)"
             )
+        if not 0 <= train.budget_start < 1:
+            raise InputError(f"train.budget_start is {train.budget_start}: give a share of the training, 0 to below 1")
         if not 0 <= train.budget_warmup <= 1:
             raise InputError(f"train.budget_warmup is {train.budget_warmup}: give a share of the training, 0 to 1")
         if train.budget_top_k < 1 or (train.budgets and train.budget_top_k > self.model.top_k):
@@ -454,6 +458,8 @@ def read_config(path: Path) -> Config:
             raise TypeError(f"it is empty or lacks one of the mappings {', '.join(SECTIONS)}")
         # Of runs from before there was a choice.
         values["model"].setdefault("normalisation", recorded(None, str(path)).plain())
+        if values["train"].get("budgets"):
+            values["train"].setdefault("budget_start", 0.0)
         if "budget_warmup" not in values["train"]:
             if values["train"].get("budgets"):
                 values["train"]["budget_warmup"] = 0.0

@@ -28,11 +28,12 @@ OF_EXPERTS = (
     "train.budget_top_k",
 )
 OF_BUDGETS = (
-    "budget_top_k", "budget_width", "budget_skip", "budget_heads", "budget_tokens", "budget_outputs", "budget_warmup",
+    "budget_top_k", "budget_width", "budget_skip", "budget_heads", "budget_tokens", "budget_outputs", "budget_start",
+    "budget_warmup",
 )  # fmt: skip
 COUNTED = (  # what `m3vit profile` looks at
     "model.", "data.layout", "train.budgets", "train.budget_top_k", "train.budget_width", "train.budget_skip",
-    "train.budget_heads",
+    "train.budget_heads", "train.budget_start",
 )  # fmt: skip
 WEIGHTS = ("model.pretrained", "model.weights")  # but for these
 

@@ -17,8 +17,10 @@ from m3vit.files import writing
 from m3vit.models.finite import not_finite
 from m3vit.models.initialise import RANDOM, not_taken
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.order import carry_out
 from m3vit.models.saved import current_names
 from m3vit.run_folder import save_model
+from m3vit.training.budgets import first_step
 from m3vit.training.checkpoint import (
     MetricsLog,
     as_started,
@@ -37,6 +39,7 @@ from m3vit.training.extending import KIND, check_finished, epochs_before, is_not
 from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.loggers import Loggers, open_loggers
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
+from m3vit.training.ordering import ordering, put_in_order
 from m3vit.training.parts import freeze, frozen_epochs, table
 from m3vit.training.sharding import (
     gathered,
@@ -46,7 +49,7 @@ from m3vit.training.sharding import (
     share_buffers,
     unsharded,
 )
-from m3vit.training.starting import build, order, search
+from m3vit.training.starting import build, search
 from m3vit.training.step import Stepper
 from m3vit.training.stopping import SIGNALS, Stopped, stop_signals
 from m3vit.training.validation import PROTOCOL, check_scored, is_best, validate
@@ -157,8 +160,11 @@ class Training:
         where = None if resume else out
         found = None if goes_on else search(config, train_split, where, fabric.device, progress)
         self.model = agree(lambda: build(config, bare=goes_on, coefficients=found))
-        if not goes_on:
-            order(config, self.model, train_split, fabric.device)
+        self.steps_per_epoch = len(self.batches)
+        self.steps = settings.epochs * self.steps_per_epoch
+        self.train_split = train_split
+        if not goes_on and not first_step(settings, self.steps):
+            carry_out(ordering(config, self.model.to(fabric.device), train_split, fabric.device))
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
@@ -180,8 +186,6 @@ class Training:
                 shard(self.trained, mesh)
         optimizer = make_optimizer(settings, self.model, self.weighting.parameters())
         self.optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.steps_per_epoch = len(self.batches)
-        self.steps = settings.epochs * self.steps_per_epoch
         self.stepper = Stepper(fabric, config, self.wrapped, self.optimizer, self.weighting, self.steps)
 
         size = (config.model.image_size[0], config.model.image_size[1])
@@ -270,7 +274,10 @@ class Training:
         trained = 0
         self.clock = (time.perf_counter(), self.step)
         for batch in self.loader:
-            if self.exchange(batch):
+            images = self.exchange(batch)
+            if self.step and self.step == self.stepper.start:
+                self.order()
+            if images:
                 self.take_step(batch)
                 trained += 1
             else:
@@ -286,6 +293,14 @@ class Training:
         check_weights(self.model, self.step, self.out)
         self.save_trained(self.out, self.step // self.steps_per_epoch)
         self.save()
+
+    def order(self) -> None:
+        """Put hidden units and channels in order, before the first step with smaller budgets."""
+        with unsharded(self.model):
+            moves = ordering(self.config, self.model, self.train_split, self.fabric.device)
+        # Fabric's wrapper keeps the state that its optimiser had before a checkpoint was loaded.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        put_in_order(moves, self.model, None if self.average is None else self.trained, optimizer)
 
     def take_step(self, batch: Batch) -> None:
         """Do one step of the optimiser."""
@@ -369,7 +384,9 @@ class Training:
         share_buffers(self.trained)
         with unsharded(self.trained):
             values = validate(self.val_split, self.trained, self.config.data.on_error, progress)
-        if is_best([*lines, values], self.config.model.tasks, self.config.train.best):
+        # best/ of a run for budgets is one that they can be used of: trained for them by then.
+        rivals, begun = [line for line in lines if line["step"] > self.stepper.start], self.step > self.stepper.start
+        if begun and is_best([*rivals, values], self.config.model.tasks, self.config.train.best):
             # A run folder too. Before the line in the log: a run killed in between evaluates again.
             self.save_trained(self.out / "best", epoch, self.config)
         self.record("val", values)
@@ -407,7 +424,7 @@ class Training:
             if rank() == 0 and config:
                 write_config(config, folder)
             if rank() == 0:
-                save_model(folder, self.trained, epoch, weights)
+                save_model(folder, self.trained, epoch, weights, budgets_begun=self.step > self.stepper.start)
 
         agree(write)
 
@@ -429,6 +446,7 @@ class Training:
             "random": random_states,
             "origins": self.model.origins,
             "log_lines": None if rank() else self.log.lines,
+            "budgets_from": self.stepper.start,
         }
         agree(lambda: None if rank() else save_state(self.out, state))
 
@@ -468,5 +486,7 @@ class Training:
             if mine["cuda"] is not None and self.fabric.device.type == "cuda":
                 torch.cuda.set_rng_state(mine["cuda"], self.fabric.device)
         self.step = state["step"]
+        if self.step > state.get("budgets_from", 0):  # begun: of a run of more epochs, too
+            self.stepper.start = state.get("budgets_from", 0)
         if not 0 < self.step <= self.steps or not state["processes"] > 0:
             raise ValueError(f"step {self.step} of {self.steps}")

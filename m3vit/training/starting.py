@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from m3vit.collectives import agree, gather, rank
+from m3vit.collectives import agree, gather
 from m3vit.data.loading import unlabelled
 from m3vit.data.opening import open_split
 from m3vit.data.sample import Split
@@ -17,13 +17,11 @@ from m3vit.models.initialise import new_model, not_taken
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import try_out
 from m3vit.run_folder import save_model
-from m3vit.training.budgets import importance, order_units, space, trained_before
+from m3vit.training.budgets import space
 from m3vit.training.checkpoint import GO_ON, prepare_folder
 from m3vit.training.config import Config
 from m3vit.training.parts import frozen_epochs
 from m3vit.training.stopping import Stopped, stop_signals
-
-ORDER_IMAGES = 8  # training images that hidden units are put in order by
 
 
 def build(config: Config, *, bare: bool = False, coefficients: Found | None = None) -> MultiTaskModel:
@@ -52,31 +50,6 @@ def initialise(config: Config, out: Path, say: Callable[[str], None] | None = No
             say(line)
     prepare_folder(replace(config, model=model.config), out, resume=False)
     save_model(out, model, epoch=0)
-
-
-def order(config: Config, model: MultiTaskModel, split: Split, device: torch.device | str) -> None:
-    """Put a new model's hidden units in order, for train.budgets, by what they do on training images; in all processes.
-
-    The first process looks at the images, so that the order is the same. Channels of heads are ordered by the weights
-    alone. The order of a run trained for budgets stays.
-    """
-    if not config.train.budgets:
-        return
-    before = trained_before(config.model)
-    if config.train.budget_heads < 1 and not (before and before.budget_heads < 1):
-        model.heads.order_channels()
-    if before:
-        return
-    size = (config.model.image_size[0], config.model.image_size[1])
-    skip = config.data.on_error == "skip"
-
-    def look() -> dict[int, torch.Tensor] | None:
-        if rank():
-            return None
-        images = next(unlabelled(split, size, model.normalisation, ORDER_IMAGES, config.train.seed, skip))
-        return importance(model.to(device), images.to(device))
-
-    order_units(model, gather(agree(look))[0])
 
 
 def coefficients_of(

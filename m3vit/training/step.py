@@ -27,6 +27,7 @@ from m3vit.training.budgets import (
     Whole,
     as_used,
     distances_count,
+    first_step,
     of_step,
     output_distance,
     space,
@@ -210,6 +211,7 @@ class Stepper:
         self.space = space(self.model, config.train) if config.train.budgets else None
         self.images = 0  # of the batch, of all processes
         self.steps, self.distances = steps, 1.0
+        self.start = first_step(config.train, steps)  # the first step with smaller budgets
 
     def gradients(self, step: int, images: Tensor | None, labels: Labels) -> dict[str, float]:
         """Compute the gradient of step number `step` from this process's share of its batch (None: no image).
@@ -221,8 +223,8 @@ class Stepper:
         parts = self.split(images, labels)
         counts = BatchCounts(labels if images is not None else self.stand_in.labels)
         labelled = counts.labelled()
-        budgets = of_step(train, self.space, step)
-        self.distances = distances_count(train, step, self.steps)
+        budgets = of_step(train, self.space, step, self.start)
+        self.distances = distances_count(train, step, self.steps, self.start)
         if self.space is not None:
             self.images = int(total(torch.tensor([0 if images is None else len(images)])))
         tasks = choose_tasks(train, self.config.model.tasks, step)
@@ -323,7 +325,7 @@ class Stepper:
     ) -> tuple[Tensor, dict[str, Tensor], Output]:
         """Return the losses of one pass: of the whole model, or, after it, of a smaller budget."""
         # Fabric looks through what a model is given for tensors, and stops at a Budget.
-        options = {} if self.space is None else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
+        options = {} if budgets == 1 else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
         if whole is not None and world_size() > 1 and not is_sharded(self.model):
             options["keep_unused"] = True
         with nullcontext() if whole is None else as_used(self.model.heads):

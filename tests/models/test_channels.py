@@ -13,6 +13,7 @@ from m3vit.errors import InputError
 from m3vit.models.budget import Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.order import carry_out
 from m3vit.models.space import require_trained
 from m3vit.profiling import graph_macs, profile
 from m3vit.training.budgets import space
@@ -105,7 +106,7 @@ def test_ordered_channels_compute_the_same(images: Tensor, distillation: list[in
     head = model.heads["depth"]
     with torch.no_grad():
         before, own = model(images).logits, head.stages[1][0].weight.clone()
-        model.heads.order_channels()
+        carry_out(model.heads.channel_moves())
         after = model(images).logits
     for task, logits in before.items():
         torch.testing.assert_close(after[task], logits, rtol=1e-4, atol=1e-5)

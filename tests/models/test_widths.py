@@ -17,10 +17,12 @@ from m3vit.label_sets import LABEL_SETS
 from m3vit.models.budget import FULL, Budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
+from m3vit.models.order import carry_out
 from m3vit.models.space import Space, width_choices
 from m3vit.profiling import graph_macs, profile, render
-from m3vit.training.budgets import importance, of_step, order_units, space, step_macs
+from m3vit.training.budgets import of_step, space, step_macs
 from m3vit.training.config import TrainConfig
+from m3vit.training.ordering import importance, unit_moves
 from tests.conftest import TINY
 
 TRUNK = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
@@ -160,7 +162,7 @@ def test_ordering_changes_no_output_and_puts_the_important_first(images: Tensor,
         scale = 2**0.5  # sums of two images' means
         torch.testing.assert_close(found[block], scale * values, rtol=1e-4, atol=1e-7)
 
-    order_units(model, found)
+    carry_out(unit_moves(model, found))
     for task, logits in model(images).logits.items():
         torch.testing.assert_close(logits, expected[task], rtol=1e-4, atol=1e-5)
     for values in importance(model, images).values():

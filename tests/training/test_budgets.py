@@ -1,5 +1,7 @@
 """Steps that train for budgets: against the plain sum of passes, in parts, with every weighting; the runs they make."""
 
+import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,10 +16,14 @@ from torch import Tensor
 
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget
-from m3vit.training.budgets import distances_count, of_step, space
+from m3vit.models.budget_file import write_budget
+from m3vit.run_folder import load_run
+from m3vit.training.budgets import distances_count, first_step, of_step, require_begun, space
 from m3vit.training.config import TrainConfig, read_config, read_run_config
 from m3vit.training.extending import words
 from m3vit.training.loop import train
+from m3vit.training.optim import make_average, make_optimizer
+from m3vit.training.ordering import importance, put_in_order, unit_moves
 from m3vit.training.starting import build
 from m3vit.training.step import Labels, step_losses, task_weights
 from tests.conftest import TINY
@@ -42,6 +48,10 @@ def test_budgets_of_a_step_are_the_whole_the_smallest_and_random_ones() -> None:
     one = [of_step(TrainConfig(budgets=1), found, step) for step in range(4)]
     assert [len(budgets) for budgets in one] == [2] * 4 and one[0][1] == one[2][1] == found.smallest != one[1][1]
     assert of_step(train, None, 0) == [FULL]
+    assert [len(of_step(train, found, step, start=2)) for step in range(4)] == [1, 1, 4, 4]
+    assert of_step(train, found, 3, start=2) == steps[3]
+    assert [first_step(TrainConfig(budgets=1, budget_start=share), 9) for share in (0, 0.5, 0.99)] == [0, 4, 8]
+    assert first_step(TrainConfig(), 9) == 0
     with pytest.raises(InputError, match="the smallest budget is the whole model"):
         space(model, TrainConfig(budgets=1, budget_width=1.0, budget_top_k=2))
 
@@ -193,7 +203,10 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
     train = read_run_config(budget_run).train
     assert (train.budgets, train.budget_width, train.budget_top_k) == (2, 0.5, 1)
     logged = [line for line in lines(budget_run) if line["kind"] == "train"]
-    assert all({"budget/loss", "budget/tokens", "budget/outputs"} <= line.keys() for line in logged)
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    for line in logged:
+        found = {"budget/loss", "budget/tokens", "budget/outputs"} & line.keys()
+        assert len(found) == (3 if line["step"] > 2 else 0), "of the second half"
     words = ["train", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--out", tmp_path / "run"]
     for given, message in (
         ("--train.budget_width=0.5", "train.budgets is 0, the whole model alone"),
@@ -202,6 +215,8 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
         ("--train.budgets=1 --train.budget_skip=[1]", "budget_skip names 1: the blocks that can be left out are"),
         ("--train.budgets=1 --train.budget_width=0", "a share above 0, up to 1"),
         ("--train.budgets=1 --train.budget_warmup=2", "give a share of the training, 0 to 1"),
+        ("--train.budgets=1 --train.budget_start=1", "give a share of the training, 0 to below 1"),
+        ("--train.budget_start=0.2", "train.budgets is 0, the whole model alone"),
         (
             "--train.budgets=1 --train.budget_tokens=0 --train.budget_outputs=0 --train.budget_warmup=0.1",
             "nothing has to rise",
@@ -215,33 +230,51 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
 def test_runs_from_before_the_warmup_go_on_as_they_began(budget_run: Path, tmp_path: Path) -> None:
     """Those trained for budgets without one; of others nothing differs from what the same command says today."""
     text = (budget_run / "config.yaml").read_text()
-    before = "\n".join(line for line in text.splitlines() if not line.startswith(("  budget_warmup", "# m3vit sha256")))
+    later = ("  budget_warmup", "  budget_start", "# m3vit sha256")
+    before = "\n".join(line for line in text.splitlines() if not line.startswith(later))
     for budgets, outputs in ((2, 1.0), (0, 1.0)):
         old = before.replace("  budgets: 2", f"  budgets: {budgets}")
         (tmp_path / "config.yaml").write_text(old.replace("  budget_outputs: 0.1", f"  budget_outputs: {outputs}"))
         train = read_config(tmp_path / "config.yaml").train
         expected = (0.0, 1.0) if budgets else (TrainConfig().budget_warmup, TrainConfig().budget_outputs)
         assert (train.budget_warmup, train.budget_outputs) == expected
+        assert train.budget_start == (0.0 if budgets else TrainConfig().budget_start)
 
 
 def test_more_epochs_say_that_distances_rise_again(budget_run: Path) -> None:
     config = read_run_config(budget_run)
     config.train.epochs = 8
+    assert "budgets' distances count 0.29 of their weights" in words(config, 2, 5)  # 5 of the 17.5 steps that they rise
+    config.train.budget_start = 0.0
     assert "budgets' distances count 0.50 of their weights" in words(config, 2, 5)
     config.train.epochs = 4
     assert "distances" not in words(config, 2, 5)
+
+
+def test_more_epochs_go_on_with_all_budgets(budget_run: Path, tmp_path: Path) -> None:
+    """They began at half of the epochs there were; what is half by now is no second beginning, nor a second order."""
+    run = tmp_path / "run"
+    shutil.copytree(budget_run, run)
+    config = read_run_config(run)
+    config.train.epochs = 8
+    train(config, run, resume=True)
+    logged = [line for line in lines(run) if line["kind"] == "train"]
+    assert [line["step"] for line in logged if "budget/loss" in line] == list(range(3, 17))
 
 
 class Enough(Exception):  # noqa: N818 (a signal)
     """The run is to end here."""
 
 
-def test_a_resumed_run_is_the_unbroken_one(budget_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [1, 2, 3], ids=["before", "at", "after"])
+def test_a_resumed_run_is_the_unbroken_one(budget_run: Path, tmp_path: Path, last: int) -> None:
+    """Stopped before the step that budgets begin with, right before it, or after it; with a moving average."""
     config = read_run_config(budget_run)
     config.train.checkpoint_steps = 1
+    config.train.ema = 0.9
 
     def until(step: int, of: int, words: str) -> None:
-        if step == 4:
+        if step == last + 1:
             raise Enough
 
     for name, progress in (("unbroken", None), ("broken", until)):
@@ -252,26 +285,92 @@ def test_a_resumed_run_is_the_unbroken_one(budget_run: Path, tmp_path: Path) -> 
     same_bits(tmp_path / "unbroken", tmp_path / "broken")
 
 
+def test_a_run_that_ended_before_budgets_began_has_none(budget_run: Path, cli: Cli, tmp_path: Path) -> None:
+    config, run = read_run_config(budget_run), tmp_path / "run"
+
+    def until(step: int, of: int, words: str) -> None:
+        if step == 3:  # after the first of two epochs
+            raise Enough
+
+    with suppress(Enough):
+        train(config, run, progress=until)
+    write_budget(tmp_path / "half.json", Budget(width={0: 32}), {})
+    message = rf"{run} ended after 1 epochs, before it was trained for budgets \(train.budget_start 0.5\): go on with"
+    refused(cli("search", run, "--budget", 0.9, "--out", tmp_path / "found.json"), message)
+    refused(cli("eval", run, "--budget", tmp_path / "half.json"), message)
+    train(config, run, resume=True)
+    require_begun(load_run(run))
+
+
+def test_the_best_is_one_trained_for_budgets(budget_run: Path, tmp_path: Path) -> None:
+    config = read_run_config(budget_run)
+    config.train.eval_epochs = 1
+    train(config, tmp_path / "run")
+    assert [line["epoch"] for line in lines(tmp_path / "run") if line["kind"] == "val"] == [1, 2]
+    saved = json.loads((tmp_path / "run" / "best" / "model.json").read_text())
+    assert saved["epochs_trained"] == 2, "at the end of the first epoch no budget was trained"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("head", ["linear", "pup"])
+def test_what_is_put_in_order_trains_on_as_it_would_have(
+    batch: tuple[Tensor, Labels],  # noqa: F811
+    optimizer: str,
+    head: str,
+) -> None:
+    """Weights, moments and moving average in order: more steps, then the same outputs as of those left as they were."""
+    config = configuration(ema=0.5, optimizer=optimizer, momentum=0.9, lr=1e-4)
+    config.model.head = head
+
+    def trained(ordered: bool) -> tuple[Any, Any]:
+        one = stepper(config)
+        average = make_average(config.train, one.model)
+        assert average is not None
+        steps = make_optimizer(config.train, one.model)
+        one.optimizer = steps
+        for step in range(4):
+            if step == 2 and ordered:
+                moves = unit_moves(one.model, importance(one.model, batch[0])) + one.model.heads.channel_moves()
+                before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+                put_in_order(moves, one.model, average.module, steps)
+                changed = [
+                    name for name, tensor in one.model.state_dict().items() if not torch.equal(tensor, before[name])
+                ]
+                assert any("experts.w2" in name for name in changed) and any("mlp.fc1" in name for name in changed)
+                assert any("heads" in name for name in changed) == (head == "pup")
+            one.gradients(step, *batch)
+            steps.step()
+            average.update_parameters(one.model)
+        return one.model.eval(), average.module.eval()
+
+    for left, moved in zip(trained(False), trained(True), strict=True):
+        with torch.no_grad():
+            expected, found = left(batch[0]).logits, moved(batch[0]).logits
+        for task, logits in expected.items():
+            torch.testing.assert_close(found[task], logits, rtol=1e-3, atol=1e-4)
+
+
 def test_units_keep_their_order_where_the_run_before_was_trained_for_budgets(budget_run: Path, tiny_data: Path) -> None:
     config = read_run_config(budget_run)
     config.model.init = f"run:{budget_run}"
     config.data.root = str(tiny_data)
-    from m3vit.run_folder import load_run
-
     trained = load_run(budget_run).model.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in build(config).state_dict().items())
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("strategy", "budgets"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("strategy", "budgets", "start"), [("ddp", 1, 0), ("ddp", 2, 0.5), ("fsdp", 2, 0.5)])
 def test_two_processes_train_what_one_does(
-    make_data: Callable[..., Path], tmp_path: Path, strategy: str, budgets: int
+    make_data: Callable[..., Path], tmp_path: Path, strategy: str, budgets: int, start: float
 ) -> None:
-    """With one smaller pass a step, the last pass of every other leaves out a block."""
+    """With one smaller pass a step, the last pass of every other leaves out a block.
+
+    From half of the training on, hidden units are put in order with their moments.
+    """
     data = make_data(tmp_path / "data", train=7, val=3)  # of the last batch one process has two images, one has one
     words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={data}", "--train.optimizer=sgd", "--train.lr=0.01"]
     words += ["--train.epochs=2", "--train.accumulate=2", "--train.balance_weight=0", "--train.budget_skip=[0]"]
-    words += [f"--train.budgets={budgets}"]
+    words += [f"--train.budgets={budgets}", f"--train.budget_start={start}"]
     run([*words, "--out", tmp_path / "one"], tmp_path)
     run([*words, f"--train.strategy={strategy}", "--out", tmp_path / "two"], tmp_path, processes=2)
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
@@ -281,6 +380,6 @@ def test_two_processes_train_what_one_does(
 def test_two_processes_train_heads_of_fewer_channels(tiny_data: Path, tmp_path: Path) -> None:
     """What only trains has no part in the last pass. Not what one process does: each has its own BatchNorm on CPUs."""
     words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={tiny_data}", "--model.head=pup", "--train.epochs=1"]
-    words += ["--model.distillation=[0]", "--train.budget_heads=0.5", "--train.budgets=1"]
+    words += ["--model.distillation=[0]", "--train.budget_heads=0.5", "--train.budgets=1", "--train.budget_start=0"]
     run([*words, "--out", tmp_path / "run"], tmp_path, processes=2)
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if line["kind"] == "train")

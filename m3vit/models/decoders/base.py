@@ -14,6 +14,7 @@ from m3vit.errors import InputError, short
 from m3vit.models.budget import ALL_CHANNELS, Kept
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders import builder
+from m3vit.models.order import Move
 
 Size = tuple[int, int] | None  # (height, width) that logits are resized to; None: the decoder's own resolution
 
@@ -140,8 +141,12 @@ class Decoder(nn.Module):
             if count > whole:
                 raise InputError(f"budget of the head of {task}: channels are {count}, of {whole}: give 1 to that")
 
-    def order_channels(self) -> None:
-        """Put the channels of the heads in an order in which the first are of most use; it computes what it did."""
+    def channel_moves(self) -> list[Move]:
+        """Return what puts channels of the heads in an order in which the first are of most use (`carry_out`).
+
+        With it the decoder computes what it did.
+        """
+        return []
 
     def part_of(self, name: str) -> str:
         """Return which part of the decoder a module of it belongs to, by its dotted name: what `m3vit profile` says."""

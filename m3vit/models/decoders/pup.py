@@ -16,6 +16,7 @@ from m3vit.label_sets import resolve
 from m3vit.models.budget import ALL_CHANNELS
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import Decoded, Decoder, Features, PerTask, Size, resize
+from m3vit.models.order import Move
 from m3vit.models.slices import first
 
 WIDTH = 256  # channels of a head and of distillation, whatever the trunk's width
@@ -73,11 +74,12 @@ class PupHead(nn.Module):
         return self.predict(self.features(tokens_BTD, grid, channels)[-1], size)
 
     @torch.no_grad()
-    def order_channels(self, beside: Collection[int] = ()) -> None:
-        """Put the channels of each stage, but for those `beside`, in order of what they add to the next: most first.
+    def channel_moves(self, beside: Collection[int] = ()) -> list[Move]:
+        """Return what puts the channels of each stage, but for those `beside`, in order of what they add to the next.
 
         It is taken for BatchNorm's scale, which they have, times the length of the next convolution's weights for them.
         """
+        found = list[Move]()
         stages: list[Any] = list(self.stages)
         for place, (stage, following) in enumerate(zip(stages, [*stages[1:], [self.output]], strict=True)):
             if place in beside:
@@ -85,9 +87,10 @@ class PupHead(nn.Module):
             (conv, norm, _), next_conv = stage, following[0]
             lengths = next_conv.weight.transpose(0, 1).flatten(1).norm(dim=1)
             order = (norm.weight.abs() * lengths).argsort(descending=True, stable=True)
-            for values in (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                values.copy_(values[order])
-            next_conv.weight.copy_(next_conv.weight[:, order])
+            found += [Move(conv, name, 0, order) for name in ("weight", "bias")]
+            found += [Move(norm, name, 0, order) for name in ("weight", "bias", "running_mean", "running_var")]
+            found.append(Move(next_conv, "weight", 1, order))
+        return found
 
 
 def _first_channels(stage: Any, x: Tensor, channels: int) -> Tensor:
@@ -174,10 +177,9 @@ class Pup(PerTask):
         norm = sum(parameter.numel() for parameter in head.norm.parameters())
         return norm + stages + (count + 1) * int(head.output.out_channels)
 
-    def order_channels(self) -> None:
-        """Put the channels of each head in the order of their use."""
-        for task in self.tasks:
-            self[task].order_channels()
+    def channel_moves(self) -> list[Move]:
+        """Return those of each head."""
+        return [move for task in self.tasks for move in self[task].channel_moves()]
 
 
 class Distilled(Pup):
@@ -205,10 +207,10 @@ class Distilled(Pup):
             auxiliary[f"distilled{level}"] = {task: resize(output, sizes[task]) for task, output in outputs}
         return Decoded(logits, auxiliary)
 
-    def order_channels(self) -> None:
-        """Do so but for stages that are distilled: what is made of these has one order for all tasks."""
-        for task in self.tasks:
-            self[task].order_channels([int(level) + 1 for level in self.training_only])
+    def channel_moves(self) -> list[Move]:
+        """Return them but for stages that are distilled: what is made of these has one order for all tasks."""
+        distilled = [int(level) + 1 for level in self.training_only]
+        return [move for task in self.tasks for move in self[task].channel_moves(distilled)]
 
 
 def pup(config: ModelConfig, backbone: Any) -> Decoder:
