@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
-from m3vit.models.meta import ShapesAlone
+from m3vit.models.meta import KnownShapes
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -202,7 +202,7 @@ def _counted(
         handles.append(module.register_forward_pre_hook(partial(counter.enter, name)))
         handles.append(module.register_forward_hook(partial(counter.leave, name)))
     try:
-        with torch.no_grad(), ShapesAlone(), counter:
+        with torch.no_grad(), KnownShapes(), counter:
             model.train(training)(torch.empty(1, 3, *model.config.image_size, device="meta"), tasks, budget=budget)
     finally:
         model.eval()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class ShapesAlone(TorchFunctionMode):
+class KnownShapes(TorchFunctionMode):
     """Within it, tensors on the meta device are filled by nothing, and the functions of `_SHAPES` run at once.
 
     The shapes are those that torch finds by running a function's parts one by one (linear interpolation takes it 20

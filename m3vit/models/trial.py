@@ -10,13 +10,13 @@ import torch
 from m3vit.errors import InputError, one_line, short
 from m3vit.models.config import ModelConfig
 from m3vit.models.initialise import initialise, upcycling
-from m3vit.models.meta import ShapesAlone
+from m3vit.models.meta import KnownShapes
 from m3vit.models.multitask import MultiTaskModel
 
 
 def meta_model(config: ModelConfig) -> MultiTaskModel:
     """Return the model on the meta device, without values, its experts run in a way that needs shapes alone."""
-    with ShapesAlone(), torch.device("meta"):
+    with KnownShapes(), torch.device("meta"):
         model = MultiTaskModel(replace(config, experts="reference"))
         initialise(model, upcycling(config))  # for what it refuses
     return model.eval()
@@ -41,7 +41,7 @@ def refusing(config: ModelConfig) -> Iterator[None]:
 
 def try_out(config: ModelConfig) -> None:
     """Raise InputError if a model cannot be built from the configuration, run on an image, or held in memory."""
-    with refusing(config), torch.no_grad(), ShapesAlone():
+    with refusing(config), torch.no_grad(), KnownShapes():
         model = meta_model(config)
         for tasks in (config.tasks, config.tasks[:1]):
             logits = model(torch.empty(1, 3, *config.image_size, device="meta"), tasks).logits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from m3vit.models.config import ModelConfig
-from m3vit.models.meta import _FILLING, _SHAPES, ShapesAlone
+from m3vit.models.meta import _FILLING, _SHAPES, KnownShapes
 from m3vit.models.multitask import MultiTaskModel
 
 HEADS: list[dict[str, Any]] = [
@@ -56,7 +56,7 @@ def test_shapes_are_those_that_torch_finds(head: dict[str, Any], training: bool)
     images = torch.empty(2, 3, 32, 48, device="meta")
     with torch.no_grad(), Noted() as expected:
         model(images)
-    with torch.no_grad(), ShapesAlone(), Noted() as found:
+    with torch.no_grad(), KnownShapes(), Noted() as found:
         model(images)
     assert found.found == expected.found
     assert {"linear", "layer_norm", "interpolate"} <= {name for name, *_ in found.found}
@@ -67,7 +67,7 @@ def test_models_are_the_same() -> None:
     config, state = ModelConfig(moe_blocks=[1]), torch.get_rng_state()
     with torch.device("meta"):
         expected = MultiTaskModel(config)
-    with ShapesAlone(), torch.device("meta"):
+    with KnownShapes(), torch.device("meta"):
         model = MultiTaskModel(config)
 
     def described(model: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -92,7 +92,7 @@ X = torch.empty(2, 3, 4, 6, device="meta")
     ],
 )
 def test_what_does_not_fit_is_refused_by_torch(wrong: Callable[[], Tensor]) -> None:
-    with ShapesAlone(), pytest.raises((RuntimeError, ValueError)):
+    with KnownShapes(), pytest.raises((RuntimeError, ValueError)):
         wrong()
 
 
@@ -108,14 +108,14 @@ def test_what_does_not_fit_is_refused_by_torch(wrong: Callable[[], Tensor]) -> N
     ],
 )
 def test_ways_to_call(function: Callable[[Tensor], Tensor]) -> None:
-    with ShapesAlone():
+    with KnownShapes():
         found = function(X)
     assert found.shape == function(torch.rand(X.shape)).shape
 
 
 def test_tensors_with_values_are_left_alone() -> None:
     x = torch.rand(2, 3, 4, 6)
-    with ShapesAlone():
+    with KnownShapes():
         changed = x.clone().mul_(2).fill_(3)
         found = F.interpolate(x, scale_factor=2)
     assert (changed == 3).all() and torch.equal(found, F.interpolate(x, scale_factor=2))
