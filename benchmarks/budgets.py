@@ -12,11 +12,13 @@ With --data (NYUD-v2 in NYUD_MT's layout) and --weights (of timm's vit_small_pat
 112x154 without its edges, five of ten dense blocks left out by the smallest. A separate model starts from as much of
 the weights as it has: the hidden units that matter most on 8 training images, as train.budgets orders them.
 
-Three tables, and a picture of the first:
+Four tables, and a picture of the first:
 
 - metric against MACs: the separate models, the one checkpoint under the very same budgets, and under those that
   `m3vit search` finds for as many MACs. "loss" is the mean over tasks of what the headline metric loses on the separate
   model's, in percent.
+- latency: of the first seed's ONNX packages, all tasks in turn, of one image on one thread: medians of rounds in which
+  the separate packages and the one package's budgets take turns. For an idle machine.
 - hypervolume: of what the checkpoint reaches under all budgets found with all preferences, in as many dimensions as
   there are tasks, each metric relative to the largest separate model's (1 is as good, reference point 0); beside it
   that of the separate models.
@@ -28,17 +30,19 @@ nothing about photographs.
 """
 
 import json
+import random
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from _bench import arguments, machine, save
+from _bench import arguments, machine, medians, one_of_each, save, seconds
 from quality import run  # beside this file
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
@@ -47,6 +51,7 @@ from m3vit.commands.training import config_from
 from m3vit.data.loading import unlabelled
 from m3vit.data.opening import open_split
 from m3vit.evaluation.scoring import read
+from m3vit.export import Package
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.budget import FULL
 from m3vit.models.budget_file import BUDGETS, write_budget
@@ -129,6 +134,7 @@ PHOTOGRAPHS = Setting(
 )
 WAYS = ("separate", "same", "searched")
 PREFERENCES = (0.0, 0.5, 2.0, 8.0)
+ROUNDS = 30  # of which latencies are the medians
 
 
 def hypervolume(points: list[list[float]]) -> float:
@@ -259,6 +265,28 @@ class Seed:
             run("search", self.one, "--budget", share, *words, "--images", self.args.images, "--out", file)
         return file
 
+    def latency(self) -> dict[str, dict[str, float]]:
+        """Return the milliseconds of all tasks' graphs for one image, by shape: of the separate model, of the one."""
+        files = {name: self.same(name) for name in self.setting.shapes}
+        folders = {name: self.folder / f"package-{name}" for name in ("one", *files)}
+        for name, folder in folders.items():
+            if not folder.exists():
+                budgets = ["--budget", ",".join(map(str, files.values()))] if name == "one" else []
+                run("export", "onnx", self.folder / name, *budgets, "--out", folder)
+        one = Package.load(folders["one"], threads=1)
+        found = {("separate", name): Package.load(folders[name], threads=1) for name in files}
+        found |= {("same", name): one.of(file.stem) for name, file in files.items()}
+        image = np.zeros((1, 3, *load_run(self.one).config.model.image_size), np.float32)
+
+        def once(package: Package) -> float:
+            return seconds(lambda: [package.logits(image, task) for task in self.setting.tasks])
+
+        ways = {key: partial(once, package) for key, package in found.items()}
+        shuffle = random.Random(0)
+        rounds = [one_of_each(ways, shuffle) for _ in range(ROUNDS + 1)][1:]  # the first warms up
+        times = medians(rounds)
+        return {name: {way: 1000 * times[way, name] for way in ("separate", "same")} for name in files}
+
     def figures(self) -> dict[str, Any]:
         """Return the tables of this seed."""
         whole = self.macs("one")
@@ -363,11 +391,15 @@ def main() -> None:
         cells = [", ".join(f"{row[way][task]:.3f}" for way in WAYS) for task in names]
         cells += [f"{mean('rows', name, f'loss_{way}_percent'):+.2f}" for way in WAYS[1:]]
         print(f"| {row['share_of_macs']:.3f} | " + " | ".join(cells) + " |")
+    latencies = seeds[0].latency()
+    print("| MACs | ms, all tasks: separate | same |\n|---|---:|---:|")
+    for name, row in rows.items():
+        print(f"| {row['share_of_macs']:.3f} | {latencies[name]['separate']:.2f} | {latencies[name]['same']:.2f} |")
     for name in ("one checkpoint", "separate models"):
         print(f"hypervolume, {name}: {mean('hypervolume', name):.4f}")
     words = ", ".join(f"{task} {mean('control', task):+.2f}" for task in names)
     print(f"control (rank correlation of preference and metric): {words}")
-    save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables})
+    save(args.json, {"machine": found, "epochs": args.epochs, "seeds": tables, "latency_ms": latencies})
     if args.plot:
         title = (
             f"{'Photographs' if args.data else 'Rendered scenes'}, mean of {args.seeds} seed{'s' * (args.seeds > 1)}"

@@ -296,8 +296,11 @@ class Training:
 
     def order(self) -> None:
         """Put hidden units and channels in order, before the first step with smaller budgets."""
-        with unsharded(self.model):
-            moves = ordering(self.config, self.model, self.train_split, self.fabric.device)
+        try:
+            with unsharded(self.model):
+                moves = ordering(self.config, self.model, self.train_split, self.fabric.device)
+        except InputError as error:  # an image that cannot be read
+            raise InputError(f"{error}; {self.kept()}", everywhere=True) from None
         # Fabric's wrapper keeps the state that its optimiser had before a checkpoint was loaded.
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         put_in_order(moves, self.model, None if self.average is None else self.trained, optimizer)

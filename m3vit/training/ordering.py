@@ -20,6 +20,7 @@ from m3vit.models.config import ModelConfig, init_sources
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.order import Move
+from m3vit.models.saved import WEIGHTS, read_info
 from m3vit.training.config import Config, TrainConfig, read_run_config
 from m3vit.training.sharding import shared_out
 
@@ -124,8 +125,10 @@ def unit_moves(model: MultiTaskModel, found: Mapping[int, Tensor]) -> list[Move]
 def trained_before(config: ModelConfig) -> TrainConfig | None:
     """Return how the run was trained that a model starts from, if it was for budgets: its order of units is to stay."""
     kind, given = init_sources(config.init)
-    train = read_run_config(Path(given[0])).train if kind == "run" else None
-    return train if train and train.budgets else None
+    if kind != "run":
+        return None
+    train, info = read_run_config(Path(given[0])).train, read_info(Path(given[0]) / WEIGHTS)
+    return train if train.budgets and info.get("budgets_begun", True) else None
 
 
 @torch.no_grad()

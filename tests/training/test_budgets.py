@@ -23,7 +23,7 @@ from m3vit.training.config import TrainConfig, read_config, read_run_config
 from m3vit.training.extending import words
 from m3vit.training.loop import train
 from m3vit.training.optim import make_average, make_optimizer
-from m3vit.training.ordering import importance, put_in_order, unit_moves
+from m3vit.training.ordering import importance, put_in_order, trained_before, unit_moves
 from m3vit.training.starting import build
 from m3vit.training.step import Labels, step_losses, task_weights
 from tests.conftest import TINY
@@ -298,8 +298,31 @@ def test_a_run_that_ended_before_budgets_began_has_none(budget_run: Path, cli: C
     message = rf"{run} ended after 1 epochs, before it was trained for budgets \(train.budget_start 0.5\): go on with"
     refused(cli("search", run, "--budget", 0.9, "--out", tmp_path / "found.json"), message)
     refused(cli("eval", run, "--budget", tmp_path / "half.json"), message)
+    config.model.init = f"run:{run}"
+    assert trained_before(config.model) is None, "it has no order yet that is to stay"
+    config.model.init = "random"
     train(config, run, resume=True)
     require_begun(load_run(run))
+    config.model.init = f"run:{run}"
+    assert trained_before(config.model) is not None
+
+
+def test_an_image_that_is_gone_when_units_are_put_in_order(budget_run: Path, make_data: Any, tmp_path: Path) -> None:
+    """Whatever was trained is kept."""
+    config, run = read_run_config(budget_run), tmp_path / "run"
+    config.data.root = str(make_data(tmp_path / "data", train=8, val=2))
+    images = {path: path.read_bytes() for path in (tmp_path / "data" / "images").iterdir()}
+
+    def until(step: int, of: int, words: str) -> None:
+        for path in images if step == 2 else ():
+            path.write_bytes(b"")
+
+    with pytest.raises(InputError, match=r"; everything up to step 2 is kept: go on with --resume"):
+        train(config, run, progress=until)
+    for path, content in images.items():
+        path.write_bytes(content)
+    train(config, run, resume=True)
+    assert lines(run)[-1]["step"] == 4
 
 
 def test_the_best_is_one_trained_for_budgets(budget_run: Path, tmp_path: Path) -> None:
@@ -370,7 +393,7 @@ def test_two_processes_train_what_one_does(
     data = make_data(tmp_path / "data", train=7, val=3)  # of the last batch one process has two images, one has one
     words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={data}", "--train.optimizer=sgd", "--train.lr=0.01"]
     words += ["--train.epochs=2", "--train.accumulate=2", "--train.balance_weight=0", "--train.budget_skip=[0]"]
-    words += [f"--train.budgets={budgets}", f"--train.budget_start={start}"]
+    words += [f"--train.budgets={budgets}", f"--train.budget_start={start}", "--train.ema=0.5"]
     run([*words, "--out", tmp_path / "one"], tmp_path)
     run([*words, f"--train.strategy={strategy}", "--out", tmp_path / "two"], tmp_path, processes=2)
     assert_close(tmp_path / "one", tmp_path / "two", weights_atol=1e-6)
