@@ -51,7 +51,7 @@ from m3vit.commands.training import config_from
 from m3vit.data.loading import unlabelled
 from m3vit.data.opening import open_split
 from m3vit.evaluation.scoring import read
-from m3vit.export import Package
+from m3vit.export.runtime import Package
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.budget import FULL
 from m3vit.models.budget_file import BUDGETS, write_budget
