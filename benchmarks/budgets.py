@@ -197,7 +197,11 @@ class Seed:
             keys += [f"--train.budget_skip={list(setting.shapes['small'].without)}"]
             keys += [f"--{key}" for key in self.args.one]
         run("train", setting.recipe, *keys, "--out", folder, "--resume")
-        run("eval", folder, "--workers", 1)
+        self.score(folder)
+
+    def score(self, *words: object) -> None:
+        """Evaluate a run, edges by one process, as other models may be in training."""
+        run("eval", *words, *(["--workers", 1] if "edge" in self.setting.tasks else []))
 
     def weights(self, shape: Shape) -> Path:
         """Return the weights that a model of this shape starts from: of its blocks, the first units in order."""
@@ -235,7 +239,7 @@ class Seed:
         """Return what the one checkpoint scores under a budget."""
         into = self.one / BUDGETS / file.stem
         if not (into / "eval.json").exists():
-            run("eval", self.one, "--budget", file, "--workers", 1)
+            self.score(self.one, "--budget", file)
         return scores(into)
 
     def same(self, name: str) -> Path:
