@@ -23,7 +23,8 @@ class KnownShapes(TorchFunctionMode):
         first = args[0] if args else named.get("input")
         if isinstance(first, Tensor) and first.is_meta:
             if function in _FILLING:
-                return first
+                others = (*args[1:], *named.values())
+                return function(*args, **named) if any(isinstance(one, Tensor) for one in others) else first
             if (shape := _SHAPES.get(function)) is not None:
                 return shape(*args, **named)
         return function(*args, **named)
@@ -33,12 +34,34 @@ def _alike(input: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(input)
 
 
-def _resized(input: Tensor, size: Any = None, scale_factor: Any = None, *rest: Any, **named: Any) -> Tensor:
-    if size is None and isinstance(scale_factor, int):
-        size = [length * scale_factor for length in input.shape[2:]]
-    if not isinstance(size, tuple | list) or len(size) != input.ndim - 2:
-        return F.interpolate(input, size, scale_factor, *rest, **named)
-    return input.new_empty(*input.shape[:2], *size)
+def _activated(input: Tensor, *, approximate: str = "none") -> Tensor:
+    if approximate not in ("none", "tanh"):
+        return F.gelu(input, approximate=approximate)
+    return torch.empty_like(input)
+
+
+def _resized(
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    usual = (
+        input.ndim == 4
+        and not antialias
+        and not recompute_scale_factor
+        and (mode == "bilinear" or (mode == "nearest" and align_corners is None))
+    )
+    found: Any = size if scale_factor is None else None
+    if size is None and type(scale_factor) is int:
+        found = [length * scale_factor for length in input.shape[2:]]
+    if usual and isinstance(found, tuple | list) and len(found) == 2:
+        if all(type(length) is int and length > 0 for length in found):
+            return input.new_empty(*input.shape[:2], *found)
+    return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,15 +71,24 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
-    if rest or named.get("attn_mask") is not None or key.shape != value.shape or query.shape[-1] != key.shape[-1]:
+    alike = query.shape[:-2] == key.shape[:-2] and query.shape[-1] == key.shape[-1] and key.shape == value.shape
+    if rest or named.get("attn_mask") is not None or not alike:
         return F.scaled_dot_product_attention(query, key, value, *rest, **named)
-    return torch.empty_like(query)
+    return query.new_empty(query.shape)
 
 
-def _normalised(input: Tensor, normalized_shape: Sequence[int], *rest: Any, **named: Any) -> Tensor:
-    if tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
-        return F.layer_norm(input, normalized_shape, *rest, **named)
-    return torch.empty_like(input)
+def _normalised(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    last = tuple(input.shape[-len(normalized_shape) :])
+    shapes = [normalized_shape, *(given.shape for given in (weight, bias) if given is not None)]
+    if any(tuple(shape) != last for shape in shapes):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return input.new_empty(input.shape)
 
 
 _SHAPES: dict[Any, Callable[..., Tensor]] = {
@@ -64,8 +96,9 @@ _SHAPES: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
     F.layer_norm: _normalised,
-    **dict.fromkeys((F.gelu, F.relu), _alike),
+    F.gelu: _activated,
+    F.relu: _alike,
 }
-# What initialisation is made of; each returns the tensor that it changes.
+# What initialisation is made of; each returns the tensor that it changes, by numbers alone.
 _FILLING = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
 _FILLING |= {Tensor.zero_, Tensor.fill_, Tensor.copy_}

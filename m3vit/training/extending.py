@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3vit.errors import InputError
-from m3vit.training.budgets import distances_count, first_step
+from m3vit.training.budgets import distances_count
 from m3vit.training.checkpoint import read_metrics
 from m3vit.training.config import Config, differences, read_run_config
 from m3vit.training.optim import learning_rate
@@ -37,13 +37,15 @@ def check_finished(out: Path, before: int, step: int, steps_per_epoch: int) -> N
         )
 
 
-def words(config: Config, before: int, steps_per_epoch: int) -> str:
-    """Say what the learning rate does, and the weight of budgets' distances, in one line."""
+def words(config: Config, before: int, steps_per_epoch: int, start: int = 0) -> str:
+    """Say what the learning rate does, and the weight of budgets' distances, in one line.
+
+    `start`: the step that smaller budgets began with.
+    """
     train, done = config.train, before * steps_per_epoch
     last = learning_rate(replace(train, epochs=before), done - 1, steps_per_epoch)
     following = learning_rate(train, done, steps_per_epoch)
-    begun = first_step(train, done)
-    rising = distances_count(train, done, train.epochs * steps_per_epoch, begun) if train.budgets else 1.0
+    rising = distances_count(train, done, train.epochs * steps_per_epoch, start) if train.budgets else 1.0
     return (
         f"{before} epochs are done, and ended at a learning rate of {last:.3g}; from here on the {train.schedule} "
         f"schedule is that of {train.epochs} epochs, which goes on at {following:.3g}"

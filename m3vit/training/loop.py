@@ -209,7 +209,7 @@ class Training:
         if state:
             self.restore(state)
         before = gather(epochs_before(self.config, out) if resume and not rank() else 0)[0]
-        self.extended = [words(self.config, before, self.steps_per_epoch)] if before else []
+        self.extended = [words(self.config, before, self.steps_per_epoch, self.stepper.start)] if before else []
         # Of the first process, which alone writes.
         self.log = cast(MetricsLog, agree(lambda: None if rank() else self.open_log(state)))
         self.loggers = cast(Loggers, agree(lambda: None if rank() else open_loggers(config, out, self.step + 1)))

@@ -88,7 +88,21 @@ X = torch.empty(2, 3, 4, 6, device="meta")
         lambda: F.linear(X, torch.empty(5, 6, device="meta"), torch.empty(4, device="meta")),
         lambda: F.scaled_dot_product_attention(X, torch.empty(2, 3, 4, 5, device="meta"), X),
         lambda: F.interpolate(X, size=(2, 3, 4)),
+        lambda: F.interpolate(X, size=(4, 6), scale_factor=2),
+        lambda: F.interpolate(X, scale_factor=2, mode="bilinaer"),
+        lambda: F.interpolate(X, scale_factor=2, align_corners=True),
+        lambda: F.interpolate(X[0], scale_factor=2, mode="bilinear"),
+        lambda: F.interpolate(X, size=(0, 6)),
+        lambda: F.interpolate(X, scale_factor=2, antialias=True),
         lambda: F.layer_norm(X, (5,)),
+        lambda: F.layer_norm(X, (6,), torch.empty(3, device="meta")),
+        lambda: F.layer_norm(X, (6,), None, torch.empty(3, device="meta")),
+        lambda: F.gelu(X, approximate="erf"),
+        lambda: F.scaled_dot_product_attention(X, X[:, :2], X[:, :2]),
+        lambda: F.scaled_dot_product_attention(X, X, X).transpose(1, 2).view(2, 4, 18),
+        lambda: X.clone().mul_(X[..., :3]),
+        lambda: X.clone().add_(X[..., :5]),
+        lambda: X.clone().copy_(X[..., :5]),
     ],
 )
 def test_what_does_not_fit_is_refused_by_torch(wrong: Callable[[], Tensor]) -> None:
@@ -105,12 +119,18 @@ def test_what_does_not_fit_is_refused_by_torch(wrong: Callable[[], Tensor]) -> N
         lambda x: F.interpolate(x, size=5),
         lambda x: F.scaled_dot_product_attention(x, x, x, torch.empty(4, 4, device=x.device)),
         lambda x: F.scaled_dot_product_attention(x, x[..., :2, :], x[..., :2, :]),
+        lambda x: F.scaled_dot_product_attention(x[:1], x, x),
+        lambda x: F.scaled_dot_product_attention(x[0], x, x),
+        lambda x: F.scaled_dot_product_attention(*x.unflatten(3, (3, 2)).unbind(3)).view(2, 3, 8),
+        lambda x: F.layer_norm(x.transpose(1, 2), (6,)).view(2, 4, 18),
+        lambda x: F.gelu(x, approximate="tanh"),
     ],
 )
 def test_ways_to_call(function: Callable[[Tensor], Tensor]) -> None:
     with KnownShapes():
         found = function(X)
-    assert found.shape == function(torch.rand(X.shape)).shape
+    assert found.shape == function(X).shape == function(torch.rand(X.shape)).shape
+    assert found.stride() == function(X).stride()
 
 
 def test_tensors_with_values_are_left_alone() -> None:
