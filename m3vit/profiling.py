@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from m3vit.errors import InputError
 from m3vit.models.budget import FULL, Budget, Use
 from m3vit.models.config import ModelConfig
-from m3vit.models.meta import KnownShapes
+from m3vit.models.meta import KnownShapes, without_values
 from m3vit.models.mlp import cut
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
@@ -339,7 +339,7 @@ def paper_parameters(model: MultiTaskModel) -> int:
     """
     config = model.config
     arguments = {key: value for key, value in config.trunk_args.items() if key not in ("img_size", "num_classes")}
-    with torch.device("meta"):
+    with without_values():
         published = timm.create_model(config.trunk, pretrained=False, **arguments)
     count = _numel(published)
     for name, layer in model.backbone.trunk.named_modules():

@@ -250,7 +250,7 @@ def run_profile(argv: Sequence[str]) -> None:
         shapes = meta_model(config.model)
         report["smallest_budget"] = macs_share(shapes, space(shapes, config.train).smallest)
         report["step_macs"] = step_macs(shapes, config.train)
-        report["training_macs"] = training_macs(shapes, config.train)
+        report["training_macs"] = training_macs(config.train, report["step_macs"])
     if training:
         from m3vit.training.memory import predict, said
 
@@ -262,9 +262,9 @@ def run_profile(argv: Sequence[str]) -> None:
     say(render(report))
     if config.train.budgets:
         say(f"the smallest budget trained for takes {report['smallest_budget']:.3f} of the MACs of all tasks' graphs")
-        start = config.train.budget_start
-        since = f"from {100 * start:g} % of the training on, {report['training_macs']:.2f} all in all" if start else ""
-        times = f"{report['step_macs']:.2f} times the MACs of one for the whole model alone"
-        say(f"a step of training takes {times}" + (f" {since}" if since else ""))
+        line = f"a step of training takes {report['step_macs']:.2f} times the MACs of one for the whole model alone"
+        if start := config.train.budget_start:
+            line += f" from {100 * start:g} % of the training on, {report['training_macs']:.2f} all in all"
+        say(line)
     if training:
         say(said(report["training"]))

@@ -29,6 +29,7 @@ from m3vit.errors import InputError, first_line
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.config import ModelConfig
 from m3vit.models.decoders.base import make_decoder
+from m3vit.models.meta import without_values
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.of_timm import resample_abs_pos_embed, resample_patch_embed
@@ -156,7 +157,7 @@ def fit(model: MultiTaskModel, run: Trained, name: str) -> Tensor:
 
 def check_attention(model: MultiTaskModel, run: Trained) -> None:
     """Raise InputError if the run's attention has another number of heads: its tensors fit, and mean other things."""
-    with torch.device("meta"):
+    with without_values():
         theirs: Any = make_trunk(run.config)
     heads, own = theirs.blocks[0].attn.num_heads, model.backbone.trunk.blocks[0].attn.num_heads
     if theirs.embed_dim == model.backbone.dim and heads != own:
@@ -346,7 +347,7 @@ def class_tensors(model: MultiTaskModel, task: str) -> list[str]:
 
     Found by building the decoder without memory for one class more: that holds for decoders from outside too.
     """
-    with _one_class_more(model.config, task) as config, torch.device("meta"):
+    with _one_class_more(model.config, task) as config, without_values():
         larger = make_decoder(config, model.backbone).state_dict()
     return [name for name, value in model.heads.state_dict().items() if larger[name].shape != value.shape]
 

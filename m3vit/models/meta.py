@@ -1,6 +1,7 @@
 """Models of shapes alone, on torch's meta device: what torch works out there in Python, at length, is known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ class KnownShapes(TorchFunctionMode):
             if (shape := _SHAPES.get(function)) is not None:
                 return shape(*args, **named)
         return function(*args, **named)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Within it, models are built on the meta device."""
+    with KnownShapes(), torch.device("meta"):
+        yield
 
 
 def _alike(input: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -28,13 +28,9 @@ class Move(NamedTuple):
         return tensor.gather(self.dim, order.view(shape).expand_as(tensor))
 
 
-def put(tensor: Tensor, move: Move) -> None:
-    """Carry a move out, in place."""
-    tensor.copy_(move.of(tensor))
-
-
 @torch.no_grad()
 def carry_out(moves: Iterable[Move]) -> None:
     """Put tensors of modules in order, one after the other."""
     for move in moves:
-        put(getattr(move.module, move.name), move)
+        tensor = getattr(move.module, move.name)
+        tensor.copy_(move.of(tensor))

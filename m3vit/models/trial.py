@@ -10,13 +10,13 @@ import torch
 from m3vit.errors import InputError, one_line, short
 from m3vit.models.config import ModelConfig
 from m3vit.models.initialise import initialise, upcycling
-from m3vit.models.meta import KnownShapes
+from m3vit.models.meta import KnownShapes, without_values
 from m3vit.models.multitask import MultiTaskModel
 
 
 def meta_model(config: ModelConfig) -> MultiTaskModel:
     """Return the model on the meta device, without values, its experts run in a way that needs shapes alone."""
-    with KnownShapes(), torch.device("meta"):
+    with without_values():
         model = MultiTaskModel(replace(config, experts="reference"))
         initialise(model, upcycling(config))  # for what it refuses
     return model.eval()

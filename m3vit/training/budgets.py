@@ -59,11 +59,6 @@ def of_step(train: TrainConfig, found: Space | None, step: int, start: int = 0) 
     return [FULL, found.smallest, *(found.random(rng) for _ in range(train.budgets - 1))]
 
 
-def training_macs(model: MultiTaskModel, train: TrainConfig) -> float:
-    """Return how many times the MACs of a plain training one for budgets takes; the arguments are `step_macs`'s."""
-    return 1 + (1 - train.budget_start) * (step_macs(model, train) - 1)
-
-
 def step_macs(model: MultiTaskModel, train: TrainConfig, steps: int = 8) -> float:
     """Return how many times the MACs of a plain step, what only trains included, a step with smaller budgets takes.
 
@@ -73,6 +68,11 @@ def step_macs(model: MultiTaskModel, train: TrainConfig, steps: int = 8) -> floa
     plain = sum(count_macs(model, tasks, training=True).values())
     smaller = [budget for step in range(steps) for budget in of_step(train, found, step)[1:]]
     return 1 + sum(total_macs(model, tasks, budget) for budget in smaller) / steps / plain
+
+
+def training_macs(train: TrainConfig, of_a_step: float) -> float:
+    """Return how many times the MACs of a plain training one for budgets takes, whose steps take `step_macs`."""
+    return 1 + (1 - train.budget_start) * (of_a_step - 1)
 
 
 def distances_count(train: TrainConfig, step: int, steps: int, start: int = 0) -> float:

@@ -164,7 +164,7 @@ class Training:
         self.steps = settings.epochs * self.steps_per_epoch
         self.train_split = train_split
         if not goes_on and not first_step(settings, self.steps):
-            carry_out(ordering(config, self.model.to(fabric.device), train_split, fabric.device))
+            carry_out(ordering(config, self.model.to(fabric.device), train_split))
         self.config = replace(config, model=self.model.config)  # with the numbers of its normalisation
         self.lock = agree(lambda: self.claim(resume))
         if settings.threads:
@@ -298,12 +298,11 @@ class Training:
         """Put hidden units and channels in order, before the first step with smaller budgets."""
         try:
             with unsharded(self.model):
-                moves = ordering(self.config, self.model, self.train_split, self.fabric.device)
+                moves = ordering(self.config, self.model, self.train_split)
         except InputError as error:  # an image that cannot be read
             raise InputError(f"{error}; {self.kept()}", everywhere=True) from None
         # Fabric's wrapper keeps the state that its optimiser had before a checkpoint was loaded.
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        put_in_order(moves, self.model, None if self.average is None else self.trained, optimizer)
+        put_in_order(moves, self.model, None if self.average is None else self.trained, self.optimizer.optimizer)
 
     def take_step(self, batch: Batch) -> None:
         """Do one step of the optimiser."""
@@ -489,7 +488,8 @@ class Training:
             if mine["cuda"] is not None and self.fabric.device.type == "cuda":
                 torch.cuda.set_rng_state(mine["cuda"], self.fabric.device)
         self.step = state["step"]
-        if self.step > state.get("budgets_from", 0):  # begun: of a run of more epochs, too
-            self.stepper.start = state.get("budgets_from", 0)
+        start = state.get("budgets_from", 0)
+        if self.step > start:  # begun: of a run of more epochs, too
+            self.stepper.start = start
         if not 0 < self.step <= self.steps or not state["processes"] > 0:
             raise ValueError(f"step {self.step} of {self.steps}")

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from m3vit.errors import InputError
+from m3vit.models.meta import without_values
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import refusing
 from m3vit.training.budgets import Whole
@@ -74,7 +75,7 @@ def predict_step(config: Config, images: int) -> Step:
         raise InputError("the memory of train.strategy fsdp is not predicted: it depends on what the processes share")
     apart = train.weighting in GRADIENT_METHODS
     with refusing(config.model):
-        with torch.device("meta"):
+        with without_values():
             model = MultiTaskModel(config.model)
         model.backbone.checkpoint_activations = train.checkpoint_activations
         freeze(model, frozen_epochs(train, model), train.epochs)

@@ -16,23 +16,23 @@ from torch.distributed.tensor import DTensor
 from m3vit.collectives import agree, gather, rank
 from m3vit.data.loading import unlabelled
 from m3vit.data.sample import Split
+from m3vit.digests import read_sealed_json
 from m3vit.models.config import ModelConfig, init_sources
 from m3vit.models.moe import MoELayer
 from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.order import Move
-from m3vit.models.saved import WEIGHTS, read_info
+from m3vit.models.saved import INFO
 from m3vit.training.config import Config, TrainConfig, read_run_config
 from m3vit.training.sharding import shared_out
 
 ORDER_IMAGES = 8  # training images that hidden units are put in order by
 
 
-def ordering(config: Config, model: MultiTaskModel, split: Split, device: torch.device | str) -> list[Move]:
+def ordering(config: Config, model: MultiTaskModel, split: Split) -> list[Move]:
     """Return what puts a model's hidden units in order, for train.budgets, by what they do on training images.
 
-    The model is on the `device`. In all processes; the first one looks at the images, so that the order is the same.
-    Channels of heads are ordered by the weights alone. The order of a run trained for budgets, which the model started
-    from, stays.
+    In all processes; the first one looks at the images, so that the order is the same. Channels of heads are ordered by
+    the weights alone. The order of a run trained for budgets, which the model started from, stays.
     """
     if not config.train.budgets:
         return []
@@ -48,7 +48,7 @@ def ordering(config: Config, model: MultiTaskModel, split: Split, device: torch.
         if rank():
             return None
         images = next(unlabelled(split, size, model.normalisation, ORDER_IMAGES, config.train.seed, skip))
-        return importance(model, images.to(device))
+        return importance(model, images.to(next(model.parameters()).device))
 
     return moves + unit_moves(model, gather(agree(look))[0])
 
@@ -127,7 +127,8 @@ def trained_before(config: ModelConfig) -> TrainConfig | None:
     kind, given = init_sources(config.init)
     if kind != "run":
         return None
-    train, info = read_run_config(Path(given[0])).train, read_info(Path(given[0]) / WEIGHTS)
+    run = Path(given[0])
+    train, info = read_run_config(run).train, read_sealed_json(run / INFO, "part of the run that model.init names")
     return train if train.budgets and info.get("budgets_begun", True) else None
 
 
