@@ -18,6 +18,10 @@ from m3vit.data.sample import Sample, no_label
 from m3vit.errors import InputError
 from m3vit.evaluation import scoring
 from m3vit.evaluation.evaluate import Predictor, torch_predictor
+from m3vit.models.budget import FULL, Budget
+from m3vit.models.config import ModelConfig
+from m3vit.models.trial import meta_model
+from m3vit.report.budgets import what_is_used
 from m3vit.report.hls import read_project
 from m3vit.report.page import example
 from m3vit.report.stored import Stored
@@ -30,6 +34,21 @@ pytestmark = pytest.mark.slow
 
 Cli = Callable[..., subprocess.CompletedProcess]
 TASKS = ("semseg", "depth", "normals", "edge")
+
+
+def test_what_budgets_use() -> None:
+    trunk = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, global_pool="", class_token=False)
+    config = ModelConfig("vit_tiny_patch16_224", trunk, image_size=(32, 48), num_experts=6, top_k=3)
+    config = replace(config, tasks=["depth", "edge"], head="pup")
+    budget = Budget({"depth": {1: 2}}, {"edge": {3: (0, 4, 5)}}, {0: 0, 1: 8, 2: 48}, heads={"edge": 64})
+    used = what_is_used(meta_model(config), {"full": FULL, "light": budget})
+    assert used["heads"] == ["hidden units of blocks 0·1·2·3", "depth", "edge"] and used["routed"] == [1, 3]
+    assert used["rows"] == [
+        {"name": "full", "cells": ["64·32·64·32", "3·3; 256 channels", "3·3; 256 channels"]},
+        {"name": "light", "cells": ["none·8·48·32", "2·3; 256 channels", "3 of 6·3 of 3; 64 channels"]},
+    ]
+    dense = what_is_used(meta_model(replace(config, moe_blocks="none", head="linear")), {"full": FULL})
+    assert dense["rows"] == [{"name": "full", "cells": ["64·64·64·64", "all", "all"]}] and not dense["routed"]
 
 
 @pytest.fixture(scope="module")

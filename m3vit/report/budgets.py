@@ -1,7 +1,7 @@
 """The report's part about budgets: figures, the front, and pictures of the same photographs under each, by a slider."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from m3vit.evaluation.evaluate import Predictor, evaluate, torch_predictor
 from m3vit.evaluation.search import relative_loss
 from m3vit.models.budget import Budget
 from m3vit.models.budget_file import WHOLE, read_budgets, read_searches
+from m3vit.models.multitask import MultiTaskModel
 from m3vit.models.trial import meta_model
 from m3vit.profiling import total_macs
 from m3vit.report import charts
@@ -57,16 +58,21 @@ def figures(
     indices: Sequence[int],
     progress: Callable[[int, int, str], None] | None,
 ) -> dict[str, Any]:
-    """Return, as JSON values, what each budget scores on the images: by name its share of the MACs, its tasks, losses.
+    """Return, as JSON values, what each budget scores on the images: by name its share of the MACs, its tasks.
 
-    loss_percent: the mean over the tasks of what the headline metric loses on the whole model's.
+    budget: what it uses, as in its file. loss_percent: the mean over the tasks of what the headline metric loses on
+    the whole model's.
     """
     result: dict[str, Any] = {}
     for name, predictor in found.predictors(run).items():
         step = (lambda done, of, name=name: progress(done, of, f"scoring budget {name}")) if progress else None
         scored = evaluate(split, predictor, protocol, indices=indices, workers=scoring.default_workers(), progress=step)
         values = {task: scores[TASKS[task].metric] for task, scores in scored.scores().items()}
-        result[name] = {"share_of_macs": found.shares[name], "tasks": values}
+        result[name] = {
+            "share_of_macs": found.shares[name],
+            "tasks": values,
+            "budget": found.budgets[name].to_json(),
+        }
     whole = result[WHOLE]["tasks"]
     compared = [task for task, value in whole.items() if math.isfinite(value) and value]  # the others have no label
     for entry in result.values():
@@ -94,6 +100,30 @@ def front_chart(found: Budgets, measured: dict[str, Any]) -> str:
     axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     return charts.svg(figure)
+
+
+def what_is_used(model: MultiTaskModel, budgets: Mapping[str, Budget]) -> dict[str, Any]:
+    """Return the table of what each budget uses: its heads, and rows of cells.
+
+    Hidden units by block, experts per token by block with experts, of as many kept where some are not, and channels of
+    heads that have a choice.
+    """
+    config, hidden = model.config, model.hidden_widths()
+    routed, channels = model.backbone.moe_indices, model.heads.channels
+    rows = []
+    for name, budget in budgets.items():
+        cells = ["·".join(str(budget.width.get(block, units) or "none") for block, units in hidden.items())]
+        for task in config.tasks:
+            uses = [
+                budget.layer(task, block).resolve(config.num_experts, config.top_k, hidden[block]) for block in routed
+            ]
+            some = any(len(use.kept) < config.num_experts for use in uses)
+            said = "·".join(f"{use.top_k} of {len(use.kept)}" if some else str(use.top_k) for use in uses)
+            own = [f"{budget.heads.get(task, channels[task])} channels"] if task in channels else []
+            cells.append("; ".join([said] * bool(said) + own) or "all")
+        rows.append({"name": name, "cells": cells})
+    blocks = "·".join(map(str, hidden))
+    return {"heads": [f"hidden units of blocks {blocks}", *config.tasks], "routed": list(routed), "rows": rows}
 
 
 def table_of_budgets(measured: dict[str, Any], tasks: Sequence[str]) -> list[dict[str, Any]]:

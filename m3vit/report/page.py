@@ -37,7 +37,7 @@ from m3vit.kinds.pictures import Range, Scale, Swatches
 from m3vit.label_sets import LABEL_SETS
 from m3vit.models.router import expert_load
 from m3vit.report import charts, errors
-from m3vit.report.budgets import Budgets, front_chart, open_budgets, table_of_budgets
+from m3vit.report.budgets import Budgets, front_chart, open_budgets, table_of_budgets, what_is_used
 from m3vit.report.budgets import figures as budget_figures
 from m3vit.report.hls import ProjectResults, check_same_weights, other_images, read_project
 from m3vit.report.mixtures import mixture_charts
@@ -441,6 +441,7 @@ def budget_part(
         "columns": columns,
         "heads": [f"{task} {TASKS[task].metric} ({TASKS[task].unit})" for task in report["tasks"]],
         "rows": table_of_budgets(report["budgets"], list(report["tasks"])),
+        "used": what_is_used(run.model, used.budgets),
         "chart": front_chart(used, report["budgets"]),
         "examples": [example(split.load(index), predictors, columns, protocol, label_set, {}) for index in shown],
     }

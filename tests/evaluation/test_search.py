@@ -35,7 +35,7 @@ from m3vit.hw.cost import Assumptions, lines_of
 from m3vit.hw.design import design_of
 from m3vit.hw.fit import fit
 from m3vit.hw.network import program_of
-from m3vit.models.budget import Budget
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.budget_file import read_budget, write_budget
 from m3vit.models.config import ModelConfig
 from m3vit.models.multitask import MultiTaskModel
@@ -398,7 +398,10 @@ def test_a_run_trained_for_budgets_from_search_to_package(cli: Cli, tiny_data: P
     assert result.returncode == 0, result.stderr
     told = json.loads(page.with_suffix(".json").read_text())["budgets"]
     assert list(told) == ["full", "light", "fast"] and told["full"]["loss_percent"] == 0
+    assert all(told[file.stem]["budget"] == read_budget(file).to_json() for file in (light, fast))
+    assert told["full"]["budget"] == FULL.to_json()
     text = page.read_text()
+    assert "<th>hidden units of blocks 0·1</th>" in text
     assert text.count('class="of-budget"') == 3 * 4 and 'type="range" min="0" max="2"' in text
     result = cli("profile", run, "--budget", fast, "--json", tmp_path / "profile.json")
     assert result.returncode == 0 and "under a budget" in result.stdout, result.stderr
