@@ -32,7 +32,8 @@ def exporter() -> Iterator[None]:
     """Adapt the exporter to our models: what the functions below say of it holds inside."""
     with ExitStack() as stack:
         for adapted in (
-            _told, _quiet, _schemas, _of_their_operator, listed_once, composites_once, _without_cache, _without_places
+            _told, _quiet, _schemas, _of_their_operator, listed_once, composites_once, devices_once, _without_cache,
+            _without_places,
         ):  # fmt: skip
             stack.enter_context(adapted())
         yield
@@ -197,6 +198,28 @@ def composites_once() -> Iterator[None]:
             known.add(count)
 
     with _replaced(module, "_materialize_cpp_cia_ops", once):
+        yield
+
+
+@contextmanager
+def devices_once() -> Iterator[None]:
+    """Have torch ask once whether there is a GPU, not for each operation, while exporting: where there is none it looks
+    for a driver in all folders of libraries, a fourteenth of the time of a trace."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    own = vars(FakeTensorMode).get("avoid_device_init")
+    if not isinstance(own, property) or own.fget is None:  # another version of torch
+        yield
+        return
+    ask: Callable[[Any], bool] = own.fget
+    known: list[bool] = []
+
+    def once(mode: Any) -> bool:
+        if not known:
+            known.append(ask(mode))
+        return known[0]
+
+    with _replaced(FakeTensorMode, "avoid_device_init", property(once)):
         yield
 
 

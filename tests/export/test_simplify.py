@@ -13,6 +13,7 @@ from onnxscript import rewriter
 from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 from torch._export import utils as export_utils
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import config as fx_config
 from torch.onnx._internal.exporter import _registration
@@ -20,7 +21,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_leaves
 
 from m3vit.errors import InputError
-from m3vit.export.onnx.exporter import SHAPES, composites_once, exporter, listed_once, shapes_alone
+from m3vit.export.onnx.exporter import SHAPES, composites_once, devices_once, exporter, listed_once, shapes_alone
 from m3vit.export.onnx.graph import _trace
 from m3vit.export.onnx.simplify import ATEN, RESHAPES, without_decomposing
 
@@ -283,6 +284,25 @@ def test_operators_made_of_others_are_looked_up_once_and_again_when_there_are_mo
                 library.impl("of_others", torch.relu, "CompositeImplicitAutograd")
                 assert torch.ops.m3vit_listed.of_others.default in collect() and len(times) == 2
     assert export_utils._materialize_cpp_cia_ops is own
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_devices_are_asked_for_once(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    times: list[None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: (times.append(None), there)[1])
+
+    def made() -> tuple[list[bool], int]:
+        times.clear()
+        modes = [FakeTensorMode() for _ in range(3)]
+        return [mode.avoid_device_init for mode in modes], len(times)
+
+    before = made()
+    assert before == ([not there] * 3, 3)
+    with devices_once():
+        assert made() == ([not there] * 3, 1)
+    with devices_once():  # anew in another export: nothing is kept
+        assert made()[1] == 1
+    assert made() == before
 
 
 SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
