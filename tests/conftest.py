@@ -3,10 +3,12 @@
 import gc
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a worker of its own
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime is imported; m3vit: tests/export/test_telemetry.py
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("CXX", str(ROOT / "tests" / "g++-O0.sh"))
+ROOM = 2**33  # bytes: several times what the tests leave at their most
+
+
+def memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Return the bytes of memory that this machine has left, or a container may take at all if that is less."""
+    found = [line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    most = limit.read_text().strip() if limit.is_file() else "max"
+    return min(2**10 * int(found[0]), 2**63 if most == "max" else int(most))
+
+
+# What tests write lies in memory where there is room: they damage and mend files a thousand times and end each training
+# with a flush, and waited a minute and more for the disk. TMPDIR and PYTEST_DEBUG_TEMPROOT say otherwise.
+with suppress(OSError, ValueError, IndexError):
+    if not {"TMPDIR", "PYTEST_DEBUG_TEMPROOT"} & set(os.environ):
+        if min(shutil.disk_usage("/dev/shm").free, memory()) > ROOM:
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = "/dev/shm"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
