@@ -165,7 +165,7 @@ class TrainConfig:
     budget_heads: float = 1.0
     budget_tokens: float = 1.0
     budget_outputs: float = 0.1
-    budget_start: float = 0.5
+    budget_start: float = 0.4
     budget_warmup: float = 0.5
     weighting: Literal["fixed", "uncertainty", "dwa", "pcgrad", "mgda", "aligned_mtl"] = "fixed"
     tasks_per_step: int = 0

@@ -192,9 +192,10 @@ GIVEN = [*TINY, "--train.budgets=2", "--train.budget_width=0.5"]
 
 @pytest.fixture(scope="module")
 def budget_run(cli: Cli, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run trained for budgets, for two epochs; read only."""
+    """A run trained for two epochs, for budgets since the second; read only."""
     run = tmp_path_factory.mktemp("budgets") / "run"
-    result = cli("train", "synthetic-tiny", *GIVEN, f"--data.root={tiny_data}", "--train.epochs=2", "--out", run)
+    words = (*GIVEN, f"--data.root={tiny_data}", "--train.epochs=2", "--train.budget_start=0.5")
+    result = cli("train", "synthetic-tiny", *words, "--out", run)
     assert result.returncode == 0, result.stderr
     return run
 
