@@ -26,16 +26,17 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("CXX", str(ROOT / "tests" / "g++-O0.sh"))
 
 
-def memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+def memory() -> int:
     """Return the bytes of memory that this machine has left, or a container may take at all if that is less."""
-    found = [line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    lines, limit = Path("/proc/meminfo").read_text().splitlines(), Path("/sys/fs/cgroup/memory.max")
+    left = next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     most = limit.read_text().strip() if limit.is_file() else "max"
-    return min(2**10 * int(found[0]), 2**63 if most == "max" else int(most))
+    return left if most == "max" else min(left, int(most))
 
 
 # What tests write lies in memory where there is room: they damage and mend files a thousand times and end each training
 # with a flush, and waited a minute and more for the disk. TMPDIR and PYTEST_DEBUG_TEMPROOT say otherwise.
-with suppress(OSError, ValueError, IndexError):
+with suppress(OSError, ValueError, StopIteration):
     if not {"TMPDIR", "PYTEST_DEBUG_TEMPROOT"} & set(os.environ):
         # They leave 0.4 GB at their most, and four processes of them take 5.
         if shutil.disk_usage("/dev/shm").free > 2**31 and memory() > 2**33:

@@ -110,13 +110,12 @@ def what_is_used(model: MultiTaskModel, budgets: Mapping[str, Budget]) -> dict[s
     """
     config, hidden = model.config, model.hidden_widths()
     routed, channels = model.backbone.moe_indices, model.heads.channels
+    layers: dict[int, Any] = {block: model.backbone.trunk.blocks[block].mlp for block in routed}
     rows = []
     for name, budget in budgets.items():
         cells = ["·".join(str(budget.width.get(block, units) or "none") for block, units in hidden.items())]
         for task in config.tasks:
-            uses = [
-                budget.layer(task, block).resolve(config.num_experts, config.top_k, hidden[block]) for block in routed
-            ]
+            uses = [layer.use(budget.layer(task, block)) for block, layer in layers.items()]
             some = any(len(use.kept) < config.num_experts for use in uses)
             said = "·".join(f"{use.top_k} of {len(use.kept)}" if some else str(use.top_k) for use in uses)
             own = [f"{budget.heads.get(task, channels[task])} channels"] if task in channels else []
