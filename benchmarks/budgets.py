@@ -116,7 +116,7 @@ PHOTOGRAPHS = Setting(
     ["semseg", "depth", "normals"],
     [
         *("--model.image_size=[112, 154]", "--model.tasks=[semseg, depth, normals]", "--train.native_losses=[]"),
-        *("--model.head_stride=2", "--train.freeze=[]", "--train.freeze_epochs.trunk=1", "--train.eval_epochs=0"),
+        *("--model.head_stride=2", "--train.freeze=[embed]", "--train.freeze_epochs.trunk=1", "--train.eval_epochs=0"),
         *("--model.num_experts=8", "--train.precision=32-true"),
     ],
     depth=12,

@@ -40,7 +40,7 @@ from m3vit.training.launch import Fabric, launch, synchronise
 from m3vit.training.loggers import Loggers, open_loggers
 from m3vit.training.optim import learning_rate, make_average, make_optimizer
 from m3vit.training.ordering import ordering, put_in_order
-from m3vit.training.parts import freeze, frozen_epochs, table
+from m3vit.training.parts import ahead, freeze, frozen_epochs, table
 from m3vit.training.sharding import (
     gathered,
     load_optimizer,
@@ -94,6 +94,9 @@ def train(
             for line in [*not_taken(training.model), *training.extended]:
                 say(line)
             say(table(config.train, training.model))
+            model = config.model
+            if (model.pretrained or model.weights or model.started) and (line := ahead(config.train, training.model)):
+                say(line)
         training.run()
     except (InputError, Stopped) as error:
         leave_group()

@@ -124,6 +124,23 @@ def rows(train: TrainConfig, model: MultiTaskModel) -> list[Row]:
     ]
 
 
+def ahead(train: TrainConfig, model: MultiTaskModel) -> str | None:
+    """Return a line for people if what stands before the blocks would learn faster than they do.
+
+    `lr_scale` of the trunk leaves `embed` at the full rate, at which pretrained patches are gone in an epoch.
+    """
+    rates = {"embed": 0.0, "trunk": 0.0}
+    for row in rows(train, model):
+        if row.part in rates and row.frozen < math.inf:
+            rates[row.part] = max(rates[row.part], row.rates[1])
+    if rates["embed"] <= rates["trunk"]:
+        return None
+    return (
+        f"embed, which is a part of its own, learns at {rates['embed']:.3g} and the trunk's blocks at "
+        f"{rates['trunk']:.3g}: patches that were learnt are soon lost so; freeze it, or give it a train.lr_scale too"
+    )
+
+
 def _ranges(numbers: list[int]) -> str:
     """Return sorted numbers in short: 0-3, 5."""
     starts = [n for n in numbers if n - 1 not in numbers]

@@ -21,11 +21,11 @@ from m3vit.training.config import PARTS, Config, DataConfig, TrainConfig
 from m3vit.training.launch import Fabric
 from m3vit.training.loop import train
 from m3vit.training.optim import make_optimizer
-from m3vit.training.parts import block_of, freeze, frozen_epochs, lr_factors, part_of, rows, table
+from m3vit.training.parts import ahead, block_of, freeze, frozen_epochs, lr_factors, part_of, rows, table
 from m3vit.training.starting import build
 from m3vit.training.step import Labels, Stepper
 from m3vit.training.weighting import make_weighting
-from tests.conftest import TINY
+from tests.conftest import TINY, Cli
 from tests.training.launching import run
 from tests.training.runs import assert_close, same_bits
 
@@ -290,6 +290,37 @@ def test_the_table_says_what_is_trained() -> None:
     assert f"routers of blocks 3 {4 * 4 * 32} after epoch 2 0.001" in lines
     assert any(line.startswith("trunk of blocks 0-2 ") and line.endswith(" no") for line in lines)
     assert any(line.startswith("heads ") and line.endswith(" yes 0.01") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"lr_scale": {"trunk": 0.1}}, "0.001 and the trunk's blocks at 0.0001"),
+        (
+            {"lr_scale": {"trunk": 0.1}, "freeze_epochs": {"embed": 1, "trunk": 2}},
+            "0.001 and the trunk's blocks at 0.0001",
+        ),
+        ({"freeze": ["trunk"]}, "0.001 and the trunk's blocks at 0:"),
+        ({"lr_scale": {"trunk": 0.1, "embed": 0.1}}, None),
+        ({"lr_scale": {"trunk": 0.1}, "freeze": ["embed"]}, None),
+        ({"layer_decay": 0.5}, None),
+        ({}, None),
+    ],
+)
+def test_patches_that_learn_faster_than_the_blocks_are_named(settings: dict[str, Any], rates: str | None) -> None:
+    line = ahead(TrainConfig(lr=1e-3, epochs=9, **settings), MultiTaskModel(model_config()))
+    assert rates in line if rates and line else line is rates
+
+
+@pytest.mark.parametrize("of_run", [False, True])
+def test_they_are_named_where_weights_are_given(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, cli: Cli, of_run: bool
+) -> None:
+    words = ["train", "synthetic-tiny", *TINY, f"--data.root={tiny_data}", "--train.lr_scale={trunk: 0.1}"]
+    words += ["--train.epochs=1", "--out", str(tmp_path / "run")] + [f"--model.init=run:{tiny_run}"] * of_run
+    result = cli(*words)
+    assert result.returncode == 0, result.stderr
+    assert ("embed, which is a part of its own, learns at" in result.stdout + result.stderr) is of_run
 
 
 @pytest.mark.parametrize(
