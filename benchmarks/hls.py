@@ -5,13 +5,15 @@
 
 Models have random weights (vit-s: experts up-cycled from the MLPs) and are exported as by `m3vit export hls --schedule
 multiplexed`. Each is simulated for one task, with the flags of the project's Makefile (-O3) and with -march=native
-added; the emulator runs on one thread and on all. All in one run, so that ratios hold whatever else the machine does;
-ratios are of processor seconds. Words are compared. Nothing is synthesised: bytes are counted by the C++.
+added; the emulator runs on one thread and on all, and on one its matrix products are timed alone: what it would take if
+all else were free. For an idle machine: ratios are of wall-clock seconds, as C-simulation has one thread. Words are
+compared. Nothing is synthesised: bytes are counted by the C++.
 
 With --export what exporting takes instead, by all cores: four tasks, as many images of calibration and samples as
 `m3vit export hls` takes by default, W8A16 and W8A8, seconds, and megabytes of the test bench.
 """
 
+import math
 import resource
 import subprocess
 import tempfile
@@ -100,6 +102,15 @@ def timed(function: Callable[[], Any], who: int, repeats: int) -> tuple[Any, flo
     return result, min(walls), min(processor)
 
 
+def products(function: Callable[[], Any]) -> dict[str, float]:
+    """Return how many products matrix products take in a call, as the processor multiplies, and their seconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    found = [event for event in profile.events() if event.name in ("aten::mm", "aten::_int_mm")]
+    shapes = [(*event.input_shapes[0], event.input_shapes[1][1]) for event in found]
+    return {"seconds": sum(event.self_cpu_time_total for event in found) / 1e6, "count": sum(map(math.prod, shapes))}
+
+
 def simulate(project: Path, images: np.ndarray, flags: tuple[str, ...], repeats: int) -> dict[str, Any]:
     """Build with `flags` and time one frame of task 0."""
     csim.MULTIPLEXED_FLAGS = flags
@@ -132,6 +143,8 @@ def measure(name: str, bits: str, repeats: int, folder: Path) -> dict[str, Any]:
         emulator.run(images[0], 0)  # warms up
         emulated, wall, processor = timed(lambda: emulator.run(images[0], 0), resource.RUSAGE_SELF, repeats)
         emulations[count] = {"seconds": wall, "processor_seconds": processor}
+        if count == 1:
+            multiplied = products(lambda: emulator.run(images[0], 0))
         for simulation in simulations.values():
             assert np.array_equal(simulation["result"].outputs.ravel(), emulated.outputs), "words differ"
     torch.set_num_threads(threads)
@@ -143,11 +156,13 @@ def measure(name: str, bits: str, repeats: int, folder: Path) -> dict[str, Any]:
         "weights_bytes": weights,
         "csim": {way: {k: v for k, v in found.items() if k != "result"} for way, found in simulations.items()},
         "emulator": emulations,
+        "emulator_products": multiplied,
         "ddr_bytes": moved,
         "saturated": sum(line["saturated"] for line in simulations["native"]["result"].counters[0]),
     }
     result["emulator_is_faster"] = {
-        way: found["processor_seconds"] / emulations[1]["processor_seconds"] for way, found in simulations.items()
+        way: {count: found["seconds"] / times["seconds"] for count, times in emulations.items()}
+        for way, found in simulations.items()
     }
     return result
 
@@ -184,16 +199,24 @@ def show(name: str, found: dict[str, Any]) -> None:
     print(f"{name}: {found['parameters'] / 1e6:.2f} M parameters, weights.bin {found['weights_bytes'] / 1e6:.1f} MB")
     print(f"  export {found['export_seconds']:.1f} s; {found['saturated']} values saturated; words equal")
     for way, times in found["csim"].items():
-        faster = found["emulator_is_faster"][way]
+        faster = (
+            f"{ratio:.1f} x the emulator's on {count}" for count, ratio in found["emulator_is_faster"][way].items()
+        )
         print(
             f"  C-sim, {way} flags: {times['seconds']:.2f} s a frame "
-            f"({times['processor_seconds']:.2f} s of processor), {faster:.1f} x the emulator's on one thread"
+            f"({times['processor_seconds']:.2f} s of processor), {', '.join(faster)}"
         )
     for threads, times in found["emulator"].items():
         print(
             f"  emulator, {threads} thread{'s' if threads > 1 else ''}: {times['seconds']:.2f} s a frame "
             f"({times['processor_seconds']:.2f} s of processor)"
         )
+    multiplied = found["emulator_products"]
+    limits = (times["seconds"] / multiplied["seconds"] for times in found["csim"].values())
+    print(
+        f"  of which on one thread {multiplied['count'] / 1e9:.1f} G products: {multiplied['seconds']:.2f} s; were all "
+        f"else free, C-sim would take {' and '.join(f'{limit:.1f}' for limit in limits)} x as long"
+    )
     total = sum(found["ddr_bytes"].values())
     parts = ", ".join(f"{port} {bytes_ / 1e6:.2f}" for port, bytes_ in found["ddr_bytes"].items())
     print(f"  DDR, MB a frame: {total / 1e6:.1f} ({parts})")

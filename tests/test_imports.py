@@ -24,7 +24,7 @@ ORDER = (
 RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 PACKAGES_AS_PREDICTORS = ("m3vit.evaluation.artefacts", "m3vit.export.runtime.package")
 WITH_TORCH = {f"m3vit.data.{name}" for name in ("augment", "loading", "network_input")}
-WITH_TORCH |= {f"m3vit.hw.sim.{name}" for name in ("emulator", "linear", "attention")}
+WITH_TORCH |= {f"m3vit.hw.sim.{name}" for name in ("emulator", "linear", "attention", "threads")}
 
 
 def _names(nodes: Iterator[ast.AST]) -> set[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from m3vit.hw import arithmetic
 from m3vit.hw.isa import KEY_BLOCK, MAX_RISE, SCORE_BITS, SCORE_FRAC
 from m3vit.hw.sim.linear import EXACT, multiplies_bytes, rounded, to_bytes
+from m3vit.hw.sim.threads import each
 from m3vit.hw.tables import PROB_FRAC
 
 _UNIT = float(1 << SCORE_FRAC)
@@ -84,10 +85,13 @@ def attend(
     v = torch.cat([v, v.new_ones(heads, 1, rows)], dim=1).to(weights.table.dtype)
     sums = q.new_zeros(v.shape)
     step = -(-rows // -(-rows // _QUERIES))
-    for head in range(heads):
+
+    def of_head(head: int) -> None:
         for start in range(0, rows, step):
             which = slice(start, start + step)
             _weigh(scores(head, which), scores.half, v[head], weights, sums[head, :, which])
+
+    each(of_head, heads)
     return sums
 
 

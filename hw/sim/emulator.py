@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from m3vit.hw.isa import BIAS_SHIFT_LIMIT, CONTEXT_DROP, ROW_WORDS, SCORE_BITS, 
 from m3vit.hw.program import Image
 from m3vit.hw.sim.attention import attend
 from m3vit.hw.sim.linear import Linear, rounded
+from m3vit.hw.sim.threads import each
 from m3vit.hw.tables import NORM_FRAC, PROB_FRAC
 
 
@@ -46,6 +48,12 @@ class _State:
     scores: np.ndarray
     expert_ids: list[np.ndarray] = field(default_factory=list)
     saturated: dict[int, int] = field(default_factory=dict)
+    counting: Lock = field(default_factory=Lock)  # threads count what is beyond at once
+
+    def add_saturated(self, pc: int, count: int) -> None:
+        """Count values that were beyond their format in the instruction at pc."""
+        with self.counting:
+            self.saturated[pc] = self.saturated.get(pc, 0) + count
 
     def copy(self) -> "_State":
         """Return a state that can go on by itself."""
@@ -235,7 +243,7 @@ class Emulator:
         if x.numel():
             least, most = x.aminmax()
             if least < low or most > high:
-                state.saturated[pc] = state.saturated.get(pc, 0) + int(((x < low) | (x > high)).sum())
+                state.add_saturated(pc, int(((x < low) | (x > high)).sum()))
                 x.clamp_(low, high)
         return x
 
@@ -248,7 +256,7 @@ class Emulator:
         table, beyond = _gelu_table(bits, i.gelu_in, i.gelu_out, two)
         places = x.add_(1 << (bits - 1)).to(torch.int32).view(-1)
         if beyond.any() and (count := int(beyond[places].sum())):
-            state.saturated[pc] = state.saturated.get(pc, 0) + count
+            state.add_saturated(pc, count)
         return table.index_select(0, places).view(x.shape)
 
     def _store(self, state: _State, pc: int, i: isa.Linear, y: Tensor) -> None:
@@ -326,13 +334,17 @@ class Emulator:
     def _experts(self, state: _State, pc: int, i: isa.Experts) -> None:
         x = _inputs(state, i)
         rows = _rows(state.wide, i.dst, i.dst_pitch, i.rows, i.n_in)
-        for e, (first, second) in enumerate(self.prepared[pc]):
-            token, slot = np.nonzero(state.experts == e)
-            if not len(token):
-                continue
-            places = torch.from_numpy(token)
-            hidden = self._narrow(state, pc, first(x[places]), i)
+        chosen = [np.nonzero(state.experts == e) for e in range(i.experts)]
+
+        def of_expert(e: int) -> Tensor:
+            token, slot = chosen[e]
+            first, second = self.prepared[pc][e]
+            hidden = self._narrow(state, pc, first(x[torch.from_numpy(token)]), i)
             y = self._hold(state, pc, second(hidden), 32)
             scores = torch.from_numpy(state.scores[token, slot].astype(np.float64))[:, None]
-            added = rounded(y.mul_(scores), 2.0**-PROB_FRAC).add_(rows[places])
-            rows[places] = self._hold(state, pc, added, self.wide_bits)
+            return rounded(y.mul_(scores), 2.0**-PROB_FRAC)
+
+        active = [e for e in range(i.experts) if len(chosen[e][0])]
+        for e, y in zip(active, each(lambda place: of_expert(active[place]), len(active)), strict=True):
+            places = torch.from_numpy(chosen[e][0])
+            rows[places] = self._hold(state, pc, y.add_(rows[places]), self.wide_bits)

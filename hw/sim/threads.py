@@ -1,0 +1,34 @@
+"""Independent parts of a frame in threads of their own: heads, experts."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: a forked one has none of its parent's."""
+    return ThreadPoolExecutor(threads, "m3vit-emulator")
+
+
+def each(function: Callable[[int], Result], count: int) -> list[Result]:
+    """Return function(0) to function(count - 1), by as many threads as torch has, with one of torch's each.
+
+    The operations are short: split among torch's own threads, these would wait for one another longer than they work.
+    `function` runs in inference mode.
+    """
+    threads = torch.get_num_threads()
+    function = torch.inference_mode()(function)  # the mode is a thread's too
+    if min(count, threads) < 2:
+        return [function(place) for place in range(count)]
+    torch.set_num_threads(1)  # a thread takes it over at its first operation
+    try:
+        return list(_pool(threads, os.getpid()).map(function, range(count)))
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,76 @@
+"""Heads and experts in threads: the same words and counts, and torch as it was."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from m3vit.hw.isa import Attention, Experts
+from m3vit.hw.sim.emulator import Emulator
+from m3vit.hw.sim.threads import each
+from tests.hw.programs import Shape, frames_of, random_vit
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("formats", [{"weight_bits": 8, "act_bits": 8}, {}])
+def test_words_and_counts_are_those_of_one_thread(formats: dict[str, int]) -> None:
+    """Values are beyond their formats in attention and experts alike, whose threads count at once."""
+    shape = Shape(grid=(6, 9), depth=4, finer=4, wide_frac=28, **formats)
+    image, _ = random_vit(shape)
+    (frame,) = frames_of(shape, 1)
+    emulator = Emulator(image)
+    kinds, expected = set(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for _ in range(1 if threads == 1 else 5):
+            found = [emulator.run(frame, task) for task in range(shape.tasks)]
+            assert torch.get_num_threads() == threads
+            expected = expected or found
+            for one, other in zip(expected, found, strict=True):
+                np.testing.assert_array_equal(one.outputs, other.outputs)
+                for ids, others in zip(one.expert_ids, other.expert_ids, strict=True):
+                    np.testing.assert_array_equal(ids, others)
+                assert one.saturated == other.saturated
+                kinds |= {type(emulator.program[pc]) for pc in one.saturated}
+    assert {Attention, Experts} <= kinds
+
+
+def test_threads_have_one_of_torchs_each_and_are_at_work_together() -> None:
+    torch.set_num_threads(3)
+    meeting = threading.Barrier(3, timeout=60)
+
+    def meet(place: int) -> tuple[int, int, bool]:
+        meeting.wait()
+        return place, torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    assert each(meet, 3) == [(place, 1, True) for place in range(3)]
+    assert torch.get_num_threads() == 3
+
+
+def test_what_goes_wrong_is_told_and_torch_is_as_it_was() -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(ZeroDivisionError):
+        each(lambda place: 1 // place, 4)
+    assert torch.get_num_threads() == 2 and each(lambda place: place, 4) == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    torch.set_num_threads(2)
+    assert each(lambda place: place, 4) == [0, 1, 2, 3]
+    child = os.fork()
+    if not child:  # with the parent's threads, which it lacks, it would wait for ever
+        signal.alarm(60)
+        os._exit(each(lambda place: place, 4) != [0, 1, 2, 3])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
