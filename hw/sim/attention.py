@@ -91,7 +91,7 @@ def attend(
             which = slice(start, start + step)
             _weigh(scores(head, which), scores.half, v[head], weights, sums[head, :, which])
 
-    each(of_head, heads)
+    each(of_head, heads, rows * step)
     return sums
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+GRAIN = 1 << 15  # values of an operation, below which threads cost more than they bring: torch's own limit
 
 
 @cache
@@ -17,15 +18,15 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "m3vit-emulator")
 
 
-def each(function: Callable[[int], Result], count: int) -> list[Result]:
+def each(function: Callable[[int], Result], count: int, size: int) -> list[Result]:
     """Return function(0) to function(count - 1), by as many threads as torch has, with one of torch's each.
 
     The operations are short: split among torch's own threads, these would wait for one another longer than they work.
-    `function` runs in inference mode.
+    `function` runs in inference mode; its operations are of some `size` values.
     """
     threads = torch.get_num_threads()
     function = torch.inference_mode()(function)  # the mode is a thread's too
-    if min(count, threads) < 2:
+    if min(count, threads) < 2 or size < GRAIN:
         return [function(place) for place in range(count)]
     torch.set_num_threads(1)  # a thread takes it over at its first operation
     try:

@@ -94,9 +94,9 @@ def train(
             for line in [*not_taken(training.model), *training.extended]:
                 say(line)
             say(table(config.train, training.model))
-            model = config.model
-            if (model.pretrained or model.weights or model.started) and (line := ahead(config.train, training.model)):
-                say(line)
+            begun = config.model.pretrained or config.model.weights or config.model.started
+            if begun and (patches := ahead(config.train, training.model)):
+                say(patches)
         training.run()
     except (InputError, Stopped) as error:
         leave_group()

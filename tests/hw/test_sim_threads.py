@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from m3vit.hw.isa import Attention, Experts
+from m3vit.hw.sim import threads
 from m3vit.hw.sim.emulator import Emulator
 from m3vit.hw.sim.threads import each
 from tests.hw.programs import Shape, frames_of, random_vit
 
 
 @pytest.fixture(autouse=True)
-def torch_as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
+def small_operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give threads even these; torch is as it was in the end."""
+    monkeypatch.setattr(threads, "GRAIN", 0)
+    threads_before = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads_before)
 
 
 @pytest.mark.parametrize("formats", [{"weight_bits": 8, "act_bits": 8}, {}])
@@ -30,11 +33,11 @@ def test_words_and_counts_are_those_of_one_thread(formats: dict[str, int]) -> No
     (frame,) = frames_of(shape, 1)
     emulator = Emulator(image)
     kinds, expected = set(), []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        for _ in range(1 if threads == 1 else 5):
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        for _ in range(1 if count == 1 else 5):
             found = [emulator.run(frame, task) for task in range(shape.tasks)]
-            assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == count
             expected = expected or found
             for one, other in zip(expected, found, strict=True):
                 np.testing.assert_array_equal(one.outputs, other.outputs)
@@ -53,24 +56,31 @@ def test_threads_have_one_of_torchs_each_and_are_at_work_together() -> None:
         meeting.wait()
         return place, torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    assert each(meet, 3) == [(place, 1, True) for place in range(3)]
+    assert each(meet, 3, 1) == [(place, 1, True) for place in range(3)]
     assert torch.get_num_threads() == 3
+
+
+def test_short_operations_stay_in_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr(threads, "GRAIN", 100)
+    found = [set(each(lambda place: threading.get_ident(), 8, size)) for size in (99, 100)]
+    assert found[0] == {threading.get_ident()} and threading.get_ident() not in found[1]
 
 
 def test_what_goes_wrong_is_told_and_torch_is_as_it_was() -> None:
     torch.set_num_threads(2)
     with pytest.raises(ZeroDivisionError):
-        each(lambda place: 1 // place, 4)
-    assert torch.get_num_threads() == 2 and each(lambda place: place, 4) == [0, 1, 2, 3]
+        each(lambda place: 1 // place, 4, 1)
+    assert torch.get_num_threads() == 2 and each(lambda place: place, 4, 1) == [0, 1, 2, 3]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     torch.set_num_threads(2)
-    assert each(lambda place: place, 4) == [0, 1, 2, 3]
+    assert each(lambda place: place, 4, 1) == [0, 1, 2, 3]
     child = os.fork()
     if not child:  # with the parent's threads, which it lacks, it would wait for ever
         signal.alarm(60)
-        os._exit(each(lambda place: place, 4) != [0, 1, 2, 3])
+        os._exit(each(lambda place: place, 4, 1) != [0, 1, 2, 3])
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
