@@ -47,7 +47,13 @@ def test_what_budgets_use() -> None:
         {"name": "full", "cells": ["64·32·64·32", "3·3; 256 channels", "3·3; 256 channels"]},
         {"name": "light", "cells": ["none·8·48·32", "2·3; 256 channels", "3 of 6·3 of 3; 64 channels"]},
     ]
-    dense = what_is_used(meta_model(replace(config, moe_blocks="none", head="linear")), {"full": FULL})
+    config = replace(config, head="taskexpert", head_args={"blocks": [1, 3], "experts": 5, "width": 6, "head_width": 5})
+    pruned = Budget(decoder={"edge": {3: (1, 4)}})
+    assert what_is_used(meta_model(config), {"pruned": pruned})["rows"][0]["cells"][1:] == [
+        "3·3",
+        "3·3; decoder 5 of 5·2 of 5",
+    ]
+    dense = what_is_used(meta_model(replace(config, moe_blocks="none", head="linear", head_args={})), {"full": FULL})
     assert dense["rows"] == [{"name": "full", "cells": ["64·64·64·64", "all", "all"]}] and not dense["routed"]
 
 

@@ -105,8 +105,8 @@ def front_chart(found: Budgets, measured: dict[str, Any]) -> str:
 def what_is_used(model: MultiTaskModel, budgets: Mapping[str, Budget]) -> dict[str, Any]:
     """Return the table of what each budget uses: its heads, and rows of cells.
 
-    Hidden units by block, experts per token by block with experts, of as many kept where some are not, and channels of
-    heads that have a choice.
+    Hidden units by block, experts per token by block with experts, of as many kept where some are not, experts of the
+    decoder where some are left out, and channels of heads that have a choice.
     """
     config, hidden = model.config, model.hidden_widths()
     routed, channels = model.backbone.moe_indices, model.heads.channels
@@ -119,6 +119,9 @@ def what_is_used(model: MultiTaskModel, budgets: Mapping[str, Budget]) -> dict[s
             some = any(len(use.kept) < config.num_experts for use in uses)
             said = "·".join(f"{use.top_k} of {len(use.kept)}" if some else str(use.top_k) for use in uses)
             own = [f"{budget.heads.get(task, channels[task])} channels"] if task in channels else []
+            if kept := budget.decoder.get(task, {}):
+                counts = (f"{len(kept.get(block, range(n)))} of {n}" for block, n in model.heads.experts.items())
+                own.append(f"decoder {'·'.join(counts)}")
             cells.append("; ".join([said] * bool(said) + own) or "all")
         rows.append({"name": name, "cells": cells})
     blocks = "·".join(map(str, hidden))
