@@ -345,7 +345,7 @@ class Emulator:
             return rounded(y.mul_(scores), 2.0**-PROB_FRAC)
 
         active = [e for e in range(i.experts) if len(chosen[e][0])]
-        size = state.experts.size // len(active) * i.n_in
+        size = state.experts.size // max(len(active), 1) * i.n_in
         for e, y in zip(active, each(lambda place: of_expert(active[place]), len(active), size), strict=True):
             places = torch.from_numpy(chosen[e][0])
             rows[places] = self._hold(state, pc, y.add_(rows[places]), self.wide_bits)

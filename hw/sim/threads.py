@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -28,8 +28,14 @@ def each(function: Callable[[int], Result], count: int, size: int) -> list[Resul
     function = torch.inference_mode()(function)  # the mode is a thread's too
     if min(count, threads) < 2 or size < GRAIN:
         return [function(place) for place in range(count)]
-    torch.set_num_threads(1)  # a thread takes it over at its first operation
+    torch.set_num_threads(1)  # of the process; a thread takes it over at its first operation
+    parts: list[Future[Result]] = []
     try:
-        return list(_pool(threads, os.getpid()).map(function, range(count)))
-    finally:
+        for place in range(count):
+            parts.append(_pool(threads, os.getpid()).submit(function, place))
+        return [part.result() for part in parts]
+    finally:  # before which none may begin
+        for part in parts:
+            part.cancel()
+        wait(parts)
         torch.set_num_threads(threads)

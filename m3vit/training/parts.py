@@ -125,19 +125,22 @@ def rows(train: TrainConfig, model: MultiTaskModel) -> list[Row]:
 
 
 def ahead(train: TrainConfig, model: MultiTaskModel) -> str | None:
-    """Return a line for people if what stands before the blocks would learn faster than they do.
+    """Return a line for people if what stands before the blocks would learn faster or earlier than the first of them.
 
-    `lr_scale` of the trunk leaves `embed` at the full rate, at which pretrained patches are gone in an epoch.
+    `lr_scale` and `freeze` of the trunk leave `embed` at the full rate, at which pretrained patches are gone in an
+    epoch. `layer_decay` is left out: it is slowest before the blocks.
     """
-    rates = {"embed": 0.0, "trunk": 0.0}
-    for row in rows(train, model):
-        if row.part in rates and row.frozen < math.inf:
-            rates[row.part] = max(rates[row.part], row.rates[1])
-    if rates["embed"] <= rates["trunk"]:
+    frozen = frozen_epochs(train, model)
+    patches = min((n for name, n in frozen.items() if part_of(name) == "embed"), default=math.inf)
+    first = min(n for name, n in frozen.items() if part_of(name) == "trunk" and block_of(name) == 0)
+    rate, of_blocks = (train.lr * train.lr_scale.get(part, 1.0) for part in ("embed", "trunk"))
+    if patches == math.inf or (rate <= of_blocks and patches >= first):
         return None
+    after = f" after epoch {first:g}" if first else ""
     return (
-        f"embed, which is a part of its own, learns at {rates['embed']:.3g} and the trunk's blocks at "
-        f"{rates['trunk']:.3g}: patches that were learnt are soon lost so; freeze it, or give it a train.lr_scale too"
+        f"embed, which is a part of its own, learns at {rate:.3g}, the first block "
+        f"{'not at all' if first == math.inf else f'at {of_blocks:.3g}{after}'}: patches that were learnt are soon "
+        "lost so; freeze it too, or give it a lower train.lr_scale"
     )
 
 

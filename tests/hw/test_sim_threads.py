@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,6 +49,21 @@ def test_words_and_counts_are_those_of_one_thread(formats: dict[str, int]) -> No
     assert {Attention, Experts} <= kinds
 
 
+def test_no_count_is_lost_between_threads() -> None:
+    class Slow(dict[int, int]):
+        def get(self, pc: int, default: int = 0) -> int:  # type: ignore[override]
+            found = super().get(pc, default)
+            time.sleep(1e-3)
+            return found
+
+    shape = Shape()
+    state = Emulator(random_vit(shape)[0]).state_after(frames_of(shape, 1)[0], 0, 0)
+    state.saturated = Slow()
+    torch.set_num_threads(4)
+    each(lambda place: state.add_saturated(0, 1), 16, 1)
+    assert state.saturated == {0: 16}
+
+
 def test_threads_have_one_of_torchs_each_and_are_at_work_together() -> None:
     torch.set_num_threads(3)
     meeting = threading.Barrier(3, timeout=60)
@@ -69,8 +85,17 @@ def test_short_operations_stay_in_the_thread_that_asks(monkeypatch: pytest.Monke
 
 def test_what_goes_wrong_is_told_and_torch_is_as_it_was() -> None:
     torch.set_num_threads(2)
+    seen = []
+
+    def fail(place: int) -> None:
+        if not place:
+            raise ZeroDivisionError
+        time.sleep(0.05)
+        seen.append(torch.get_num_threads())
+
     with pytest.raises(ZeroDivisionError):
-        each(lambda place: 1 // place, 4, 1)
+        each(fail, 4, 1)
+    assert set(seen) <= {1} and len(seen) < 4  # what had begun ended first, with one thread
     assert torch.get_num_threads() == 2 and each(lambda place: place, 4, 1) == [0, 1, 2, 3]
 
 
@@ -82,5 +107,9 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     child = os.fork()
     if not child:  # with the parent's threads, which it lacks, it would wait for ever
         signal.alarm(60)
-        os._exit(each(lambda place: place, 4, 1) != [0, 1, 2, 3])
+        code = 1
+        try:
+            code = int(each(lambda place: place, 4, 1) != [0, 1, 2, 3])
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

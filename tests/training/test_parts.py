@@ -295,12 +295,13 @@ def test_the_table_says_what_is_trained() -> None:
 @pytest.mark.parametrize(
     ("settings", "rates"),
     [
-        ({"lr_scale": {"trunk": 0.1}}, "0.001 and the trunk's blocks at 0.0001"),
-        (
-            {"lr_scale": {"trunk": 0.1}, "freeze_epochs": {"embed": 1, "trunk": 2}},
-            "0.001 and the trunk's blocks at 0.0001",
-        ),
-        ({"freeze": ["trunk"]}, "0.001 and the trunk's blocks at 0:"),
+        ({"lr_scale": {"trunk": 0.1}}, "0.001, the first block at 0.0001:"),
+        ({"lr_scale": {"trunk": 0.1}, "freeze_epochs": {"embed": 1, "trunk": 2}}, "at 0.0001 after epoch 2:"),
+        ({"freeze_epochs": {"trunk": 3}}, "0.001, the first block at 0.001 after epoch 3:"),
+        ({"freeze": ["trunk"]}, "0.001, the first block not at all:"),
+        ({"freeze": ["blocks.0-1"]}, "0.001, the first block not at all:"),
+        ({"freeze": ["blocks.3"]}, None),
+        ({"freeze_epochs": {"embed": 2, "trunk": 2}}, None),
         ({"lr_scale": {"trunk": 0.1, "embed": 0.1}}, None),
         ({"lr_scale": {"trunk": 0.1}, "freeze": ["embed"]}, None),
         ({"layer_decay": 0.5}, None),
