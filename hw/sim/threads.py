@@ -26,11 +26,13 @@ def each(function: Callable[[int], Result], count: int, size: int) -> list[Resul
     """
     threads = torch.get_num_threads()
     function = torch.inference_mode()(function)  # the mode is a thread's too
-    if min(count, threads) < 2 or size < GRAIN:
+    if min(count, threads) < 2:
         return [function(place) for place in range(count)]
     torch.set_num_threads(1)  # of the process; a thread takes it over at its first operation
     parts: list[Future[Result]] = []
     try:
+        if size < GRAIN:
+            return [function(place) for place in range(count)]
         for place in range(count):
             parts.append(_pool(threads, os.getpid()).submit(function, place))
         return [part.result() for part in parts]
