@@ -59,6 +59,15 @@ def of_step(train: TrainConfig, found: Space | None, step: int, start: int = 0) 
     return [FULL, found.smallest, *(found.random(rng) for _ in range(train.budgets - 1))]
 
 
+def pass_shares(train: TrainConfig, passes: int) -> list[float]:
+    """Return what part of a step's loss each of its passes is, the whole model's first: they add up to 1.
+
+    A smaller budget's pass weighs train.budget_weight where the whole model's weighs 1.
+    """
+    weights = [1.0] + [train.budget_weight] * (passes - 1)
+    return [weight / sum(weights) for weight in weights]
+
+
 def step_macs(model: MultiTaskModel, train: TrainConfig, steps: int = 8) -> float:
     """Return how many times the MACs of a plain step, what only trains included, a step with smaller budgets takes.
 

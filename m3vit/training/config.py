@@ -96,7 +96,8 @@ class TrainConfig:
             gives tasks experts of their own, so that the others can be pruned at export.
         budgets: passes of each step that take less than the whole model, so that one checkpoint serves any budget of
             `m3vit search` (after arXiv 2308.11744): the first has the smallest budget, the others random ones; with 1,
-            the smallest and a random one in turn. A step's loss is the mean over its passes. 0 trains the whole alone.
+            the smallest and a random one in turn. 0 trains the whole alone.
+        budget_weight: what each smaller pass counts where the whole model's counts 1: a step's loss is their mean.
         budget_top_k: experts per token of the smallest budget; by task and block, budgets have this to model.top_k.
         budget_width: share of the hidden units of experts and dense MLPs that the smallest budget has; by block,
             budgets have four evenly spaced widths, the first units of a whole one's, which are put in the order of
@@ -159,6 +160,7 @@ class TrainConfig:
     z_weight: float = 0.0
     specialise_weight: float = 0.0
     budgets: int = 0
+    budget_weight: float = 1.0
     budget_top_k: int = 1
     budget_width: float = 0.25
     budget_skip: list[int] = field(default_factory=list)
@@ -305,6 +307,11 @@ class Config:
             raise InputError(f"train.budget_start is {train.budget_start}: give a share of the training, 0 to below 1")
         if not 0 <= train.budget_warmup <= 1:
             raise InputError(f"train.budget_warmup is {train.budget_warmup}: give a share of the training, 0 to 1")
+        if not 0.01 <= train.budget_weight <= 100:
+            raise InputError(
+                f"train.budget_weight is {train.budget_weight}: give 0.01 to 100, or train.budgets 0 to train the "
+                "whole model alone"
+            )
         if train.budget_top_k < 1 or (train.budgets and train.budget_top_k > self.model.top_k):
             raise InputError(
                 f"train.budget_top_k is {train.budget_top_k}: give 1 to model.top_k ({self.model.top_k}), the experts "

@@ -28,8 +28,8 @@ OF_EXPERTS = (
     "train.budget_top_k",
 )
 OF_BUDGETS = (
-    "budget_top_k", "budget_width", "budget_skip", "budget_heads", "budget_tokens", "budget_outputs", "budget_start",
-    "budget_warmup",
+    "budget_weight", "budget_top_k", "budget_width", "budget_skip", "budget_heads", "budget_tokens", "budget_outputs",
+    "budget_start", "budget_warmup",
 )  # fmt: skip
 COUNTED = (  # what `m3vit profile` looks at
     "model.", "data.layout", "train.budgets", "train.budget_top_k", "train.budget_width", "train.budget_skip",

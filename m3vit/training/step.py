@@ -30,6 +30,7 @@ from m3vit.training.budgets import (
     first_step,
     of_step,
     output_distance,
+    pass_shares,
     space,
     token_distance,
 )
@@ -81,21 +82,21 @@ def whole_losses(
     counts: BatchCounts | None = None,
     tokens_count: bool = True,
     passes: int = 1,
-    budgets: int = 1,
+    share: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return what `step_losses` does, of an output of the whole model.
 
-    `budgets`: passes that the step's mean is over, of which this one alone balances the routers: it counts for all.
+    `share`: what part of the step's loss this pass will be, which alone balances the routers: they count for all of it.
     """
     resolved = resolve(config.model.tasks, config.model.label_set)
     loss, losses = task_losses(config, output, labels, weights or task_weights(config), counts)
     routing_weights = config.train.routing_weights()
     if output.routings and routing_weights:
         routings = output.routings if tokens_count else [without_tokens(routing) for routing in output.routings]
-        share = len(output.logits) / len(resolved)
-        found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights, share)
+        of_all = len(output.logits) / len(resolved)
+        found = routing_losses(add_up(sums_for(routings, routing_weights)), routing_weights, of_all)
         found = {name: value / passes for name, value in found.items()}
-        loss = loss + budgets * torch.stack([routing_weights[name] * value for name, value in found.items()]).sum()
+        loss = loss + torch.stack([routing_weights[name] * value for name, value in found.items()]).sum() / share
         losses |= found
     return loss, losses
 
@@ -285,10 +286,11 @@ class Stepper:
     ) -> dict[str, Tensor]:
         """Add the gradients of all parts to the parameters', `reduce`d over processes; return the unweighted losses.
 
-        Of each part every budget has a pass, of which the mean is learned from: the whole model's losses are returned,
-        and the means of the smaller ones', as budget/...
+        Of each part every budget has a pass, of which the weighted mean is learned from (`pass_shares`): the whole
+        model's losses are returned, and the means of the smaller ones', as budget/...
         """
         sums: dict[str, Tensor] = {}
+        shares = pass_shares(self.config.train, len(budgets))
         for place, part in enumerate(parts):
             whole: Whole | None = None
             for number, budget in enumerate(budgets):
@@ -300,13 +302,12 @@ class Stepper:
                 place_of = gradients_in_place if whole is not None and world_size() == 1 else nullcontext
                 with keep or nullcontext():
                     loss, losses, output = self.losses(
-                        part, budget, whole, tasks, weights, counts, len(parts), len(budgets)
+                        part, budget, whole, tasks, weights, counts, len(parts), shares[number]
                     )
                     with place_of():
-                        self.fabric.backward(loss * (factor / len(budgets)))
+                        self.fabric.backward(loss * (factor * shares[number]))
                 for name, value in losses.items():
-                    share = 1 if whole is None else 1 / (len(budgets) - 1)
-                    sums[name] = sums.get(name, 0) + value.detach() * share
+                    sums[name] = sums.get(name, 0) + value.detach() / (1 if whole is None else len(budgets) - 1)
                 if whole is None and len(budgets) > 1:
                     whole = Whole.of(output)
                 del loss, losses, output  # before the next pass, which takes as much memory
@@ -321,17 +322,20 @@ class Stepper:
         weights: dict[str, float],
         counts: BatchCounts,
         passes: int,
-        budgets: int,
+        share: float,
     ) -> tuple[Tensor, dict[str, Tensor], Output]:
-        """Return the losses of one pass: of the whole model, or, after it, of a smaller budget."""
+        """Return the losses of one pass, which is that `share` of the step's: the whole model's, or a smaller one's.
+
+        Smaller ones' come after it, and learn from it.
+        """
         # Fabric looks through what a model is given for tensors, and stops at a Budget.
-        options = {} if budgets == 1 else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
+        options = {} if share == 1 else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
         if whole is not None and world_size() > 1 and not is_sharded(self.model):
             options["keep_unused"] = True
         with nullcontext() if whole is None else as_used(self.model.heads):
             output = self.wrapped(part.images, tasks=tasks, native=self.config.train.native_losses, **options)
         if whole is None:
-            found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes, budgets)
+            found = whole_losses(self.config, output, part.labels, weights, counts, part.counts, passes, share)
         else:
             loss, losses = smaller_losses(
                 self.config, output, whole, part.labels, weights, counts, self.images, part.counts, self.distances

@@ -57,12 +57,12 @@ def test_budgets_of_a_step_are_the_whole_the_smallest_and_random_ones() -> None:
 
 
 def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: list[Budget]) -> tuple[Tensor, float]:
-    """The mean over the passes, each written out; also the mean distance of the smaller ones' tokens."""
-    whole, found = step_losses(config, model, images, labels)
-    teacher = model(images, native=config.train.native_losses, keep_tokens=True)
-    weights, total, distances = task_weights(config), whole, []
-    total = total + (len(budgets) - 1) * config.train.balance_weight * found["balance"]  # after the mean, as it was
+    """The weighted mean over the passes, each written out; also the mean distance of the smaller ones' tokens."""
     plain = configuration(balance_weight=0.0)
+    _, balanced = step_losses(config, model, images, labels)
+    total, _ = step_losses(plain, model, images, labels)
+    teacher = model(images, native=config.train.native_losses, keep_tokens=True)
+    weights, distances = task_weights(config), []
     for budget in budgets[1:]:
 
         class Small(torch.nn.Module):
@@ -88,8 +88,9 @@ def slow_loss(config: Any, model: Any, images: Tensor, labels: Labels, budgets: 
             "edge": binary_divergence(logits["edge"][:, 0], target["edge"][:, 0]),
         }
         outputs = torch.stack([weights[task] * apart[task].mean() for task in TASKS]).sum()
-        total = total + learned + 0.5 * tokens + 2.0 * outputs
-    return total / len(budgets), float(np.mean(distances))
+        total = total + config.train.budget_weight * (learned + 0.5 * tokens + 2.0 * outputs)
+    mean = total / (1 + config.train.budget_weight * (len(budgets) - 1))
+    return mean + config.train.balance_weight * balanced["balance"], float(np.mean(distances))
 
 
 def size(x: Tensor) -> Tensor:
@@ -106,8 +107,9 @@ def configured(**train: Any) -> Any:
     return configuration(**given)
 
 
-def test_a_step_is_the_mean_of_its_passes(batch: tuple[Tensor, Labels]) -> None:  # noqa: F811
-    config = configured()
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_a_step_is_the_mean_of_its_passes(batch: tuple[Tensor, Labels], weight: float) -> None:  # noqa: F811
+    config = configured(budget_weight=weight)
     values, found = gradients(config, batch)
     other = stepper(config)
     loss, tokens = slow_loss(config, other.model, *batch, of_step(config.train, other.space, 0))
@@ -216,6 +218,7 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
         ("--train.budgets=1 --train.budget_skip=[1]", "budget_skip names 1: the blocks that can be left out are"),
         ("--train.budgets=1 --train.budget_width=0", "a share above 0, up to 1"),
         ("--train.budgets=1 --train.budget_warmup=2", "give a share of the training, 0 to 1"),
+        ("--train.budgets=1 --train.budget_weight=0", "give 0.01 to 100, or train.budgets 0"),
         ("--train.budgets=1 --train.budget_start=1", "give a share of the training, 0 to below 1"),
         ("--train.budget_start=0.2", "train.budgets is 0, the whole model alone"),
         (
