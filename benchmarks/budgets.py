@@ -242,6 +242,20 @@ class Seed:
             self.score(self.one, "--budget", file)
         return scores(into)
 
+    def budgets(self) -> list[str]:
+        """Return the names of all budgets that are looked at, in the form that `file` takes."""
+        wanted = [f"{way}-{name}" for name in self.setting.shapes for way in WAYS[1:]]
+        return wanted + [f"prefer-{task}-{weight:g}" for task in self.setting.tasks for weight in PREFERENCES]
+
+    def file(self, name: str) -> Path:
+        """Return the file of a budget, which is made if it is not there: same-SHAPE, searched-SHAPE (for as many MACs),
+        or prefer-TASK-WEIGHT (searched for, with the MACs of the shape "middle")."""
+        way, of, *weight = name.split("-")
+        if way == "same":
+            return self.same(of)
+        share = self.share("middle" if weight else of) * (1 + 1e-6)
+        return self.searched(name, min(1.0, share), f"{of}={weight[0]}" if weight else "")
+
     def same(self, name: str) -> Path:
         """Return the budget that makes the checkpoint as small as a separate model."""
         file = self.folder / f"same-{name}.json"
@@ -254,6 +268,10 @@ class Seed:
             budget = replace(space.budget(shape.top_k, 0), width=widths | dict.fromkeys(shape.without, 0))
             write_budget(file, budget, {})
         return file
+
+    def share(self, name: str) -> float:
+        """Return the MACs of a separate model as a share of the whole model's."""
+        return self.macs(name) / self.macs("one")
 
     def macs(self, name: str) -> int:
         """Return the MACs of a model of all tasks' graphs."""
@@ -293,16 +311,13 @@ class Seed:
 
     def figures(self) -> dict[str, Any]:
         """Return the tables of this seed."""
-        whole = self.macs("one")
         rows, reached, separate = {}, [], []
         reference = scores(self.folder / "whole")
         for name in self.setting.shapes:
-            share = self.macs(name) / whole
             own = scores(self.folder / name)
-            same = self.under(self.same(name))
-            found = self.under(self.searched(f"searched-{name}", min(1.0, share * (1 + 1e-6))))
+            same, found = (self.under(self.file(f"{way}-{name}")) for way in WAYS[1:])
             rows[name] = {
-                "share_of_macs": share,
+                "share_of_macs": self.share(name),
                 "separate": own,
                 "same": same,
                 "searched": found,
@@ -311,12 +326,11 @@ class Seed:
             }
             reached += [relative(same, reference), relative(found, reference)]
             separate.append(relative(own, reference))
-        share, control = rows["middle"]["share_of_macs"], {}
+        control = {}
         for task in self.setting.tasks:
             values = []
             for weight in PREFERENCES:
-                file = self.searched(f"prefer-{task}-{weight:g}", share * (1 + 1e-6), f"{task}={weight:g}")
-                found = self.under(file)
+                found = self.under(self.file(f"prefer-{task}-{weight:g}"))
                 reached.append(relative(found, reference))
                 values.append(found[task] if TASKS[task].higher_is_better else -found[task])
             # All the same: the preference does nothing.
@@ -359,7 +373,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, default=1, help="smaller passes of a step (train.budgets)")
     parser.add_argument("--one", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the one checkpoint")
-    parser.add_argument("--jobs", type=int, default=1, help="models trained at a time, on one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="models trained and budgets tried at a time")
     parser.add_argument("--train", type=int, default=400, help="scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes")
     parser.add_argument("--plot", type=Path, help="PNG")
@@ -377,6 +391,8 @@ def main() -> None:
     seeds = [Seed(args, seed) for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: job[0].train(job[1]), product(seeds, ("one", *setting.shapes))))
+        looked_at = [(seed, name) for seed in seeds for name in seed.budgets()]
+        list(pool.map(lambda job: job[0].under(job[0].file(job[1])), looked_at))
     tables = [seed.figures() for seed in seeds]
 
     def mean(*keys: str) -> float:
