@@ -30,6 +30,7 @@ nothing about photographs.
 """
 
 import json
+import os
 import random
 import statistics
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,7 @@ from m3vit.data.opening import open_split
 from m3vit.evaluation.scoring import read
 from m3vit.export.runtime import Package
 from m3vit.label_sets import LABEL_SETS
-from m3vit.models.budget import FULL
+from m3vit.models.budget import FULL, Budget
 from m3vit.models.budget_file import BUDGETS, write_budget
 from m3vit.models.initialise import new_model
 from m3vit.models.space import space_of
@@ -250,24 +251,24 @@ class Seed:
     def file(self, name: str) -> Path:
         """Return the file of a budget, which is made if it is not there: same-SHAPE, searched-SHAPE (for as many MACs),
         or prefer-TASK-WEIGHT (searched for, with the MACs of the shape "middle")."""
+        file = self.folder / f"{name}.json"
+        if file.exists():
+            return file
         way, of, *weight = name.split("-")
         if way == "same":
-            return self.same(of)
-        share = self.share("middle" if weight else of) * (1 + 1e-6)
-        return self.searched(name, min(1.0, share), f"{of}={weight[0]}" if weight else "")
-
-    def same(self, name: str) -> Path:
-        """Return the budget that makes the checkpoint as small as a separate model."""
-        file = self.folder / f"same-{name}.json"
-        if not file.exists():
-            found = load_run(self.one)
-            model, train = found.model, found.config.train
-            space = space_of(model, train)
-            shape = self.setting.shapes[name]
-            widths = {block: round(shape.width * units) for block, units in model.hidden_widths().items()}
-            budget = replace(space.budget(shape.top_k, 0), width=widths | dict.fromkeys(shape.without, 0))
-            write_budget(file, budget, {})
+            write_budget(file, self.same(of), {})
+        else:
+            share = min(1.0, self.share("middle" if weight else of) * (1 + 1e-6))
+            prefer = ["--prefer", f"{of}={weight[0]}"] if weight else []
+            run("search", self.one, "--budget", share, *prefer, "--images", self.args.images, "--out", file)
         return file
+
+    def same(self, name: str) -> Budget:
+        """Return the budget that makes the checkpoint as small as a separate model."""
+        found = load_run(self.one)
+        space, shape = space_of(found.model, found.config.train), self.setting.shapes[name]
+        widths = {block: round(shape.width * units) for block, units in found.model.hidden_widths().items()}
+        return replace(space.budget(shape.top_k, 0), width=widths | dict.fromkeys(shape.without, 0))
 
     def share(self, name: str) -> float:
         """Return the MACs of a separate model as a share of the whole model's."""
@@ -279,17 +280,9 @@ class Seed:
         size = (config.image_size[0], config.image_size[1])
         return sum(graph_macs(config, task, size, FULL) for task in self.setting.tasks)
 
-    def searched(self, name: str, share: float, prefer: str = "") -> Path:
-        """Return the budget that a search finds."""
-        file = self.folder / f"{name}.json"
-        if not file.exists():
-            words = ["--prefer", prefer] if prefer else []
-            run("search", self.one, "--budget", share, *words, "--images", self.args.images, "--out", file)
-        return file
-
     def latency(self) -> dict[str, dict[str, float]]:
         """Return the milliseconds of all tasks' graphs for one image, by shape: of the separate model, of the one."""
-        files = {name: self.same(name) for name in self.setting.shapes}
+        files = {name: self.file(f"same-{name}") for name in self.setting.shapes}
         folders = {name: self.folder / f"package-{name}" for name in ("one", *files)}
         for name, folder in folders.items():
             if not folder.exists():
@@ -373,7 +366,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, default=1, help="smaller passes of a step (train.budgets)")
     parser.add_argument("--one", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of the one checkpoint")
-    parser.add_argument("--jobs", type=int, default=1, help="models trained and budgets tried at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="models trained, and budgets tried, at a time, on one thread each"
+    )
     parser.add_argument("--train", type=int, default=400, help="scenes")
     parser.add_argument("--val", type=int, default=100, help="scenes")
     parser.add_argument("--plot", type=Path, help="PNG")
@@ -383,6 +378,7 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.data) != bool(args.weights):
         parser.error("give --data and --weights together")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what is started below
     found = machine()
     if not args.data:
         run("data", "synth", "--out", args.out / "data", "--train", args.train, "--val", args.val)

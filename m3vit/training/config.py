@@ -97,7 +97,8 @@ class TrainConfig:
         budgets: passes of each step that take less than the whole model, so that one checkpoint serves any budget of
             `m3vit search` (after arXiv 2308.11744): the first has the smallest budget, the others random ones; with 1,
             the smallest and a random one in turn. 0 trains the whole alone.
-        budget_weight: what each smaller pass counts where the whole model's counts 1: a step's loss is their mean.
+        budget_weight: what each smaller pass counts, 0.01 to 100, where the whole model's counts 1: a step's loss is
+            their weighted mean.
         budget_top_k: experts per token of the smallest budget; by task and block, budgets have this to model.top_k.
         budget_width: share of the hidden units of experts and dense MLPs that the smallest budget has; by block,
             budgets have four evenly spaced widths, the first units of a whole one's, which are put in the order of
@@ -308,10 +309,7 @@ class Config:
         if not 0 <= train.budget_warmup <= 1:
             raise InputError(f"train.budget_warmup is {train.budget_warmup}: give a share of the training, 0 to 1")
         if not 0.01 <= train.budget_weight <= 100:
-            raise InputError(
-                f"train.budget_weight is {train.budget_weight}: give 0.01 to 100, or train.budgets 0 to train the "
-                "whole model alone"
-            )
+            raise InputError(f"train.budget_weight is {train.budget_weight}: give 0.01 to 100")
         if train.budget_top_k < 1 or (train.budgets and train.budget_top_k > self.model.top_k):
             raise InputError(
                 f"train.budget_top_k is {train.budget_top_k}: give 1 to model.top_k ({self.model.top_k}), the experts "

@@ -328,8 +328,9 @@ class Stepper:
 
         Smaller ones' come after it, and learn from it.
         """
+        alone = share == 1
         # Fabric looks through what a model is given for tensors, and stops at a Budget.
-        options = {} if share == 1 else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
+        options = {} if alone else {"budget": self.model.uses(budget, tasks), "keep_tokens": True}
         if whole is not None and world_size() > 1 and not is_sharded(self.model):
             options["keep_unused"] = True
         with nullcontext() if whole is None else as_used(self.model.heads):

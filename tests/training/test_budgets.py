@@ -103,7 +103,7 @@ def binary_divergence(x: Tensor, y: Tensor) -> Tensor:
 
 
 def configured(**train: Any) -> Any:
-    given: dict[str, Any] = {**BUDGETS, "budget_tokens": 0.5, "budget_outputs": 2.0, **train}
+    given: dict[str, Any] = {**BUDGETS, "budget_weight": 0.5, "budget_tokens": 0.5, "budget_outputs": 2.0, **train}
     return configuration(**given)
 
 
@@ -189,7 +189,7 @@ def test_half_precision_is_near(batch: tuple[Tensor, Labels]) -> None:  # noqa: 
     assert half["budget/outputs"] == pytest.approx(values["budget/outputs"], rel=0.3)
 
 
-GIVEN = [*TINY, "--train.budgets=2", "--train.budget_width=0.5"]
+GIVEN = [*TINY, "--train.budgets=2", "--train.budget_width=0.5", "--train.budget_weight=0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,8 @@ def test_a_run_says_what_it_was_trained_for(budget_run: Path, cli: Cli, tiny_dat
         ("--train.budgets=1 --train.budget_skip=[1]", "budget_skip names 1: the blocks that can be left out are"),
         ("--train.budgets=1 --train.budget_width=0", "a share above 0, up to 1"),
         ("--train.budgets=1 --train.budget_warmup=2", "give a share of the training, 0 to 1"),
-        ("--train.budgets=1 --train.budget_weight=0", "give 0.01 to 100, or train.budgets 0"),
+        ("--train.budgets=1 --train.budget_weight=0", "give 0.01 to 100"),
+        ("--train.budgets=1 --train.budget_weight=nan", "train.budget_weight is nan: give a number"),
         ("--train.budgets=1 --train.budget_start=1", "give a share of the training, 0 to below 1"),
         ("--train.budget_start=0.2", "train.budgets is 0, the whole model alone"),
         (
