@@ -249,6 +249,7 @@ TINY = [
     "--train.eval_epochs=0",
     "--train.log_steps=1",
 ]
+PUP = ["--model.head=pup", "--model.image_size=[16,24]"]  # its 256 channels cost most of a step, by the pixel
 TASKEXPERT = ["--model.head=taskexpert", "--model.head_args={blocks: 2, experts: 2, width: 6, head_width: 5}"]
 
 

@@ -44,7 +44,7 @@ from m3vit.models.trial import meta_model
 from m3vit.profiling import graph_macs
 from m3vit.run_folder import load_run
 from m3vit.training.config import TrainConfig
-from tests.conftest import TINY
+from tests.conftest import PUP, TINY
 from tests.test_cli import refused
 
 Cli = Callable[..., subprocess.CompletedProcess]
@@ -332,7 +332,7 @@ def test_from_search_to_package(cli: Cli, tiny_run: Path, tmp_path: Path) -> Non
 def test_tasks_have_the_channels_that_their_preferences_leave_them(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "some.json"
     words = [f"--data.root={tiny_data}", "--train.epochs=1", "--train.budgets=1", "--train.budget_heads=0.25"]
-    words += ["--model.head=pup", "--model.tasks=[semseg,depth]"]
+    words += [*PUP, "--model.tasks=[semseg,depth]"]
     result = cli("train", "synthetic-tiny", *TINY, *words, "--out", run)
     assert result.returncode == 0, result.stderr
     result = cli("search", run, "--budget", 0.3, "--prefer", "depth=1,semseg=0", "--images", 2, "--out", file)

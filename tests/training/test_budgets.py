@@ -26,7 +26,7 @@ from m3vit.training.optim import make_average, make_optimizer
 from m3vit.training.ordering import importance, put_in_order, trained_before, unit_moves
 from m3vit.training.starting import build
 from m3vit.training.step import Labels, step_losses, task_weights
-from tests.conftest import TINY
+from tests.conftest import PUP, TINY
 from tests.test_cli import refused
 from tests.training.launching import run
 from tests.training.runs import assert_close, lines, same_bits
@@ -348,7 +348,8 @@ def test_what_is_put_in_order_trains_on_as_it_would_have(
 ) -> None:
     """Weights, moments and moving average in order: more steps, then the same outputs as of those left as they were."""
     config = configuration(ema=0.5, optimizer=optimizer, momentum=0.9, lr=1e-4)
-    config.model.head = head
+    config.model.head, config.model.image_size = head, (16, 24)
+    images, labels = batch[0][:, :, :16, :24], {task: label[..., :16, :24] for task, label in batch[1].items()}
 
     def trained(ordered: bool) -> tuple[Any, Any]:
         one = stepper(config)
@@ -358,7 +359,7 @@ def test_what_is_put_in_order_trains_on_as_it_would_have(
         one.optimizer = steps
         for step in range(4):
             if step == 2 and ordered:
-                moves = unit_moves(one.model, importance(one.model, batch[0])) + one.model.heads.channel_moves()
+                moves = unit_moves(one.model, importance(one.model, images)) + one.model.heads.channel_moves()
                 before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
                 put_in_order(moves, one.model, average.module, steps)
                 changed = [
@@ -366,14 +367,14 @@ def test_what_is_put_in_order_trains_on_as_it_would_have(
                 ]
                 assert any("experts.w2" in name for name in changed) and any("mlp.fc1" in name for name in changed)
                 assert any("heads" in name for name in changed) == (head == "pup")
-            one.gradients(step, *batch)
+            one.gradients(step, images, labels)
             steps.step()
             average.update_parameters(one.model)
         return one.model.eval(), average.module.eval()
 
     for left, moved in zip(trained(False), trained(True), strict=True):
         with torch.no_grad():
-            expected, found = left(batch[0]).logits, moved(batch[0]).logits
+            expected, found = left(images).logits, moved(images).logits
         for task, logits in expected.items():
             torch.testing.assert_close(found[task], logits, rtol=1e-3, atol=1e-4)
 
@@ -407,7 +408,7 @@ def test_two_processes_train_what_one_does(
 @pytest.mark.process
 def test_two_processes_train_heads_of_fewer_channels(tiny_data: Path, tmp_path: Path) -> None:
     """What only trains has no part in the last pass. Not what one process does: each has its own BatchNorm on CPUs."""
-    words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={tiny_data}", "--model.head=pup", "--train.epochs=1"]
+    words = ["train", "synthetic-tiny", *GIVEN, f"--data.root={tiny_data}", *PUP, "--train.epochs=1"]
     words += ["--model.distillation=[0]", "--train.budget_heads=0.5", "--train.budgets=1", "--train.budget_start=0"]
     run([*words, "--out", tmp_path / "run"], tmp_path, processes=2)
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if line["kind"] == "train")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from m3vit.training.checkpoint import load_state, save_state
-from tests.conftest import TINY
+from tests.conftest import PUP, TINY
 from tests.training.launching import Run
 
 pytestmark = pytest.mark.process
@@ -96,7 +96,7 @@ def test_infinite_gradients_under_clipping_are_a_clear_error(cli: Cli, tiny_data
 
 
 def test_distillation_under_its_former_names_goes_on(cli: Cli, tiny_data: Path, tmp_path: Path) -> None:
-    words = ["synthetic-tiny", *TINY, "--model.head=pup", "--model.distillation=[0]", "--model.tasks=[depth,normals]"]
+    words = ["synthetic-tiny", *TINY, *PUP, "--model.distillation=[0]", "--model.tasks=[depth,normals]"]
     words += ["--train.epochs=1", "--train.ema=0.9", f"--data.root={tiny_data}", "--out", str(tmp_path / "run")]
     result = cli("train", *words)
     assert result.returncode == 0, result.stderr

@@ -17,7 +17,7 @@ from m3vit.models.multitask import MultiTaskModel
 from m3vit.training import sharding
 from m3vit.training.config import Config, read_config
 from m3vit.training.sharding import gathered, load_weights, shard, unsharded
-from tests.conftest import TASKEXPERT, TINY
+from tests.conftest import PUP, TASKEXPERT, TINY
 from tests.training.launching import Run, environments, run, run_each
 from tests.training.runs import assert_close, lines, same_bits
 
@@ -44,7 +44,7 @@ def test_sharded_processes_train_what_one_does(make_data: Callable[..., Path], t
 
 def test_parts_of_a_batch_and_pup_heads(uneven_data: Path, tmp_path: Path) -> None:
     words = recipe(uneven_data, "--train.accumulate=2", "--train.optimizer=sgd", "--train.lr=0.001")
-    words += ["--model.head=pup", "--model.distillation=[0]", "--model.tasks=[depth,normals]", "--train.epochs=1"]
+    words += [*PUP, "--model.distillation=[0]", "--model.tasks=[depth,normals]", "--train.epochs=1"]
     # On the CPU each process normalises over its own images, with either strategy the same ones.
     run([*words, "--out", tmp_path / "ddp"], tmp_path, 2)
     run([*words, SHARDED, "--out", tmp_path / "fsdp"], tmp_path, 2)
