@@ -72,10 +72,13 @@ def _cycles(
     """Return modelled cycles of an image on the engines that `m3vit hw cost` fits to a board for the whole model."""
     from m3vit.export.hls.multiplexed.costing import sizes_of_model
     from m3vit.export.hls.schedules import choose_options
+    from m3vit.hw.boards import BOARDS
     from m3vit.hw.cost import cost
     from m3vit.hw.fit import fit
     from m3vit.hw.network import program_of
 
+    if board not in BOARDS:
+        raise InputError(f"--cost is 'cycles:{board}': give cycles: and one of {', '.join(BOARDS)}")
     options = choose_options("multiplexed", None, None, board)
     assert options.design is not None
     chosen, bits = options.design.target, (options.weight_bits, options.act_bits)
