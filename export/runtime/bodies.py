@@ -95,4 +95,8 @@ async def _form_field(request: Request, limit: int) -> bytes:
     field = form.get("image")
     if not isinstance(field, UploadFile):
         raise HTTPException(400, "the form has no file in its field image: send one")
+    if more := [name[:40] for name in form if name != "image"]:
+        raise HTTPException(
+            400, f"the form has a field {more[0]!r}: send image alone, and say the rest in the address (?{more[0]}=...)"
+        )
     return await field.read()

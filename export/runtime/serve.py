@@ -11,10 +11,11 @@ import asyncio
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -89,6 +91,7 @@ class Service:
         """Answer one request, or raise HTTPException. The place it takes goes to `request.state.held`."""
         if task not in self.tasks and task != ALL:
             raise HTTPException(404, f"no task {task!r}: this service has {', '.join(self.tasks)}")
+        require_effect(request.query_params, answer)
         if task == ALL and answer.format in (Format.PNG, Format.OVERLAY):
             raise HTTPException(422, f"{answer.format.value} is of one task: give format=json or npy for all of them")
         try:
@@ -221,6 +224,18 @@ class Answer:
     picture: bool
     budget: str | None = None  # of the package; None: the one it is served with
     fallback: bool = False  # the budget is the service's choice
+
+
+def require_effect(query: QueryParams, answer: Answer) -> None:
+    """Refuse what would have no effect: a name that is not known, a second value, a picture beside a picture."""
+    taken = [one.name for one in fields(Answer) if one.name != "fallback"]
+    for name, times in Counter(name for name, _ in query.multi_items()).items():
+        if name not in taken:
+            raise HTTPException(422, f"{name[:40]!r} is no parameter: choose from {', '.join(taken)}")
+        if times > 1:
+            raise HTTPException(422, f"{name} is given {times} times: give one value")
+    if answer.picture and answer.format is not Format.JSON:
+        raise HTTPException(422, f"picture=true adds one to format=json, not to {answer.format.value}: leave it out")
 
 
 def must_resize(entry: dict[str, Any], height: int, width: int) -> bool:

@@ -169,6 +169,16 @@ def test_bad_requests(server: Server) -> None:
         "POST", "/predict/depth", "a=b", {"Content-Type": "application/x-www-form-urlencoded"}
     )
     assert status == 415 and "image/..." in message
+    for query, said in (
+        ("fromat=npy", "'fromat' is no parameter: choose from format, resize, picture, budget"),
+        ("format=npy&format=json", "format is given 2 times: give one value"),
+        ("picture=true", "picture=true adds one to format=json, not to png: leave it out"),
+    ):
+        assert server.error("POST", f"/predict/depth?{query}", good, image) == (422, said)
+    body, headers = form("image", good)
+    more = b'--b\r\nContent-Disposition: form-data; name="format"\r\n\r\nnpy\r\n'
+    status, message = server.error("POST", "/predict/depth", more + body, headers)
+    assert status == 400 and message.startswith("the form has a field 'format': send image alone")
     for method in ("GET", "PUT", "DELETE"):
         assert server.error(method, "/predict/depth")[0] == 405
     status, headers, _ = server.request("GET", "/predict/depth")
