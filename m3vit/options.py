@@ -50,7 +50,7 @@ def words(text: str) -> tuple[str, ...]:
     """Parse names between commas."""
     found = tuple(word.strip() for word in text.split(","))
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r}: give names with commas between them, such as semseg,depth")
+        raise argparse.ArgumentTypeError(f"{text!r}: give names with commas between them and at no end")
     return found
 
 
