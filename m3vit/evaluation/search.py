@@ -4,13 +4,15 @@ Each task chooses how many experts its tokens go to in each block, and how many 
 trained for that; where the run was trained for budgets, the hidden width of each block is chosen too, for all tasks. Of
 other runs experts alone are left out: nothing was trained for fewer, so what a budget loses is measured and told.
 
-A task's graph has its own routing, so tasks do not meddle with each other: one pass over the images measures one
-choice of every task. First each block alone gets fewer experts, its smallest width, or is left out, which predicts, by
-adding up, what any combination loses. Costs add up exactly, so the combinations that no other one beats (in cost and
-predicted loss) are found block by block, all of them looked at: first of widths, of which a few are taken, from all to
-the smallest and next to the compute asked for; then, for each of these, of each task's experts. Some of these, spread
-over the range of costs, are measured. Last, a point of each task is taken, of one choice of widths, so that together
-they keep within the compute and lose least, each task weighed by its preference.
+A task's graph has its own routing, so tasks do not meddle with each other: one pass over the images measures one choice
+of every task. First each block alone gets fewer experts, its smallest width, or is left out, which predicts, by adding
+up, what any combination loses. Costs add up exactly, so the combinations that no other one beats (in cost and predicted
+loss) are found block by block, all of them looked at: first of widths, of which a few are taken, from all to the
+smallest and next to the compute asked for; then, for each of these, of each task's experts. Some of these, spread over
+the range of costs, are measured. Blocks that lose little alone may lose much together: of the widths within the compute
+asked for, what is predicted best is measured at once, which corrects what is predicted, and so on, among those on the
+predicted front and those one or two blocks away from the best so far. Last, a point of each task is taken, of one
+choice of widths, so that together they keep within the compute and lose least, each task weighed by its preference.
 
 Losses are relative to the full model, in percent of the headline metric, negative where a smaller one is better.
 L blocks with experts.
@@ -35,6 +37,8 @@ from m3vit.tasks import TASKS
 
 PROTOCOL = "A"
 POINTS = 6  # of a task's front that are measured, beside all experts
+REFINED = 16  # choices of widths within what is asked that are measured at most, to correct what is predicted
+PATIENCE = 8  # of these without one that loses less end it
 LEVELS = 4  # of the widths' front that are measured, besides those next to what is asked, and of each task's at each
 
 T = TypeVar("T")
@@ -186,6 +190,45 @@ def alone_in(widths: Sequence[int]) -> list[int]:
     return [width for width in widths[:-1] if width in (0, smallest)]
 
 
+def corrected(
+    widths: Sequence[Sequence[int]], alone: Sequence[Mapping[int, float]], tried: Mapping[Counts, float]
+) -> list[dict[int, float]]:
+    """Return the loss of each width of each block, by which what was `tried` adds up to what it was measured to lose.
+
+    `alone`: as measured block by block. Of all such losses those nearest to them.
+    """
+    keys = [(place, width) for place, measured in enumerate(alone) for width in measured]
+    losses = np.array([alone[place][width] for place, width in keys])
+    # How much of a loss a width has: all of it the smallest one, of those between by the units missing.
+    shares = [between(some, dict.fromkeys(measured, 1.0)) for some, measured in zip(widths, alone, strict=True)]
+
+    def share(counts: Counts, place: int, width: int) -> float:
+        left_out = counts[place] == 0
+        return shares[place][counts[place]] if left_out == (width == 0) else 0.0
+
+    if tried:
+        system = np.array([[share(counts, *key) for key in keys] for counts in tried])
+        losses = losses + np.linalg.pinv(system) @ (np.array(list(tried.values())) - system @ losses)
+    found = dict(zip(keys, losses.tolist(), strict=True))
+    return [
+        between(some, {width: found[place, width] for width in measured})
+        for place, (some, measured) in enumerate(zip(widths, alone, strict=True))
+    ]
+
+
+def neighbours(counts: Counts, widths: Sequence[Sequence[int]]) -> list[Counts]:
+    """Return what differs from a choice of widths in one block or in two."""
+    found = {counts}
+    for _ in range(2):
+        found |= {
+            (*one[:place], width, *one[place + 1 :])
+            for one in found
+            for place in range(len(one))
+            for width in widths[place]
+        }
+    return sorted(found - {counts})
+
+
 def check_share(share: float, lowest: float, name: str, found: Space, trained: bool) -> None:
     """Raise InputError for a share of the cost that no budget of the space has."""
     if share >= lowest:
@@ -267,7 +310,7 @@ def search(
     levels, points = (LEVELS + 2 + bool(heads), LEVELS) if narrow else (1, POINTS)
     measuring = _Measuring(model, split, indices, progress)
     widths_alone = sum(len(alone_in(found.widths[block])) for block in narrow)
-    measuring.total = 1 + len(alone_of) + widths_alone + levels * points
+    measuring.total = 1 + len(alone_of) + widths_alone + REFINED * bool(narrow) + levels * points
     measuring.full = measuring.values(budget_of(every, blocks), "all of it")
     if bare := [task for task, value in measuring.full.items() if not math.isfinite(value) or value == 0]:
         raise InputError(
@@ -324,18 +367,21 @@ def _levels(
 ) -> list[dict[int, int]]:
     """Return a few choices of the width of every block, {} (all units) first, the smallest last, by falling cost.
 
-    They are unbeaten in the cost of all tasks and in the loss that is predicted, weighed by the preferences: some
-    spread over the range, the largest that keeps within `limit` with all experts and channels, and the next one above
-    it, if it may with fewer; where heads have a choice of channels, also the largest that may at all.
+    The best that was measured within `limit` with all experts and channels, up to `REFINED` of them; and of those
+    that are unbeaten in the cost of all tasks and in the loss that is predicted, weighed by the preferences: some
+    spread over the range, and the next one above, if it may with fewer; where heads have a choice of channels, also
+    the largest that may at all.
     """
     tasks, total = found.tasks, sum(preferences[task] for task in found.tasks)
-    alone = []
-    for block in narrow:
-        measured = {}
-        for width in alone_in(found.widths[block]):
-            lost = measuring.losses(Budget(width={block: width}), "each block's width alone")
-            measured[width] = sum(preferences[task] * lost[task] for task in tasks) / total
-        alone.append(between(found.widths[block], measured))
+
+    def measure(widths: Mapping[int, int], words: str) -> float:
+        lost = measuring.losses(Budget(width=widths), words)
+        return sum(preferences[task] * lost[task] for task in tasks) / total
+
+    alone = [
+        {width: measure({block: width}, "each block's width alone") for width in alone_in(found.widths[block])}
+        for block in narrow
+    ]
 
     def cost(widths: Counts) -> float:
         given = dict(zip(narrow, widths, strict=True))
@@ -347,16 +393,29 @@ def _levels(
 
     every = tuple(found.widths[block][-1] for block in narrow)
     least = tuple(found.widths[block][0] for block in narrow)
-    front = predicted_front(alone, cost, every)  # by ascending cost
+    choices = [found.widths[block] for block in narrow]
+    tried: dict[Counts, float] = {}
+    while len(tried) < REFINED and (not tried or min(list(tried.values())[-PATIENCE:]) == min(tried.values())):
+        losses = corrected(choices, alone, tried)
+        near = [point.counts for point in predicted_front(losses, cost, every)]
+        near += neighbours(min(tried, key=lambda one: tried[one]), choices) if tried else []
+        lost = {counts: sum(map(dict.__getitem__, losses, counts)) for counts in near if counts not in (every, *tried)}
+        best = next((one for one in sorted(lost, key=lambda one: lost[one]) if cost(one) <= limit * (1 + 1e-9)), None)
+        if best is None:
+            break
+        tried[best] = measure(dict(zip(narrow, best, strict=True)), "widths")
+    measuring.total -= REFINED - len(tried)
+    front = predicted_front(corrected(choices, alone, tried), cost, every)  # by ascending cost
     within = sum(point.cost <= limit * (1 + 1e-9) for point in front)
     may = [point for point in front if least_cost(point.counts) <= limit * (1 + 1e-9)]
-    next_to_it = front[max(0, within - 1) : within] + [point for point in front[within : within + 1] if point in may]
+    next_to_it = [Point(best, cost(best), lost) for best, lost in tried.items() if lost == min(tried.values())][:1]
+    next_to_it += [point for point in front[within : within + 1] if point in may]
     next_to_it += may[-1:] if found.narrow_heads else []
     # All units are among those returned, on the front or not.
     spread = sample_front(front, LEVELS if front[-1].counts == every else LEVELS - 1)
     taken = {point.counts for point in (*spread, *next_to_it)}
-    between_them = [point.counts for point in front if point.counts in taken and point.counts not in (every, least)]
-    return [{}, *(dict(zip(narrow, counts, strict=True)) for counts in (*between_them[::-1], least))]
+    between_them = sorted(taken - {every, least}, key=cost, reverse=True)
+    return [{}, *(dict(zip(narrow, counts, strict=True)) for counts in (*between_them, least))]
 
 
 def read_preferences(text: str | None, tasks: Sequence[str]) -> dict[str, float]:

@@ -16,12 +16,14 @@ import pytest
 from m3vit.errors import InputError
 from m3vit.evaluation.costs import macs_of
 from m3vit.evaluation.search import (
+    REFINED,
     Point,
     _levels,
     alone_in,
     best_together,
     between,
     check_share,
+    corrected,
     predicted_front,
     read_preferences,
     relative_loss,
@@ -168,10 +170,11 @@ def test_widths_next_to_what_is_asked_are_among_those_measured(seed: int) -> Non
     lost = {(block, width): float(rng.integers(-3, 30)) for block in range(4) for width in (0, 4)}
     units = rng.integers(1, 9, 4)
 
-    class Measured:
+    class Measured:  # losses add up
+        total = 0
+
         def losses(self, budget: Budget, words: str) -> dict[str, float]:
-            ((block, width),) = budget.width.items()
-            return {"depth": lost[block, width], "edge": lost[block, width]}
+            return dict.fromkeys(("depth", "edge"), sum(losses[block][width] for block, width in budget.width.items()))
 
     def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int | None = None) -> float:
         return 50 + 9 * counts.get(1, 2) + sum(float(units[block]) * width for block, width in widths.items())
@@ -203,9 +206,10 @@ def test_widths_leave_room_for_heads_of_fewer_channels(share: float) -> None:
     found = Space(("depth", "edge"), (), 1, 1, widths, heads)
 
     class Measured:
+        total = 0
+
         def losses(self, budget: Budget, words: str) -> dict[str, float]:
-            ((block, _),) = budget.width.items()
-            return {"depth": 3.0 + block, "edge": 1.0}
+            return {"depth": sum(3.0 + block for block, width in budget.width.items() if width < 16), "edge": 1.0}
 
     def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int | None = None) -> float:
         return (channels or 256) / 2 + sum(widths.values())
@@ -218,6 +222,56 @@ def test_widths_leave_room_for_heads_of_fewer_channels(share: float) -> None:
     sums = {2 * of("", {}, dict(enumerate(choice)), 64) for choice in itertools.product(*widths.values())}
     possible = max(one for one in sums if one <= limit)
     assert max(one for one in least if one <= limit) == pytest.approx(possible, abs=8)
+
+
+def test_losses_are_corrected_by_what_widths_lose_together() -> None:
+    both = [[16, 64], [16, 64]]
+    assert corrected(both, [{16: 1.0}, {16: 2.0}], {}) == [{16: 1.0, 64: 0.0}, {16: 2.0, 64: 0.0}]
+    found = corrected(both, [{16: 1.0}, {16: 2.0}], {(16, 16): 5.0})  # 2 more, of which each has the half
+    assert [one[16] for one in found] == pytest.approx([2.0, 3.0]) and [one[64] for one in found] == [0.0, 0.0]
+    (found,) = corrected([[16, 40, 64]], [{16: 1.0}], {(40,): 1.0})  # half of the units missing lose all of it
+    assert found == pytest.approx({16: 2.0, 40: 1.0, 64: 0.0})
+    (found,) = corrected([[0, 16, 64]], [{0: 3.0, 16: 1.0}], {(0,): 5.0})
+    assert found == pytest.approx({0: 5.0, 16: 1.0, 64: 0.0})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_widths_that_lose_more_together_are_measured_and_left(seed: int) -> None:
+    """Beside the choice that adding up gives, others are measured, and the best of them is among the levels."""
+    rng = np.random.default_rng(seed)
+    blocks = list(range(6))
+    found = Space(("depth",), (), 1, 1, {block: (0, 4, 16) for block in blocks})
+    alone = {block: {0: float(rng.uniform(2, 6)), 4: float(rng.uniform(1, 2)), 16: 0.0} for block in blocks}
+    units, tried = rng.integers(1, 9, len(blocks)), dict[tuple[int, ...], float]()
+
+    def loss(widths: dict[int, int]) -> float:
+        narrowed = {block for block, width in widths.items() if width < 16}
+        return sum(alone[block][width] for block, width in widths.items()) + 4.0 * (
+            {0, 1} <= narrowed or {2, 3} <= narrowed
+        )
+
+    class Measured:
+        total = 0
+
+        def losses(self, budget: Budget, words: str) -> dict[str, float]:
+            if words == "widths":
+                tried[tuple(budget.width.values())] = loss(budget.width)
+            return {"depth": loss(budget.width)}
+
+    def of(task: str, counts: dict[int, int], widths: dict[int, int], channels: int | None = None) -> float:
+        return sum(float(units[block]) * width for block, width in widths.items())
+
+    limit, costs = 8.0 * units.sum(), SimpleNamespace(of=of)
+    levels = _levels(found, blocks, costs, {"depth": 1.0}, Measured(), limit)  # type: ignore[arg-type]
+    first, best = next(iter(tried.values())), min(tried.values())
+    assert len(tried) <= REFINED and all(of("", {}, dict(enumerate(one))) <= limit for one in tried)
+    assert best in [loss(level) for level in levels]
+    every = [
+        loss(widths)
+        for choice in itertools.product((0, 4, 16), repeat=len(blocks))
+        if of("", {}, widths := dict(enumerate(choice))) <= limit
+    ]
+    assert best <= min(every) + 0.1 * (first - min(every)) + 1e-9, "what adding up gave was up to twice as bad"
 
 
 def test_a_cost_that_other_programs_spoil_is_no_advice() -> None:
