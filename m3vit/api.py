@@ -121,11 +121,11 @@ def evaluate(
 
     folder = Path(folder)
     is_run = not is_export(folder)
-    used = (read_budget(Path(budget)) if is_run else str(budget)) if budget else None
+    used = (read_budget(Path(budget)) if is_run else str(budget)) if budget is not None else None
     place = choose_device(device) if is_run else "cpu"
     predictor, info, root = open_predictor(folder, place, batch, precision, used)
     into = folder
-    if budget and (is_run or str(budget) != own_budget(folder)):
+    if budget is not None and (is_run or str(budget) != own_budget(folder)):
         into = folder / BUDGETS / (Path(budget).stem if is_run else str(budget))
     if workers and not any(TASKS[task].matches_edges for task in predictor.tasks):
         raise InputError(f"--workers are processes that match edges, which {folder} does not predict: leave it out")

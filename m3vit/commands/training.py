@@ -240,7 +240,7 @@ def run_profile(argv: Sequence[str]) -> None:
         from m3vit.training.memory import device_bytes
 
         device_bytes(args.device)
-    budget = read_budget(Path(args.budget)) if args.budget else FULL
+    budget = read_budget(Path(args.budget)) if args.budget is not None else FULL
     report = profile(config.model, args.task, budget)
     if config.train.budgets:
         from m3vit.models.trial import meta_model

@@ -80,7 +80,8 @@ def importance(model: MultiTaskModel, images: Tensor) -> dict[int, Tensor]:
     for block, sums in squares.items():
         mlp = blocks[block].mlp
         second = mlp.experts.w2 if isinstance(mlp, MoELayer) else mlp.fc2.weight
-        scale = getattr(getattr(blocks[block], "ls2", None), "gamma", None)  # LayerScale
+        # LayerScale, as timm's Block and EvaBlock have it.
+        scale = getattr(getattr(blocks[block], "ls2", None), "gamma", getattr(blocks[block], "gamma_2", None))
         lengths = (second if scale is None else second * scale[:, None]).norm(dim=-2)
         found[block] = (sums.sqrt() * lengths).cpu()
     return found
